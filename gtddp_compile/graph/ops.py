@@ -1,0 +1,199 @@
+"""The normal form of a traced model: a topologically ordered list of functional operations.
+
+Whatever front end traced the model (torch.fx or torch.export), the passes see this and nothing else. Every operation
+is a plain function of values, parameters, buffers and literals: a ``torch.nn.Linear`` call has become
+``F.linear(x, params["fc.weight"], params["fc.bias"])``, an in-place operation its out-of-place twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """The value computed by the operation called ``name``."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParamRef:
+    """A parameter, by its canonical qualified name (the first that ``model.named_parameters()`` gives it)."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class BufferRef:
+    """A buffer or a constant tensor attribute, by its qualified name."""
+
+    name: str
+
+
+Leaf = Ref | ParamRef | BufferRef
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A tensor method used as a function: ``Method("view")(x, -1)`` is ``x.view(-1)``."""
+
+    name: str
+
+    def __call__(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(value, self.name)(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+        name: unique and qualified, ``"layer1.0.conv1"`` or ``"layer1.0.add"``; it also names the value computed.
+        kind: canonical lower-case word, the same whatever front end: ``"input"``, ``"linear"``, ``"conv"``,
+            ``"batch_norm"``, ``"add"``, ``"sub"``, ``"relu"``, ``"getitem"``, ``"flatten"``, ``"module"`` … Any
+            function without an entry in the normaliser's table keeps its own name.
+        target: what computes it, a function of ``args`` and ``kwargs`` (``None`` for inputs).
+        args, kwargs: literals, :class:`Ref`, :class:`ParamRef`, :class:`BufferRef`, nested in tuples, lists, dicts,
+            slices.
+        module: qualified path of the module whose ``forward`` contains it (the leaf module itself for a layer).
+        source: ``"file.py:12"`` of the user's own line, ``""`` where unknown.
+        shape, dtype: of the value for the example inputs, batch axis included; ``None`` if it is not one tensor.
+        advances: buffers that the operation writes (running statistics of a batch-norm in training mode).
+        random: whether it draws random numbers (dropout in training mode).
+        mixes_samples: whether output sample i may depend on input sample j ≠ i (batch-norm in training mode).
+    """
+
+    name: str
+    kind: str
+    target: Callable[..., Any] | None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    module: str = ""
+    source: str = ""
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    advances: tuple[str, ...] = ()
+    random: bool = False
+    mixes_samples: bool = False
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether the value is one tensor (not a size, a tuple, ``None``)."""
+        return self.shape is not None
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether the value is a tensor that gradients can pass through."""
+        return self.dtype is not None and (self.dtype.is_floating_point or self.dtype.is_complex)
+
+    @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Every reference in the arguments, in order, repeats kept."""
+        return tuple(iter_leaves((self.args, dict(self.kwargs))))
+
+    @cached_property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the operations whose values this one reads, in order, without repeats."""
+        return tuple(dict.fromkeys(leaf.name for leaf in self.leaves if isinstance(leaf, Ref)))
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters this operation reads, in order, without repeats."""
+        return tuple(dict.fromkeys(leaf.name for leaf in self.leaves if isinstance(leaf, ParamRef)))
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterInfo:
+    """A parameter of the model: canonical name, shape, whether it is trained, and its other names if tied."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool = True
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpGraph:
+    """A traced model in normal form.
+
+    Attributes:
+        ops: in topological order, input operations first.
+        inputs: names of the input operations, in the order of the model's positional arguments.
+        output: what the model returns: a :class:`Ref` or a tuple, list or dict of them.
+        parameters: every parameter of the model, used or not.
+        frontend: ``"fx"`` or ``"export"``.
+    """
+
+    ops: tuple[Op, ...]
+    inputs: tuple[str, ...]
+    output: Any
+    parameters: tuple[ParameterInfo, ...] = ()
+    frontend: str = "fx"
+
+    @cached_property
+    def by_name(self) -> dict[str, Op]:
+        """Operations by name."""
+        return {op.name: op for op in self.ops}
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Index of each operation in topological order."""
+        return {op.name: index for index, op in enumerate(self.ops)}
+
+    @cached_property
+    def users(self) -> dict[str, tuple[str, ...]]:
+        """Names of the operations that read each value, in topological order."""
+        found: dict[str, list[str]] = {op.name: [] for op in self.ops}
+        for op in self.ops:
+            for name in op.operands:
+                found[name].append(op.name)
+        return {name: tuple(users) for name, users in found.items()}
+
+    @cached_property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the operations whose values the model returns, in order, without repeats."""
+        return tuple(dict.fromkeys(leaf.name for leaf in iter_leaves(self.output) if isinstance(leaf, Ref)))
+
+    @cached_property
+    def parameter_info(self) -> dict[str, ParameterInfo]:
+        """Parameters by canonical name."""
+        return {info.name: info for info in self.parameters}
+
+    def __str__(self) -> str:
+        return "\n".join(f"{op.name:<32} {op.kind:<14} {op.shape} <- {', '.join(op.operands)}" for op in self.ops)
+
+
+def iter_leaves(tree: Any) -> Iterator[Leaf]:
+    """References inside nested tuples, lists, dicts and slices, left to right."""
+    if isinstance(tree, Ref | ParamRef | BufferRef):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from iter_leaves(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from iter_leaves(item)
+    elif isinstance(tree, slice):
+        yield from iter_leaves((tree.start, tree.stop, tree.step))
+
+
+def map_leaves(tree: Any, change: Callable[[Leaf], Any]) -> Any:
+    """The same nested structure with every reference replaced by ``change(reference)``."""
+    if isinstance(tree, Ref | ParamRef | BufferRef):
+        return change(tree)
+    if isinstance(tree, tuple):
+        return tuple(map_leaves(item, change) for item in tree)
+    if isinstance(tree, list):
+        return [map_leaves(item, change) for item in tree]
+    if isinstance(tree, Mapping):
+        return {key: map_leaves(item, change) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(*(map_leaves(part, change) for part in (tree.start, tree.stop, tree.step)))
+    return tree
