@@ -1,0 +1,1 @@
+"""Stage patterns, their symbolic derivations, and the exact rewriting that proves them."""

@@ -1,0 +1,68 @@
+"""The collapsed recursion: what is left of a stage once its value function is written in the back-propagated gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sympy import MatrixExpr, MatrixSymbol, Symbol
+
+from gtddp_compile.algebra.derivation import Equation
+from gtddp_compile.algebra.symbols import SymmetricSymbol
+
+FormName = Literal["information", "block", "substituted", "printed", "base"]
+
+BATCH = Symbol("B", integer=True, positive=True)
+CONTROLS = Symbol("m", integer=True, positive=True)
+GROUP_SCALE = Symbol("tau", positive=True)
+"""``B / b`` inside a group of b samples, which stands for the batch."""
+
+GRADIENTS = MatrixSymbol("C", CONTROLS, BATCH)
+"""``γᵀ``: per-sample parameter gradients of the stage's players, one column a sample."""
+CURVATURE = SymmetricSymbol("M", CONTROLS, CONTROLS)
+DECAY = MatrixSymbol("l", CONTROLS, 1)
+"""``ℓ_u``: gradient of the coupled weight decay."""
+CHANGE = MatrixSymbol("c", BATCH, 1)
+"""``c``: first-order change of each sample's loss that the stages before have already caused."""
+GRAM = SymmetricSymbol("Gamma", BATCH, BATCH)
+DRIFT = MatrixSymbol("s", BATCH, 1)
+"""``s = γ M⁻¹ ℓ_u``: what weight decay alone does to each sample's loss."""
+WEIGHTS = MatrixSymbol("w", BATCH, 1)
+OPEN_GAIN = MatrixSymbol("k", CONTROLS, 1)
+UPDATE = MatrixSymbol("delta_u", CONTROLS, 1)
+
+# With a prime: at t+1 (the recursion runs backward).
+ALPHA, ALPHA_NEXT = MatrixSymbol("alpha", BATCH, 1), MatrixSymbol("alpha'", BATCH, 1)
+VARIANCE, VARIANCE_NEXT = SymmetricSymbol("P", BATCH, BATCH), SymmetricSymbol("P'", BATCH, BATCH)
+INFORMATION, INFORMATION_NEXT = SymmetricSymbol("Lambda", BATCH, BATCH), SymmetricSymbol("Lambda'", BATCH, BATCH)
+TARGET, TARGET_NEXT = MatrixSymbol("y", BATCH, 1), MatrixSymbol("y'", BATCH, 1)
+"""``y = P⁻¹ α``: the ones, until weight decay drifts them."""
+RHO, RHO_NEXT = MatrixSymbol("rho", BATCH, 1), MatrixSymbol("rho'", BATCH, 1)
+SYSTEM = SymmetricSymbol("X", BATCH, BATCH)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An identity that was proved by exact rewriting before the collapse was used."""
+
+    statement: str
+    left: MatrixExpr
+    right: MatrixExpr
+
+
+@dataclass(frozen=True)
+class CollapsedForm:
+    """The equations the fast program runs, one set for every stage, and the claims they rest on.
+
+    Attributes:
+        name: ``"information"`` (theory: 4a, full batch coupling and groups), ``"block"`` (per-sample coupling, Levenberg
+            stage Hessian), ``"substituted"`` and ``"printed"`` (4b, the paper's own), ``"base"`` (feedback off).
+        backward: equations of the backward sweep, in order, by the name of what they define.
+        forward: equations of the forward sweep.
+        claims: what was proved about every pattern of the network.
+    """
+
+    name: FormName
+    backward: dict[str, Equation]
+    forward: dict[str, Equation]
+    claims: tuple[Claim, ...]

@@ -1,0 +1,82 @@
+"""Which blocks of a stage's augmented Jacobians are zero or identity by construction: read off the operations.
+
+A block is followed along every path from a value of the cut (or a player's control) to a value of the next cut: additions
+add, reshapes pass (a value is a flat vector in the state), anything else is dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gtddp_compile.algebra.pattern import DENSE, IDENTITY, Entry
+from gtddp_compile.graph import ControlGraph, Op, ParamRef, Ref, Stage
+
+ALIASES = frozenset({"identity", "flatten", "reshape", "view", "unsqueeze", "squeeze", "contiguous", "clone"})
+NO_GRADIENT = frozenset({"detach"})
+CONTROL = "player:"
+
+Sources = dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class StageEntries:
+    """Nonzero blocks of ``f̂_x`` (``state[output][input]``) and ``f̂_u`` (``control[output][player]``) of one stage."""
+
+    state: dict[str, Sources]
+    control: dict[str, Sources]
+    read_by_players: frozenset[str]
+
+
+def stage_entries(graph: ControlGraph, stage: Stage, live_after: tuple[str, ...]) -> StageEntries:
+    """Follow every path through the stage (linear in its operations times the values they mix)."""
+    deciding = {graph.player[name].op: graph.player[name] for name in stage.players}
+    owner = {use: player for player in graph.players for use in (*player.uses, *player.expressions)}
+    found: dict[str, Sources] = {name: {name: IDENTITY} for name in stage.live}
+    read: set[str] = set()
+    for name in stage.ops:
+        op = graph.op(name)
+        if op.is_tensor and op.is_differentiable and op.kind not in NO_GRADIENT:
+            found[name] = _through(op, found)
+            player = owner.get(name)
+            if player is not None:
+                here = player.name in stage.players
+                found[name][f"{CONTROL}{player.name}" if here else f"params:{player.name}"] = DENSE
+            if name in deciding:
+                read.update(source for source in found[name] if not source.startswith(CONTROL))
+    for player in deciding.values():
+        found[f"params:{player.name}"] = {f"{CONTROL}{player.name}": IDENTITY}
+    state, control = {}, {}
+    for output in live_after:
+        sources = found.get(output, {})
+        state[output] = {s: entry for s, entry in sources.items() if not s.startswith(CONTROL)}
+        control[output] = {s[len(CONTROL) :]: e for s, e in sources.items() if s.startswith(CONTROL)}
+    return StageEntries(state, control, frozenset(read))
+
+
+def _through(op: Op, found: dict[str, Sources]) -> Sources:
+    """Entries of an operation's value from those of its operands."""
+    scales = _linear_scales(op)
+    result: Sources = {}
+    for position, leaf in enumerate(op.leaves):
+        if not isinstance(leaf, Ref) or leaf.name not in found:
+            continue
+        scale = scales[position] if scales else None
+        for source, entry in found[leaf.name].items():
+            moved = DENSE if scale is None else Entry(scale * entry.identity, entry.dense)
+            old = result.get(source, Entry())
+            result[source] = Entry(old.identity + moved.identity, old.dense or moved.dense)
+    return {source: entry for source, entry in result.items() if not entry.is_zero}
+
+
+def _linear_scales(op: Op) -> tuple[int, ...] | None:
+    """±1 for each operand of a plain sum, difference, negation or alias; ``None`` if the operation mixes entries."""
+    if any(isinstance(leaf, ParamRef) for leaf in op.leaves):
+        return None
+    if op.kind in ALIASES:
+        return (1,) * len(op.leaves)
+    if op.kind == "neg":
+        return (-1,)
+    plain = len(op.args) == 2 and not op.kwargs and all(isinstance(arg, Ref) for arg in op.args)
+    if plain and op.kind in ("add", "sub"):
+        return (1, 1) if op.kind == "add" else (1, -1)
+    return None

@@ -1,0 +1,66 @@
+"""Matrix symbols for value functions, and the exact rewriting that proves two expressions equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sympy import Expr, Integer, MatAdd, MatMul, MatrixExpr, MatrixSymbol, ZeroMatrix, sympify
+from sympy.matrices.expressions.blockmatrix import BlockMatrix, block_collapse
+
+Rule = tuple[tuple[MatrixExpr, ...], MatrixExpr]
+"""``(factors, result)``: the product of adjacent ``factors`` is ``result``."""
+
+
+class SymmetricSymbol(MatrixSymbol):  # type: ignore[misc]  # sympy ships no types
+    """A square matrix symbol that is its own transpose (a Hessian, a curvature, a covariance)."""
+
+    def _eval_transpose(self) -> MatrixExpr:
+        return self
+
+
+def block_entries(expression: MatrixExpr, rows: int, columns: int) -> list[list[MatrixExpr]]:
+    """The blocks of a block matrix expression after sympy has collapsed it, zero and identity blocks resolved."""
+    collapsed = block_collapse(expression)
+    if isinstance(collapsed, BlockMatrix):
+        return [[collapsed.blocks[i, j].doit() for j in range(columns)] for i in range(rows)]
+    return [[collapsed.doit()]]
+
+
+def terms(expression: MatrixExpr) -> list[tuple[Expr, tuple[MatrixExpr, ...]]]:
+    """The expanded sum as (scalar coefficient, matrix factors) pairs; a zero matrix has none."""
+    expanded = expression.doit().expand().doit()
+    found = []
+    for term in expanded.args if isinstance(expanded, MatAdd) else (expanded,):
+        if isinstance(term, ZeroMatrix):
+            continue
+        coefficient, factors = term.as_coeff_matrices() if isinstance(term, MatMul) else (Integer(1), (term,))
+        found.append((sympify(coefficient), tuple(factors)))
+    return found
+
+
+def rewrite(expression: MatrixExpr, rules: Iterable[Rule]) -> MatrixExpr:
+    """Apply the product rules until none matches, expanding in between: a normal form for terminating rules."""
+    rules = tuple(rules)
+    pending, done = [expression], []
+    while pending:
+        for coefficient, factors in terms(pending.pop()):
+            replaced = _first_match(factors, rules)
+            if replaced is None:
+                done.append(coefficient * MatMul(*factors))
+            else:
+                pending.append(coefficient * replaced)
+    return MatAdd(*done, ZeroMatrix(*expression.shape)).doit()
+
+
+def _first_match(factors: tuple[MatrixExpr, ...], rules: tuple[Rule, ...]) -> MatrixExpr | None:
+    for pattern, result in rules:
+        width = len(pattern)
+        for start in range(len(factors) - width + 1):
+            if factors[start : start + width] == pattern:
+                return MatMul(*factors[:start], result, *factors[start + width :])
+    return None
+
+
+def is_equal(left: MatrixExpr, right: MatrixExpr, rules: Iterable[Rule] = ()) -> bool:
+    """Whether two matrix expressions are equal as polynomials in their noncommuting symbols, modulo ``rules``."""
+    return not terms(rewrite(left - right, rules))

@@ -1,0 +1,317 @@
+"""Derive: every gain and value recursion of a stage, by sympy, once per stage pattern.
+
+Takes the control graph; guarantees a :class:`StageDerivation` for every stage. Nothing here knows a residual network: the
+augmented dynamics' block Jacobians are read off the graph (which blocks are zero or identity *by construction*), and
+Eq. 5, 6 and 25 are applied to them as block matrices. The residual gain ``G`` (Eq. 9), its recursions (Eq. 10), the fork
+(Eq. 11, 12) and Eq. 26-31 are what comes out.
+
+Departure from the paper: bundles. Values of the same role at a stage (all that wait, say) are one block symbol, so that
+a DenseNet stage with 40 waiting values has the pattern, and the derivation, of a residual stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sympy import Identity, Inverse, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
+from sympy.matrices.expressions.blockmatrix import BlockMatrix
+
+from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivation
+from gtddp_compile.algebra.paths import stage_entries
+from gtddp_compile.algebra.pattern import Entry, StagePattern
+from gtddp_compile.algebra.symbols import SymmetricSymbol, block_entries
+from gtddp_compile.graph import ControlGraph, Stage
+
+STATE_LETTERS, WAITING_LETTERS, CONTROL_LETTERS = ("x", "y", "z"), ("r", "s"), ("u", "v", "w")
+
+
+@dataclass(frozen=True)
+class DerivedStage:
+    """A stage with its pattern, which values each symbol stands for, and the derivation."""
+
+    index: int
+    inputs: dict[str, tuple[str, ...]]
+    outputs: dict[str, tuple[str, ...]]
+    controls: dict[str, str]
+    derivation: StageDerivation
+
+
+@dataclass(frozen=True)
+class Derived:
+    """The control graph with the derivation of every stage."""
+
+    graph: ControlGraph
+    recursion: Recursion
+    stages: tuple[DerivedStage, ...]
+
+    @property
+    def patterns(self) -> tuple[StagePattern, ...]:
+        """The distinct patterns, in order of first appearance."""
+        return tuple(dict.fromkeys(stage.derivation.pattern for stage in self.stages))
+
+
+def derive(graph: ControlGraph, recursion: Recursion = "levenberg") -> Derived:
+    """Find each stage's pattern and derive it (cached over all networks of the process)."""
+    return Derived(graph, recursion, tuple(_derive_stage(graph, stage, recursion) for stage in graph.stages))
+
+
+def _derive_stage(graph: ControlGraph, stage: Stage, recursion: Recursion) -> DerivedStage:
+    live_after = cut_after(graph, stage)
+    entries = stage_entries(graph, stage, live_after)
+    outputs = _bundle(live_after, lambda o: (tuple(entries.state[o].items()), tuple(entries.control[o].items())))
+    member = {value: i for i, bundle in enumerate(outputs) for value in bundle}
+    inputs = _bundle(stage.live, lambda i: _column(entries.state, live_after, member, i))
+    inputs, outputs = _merge_waiting(stage, inputs), _merge_waiting(stage, outputs)
+    in_names = _names(inputs, lambda bundle: any(value in entries.read_by_players for value in bundle))
+    out_names = _names(outputs, lambda bundle: any(entries.control[value] for value in bundle))
+    controls = dict(zip(_letters(CONTROL_LETTERS, len(stage.players)), stage.players, strict=True))
+    pattern = StagePattern(
+        inputs=tuple(in_names),
+        outputs=tuple(out_names),
+        controls=tuple(controls),
+        state=tuple(
+            tuple(_block(entries.state, outs, ins) for ins in in_names.values()) for outs in out_names.values()
+        ),
+        control=tuple(
+            tuple(_block(entries.control, outs, (player,)) for player in controls.values())
+            for outs in out_names.values()
+        ),
+    )
+    return DerivedStage(stage.index, in_names, out_names, controls, derive_pattern(pattern, recursion))
+
+
+def cut_after(graph: ControlGraph, stage: Stage) -> tuple[str, ...]:
+    """The cut after a stage: the next stage's, or the network's outputs."""
+    if stage.index + 1 < len(graph.stages):
+        return graph.stages[stage.index + 1].live
+    return tuple(value.name for value in graph.values if value.dies == len(graph.stages))
+
+
+def _bundle(names: Iterable[str], signature: Callable[[str], Hashable]) -> list[tuple[str, ...]]:
+    """Group names by signature, in order of first appearance."""
+    groups: dict[Hashable, list[str]] = {}
+    for name in names:
+        groups.setdefault(signature(name), []).append(name)
+    return [tuple(group) for group in groups.values()]
+
+
+def _column(
+    state: dict[str, dict[str, Entry]], live_after: tuple[str, ...], member: dict[str, int], name: str
+) -> Hashable:
+    """What an input does to each output bundle; one that arrives by an identity block stays a symbol of its own."""
+    column = tuple((member[o], state[o][name]) for o in live_after if name in state[o])
+    return (column, name) if any(entry.identity for _, entry in column) else column
+
+
+def _merge_waiting(stage: Stage, bundles: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """One bundle for all values that merely wait; its block in the Jacobian is the identity."""
+    waiting = set(stage.carried) - set(stage.consumed)
+    waits = tuple(name for bundle in bundles for name in bundle if name in waiting)
+    rest = [tuple(name for name in bundle if name not in waiting) for bundle in bundles]
+    return [bundle for bundle in rest if bundle] + ([waits] if waits else [])
+
+
+def _letters(letters: tuple[str, ...], count: int) -> tuple[str, ...]:
+    if count <= len(letters):
+        return letters[:count]
+    return tuple(f"{letters[0]}{i + 1}" for i in range(count))
+
+
+def _names(bundles: list[tuple[str, ...]], acted: Callable[[tuple[str, ...]], bool]) -> dict[str, tuple[str, ...]]:
+    """``x`` for what players read or write, ``r`` for the rest (Eq. 8's names)."""
+    states = [bundle for bundle in bundles if acted(bundle)]
+    others = [bundle for bundle in bundles if not acted(bundle)]
+    named = dict(zip(_letters(STATE_LETTERS, len(states)), states, strict=True))
+    named.update(zip(_letters(WAITING_LETTERS, len(others)), others, strict=True))
+    return named
+
+
+def _block(entries: dict[str, dict[str, Entry]], outs: tuple[str, ...], ins: tuple[str, ...]) -> Entry:
+    """The block of two bundles: exact if it is zero or one entry or an identity between equals, else dense."""
+    if outs == ins and all(entries[o] == {o: Entry(identity=1)} for o in outs):
+        return Entry(identity=1)
+    found = [entries[o].get(i, Entry()) for o in outs for i in ins]
+    if all(entry.is_zero for entry in found):
+        return Entry()
+    return found[0] if len(found) == 1 else Entry(dense=True)
+
+
+# --- the algebra ------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def derive_pattern(pattern: StagePattern, recursion: Recursion = "levenberg") -> StageDerivation:
+    """Eq. 5, 6 and 25 applied to a stage's block Jacobians.
+
+    ``recursion`` decides ``Q_uu``: ``f_uᵀ V_xx f_u + M`` ("levenberg"), or ``M`` alone (Table 1 read literally), and, for
+    "printed", the sign with which ``Q_xu Q_uu⁻¹ Q_ux`` enters the value Hessian (Eq. 21-23 print a plus).
+    """
+    size = {name: Symbol(f"n_{name}", integer=True, positive=True) for name in pattern.inputs}
+    size_after = {name: Symbol(f"n'_{name}", integer=True, positive=True) for name in pattern.outputs}
+    dimension = {name: Symbol(f"m_{name}", integer=True, positive=True) for name in pattern.controls}
+    _unify_identities(pattern, size, size_after)
+    state = _jacobian(pattern.state, pattern.outputs, pattern.inputs, size_after, size, "f")
+    control = _jacobian(pattern.control, pattern.outputs, pattern.controls, size_after, dimension, "f")
+    value_x = {o: MatrixSymbol(f"V'_{o}", size_after[o], 1) for o in pattern.outputs}
+    value_xx = _hessian_symbols("V'", pattern.outputs, size_after)
+    linear = {p: MatrixSymbol(f"l_{p}", dimension[p], 1) for p in pattern.controls}
+    curvature = {p: SymmetricSymbol(f"M_{p}", dimension[p], dimension[p]) for p in pattern.controls}
+
+    f_x = BlockMatrix([[state[o, i] for i in pattern.inputs] for o in pattern.outputs])
+    f_u = BlockMatrix([[control[o, p] for p in pattern.controls] for o in pattern.outputs])
+    v_x = BlockMatrix([[value_x[o]] for o in pattern.outputs])
+    v_xx = BlockMatrix([[value_xx[a, b] for b in pattern.outputs] for a in pattern.outputs])
+    ins, us = pattern.inputs, pattern.controls
+
+    raw_q_x = block_entries(f_x.T * v_x, len(ins), 1)
+    raw_q_u = block_entries(f_u.T * v_x, len(us), 1)
+    raw_q_uu = block_entries(f_u.T * v_xx * f_u, len(us), len(us))
+    raw_q_ux = block_entries(f_u.T * v_xx * f_x, len(us), len(ins))
+    raw_q_xx = block_entries(f_x.T * v_xx * f_x, len(ins), len(ins))
+
+    q_x = {i: Equation(MatrixSymbol(f"Q_{i}", size[i], 1), raw_q_x[n][0], "5, 27a") for n, i in enumerate(ins)}
+    q_u = {
+        p: Equation(MatrixSymbol(f"Q_{p}", dimension[p], 1), (raw_q_u[n][0] + linear[p]).doit(), "5, 27b")
+        for n, p in enumerate(us)
+    }
+    q_uu = {}
+    for a, p in enumerate(us):
+        for b, q in enumerate(us):
+            own = curvature[p] if p == q else ZeroMatrix(dimension[p], dimension[q])
+            coupled = raw_q_uu[a][b] if recursion == "levenberg" else ZeroMatrix(dimension[p], dimension[q])
+            kind = SymmetricSymbol if p == q else MatrixSymbol
+            q_uu[p, q] = Equation(kind(f"Q_{p}{q}", dimension[p], dimension[q]), (coupled + own).doit(), "5, 27c")
+    q_ux = {
+        (p, i): Equation(MatrixSymbol(f"Q_{p}{i}", dimension[p], size[i]), raw_q_ux[a][b], "5, 27d")
+        for a, p in enumerate(us)
+        for b, i in enumerate(ins)
+    }
+    q_xx = {}
+    for a, i in enumerate(ins):
+        for b, j in enumerate(ins[a:], start=a):
+            kind = SymmetricSymbol if i == j else MatrixSymbol
+            q_xx[i, j] = Equation(kind(f"Q_{i}{j}", size[i], size[j]), raw_q_xx[a][b].expand().doit(), "5, 27e")
+    joint_u, joint_uu, joint_ux = _joint(pattern, q_u, q_uu, q_ux, size)
+    k, gains = _gains(pattern, joint_u, joint_uu, joint_ux)
+    new_x, new_xx = _recursion(pattern, recursion, q_x, q_xx, joint_ux, joint_uu, k, gains)
+    return StageDerivation(
+        pattern, recursion, state, control, value_x, value_xx, linear, curvature,
+        q_x, q_u, q_uu, q_ux, q_xx, joint_u, joint_uu, joint_ux, k, gains, new_x, new_xx,
+    )  # fmt: skip
+
+
+def _unify_identities(pattern: StagePattern, size: dict[str, Symbol], size_after: dict[str, Symbol]) -> None:
+    """An identity block makes two sizes one."""
+    for o, row in zip(pattern.outputs, pattern.state, strict=True):
+        for i, entry in zip(pattern.inputs, row, strict=True):
+            if entry.identity:
+                old, new = size[i], size_after[o]
+                for name in size:
+                    size[name] = new if size[name] == old else size[name]
+                for name in size_after:
+                    size_after[name] = new if size_after[name] == old else size_after[name]
+
+
+def _jacobian(
+    entries: tuple[tuple[Entry, ...], ...],
+    rows: tuple[str, ...],
+    columns: tuple[str, ...],
+    row_size: dict[str, Symbol],
+    column_size: dict[str, Symbol],
+    letter: str,
+) -> dict[tuple[str, str], MatrixExpr]:
+    blocks = {}
+    for o, row in zip(rows, entries, strict=True):
+        for i, entry in zip(columns, row, strict=True):
+            shape = (row_size[o], column_size[i])
+            block: MatrixExpr = ZeroMatrix(*shape)
+            if entry.identity:
+                block = block + entry.identity * Identity(shape[0])
+            if entry.dense:
+                # f_x is what the paper calls the block of the state itself; others say whose Jacobian they are.
+                name = f"{letter}_{i}" if o == rows[0] else f"{letter}^{o}_{i}"
+                block = block + MatrixSymbol(name, *shape)
+            blocks[o, i] = block.doit()
+    return blocks
+
+
+def _hessian_symbols(
+    letter: str, names: tuple[str, ...], size: dict[str, Symbol]
+) -> dict[tuple[str, str], MatrixExpr]:
+    found: dict[tuple[str, str], MatrixExpr] = {}
+    for a, first in enumerate(names):
+        for second in names[a:]:
+            kind = SymmetricSymbol if first == second else MatrixSymbol
+            found[first, second] = kind(f"{letter}_{first}{second}", size[first], size[second])
+            if first != second:
+                found[second, first] = found[first, second].T
+    return found
+
+
+def _joint(
+    pattern: StagePattern,
+    q_u: dict[str, Equation],
+    q_uu: dict[tuple[str, str], Equation],
+    q_ux: dict[tuple[str, str], Equation],
+    size: dict[str, Symbol],
+) -> tuple[Equation, Equation, dict[str, Equation]]:
+    """The coalition's controls side by side: they minimise jointly (Eq. 13)."""
+    us = pattern.controls
+    if len(us) == 1:
+        return q_u[us[0]], q_uu[us[0], us[0]], {i: q_ux[us[0], i] for i in pattern.inputs}
+    total = sum(q_u[p].symbol.shape[0] for p in us)
+    joint_u = Equation(MatrixSymbol("Q_û", total, 1), BlockMatrix([[q_u[p].symbol] for p in us]), "13")
+    joint_uu = Equation(
+        SymmetricSymbol("Q_ûû", total, total), BlockMatrix([[q_uu[p, q].symbol for q in us] for p in us]), "13"
+    )
+    joint_ux = {
+        i: Equation(MatrixSymbol(f"Q_û{i}", total, size[i]), BlockMatrix([[q_ux[p, i].symbol] for p in us]), "13")
+        for i in pattern.inputs
+    }
+    return joint_u, joint_uu, joint_ux
+
+
+def _gains(
+    pattern: StagePattern, joint_u: Equation, joint_uu: Equation, joint_ux: dict[str, Equation]
+) -> tuple[Equation, dict[str, Equation]]:
+    """``k = -Q_uu⁻¹ Q_u`` and one feedback gain a value: ``K`` on the state, ``G`` on what waits (Eq. 4, 9, 28)."""
+    inverse = Inverse(joint_uu.symbol)
+    k = Equation(MatrixSymbol("k", *joint_u.symbol.shape), -inverse * joint_u.symbol, "4")
+    names = {"x": ("K", "4"), "r": ("G", "9, 28")}
+    gains = {}
+    for i in pattern.inputs:
+        name, source = names.get(i, (f"K_{i}", "28"))
+        gains[i] = Equation(MatrixSymbol(name, *joint_ux[i].symbol.shape), -inverse * joint_ux[i].symbol, source)
+    return k, gains
+
+
+def _recursion(
+    pattern: StagePattern,
+    recursion: Recursion,
+    q_x: dict[str, Equation],
+    q_xx: dict[tuple[str, str], Equation],
+    joint_ux: dict[str, Equation],
+    joint_uu: Equation,
+    k: Equation,
+    gains: dict[str, Equation],
+) -> tuple[dict[str, Equation], dict[tuple[str, str], Equation]]:
+    """``V_x = Q_x + Q_xu k``, ``V_xx = Q_xx + Q_xu K`` (Eq. 6, 29, 30)."""
+    sign = -1 if recursion == "printed" else 1
+    new_x = {
+        i: Equation(
+            MatrixSymbol(f"V_{i}", *q_x[i].symbol.shape), q_x[i].symbol + joint_ux[i].symbol.T * k.symbol, "6, 29"
+        )
+        for i in pattern.inputs
+    }
+    new_xx = {}
+    for a, i in enumerate(pattern.inputs):
+        for j in pattern.inputs[a:]:
+            kind = SymmetricSymbol if i == j else MatrixSymbol
+            new_xx[i, j] = Equation(
+                kind(f"V_{i}{j}", *q_xx[i, j].symbol.shape),
+                q_xx[i, j].symbol + sign * joint_ux[i].symbol.T * gains[j].symbol,
+                "21-23, sign as printed" if recursion == "printed" else "6, 10, 30",
+            )
+    return new_x, new_xx

@@ -1,0 +1,246 @@
+"""Collapse: rewrite the derived recursion into one B×B matrix a stage, after proving that it may be.
+
+Takes the derivations; guarantees a :class:`CollapsedForm`. The claim (theory: section 4) is that with an outer-product
+terminal factor the value function stays in the span of the back-propagated gradients: ``V_x = G α``, ``V_xx = G P Gᵀ``
+with ``G_i = Σ_o f̂_xᵀ G_o`` (ordinary back-propagation). It is proved here on the derived expressions of every pattern by
+exact noncommutative rewriting: substitute the ansatz at t+1, and find it again at t. Then
+
+    α = α' + P' Cᵀ k         P = P' - P' Cᵀ Q_uu⁻¹ C P'         δu = k - Q_uu⁻¹ C P' c,      C = γᵀ,  c = Σ_i G_iᵀ δx_i
+
+and, where ``Q_uu = M + C P' Cᵀ``, the Woodbury identity turns it into information form. Which further form applies
+depends on the coupling: without projection ``Λ = P⁻¹`` and ``y = Λ α`` recur by themselves; with the paper's
+block-diagonal projection only the diagonal of ``P`` survives a stage.
+
+Departure from theory.md 4a, found by this proof and confirmed by the dense solver: with coupled weight decay (``ℓ_u ≠ 0``)
+the vector of ones becomes ``y = y' - s``, ``s = γ M⁻¹ ℓ_u``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+from sympy import DiagMatrix, HadamardProduct, Identity, Inverse, MatrixExpr, MatrixSymbol, OneMatrix
+
+from gtddp_compile.algebra import collapsed as a
+from gtddp_compile.algebra.collapsed import Claim, CollapsedForm, FormName
+from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivation
+from gtddp_compile.algebra.symbols import SymmetricSymbol, is_equal
+from gtddp_compile.errors import CompileError
+from gtddp_compile.passes.p06_derive import Derived
+
+Coupling = Literal["full", "groups", "block"]
+
+
+def collapse(derived: Derived, coupling: Coupling = "full", *, feedback: bool = True) -> CollapsedForm:
+    """Prove the ansatz on every pattern, then choose the form for this recursion and coupling.
+
+    Raises:
+        CompileError: the combination has no collapsed form, or the ansatz does not reproduce itself.
+    """
+    claims: dict[str, Claim] = {}
+    for stage in derived.stages:
+        claims.update((claim.statement, claim) for claim in prove_span(stage.derivation))
+    name = form_name(derived.recursion, coupling, feedback=feedback)
+    claims.update((claim.statement, claim) for claim in prove_update(derived.recursion))
+    backward, forward = FORMS[name](coupling)
+    return CollapsedForm(name, backward, forward, tuple(claims.values()))
+
+
+def form_name(recursion: Recursion, coupling: Coupling, *, feedback: bool) -> FormName:
+    """Which collapsed form serves an allowed combination of options."""
+    if recursion != "levenberg" and coupling != "block":
+        raise CompileError(
+            f"recursion {recursion!r} is the paper's per-sample form and has no meaning with coupling {coupling!r}",
+            "Use coupling='block' with it, or recursion='levenberg'",
+        )
+    if not feedback:
+        return "base"
+    if coupling == "block":
+        return "block" if recursion == "levenberg" else recursion  # type: ignore[return-value]
+    return "information"
+
+
+# --- the proofs -------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=None)
+def prove_span(d: StageDerivation) -> tuple[Claim, ...]:
+    """``V_x = G α`` and ``V_xx = G P Gᵀ`` at t+1 imply the same at t: proved for this pattern."""
+    outputs, inputs, controls = d.pattern.outputs, d.pattern.inputs, d.pattern.controls
+    g_after = {o: MatrixSymbol(f"G'_{o}", d.value_x[o].shape[0], a.BATCH) for o in outputs}
+    ansatz: dict[MatrixExpr, MatrixExpr] = {d.value_x[o]: g_after[o] * a.ALPHA_NEXT for o in outputs}
+    for n, o in enumerate(outputs):
+        ansatz.update((d.value_xx[o, p], g_after[o] * a.VARIANCE_NEXT * g_after[p].T) for p in outputs[n:])
+    g = {i: _pull_back(d.state, outputs, i, g_after) for i in inputs}
+    c = {p: _pull_back(d.control, outputs, p, g_after) for p in controls}
+    variance = a.VARIANCE_NEXT
+    claims = [_claim(f"Q_{i} = G_{i} alpha'", d.q_x[i], ansatz, g[i] * a.ALPHA_NEXT) for i in inputs]
+    claims += [
+        _claim(f"Q_{p} = C_{p} alpha' + l_{p}", d.q_u[p], ansatz, c[p] * a.ALPHA_NEXT + d.linear[p]) for p in controls
+    ]
+    claims += [
+        _claim(f"Q_{p}{i} = C_{p} P' G_{i}^T", d.q_ux[p, i], ansatz, c[p] * variance * g[i].T)
+        for p in controls
+        for i in inputs
+    ]
+    claims += [
+        _claim(f"Q_{i}{j} = G_{i} P' G_{j}^T", equation, ansatz, g[i] * variance * g[j].T)
+        for (i, j), equation in d.q_xx.items()
+    ]
+    if d.recursion == "levenberg":
+        for p, q in d.q_uu:
+            own = d.curvature[p] if p == q else 0 * c[p] * c[q].T
+            claims.append(_claim(f"Q_{p}{q} = C P' C^T + M", d.q_uu[p, q], ansatz, c[p] * variance * c[q].T + own))
+    return (*claims, *_prove_recursion(d))
+
+
+def _prove_recursion(d: StageDerivation) -> list[Claim]:
+    """``α`` and ``P`` recur, with the coalition's controls side by side: ``Q_ûi = C P' G_iᵀ`` whatever ``Q_ûû``."""
+    size = d.joint_u.symbol.shape[0]
+    joint = MatrixSymbol("C", size, a.BATCH)
+    g = {i: MatrixSymbol(f"G_{i}", d.q_x[i].symbol.shape[0], a.BATCH) for i in d.pattern.inputs}
+    variance, inverse = a.VARIANCE_NEXT, Inverse(d.joint_uu.symbol)
+    known: dict[MatrixExpr, MatrixExpr] = {d.q_x[i].symbol: g[i] * a.ALPHA_NEXT for i in g}
+    known.update((d.joint_ux[i].symbol, joint * variance * g[i].T) for i in g)
+    known.update((d.q_xx[i, j].symbol, g[i] * variance * g[j].T) for i, j in d.q_xx)
+    gains = {d.gains[i].symbol: d.gains[i].expression for i in g}
+    sign = -1 if d.recursion == "printed" else 1
+    shrunk = variance - sign * variance * joint.T * inverse * joint * variance
+    claims = [
+        _claim(f"V_{i} = G_{i} (alpha' + P' C^T k)", equation, known,
+               g[i] * (a.ALPHA_NEXT + variance * joint.T * d.k.symbol))
+        for i, equation in d.new_value_x.items()
+    ]  # fmt: skip
+    for (i, j), equation in d.new_value_xx.items():
+        opened = Equation(equation.symbol, equation.expression.subs(gains).doit())
+        claims.append(_claim(f"V_{i}{j} = G_{i} P G_{j}^T", opened, known, g[i] * shrunk * g[j].T))
+    return claims
+
+
+@lru_cache(maxsize=None)
+def prove_update(recursion: Recursion) -> tuple[Claim, ...]:
+    """The closed form of gains and recursion, by push-through; ``W = (P'⁻¹ + Γ)⁻¹`` where ``Q_uu = M + C P' Cᵀ``."""
+    c, m, variance = a.GRADIENTS, a.CURVATURE, a.VARIANCE_NEXT
+    m_inverse, information = Inverse(m), Inverse(variance)
+    if recursion != "levenberg":
+        k = -m_inverse * (c * a.ALPHA_NEXT + a.DECAY)
+        update = k - m_inverse * c * variance * a.CHANGE
+        weights = a.ALPHA_NEXT + variance * a.CHANGE
+        return (_identity("delta_u = -M^-1 (C w + l), w = alpha' + P' c", update, -m_inverse * (c * weights + a.DECAY)),)
+    identity = Identity(a.BATCH)
+    w = SymmetricSymbol("W", a.BATCH, a.BATCH)
+    rules = (
+        ((c.T, m_inverse, c), a.GRAM),
+        ((w, a.GRAM), identity - w * information),
+        ((a.GRAM, w), identity - information * w),
+    )
+    q_uu = m + c * variance * c.T
+    inverse = m_inverse - m_inverse * c * w * c.T * m_inverse
+    pulled = MatrixSymbol("a", a.BATCH, 1)  # P'⁻¹ α'
+    drift = c.T * m_inverse * a.DECAY
+    k = -inverse * (c * variance * pulled + a.DECAY)
+    update = k - inverse * c * variance * a.CHANGE
+    return (
+        _identity("Q_uu (M^-1 - M^-1 C W C^T M^-1) = I", q_uu * inverse, Identity(a.CONTROLS), rules),
+        _identity("P = P' - P' C^T Q_uu^-1 C P' = W",
+                  variance - variance * c.T * inverse * c * variance, w, rules),
+        _identity("alpha = alpha' + P' C^T k = W (P'^-1 alpha' - s)",
+                  variance * pulled + variance * c.T * k, w * (pulled - drift), rules),
+        _identity("delta_u = -M^-1 (C W (P'^-1 alpha' - s + c) + l)",
+                  update, -m_inverse * (c * w * (pulled - drift + a.CHANGE) + a.DECAY), rules),
+    )  # fmt: skip
+
+
+def _pull_back(
+    jacobian: dict[tuple[str, str], MatrixExpr], outputs: tuple[str, ...], column: str, g: dict[str, MatrixSymbol]
+) -> MatrixExpr:
+    total = jacobian[outputs[0], column].T * g[outputs[0]]
+    for o in outputs[1:]:
+        total = total + jacobian[o, column].T * g[o]
+    return total.doit()
+
+
+def _claim(statement: str, equation: Equation, known: dict[MatrixExpr, MatrixExpr], expected: MatrixExpr) -> Claim:
+    return _identity(statement, equation.expression.subs(known).doit(), expected)
+
+
+def _identity(
+    statement: str,
+    left: MatrixExpr,
+    right: MatrixExpr,
+    rules: tuple[tuple[tuple[MatrixExpr, ...], MatrixExpr], ...] = (),
+) -> Claim:
+    if not is_equal(left, right, rules):
+        raise CompileError(
+            f"the collapse is not applicable: {statement} does not follow from the derivation",
+            "Use backend='dense', which runs the derivation itself, and report the network",
+        )
+    return Claim(statement, left, right)
+
+
+# --- the forms --------------------------------------------------------------------------------------------------------
+
+Equations = tuple[dict[str, Equation], dict[str, Equation]]
+
+
+def _information_form(coupling: Coupling) -> Equations:
+    """No projection: ``Λ = P⁻¹`` and ``y = Λ α`` recur (4a); groups count ``B/b`` times."""
+    gram = a.GROUP_SCALE * a.GRAM if coupling == "groups" else a.GRAM
+    backward = _define(
+        (a.TARGET, a.TARGET_NEXT - a.DRIFT, "theory 4a, with weight decay"),
+        (a.INFORMATION, a.INFORMATION_NEXT + gram, "theory 4a"),
+        (a.ALPHA, Inverse(a.INFORMATION) * a.TARGET, "theory 4a"),
+    )
+    return backward, _define((a.WEIGHTS, Inverse(a.INFORMATION) * (a.TARGET + a.CHANGE), "theory 4a"), _UPDATE)
+
+
+def _block_form(coupling: Coupling) -> Equations:
+    """The projection keeps the diagonal of ``P`` a stage: ``ρ = diag(X⁻¹)``, ``X = diag(ρ')⁻¹ + Γ``."""
+    known = Inverse(DiagMatrix(a.RHO_NEXT))
+    backward = _define(
+        (a.SYSTEM, known + a.GRAM, "4.2, Levenberg"),
+        (a.TARGET, known * a.ALPHA_NEXT - a.DRIFT, "4.2, Levenberg"),
+        (a.ALPHA, Inverse(a.SYSTEM) * a.TARGET, "4.2, Levenberg"),
+        (a.RHO, _diagonal(Inverse(a.SYSTEM)), "4.2, Levenberg"),
+    )
+    return backward, _define((a.WEIGHTS, Inverse(a.SYSTEM) * (a.TARGET + a.CHANGE), "4.2, Levenberg"), _UPDATE)
+
+
+def _paper_form(coupling: Coupling, sign: int, source: str) -> Equations:
+    """``Q_uu = M``: one scalar pair a sample and stage (4b)."""
+    ones = OneMatrix(a.BATCH, 1)
+    shrink = ones - sign * HadamardProduct(a.RHO_NEXT, _diagonal(a.GRAM))
+    backward = _define(
+        (a.OPEN_GAIN, -Inverse(a.CURVATURE) * (a.GRADIENTS * a.ALPHA_NEXT + a.DECAY), "4, theory 4b"),
+        (a.ALPHA, a.ALPHA_NEXT + HadamardProduct(a.RHO_NEXT, a.GRADIENTS.T * a.OPEN_GAIN), source),
+        (a.RHO, HadamardProduct(a.RHO_NEXT, shrink), source),
+    )
+    weights = a.ALPHA_NEXT + HadamardProduct(a.RHO_NEXT, a.CHANGE)
+    return backward, _define((a.WEIGHTS, weights, source), _UPDATE)
+
+
+def _base_form(coupling: Coupling) -> Equations:
+    """Feedback off: the value function is the loss itself, ``α`` stays what it is at the end (Proposition 4)."""
+    return {}, _define((a.WEIGHTS, a.ALPHA_NEXT, "Prop. 4"), _UPDATE)
+
+
+def _diagonal(matrix: MatrixExpr) -> MatrixExpr:
+    """The diagonal as a vector: ``(A ∘ I) 1``."""
+    return HadamardProduct(matrix, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
+
+
+_UPDATE = (a.UPDATE, -Inverse(a.CURVATURE) * (a.GRADIENTS * a.WEIGHTS + a.DECAY), "4, 28")
+
+
+def _define(*equations: tuple[MatrixExpr, MatrixExpr, str]) -> dict[str, Equation]:
+    return {str(symbol): Equation(symbol, expression, source) for symbol, expression, source in equations}
+
+
+FORMS = {
+    "information": _information_form,
+    "block": _block_form,
+    "substituted": lambda coupling: _paper_form(coupling, 1, "theory 4b"),
+    "printed": lambda coupling: _paper_form(coupling, -1, "21-23 as printed"),
+    "base": _base_form,
+}
