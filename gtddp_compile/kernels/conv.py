@@ -1,0 +1,250 @@
+"""Per-sample parameter gradients of convolutions in one to three dimensions (theory: section 4d).
+
+With patches unfolded, a convolution is a linear layer at ``T`` output positions, group by group: ``x`` becomes ``(B, G, n, T)``
+with ``n = (channels / G) · kernel``, ``g`` is ``(B, G, m, T)`` with ``m = outputs / G``, and ``γ_i = Σ_t g_it x_itᵀ``.
+Patches are unfolded a bounded piece at a time (``CHUNK`` elements), each at most once a call.
+
+Options of every kernel: ``stride``, ``padding``, ``dilation`` (tuples, one entry an axis; ``padding`` may be ``"same"``) and
+``groups``. Transposed convolutions go through the generic rule.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 2**24
+"""Bound on the elements of an intermediate tensor."""
+
+
+def conv_gram_form(samples: int, positions: int, inputs: int, outputs: int) -> str:
+    """The cheaper way to the Gram matrix of a spherical weight, by multiplications a group.
+
+    ``inputs`` is ``n``, the patch size, ``outputs`` the output channels, both of one group. ``"pairs"`` sums over pairs of
+    positions: ``B² T² (n + m)``; ``"materialised"`` builds the per-sample gradients: ``B m n T + B² m n``.
+    """
+    pairs = samples**2 * positions**2 * (inputs + outputs)
+    materialised = samples * inputs * outputs * (positions + samples)
+    return "pairs" if pairs <= materialised else "materialised"
+
+
+def _conv_margins(
+    kernel: tuple[int, ...], padding: tuple[int, ...] | str, dilation: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Zeros before and after each axis; ``"same"`` puts the odd one after, as torch does."""
+    if padding == "valid":
+        return tuple((0, 0) for _ in kernel)
+    if isinstance(padding, str):
+        totals = [gap * (size - 1) for size, gap in zip(kernel, dilation, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((width, width) for width in padding)
+
+
+def _conv_padded(x: Tensor, margins: tuple[tuple[int, int], ...]) -> Tensor:
+    """``x`` with zeros around its spatial axes."""
+    widths = [width for pair in reversed(margins) for width in pair]
+    return F.pad(x, widths) if any(widths) else x
+
+
+def _conv_groups(values: Tensor, groups: int) -> Tensor:
+    """``(B, channels, …)`` as ``(B, G, channels / G, …)``."""
+    shape = values.shape
+    return values.reshape(shape[0], groups, shape[1] // groups, *shape[2:])
+
+
+def _conv_symmetric(
+    x: Tensor, weight: Tensor, padding: tuple[int, ...] | str, dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """``x`` and a padding of equal widths on both sides that together say the same."""
+    margins = _conv_margins(tuple(weight.shape[2:]), padding, dilation)
+    if all(before == after for before, after in margins):
+        return x, tuple(before for before, _ in margins)
+    return _conv_padded(x, margins), tuple(0 for _ in margins)
+
+
+def _conv_patches(
+    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> Tensor:
+    """Patches ``(B, G, n, T)`` of an input that is padded already."""
+    axes = len(kernel)
+    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(axis + 2, gap * (size - 1) + 1, step)[..., ::gap]
+    x = x.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
+    positions = math.prod(x.shape[2 + axes :])
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups * math.prod(kernel), positions)
+
+
+def _conv_gradients(
+    x: Tensor, g: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    """``γ`` ``(B, G, m, n)`` from a padded ``x`` ``(B, G, channels, …)`` and ``g`` ``(B, G, m, T)``, samples by samples."""
+    samples, groups, channels = x.shape[:3]
+    step = max(1, CHUNK // (groups * channels * math.prod(kernel) * g.shape[-1]))
+    blocks = []
+    for start in range(0, samples, step):
+        part = x[start : start + step].flatten(1, 2)
+        blocks.append(g[start : start + step] @ _conv_patches(part, kernel, stride, dilation, groups).mT)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _conv_blocks(
+    x: Tensor, g: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Per-sample gradients, input channels by input channels: ``(channels, (B, G, m, channels · kernel))``."""
+    step = max(1, CHUNK // (g.shape[0] * g.shape[1] * g.shape[2] * math.prod(kernel)))
+    for start in range(0, x.shape[2], step):
+        channels = slice(start, start + step)
+        yield channels, _conv_gradients(x[:, :, channels], g, kernel, stride, dilation)
+
+
+def _conv_pairs(x: Tensor, g: Tensor) -> Tensor:
+    """``Σ_st (x_is · x_jt)(g_is · g_jt)`` over groups, ``(B, B)``, of ``x`` ``(B, G, n, T)`` and ``g`` ``(B, G, m, T)``."""
+    samples, groups, _, positions = x.shape
+    x, g = x.permute(1, 0, 3, 2), g.permute(1, 0, 3, 2)
+    all_x, all_g = x.flatten(1, 2).mT, g.flatten(1, 2).mT
+    step = max(1, CHUNK // (groups * samples * positions**2))
+    blocks = []
+    for start in range(0, samples, step):
+        part = slice(start, start + step)
+        product = (x[:, part].flatten(1, 2) @ all_x) * (g[:, part].flatten(1, 2) @ all_g)
+        blocks.append(product.reshape(groups, -1, positions, samples, positions).sum((0, 2, 4)))
+    return torch.cat(blocks)
+
+
+def _conv_metric(metric: Tensor, channels: slice, groups: int) -> Tensor:
+    """A diagonal metric's part for a block: ``(G, m, channels · kernel)``."""
+    shape = metric.shape
+    return metric.reshape(groups, shape[0] // groups, *shape[1:])[:, :, channels].flatten(2)
+
+
+def conv_weighted(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> tuple[Tensor, ...]:
+    """``γᵀ 1``: the weight's and the bias's shape."""
+    bias = (g.flatten(2).sum((0, 2)),) if wants[1] else ()
+    if not wants[0]:
+        return bias
+    x, widths = _conv_symmetric(operands[0], params[0], padding, dilation)
+    zeros, only_weight = [0 for _ in stride], [False, True, False]
+    weight: Tensor = torch.ops.aten.convolution_backward(
+        g, x, params[0], None, stride, widths, dilation, False, zeros, groups, only_weight
+    )[1]
+    return (weight, *bias)
+
+
+def conv_gram(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape."""
+    samples = g.shape[0]
+    gram = g.new_zeros(samples, samples)
+    if wants[0]:
+        weight, kernel = metric[0], tuple(params[0].shape[2:])
+        spherical = not isinstance(weight, Tensor) or weight.dim() == 0
+        x = _conv_padded(operands[0], _conv_margins(kernel, padding, dilation))
+        rows = _conv_groups(g, groups).flatten(3)
+        patch = params[0][0].numel()
+        if spherical and conv_gram_form(samples, rows.shape[-1], patch, rows.shape[2]) == "pairs":
+            gram = _conv_pairs(_conv_patches(x, kernel, stride, dilation, groups), rows) * weight
+        else:
+            split = _conv_groups(x, groups)
+            for channels, block in _conv_blocks(split, rows, kernel, stride, dilation):
+                scale = 1.0 if spherical else _conv_metric(weight, channels, groups) ** 0.5  # type: ignore[arg-type]
+                flat = (block if spherical else block * scale).flatten(1)
+                gram = gram + flat @ flat.mT
+            gram = gram * weight if spherical else gram
+    if wants[1]:
+        bias = g.flatten(2).sum(2) * metric[-1] ** 0.5
+        gram = gram + bias @ bias.mT
+    return gram
+
+
+def conv_gram_diagonal(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """The diagonal of ``γ M⁻¹ γᵀ``, ``(B,)``."""
+    samples = g.shape[0]
+    diagonal = g.new_zeros(samples)
+    if wants[0]:
+        weight, kernel = metric[0], tuple(params[0].shape[2:])
+        x = _conv_groups(_conv_padded(operands[0], _conv_margins(kernel, padding, dilation)), groups)
+        rows = _conv_groups(g, groups).flatten(3)
+        for channels, block in _conv_blocks(x, rows, kernel, stride, dilation):
+            diagonal_metric = isinstance(weight, Tensor) and weight.dim() > 0
+            scale = _conv_metric(weight, channels, groups) if diagonal_metric else weight  # type: ignore[arg-type]
+            diagonal = diagonal + (block.square() * scale).flatten(1).sum(1)
+    if wants[1]:
+        diagonal = diagonal + (g.flatten(2).sum(2).square() * metric[-1]).sum(1)
+    return diagonal
+
+
+def conv_directional(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    direction: tuple[Tensor, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``⟨γ_i, v⟩ = Σ_t g_it · (V * x_i + v_b)_t``, ``(B,)``."""
+    if not wants[0]:
+        return g.flatten(2).sum(2) @ direction[0]
+    x, widths = _conv_symmetric(operands[0], params[0], padding, dilation)
+    bias, zeros = direction[1] if wants[1] else None, [0 for _ in stride]
+    change = torch.convolution(x, direction[0], bias, stride, widths, dilation, False, zeros, groups)
+    return (g * change).flatten(1).sum(1)
+
+
+def conv_per_sample(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> tuple[Tensor, ...]:
+    """``γ``, ``(B, *shape)`` for each wanted parameter."""
+    samples, result = g.shape[0], []
+    if wants[0]:
+        kernel = tuple(params[0].shape[2:])
+        x = _conv_groups(_conv_padded(operands[0], _conv_margins(kernel, padding, dilation)), groups)
+        rows = _conv_groups(g, groups).flatten(3)
+        result.append(_conv_gradients(x, rows, kernel, stride, dilation).reshape(samples, *params[0].shape))
+    if wants[1]:
+        result.append(g.flatten(2).sum(2))
+    return tuple(result)

@@ -1,0 +1,250 @@
+"""Per-sample parameter gradients of any differentiable operation, by automatic differentiation.
+
+``function(params, *operands) -> h`` is the operation. Choose a layer's own kernels where there are some: these build
+``γ`` (``B × parameters``) for everything but ``weighted`` and, with forward mode, ``directional``.
+
+Options, the same for every kernel (``generic_probe`` finds them by a trial at compile time):
+
+* ``function``: the operation;
+* ``batched``: for each operand whether its leading axis is the batch; ``()`` means that all are;
+* ``mixes``: the operation cannot be evaluated on one sample alone, because it mixes samples, has no operand with a
+  batch axis (an expanded class token) or has the batch size built in. Sample ``i`` is then told apart by its
+  cotangent, operands are always those of the whole batch, and ``g`` may be rows ``first``, ``first + 1`` … alone;
+* ``vectorised``: ``torch.func.vmap`` supports the operation; otherwise a loop over samples;
+* ``forward_mode``: ``torch.func.jvp`` supports the operation; otherwise ``directional`` goes through ``γ``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**24
+"""Bound on the elements of an intermediate tensor, ``γ`` itself excepted."""
+
+
+def _generic_closed(
+    function: Callable[..., Tensor], params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """``function`` of the wanted parameters (one tuple) and the operands, and those parameters."""
+
+    def of_wanted(wanted: tuple[Tensor, ...], *operands: Tensor) -> Tensor:
+        rest = iter(wanted)
+        chosen = (next(rest) if want else param for param, want in zip(params, wants, strict=True))
+        return function(tuple(chosen), *operands)
+
+    pairs = zip(params, wants, strict=True)
+    return of_wanted, tuple(param.detach() for param, want in pairs if want and param is not None)
+
+
+def _generic_pull(
+    closed: Callable[..., Tensor], wanted: tuple[Tensor, ...], operands: tuple[Tensor, ...]
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """The operation's value and the pull-back of a cotangent to the wanted parameters."""
+    output, pull = torch.func.vjp(lambda values: closed(values, *operands), wanted)  # type: ignore[misc]
+    return output, lambda cotangent: tuple(pull(cotangent)[0])
+
+
+def _generic_alone(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    closed: Callable[..., Tensor],
+    wanted: tuple[Tensor, ...],
+    batched: tuple[bool, ...],
+    vectorised: bool,
+) -> tuple[Tensor, ...]:
+    """``γ`` by evaluating the operation on batches of one sample."""
+
+    def one(cotangent: Tensor, *sample: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(sample, batched, strict=True)
+        _, pull = _generic_pull(closed, wanted, tuple(value[None] if split else value for value, split in pairs))
+        return pull(cotangent[None])
+
+    if vectorised:
+        axes = (0, *(0 if split else None for split in batched))
+        step = max(1, CHUNK // max(1, g[0].numel()))
+        result: tuple[Tensor, ...] = torch.func.vmap(one, in_dims=axes, chunk_size=step)(g, *operands)
+        return result
+    rows = []
+    for index in range(g.shape[0]):
+        sample = [value[index] if split else value for value, split in zip(operands, batched, strict=True)]
+        rows.append(one(g[index], *sample))
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def _generic_masked(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    closed: Callable[..., Tensor],
+    wanted: tuple[Tensor, ...],
+    vectorised: bool,
+    first: int,
+) -> tuple[Tensor, ...]:
+    """``γ`` by pulling back cotangents that are zero outside one sample."""
+    output, pull = _generic_pull(closed, wanted, operands)
+    masks = torch.eye(output.shape[0], dtype=g.dtype, device=g.device)[first : first + g.shape[0]]
+    masks = masks.reshape(*masks.shape, *(1 for _ in range(g.dim() - 1)))
+
+    def one(mask: Tensor, row: Tensor) -> tuple[Tensor, ...]:
+        return pull(mask * row)
+
+    if vectorised:
+        step = max(1, CHUNK // max(1, output.numel()))
+        result: tuple[Tensor, ...] = torch.func.vmap(one, chunk_size=step)(masks, g)
+        return result
+    rows = [one(mask, row) for mask, row in zip(masks, g, strict=True)]
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def generic_per_sample(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    *,
+    function: Callable[..., Tensor],
+    batched: tuple[bool, ...] = (),
+    mixes: bool = False,
+    vectorised: bool = True,
+    first: int = 0,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """``γ``, ``(B, *shape)`` for each wanted parameter."""
+    closed, wanted = _generic_closed(function, params, wants)
+    split = batched or tuple(True for _ in operands)
+    if mixes or not any(split):
+        return _generic_masked(operands, g, closed, wanted, vectorised, first)
+    return _generic_alone(operands, g, closed, wanted, split, vectorised)
+
+
+def generic_weighted(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    *,
+    function: Callable[..., Tensor],
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """``γᵀ 1``, of each wanted parameter's shape; ``g`` is the whole batch's."""
+    closed, wanted = _generic_closed(function, params, wants)
+    _, pull = _generic_pull(closed, wanted, operands)
+    return pull(g)
+
+
+def generic_gram(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+    **options: Any,
+) -> Tensor:
+    """``γ M⁻¹ γᵀ``, ``(B, B)``."""
+    samples = g.shape[0]
+    step = max(1, CHUNK // samples)
+    gram = g.new_zeros(samples, samples)
+    for gradient, entry in zip(
+        generic_per_sample(operands, g, params, wants, **options), metric, strict=True
+    ):
+        flat = gradient.reshape(samples, -1)
+        scale = entry.reshape(-1) if isinstance(entry, Tensor) else None
+        for start in range(0, flat.shape[1], step):
+            part = flat[:, start : start + step]
+            if scale is None or scale.numel() == 1:
+                gram = gram + (part @ part.mT) * (entry if scale is None else scale)
+            else:
+                rows = part * scale[start : start + step] ** 0.5
+                gram = gram + rows @ rows.mT
+    return gram
+
+
+def generic_gram_diagonal(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+    **options: Any,
+) -> Tensor:
+    """The diagonal of ``γ M⁻¹ γᵀ``, ``(B,)``."""
+    gradients = generic_per_sample(operands, g, params, wants, **options)
+    pairs = zip(gradients, metric, strict=True)
+    return torch.stack([(rows.square() * entry).reshape(g.shape[0], -1).sum(1) for rows, entry in pairs]).sum(
+        0
+    )
+
+
+def generic_directional(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    direction: tuple[Tensor, ...],
+    *,
+    function: Callable[..., Tensor],
+    forward_mode: bool = True,
+    first: int = 0,
+    **options: Any,
+) -> Tensor:
+    """``⟨γ_i, v⟩ = ⟨g_i, (∂h/∂u v)_i⟩``, ``(B,)``."""
+    if forward_mode:
+        closed, wanted = _generic_closed(function, params, wants)
+        pushed: tuple[Tensor, ...] = torch.func.jvp(
+            lambda values: closed(values, *operands), (wanted,), (tuple(direction),)
+        )
+        return (pushed[1][first : first + g.shape[0]] * g).reshape(g.shape[0], -1).sum(1)
+    gradients = generic_per_sample(operands, g, params, wants, function=function, first=first, **options)
+    pairs = zip(gradients, direction, strict=True)
+    return torch.stack([(rows * change).reshape(g.shape[0], -1).sum(1) for rows, change in pairs]).sum(0)
+
+
+def generic_probe(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    *,
+    function: Callable[..., Tensor],
+    batched: tuple[bool, ...] = (),
+    mixes: bool = False,
+) -> dict[str, bool]:
+    """The options ``mixes``, ``vectorised`` and ``forward_mode`` that serve this operation, by a trial at compile time.
+
+    Each faster way is taken only if it runs and agrees with the slow one. Whatever the operation raises when it is
+    evaluated as the model evaluates it (whole batch, plain reverse mode) is passed on.
+    """
+    common: dict[str, Any] = {"function": function, "batched": batched}
+    plain: dict[str, Any] = {**common, "mixes": True, "vectorised": False}
+    expected = generic_per_sample(operands, g, params, wants, **plain)
+    size = max(1.0, *(float(rows.abs().max()) for rows in expected if rows.numel()))
+    precision = math.sqrt(torch.finfo(g.dtype).eps) * size
+
+    def agrees(attempt: Callable[[], tuple[Tensor, ...]], reference: tuple[Tensor, ...]) -> bool:
+        try:
+            found = attempt()
+        except Exception:  # an unsupported operation may raise anything; the slow way remains
+            return False
+        pairs = zip(found, reference, strict=True)
+        return all(a.shape == b.shape and torch.allclose(a, b, 1e-2, precision) for a, b in pairs)
+
+    def gamma(**options: Any) -> tuple[Tensor, ...]:
+        return generic_per_sample(operands, g, params, wants, **{**common, **options})
+
+    split = batched or tuple(True for _ in operands)
+    alone = not mixes and any(split) and agrees(lambda: gamma(mixes=False, vectorised=False), expected)
+    vectorised = agrees(lambda: gamma(mixes=not alone, vectorised=True), expected)
+    pairs = zip(params, wants, strict=True)
+    change = tuple(torch.ones_like(param) for param, want in pairs if want and param is not None)
+
+    def along(forward_mode: bool) -> tuple[Tensor, ...]:
+        options = {**plain, "forward_mode": forward_mode}
+        return (generic_directional(operands, g, params, wants, change, **options),)
+
+    return {
+        "mixes": not alone,
+        "vectorised": vectorised,
+        "forward_mode": agrees(lambda: along(True), along(False)),
+    }

@@ -1,0 +1,163 @@
+"""Per-sample parameter gradients of ``h = x Wᵀ + b`` (theory: section 4d).
+
+``x`` is ``(B, …, n)``, ``h`` and ``g`` are ``(B, …, m)``; the middle axes are *positions*, ``T`` of them in all. Then
+``γ_i = (Σ_t g_it x_itᵀ, Σ_t g_it)``, and for a spherical metric without positions ``Γ = η_w (X Xᵀ) ∘ (G Gᵀ) + η_b G Gᵀ``.
+Nothing larger than about ``CHUNK`` elements is built on the way.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 2**24
+"""Bound on the elements of an intermediate tensor."""
+
+
+def linear_gram_form(samples: int, positions: int, inputs: int, outputs: int) -> str:
+    """The cheaper way to the Gram matrix of a spherical weight, by multiplications.
+
+    ``"pairs"`` sums ``(x_is · x_jt)(g_is · g_jt)`` over pairs of positions: ``B² T² (n + m)``. ``"materialised"`` builds
+    the per-sample gradients and multiplies them: ``B m n T + B² m n``. A diagonal metric is always materialised.
+    """
+    pairs = samples**2 * positions**2 * (inputs + outputs)
+    materialised = samples * inputs * outputs * (positions + samples)
+    return "pairs" if pairs <= materialised else "materialised"
+
+
+def _linear_rows(values: Tensor) -> Tensor:
+    """All positions in one axis: ``(B, …, n)`` as ``(B, T, n)``."""
+    return values.reshape(values.shape[0], -1, values.shape[-1])
+
+
+def _linear_blocks(x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Per-sample weight gradients, output rows by output rows: ``(rows, (B, rows, n))``."""
+    step = max(1, CHUNK // (x.shape[0] * x.shape[-1]))
+    for start in range(0, g.shape[-1], step):
+        rows = slice(start, start + step)
+        columns = g[..., rows].mT
+        yield rows, columns * x if x.shape[1] == 1 else columns @ x
+
+
+def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
+    """``Σ_st (x_is · x_jt)(g_is · g_jt)`` as ``(B, B)``."""
+    samples, positions, _ = x.shape
+    all_x, all_g = x.flatten(0, 1).mT, g.flatten(0, 1).mT
+    step = max(1, CHUNK // (samples * positions**2))
+    blocks = []
+    for start in range(0, samples, step):
+        part = slice(start, start + step)
+        product = (x[part].flatten(0, 1) @ all_x) * (g[part].flatten(0, 1) @ all_g)
+        blocks.append(product.reshape(-1, positions, samples, positions).sum((1, 3)))
+    return torch.cat(blocks)
+
+
+def _linear_weight_gram(x: Tensor, g: Tensor, metric: Tensor | float) -> Tensor:
+    """The weight's part of the Gram matrix; ``x`` ``(B, T, n)``, ``g`` ``(B, T, m)``."""
+    spherical = not isinstance(metric, Tensor) or metric.dim() == 0
+    samples, positions, inputs = x.shape
+    if spherical and linear_gram_form(samples, positions, inputs, g.shape[-1]) == "pairs":
+        return _linear_pairs(x, g) * metric
+    gram = g.new_zeros(samples, samples)
+    for rows, block in _linear_blocks(x, g):
+        scaled = block if spherical else block * metric[rows] ** 0.5  # type: ignore[index]
+        flat = scaled.flatten(1)
+        gram = gram + flat @ flat.mT
+    return gram * metric if spherical else gram
+
+
+def linear_weighted(
+    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    """``γᵀ 1``: the weight's ``(m, n)``, the bias's ``(m,)``."""
+    flat = g.flatten(0, -2)
+    result = []
+    if wants[0]:
+        result.append(flat.mT @ operands[0].flatten(0, -2))
+    if wants[1]:
+        result.append(flat.sum(0))
+    return tuple(result)
+
+
+def linear_gram(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+) -> Tensor:
+    """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape."""
+    x, g = _linear_rows(operands[0]), _linear_rows(g)
+    spherical = all(not isinstance(entry, Tensor) or entry.dim() == 0 for entry in metric)
+    if x.shape[1] == 1 and spherical:
+        x, g = x[:, 0], g[:, 0]
+        factor = x @ x.mT * metric[0] if wants[0] else 0.0
+        return (factor + metric[-1] if wants[1] else factor) * (g @ g.mT)
+    gram = g.new_zeros(g.shape[0], g.shape[0])
+    if wants[0]:
+        gram = gram + _linear_weight_gram(x, g, metric[0])
+    if wants[1]:
+        bias = g.sum(1) * metric[-1] ** 0.5
+        gram = gram + bias @ bias.mT
+    return gram
+
+
+def linear_gram_diagonal(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+) -> Tensor:
+    """The diagonal of ``γ M⁻¹ γᵀ``, ``(B,)``."""
+    x, g = _linear_rows(operands[0]), _linear_rows(g)
+    samples, positions, inputs = x.shape
+    diagonal = g.new_zeros(samples)
+    if wants[0]:
+        weight = metric[0]
+        spherical = not isinstance(weight, Tensor) or weight.dim() == 0
+        if positions == 1:
+            squares = x.square()
+            norms = squares.sum(-1, keepdim=True) * weight if spherical else squares @ weight.mT  # type: ignore[union-attr]
+            diagonal = diagonal + (g.square() * norms).sum((1, 2))
+        elif spherical and positions * (inputs + g.shape[-1]) <= inputs * g.shape[-1]:
+            step = max(1, CHUNK // positions**2)
+            for start in range(0, samples, step):
+                part = slice(start, start + step)
+                product = (x[part] @ x[part].mT) * (g[part] @ g[part].mT)
+                diagonal[part] = product.sum((1, 2)) * weight
+        else:
+            for rows, block in _linear_blocks(x, g):
+                scale = weight if spherical else weight[rows]  # type: ignore[index]
+                diagonal = diagonal + (block.square() * scale).sum((1, 2))
+    if wants[1]:
+        diagonal = diagonal + (g.sum(1).square() * metric[-1]).sum(1)
+    return diagonal
+
+
+def linear_directional(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    direction: tuple[Tensor, ...],
+) -> Tensor:
+    """``⟨γ_i, v⟩ = Σ_t g_it · (V x_it + v_b)``, ``(B,)``."""
+    if not wants[0]:
+        return _linear_rows(g).sum(1) @ direction[0]
+    change = F.linear(operands[0], direction[0], direction[1] if wants[1] else None)
+    return (g * change).flatten(1).sum(1)
+
+
+def linear_per_sample(
+    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    """``γ``: the weight's ``(B, m, n)``, the bias's ``(B, m)``."""
+    x, g = _linear_rows(operands[0]), _linear_rows(g)
+    result = []
+    if wants[0]:
+        result.append(g.mT * x if x.shape[1] == 1 else g.mT @ x)
+    if wants[1]:
+        result.append(g.sum(1))
+    return tuple(result)
