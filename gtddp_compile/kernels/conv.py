@@ -1,11 +1,12 @@
 """Per-sample parameter gradients of convolutions in one to three dimensions (theory: section 4d).
 
-With patches unfolded, a convolution is a linear layer at ``T`` output positions, group by group: ``x`` becomes ``(B, G, n, T)``
-with ``n = (channels / G) · kernel``, ``g`` is ``(B, G, m, T)`` with ``m = outputs / G``, and ``γ_i = Σ_t g_it x_itᵀ``.
-Patches are unfolded a bounded piece at a time (``CHUNK`` elements), each at most once a call.
+With patches unfolded, a convolution is a linear layer at ``T`` output positions, group by group: ``x``
+becomes ``(B, G, n, T)`` with ``n = (channels / G) · kernel``, ``g`` is ``(B, G, m, T)`` with ``m = outputs /
+G``, and ``γ_i = Σ_t g_it x_itᵀ``. Patches are unfolded a bounded piece at a time (``CHUNK`` elements), each
+at most once a call.
 
-Options of every kernel: ``stride``, ``padding``, ``dilation`` (tuples, one entry an axis; ``padding`` may be ``"same"``) and
-``groups``. Transposed convolutions go through the generic rule.
+Options of every kernel: ``stride``, ``padding``, ``dilation`` (tuples, one entry an axis; ``padding`` may be
+``"same"``) and ``groups``. Transposed convolutions go through the generic rule.
 """
 
 import math
@@ -22,8 +23,9 @@ CHUNK = 2**24
 def conv_gram_form(samples: int, positions: int, inputs: int, outputs: int) -> str:
     """The cheaper way to the Gram matrix of a spherical weight, by multiplications a group.
 
-    ``inputs`` is ``n``, the patch size, ``outputs`` the output channels, both of one group. ``"pairs"`` sums over pairs of
-    positions: ``B² T² (n + m)``; ``"materialised"`` builds the per-sample gradients: ``B m n T + B² m n``.
+    ``inputs`` is ``n``, the patch size, ``outputs`` the output channels, both of one group. ``"pairs"`` sums
+    over pairs of positions: ``B² T² (n + m)``; ``"materialised"`` builds the per-sample gradients: ``B m n T
+    + B² m n``.
     """
     pairs = samples**2 * positions**2 * (inputs + outputs)
     materialised = samples * inputs * outputs * (positions + samples)
@@ -79,7 +81,7 @@ def _conv_patches(
 def _conv_gradients(
     x: Tensor, g: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> Tensor:
-    """``γ`` ``(B, G, m, n)`` from a padded ``x`` ``(B, G, channels, …)`` and ``g`` ``(B, G, m, T)``, samples by samples."""
+    """``γ`` ``(B, G, m, n)`` from a padded ``x`` ``(B, G, channels, …)`` and ``g`` ``(B, G, m, T)``."""
     samples, groups, channels = x.shape[:3]
     step = max(1, CHUNK // (groups * channels * math.prod(kernel) * g.shape[-1]))
     blocks = []
@@ -92,7 +94,7 @@ def _conv_gradients(
 def _conv_blocks(
     x: Tensor, g: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Per-sample gradients, input channels by input channels: ``(channels, (B, G, m, channels · kernel))``."""
+    """Per-sample gradients, some input channels at a time: ``(channels, (B, G, m, channels · kernel))``."""
     step = max(1, CHUNK // (g.shape[0] * g.shape[1] * g.shape[2] * math.prod(kernel)))
     for start in range(0, x.shape[2], step):
         channels = slice(start, start + step)
@@ -100,7 +102,7 @@ def _conv_blocks(
 
 
 def _conv_pairs(x: Tensor, g: Tensor) -> Tensor:
-    """``Σ_st (x_is · x_jt)(g_is · g_jt)`` over groups, ``(B, B)``, of ``x`` ``(B, G, n, T)`` and ``g`` ``(B, G, m, T)``."""
+    """``Σ_st (x_is · x_jt)(g_is · g_jt)``, ``(B, B)``: ``x`` ``(B, G, n, T)``, ``g`` ``(B, G, m, T)``."""
     samples, groups, _, positions = x.shape
     x, g = x.permute(1, 0, 3, 2), g.permute(1, 0, 3, 2)
     all_x, all_g = x.flatten(1, 2).mT, g.flatten(1, 2).mT

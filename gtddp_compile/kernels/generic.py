@@ -1,15 +1,17 @@
 """Per-sample parameter gradients of any differentiable operation, by automatic differentiation.
 
-``function(params, *operands) -> h`` is the operation. Choose a layer's own kernels where there are some: these build
-``γ`` (``B × parameters``) for everything but ``weighted`` and, with forward mode, ``directional``.
+``function(params, *operands) -> h`` is the operation. Choose a layer's own kernels where there are some:
+these build ``γ`` (``B × parameters``) for everything but ``weighted`` and, with forward mode,
+``directional``.
 
 Options, the same for every kernel (``generic_probe`` finds them by a trial at compile time):
 
 * ``function``: the operation;
 * ``batched``: for each operand whether its leading axis is the batch; ``()`` means that all are;
-* ``mixes``: the operation cannot be evaluated on one sample alone, because it mixes samples, has no operand with a
-  batch axis (an expanded class token) or has the batch size built in. Sample ``i`` is then told apart by its
-  cotangent, operands are always those of the whole batch, and ``g`` may be rows ``first``, ``first + 1`` … alone;
+* ``mixes``: the operation cannot be evaluated on one sample alone, because it mixes samples, has no operand
+  with a batch axis (an expanded class token) or has the batch size built in. Sample ``i`` is then told apart
+  by its cotangent, operands are always those of the whole batch, and ``g`` may be rows ``first``, ``first +
+  1`` … alone;
 * ``vectorised``: ``torch.func.vmap`` supports the operation; otherwise a loop over samples;
 * ``forward_mode``: ``torch.func.jvp`` supports the operation; otherwise ``directional`` goes through ``γ``.
 """
@@ -41,10 +43,22 @@ def _generic_closed(
 
 def _generic_pull(
     closed: Callable[..., Tensor], wanted: tuple[Tensor, ...], operands: tuple[Tensor, ...]
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """The operation's value and the pull-back of a cotangent to the wanted parameters."""
-    output, pull = torch.func.vjp(lambda values: closed(values, *operands), wanted)  # type: ignore[misc]
-    return output, lambda cotangent: tuple(pull(cotangent)[0])
+) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
+    """The operation's value and the pull-back of cotangents (one, or several at once) to the wanted parameters.
+
+    ``torch.autograd``, since ``torch.func`` refuses a user's ``autograd.Function`` without
+    ``setup_context``.
+    """
+    with torch.enable_grad():
+        leaves = tuple(param.detach().requires_grad_() for param in wanted)
+        output = closed(leaves, *operands)
+
+    def pull(cotangent: Tensor, several: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            output, leaves, cotangent, retain_graph=True, is_grads_batched=several, materialize_grads=True
+        )
+
+    return output.detach(), pull
 
 
 def _generic_alone(
@@ -57,10 +71,13 @@ def _generic_alone(
 ) -> tuple[Tensor, ...]:
     """``γ`` by evaluating the operation on batches of one sample."""
 
-    def one(cotangent: Tensor, *sample: Tensor) -> tuple[Tensor, ...]:
+    def alone(sample: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         pairs = zip(sample, batched, strict=True)
-        _, pull = _generic_pull(closed, wanted, tuple(value[None] if split else value for value, split in pairs))
-        return pull(cotangent[None])
+        return tuple(value[None] if split else value for value, split in pairs)
+
+    def one(cotangent: Tensor, *sample: Tensor) -> tuple[Tensor, ...]:
+        _, pull = torch.func.vjp(lambda values: closed(values, *alone(sample)), wanted)  # type: ignore[misc]
+        return tuple(pull(cotangent[None])[0])
 
     if vectorised:
         axes = (0, *(0 if split else None for split in batched))
@@ -69,8 +86,9 @@ def _generic_alone(
         return result
     rows = []
     for index in range(g.shape[0]):
-        sample = [value[index] if split else value for value, split in zip(operands, batched, strict=True)]
-        rows.append(one(g[index], *sample))
+        pairs = zip(operands, batched, strict=True)
+        sample = tuple(value[index] if split else value for value, split in pairs)
+        rows.append(_generic_pull(closed, wanted, alone(sample))[1](g[index : index + 1]))
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
@@ -84,18 +102,18 @@ def _generic_masked(
 ) -> tuple[Tensor, ...]:
     """``γ`` by pulling back cotangents that are zero outside one sample."""
     output, pull = _generic_pull(closed, wanted, operands)
-    masks = torch.eye(output.shape[0], dtype=g.dtype, device=g.device)[first : first + g.shape[0]]
-    masks = masks.reshape(*masks.shape, *(1 for _ in range(g.dim() - 1)))
-
-    def one(mask: Tensor, row: Tensor) -> tuple[Tensor, ...]:
-        return pull(mask * row)
-
-    if vectorised:
-        step = max(1, CHUNK // max(1, output.numel()))
-        result: tuple[Tensor, ...] = torch.func.vmap(one, chunk_size=step)(masks, g)
-        return result
-    rows = [one(mask, row) for mask, row in zip(masks, g, strict=True)]
-    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    step = max(1, CHUNK // max(1, output.numel())) if vectorised else 1
+    blocks = []
+    for start in range(0, g.shape[0], step):
+        rows = g[start : start + step]
+        count = torch.arange(rows.shape[0], device=g.device)
+        cotangents = g.new_zeros(rows.shape[0], *output.shape)
+        cotangents[count, first + start + count] = rows
+        if vectorised:
+            blocks.append(pull(cotangents, several=True))
+        else:
+            blocks.append(tuple(gradient[None] for gradient in pull(cotangents[0])))
+    return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
 
 
 def generic_per_sample(
@@ -211,10 +229,10 @@ def generic_probe(
     batched: tuple[bool, ...] = (),
     mixes: bool = False,
 ) -> dict[str, bool]:
-    """The options ``mixes``, ``vectorised`` and ``forward_mode`` that serve this operation, by a trial at compile time.
+    """Options ``mixes``, ``vectorised``, ``forward_mode`` of this operation, by a trial at compile time.
 
-    Each faster way is taken only if it runs and agrees with the slow one. Whatever the operation raises when it is
-    evaluated as the model evaluates it (whole batch, plain reverse mode) is passed on.
+    Each faster way is taken only if it runs and agrees with the slow one. Whatever the operation raises when
+    it is evaluated as the model evaluates it (whole batch, plain reverse mode) is passed on.
     """
     common: dict[str, Any] = {"function": function, "batched": batched}
     plain: dict[str, Any] = {**common, "mixes": True, "vectorised": False}

@@ -1,8 +1,8 @@
 """Per-sample parameter gradients of ``h = x Wᵀ + b`` (theory: section 4d).
 
-``x`` is ``(B, …, n)``, ``h`` and ``g`` are ``(B, …, m)``; the middle axes are *positions*, ``T`` of them in all. Then
-``γ_i = (Σ_t g_it x_itᵀ, Σ_t g_it)``, and for a spherical metric without positions ``Γ = η_w (X Xᵀ) ∘ (G Gᵀ) + η_b G Gᵀ``.
-Nothing larger than about ``CHUNK`` elements is built on the way.
+``x`` is ``(B, …, n)``, ``h`` and ``g`` are ``(B, …, m)``; the middle axes are *positions*, ``T`` of them in
+all. Then ``γ_i = (Σ_t g_it x_itᵀ, Σ_t g_it)``, and for a spherical metric without positions ``Γ = η_w (X Xᵀ)
+∘ (G Gᵀ) + η_b G Gᵀ``. Nothing larger than about ``CHUNK`` elements is built on the way.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,9 @@ CHUNK = 2**24
 def linear_gram_form(samples: int, positions: int, inputs: int, outputs: int) -> str:
     """The cheaper way to the Gram matrix of a spherical weight, by multiplications.
 
-    ``"pairs"`` sums ``(x_is · x_jt)(g_is · g_jt)`` over pairs of positions: ``B² T² (n + m)``. ``"materialised"`` builds
-    the per-sample gradients and multiplies them: ``B m n T + B² m n``. A diagonal metric is always materialised.
+    ``"pairs"`` sums ``(x_is · x_jt)(g_is · g_jt)`` over pairs of positions: ``B² T² (n + m)``.
+    ``"materialised"`` builds the per-sample gradients and multiplies them: ``B m n T + B² m n``. A diagonal
+    metric is always materialised.
     """
     pairs = samples**2 * positions**2 * (inputs + outputs)
     materialised = samples * inputs * outputs * (positions + samples)

@@ -1,12 +1,12 @@
 """Per-sample parameter gradients of a normalisation's affine part, ``h = x̂ ∘ w + b``.
 
-``x̂`` depends on neither ``w`` nor ``b``, so ``γ_w = Σ g ∘ x̂`` and ``γ_b = Σ g`` over the positions of one sample.
-``norm_prepare`` computes ``x̂`` from the operands; it must see the *whole* batch (batch statistics mix samples), and
-every other kernel takes the prepared operands ``(x̂,)``, whose leading axis may then be sliced. The parameters are
-small: ``γ`` is always built.
+``x̂`` depends on neither ``w`` nor ``b``, so ``γ_w = Σ g ∘ x̂`` and ``γ_b = Σ g`` over the positions of one
+sample. ``norm_prepare`` computes ``x̂`` from the operands; it must see the *whole* batch (batch statistics
+mix samples), and every other kernel takes the prepared operands ``(x̂,)``, whose leading axis may then be
+sliced. The parameters are small: ``γ`` is always built.
 
-``form`` is ``"batch"``, ``"instance"``, ``"group"`` (parameters along axis 1) or ``"layer"``, ``"rms"`` (parameters along the
-last axes, ``normalized_shape``).
+``form`` is ``"batch"``, ``"instance"``, ``"group"`` (parameters along axis 1) or ``"layer"``, ``"rms"``
+(parameters along the last axes, ``normalized_shape``).
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ def norm_prepare(
 ) -> tuple[Tensor, ...]:
     """``(x̂,)`` from ``(x,)`` or, where running statistics normalise, ``(x, running_mean, running_var)``.
 
-    Running statistics are never advanced here. ``training`` means that the statistics of the input normalise (forms
-    ``"batch"`` and ``"instance"``).
+    Running statistics are never advanced here. ``training`` means that the statistics of the input normalise
+    (forms ``"batch"`` and ``"instance"``).
     """
     x = operands[0]
     if form == "layer":

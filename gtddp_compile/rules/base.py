@@ -1,7 +1,8 @@
-"""What the compiler must know about a parametric operation: its per-sample parameter gradients, in four forms.
+"""What the compiler must know about a parametric operation: its per-sample parameter gradients, five ways.
 
-Write ``γ`` (``B × m``) for the per-sample gradients of one operation's parameters, ``γ_i = (∂h_i/∂u)ᵀ g_i``, where ``h``
-is the operation's output and ``g = ∂φ/∂h`` its per-sample back-propagated gradient. A rule names five kernels:
+Write ``γ`` (``B × m``) for the per-sample gradients of one operation's parameters, ``γ_i = (∂h_i/∂u)ᵀ g_i``,
+where ``h`` is the operation's output and ``g = ∂φ/∂h`` its per-sample back-propagated gradient. A rule names
+five kernels:
 
 ========================  =======================================================  =======================
 ``PREFIX_weighted``       ``γᵀ 1`` (``g`` already carries the weights ``w``)        one tensor a parameter
@@ -11,32 +12,36 @@ is the operation's output and ``g = ∂φ/∂h`` its per-sample back-propagated 
 ``PREFIX_per_sample``     ``γ`` itself                                              ``(B, *shape)`` each
 ========================  =======================================================  =======================
 
-Kernels are pure functions of tensors in ``gtddp_compile.kernels`` (one file a layer kind) that use torch alone, so that
-an exported program can carry their text with it. They are called, in this precise order, as::
+Kernels are pure functions of tensors in ``gtddp_compile.kernels`` (one file a layer kind) that use torch
+alone, so that an exported program can carry their text with it. They are called, in this precise order, as::
 
-    PREFIX_weighted(operands, g, params, wants, **options)                  -> tuple of tensors of the parameters' shapes
+    PREFIX_weighted(operands, g, params, wants, **options)                  -> tuple of (*shape)
     PREFIX_gram(operands, g, params, wants, metric, **options)              -> (B, B)
     PREFIX_gram_diagonal(operands, g, params, wants, metric, **options)     -> (B,)
     PREFIX_directional(operands, g, params, wants, direction, **options)    -> (B,)
     PREFIX_per_sample(operands, g, params, wants, **options)                -> tuple of (B, *shape)
 
-* ``operands``: tuple of tensors, what :meth:`Rule.operands` names, in that order (inputs detached from autograd);
+* ``operands``: tuple of tensors, what :meth:`Rule.operands` names, in that order (inputs detached from
+  autograd);
 * ``g``: gradient of the per-sample losses with respect to the operation's output, the output's shape;
-* ``params``: tuple of the operation's parameter tensors in the order of :meth:`Rule.roles`, ``None`` where absent (frozen
-  ones are there);
-* ``wants``: tuple of bools aligned with ``params``: which are trained. Results hold the wanted ones only, in order;
-* ``metric`` (``gram``, ``gram_diagonal``): tuple aligned with the wanted ones; each the inverse curvature ``M⁻¹`` of that
-  parameter, a float or 0-d tensor (spherical) or a tensor of the parameter's shape (diagonal);
+* ``params``: tuple of the operation's parameter tensors in the order of :meth:`Rule.roles`, ``None`` where
+  absent (frozen ones are there);
+* ``wants``: tuple of bools aligned with ``params``: which are trained. Results hold the wanted ones only, in
+  order;
+* ``metric`` (``gram``, ``gram_diagonal``): tuple aligned with the wanted ones; each the inverse curvature
+  ``M⁻¹`` of that parameter, a float or 0-d tensor (spherical) or a tensor of the parameter's shape
+  (diagonal);
 * ``direction`` (``directional``): tuple aligned with the wanted ones, tensors of the parameters' shapes;
 * ``options``: literals of the operation (stride, padding …), printed into the generated code.
 
-Where :attr:`Rule.prepare` is set, ``operands = PREFIX_prepare(operands, **options)`` comes first, once a stage and on the
-whole batch; all the kernels above take the prepared operands (a normalisation's ``x̂``).
+Where :attr:`Rule.prepare` is set, ``operands = PREFIX_prepare(operands, **options)`` comes first, once a
+stage and on the whole batch; all the kernels above take the prepared operands (a normalisation's ``x̂``).
 
-The batch axis is the leading axis of every operand (prepared ones, where the rule prepares) and of ``g``, and callers may
-slice them all alike before a call, so that ``B`` is the size of a group. The generic rule alone departs from this: its
-option ``batched`` names the operands with a batch axis, and with its option ``mixes`` operands are never sliced, only ``g`` is,
-to rows beginning at ``first=`` (``weighted`` takes the whole ``g``).
+The batch axis is the leading axis of every operand (prepared ones, where the rule prepares) and of ``g``, and
+callers may slice them all alike before a call, so that ``B`` is the size of a group. The generic rule alone
+departs from this: its option ``batched`` names the operands with a batch axis, and with its option ``mixes``
+operands are never sliced, only ``g`` is, to rows beginning at ``first=`` (``weighted`` takes the whole
+``g``).
 """
 
 from __future__ import annotations

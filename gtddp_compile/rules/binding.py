@@ -16,7 +16,8 @@ BATCH_NORM = "gtddp_compile.kernels.batch_norm.batch_norm"
 """Batch-norm in normal form, by name: that its running statistics are arguments is all that matters here."""
 
 _CONV: dict[str, Any] = {
-    "input": REQUIRED, "weight": REQUIRED, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1,
+    "input": REQUIRED, "weight": REQUIRED, "bias": None,
+    "stride": 1, "padding": 0, "dilation": 1, "groups": 1,
 }  # fmt: skip
 
 SIGNATURES: dict[Callable[..., Any] | str, dict[str, Any]] = {
@@ -24,7 +25,9 @@ SIGNATURES: dict[Callable[..., Any] | str, dict[str, Any]] = {
     F.conv1d: _CONV,
     F.conv2d: _CONV,
     F.conv3d: _CONV,
-    F.layer_norm: {"input": REQUIRED, "normalized_shape": REQUIRED, "weight": None, "bias": None, "eps": 1e-5},
+    F.layer_norm: {
+        "input": REQUIRED, "normalized_shape": REQUIRED, "weight": None, "bias": None, "eps": 1e-5,
+    },
     F.rms_norm: {"input": REQUIRED, "normalized_shape": REQUIRED, "weight": None, "eps": None},
     F.group_norm: {"input": REQUIRED, "num_groups": REQUIRED, "weight": None, "bias": None, "eps": 1e-5},
     F.instance_norm: {
@@ -62,8 +65,8 @@ def roles(bound: Mapping[str, Any]) -> tuple[ParamRef | BufferRef | None, ...]:
 def is_direct(bound: Mapping[str, Any], operands: tuple[str, ...]) -> bool:
     """Whether every argument is what a rule can work with.
 
-    The first operand is a computed value; other operands are values, buffers or absent; weight and bias are distinct
-    parameters (or buffers, or absent), not expressions; everything else is a literal.
+    The first operand is a computed value; other operands are values, buffers or absent; weight and bias are
+    distinct parameters (or buffers, or absent), not expressions; everything else is a literal.
     """
     first, *others = (bound[name] for name in operands)
     members = [member for member in roles(bound) if member is not None]

@@ -11,9 +11,9 @@ from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref
 class GenericRule:
     """Per-sample gradients by automatic differentiation; operands and parameters in the order they appear.
 
-    Three options are the emitter's: ``function`` (``function(params, *operands) -> h``, which it generates), and what
-    ``gtddp_compile.kernels.generic_probe`` finds by a trial: ``mixes``, ``vectorised``, ``forward_mode``. Operands that are
-    not tensors (sizes) it binds into ``function`` and leaves out.
+    Three options are the emitter's: ``function`` (``function(params, *operands) -> h``, which it generates),
+    and what ``gtddp_compile.kernels.generic_probe`` finds by a trial: ``mixes``, ``vectorised``,
+    ``forward_mode``. Operands that are not tensors (sizes) it binds into ``function`` and leaves out.
     """
 
     name = "generic"
@@ -21,7 +21,7 @@ class GenericRule:
     prepare = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
-        """Every deterministic operation with one differentiable tensor as its value; evaluating it changes nothing."""
+        """Every operation whose value is one differentiable tensor, that draws and writes nothing."""
         return (
             op.target is not None
             and op.is_tensor
@@ -39,7 +39,7 @@ class GenericRule:
         return tuple(ParamRef(name) for name in op.parameters)
 
     def options(self, op: Op) -> Mapping[str, Any]:
-        """``mixes`` and ``batched``: values have a batch axis, buffers have none. The emitter knows shapes and may correct it."""
+        """``mixes`` and ``batched`` (values are, buffers are not; the emitter may know better)."""
         return {
             "mixes": op.mixes_samples,
             "batched": tuple(isinstance(leaf, Ref) for leaf in self.operands(op)),

@@ -21,8 +21,9 @@ FORMS: dict[Callable[..., Any] | str, str] = {
 
 
 class NormRule:
-    """``h = x̂ ∘ w + b``; operands ``(x,)`` or ``(x, running_mean, running_var)``, parameters (weight, bias) or (weight,).
+    """Batch-, layer-, group-, instance- and RMS-norm, ``h = x̂ ∘ w + b``; parameters (weight, bias).
 
+    Operands are ``(x,)`` or, where running statistics normalise, ``(x, running_mean, running_var)``.
     ``norm_prepare`` turns the operands of the whole batch into ``(x̂,)``.
     """
 
@@ -52,7 +53,7 @@ class NormRule:
         return roles(bind(op) or {})
 
     def options(self, op: Op) -> Mapping[str, Any]:
-        """``form``, ``eps`` and, each where it applies, ``training``, ``num_groups``, ``normalized_shape``."""
+        """``form``, ``eps`` and, where they apply, ``training``, ``num_groups``, ``normalized_shape``."""
         bound = bind(op) or {}
         form = FORMS[key(op)]
         options: dict[str, Any] = {"form": form, "eps": bound["eps"]}
