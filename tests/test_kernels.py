@@ -224,11 +224,12 @@ NORMS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...], Layer]]
                             lambda p, x: F.layer_norm(x, (2, 4), p[0], p[1])),
     "layer, many": ({"form": "layer", "normalized_shape": (2, 4), "eps": 0.1}, (3, 2, 3, 2, 4), (2, 4),
                     lambda p, x: F.layer_norm(x, (2, 4), p[0], p[1], eps=0.1)),
-    "group": ({"form": "group", "num_groups": 2}, (3, 4, 5), (4,), lambda p, x: F.group_norm(x, 2, p[0], p[1])),
+    "group": ({"form": "group", "num_groups": 2}, (3, 4, 5), (4,),
+              lambda p, x: F.group_norm(x, 2, p[0], p[1])),
     "instance": ({"form": "instance", "training": True}, (3, 4, 5), (4,),
                  lambda p, x: F.instance_norm(x, None, None, p[0], p[1])),
     "instance eval": ({"form": "instance", "training": False}, (3, 4, 5), (4,),
-                      lambda p, x, mean, var: F.instance_norm(x, mean, var, p[0], p[1], use_input_stats=False)),
+                      lambda p, x, mean, var: F.instance_norm(x, mean, var, p[0], p[1], False)),
 }  # fmt: skip
 
 

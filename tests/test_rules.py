@@ -27,7 +27,7 @@ def batch_norm(
 
 
 batch_norm.__module__ = "gtddp_compile.kernels.batch_norm"
-BN = {"training": True, "momentum": 0.1, "eps": 1e-5}
+BN: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5}
 
 
 def op(kind: str, target: Any, *args: Any, shape: tuple[int, ...] = (4, 2, 3, 3), **kwargs: Any) -> Op:
@@ -46,11 +46,11 @@ CASES: list[tuple[str, Op, dict[str, tuple[int, ...]], dict[str, Any]]] = [
     ("conv", op("conv", F.conv3d, X, W, None, (1, 2, 1), 1, shape=(4, 2, 3, 2, 3)),
      {"x": (4, 1, 3, 3, 3), "w": (2, 1, 3, 3, 3)},
      {"stride": (1, 2, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1}),
-    ("norm", op("batch_norm", batch_norm, X, MEAN, VAR, None, W, B, **BN),
-     {"x": (4, 2, 3, 3), "w": (2,), "b": (2,), "mean": (2,), "var": (2,)},
+    ("norm", op("batch_norm", batch_norm, X, MEAN, VAR, BufferRef("count"), W, B, **BN),
+     {"x": (4, 2, 3, 3), "w": (2,), "b": (2,), "mean": (2,), "var": (2,), "count": ()},
      {"form": "batch", "eps": 1e-5, "training": True}),
-    ("norm", op("batch_norm", batch_norm, X, MEAN, VAR, None, W, B, **{**BN, "training": False}),
-     {"x": (4, 2, 3, 3), "w": (2,), "b": (2,), "mean": (2,), "var": (2,)},
+    ("norm", op("batch_norm", batch_norm, X, MEAN, VAR, BufferRef("count"), W, B, **{**BN, "training": False}),
+     {"x": (4, 2, 3, 3), "w": (2,), "b": (2,), "mean": (2,), "var": (2,), "count": ()},
      {"form": "batch", "eps": 1e-5, "training": False}),
     ("norm", op("layer_norm", F.layer_norm, X, [3, 3], W, None, 1e-3),
      {"x": (4, 2, 3, 3), "w": (3, 3)}, {"form": "layer", "eps": 1e-3, "normalized_shape": (3, 3)}),
@@ -79,8 +79,9 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
     operands = tuple(values[leaf.name] for leaf in rule.operands(operation))
 
     def function(members: tuple[Tensor | None, ...], *_: Tensor) -> Tensor:
-        roles = (None if role is None else role.name for role in rule.roles(operation))
-        given = {**values, **dict(zip(roles, members, strict=True))}
+        roles = rule.roles(operation)
+        given: dict[str, Any] = dict(values)
+        given |= {role.name: member for role, member in zip(roles, members, strict=True) if role is not None}
         args, kwargs = map_leaves((operation.args, dict(operation.kwargs)), lambda leaf: given[leaf.name])
         assert operation.target is not None
         result: Tensor = operation.target(*args, **kwargs)

@@ -46,7 +46,7 @@ def _generic_pull(
 ) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
     """The operation's value and the pull-back of cotangents (one, or several at once) to the wanted parameters.
 
-    ``torch.autograd``, since ``torch.func`` refuses a user's ``autograd.Function`` without
+    By ``torch.autograd``: ``torch.func`` refuses a user's ``autograd.Function`` without
     ``setup_context``.
     """
     with torch.enable_grad():

@@ -42,6 +42,10 @@ SIGNATURES: dict[Callable[..., Any] | str, dict[str, Any]] = {
 """Arguments, in order, and their defaults, of the functions that have a rule of their own."""
 
 
+STATES = ("running_mean", "running_var", "num_batches_tracked")
+"""Arguments that are buffers, read or not."""
+
+
 def key(op: Op) -> Callable[..., Any] | str:
     """What ``SIGNATURES`` calls the operation's function."""
     name = f"{getattr(op.target, '__module__', '')}.{getattr(op.target, '__qualname__', '')}"
@@ -68,12 +72,13 @@ def is_direct(bound: Mapping[str, Any], operands: tuple[str, ...]) -> bool:
     The first operand is a computed value; other operands are values, buffers or absent; weight and bias are
     distinct parameters (or buffers, or absent), not expressions; everything else is a literal.
     """
-    first, *others = (bound[name] for name in operands)
+    first, *others = operands
+    states = [bound[name] for name in (*others, *STATES) if name in bound]
     members = [member for member in roles(bound) if member is not None]
-    literals = [value for name, value in bound.items() if name not in (*operands, "weight", "bias")]
+    literals = [value for name, value in bound.items() if name not in (*operands, *STATES, "weight", "bias")]
     return (
-        isinstance(first, Ref)
-        and all(other is None or isinstance(other, Ref | BufferRef) for other in others)
+        isinstance(bound[first], Ref)
+        and all(state is None or isinstance(state, Ref | BufferRef) for state in states)
         and all(isinstance(member, ParamRef | BufferRef) for member in members)
         and len(set(members)) == len(members)
         and not any(True for _ in iter_leaves(literals))
