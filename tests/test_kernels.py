@@ -128,12 +128,13 @@ def linear(params: Params, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("shape", [(5, 4), (1, 4), (4, 3, 4), (1, 2, 3, 4), (3, 1, 4), (3, 20, 4)])
+@pytest.mark.parametrize("shape", [(5, 4), (1, 4), (4, 3, 4), (1, 2, 3, 4), (3, 1, 4), (3, 20, 4), (3, 12)])
 def test_linear(shape: tuple[int, ...], metric: str, chunk: int) -> None:
-    check("linear", linear, (draw(*shape),), (draw(3, 4), draw(3)), metric=metric)
-    check("linear", linear, (draw(*shape),), (draw(3, 4), None), metric=metric)
-    check("linear", linear, (draw(*shape),), (draw(3, 4), draw(3)), (True, False), metric=metric)
-    check("linear", linear, (draw(*shape),), (draw(3, 4), draw(3)), (False, True), metric=metric)
+    weight, bias = draw(3, shape[-1]), draw(3)
+    check("linear", linear, (draw(*shape),), (weight, bias), metric=metric)
+    check("linear", linear, (draw(*shape),), (weight, None), metric=metric)
+    check("linear", linear, (draw(*shape),), (weight, bias), (True, False), metric=metric)
+    check("linear", linear, (draw(*shape),), (weight, bias), (False, True), metric=metric)
 
 
 @settings(deadline=None, max_examples=60)

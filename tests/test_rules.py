@@ -15,7 +15,7 @@ from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref, map_leaves
 from gtddp_compile.rules import RULES, choose
 
 X, W, B = Ref("x"), ParamRef("w"), ParamRef("b")
-MEAN, VAR = BufferRef("mean"), BufferRef("var")
+MEAN, VAR, COUNT = BufferRef("mean"), BufferRef("var"), BufferRef("count")
 
 
 def batch_norm(
@@ -46,10 +46,10 @@ CASES: list[tuple[str, Op, dict[str, tuple[int, ...]], dict[str, Any]]] = [
     ("conv", op("conv", F.conv3d, X, W, None, (1, 2, 1), 1, shape=(4, 2, 3, 2, 3)),
      {"x": (4, 1, 3, 3, 3), "w": (2, 1, 3, 3, 3)},
      {"stride": (1, 2, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1}),
-    ("norm", op("batch_norm", batch_norm, X, MEAN, VAR, BufferRef("count"), W, B, **BN),
+    ("norm", op("batch_norm", batch_norm, X, MEAN, VAR, COUNT, W, B, **BN),
      {"x": (4, 2, 3, 3), "w": (2,), "b": (2,), "mean": (2,), "var": (2,), "count": ()},
      {"form": "batch", "eps": 1e-5, "training": True}),
-    ("norm", op("batch_norm", batch_norm, X, MEAN, VAR, BufferRef("count"), W, B, **{**BN, "training": False}),
+    ("norm", op("batch_norm", batch_norm, X, MEAN, VAR, COUNT, W, B, **{**BN, "training": False}),
      {"x": (4, 2, 3, 3), "w": (2,), "b": (2,), "mean": (2,), "var": (2,), "count": ()},
      {"form": "batch", "eps": 1e-5, "training": False}),
     ("norm", op("layer_norm", F.layer_norm, X, [3, 3], W, None, 1e-3),

@@ -44,10 +44,9 @@ def _generic_closed(
 def _generic_pull(
     closed: Callable[..., Tensor], wanted: tuple[Tensor, ...], operands: tuple[Tensor, ...]
 ) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
-    """The operation's value and the pull-back of cotangents (one, or several at once) to the wanted parameters.
+    """The operation's value, and the pull-back of cotangents (one or several) to the wanted parameters.
 
-    By ``torch.autograd``: ``torch.func`` refuses a user's ``autograd.Function`` without
-    ``setup_context``.
+    By ``torch.autograd``: ``torch.func`` refuses an ``autograd.Function`` that has no ``setup_context``.
     """
     with torch.enable_grad():
         leaves = tuple(param.detach().requires_grad_() for param in wanted)

@@ -20,7 +20,7 @@ def linear_gram_form(samples: int, positions: int, inputs: int, outputs: int) ->
 
     ``"pairs"`` sums ``(x_is · x_jt)(g_is · g_jt)`` over pairs of positions: ``B² T² (n + m)``.
     ``"materialised"`` builds the per-sample gradients and multiplies them: ``B m n T + B² m n``. A diagonal
-    metric is always materialised.
+    metric (``B² m n`` either way) is materialised, or without positions summed over pairs of samples.
     """
     pairs = samples**2 * positions**2 * (inputs + outputs)
     materialised = samples * inputs * outputs * (positions + samples)
@@ -54,12 +54,30 @@ def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
+def _linear_sample_pairs(x: Tensor, g: Tensor, metric: Tensor) -> Tensor:
+    """``Γ_ij = (g_i ∘ g_j) · M⁻¹ (x_i ∘ x_j)``, ``(B, B)``, from pairs ``i ≤ j`` of ``x`` ``(B, n)``, ``g`` ``(B, m)``."""
+    samples = x.shape[0]
+    left, right = torch.triu_indices(samples, samples, device=x.device)
+    step = max(1, CHUNK // (x.shape[1] + g.shape[1]))
+    blocks = []
+    for start in range(0, left.shape[0], step):
+        i, j = left[start : start + step], right[start : start + step]
+        blocks.append((((x[i] * x[j]) @ metric.mT) * (g[i] * g[j])).sum(1))
+    values = torch.cat(blocks)
+    gram = values.new_empty(samples, samples)
+    gram[left, right] = values
+    gram[right, left] = values
+    return gram
+
+
 def _linear_weight_gram(x: Tensor, g: Tensor, metric: Tensor | float) -> Tensor:
     """The weight's part of the Gram matrix; ``x`` ``(B, T, n)``, ``g`` ``(B, T, m)``."""
     spherical = not isinstance(metric, Tensor) or metric.dim() == 0
     samples, positions, inputs = x.shape
     if spherical and linear_gram_form(samples, positions, inputs, g.shape[-1]) == "pairs":
         return _linear_pairs(x, g) * metric
+    if not spherical and positions == 1 and samples * (inputs + g.shape[-1]) <= 2 * inputs * g.shape[-1]:
+        return _linear_sample_pairs(x[:, 0], g[:, 0], metric)  # type: ignore[arg-type]
     gram = g.new_zeros(samples, samples)
     for rows, block in _linear_blocks(x, g):
         scaled = block if spherical else block * metric[rows] ** 0.5  # type: ignore[index]
