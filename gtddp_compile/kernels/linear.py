@@ -55,7 +55,7 @@ def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _linear_sample_pairs(x: Tensor, g: Tensor, metric: Tensor) -> Tensor:
-    """``Γ_ij = (g_i ∘ g_j) · M⁻¹ (x_i ∘ x_j)``, ``(B, B)``, from pairs ``i ≤ j`` of ``x`` ``(B, n)``, ``g`` ``(B, m)``."""
+    """``Γ_ij = (g_i ∘ g_j) · M⁻¹ (x_i ∘ x_j)``, pairs ``i ≤ j`` alone; ``x`` ``(B, n)``, ``g`` ``(B, m)``."""
     samples = x.shape[0]
     left, right = torch.triu_indices(samples, samples, device=x.device)
     step = max(1, CHUNK // (x.shape[1] + g.shape[1]))
