@@ -1,0 +1,123 @@
+"""Names and bookkeeping while a plan is written down as instructions."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gtddp_compile import kernels
+from gtddp_compile.graph import BufferRef, ControlGraph, ParamRef, Ref, map_leaves
+from gtddp_compile.instructions import Buffer, Function, Instruction, Param, Phase, Var, identifier
+from gtddp_compile.plan import Plan
+from gtddp_compile.uses import Use, describe_use
+
+RESERVED = frozenset(
+    {"torch", "F", "operator", "m", "p", "b", "q", "b_again", "inputs", "targets", "outputs", "math", "ones", "rows"}
+    | {"tau", "start", "phi", "loss", "step", "random_state"}
+)
+
+
+@dataclass
+class Builder:
+    """Collects instructions; knows every variable's name."""
+
+    plan: Plan
+    instructions: list[Instruction] = field(default_factory=list)
+    _names: dict[str, str] = field(default_factory=dict)
+    _taken: set[str] = field(default_factory=set)
+    _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> ControlGraph:
+        """The control graph."""
+        return self.plan.graph
+
+    def emit(
+        self,
+        phase: Phase,
+        stage: int,
+        writes: tuple[str, ...],
+        function: str,
+        *args: Any,
+        note: str = "",
+        **kwargs: Any,
+    ) -> None:
+        """Append one instruction."""
+        self.instructions.append(Instruction(phase, stage, writes, function, args, kwargs, note))
+
+    def name(self, qualified: str) -> str:
+        """The identifier of a qualified name, the same every time."""
+        if qualified not in self._names:
+            found = identifier(qualified, self._is_taken)
+            self._taken.add(found)
+            self._names[qualified] = found
+        return self._names[qualified]
+
+    def _is_taken(self, candidate: str) -> bool:
+        return (
+            candidate in self._taken
+            or candidate in RESERVED
+            or keyword.iskeyword(candidate)
+            or hasattr(builtins, candidate)
+            or hasattr(kernels, candidate)
+            or candidate.startswith(("stage_", "player_", "prologue"))
+        )
+
+    def new(self, value: str) -> str:
+        """A value in the forward sweep; what no player moves is what it was."""
+        return f"{self.name(value)}_new" if self.graph.stage_of.get(value, -1) >= 0 else self.name(value)
+
+    def leaf(self, value: str, stage: int) -> str:
+        """A value cut from the graph before it, as a stage reads it."""
+        return f"{self.name(value)}_at{stage}"
+
+    def g(self, value: str, reader: int) -> str:
+        """``g`` of a value at the cuts before ``reader``."""
+        return f"g_{self.name(value)}_at{reader}"
+
+    def g_output(self, op: str) -> str:
+        """``g`` of a player's output."""
+        return f"gh_{self.name(op)}"
+
+    def contraction(self, value: str, reader: int) -> str:
+        """``⟨g_v, δv⟩``."""
+        return f"d_{self.name(value)}_at{reader}"
+
+    def uses(self, player: str) -> tuple[Use, ...]:
+        """How every use of a player's parameters is differentiated."""
+        if player not in self._uses:
+            owner = self.graph.player[player]
+            self._uses[player] = tuple(describe_use(self.graph, owner, self.graph.op(use)) for use in owner.uses)
+        return self._uses[player]
+
+    def operand(self, ref: Ref | BufferRef | ParamRef | None) -> Any:
+        """A kernel's operand or parameter, as a variable of the first sweep."""
+        if ref is None:
+            return None
+        if isinstance(ref, BufferRef):
+            return Buffer(ref.name)
+        return Param(ref.name) if isinstance(ref, ParamRef) else Var(self.name(ref.name))
+
+    def tree(self, structure: Any, rename: Mapping[str, str] | None = None) -> Any:
+        """A nested structure of references as variables."""
+        return map_leaves(
+            structure,
+            lambda leaf: Var((rename or {}).get(leaf.name, self.name(leaf.name))) if isinstance(leaf, Ref) else leaf,
+        )
+
+    def kernel(self, use: Use, suffix: str) -> str:
+        """Name of a kernel of the use's rule."""
+        return f"{use.rule.prefix}_{suffix}"
+
+    def options(self, use: Use) -> dict[str, Any]:
+        """Keyword arguments of the use's kernels."""
+        options = dict(use.options)
+        if use.function is None:
+            return options
+        function = f"player_{self.name(use.op)}"
+        extras = tuple(Var(self.name(extra)) for extra in use.extras)
+        options["function"] = Function(f"bind({', '.join([function, *(e.name for e in extras)])})") if extras else Function(function)
+        return options

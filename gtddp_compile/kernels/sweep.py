@@ -1,0 +1,181 @@
+"""The two sweeps' own arithmetic: cuts, contractions, and B×B blocks (one block, or one a group of samples).
+
+A B×B quantity is a tuple of square blocks along the diagonal; with full coupling there is one.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Blocks = tuple[Tensor, ...]
+
+
+def leaf(value: Tensor) -> Tensor:
+    """The value as the beginning of a stage: gradients stop here."""
+    return value.detach().requires_grad_()
+
+
+def tap(value: Tensor) -> Tensor:
+    """A player's output, such that its gradient can be asked for in the first sweep."""
+    return value.requires_grad_() if torch.is_grad_enabled() and not value.requires_grad else value
+
+
+def pull_back(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Vector-Jacobian product of one stage, zero where an input does not matter."""
+    reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
+    if not reached:
+        return tuple(torch.zeros_like(value) for value in inputs)
+    return torch.autograd.grad(
+        [output for output, _ in reached],
+        list(inputs),
+        [g for _, g in reached],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+def loss_gradient(phi: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``∂φ_i/∂x_T`` for every output: samples do not mix in the loss, so one reverse pass gives them all."""
+    return torch.autograd.grad(phi.sum(), list(outputs), allow_unused=True, materialize_grads=True)
+
+
+def scale(g: Tensor, weights: Tensor) -> Tensor:
+    """Each sample's gradient times its weight."""
+    return g * weights.to(g.dtype).reshape(-1, *(1,) * (g.dim() - 1))
+
+
+def contract(g: Tensor, after: Tensor, before: Tensor) -> Tensor:
+    """``⟨g_i, δx_i⟩``, shape (B,): the first-order change of each sample's loss."""
+    return wide(torch.linalg.vecdot(g.reshape(g.shape[0], -1), (after - before).reshape(g.shape[0], -1)))
+
+
+def wide(value: Tensor) -> Tensor:
+    """B×B algebra is done in float32 at least."""
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def clip(change: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
+    """``c`` within the bound in which a linear prediction is believed (theory: 4a), and how many samples were not."""
+    if bound is None:
+        return change, torch.zeros((), dtype=torch.int64, device=change.device)
+    return change.clamp(-bound, bound), (change.abs() > bound).sum()
+
+
+def clip_radicand(rho: Tensor) -> tuple[Tensor, Tensor]:
+    """``ρ`` with negative radicands of Eq. 21-23 at zero, and how many there were."""
+    return rho.clamp_min(0), (rho < 0).sum()
+
+
+def rows_of(batch: int, group: int | None) -> tuple[slice, ...]:
+    """Rows of every group of samples; the last may be smaller."""
+    size = group or batch
+    return tuple(slice(start, min(start + size, batch)) for start in range(0, batch, size))
+
+
+def group_scale(rows: Sequence[slice], batch: int) -> tuple[float, ...]:
+    """``τ = B/b`` of every group: it stands for the batch."""
+    return tuple(batch / (row.stop - row.start) for row in rows)
+
+
+def gram_blocks(
+    kernel: Callable[..., Tensor],
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Any, ...],
+    rows: Sequence[slice],
+    **options: Any,
+) -> Blocks:
+    """``Γ = γ M⁻¹ γᵀ`` of one layer, a block a group. An operation that mixes samples keeps its operands whole."""
+    if len(rows) == 1:
+        return (wide(kernel(operands, g, params, wants, metric, **options)),)
+    found = []
+    for row in rows:
+        if options.get("mixes"):
+            block = kernel(operands, g[row], params, wants, metric, **{**options, "first": row.start})
+        else:
+            batched = options.get("batched") or (True,) * len(operands)
+            part = tuple(x[row] if split else x for x, split in zip(operands, batched, strict=True))
+            block = kernel(part, g[row], params, wants, metric, **options)
+        found.append(wide(block))
+    return tuple(found)
+
+
+def joint_gram(gradients: tuple[Tensor, ...], metric: tuple[Any, ...], rows: Sequence[slice]) -> Blocks:
+    """``Γ`` from ``γ`` itself: for parameters used more than once, whose uses add up before the product."""
+    found = []
+    for row in rows:
+        total: Tensor | None = None
+        for gamma, inverse in zip(gradients, metric, strict=True):
+            part = wide(gamma[row])
+            flat = part.reshape(part.shape[0], -1)
+            block = (part * inverse).reshape(flat.shape) @ flat.T
+            total = block if total is None else total + block
+        assert total is not None
+        found.append(total)
+    return tuple(found)
+
+
+def gather(
+    order: tuple[str, ...], *parts: tuple[tuple[str, ...], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Add up what several uses say about the same parameters, in the given order."""
+    totals: dict[str, Tensor] = {}
+    for names, tensors in parts:
+        for name, tensor in zip(names, tensors, strict=True):
+            totals[name] = totals[name] + tensor if name in totals else tensor
+    return tuple(totals[name] for name in order)
+
+
+def blocks_identity(rows: Sequence[slice], value: float, like: Tensor) -> Blocks:
+    """``value · I``, a block a group."""
+    return tuple(value * torch.eye(row.stop - row.start, dtype=like.dtype, device=like.device) for row in rows)
+
+
+def blocks_diagonal(vector: Tensor) -> Blocks:
+    """``diag(v)`` as one block."""
+    return (torch.diag(vector),)
+
+
+def blocks_add(*terms: Blocks) -> Blocks:
+    """Sum, block by block."""
+    return tuple(functools.reduce(torch.add, blocks) for blocks in zip(*terms, strict=True))
+
+
+def blocks_scale(factors: tuple[float, ...], blocks: Blocks) -> Blocks:
+    """Each group's block times its own factor."""
+    return tuple(factor * block for factor, block in zip(factors, blocks, strict=True))
+
+
+def factor(blocks: Blocks) -> Blocks:
+    """Cholesky factors: positive definite by construction (theory: 4a)."""
+    return tuple(torch.linalg.cholesky(block) for block in blocks)
+
+
+def solve(factors: Blocks, vector: Tensor) -> Tensor:
+    """``A⁻¹ v`` from the Cholesky factors of ``A``."""
+    if len(factors) == 1:
+        return torch.cholesky_solve(vector.unsqueeze(1), factors[0]).squeeze(1)
+    pieces = vector.split([block.shape[0] for block in factors])
+    solved = [
+        torch.cholesky_solve(v.unsqueeze(1), block).squeeze(1) for v, block in zip(pieces, factors, strict=True)
+    ]
+    return torch.cat(solved)
+
+
+def inverse_diagonal(factors: Blocks) -> Tensor:
+    """Diagonal of ``A⁻¹`` from the Cholesky factors of ``A``."""
+    return torch.cat([torch.cholesky_inverse(block).diagonal() for block in factors])
+
+
+def bind(function: Callable[..., Any], *extras: Any) -> Callable[..., Any]:
+    """A player's function with the sizes it reads filled in."""
+    return functools.partial(function, *extras)
+
+

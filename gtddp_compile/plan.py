@@ -1,0 +1,71 @@
+"""What the program has to compute for a network, before it is written down as instructions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gtddp_compile.algebra.collapsed import CollapsedForm
+from gtddp_compile.graph import ControlGraph, Player
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """``⟨g_v, δv⟩`` a sample: computed once when ``v`` has moved, reused at every stage until ``reader`` consumes ``v``.
+
+    Attributes:
+        value: name of the value, or ``"params:NAME"`` for a tied player's control.
+        reader: stage up to which this gradient of the value is the one at the cut (the number of stages: the loss).
+        born: stage that changes the value; the contraction counts at stages ``born + 1 … reader``.
+    """
+
+    value: str
+    reader: int
+    born: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the plan.
+
+    Attributes:
+        index: t.
+        players: deciding here, in order.
+        pulled: consumed values whose gradient is needed (not those no player has moved).
+        opened: values in the cut after the stage that this stage computes and gradients enter through.
+        feeds: contractions that add up to ``c`` here; none means the feedback gain is dead.
+        contracts: contractions to compute once this stage has been run again.
+        rerun: whether the forward sweep has to run this stage again.
+        statistics: whether ``α`` at t+1 is needed (statistics of the base method, or the form itself).
+    """
+
+    index: int
+    players: tuple[Player, ...]
+    pulled: tuple[str, ...]
+    opened: tuple[str, ...]
+    feeds: tuple[Contraction, ...]
+    contracts: tuple[Contraction, ...]
+    rerun: bool
+    statistics: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The simplified program: which gains live, which contractions are shared.
+
+    Attributes:
+        graph: the control graph.
+        form: the collapsed equations.
+        coupling: ``"full"``, ``"block"`` or the group size.
+        stages: in forward order.
+        decay: whether ``ℓ_u`` is present.
+        clip: bound on ``c``; ``None`` for none.
+        removed: what the pass left out and why, in words.
+    """
+
+    graph: ControlGraph
+    form: CollapsedForm
+    coupling: str | int
+    stages: tuple[StagePlan, ...]
+    decay: bool
+    clip: float | None
+    removed: tuple[str, ...]

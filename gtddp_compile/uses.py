@@ -1,0 +1,118 @@
+"""How a player's kernels are called: rule, operands, options, decided once per player at compile time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gtddp_compile import kernels
+from gtddp_compile.graph import BufferRef, ControlGraph, Op, ParamRef, Player, Ref
+from gtddp_compile.rules import Rule, choose
+from gtddp_compile.rules.generic import GenericRule
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a player's parameters.
+
+    Attributes:
+        op: name of the operation.
+        rule: its layer rule.
+        operands: tensors the kernels take besides the gradient.
+        params: parameters in the kernels' order, ``None`` where absent.
+        wants: which of them this player owns.
+        names: the owned ones, in the kernels' order.
+        options: literal options of the kernels.
+        function: for the generic rule, name of the generated function; else ``None``.
+        extras: values that function takes first (sizes).
+        ops: for the generic rule, the operations it evaluates.
+    """
+
+    op: str
+    rule: Rule
+    operands: tuple[Ref | BufferRef, ...]
+    params: tuple[ParamRef | BufferRef | None, ...]
+    wants: tuple[bool, ...]
+    names: tuple[str, ...]
+    options: Mapping[str, Any]
+    function: str | None = None
+    extras: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ()
+
+
+def describe_use(graph: ControlGraph, player: Player, op: Op) -> Use:
+    """Choose the rule of one use and collect what its kernels are called with."""
+    owned = frozenset(player.parameters)
+    through = _feeding(graph, player, op)
+    if through:
+        return _generic_use(graph, player, op, through)
+    rule = choose(op, owned)
+    if isinstance(rule, GenericRule):
+        return _generic_use(graph, player, op, ())
+    params = tuple(rule.roles(op))
+    wants = tuple(isinstance(param, ParamRef) and param.name in owned for param in params)
+    names = tuple(param.name for param, want in zip(params, wants, strict=True) if want and param is not None)
+    return Use(op.name, rule, tuple(rule.operands(op)), params, wants, names, dict(rule.options(op)))
+
+
+def _feeding(graph: ControlGraph, player: Player, op: Op) -> tuple[str, ...]:
+    """The player's parameter expressions that the operation reads, directly or through others, in order."""
+    pending, found = [op.name], set()
+    while pending:
+        for name in graph.op(pending.pop()).operands:
+            if name in player.expressions and name not in found:
+                found.add(name)
+                pending.append(name)
+    return tuple(name for name in player.expressions if name in found)
+
+
+def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str, ...]) -> Use:
+    """Differentiate the operation, and the parameter expressions before it, as one function of parameters and values."""
+    ops = (*through, op.name)
+    choose(op, frozenset(player.parameters))  # refuses what no rule can differentiate twice (randomness, buffers)
+    leaves = [leaf for name in ops for leaf in graph.op(name).leaves]
+    inner = set(ops)
+    refs = tuple(
+        dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Ref | BufferRef) and leaf.name not in inner)
+    )
+    operands = tuple(ref for ref in refs if isinstance(ref, BufferRef) or graph.op(ref.name).is_tensor)
+    extras = tuple(ref.name for ref in refs if isinstance(ref, Ref) and not graph.op(ref.name).is_tensor)
+    params = tuple(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, ParamRef)))
+    owned = set(player.parameters)
+    wants = tuple(param.name in owned for param in params)
+    names = tuple(param.name for param in params if param.name in owned)
+    batch = op.shape[0] if op.shape else 0
+    batched = tuple(
+        isinstance(ref, Ref) and (graph.op(ref.name).shape or (0,))[:1] == (batch,) for ref in operands
+    )
+    options = {"batched": batched, "mixes": op.mixes_samples or bool(extras) or not any(batched)}
+    return Use(op.name, GenericRule(), operands, params, wants, names, options, "player", extras, ops)
+
+
+def probe_generic(graph: ControlGraph, use: Use, function: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    """Options of the generic kernels: their faster ways are tried on random tensors of the traced shapes.
+
+    With a buffer among the operands (its shape is the model's, not the graph's) the slow ways are kept.
+    """
+    slow = {"vectorised": False, "forward_mode": False}
+    if any(isinstance(ref, BufferRef) for ref in (*use.operands, *use.params)):
+        return {**use.options, **slow}
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
+        if dtype is not None and not dtype.is_floating_point:
+            return torch.zeros(shape, dtype=dtype)
+        return torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype or torch.float32)
+
+    values = [graph.op(ref.name) for ref in use.operands]
+    info = [graph.ops.parameter_info[ref.name] for ref in use.params if ref is not None]
+    operands = tuple(sample(value.shape or (), value.dtype) for value in values)
+    params = tuple(sample(parameter.shape, parameter.dtype) for parameter in info)
+    op = graph.op(use.op)
+    found = kernels.generic_probe(
+        operands, sample(op.shape or (), op.dtype), params, use.wants, function=function, **use.options
+    )
+    return {**use.options, **found}

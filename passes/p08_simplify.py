@@ -1,0 +1,133 @@
+"""Simplify: leave out what is zero, dead or already computed.
+
+Takes the derivations and the collapsed form; guarantees a :class:`Plan` in which
+
+* values that no player has moved (inputs, what is computed from them alone) have ``δ = 0``: no gradient, no gain. The
+  first stage's feedback gain is dead for this reason;
+* zero and identity blocks are not multiplied out: a waiting value's gradient and contraction are carried, so the cost of
+  ``c`` is linear in the (value, reader) pairs instead of in the stages a value crosses;
+* a stage whose new values nobody compares with the old ones is not run again (always the last one);
+* ``α`` is computed only where statistics or the form ask for it;
+* with ``ℓ_u = 0`` the drift ``s`` is zero and ``y`` stays the ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gtddp_compile.algebra.collapsed import CollapsedForm
+from gtddp_compile.algebra.derivation import Equation
+from gtddp_compile.graph import ControlGraph, Stage, Value
+from gtddp_compile.passes.p06_derive import Derived, cut_after
+from gtddp_compile.plan import Contraction, Plan, StagePlan
+
+
+def simplify(
+    derived: Derived,
+    form: CollapsedForm,
+    *,
+    coupling: str | int = "full",
+    feedback: bool | str = True,
+    statistics: bool = False,
+    decay: bool = False,
+    clip: float | None = 1.0,
+) -> Plan:
+    """Decide what lives.
+
+    Args:
+        derived: the derivations of every stage.
+        form: the collapsed equations.
+        coupling: ``"full"``, ``"block"`` or a group size.
+        feedback: True, ``"open"`` (``c = 0``) or False.
+        statistics: whether the curvature learns from ``Q_u``.
+        decay: whether any parameter has coupled weight decay.
+        clip: bound on ``c``.
+    """
+    graph = derived.graph
+    feeds = _contractions(graph) if feedback is True else ()
+    needs_alpha = statistics or form.name in ("substituted", "printed")
+    rerun = _stages_to_rerun(graph, feeds)
+    stages = tuple(
+        StagePlan(
+            index=stage.index,
+            players=tuple(graph.player[name] for name in stage.players),
+            pulled=tuple(name for name in stage.consumed if _moves(graph, name) and not name.startswith("params:")),
+            opened=_opened(graph, stage),
+            feeds=tuple(c for c in feeds if c.born < stage.index <= c.reader),
+            contracts=tuple(c for c in feeds if c.born == stage.index),
+            rerun=stage.index in rerun,
+            statistics=needs_alpha,
+        )
+        for stage in graph.stages
+    )
+    removed = _describe(graph, stages, decay=decay)
+    return Plan(graph, form if decay else without_decay(form), coupling, stages, decay, clip, removed)
+
+
+def _moves(graph: ControlGraph, name: str) -> bool:
+    """Whether a value can change within a step: some player acts on it."""
+    return name in graph.value and not graph.value[name].fixed
+
+
+def _opened(graph: ControlGraph, stage: Stage) -> tuple[str, ...]:
+    after = set(cut_after(graph, stage))
+    return tuple(name for name in stage.produced if name in after and not graph.value[name].control)
+
+
+def _contractions(graph: ControlGraph) -> tuple[Contraction, ...]:
+    """One for every (moved value, reader) pair that some later stage's decision can see."""
+    found = []
+    for value in graph.values:
+        if not value.fixed:
+            found += [Contraction(value.name, reader, value.born) for reader in segments(graph, value)]
+    return tuple(c for c in found if c.born + 1 < len(graph.stages))
+
+
+def segments(graph: ControlGraph, value: Value) -> tuple[int, ...]:
+    """The stages at which a value's gradient at the cut changes: each later reader, and the loss.
+
+    A tied control's uses do not accumulate along the cut: each later use is a contraction of its own.
+    """
+    readers = tuple(reader for reader in value.readers if reader > value.born)
+    total = len(graph.stages)
+    return (*readers, total) if value.dies == total and not value.control else readers
+
+
+def _stages_to_rerun(graph: ControlGraph, feeds: tuple[Contraction, ...]) -> set[int]:
+    """Stages that compute a contracted value, and those whose values such a stage reads."""
+    needed = {c.born for c in feeds}
+    wanted: set[str] = set()
+    for stage in reversed(graph.stages):
+        if stage.index in needed or wanted & set(stage.produced):
+            needed.add(stage.index)
+            wanted.update(stage.consumed)
+    return needed
+
+
+def without_decay(form: CollapsedForm) -> CollapsedForm:
+    """The form with ``ℓ_u = 0``: the drift vanishes from every equation, and with it ``y = y'``."""
+    zero = {"s", "l"}
+
+    def clean(equation: Equation) -> Equation:
+        gone = {symbol: 0 * symbol for symbol in equation.expression.free_symbols if str(symbol) in zero}
+        return replace(equation, expression=equation.expression.subs(gone).doit())
+
+    backward = {name: clean(equation) for name, equation in form.backward.items()}
+    forward = {name: clean(equation) for name, equation in form.forward.items()}
+    return replace(form, backward=backward, forward=forward)
+
+
+def _describe(graph: ControlGraph, stages: tuple[StagePlan, ...], *, decay: bool) -> tuple[str, ...]:
+    dead = [str(stage.index) for stage in stages if not stage.feeds]
+    idle = [str(stage.index) for stage in stages if not stage.rerun]
+    fixed = [value.name for value in graph.values if value.fixed]
+    said = []
+    if dead:
+        said.append(f"feedback gain dead at stage {', '.join(dead)}: nothing before it has moved")
+    if idle:
+        said.append(f"stage {', '.join(idle)} not run again: nobody compares its new values")
+    if fixed:
+        said.append(f"no gradient for {', '.join(fixed)}: no player acts on it")
+    if not decay:
+        said.append("drift s = 0: no coupled weight decay")
+    return tuple(said)

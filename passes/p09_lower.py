@@ -1,0 +1,453 @@
+"""Lower: write the plan down as instructions, stage by stage, in the order they run.
+
+Takes a :class:`Plan`; guarantees a straight list of calls in single assignment and the dynamics of every stage as a
+function, so that emitting is printing. Four phases: the trajectory (sweep 1, cut at every stage), the loss, the backward
+sweep (gradients, statistics, Gram matrices, gains) and the forward sweep (weights, updates, the layer itself again).
+B-vector and B×B formulas are printed from the derived expressions; the parameter update is recognised as
+``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted gradient and one call of the base method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sympy import HadamardProduct, Identity, Inverse, MatrixExpr, OneMatrix
+
+from gtddp_compile.algebra import collapsed as a
+from gtddp_compile.builder import Builder
+from gtddp_compile.errors import CompileError
+from gtddp_compile.formulas import print_formula
+from gtddp_compile.graph import Player, Ref, map_leaves
+from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, Var
+from gtddp_compile.passes.p08_simplify import segments
+from gtddp_compile.plan import Contraction, Plan, StagePlan
+from gtddp_compile.uses import Use
+
+GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
+MOVED = a.GRADIENTS.T * a.OPEN_GAIN
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Instructions and stage functions; ``uses`` says how each player's parameters are differentiated."""
+
+    plan: Plan
+    instructions: tuple[Instruction, ...]
+    functions: tuple[StageFunction, ...]
+    uses: dict[str, tuple[Use, ...]]
+    names: dict[str, str]
+
+
+def lower(plan: Plan) -> Lowered:
+    """Write the plan down."""
+    check_update(plan)
+    b = Builder(plan)
+    functions = _stage_functions(b)
+    _trajectory(b, functions)
+    _loss(b)
+    for stage in reversed(plan.stages):
+        _pull_back(b, stage)
+        _gains(b, stage)
+    if plan.form.name != "base":
+        for stage in plan.stages:
+            _decide(b, stage)
+            _run_again(b, stage, functions)
+    uses = {player.name: b.uses(player.name) for player in plan.graph.players}
+    players = tuple(_player_function(b, use) for found in uses.values() for use in found if use.function)
+    return Lowered(plan, tuple(b.instructions), (*functions, *players), uses, dict(b._names))
+
+
+def check_update(plan: Plan) -> None:
+    """The instruction for the update is right only if the derived ``δu`` is ``-M⁻¹ (C w + ℓ)``."""
+    found = plan.form.forward["delta_u"].expression
+    gradient = a.GRADIENTS * a.WEIGHTS + (a.DECAY if plan.decay else 0 * a.DECAY)
+    if (found + Inverse(a.CURVATURE) * gradient).expand().doit() != 0 * a.UPDATE:
+        raise CompileError(f"no instruction computes the derived update {found}", "Use backend='dense'")
+
+
+# --- sweep 1 ----------------------------------------------------------------------------------------------------------
+
+
+def _stage_functions(b: Builder) -> tuple[StageFunction, ...]:
+    graph = b.graph
+    inner = tuple(name for name in graph.prologue if graph.op(name).kind != "input")
+    found = [_function(b, "prologue", -1, inner, ())] if inner else []
+    for stage in graph.stages:
+        ops = set(stage.ops)
+        taps = tuple(dict.fromkeys(use for player in graph.players for use in player.uses if use in ops))
+        ordered = _with_expressions(b, stage.ops)
+        found.append(_function(b, f"stage_{stage.index}", stage.index, ordered, taps))
+    return tuple(found)
+
+
+def _with_expressions(b: Builder, ops: tuple[str, ...]) -> tuple[str, ...]:
+    """The operations with every parameter expression they read: recomputed where used, never a state."""
+    expressions = {name: player for player in b.graph.players for name in player.expressions}
+    needed = set(ops)
+    for name in reversed(b.graph.ops.ops):
+        if name.name in needed:
+            needed.update(operand for operand in name.operands if operand in expressions)
+    used = {operand for name in needed for operand in b.graph.op(name).operands}
+    kept = {name for name in needed if name not in expressions or name in used}
+    return tuple(sorted(kept, key=b.graph.ops.position.__getitem__))
+
+
+def _function(b: Builder, name: str, stage: int, ops: tuple[str, ...], taps: tuple[str, ...]) -> StageFunction:
+    """Inputs are what the operations read from outside, returns what anybody outside reads."""
+    graph, inside = b.graph, set(ops)
+    inputs = tuple(dict.fromkeys(o for op in ops for o in graph.op(op).operands if o not in inside))
+    expressions = {e for player in graph.players for e in player.expressions}
+    outputs = set(graph.ops.output_names)
+    returns = [
+        op
+        for op in ops
+        if op not in expressions and (op in outputs or any(user not in inside for user in graph.ops.users[op]))
+    ]
+    operands = [
+        ref.name
+        for player in graph.players
+        for use in b.uses(player.name)
+        if use.op in taps
+        for ref in (*use.operands, *(Ref(extra) for extra in use.extras))
+        if isinstance(ref, Ref) and ref.name in inside
+    ]
+    players = ", ".join(graph.stages[stage].players) if stage >= 0 else "before the first player"
+    return StageFunction(
+        name, stage, inputs, ops, taps, tuple(dict.fromkeys([*returns, *taps, *operands])), doc=players
+    )
+
+
+def _player_function(b: Builder, use: Use) -> StageFunction:
+    inputs = (*use.extras, *(ref.name for ref in use.operands))
+    params = tuple(ref.name for ref in use.params if ref is not None)
+    doc = f"{use.op} as a function of its parameters"
+    return StageFunction(f"player_{b.name(use.op)}", -1, inputs, use.ops, (), (use.op,), params, doc)
+
+
+def _trajectory(b: Builder, functions: tuple[StageFunction, ...]) -> None:
+    graph = b.graph
+    b.emit("trajectory", -1, tuple(b.name(name) for name in graph.ops.inputs), "=", Code("inputs"), note="x_0")
+    for function in functions:
+        pulled = b.plan.stages[function.stage].pulled if function.stage >= 0 else ()
+        for value in pulled:
+            b.emit("trajectory", function.stage, (f"*{b.leaf(value, function.stage)}",), "leaf", Var(b.name(value)))
+        arguments = [
+            Var(b.leaf(value, function.stage) if value in pulled else b.name(value)) for value in function.inputs
+        ]
+        writes = tuple(b.name(name) for name in function.returns)
+        note = f"f_{function.stage}" if function.stage >= 0 else "constant through the step"
+        b.emit("trajectory", function.stage, writes, function.name, Var("p"), Var("b"), *arguments, note=note)
+
+
+def _moved_outputs(b: Builder) -> tuple[str, ...]:
+    graph = b.graph
+    return tuple(
+        name for name in graph.ops.output_names if name in graph.value and not graph.value[name].fixed
+    )
+
+
+def _loss(b: Builder) -> None:
+    graph, end = b.graph, len(b.graph.stages)
+    moved = _moved_outputs(b)
+    for name in moved:
+        b.emit("loss", end, (f"*{b.leaf(name, end)}",), "leaf", Var(b.name(name)))
+    structure = b.tree(graph.ops.output, {name: b.leaf(name, end) for name in moved})
+    b.emit("loss", end, ("*phi",), "m.losses", structure, Var("targets"), note="phi_i")
+    leaves = [Var(b.leaf(name, end)) for name in moved]
+    b.emit("loss", end, tuple(b.g(name, end) for name in moved), "loss_gradient", Var("phi"), leaves, note="g_T")
+    b.emit("loss", end, ("ones", "start"), "m.terminal", Var("phi"), note="V_x = g alpha_T, alpha_T = start: 1/B or 1")
+    _terminal(b, end)
+
+
+def _terminal(b: Builder, end: int) -> None:
+    form, coupling = b.plan.form.name, b.plan.coupling
+    ones = Var("ones")
+    b.emit("loss", end, (f"*alpha_{end}",), "=", Code("start * ones"), note="alpha_T")
+    if form != "base":
+        group = coupling if isinstance(coupling, int) else None
+        b.emit("loss", end, ("*rows",), "rows_of", Code("phi.shape[0]"), group, note="groups of samples")
+    if form == "information":
+        if isinstance(coupling, int):
+            b.emit("loss", end, ("*tau",), "group_scale", Var("rows"), Code("phi.shape[0]"), note="B / b")
+        b.emit("loss", end, (f"*y_{end}",), "=", Code("ones"), note="y_T = P_T^-1 alpha_T = 1")
+        b.emit("loss", end, (f"*lambda_{end}",), "blocks_identity", Var("rows"), Code("1 / start"), ones,
+               note="Lambda_T = P_T^-1")  # fmt: skip
+    elif form != "base":
+        b.emit("loss", end, (f"*rho_{end}",), "=", Code("start * ones"), note="rho_T: P_T = diag(rho_T)")
+
+
+# --- backward sweep ---------------------------------------------------------------------------------------------------
+
+
+def _pull_back(b: Builder, stage: StagePlan) -> None:
+    """Gradients at the cut before the stage, and of its players' outputs."""
+    graph, t = b.graph, stage.index
+    ops = set(graph.stages[t].ops)
+    taps = tuple(dict.fromkeys(use for player in graph.players for use in player.uses if use in ops))
+    opened = tuple(name for name in stage.opened)
+    outputs = [Var(b.name(name)) for name in opened]
+    gradients = [Var(b.g(name, segments(graph, graph.value[name])[0])) for name in opened]
+    inputs = [Var(b.leaf(name, t)) for name in stage.pulled] + [Var(b.name(tap)) for tap in taps]
+    writes = tuple(b.g(name, t) for name in stage.pulled) + tuple(b.g_output(tap) for tap in taps)
+    b.emit("backward", t, writes, "pull_back", outputs, inputs, gradients, note="Q_x = f_x^T V_x; g of the players")
+    for name in stage.pulled:
+        later = [reader for reader in segments(graph, graph.value[name]) if reader > t]
+        if later:
+            total = Code(f"{b.g(name, t)} + {b.g(name, later[0])}")
+            b.emit("backward", t, (f"*{b.g(name, t)}",), "=", total, note=f"identity block: {name} waits on")
+    for tap in taps:
+        for player in graph.players:
+            for use in b.uses(player.name):
+                if use.op == tap and use.rule.prepare:
+                    operands = tuple(b.operand(ref) for ref in use.operands)
+                    b.emit("backward", t, (f"*o_{b.name(tap)}",), f"{use.rule.prefix}_prepare", operands,
+                           **b.options(use))  # fmt: skip
+
+
+def _operands(b: Builder, use: Use) -> Var | tuple[Var, ...]:
+    if use.rule.prepare:
+        return Var(f"o_{b.name(use.op)}")
+    return tuple(b.operand(ref) for ref in use.operands)
+
+
+def _params(b: Builder, use: Use) -> tuple[object, ...]:
+    return tuple(b.operand(ref) for ref in use.params)
+
+
+def _weighted(b: Builder, phase: str, t: int, player: Player, weights: str, prefix: str, note: str) -> str:
+    """``C w`` of one player over all its uses; returns the variable."""
+    found = []
+    for use in b.uses(player.name):
+        g = Code(f"scale({b.g_output(use.op)}, {weights})")
+        name = f"{prefix}_{b.name(use.op)}"
+        b.emit(phase, t, (f"*{name}",), b.kernel(use, "weighted"), _operands(b, use), g, _params(b, use),  # type: ignore[arg-type]
+               use.wants, note=note, **b.options(use))  # fmt: skip
+        found.append((use.names, Var(name)))
+    if len(found) == 1 and found[0][0] == player.parameters:
+        return found[0][1].name
+    total = f"{prefix}_{b.name(player.op)}_total"
+    b.emit(phase, t, (f"*{total}",), "gather", player.parameters, *found, note="every use")  # type: ignore[arg-type]
+    return total
+
+
+def _gram(b: Builder, t: int, player: Player, metric: str) -> str:
+    """``Γ`` of one player."""
+    uses, result = b.uses(player.name), f"gamma_{t}_{b.name(player.op)}"
+    if len(uses) == 1 and uses[0].names == player.parameters:
+        use = uses[0]
+        b.emit("backward", t, (f"*{result}",), "gram_blocks", Function(b.kernel(use, "gram")), _operands(b, use),
+               Var(b.g_output(use.op)), _params(b, use), use.wants, Var(metric), Var("rows"),
+               note="gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
+        return result
+    gradients = []
+    for use in uses:
+        name = f"gamma_{b.name(use.op)}_rows"
+        b.emit("backward", t, (f"*{name}",), b.kernel(use, "per_sample"), _operands(b, use),
+               Var(b.g_output(use.op)), _params(b, use), use.wants, note="gamma", **b.options(use))  # fmt: skip
+        gradients.append((use.names, Var(name)))
+    total = f"gamma_{b.name(player.op)}_total"
+    b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *gradients, note="every use")
+    b.emit("backward", t, (f"*{result}",), "joint_gram", Var(total), Var(metric), Var("rows"),
+           note="gamma M^-1 gamma^T")  # fmt: skip
+    return result
+
+
+def _directional(
+    b: Builder, phase: str, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
+    only: frozenset[str] | None = None,
+) -> None:  # fmt: skip
+    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones)."""
+    parts = []
+    for player in players:
+        for use in b.uses(player.name):
+            if only is not None and use.op not in only:
+                continue
+            change = tuple(Code(f"{directions[player.name]}[{player.parameters.index(name)}]") for name in use.names)
+            name = f"{result}_{b.name(use.op)}"
+            b.emit(phase, t, (f"*{name}",), b.kernel(use, "directional"), _operands(b, use),  # type: ignore[arg-type]
+                   Var(b.g_output(use.op)), _params(b, use), use.wants, change, **b.options(use))  # fmt: skip
+            parts.append(name)
+    total = " + ".join(f"wide({part})" for part in parts)
+    b.emit(phase, t, (f"*{result}",), "=", Code(total), note=note)  # type: ignore[arg-type]
+
+
+def _gains(b: Builder, stage: StagePlan) -> None:
+    """Statistics, Gram matrices and the collapsed recursion of one stage."""
+    t, form, after = stage.index, b.plan.form, stage.index + 1
+    if form.name == "base":
+        for player in stage.players:
+            name = _weighted(b, "backward", t, player, f"alpha_{len(b.plan.stages)}", "grad", "Q_u")
+            b.emit("backward", t, (), "m.observe", player.parameters, Var(name), note="statistics of the base method")
+            b.emit("backward", t, (), "m.apply", player.parameters, Var(name), note="delta_u = -M^-1 Q_u (Prop. 4)")
+        return
+    opens: dict[str, str] = {}
+    metrics: dict[str, str] = {}
+    for player in stage.players:
+        identity = b.name(player.op)
+        if stage.statistics:
+            opens[player.name] = _weighted(b, "backward", t, player, f"alpha_{after}", "qu", "Q_u = f_u^T V_x")
+            b.emit("backward", t, (), "m.observe", player.parameters, Var(opens[player.name]),
+                   note="statistics of the base method")  # fmt: skip
+        else:
+            b.emit("backward", t, (), "m.observe", player.parameters, None, note="the base method counts its steps")
+        metrics[player.name] = f"metric_{identity}"
+        b.emit("backward", t, (f"*metric_{identity}",), "m.metric", player.parameters, note="M^-1")
+    if b.plan.decay and form.name in ("information", "block"):
+        drifts = {player.name: f"drift_{b.name(player.op)}" for player in stage.players}
+        for player in stage.players:
+            b.emit("backward", t, (f"*{drifts[player.name]}",), "m.drift", player.parameters, note="M^-1 l_u")
+        _directional(b, "backward", t, stage.players, drifts, f"s_{t}", "s = gamma M^-1 l_u")
+    if form.name in ("information", "block"):
+        grams = [_gram(b, t, player, metrics[player.name]) for player in stage.players]
+        b.emit("backward", t, (), "m.keep", t, **{"gammas": {p.name: Var(g) for p, g in zip(stage.players, grams, strict=True)}})
+        b.emit("backward", t, (f"*gamma_{t}",), "blocks_add", *(Var(gram) for gram in grams),
+               note="Gamma = sum over the stage's players")  # fmt: skip
+        _information(b, t, stage)
+    else:
+        _paper(b, stage, opens, metrics)
+
+
+def _environment(b: Builder, t: int) -> dict[MatrixExpr, str]:
+    after, end = t + 1, len(b.plan.stages)
+    drifts = b.plan.decay
+    return {
+        a.TARGET_NEXT: f"y_{after}" if drifts else f"y_{end}",
+        a.TARGET: f"y_{t}" if drifts or b.plan.form.name == "block" else f"y_{end}",
+        a.DRIFT: f"s_{t}",
+        a.INFORMATION_NEXT: f"lambda_{after}",
+        a.GRAM: f"gamma_{t}",
+        a.GROUP_SCALE: "tau",
+        a.ALPHA_NEXT: f"alpha_{after}",
+        a.RHO_NEXT: f"rho_{after}",
+        a.CHANGE: f"c_{t}",
+        MOVED: f"moved_{t}",
+        GRAM_DIAGONAL: f"diagonal_{t}",
+    }
+
+
+def _formula(b: Builder, t: int, expression: MatrixExpr) -> Code:
+    factors = {a.INFORMATION: f"factor_{t}", a.SYSTEM: f"factor_{t}"}
+    return Code(print_formula(expression, _environment(b, t), factors))
+
+
+def _information(b: Builder, t: int, stage: StagePlan) -> None:
+    """The information form and its per-sample projection, equation by equation as derived."""
+    wanted = {"alpha": t > 0 and b.plan.stages[t - 1].statistics, "y": True, "rho": t > 0}
+    if b.plan.form.name == "block":
+        wanted["alpha"] = t > 0
+    elif not b.plan.decay:
+        wanted["y"] = False
+    for symbol, variable in (("Lambda", "lambda"), ("X", "system"), ("y", "y"), ("alpha", "alpha"), ("rho", "rho")):
+        equation = b.plan.form.backward.get(symbol)
+        if equation is None or not wanted.get(symbol, True):
+            continue
+        code = _formula(b, t, equation.expression)
+        b.emit("backward", t, (f"*{variable}_{t}",), "=", code, note=f"{symbol} ({equation.source})")
+        if symbol in ("Lambda", "X"):
+            b.emit("backward", t, (f"*factor_{t}",), "factor", Var(f"{variable}_{t}"), note="Cholesky")
+    target = _environment(b, t)[a.TARGET]
+    b.emit("backward", t, (), "m.keep", t, factor=Var(f"factor_{t}"), target=Var(target))
+
+
+def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], metrics: dict[str, str]) -> None:
+    """The paper's block-diagonal form: one pair of scalars a sample (theory: 4b)."""
+    t, form = stage.index, b.plan.form
+    gains = {}
+    for player in stage.players:
+        gains[player.name] = f"k_{b.name(player.op)}"
+        b.emit("backward", t, (f"*{gains[player.name]}",), "m.open_gain", player.parameters, Var(opens[player.name]),
+               note="k = -M^-1 Q_u (4)")  # fmt: skip
+    if t == 0:
+        return
+    _directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
+    diagonals = []
+    for player in stage.players:
+        name = f"diagonal_{t}_{b.name(player.op)}"
+        _gram_diagonal(b, t, player, metrics[player.name], name)
+        diagonals.append(name)
+    b.emit("backward", t, (f"*diagonal_{t}",), "=", Code(" + ".join(f"wide({d})" for d in diagonals)), note="Gamma_ii")
+    alpha, rho = form.backward["alpha"], form.backward["rho"]
+    b.emit("backward", t, (f"*alpha_{t}",), "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
+    code = _formula(b, t, rho.expression)
+    if form.name == "printed":
+        b.emit("backward", t, (f"*rho_{t}",), "=", code, note=f"rho ({rho.source})")
+        return
+    b.emit("backward", t, (f"rho_{t}", f"clipped_{t}"), "clip_radicand", code, note=f"rho ({rho.source})")
+    b.emit("backward", t, (), "m.keep", t, radicands=Var(f"clipped_{t}"))
+
+
+def _gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str) -> None:
+    uses = b.uses(player.name)
+    if len(uses) == 1 and uses[0].names == player.parameters:
+        use = uses[0]
+        b.emit("backward", t, (f"*{result}",), b.kernel(use, "gram_diagonal"), _operands(b, use),
+               Var(b.g_output(use.op)), _params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
+        return
+    gram = _gram(b, t, player, metric)
+    b.emit("backward", t, (f"*{result}",), "=", Code(f"{gram}[0].diagonal()"))
+
+
+# --- forward sweep ----------------------------------------------------------------------------------------------------
+
+
+def _decide(b: Builder, stage: StagePlan) -> None:
+    """``w``, one weighted gradient a player, and the base method."""
+    t = stage.index
+    expression = b.plan.form.forward["w"].expression
+    if stage.feeds:
+        total = " + ".join(b.contraction(c.value, c.reader) for c in stage.feeds)
+        b.emit("forward", t, (f"c_{t}", f"outside_{t}"), "clip", Code(total), b.plan.clip,
+               note="c: the change the stages before have caused")  # fmt: skip
+        b.emit("forward", t, (), "m.keep", t, change=Var(f"c_{t}"), outside=Var(f"outside_{t}"))
+    else:
+        expression = expression.subs(a.CHANGE, 0 * a.CHANGE).doit()
+    source = b.plan.form.forward["w"].source
+    b.emit("forward", t, (f"*w_{t}",), "=", _formula(b, t, expression), note=f"w ({source})")
+    b.emit("forward", t, (), "m.keep", t, weights=Var(f"w_{t}"))
+    for player in stage.players:
+        name = _weighted(b, "forward", t, player, f"w_{t}", "grad", "C w")
+        b.emit("forward", t, (f"*delta_{b.name(player.op)}",), "m.apply", player.parameters, Var(name),
+               note="delta_u = -M^-1 (C w + l)")  # fmt: skip
+
+
+def _run_again(b: Builder, stage: StagePlan, functions: tuple[StageFunction, ...]) -> None:
+    """The layer itself with its new parameters, and how far it moved each sample's loss."""
+    t = stage.index
+    if stage.rerun:
+        (function,) = (found for found in functions if found.stage == t)
+        arguments = [Var(b.new(value)) for value in function.inputs]
+        needed = _read_again(b, t)
+        writes = tuple(b.new(name) if name in needed else "_" for name in function.returns)
+        b.emit("forward", t, writes, function.name, Var("q"), Var("b_again"), *arguments, note=f"x' = f_{t}(x', u')")
+    for contraction in stage.contracts:
+        _contract(b, t, contraction)
+
+
+def _read_again(b: Builder, t: int) -> set[str]:
+    """Values of a stage that the forward sweep reads after it."""
+    later = {stage.index for stage in b.plan.stages if stage.rerun and stage.index > t}
+    contracted = {c.value for c in b.plan.stages[t].contracts}
+    users = b.graph.ops.users
+    stage_of = b.graph.stage_of
+    return {
+        name
+        for name in b.graph.stages[t].ops
+        if name in contracted or any(stage_of.get(user) in later for user in users[name])
+    }
+
+
+def _contract(b: Builder, t: int, contraction: Contraction) -> None:
+    value, reader = contraction.value, contraction.reader
+    result = b.contraction(value, reader)
+    control = b.graph.value[value].control
+    if control is None:
+        b.emit("forward", t, (f"*{result}",), "contract", Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
+               note=f"<g, delta {value}>")  # fmt: skip
+        return
+    player = b.graph.player[control]
+    here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
+    _directional(b, "forward", t, (player,), {control: f"delta_{b.name(player.op)}"}, result,
+                 f"what the new {control} will change at stage {reader}", here)  # fmt: skip
+
+
+__all__ = ["Lowered", "lower", "map_leaves"]
