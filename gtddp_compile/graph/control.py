@@ -11,8 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
+import networkx as nx
+
+from gtddp_compile import draw
+from gtddp_compile.graph import views
 from gtddp_compile.graph.ops import Op, OpGraph
 
 ShortcutKind = Literal["identity", "parametric", "parameter_free"]
@@ -192,3 +197,37 @@ class ControlGraph:
     def op(self, name: str) -> Op:
         """The operation called ``name``."""
         return self.ops.by_name[name]
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """Operations, operands, stages, cuts and shortcuts as plain data; see :func:`gtddp_compile.graph.views.to_networkx`."""
+        return views.to_networkx(self)
+
+    def to_dot(self) -> str:
+        """Graphviz source, one cluster a stage."""
+        return draw.dot(self.to_networkx())
+
+    def to_mermaid(self) -> str:
+        """A Mermaid flowchart, one subgraph a stage."""
+        return draw.mermaid(self.to_networkx())
+
+    def to_svg(self) -> str:
+        """A standalone drawing: one band a stage, waiting values as coloured curves."""
+        return draw.svg(self.to_networkx())
+
+    def to_html(self, notes: Mapping[int, str] | None = None) -> str:
+        """One self-contained page: the drawing with pan, zoom and hover texts, and the tables.
+
+        Args:
+            notes: text shown for a stage, by its index, for instance its derivation.
+        """
+        return draw.html(self.to_networkx(), notes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the graph as ``.svg``, ``.html``, ``.dot``, ``.mmd``, ``.md``, ``.txt`` or ``.json``, by suffix."""
+        draw.save(self.to_networkx(), path)
+
+    def __str__(self) -> str:
+        return draw.table(self.to_networkx())
+
+    def _repr_html_(self) -> str:
+        return draw.svg(self.to_networkx())

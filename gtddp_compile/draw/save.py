@@ -1,0 +1,58 @@
+"""Write a drawing to a file, the form chosen by the file's suffix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import networkx as nx
+
+from gtddp_compile.draw.dot import dot
+from gtddp_compile.draw.html import html
+from gtddp_compile.draw.mermaid import mermaid
+from gtddp_compile.draw.svg import svg
+from gtddp_compile.draw.table import table
+from gtddp_compile.errors import CompileError
+
+
+def _json(graph: nx.MultiDiGraph) -> str:
+    return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1, ensure_ascii=False) + "\n"
+
+
+def _markdown(graph: nx.MultiDiGraph) -> str:
+    return f"```mermaid\n{mermaid(graph)}```\n"
+
+
+def _text(graph: nx.MultiDiGraph) -> str:
+    return table(graph) + "\n"
+
+
+SUFFIXES: dict[str, Callable[[nx.MultiDiGraph], str]] = {
+    ".svg": svg,
+    ".html": html,
+    ".dot": dot,
+    ".gv": dot,
+    ".mmd": mermaid,
+    ".md": _markdown,
+    ".txt": _text,
+    ".json": _json,
+}
+
+
+def save(graph: nx.MultiDiGraph, path: str | Path) -> None:
+    """Write a control graph in the form that the path's suffix names.
+
+    Args:
+        graph: as made by ``ControlGraph.to_networkx``.
+        path: ends in one of :data:`SUFFIXES`.
+
+    Raises:
+        CompileError: the suffix is none of these; nothing is written.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise CompileError(
+            f"no drawing is known by the suffix {suffix!r} of {str(path)!r}", f"Use one of {', '.join(SUFFIXES)}"
+        )
+    Path(path).write_text(SUFFIXES[suffix](graph), encoding="utf-8")

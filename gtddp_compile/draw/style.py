@@ -1,0 +1,108 @@
+"""Words, widths and colours shared by all drawings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of players that share a colour: ``fill`` and ``line`` of the box, ``text`` on it."""
+
+    name: str
+    fill: str
+    line: str
+    text: str
+
+
+LINEAR = Family("linear", "#dbe7fb", "#4a7bd0", "#1d3f7a")
+CONV = Family("convolution", "#d9f0e4", "#35936a", "#14523a")
+NORM = Family("normalisation", "#fcecc9", "#c8922a", "#6e4a08")
+EMBEDDING = Family("embedding", "#fadfe6", "#c9567a", "#7a1f3c")
+OTHER = Family("other players", "#e8e2f8", "#7d65c1", "#402a80")
+FREE = Family("no parameters", "#ffffff", "#b9c0ca", "#414a57")
+FAMILIES = (LINEAR, CONV, NORM, EMBEDDING, OTHER)
+
+SHORTCUT_COLOURS = {"identity": "#e0662f", "parametric": "#b0348c", "parameter_free": "#1792a8"}
+SHORTCUT_WORDS = {
+    "identity": "identity shortcut",
+    "parametric": "shortcut with players",
+    "parameter_free": "shortcut without players",
+}
+TIED_COLOUR = "#8a6d00"
+
+_WORDS = ((NORM, ("norm",)), (EMBEDDING, ("embedding",)), (CONV, ("conv",)), (LINEAR, ("linear", "addmm")))
+
+
+def family(kind: str) -> Family:
+    """The colour family of a player's kind, by the words in it."""
+    return next((found for found, words in _WORDS if any(word in kind for word in words)), OTHER)
+
+
+def shape_text(shape: Iterable[int] | None) -> str:
+    """``64×8×8``; ``()`` for a scalar, nothing for what is not one tensor."""
+    if shape is None:
+        return ""
+    return "×".join(str(size) for size in shape) or "()"
+
+
+def plural(count: int, word: str, words: str | None = None) -> str:
+    """``1 stage``, ``2 stages``."""
+    return f"{count} {word if count == 1 else words or word + 's'}"
+
+
+def value_text(value: dict[str, Any]) -> str:
+    """Name and per-sample shape of a live value."""
+    return f"{value['name']} {shape_text(value['shape'])}"
+
+
+def widest_cut(graph: nx.MultiDiGraph) -> tuple[int, int]:
+    """Number of values in the widest cut and the first stage that has it; ``(0, 0)`` without stages."""
+    widths: Sequence[tuple[int, int]] = [
+        (len(stage["live"]), -stage["index"]) for stage in graph.graph["stages"]
+    ]
+    width, index = max(widths, default=(0, 0))
+    return width, -index
+
+
+def summary(graph: nx.MultiDiGraph) -> str:
+    """One line: players, stages, widest cut, shortcuts, parameters without effect."""
+    data = graph.graph
+    width, index = widest_cut(graph)
+    parts = [
+        plural(len(data["players"]), "player"),
+        plural(len(data["stages"]), "stage"),
+        f"widest cut {plural(width, 'value')} (stage {index})",
+        plural(len(data["shortcuts"]), "shortcut"),
+    ]
+    if data["unused"]:
+        parts.append(f"{plural(len(data['unused']), 'unused parameter')}: {', '.join(data['unused'])}")
+    return ", ".join(parts)
+
+
+def chars_wide(character: str) -> float:
+    """Width of a character in units of the font size, for a common sans-serif face, on the generous side."""
+    if character in "ijl.,:;|'!I()[]ft /":
+        return 0.36
+    if character in "mwMW@%×→":
+        return 0.94
+    if character.isupper() or ord(character) > 0x7F:
+        return 0.74 if ord(character) < 0x2E80 else 1.1
+    return 0.6
+
+
+def text_width(text: str, size: float) -> float:
+    """Generous estimate of a text's width in pixels at a font size."""
+    return size * sum(map(chars_wide, text))
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text with its middle left out if it is longer than ``limit`` characters."""
+    if len(text) <= limit:
+        return text
+    tail = (limit - 1) * 2 // 3
+    return f"{text[: limit - 1 - tail]}…{text[-tail:]}"
