@@ -1,1 +1,29 @@
-"""gtddp_compile: derive an optimal-control optimizer for a torch model, and train with it."""
+"""gtddp_compile: derive an optimal-control optimizer for a torch model, and train with it.
+
+``compile_optimizer(model, example_inputs, loss=…)`` traces the model, builds its state-augmented control graph, derives
+the gains of Differential Dynamic Programming symbolically and generates the program that trains it.
+"""
+
+from gtddp_compile.api import compile_optimizer
+from gtddp_compile.curvature import SGD, Adam, AdamW, Curvature, RMSprop
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
+from gtddp_compile.optimizer import CompiledOptimizer
+from gtddp_compile.program import UpdateProgram
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "CompileError",
+    "CompiledOptimizer",
+    "ControlGraph",
+    "Curvature",
+    "Player",
+    "RMSprop",
+    "Shortcut",
+    "Stage",
+    "UpdateProgram",
+    "Value",
+    "compile_optimizer",
+]

@@ -163,6 +163,8 @@ def _terminal(b: Builder, end: int) -> None:
     form, coupling = b.plan.form.name, b.plan.coupling
     ones = Var("ones")
     b.emit("loss", end, (f"*alpha_{end}",), "=", Code("start * ones"), note="alpha_T")
+    if form in ("information", "block"):
+        b.emit("loss", end, (), "m.keep", end, alpha=Var(f"alpha_{end}"))
     if form != "base":
         group = coupling if isinstance(coupling, int) else None
         b.emit("loss", end, ("*rows",), "rows_of", Code("phi.shape[0]"), group, note="groups of samples")
@@ -345,8 +347,12 @@ def _information(b: Builder, t: int, stage: StagePlan) -> None:
         b.emit("backward", t, (f"*{variable}_{t}",), "=", code, note=f"{symbol} ({equation.source})")
         if symbol in ("Lambda", "X"):
             b.emit("backward", t, (f"*factor_{t}",), "factor", Var(f"{variable}_{t}"), note="Cholesky")
-    target = _environment(b, t)[a.TARGET]
-    b.emit("backward", t, (), "m.keep", t, factor=Var(f"factor_{t}"), target=Var(target))
+    figures = {"factor": Var(f"factor_{t}"), "target": Var(_environment(b, t)[a.TARGET])}
+    if b.plan.decay:
+        figures["drift"] = Var(f"s_{t}")
+    if "alpha" in b.plan.form.backward and b.plan.form.name == "block" and t > 0:
+        figures["alpha"] = Var(f"alpha_{t}")
+    b.emit("backward", t, (), "m.keep", t, **figures)
 
 
 def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], metrics: dict[str, str]) -> None:

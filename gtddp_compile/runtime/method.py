@@ -113,6 +113,23 @@ class BaseMethod:
         linear = self._curvature.linear_term(self._params[name], self._groups[name])
         return gradient if linear is None else gradient + linear
 
+    # --- for the dense backend ----------------------------------------------------------------------------------------
+
+    def dense_curvature(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Diagonal of ``M`` and ``ℓ_u`` of one player, its parameters flat and side by side."""
+        metric, linear = [], []
+        for name, inverse in zip(names, self.metric(names), strict=True):
+            param = self._params[name]
+            metric.append((1 / (inverse * torch.ones_like(param))).flatten())
+            decay = self._curvature.linear_term(param, self._groups[name])
+            linear.append((torch.zeros_like(param) if decay is None else decay).flatten())
+        return torch.cat(metric), torch.cat(linear)
+
+    def unflatten(self, names: tuple[str, ...], vector: Tensor) -> tuple[Tensor, ...]:
+        """One player's flat column as tensors of its parameters' shapes."""
+        pieces = vector.flatten().split([self._params[name].numel() for name in names])
+        return tuple(piece.reshape(self._params[name].shape) for name, piece in zip(names, pieces, strict=True))
+
     # --- figures and random state -------------------------------------------------------------------------------------
 
     def keep(self, stage: int, **figures: Any) -> None:

@@ -1,0 +1,61 @@
+"""The way in: :func:`compile_optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gtddp_compile.curvature import Curvature, resolve
+from gtddp_compile.losses import split
+from gtddp_compile.optimizer import CompiledOptimizer
+from gtddp_compile.options import Backend, Feedback, Options, Reading, Recursion
+
+
+def compile_optimizer(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    *,
+    loss: nn.Module | Callable[[Any, Any], Tensor],
+    curvature: str | Curvature = "sgd",
+    feedback: Feedback = True,
+    feedback_clip: float | None = 1.0,
+    schedule: str | Mapping[str, int] = "asap",
+    coupling: str | int = "full",
+    recursion: str = "levenberg",
+    backend: Backend = "fast",
+    mixing: Reading = "block",
+    **curvature_options: Any,
+) -> CompiledOptimizer:
+    """Derive an optimal-control optimizer for a network.
+
+    Args:
+        model: any traceable module; it is not changed.
+        example_inputs: a tensor or a tuple of them, batch on the leading axis; without it the program is specialised at the
+            first step.
+        loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)`` returning one loss
+            a sample, shape (B,).
+        curvature: ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` with its options as further keywords (``lr``,
+            ``weight_decay``, …: torch.optim's names and defaults), or an object such as ``RMSprop(lr=1e-3)``.
+        feedback: True; ``"open"``: open gains only; False: exactly the base method (Proposition 4).
+        feedback_clip: bound on the predicted change of a sample's loss that is believed (theory: 4a); ``None``: none.
+        schedule: ``"asap"``, ``"alap"``, ``"sequential"``, or a mapping of player names to stages.
+        coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation).
+        recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``).
+        backend: ``"fast"`` (generated code) or ``"dense"`` (explicit matrices, small networks: the reference).
+        mixing: how the dense backend reads operations that mix samples (theory: 4e): ``"block"``, as the fast one does, or
+            ``"exact"``.
+        **curvature_options: options of the named curvature.
+
+    Returns:
+        A ``torch.optim.Optimizer``; train with ``loss = opt.step(inputs, targets)``.
+
+    Raises:
+        CompileError: with the module, operation and source line where there is one, why, and what to do.
+    """
+    options = Options(
+        feedback, feedback_clip, schedule, coupling, recursion, backend, mixing  # type: ignore[arg-type]
+    )
+    base = resolve(curvature, **curvature_options)
+    return CompiledOptimizer(model, example_inputs, loss=split(loss), curvature=base, options=options).seal()

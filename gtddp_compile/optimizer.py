@@ -1,0 +1,210 @@
+"""The compiled optimizer: a ``torch.optim.Optimizer`` whose step runs the derived program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from gtddp_compile.compiler import build_graph, build_program
+from gtddp_compile.curvature import Curvature
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph
+from gtddp_compile.losses import Loss, check
+from gtddp_compile.options import Options
+from gtddp_compile.program import UpdateProgram
+from gtddp_compile.runtime.dense import DenseBackend
+from gtddp_compile.runtime.diagnostics import Diagnostics
+from gtddp_compile.runtime.fast import FastBackend
+from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss, random_state, restore_random_state
+from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
+
+
+class CompiledOptimizer(torch.optim.Optimizer):
+    """An optimizer derived for one network (use :func:`gtddp_compile.compile_optimizer` to make one).
+
+    Unlike other torch optimizers it runs the forward and backward passes itself: ``loss = opt.step(inputs, targets)``.
+    Everything else is as usual: ``param_groups`` (one for every module that owns trained parameters, with its ``name``),
+    ``state_dict``, learning-rate schedulers, hooks, pickling.
+
+    The program is specialised on what shapes the computation: which modules are in training mode, which parameters
+    are trained. When one of these changes, the next step compiles again; the base method's state is kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | tuple[Any, ...] | None,
+        *,
+        loss: Loss,
+        curvature: Curvature,
+        options: Options,
+    ) -> None:
+        self._view = ModelView(model)
+        self._loss, self._curvature, self._options = loss, curvature, options
+        self._programs: dict[Any, tuple[UpdateProgram, FastBackend | DenseBackend]] = {}
+        self._graphs: dict[Any, ControlGraph] = {}
+        self._current: UpdateProgram | None = None
+        self._diagnostics = Diagnostics()
+        self._checked = False
+        super().__init__(self._view.groups(), curvature.defaults())
+        if example_inputs is not None:
+            self._specialise(as_inputs(example_inputs))
+
+    # --- what was compiled --------------------------------------------------------------------------------------------
+
+    @property
+    def program(self) -> UpdateProgram:
+        """The program of the last specialisation.
+
+        Raises:
+            CompileError: there is none yet (no example inputs were given and no step was made).
+        """
+        if self._current is None:
+            raise CompileError(
+                "the optimizer is not specialised yet: no example inputs were given",
+                "Pass example_inputs to compile_optimizer, or make a step first",
+            )
+        return self._current
+
+    @property
+    def graph(self) -> ControlGraph:
+        """The control graph of the last specialisation (raises as :attr:`program` does)."""
+        return self.program.graph
+
+    @property
+    def diagnostics(self) -> Mapping[str, Any]:
+        """Figures of the last step: ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped``
+        and, by player, ``open_norm`` and ``feedback_norm`` (in the metric ``M``)."""
+        return self._diagnostics.figures()
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def step(self, inputs: Any = None, targets: Any = None) -> Tensor:  # type: ignore[override]
+        """One update from one batch; a transaction.
+
+        Args:
+            inputs: a tensor or a tuple of them, batch on the leading axis.
+            targets: what the loss takes.
+
+        Returns:
+            The loss before the update (mean or sum, as the loss reduces), detached. If it is not finite, nothing has
+            changed and ``diagnostics["skipped"]`` is True.
+
+        Raises:
+            CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
+                exception parameters, buffers, optimizer state and random state are what they were.
+        """
+        if inputs is None or targets is None or callable(inputs):
+            raise CompileError(
+                "step() needs the batch itself: the program runs forward and backward passes",
+                "Call opt.step(inputs, targets); a closure is not used",
+            )
+        batch = as_inputs(inputs)
+        before = random_state()
+        try:
+            check_batch(batch, targets)
+            program, backend = self._specialise(batch)
+            return self._transaction(program, backend, batch, targets)
+        except BaseException:
+            restore_random_state(before)
+            raise
+
+    def _transaction(
+        self, program: UpdateProgram, backend: FastBackend | DenseBackend, inputs: tuple[Any, ...], targets: Any
+    ) -> Tensor:
+        params = self._view.parameters()
+        advancing = {name for op in program.graph.ops.ops for name in op.advances}
+        buffers = {name: value.clone() if name in advancing else value for name, value in self._view.buffers().items()}
+        new = dict(params)
+        m = self._base_method(program, params, new)
+        before = random_state()
+        try:
+            backend.run(m, params, buffers, new, inputs, targets)
+        except NonFiniteLoss as stop:
+            restore_random_state(before)
+            self._diagnostics = Diagnostics(loss=stop.loss, skipped=True)
+            return stop.loss
+        self._commit(m, new, {name: buffers[name] for name in advancing})
+        self._checked = True
+        assert m.loss is not None
+        self._diagnostics = Diagnostics(m.loss, m.figures, program)
+        return m.loss
+
+    def _base_method(self, program: UpdateProgram, params: dict[str, Tensor], new: dict[str, Tensor]) -> BaseMethod:
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        trained = [name for player in program.graph.players for name in player.parameters]
+        owner = self._view.named
+        groups = {name: group_of[id(owner[name])] for name in trained}
+        states = {}
+        for name in trained:
+            state = self.state.get(owner[name])
+            states[name] = state if state else self._curvature.init_state(params[name], groups[name])
+        return BaseMethod(self._curvature, params, new, states, groups, self._loss, self._check_loss())
+
+    def _check_loss(self) -> Callable[[Any, Any], None] | None:
+        """The user's loss against the per-sample one, until a step has succeeded; targets every time."""
+        first = not self._checked
+
+        def compare(outputs: Any, targets: Any) -> None:
+            check(self._loss, outputs, targets, value=first)
+
+        return compare
+
+    def _commit(self, m: BaseMethod, new: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, state in m.states.items():
+                self._view.named[name].copy_(new[name])
+                self.state[self._view.named[name]] = dict(state)
+            for name, value in buffers.items():
+                self._view.buffer(name).copy_(value)
+
+    # --- specialisation -----------------------------------------------------------------------------------------------
+
+    def _specialise(self, inputs: tuple[Any, ...]) -> tuple[UpdateProgram, FastBackend | DenseBackend]:
+        structure = self._view.signature()
+        decay = any(group.get("weight_decay", 0) != 0 for group in self.param_groups) and self._couples_decay()
+        if (structure, decay) not in self._programs:
+            if structure not in self._graphs:
+                self._graphs[structure] = build_graph(self._view.model, inputs, self._options)
+            program = build_program(self._graphs[structure], self._options, self._curvature, decay=decay)
+            backend = FastBackend(program) if self._options.backend == "fast" else DenseBackend(program)
+            self._programs[structure, decay] = (program, backend)
+        found = self._programs[structure, decay]
+        self._current = found[0]
+        return found
+
+    def _couples_decay(self) -> bool:
+        probe = torch.ones(())
+        return any(self._curvature.linear_term(probe, group) is not None for group in self.param_groups)
+
+    # --- torch.optim's surface ----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: the program was derived for the parameters the model had.
+
+        Raises:
+            CompileError: always, once the optimizer exists.
+        """
+        if "_programs" in self.__dict__ and getattr(self, "_sealed", False):
+            self._refuse_group()
+        super().add_param_group(param_group)
+
+    def _refuse_group(self) -> NoReturn:
+        raise CompileError(
+            "a parameter group cannot be added: the update program was derived for the network as it was compiled",
+            "Change the model first, then call compile_optimizer again; load_state_dict carries state over",
+        )
+
+    def seal(self) -> CompiledOptimizer:
+        """No more groups from here on."""
+        self._sealed = True
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
+        state.update(_programs={}, _graphs={}, _current=None, _diagnostics=Diagnostics())
+        return state

@@ -1,0 +1,63 @@
+"""The compile options, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
+from gtddp_compile.errors import CompileError
+
+Feedback = Literal["open"] | bool
+Backend = Literal["fast", "dense"]
+Reading = Literal["block", "exact"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`gtddp_compile.compile_optimizer` was asked for, apart from model, loss and curvature.
+
+    Attributes are the options of api.md. ``mixing`` is the dense backend's reading of operations that mix samples
+    (theory: 4e): ``"block"``, as the fast backend, or ``"exact"``.
+    """
+
+    feedback: Feedback = True
+    feedback_clip: float | None = 1.0
+    schedule: str | Mapping[str, int] = "asap"
+    coupling: str | int = "full"
+    recursion: Recursion = "levenberg"
+    backend: Backend = "fast"
+    mixing: Reading = "block"
+
+    def __post_init__(self) -> None:
+        if self.feedback not in (True, False, "open"):
+            raise _unknown("feedback", self.feedback, "True, 'open' or False")
+        if self.recursion not in RECURSIONS:
+            raise _unknown("recursion", self.recursion, ", ".join(map(repr, RECURSIONS)))
+        if self.backend not in ("fast", "dense"):
+            raise _unknown("backend", self.backend, "'fast' or 'dense'")
+        if self.mixing not in ("block", "exact"):
+            raise _unknown("mixing", self.mixing, "'block' or 'exact'")
+        if self.mixing == "exact" and self.backend != "dense":
+            raise CompileError("the exact reading of operations that mix samples is dense", "Use backend='dense' with it")
+        if self.mixing == "exact" and self.coupling != "full":
+            raise CompileError("the exact reading mixes all samples", "Use coupling='full' with it")
+        if isinstance(self.coupling, bool) or not (
+            self.coupling in ("full", "block") or isinstance(self.coupling, int) and self.coupling >= 1
+        ):
+            raise _unknown("coupling", self.coupling, "'full', 'block' or a group size of at least 1")
+        clip = self.feedback_clip
+        if clip is not None and not clip > 0:
+            raise _unknown("feedback_clip", clip, "a positive number or None")
+
+    @property
+    def coupling_kind(self) -> Literal["full", "groups", "block"]:
+        """Which kind of coupling it is."""
+        if isinstance(self.coupling, int):
+            return "groups"
+        return "block" if self.coupling == "block" else "full"
+
+
+def _unknown(option: str, value: object, choices: str) -> CompileError:
+    return CompileError(f"option {option}={value!r} is not known", f"Choose {choices}")

@@ -1,0 +1,176 @@
+"""The compiled program: what was derived, the instructions, and the generated code."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from sympy import latex
+
+from gtddp_compile.algebra.collapsed import CollapsedForm
+from gtddp_compile.algebra.derivation import Equation
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph, Player
+from gtddp_compile.options import Options
+from gtddp_compile.passes.p06_derive import Derived, DerivedStage
+from gtddp_compile.passes.p09_lower import Lowered
+from gtddp_compile.passes.p10_emit import Emitted
+from gtddp_compile.uses import Use
+
+Format = Literal["text", "latex", "sympy"]
+
+
+@dataclass(frozen=True)
+class UpdateProgram:
+    """The optimizer that was derived for one architecture (immutable).
+
+    ``str()`` shows the instructions stage by stage, ``code`` the Python that runs, :meth:`derivation` the mathematics it
+    was lowered from, :meth:`cost` what each player costs and in which form.
+    """
+
+    graph: ControlGraph
+    derived: Derived
+    form: CollapsedForm
+    lowered: Lowered
+    emitted: Emitted
+    options: Options
+    curvature: str
+
+    @property
+    def code(self) -> str:
+        """The generated Python source."""
+        return self.emitted.code
+
+    def __str__(self) -> str:
+        lines = [f"# {self.graph.name}: {self.curvature}, form {self.form.name}, coupling {self.options.coupling}"]
+        heading: tuple[str, int] | None = None
+        for instruction in self.lowered.instructions:
+            if (instruction.phase, instruction.stage) != heading:
+                heading = (instruction.phase, instruction.stage)
+                lines.append(f"\n{instruction.phase}, {self._stage_title(instruction.stage)}")
+            note = f"    # {instruction.note}" if instruction.note else ""
+            lines.append(f"  {instruction}{note}")
+        return "\n".join(lines)
+
+    def _stage_title(self, index: int) -> str:
+        if index < 0:
+            return "before the first stage"
+        if index == len(self.graph.stages):
+            return "terminal"
+        return f"stage {index}: {', '.join(self.graph.stages[index].players)}"
+
+    # --- derivation ---------------------------------------------------------------------------------------------------
+
+    def derivation(self, stage: int | None = None, format: Format = "text") -> Any:
+        """The symbolic derivation the code was lowered from.
+
+        Args:
+            stage: one stage's; ``None`` for all of them.
+            format: ``"text"``, ``"latex"`` (both str), or ``"sympy"``: a list of (symbol, expression) equations.
+
+        Raises:
+            CompileError: no such stage or format.
+        """
+        if format not in ("text", "latex", "sympy"):
+            raise CompileError(f"derivation format {format!r} is not known", "Choose 'text', 'latex' or 'sympy'")
+        if stage is None:
+            found = [self.derivation(index, format) for index in range(len(self.derived.stages))]
+            return [equation for part in found for equation in part] if format == "sympy" else "\n\n".join(found)
+        if not 0 <= stage < len(self.derived.stages):
+            raise CompileError(f"there is no stage {stage}", f"Stages run from 0 to {len(self.derived.stages) - 1}")
+        derived = self.derived.stages[stage]
+        equations = [*derived.derivation.equations(), *self.form.backward.values(), *self.form.forward.values()]
+        if format == "sympy":
+            return [(equation.symbol, equation.expression) for equation in equations]
+        return self._latex(derived) if format == "latex" else self._text(derived)
+
+    def _legend(self, stage: DerivedStage) -> list[tuple[str, str]]:
+        rows = [(name, ", ".join(values)) for name, values in stage.inputs.items()]
+        rows += [(f"{name}'", ", ".join(values)) for name, values in stage.outputs.items()]
+        return rows + [(name, player) for name, player in stage.controls.items()]
+
+    def _text(self, stage: DerivedStage) -> str:
+        lines = [f"stage {stage.index}: {', '.join(stage.controls.values())}"]
+        lines += [f"  {name:<4} = {values}" for name, values in self._legend(stage)]
+        lines += ["  augmented dynamics (0, I, J dense; F in the controls):"]
+        lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
+        lines.append("  gains and value recursion (a prime: at t+1):")
+        lines += [_line(equation) for equation in stage.derivation.equations()]
+        lines.append(f"  collapsed, V_x = G alpha, V_xx = G P G^T ({self.form.name} form):")
+        lines += [_line(equation) for equation in (*self.form.backward.values(), *self.form.forward.values())]
+        return "\n".join(lines)
+
+    def _latex(self, stage: DerivedStage) -> str:
+        rows = [_latex_row(equation) for equation in stage.derivation.equations()]
+        rows += [_latex_row(equation) for equation in (*self.form.backward.values(), *self.form.forward.values())]
+        body = " \\\\\n".join(rows)
+        return f"% stage {stage.index}\n\\begin{{align}}\n{body}\n\\end{{align}}"
+
+    # --- cost ---------------------------------------------------------------------------------------------------------
+
+    def cost(self) -> str:
+        """A table: every player's rule, the kernels' form, and how its Gram matrix is made."""
+        table = Table(title=f"{self.form.name} form, coupling {self.options.coupling}")
+        for column in ("stage", "player", "kind", "rule", "parameters", "gram", "notes"):
+            table.add_column(column, overflow="fold")
+        for player in self.graph.players:
+            uses = self.lowered.uses[player.name]
+            rules = ", ".join(dict.fromkeys(use.rule.name for use in uses))
+            table.add_row(
+                str(player.stage), player.name, player.kind, rules, str(self._size(player)), self._gram(uses),
+                _notes(player, uses),
+            )  # fmt: skip
+        return rendered(table)
+
+    def _size(self, player: Player) -> int:
+        sizes = self.graph.ops.parameter_info
+        total = 0
+        for name in player.parameters:
+            count = 1
+            for length in sizes[name].shape:
+                count *= length
+            total += count
+        return total
+
+    def _gram(self, uses: tuple[Use, ...]) -> str:
+        if self.form.name == "base":
+            return "none"
+        if self.form.name in ("substituted", "printed"):
+            return "diagonal"
+        return "per-sample gradients, uses added" if len(uses) > 1 else "kernel"
+
+
+def rendered(table: Table, width: int = 110) -> str:
+    """A rich table as plain text."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(table)
+    return stream.getvalue()
+
+
+def _line(equation: Equation) -> str:
+    source = f"    ({equation.source})" if equation.source else ""
+    return f"    {equation.symbol} = {equation.expression}{source}"
+
+
+def _latex_row(equation: Equation) -> str:
+    tag = f" \\tag{{{equation.source}}}" if equation.source else ""
+    return f"{latex(equation.symbol)} &= {latex(equation.expression)}{tag}"
+
+
+def _notes(player: Player, uses: tuple[Use, ...]) -> str:
+    said = []
+    if len(uses) > 1:
+        said.append(f"used {len(uses)} times")
+    for use in uses:
+        if use.rule.name == "generic":
+            slow = [name for name, fast in _speeds(use.options).items() if not fast]
+            said.append(f"automatic differentiation{', slow: no ' + ', '.join(slow) if slow else ''}")
+    return "; ".join(dict.fromkeys(said))
+
+
+def _speeds(options: Mapping[str, Any]) -> dict[str, bool]:
+    return {name: bool(options[name]) for name in ("vectorised", "forward_mode") if name in options}

@@ -1,0 +1,101 @@
+"""What the optimizer sees of the user's model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gtddp_compile.errors import CompileError
+
+
+def as_inputs(inputs: Any) -> tuple[Any, ...]:
+    """Positional arguments of the model: a tensor, or a tuple or list of them."""
+    found = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    for value in found:
+        if not isinstance(value, Tensor):
+            raise CompileError(
+                f"inputs must be tensors, got {type(value).__name__}",
+                "Pass a tensor, or a tuple of tensors in the order of the model's arguments",
+            )
+    if not found:
+        raise CompileError("there are no inputs", "Pass a tensor or a tuple of tensors")
+    return found
+
+
+def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
+    """Refuse an empty batch, and inputs and targets of different batch sizes."""
+    sizes = {value.shape[0] if value.dim() else None for value in inputs}
+    if None in sizes:
+        raise CompileError("an input has no batch axis", "Give every input a leading batch axis")
+    if 0 in sizes:
+        raise CompileError("the batch is empty", "Skip empty batches, or drop the last one in the loader")
+    if isinstance(targets, Tensor) and targets.dim() and targets.shape[0] == 0:
+        raise CompileError("the targets are empty", "Give one target a sample")
+
+
+class ModelView:
+    """Parameters and buffers by canonical name, without copying them.
+
+    Raises:
+        CompileError: the model is not a module, or trains nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise CompileError(f"a {type(model).__name__} is not a torch.nn.Module", "Pass the module itself")
+        self.model = model
+        self.named: dict[str, nn.Parameter] = dict(model.named_parameters())
+        if not any(p.requires_grad for p in self.named.values()):
+            raise CompileError("the model has no trainable parameters", "Set requires_grad on those to train")
+
+    def groups(self) -> list[dict[str, Any]]:
+        """One param_group for every module that owns trained parameters of its own, with its name."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named.items():
+            if parameter.requires_grad:
+                found.setdefault(name.rpartition(".")[0], []).append(parameter)
+        return [{"params": params, "name": module} for module, params in found.items()]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter, detached (it shares the model's memory)."""
+        return {name: parameter.detach() for name, parameter in self.named.items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers and constant tensor attributes by qualified name."""
+        return dict(self._tensors())
+
+    def buffer(self, name: str) -> Tensor:
+        """One buffer."""
+        path, _, attribute = name.rpartition(".")
+        found: Tensor = getattr(self.model.get_submodule(path), attribute)
+        return found
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for path, module in self.model.named_modules():
+            prefix = f"{path}." if path else ""
+            for name, value in module._buffers.items():
+                if value is not None:
+                    yield f"{prefix}{name}", value
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor):
+                    yield f"{prefix}{name}", value
+
+    def signature(self) -> tuple[Any, ...]:
+        """What the program depends on: the modules, their mode, and which parameters are trained.
+
+        Raises:
+            CompileError: a parameter was added, removed or replaced since the optimizer was made.
+        """
+        current = dict(self.model.named_parameters())
+        for name in current.keys() | self.named.keys():
+            if current.get(name) is not self.named.get(name):
+                raise CompileError(
+                    f"parameter {name!r} was added, removed or replaced after compilation",
+                    "Call compile_optimizer again; load_state_dict carries the state over",
+                    module=name.rpartition(".")[0],
+                )
+        modules = tuple((id(module), module.training) for module in self.model.modules())
+        return modules, tuple(p.requires_grad for p in current.values()), torch.is_autocast_enabled()
