@@ -1,4 +1,4 @@
-"""Adam and AdamW (theory: section 5): diagonal curvature, bias-corrected, with a first moment in the gradient's place."""
+"""Adam and AdamW (theory: section 5): diagonal, bias-corrected; a first moment takes the gradient's place."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Adam:
         m  ← β₁ · m + (1 - β₁) · ĝ,      m̂ = m / (1 - β₁ᵗ)
         δu = -M⁻¹ m̂                                              (decoupled decay: … - lr · λ · u)
 
-    The first moment takes the place of ``Q_u`` in ``k = -M⁻¹ Q_u``; ``M`` holds no factor ``1 - β₁``. No cross terms in a
-    coalition.
+    The first moment takes the place of ``Q_u`` in ``k = -M⁻¹ Q_u``; ``M`` holds no factor ``1 - β₁``. No cross
+    terms in a coalition.
 
-    Do not use it to compare with the paper's Table 1, which has no Adam: take RMSprop; nor for wide layers in a hurry: a
-    diagonal ``M`` does not separate in the Gram matrices, :class:`~gtddp_compile.curvature.SGD` and K-FAC do. With weight
-    decay prefer :class:`AdamW`: coupled decay is divided by ``√v̂``.
+    Do not use it to compare with the paper's Table 1, which has no Adam: take RMSprop; nor for wide layers in a
+    hurry: a diagonal ``M`` does not separate in the Gram matrices, :class:`~gtddp_compile.curvature.SGD` and K-FAC
+    do. With weight decay prefer :class:`AdamW`: coupled decay is divided by ``√v̂``.
 
     Args:
         lr: learning rate ``η``, a float or a tensor of one element.
