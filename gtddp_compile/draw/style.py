@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +12,21 @@ import networkx as nx
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family of players that share a colour: ``fill`` and ``line`` of the box, ``text`` on it."""
+    """A family of players that share a colour: ``fill`` and ``line`` of the box, ``text`` and ``detail`` on it."""
 
     name: str
     fill: str
     line: str
     text: str
+    detail: str
 
 
-LINEAR = Family("linear", "#dbe7fb", "#4a7bd0", "#1d3f7a")
-CONV = Family("convolution", "#d9f0e4", "#35936a", "#14523a")
-NORM = Family("normalisation", "#fcecc9", "#c8922a", "#6e4a08")
-EMBEDDING = Family("embedding", "#fadfe6", "#c9567a", "#7a1f3c")
-OTHER = Family("other players", "#e8e2f8", "#7d65c1", "#402a80")
-FREE = Family("no parameters", "#ffffff", "#b9c0ca", "#414a57")
+LINEAR = Family("linear", "#dbe7fb", "#4a7bd0", "#1d3f7a", "#3a5f9e")
+CONV = Family("convolution", "#d9f0e4", "#35936a", "#14523a", "#2c6e50")
+NORM = Family("normalisation", "#fcecc9", "#c8922a", "#6e4a08", "#8a6114")
+EMBEDDING = Family("embedding", "#fadfe6", "#c9567a", "#7a1f3c", "#96405c")
+OTHER = Family("other players", "#e8e2f8", "#7d65c1", "#402a80", "#5b46a0")
+FREE = Family("no parameters", "#ffffff", "#b9c0ca", "#414a57", "#667284")
 FAMILIES = (LINEAR, CONV, NORM, EMBEDDING, OTHER)
 
 SHORTCUT_COLOURS = {"identity": "#e0662f", "parametric": "#b0348c", "parameter_free": "#1792a8"}
@@ -98,6 +100,12 @@ def chars_wide(character: str) -> float:
 def text_width(text: str, size: float) -> float:
     """Generous estimate of a text's width in pixels at a font size."""
     return size * sum(map(chars_wide, text))
+
+
+def escape(text: str) -> str:
+    """Text for XML and HTML, in elements and in quoted attributes; characters that XML forbids are shown as ``�``."""
+    legal = (c if c in "\t\n\r" or "\x20" <= c <= "\ud7ff" or "\ue000" <= c <= "\ufffd" or c > "\uffff" else "�" for c in text)
+    return html.escape("".join(legal))
 
 
 def shortened(text: str, limit: int) -> str:

@@ -1,0 +1,144 @@
+"""Coordinates by Graphviz's layered layout, from the ``graphviz-pure`` wheel: one executable, no system package.
+
+It is run as a separate process, reads DOT from a pipe and answers JSON; only rectangles of known sizes go in, so no
+font is needed. The wheel puts its executable beside Python's, which need not be on ``PATH``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from gtddp_compile.errors import CompileError
+
+ENGINE = "graphviz-pure"
+TIMEOUT = 120.0
+GAP = 14.0
+SIDE = 18.0
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rounded box: centre ``x``, ``y``, size and corner ``radius``, in pixels, y downwards."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    radius: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """An edge to be routed; a greater ``weight`` keeps it shorter and straighter."""
+
+    source: str
+    target: str
+    weight: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Placed boxes by name, a cubic Bézier path a link with the arrow's tip last, and the height of every row."""
+
+    boxes: Mapping[str, Box]
+    routes: Sequence[Sequence[Point]]
+    rows: Sequence[float]
+    width: float
+    height: float
+
+
+def layered(boxes: Mapping[str, Box], rows: Sequence[Sequence[str]], links: Sequence[Link]) -> Layout:
+    """Place boxes in given rows, top to bottom, without overlaps and with few crossings.
+
+    Args:
+        boxes: sizes by name; positions are ignored.
+        rows: names in each row; an empty row is a gap.
+        links: edges from an upper to a lower row.
+
+    Returns:
+        The layout; ``routes`` in the order of ``links``: first point, then three points a Bézier segment, then the tip.
+    """
+    number = {name: index for index, name in enumerate(boxes)}
+    lines = [
+        f"digraph {{ ranksep={GAP / 72:.3f}; nodesep={SIDE / 72:.3f}; splines=spline;"
+        f" nslimit={4 if len(boxes) > 400 else 20}; node [label=\"\" shape=box fixedsize=true]; edge [arrowsize=0.55];"
+    ]
+    for name, box in boxes.items():
+        lines.append(f"n{number[name]} [width={box.width / 72:.4f} height={box.height / 72:.4f}];")
+    for index, row in enumerate(rows):
+        lines.append(f"r{index} [width=0.01 height=0.01 style=invis];")
+        if index:
+            lines.append(f"r{index - 1} -> r{index} [weight=100 style=invis];")
+        lines.append(f"{{rank=same; r{index}; {' '.join(f'n{number[name]};' for name in row)}}}")
+    for index, link in enumerate(links):
+        lines.append(f"n{number[link.source]} -> n{number[link.target]} [id={index} weight={link.weight}];")
+    return _read(json.loads(_run("\n".join((*lines, "}")))), boxes, len(rows), len(links))
+
+
+def _read(answer: dict[str, object], boxes: Mapping[str, Box], rows: int, links: int) -> Layout:
+    _, _, width, height = map(float, str(answer["bb"]).split(","))
+    objects: list[dict[str, str]] = answer["objects"]  # type: ignore[assignment]
+    edges: list[dict[str, str]] = answer.get("edges", [])  # type: ignore[assignment]
+    at = {found["name"]: _point(found["pos"], height) for found in objects if "pos" in found}
+    placed = {
+        name: Box(*at[f"n{index}"], box.width, box.height, box.radius)
+        for index, (name, box) in enumerate(boxes.items())
+    }
+    routes: list[list[Point]] = [[] for _ in range(links)]
+    for edge in edges:
+        if "id" in edge:
+            marks = edge["pos"].split()
+            tips = [mark[2:] for mark in marks if mark.startswith("e,")]
+            points = [mark for mark in marks if mark[0] not in "es"]
+            routes[int(edge["id"])] = [_point(mark, height) for mark in points + (tips or points[-1:])]
+    return Layout(placed, routes, [at[f"r{index}"][1] for index in range(rows)], width, height)
+
+
+def _point(text: str, height: float) -> Point:
+    x, y = text.split(",")
+    return float(x), height - float(y)
+
+
+def _run(source: str) -> str:
+    try:
+        done = subprocess.run(
+            [_executable(), "-Kdot", "-Tjson"], input=source, capture_output=True, encoding="utf-8", timeout=TIMEOUT
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompileError(
+            f"the layout engine {ENGINE} could not draw the graph ({error})",
+            "Save it as .dot, .mmd or .txt instead, which need no layout",
+        ) from error
+    if done.returncode:
+        raise CompileError(
+            f"the layout engine {ENGINE} refused the graph: {done.stderr.strip()[-300:]}",
+            "Report it with the graph saved as .dot",
+        )
+    return done.stdout
+
+
+@cache
+def _executable() -> str:
+    """Where the wheel installed the executable."""
+    try:
+        files = metadata.files(ENGINE) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.stem == ENGINE and path.suffix in ("", ".exe") and path.is_file():
+            return str(path)
+    found = shutil.which(ENGINE)
+    if found is None:
+        raise CompileError(
+            f"the layout engine {ENGINE} is not installed", f"Install it with: pip install {ENGINE}"
+        )
+    return found

@@ -1,0 +1,207 @@
+"""What a drawing shows, before it is drawn: labels, sizes, rows, colours, hover texts; then everything placed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+
+from gtddp_compile.draw.layout import Box, Layout, Link, layered
+from gtddp_compile.draw.style import (
+    FREE,
+    SHORTCUT_COLOURS,
+    TIED_COLOUR,
+    Family,
+    family,
+    shape_text,
+    shortened,
+    text_width,
+)
+
+NAME_SIZE, DETAIL_SIZE, FREE_SIZE = 12.0, 10.0, 11.0
+GLYPHS = {"add": "+", "sub": "−", "mul": "×"}
+LINE_COLOUR, WAIT_COLOUR = "#98a2b0", "#56657a"
+OUTPUT = "\0output"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One box: its lines of text (name, then detail), colours, form and hover text."""
+
+    name: str
+    lines: tuple[str, ...]
+    colours: Family
+    form: str
+    """``"player"``, ``"free"``, ``"merge"``, ``"sign"`` (a merge drawn as ⊕) or ``"end"`` (inputs and output)."""
+    accent: str
+    tip: str
+    stage: int
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One edge: colour, whether it is emphasised or dashed, the stages whose cuts it crosses, hover text."""
+
+    source: str
+    target: str
+    colour: str
+    strong: bool
+    dashed: bool
+    crosses: tuple[int, ...]
+    tip: str
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """One stage: its index, title, names in its cut, hover text, and its extent."""
+
+    index: int
+    title: str
+    live: tuple[str, ...]
+    tip: str
+    top: float
+    bottom: float
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Everything placed; coordinates are those of the layout, the labels' column not included."""
+
+    nodes: Sequence[Node]
+    lines: Sequence[Line]
+    bands: Sequence[Band]
+    layout: Layout
+
+
+def picture(graph: nx.MultiDiGraph) -> Picture:
+    """Label, size and place a control graph.
+
+    Args:
+        graph: as made by ``ControlGraph.to_networkx``.
+    """
+    data = graph.graph
+    nodes = [_node(graph, name) for name in graph]
+    lines = [_line(graph, *edge) for edge in graph.edges(data=True)]
+    last = len(data["stages"])
+    if data["outputs"]:
+        nodes.append(Node(OUTPUT, ("output",), FREE, "end", FREE.line, "what the model returns", last))
+        lines += [Line(name, OUTPUT, LINE_COLOUR, False, False, (), name) for name in data["outputs"]]
+    rows, first = _rows(graph, nodes)
+    links = [Link(line.source, line.target, _weight(line)) for line in lines]
+    layout = layered({node.name: _size(node) for node in nodes}, rows, links)
+    return Picture(nodes, lines, _bands(graph, layout, first), layout)
+
+
+def _weight(line: Line) -> int:
+    if line.dashed:
+        return 0
+    return 12 if not line.strong else 4 if len(line.crosses) < 2 else 1
+
+
+def _rows(graph: nx.MultiDiGraph, nodes: Sequence[Node]) -> tuple[list[list[str]], list[int]]:
+    """Rows of names with an empty row before every stage, and the index of these empty rows, the last after all."""
+    depth: dict[str, int] = {}
+    for name in nx.topological_sort(graph):
+        stage = graph.nodes[name]["stage"]
+        inside = [depth[n] for n in graph.predecessors(name) if graph.nodes[n]["stage"] == stage]
+        depth[name] = max(inside, default=-1) + 1
+    rows: list[list[str]] = []
+    borders: list[int] = []
+    for stage in range(-1, len(graph.graph["stages"]) + 1):
+        here = [node.name for node in nodes if node.stage == stage]
+        if stage >= 0:
+            borders.append(len(rows))
+            rows.append([])
+        height = max((depth.get(name, 0) for name in here), default=-1) + 1
+        rows += [[name for name in here if depth.get(name, 0) == level] for level in range(height)]
+    return rows, borders
+
+
+def _bands(graph: nx.MultiDiGraph, layout: Layout, borders: Sequence[int]) -> list[Band]:
+    values = {value["name"]: value for value in graph.graph["values"]}
+    found = []
+    for position, stage in enumerate(graph.graph["stages"]):
+        top, bottom = (layout.rows[index] for index in borders[position : position + 2])
+        live = [f"{name}  {shape_text(values[name]['shape'])}" if name in values else name for name in stage["live"]]
+        tip = [f"stage {stage['index']}: {', '.join(stage['players'])}", "in the cut before it:"]
+        tip += [f"  {text}" for text in live or ["nothing"]]
+        if stage["merges"]:
+            tip.append(f"merges here: {', '.join(stage['merges'])}")
+        found.append(
+            Band(stage["index"], f"stage {stage['index']}", tuple(stage["live"]), "\n".join(tip), top, bottom)
+        )
+    return found
+
+
+def _size(node: Node) -> Box:
+    if node.form == "sign":
+        return Box(0, 0, 24, 24, 12)
+    if node.form == "player":
+        name, detail = text_width(node.lines[0], NAME_SIZE) * 1.07, text_width(node.lines[1], DETAIL_SIZE)
+        return Box(0, 0, max(name, detail, 60) + 20, 36, 8)
+    return Box(0, 0, max(text_width(node.lines[0], FREE_SIZE) + 22, 44), 22, 11)
+
+
+def _sample_shape(graph: nx.MultiDiGraph, shape: list[int] | None) -> str:
+    """The shape without its batch axis, if its first size is the inputs' first size."""
+    batches = {(graph.nodes[name]["shape"] or [None])[0] for name in graph.graph["inputs"]}
+    return shape_text(shape[1:] if shape and {shape[0]} == batches else shape)
+
+
+def _node(graph: nx.MultiDiGraph, name: str) -> Node:
+    data: dict[str, Any] = graph.nodes[name]
+    shape = _sample_shape(graph, data["shape"])
+    colours, accent, kind = FREE, FREE.line, data["kind"]
+    merged = [shortcut["kind"] for shortcut in graph.graph["shortcuts"] if shortcut["merge"] == name]
+    if merged:
+        accent = SHORTCUT_COLOURS[merged[0]]
+    if data["player"]:
+        colours, form = family(kind), "player"
+        accent = colours.line
+        lines = (shortened(data["player"], 34), f"{kind} · {shape}" if shape else kind)
+    elif data["input"]:
+        form, lines = "end", (f"{shortened(name, 30)}  {shape}".strip(),)
+    elif kind in GLYPHS and data["merge"]:
+        form, lines = "sign", (GLYPHS[kind],)
+    else:
+        form, lines = "merge" if data["merge"] else "free", (shortened(kind, 24),)
+    return Node(name, lines, colours, form, accent, _tip(graph, name), data["stage"])
+
+
+def _tip(graph: nx.MultiDiGraph, name: str) -> str:
+    data = graph.nodes[name]
+    lines = [f"{name}: {data['kind']}"]
+    if data["shape"] is not None:
+        lines.append(f"shape {shape_text(data['shape'])}")
+    for player in graph.graph["players"]:
+        if player["name"] == data["player"]:
+            lines.append(f"player {player['name']}, {player['size']:,} parameters")
+            lines += [f"  {parameter}  {shape_text(shape)}" for parameter, shape in player["parameters"]]
+    if data["stage"] >= 0:
+        lines.append(f"stage {data['stage']}")
+    live = data["live"]
+    if live:
+        readers = ", ".join(map(str, live["readers"]))
+        lines.append(f"waits for stage {readers}" if readers else "waits for the loss")
+    if data["source"]:
+        lines.append(data["source"])
+    return "\n".join(lines)
+
+
+def _line(graph: nx.MultiDiGraph, source: str, target: str, data: dict[str, Any]) -> Line:
+    crosses = tuple(data["crosses"])
+    tip = [f"{source} → {target}"]
+    colour, strong = LINE_COLOUR, False
+    if data["control"]:
+        colour, strong = TIED_COLOUR, False
+        tip.append(f"tied weights of {data['control']}")
+    elif data["shortcut"]:
+        colour, strong = SHORTCUT_COLOURS[data["shortcut"]], True
+        tip.append(f"{data['shortcut'].replace('_', ' ')} shortcut")
+    elif len(crosses) > 1:
+        colour, strong = WAIT_COLOUR, True
+    if crosses:
+        tip.append(f"in the cut before stage {', '.join(map(str, crosses))}")
+    return Line(source, target, colour, strong, bool(data["control"]), crosses, "\n".join(tip))
