@@ -1,8 +1,8 @@
 """The loss as one number a sample (theory: section 2).
 
-The recursions need ``φ_i`` with ``J = (1/B) Σ φ_i`` or ``J = Σ φ_i``. A torch loss module of reduction "mean" or
-"sum" is evaluated through a copy with reduction "none", whose elements are summed over all axes but the batch and
-scaled so that ``J`` is exactly the module's own value.
+The recursions need ``φ_i`` with ``J = (1/B) Σ φ_i`` or ``J = Σ φ_i``. A torch loss module of reduction "mean"
+or "sum" is evaluated through a copy with reduction "none", whose elements are summed over all axes but the
+batch and scaled so that ``J`` is exactly the module's own value.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
             mean is minimised.
 
     Raises:
-        CompileError: neither of them; trainable parameters in the loss; another reduction; more than two inputs.
+        CompileError: neither of them; trainable parameters; another reduction; more than two inputs.
     """
     if isinstance(loss, type) or not callable(loss):
         shown = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
@@ -116,8 +116,9 @@ def check(loss: Loss, outputs: Any, targets: Any, *, value: bool = True) -> None
         value: evaluate the loss, as at the first step; otherwise look at the inputs only.
 
     Raises:
-        CompileError: empty batch; outputs and targets of different batch size; a class target out of range; the
-            loss cannot take them; or ``φ`` does not add up to the module's value (relative 1e-5, in float64 1e-9).
+        CompileError: empty batch; outputs and targets of different batch size; a class target out of range;
+            the loss cannot take them; or ``φ`` does not add up to the module's value (relative 1e-5, or
+            1e-9 in float64).
     """
     if loss.module is None:
         if any(leaf.dim() and not leaf.shape[0] for leaf in _tensors(outputs)):
@@ -188,10 +189,8 @@ class _Elements:
     """A loss module through its copy with reduction "none"."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        # Shallow: buffers (class weights) are shared, so that they follow the user's own loss.to(device).
-        self.elements: Any = copy.copy(module)
-        self.elements.reduction = "none"
-        self.name, self.reduction = name, module.reduction
+        self.elements = _unreduced(module)
+        self.name, self.reduction = name, str(module.reduction)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         main = _main(self.elements, outputs, self.name)
@@ -215,10 +214,10 @@ class _Elements:
         return same_batch and 1 <= elements.dim() <= main.dim() and elements.numel() <= largest
 
     def _mean_scale(self, outputs: Tensor, targets: Tensor) -> Tensor | float:
-        """``B`` over what cross-entropy's mean divides by: positions, or the weights of the targets that count.
+        """``B`` over what cross-entropy's mean divides by: the weights of the targets that count.
 
-        Label smoothing divides by the same weights (aten: cross_entropy_loss_label_smoothing), class
-        probabilities by the number of positions, whatever the weights (aten: cross_entropy_loss_prob_target).
+        Label smoothing divides by the same (aten: cross_entropy_loss_label_smoothing), probabilities by the
+        number of positions, whatever the weights (aten: cross_entropy_loss_prob_target).
         """
         batch = outputs.shape[0]
         if targets.shape == outputs.shape:
@@ -237,6 +236,13 @@ class _Elements:
 def _is(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether it is one of torch's losses, a subclass with the same ``forward`` included."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+
+def _unreduced(module: Any) -> Any:
+    """A copy with reduction "none". It shares the buffers (class weights), so ``loss.to`` moves them."""
+    copied = copy.copy(module)
+    copied.reduction = "none"
+    return copied
 
 
 def _arguments(module: nn.Module, outputs: Any, targets: Any) -> tuple[Any, ...]:

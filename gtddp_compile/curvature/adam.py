@@ -30,12 +30,13 @@ class Adam:
         m  ← β₁ · m + (1 - β₁) · ĝ,      m̂ = m / (1 - β₁ᵗ)
         δu = -M⁻¹ m̂                                              (decoupled decay: … - lr · λ · u)
 
-    The first moment takes the place of ``Q_u`` in ``k = -M⁻¹ Q_u``; ``M`` holds no factor ``1 - β₁``. No cross
-    terms in a coalition.
+    The first moment takes the place of ``Q_u`` in ``k = -M⁻¹ Q_u``; ``M`` holds no factor ``1 - β₁``. No
+    cross terms in a coalition.
 
-    Do not use it to compare with the paper's Table 1, which has no Adam: take RMSprop; nor for wide layers in a
-    hurry: a diagonal ``M`` does not separate in the Gram matrices, :class:`~gtddp_compile.curvature.SGD` and K-FAC
-    do. With weight decay prefer :class:`AdamW`: coupled decay is divided by ``√v̂``.
+    Do not use it to compare with the paper's Table 1, which has no Adam: take RMSprop; nor for wide layers in
+    a hurry: a diagonal ``M`` does not separate in the Gram matrices, that of
+    :class:`~gtddp_compile.curvature.SGD` and K-FAC does. With weight decay prefer :class:`AdamW`: coupled
+    decay is divided by ``√v̂``.
 
     Args:
         lr: learning rate ``η``, a float or a tensor of one element.
@@ -78,7 +79,7 @@ class Adam:
         return asdict(self)
 
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
-        """``"step"`` and zeros of the parameter's shape: ``"exp_avg"``, ``"exp_avg_sq"``, ``"max_exp_avg_sq"``."""
+        """``"step"``; zeros like the parameter: ``"exp_avg"``, ``"exp_avg_sq"``, ``"max_exp_avg_sq"``."""
         _check(group)
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
         return {"step": first_step(), **{key: torch.zeros_like(param).detach() for key in keys}}
@@ -105,13 +106,12 @@ class Adam:
         self, param: Tensor, g_hat: Tensor, state: State, group: Group
     ) -> tuple[Tensor, dict[str, Any]]:
         """``δu`` and the state with the new first moment; both of the parameter's shape."""
-        beta1, lr = group["betas"][0], scalar(group["lr"], param)
+        beta1, lr, decay = group["betas"][0], group["lr"], group["weight_decay"]
         mean = torch.lerp(state["exp_avg"], g_hat, 1 - beta1)
-        step_size = lr / _bias_correction(beta1, state["step"], param)
-        delta = torch.div(mean, _denominator(param, state, group)).mul_(-step_size)
-        decay = group["weight_decay"]
+        step = scalar(-lr / _bias_correction(beta1, state["step"]), param)
+        delta = torch.div(mean, _denominator(param, state, group)).mul_(step)
         if decay != 0 and group["decoupled_weight_decay"]:
-            factor = -lr * decay
+            factor = scalar(-lr * decay, param)
             delta = (
                 delta.addcmul_(param, factor)
                 if isinstance(factor, Tensor)
@@ -146,14 +146,14 @@ class AdamW(Adam):
 def _denominator(param: Tensor, state: State, group: Group) -> Tensor:
     """``√v̂ + eps``, a new tensor."""
     second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    correction = _bias_correction(group["betas"][1], state["step"], param) ** 0.5
-    return torch.sqrt(second).div_(correction).add_(group["eps"])
+    correction = _bias_correction(group["betas"][1], state["step"]) ** 0.5
+    return torch.sqrt(second).div_(scalar(correction, param)).add_(group["eps"])
 
 
-def _bias_correction(beta: float, step: Tensor, param: Tensor) -> Scalar:
+def _bias_correction(beta: float, step: Tensor) -> Scalar:
     """``1 - βᵗ``: a float, or a tensor while torch traces, where the step count is not known."""
     if torch.compiler.is_compiling():
-        return scalar(1 - beta ** step.to(torch.float64), param)
+        return 1 - torch.pow(beta, step.to(torch.float64))
     return float(1 - beta ** step.item())
 
 

@@ -1,4 +1,4 @@
-"""Checks and scalars that all base methods share: ranges as torch.optim has them, worded as :class:`CompileError`."""
+"""Checks and scalars that all base methods share: torch.optim's ranges, worded as :class:`CompileError`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def out_of_range(name: str, option: str, value: object, wanted: str) -> CompileE
 
 
 def scalar(value: Scalar, param: Tensor) -> Scalar:
-    """An option as a factor of tensors like ``param``: a float, or a 0-d tensor that leaves their dtype as it is."""
+    """An option as a factor of tensors like ``param``: a float, or a 0-d tensor that keeps their dtype."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach().reshape(())

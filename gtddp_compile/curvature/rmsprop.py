@@ -14,7 +14,7 @@ from gtddp_compile.curvature.checks import Scalar, check_ranges, first_step, sca
 
 @dataclass(frozen=True)
 class RMSprop:
-    """Diagonal curvature ``M = diag(√v + eps) / lr`` (Table 1; theory: section 5), torch.optim.RMSprop's options.
+    """Diagonal curvature ``M = diag(√v + eps) / lr`` (Table 1; section 5), torch.optim.RMSprop's options.
 
     With ``Q_u = g_stat`` and ``ĝ = γᵀ w + ℓ_u``, elementwise and of the parameter's own shape::
 
@@ -23,12 +23,13 @@ class RMSprop:
         b  ← momentum · b + ĝ / (√v + eps)
         δu = -lr · b                              (without momentum: -M⁻¹ ĝ)
 
-    Table 1 writes ``√(E[Q_u²] + ε)``; torch adds ``eps`` after the root, and torch is followed (Proposition 4).
-    No cross terms in a coalition.
+    Table 1 writes ``√(E[Q_u²] + ε)``; torch adds ``eps`` after the root, and torch is followed
+    (Proposition 4). No cross terms in a coalition.
 
     Do not use it where the first steps matter, as ``v`` starts at 0 without bias correction (steps up to
-    ``lr / √(1 - alpha)``): take :class:`~gtddp_compile.curvature.Adam`; nor for wide layers in a hurry: a diagonal ``M``
-    does not separate in the Gram matrices, :class:`~gtddp_compile.curvature.SGD` and K-FAC do.
+    ``lr / √(1 - alpha)``): take :class:`~gtddp_compile.curvature.Adam`; nor for wide layers in a hurry: a
+    diagonal ``M`` does not separate in the Gram matrices, that of :class:`~gtddp_compile.curvature.SGD` and
+    K-FAC does.
 
     Args:
         lr: learning rate ``η``, a float or a tensor of one element.
@@ -71,7 +72,7 @@ class RMSprop:
         return asdict(self)
 
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
-        """``"step"`` and zeros of the parameter's shape: ``"square_avg"``, ``"momentum_buffer"``, ``"grad_avg"``."""
+        """``"step"``; zeros like the parameter: ``"square_avg"``, ``"momentum_buffer"``, ``"grad_avg"``."""
         _check(group)
         state: dict[str, Any] = {"step": first_step(), "square_avg": torch.zeros_like(param).detach()}
         if group["momentum"] > 0:

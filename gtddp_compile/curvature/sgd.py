@@ -22,11 +22,12 @@ class SGD:
         b  ← ĝ at the first step, momentum · b + (1 - dampening) · ĝ afterwards
         δu = -lr · b                              (nesterov: -lr · (ĝ + momentum · b))
 
-    Without momentum ``δu = -M⁻¹ ĝ``. No cross terms in a coalition. It is the cheapest method: the Gram matrices of a
-    linear layer separate, ``Γ = lr · (X Xᵀ) ∘ (G Gᵀ)``.
+    Without momentum ``δu = -M⁻¹ ĝ``. No cross terms in a coalition. It is the cheapest method: the Gram
+    matrices of a linear layer separate, ``Γ = lr · (X Xᵀ) ∘ (G Gᵀ)``.
 
-    Do not use it where parameters differ much in scale (embeddings, attention, deep networks without normalisation):
-    take :class:`~gtddp_compile.curvature.Adam`; nor where the inputs of linear layers are ill conditioned: take K-FAC.
+    Do not use it where parameters differ much in scale (embeddings, attention, deep networks without
+    normalisation): take :class:`~gtddp_compile.curvature.Adam`; nor where the inputs of linear layers are ill
+    conditioned: take K-FAC.
 
     Args:
         lr: learning rate ``η``, a float or a tensor of one element.
