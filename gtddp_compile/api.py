@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gtddp_compile.curvature import Curvature, resolve
 from gtddp_compile.losses import split
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Backend, Feedback, Options, Reading, Recursion
+from gtddp_compile.options import Backend, Feedback, Options, Reading
 
 
 def compile_optimizer(

@@ -8,6 +8,7 @@ batch and scaled so that ``J`` is exactly the module's own value.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -134,9 +135,9 @@ def check(loss: Loss, outputs: Any, targets: Any, *, value: bool = True) -> None
 
 
 def _check_value(loss: Loss, module: nn.Module, outputs: Any, targets: Any) -> None:
-    """``φ`` adds up to the module's own value."""
+    """``φ`` adds up to the module's own value; a loss that is not finite is not judged here."""
     try:
-        expected = float(module(*_arguments(module, outputs, targets)))
+        expected = module(*_arguments(module, outputs, targets)).item()
     except (torch.OutOfMemoryError, CompileError):
         raise
     except (RuntimeError, ValueError, IndexError) as error:
@@ -147,7 +148,8 @@ def _check_value(loss: Loss, module: nn.Module, outputs: Any, targets: Any) -> N
         ) from error
     phi = loss.per_sample(outputs, targets)
     total, size = loss.total(phi).item(), loss.total(phi.abs()).item()
-    if abs(total - expected) > _TOLERANCE.get(phi.dtype, 2e-2) * max(size, abs(expected)):
+    close = abs(total - expected) <= _TOLERANCE.get(phi.dtype, 2e-2) * max(size, abs(expected))
+    if math.isfinite(total) and not close:
         raise CompileError(
             f"the loss {loss.name} is {expected:.9g}, but its samples add up to {total:.9g}",
             "Write it without a reduction of its own: " + _CALLABLE,

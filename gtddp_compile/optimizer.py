@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +12,7 @@ from gtddp_compile.compiler import build_graph, build_program
 from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
-from gtddp_compile.losses import Loss, check
+from gtddp_compile.losses import Loss
 from gtddp_compile.options import Options
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.dense import DenseBackend
@@ -142,16 +142,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         for name in trained:
             state = self.state.get(owner[name])
             states[name] = state if state else self._curvature.init_state(params[name], groups[name])
-        return BaseMethod(self._curvature, params, new, states, groups, self._loss, self._check_loss())
-
-    def _check_loss(self) -> Callable[[Any, Any], None] | None:
-        """The user's loss against the per-sample one, until a step has succeeded; targets every time."""
-        first = not self._checked
-
-        def compare(outputs: Any, targets: Any) -> None:
-            check(self._loss, outputs, targets, value=first)
-
-        return compare
+        return BaseMethod(self._curvature, params, new, states, groups, self._loss, first=not self._checked)
 
     def _commit(self, m: BaseMethod, new: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         with torch.no_grad():

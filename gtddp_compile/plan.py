@@ -15,11 +15,13 @@ class Contraction:
     Attributes:
         value: name of the value, or ``"params:NAME"`` for a tied player's control.
         reader: stage up to which this gradient of the value is the one at the cut (the number of stages: the loss).
-        born: stage that changes the value; the contraction counts at stages ``born + 1 … reader``.
+        since: the contraction counts at stages ``since + 1 … reader``: the reader before this one, if there is one.
+        born: stage that changes the value.
     """
 
     value: str
     reader: int
+    since: int
     born: int
 
 

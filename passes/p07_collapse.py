@@ -57,7 +57,7 @@ def form_name(recursion: Recursion, coupling: Coupling, *, feedback: bool) -> Fo
     if not feedback:
         return "base"
     if coupling == "block":
-        return "block" if recursion == "levenberg" else recursion  # type: ignore[return-value]
+        return "block" if recursion == "levenberg" else recursion
     return "information"
 
 

@@ -53,7 +53,7 @@ def simplify(
             players=tuple(graph.player[name] for name in stage.players),
             pulled=tuple(name for name in stage.consumed if _moves(graph, name) and not name.startswith("params:")),
             opened=_opened(graph, stage),
-            feeds=tuple(c for c in feeds if c.born < stage.index <= c.reader),
+            feeds=tuple(c for c in feeds if c.since < stage.index <= c.reader),
             contracts=tuple(c for c in feeds if c.born == stage.index),
             rerun=stage.index in rerun,
             statistics=needs_alpha,
@@ -78,9 +78,11 @@ def _contractions(graph: ControlGraph) -> tuple[Contraction, ...]:
     """One for every (moved value, reader) pair that some later stage's decision can see."""
     found = []
     for value in graph.values:
-        if not value.fixed:
-            found += [Contraction(value.name, reader, value.born) for reader in segments(graph, value)]
-    return tuple(c for c in found if c.born + 1 < len(graph.stages))
+        since = value.born
+        for reader in () if value.fixed else segments(graph, value):
+            found.append(Contraction(value.name, reader, since, value.born))
+            since = value.born if value.control else reader
+    return tuple(c for c in found if c.since + 1 < len(graph.stages))
 
 
 def segments(graph: ControlGraph, value: Value) -> tuple[int, ...]:

@@ -42,6 +42,8 @@ def lower(plan: Plan) -> Lowered:
     """Write the plan down."""
     check_update(plan)
     b = Builder(plan)
+    for op in plan.graph.ops.ops:
+        b.name(op.name)
     functions = _stage_functions(b)
     _trajectory(b, functions)
     _loss(b)

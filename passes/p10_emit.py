@@ -43,13 +43,13 @@ def _function(lowered: Lowered, function: StageFunction, printer: Printer) -> st
     graph, names = lowered.plan.graph, lowered.names
     inputs = [names[name] for name in function.inputs]
     if function.params is None:
-        arguments, renamed, lines = ["p", "b", *inputs], None, []
+        arguments, renamed = ["p", "b", *inputs], None
     else:
         extras = [names[e] for use in lowered.uses.values() for u in use if u.op == function.returns[0] for e in u.extras]
         rest = [name for name in inputs if name not in extras]
         arguments = [*extras, "params", *rest]
         renamed = {name: f"params[{index}]" for index, name in enumerate(function.params)}
-        lines = []
+    lines = []
     for name in function.ops:
         text = printer.operation(graph.op(name), params=renamed)
         lines.append(f"{names[name]} = tap({text})" if name in function.taps else f"{names[name]} = {text}")

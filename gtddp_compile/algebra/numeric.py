@@ -21,7 +21,8 @@ def evaluate(expression: MatrixExpr, values: Mapping[MatrixExpr, Tensor], size: 
         if e in values:
             return values[e]
         if isinstance(e, MatAdd):
-            return reduce(torch.add, [value(term) for term in e.args])
+            total: Tensor = reduce(torch.add, [value(term) for term in e.args])
+            return total
         if isinstance(e, MatMul):
             coefficient, matrices = e.as_coeff_matrices()
             return float(coefficient) * product(matrices)
@@ -44,7 +45,8 @@ def evaluate(expression: MatrixExpr, values: Mapping[MatrixExpr, Tensor], size: 
             return value(head)
         # A solve is more accurate than a product with the inverse.
         if isinstance(head, Inverse):
-            return torch.linalg.solve(value(head.arg), product(matrices[1:]))
+            solved: Tensor = torch.linalg.solve(value(head.arg), product(matrices[1:]))
+            return solved
         return value(head) @ product(matrices[1:])
 
     return value(expression)

@@ -155,7 +155,7 @@ class DenseBackend:
         for equation in d.equations():
             values[equation.symbol] = evaluate(equation.expression, values, size)
         self._advance(m, stage, group, values)
-        feedback = {}
+        feedback: dict[str, Tensor] = {}
         for i, ins in stage.inputs.items():
             widths = [group.value_x[name].shape[0] for name in ins]
             feedback.update(zip(ins, values[d.gains[i].symbol].split(widths, 1), strict=True))

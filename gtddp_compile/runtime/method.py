@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gtddp_compile.curvature import Curvature
-from gtddp_compile.losses import Loss
+from gtddp_compile.losses import Loss, check
 
 
 class NonFiniteLoss(Exception):
@@ -30,6 +30,7 @@ class BaseMethod:
         states: optimizer state of every parameter, by name; read, never written.
         groups: options of every parameter's group, by name.
         loss: the per-sample losses.
+        first: compare them with the user's own loss (until a step has succeeded).
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class BaseMethod:
         states: Mapping[str, Mapping[str, Any]],
         groups: Mapping[str, Mapping[str, Any]],
         loss: Loss,
-        check: Callable[[Any, Any], None] | None = None,
+        *,
+        first: bool = True,
     ) -> None:
         self._curvature, self._params, self._new = curvature, params, new
-        self._groups, self._loss, self._check = groups, loss, check
+        self._groups, self._loss, self._first = groups, loss, first
         self.states: dict[str, Mapping[str, Any]] = dict(states)
         self.figures: dict[int, dict[str, Any]] = {}
         self.loss: Tensor | None = None
@@ -53,14 +55,21 @@ class BaseMethod:
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """``φ``, shape (B,); gives the step up if their total is not finite."""
-        if self._check is not None:
-            with torch.no_grad():
-                self._check(outputs, targets)
-        phi = self._loss.per_sample(outputs, targets)
+        if self._first:
+            self._check(outputs, targets)
+        try:
+            phi = self._loss.per_sample(outputs, targets)
+        except (IndexError, RuntimeError, ValueError):
+            self._check(outputs, targets)  # says what is wrong with the targets, if it is they
+            raise
         self.loss = self._loss.total(phi.detach())
         if not torch.isfinite(self.loss):
             raise NonFiniteLoss(self.loss)
         return phi
+
+    def _check(self, outputs: Any, targets: Any) -> None:
+        with torch.no_grad():
+            check(self._loss, outputs, targets)
 
     def terminal(self, phi: Tensor) -> tuple[Tensor, float]:
         """Ones, shape (B,), and ``α_T``: 1/B for a mean loss, 1 for a sum."""
