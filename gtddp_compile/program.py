@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
-from sympy import latex
+from sympy import BlockMatrix, latex
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
@@ -101,12 +101,12 @@ class UpdateProgram:
         lines.append("  gains and value recursion (a prime: at t+1):")
         lines += [_line(equation) for equation in stage.derivation.equations()]
         lines.append(f"  collapsed, V_x = G alpha, V_xx = G P G^T ({self.form.name} form):")
-        lines += [_line(equation) for equation in (*self.form.backward.values(), *self.form.forward.values())]
+        lines += [_line(equation) for equation in _said(self.form)]
         return "\n".join(lines)
 
     def _latex(self, stage: DerivedStage) -> str:
         rows = [_latex_row(equation) for equation in stage.derivation.equations()]
-        rows += [_latex_row(equation) for equation in (*self.form.backward.values(), *self.form.forward.values())]
+        rows += [_latex_row(equation) for equation in _said(self.form)]
         body = " \\\\\n".join(rows)
         return f"% stage {stage.index}\n\\begin{{align}}\n{body}\n\\end{{align}}"
 
@@ -152,8 +152,16 @@ def rendered(table: Table, width: int = 110) -> str:
 
 
 def _line(equation: Equation) -> str:
-    source = f"    ({equation.source})" if equation.source else ""
-    return f"    {equation.symbol} = {equation.expression}{source}"
+    source = f"({equation.source})" if equation.source else ""
+    expression = equation.expression
+    text = str(expression.blocks.tolist()) if isinstance(expression, BlockMatrix) else str(expression)
+    return f"    {f'{equation.symbol} = {text}':<76} {source}".rstrip()
+
+
+def _said(form: CollapsedForm) -> list[Equation]:
+    """The collapsed equations, those that say nothing left out (``y = y'`` without weight decay)."""
+    found = [*form.backward.values(), *form.forward.values()]
+    return [equation for equation in found if str(equation.expression) != f"{equation.symbol}'"]
 
 
 def _latex_row(equation: Equation) -> str:

@@ -188,23 +188,23 @@ def _information_form(coupling: Coupling) -> Equations:
     """No projection: ``Λ = P⁻¹`` and ``y = Λ α`` recur (4a); groups count ``B/b`` times."""
     gram = a.GROUP_SCALE * a.GRAM if coupling == "groups" else a.GRAM
     backward = _define(
-        (a.TARGET, a.TARGET_NEXT - a.DRIFT, "theory 4a, with weight decay"),
-        (a.INFORMATION, a.INFORMATION_NEXT + gram, "theory 4a"),
-        (a.ALPHA, Inverse(a.INFORMATION) * a.TARGET, "theory 4a"),
+        (a.TARGET, a.TARGET_NEXT - a.DRIFT, "4a, weight decay"),
+        (a.INFORMATION, a.INFORMATION_NEXT + gram, "4a"),
+        (a.ALPHA, Inverse(a.INFORMATION) * a.TARGET, "4a"),
     )
-    return backward, _define((a.WEIGHTS, Inverse(a.INFORMATION) * (a.TARGET + a.CHANGE), "theory 4a"), _UPDATE)
+    return backward, _define((a.WEIGHTS, Inverse(a.INFORMATION) * (a.TARGET + a.CHANGE), "4a"), _UPDATE)
 
 
 def _block_form(coupling: Coupling) -> Equations:
     """The projection keeps the diagonal of ``P`` a stage: ``ρ = diag(X⁻¹)``, ``X = diag(ρ')⁻¹ + Γ``."""
     known = Inverse(DiagMatrix(a.RHO_NEXT))
     backward = _define(
-        (a.SYSTEM, known + a.GRAM, "4.2, Levenberg"),
-        (a.TARGET, known * a.ALPHA_NEXT - a.DRIFT, "4.2, Levenberg"),
-        (a.ALPHA, Inverse(a.SYSTEM) * a.TARGET, "4.2, Levenberg"),
-        (a.RHO, _diagonal(Inverse(a.SYSTEM)), "4.2, Levenberg"),
+        (a.SYSTEM, known + a.GRAM, "4b, Levenberg"),
+        (a.TARGET, known * a.ALPHA_NEXT - a.DRIFT, "4b, Levenberg"),
+        (a.ALPHA, Inverse(a.SYSTEM) * a.TARGET, "4b, Levenberg"),
+        (a.RHO, _diagonal(Inverse(a.SYSTEM)), "4b, Levenberg"),
     )
-    return backward, _define((a.WEIGHTS, Inverse(a.SYSTEM) * (a.TARGET + a.CHANGE), "4.2, Levenberg"), _UPDATE)
+    return backward, _define((a.WEIGHTS, Inverse(a.SYSTEM) * (a.TARGET + a.CHANGE), "4b, Levenberg"), _UPDATE)
 
 
 def _paper_form(coupling: Coupling, sign: int, source: str) -> Equations:
@@ -212,7 +212,7 @@ def _paper_form(coupling: Coupling, sign: int, source: str) -> Equations:
     ones = OneMatrix(a.BATCH, 1)
     shrink = ones - sign * HadamardProduct(a.RHO_NEXT, _diagonal(a.GRAM))
     backward = _define(
-        (a.OPEN_GAIN, -Inverse(a.CURVATURE) * (a.GRADIENTS * a.ALPHA_NEXT + a.DECAY), "4, theory 4b"),
+        (a.OPEN_GAIN, -Inverse(a.CURVATURE) * (a.GRADIENTS * a.ALPHA_NEXT + a.DECAY), "4, 4b"),
         (a.ALPHA, a.ALPHA_NEXT + HadamardProduct(a.RHO_NEXT, a.GRADIENTS.T * a.OPEN_GAIN), source),
         (a.RHO, HadamardProduct(a.RHO_NEXT, shrink), source),
     )
@@ -240,7 +240,7 @@ def _define(*equations: tuple[MatrixExpr, MatrixExpr, str]) -> dict[str, Equatio
 FORMS = {
     "information": _information_form,
     "block": _block_form,
-    "substituted": lambda coupling: _paper_form(coupling, 1, "theory 4b"),
+    "substituted": lambda coupling: _paper_form(coupling, 1, "4b"),
     "printed": lambda coupling: _paper_form(coupling, -1, "21-23 as printed"),
     "base": _base_form,
 }

@@ -15,10 +15,11 @@ from sympy import HadamardProduct, Identity, Inverse, MatrixExpr, OneMatrix
 
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.builder import Builder
+from gtddp_compile.calls import directional, gram, gram_diagonal, weighted
 from gtddp_compile.errors import CompileError
 from gtddp_compile.formulas import print_formula
-from gtddp_compile.graph import Player, Ref, map_leaves
-from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, Var
+from gtddp_compile.graph import Ref
+from gtddp_compile.instructions import Code, Instruction, StageFunction, Var
 from gtddp_compile.passes.p08_simplify import segments
 from gtddp_compile.plan import Contraction, Plan, StagePlan
 from gtddp_compile.uses import Use
@@ -208,79 +209,12 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
                            **b.options(use))  # fmt: skip
 
 
-def _operands(b: Builder, use: Use) -> Var | tuple[Var, ...]:
-    if use.rule.prepare:
-        return Var(f"o_{b.name(use.op)}")
-    return tuple(b.operand(ref) for ref in use.operands)
-
-
-def _params(b: Builder, use: Use) -> tuple[object, ...]:
-    return tuple(b.operand(ref) for ref in use.params)
-
-
-def _weighted(b: Builder, phase: str, t: int, player: Player, weights: str, prefix: str, note: str) -> str:
-    """``C w`` of one player over all its uses; returns the variable."""
-    found = []
-    for use in b.uses(player.name):
-        g = Code(f"scale({b.g_output(use.op)}, {weights})")
-        name = f"{prefix}_{b.name(use.op)}"
-        b.emit(phase, t, (f"*{name}",), b.kernel(use, "weighted"), _operands(b, use), g, _params(b, use),  # type: ignore[arg-type]
-               use.wants, note=note, **b.options(use))  # fmt: skip
-        found.append((use.names, Var(name)))
-    if len(found) == 1 and found[0][0] == player.parameters:
-        return found[0][1].name
-    total = f"{prefix}_{b.name(player.op)}_total"
-    b.emit(phase, t, (f"*{total}",), "gather", player.parameters, *found, note="every use")  # type: ignore[arg-type]
-    return total
-
-
-def _gram(b: Builder, t: int, player: Player, metric: str) -> str:
-    """``Γ`` of one player."""
-    uses, result = b.uses(player.name), f"gamma_{t}_{b.name(player.op)}"
-    if len(uses) == 1 and uses[0].names == player.parameters:
-        use = uses[0]
-        b.emit("backward", t, (f"*{result}",), "gram_blocks", Function(b.kernel(use, "gram")), _operands(b, use),
-               Var(b.g_output(use.op)), _params(b, use), use.wants, Var(metric), Var("rows"),
-               note="gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
-        return result
-    gradients = []
-    for use in uses:
-        name = f"gamma_{b.name(use.op)}_rows"
-        b.emit("backward", t, (f"*{name}",), b.kernel(use, "per_sample"), _operands(b, use),
-               Var(b.g_output(use.op)), _params(b, use), use.wants, note="gamma", **b.options(use))  # fmt: skip
-        gradients.append((use.names, Var(name)))
-    total = f"gamma_{b.name(player.op)}_total"
-    b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *gradients, note="every use")
-    b.emit("backward", t, (f"*{result}",), "joint_gram", Var(total), Var(metric), Var("rows"),
-           note="gamma M^-1 gamma^T")  # fmt: skip
-    return result
-
-
-def _directional(
-    b: Builder, phase: str, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
-    only: frozenset[str] | None = None,
-) -> None:  # fmt: skip
-    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones)."""
-    parts = []
-    for player in players:
-        for use in b.uses(player.name):
-            if only is not None and use.op not in only:
-                continue
-            change = tuple(Code(f"{directions[player.name]}[{player.parameters.index(name)}]") for name in use.names)
-            name = f"{result}_{b.name(use.op)}"
-            b.emit(phase, t, (f"*{name}",), b.kernel(use, "directional"), _operands(b, use),  # type: ignore[arg-type]
-                   Var(b.g_output(use.op)), _params(b, use), use.wants, change, **b.options(use))  # fmt: skip
-            parts.append(name)
-    total = " + ".join(f"wide({part})" for part in parts)
-    b.emit(phase, t, (f"*{result}",), "=", Code(total), note=note)  # type: ignore[arg-type]
-
-
 def _gains(b: Builder, stage: StagePlan) -> None:
     """Statistics, Gram matrices and the collapsed recursion of one stage."""
     t, form, after = stage.index, b.plan.form, stage.index + 1
     if form.name == "base":
         for player in stage.players:
-            name = _weighted(b, "backward", t, player, f"alpha_{len(b.plan.stages)}", "grad", "Q_u")
+            name = weighted(b, "backward", t, player, f"alpha_{len(b.plan.stages)}", "grad", "Q_u")
             b.emit("backward", t, (), "m.observe", player.parameters, Var(name), note="statistics of the base method")
             b.emit("backward", t, (), "m.apply", player.parameters, Var(name), note="delta_u = -M^-1 Q_u (Prop. 4)")
         return
@@ -289,7 +223,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     for player in stage.players:
         identity = b.name(player.op)
         if stage.statistics:
-            opens[player.name] = _weighted(b, "backward", t, player, f"alpha_{after}", "qu", "Q_u = f_u^T V_x")
+            opens[player.name] = weighted(b, "backward", t, player, f"alpha_{after}", "qu", "Q_u = f_u^T V_x")
             b.emit("backward", t, (), "m.observe", player.parameters, Var(opens[player.name]),
                    note="statistics of the base method")  # fmt: skip
         else:
@@ -300,9 +234,9 @@ def _gains(b: Builder, stage: StagePlan) -> None:
         drifts = {player.name: f"drift_{b.name(player.op)}" for player in stage.players}
         for player in stage.players:
             b.emit("backward", t, (f"*{drifts[player.name]}",), "m.drift", player.parameters, note="M^-1 l_u")
-        _directional(b, "backward", t, stage.players, drifts, f"s_{t}", "s = gamma M^-1 l_u")
+        directional(b, "backward", t, stage.players, drifts, f"s_{t}", "s = gamma M^-1 l_u")
     if form.name in ("information", "block"):
-        grams = [_gram(b, t, player, metrics[player.name]) for player in stage.players]
+        grams = [gram(b, t, player, metrics[player.name]) for player in stage.players]
         b.emit("backward", t, (), "m.keep", t, **{"gammas": {p.name: Var(g) for p, g in zip(stage.players, grams, strict=True)}})
         b.emit("backward", t, (f"*gamma_{t}",), "blocks_add", *(Var(gram) for gram in grams),
                note="Gamma = sum over the stage's players")  # fmt: skip
@@ -367,11 +301,11 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], metrics: dict[st
                note="k = -M^-1 Q_u (4)")  # fmt: skip
     if t == 0:
         return
-    _directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
+    directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
     diagonals = []
     for player in stage.players:
         name = f"diagonal_{t}_{b.name(player.op)}"
-        _gram_diagonal(b, t, player, metrics[player.name], name)
+        gram_diagonal(b, t, player, metrics[player.name], name)
         diagonals.append(name)
     b.emit("backward", t, (f"*diagonal_{t}",), "=", Code(" + ".join(f"wide({d})" for d in diagonals)), note="Gamma_ii")
     alpha, rho = form.backward["alpha"], form.backward["rho"]
@@ -382,17 +316,6 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], metrics: dict[st
         return
     b.emit("backward", t, (f"rho_{t}", f"clipped_{t}"), "clip_radicand", code, note=f"rho ({rho.source})")
     b.emit("backward", t, (), "m.keep", t, radicands=Var(f"clipped_{t}"))
-
-
-def _gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str) -> None:
-    uses = b.uses(player.name)
-    if len(uses) == 1 and uses[0].names == player.parameters:
-        use = uses[0]
-        b.emit("backward", t, (f"*{result}",), b.kernel(use, "gram_diagonal"), _operands(b, use),
-               Var(b.g_output(use.op)), _params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
-        return
-    gram = _gram(b, t, player, metric)
-    b.emit("backward", t, (f"*{result}",), "=", Code(f"{gram}[0].diagonal()"))
 
 
 # --- forward sweep ----------------------------------------------------------------------------------------------------
@@ -413,7 +336,7 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     b.emit("forward", t, (f"*w_{t}",), "=", _formula(b, t, expression), note=f"w ({source})")
     b.emit("forward", t, (), "m.keep", t, weights=Var(f"w_{t}"))
     for player in stage.players:
-        name = _weighted(b, "forward", t, player, f"w_{t}", "grad", "C w")
+        name = weighted(b, "forward", t, player, f"w_{t}", "grad", "C w")
         b.emit("forward", t, (f"*delta_{b.name(player.op)}",), "m.apply", player.parameters, Var(name),
                note="delta_u = -M^-1 (C w + l)")  # fmt: skip
 
@@ -454,8 +377,6 @@ def _contract(b: Builder, t: int, contraction: Contraction) -> None:
         return
     player = b.graph.player[control]
     here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
-    _directional(b, "forward", t, (player,), {control: f"delta_{b.name(player.op)}"}, result,
+    directional(b, "forward", t, (player,), {control: f"delta_{b.name(player.op)}"}, result,
                  f"what the new {control} will change at stage {reader}", here)  # fmt: skip
 
-
-__all__ = ["Lowered", "lower", "map_leaves"]

@@ -1,0 +1,86 @@
+"""Kernel calls of a player, over all uses of its parameters, as instructions."""
+
+from __future__ import annotations
+
+from gtddp_compile.builder import Builder
+from gtddp_compile.graph import Player
+from gtddp_compile.instructions import Code, Function, Phase, Var
+from gtddp_compile.uses import Use
+
+
+def operands(b: Builder, use: Use) -> Var | tuple[Var, ...]:
+    if use.rule.prepare:
+        return Var(f"o_{b.name(use.op)}")
+    return tuple(b.operand(ref) for ref in use.operands)
+
+
+def params(b: Builder, use: Use) -> tuple[object, ...]:
+    return tuple(b.operand(ref) for ref in use.params)
+
+
+def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, prefix: str, note: str) -> str:
+    """``C w`` of one player over all its uses; returns the variable."""
+    found = []
+    for use in b.uses(player.name):
+        g = Code(f"scale({b.g_output(use.op)}, {weights})")
+        name = f"{prefix}_{b.name(use.op)}"
+        b.emit(phase, t, (f"*{name}",), b.kernel(use, "weighted"), operands(b, use), g, params(b, use),
+               use.wants, note=note, **b.options(use))  # fmt: skip
+        found.append((use.names, Var(name)))
+    if len(found) == 1 and found[0][0] == player.parameters:
+        return found[0][1].name
+    total = f"{prefix}_{b.name(player.op)}_total"
+    b.emit(phase, t, (f"*{total}",), "gather", player.parameters, *found, note="every use")
+    return total
+
+
+def gram(b: Builder, t: int, player: Player, metric: str) -> str:
+    """``Γ`` of one player."""
+    uses, result = b.uses(player.name), f"gamma_{t}_{b.name(player.op)}"
+    if len(uses) == 1 and uses[0].names == player.parameters:
+        use = uses[0]
+        b.emit("backward", t, (f"*{result}",), "gram_blocks", Function(b.kernel(use, "gram")), operands(b, use),
+               Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var("rows"),
+               note="gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
+        return result
+    gradients = []
+    for use in uses:
+        name = f"gamma_{b.name(use.op)}_rows"
+        b.emit("backward", t, (f"*{name}",), b.kernel(use, "per_sample"), operands(b, use),
+               Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use))  # fmt: skip
+        gradients.append((use.names, Var(name)))
+    total = f"gamma_{b.name(player.op)}_total"
+    b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *gradients, note="every use")
+    b.emit("backward", t, (f"*{result}",), "joint_gram", Var(total), Var(metric), Var("rows"),
+           note="gamma M^-1 gamma^T")  # fmt: skip
+    return result
+
+
+def directional(
+    b: Builder, phase: Phase, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
+    only: frozenset[str] | None = None,
+) -> None:  # fmt: skip
+    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones)."""
+    parts = []
+    for player in players:
+        for use in b.uses(player.name):
+            if only is not None and use.op not in only:
+                continue
+            change = tuple(Code(f"{directions[player.name]}[{player.parameters.index(name)}]") for name in use.names)
+            name = f"{result}_{b.name(use.op)}"
+            b.emit(phase, t, (f"*{name}",), b.kernel(use, "directional"), operands(b, use),
+                   Var(b.g_output(use.op)), params(b, use), use.wants, change, **b.options(use))  # fmt: skip
+            parts.append(name)
+    total = " + ".join(f"wide({part})" for part in parts)
+    b.emit(phase, t, (f"*{result}",), "=", Code(total), note=note)
+
+
+def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str) -> None:
+    uses = b.uses(player.name)
+    if len(uses) == 1 and uses[0].names == player.parameters:
+        use = uses[0]
+        b.emit("backward", t, (f"*{result}",), b.kernel(use, "gram_diagonal"), operands(b, use),
+               Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
+        return
+    gram = gram(b, t, player, metric)
+    b.emit("backward", t, (f"*{result}",), "=", Code(f"{gram}[0].diagonal()"))
