@@ -7,18 +7,21 @@ font is needed. The wheel puts its executable beside Python's, which need not be
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 from gtddp_compile.errors import CompileError
 
 ENGINE = "graphviz-pure"
 TIMEOUT = 120.0
+SMALL, BENDS = 300, 2500
 GAP = 14.0
 SIDE = 18.0
 Point = tuple[float, float]
@@ -55,32 +58,69 @@ class Layout:
     height: float
 
 
-def layered(boxes: Mapping[str, Box], rows: Sequence[Sequence[str]], links: Sequence[Link]) -> Layout:
+def layered(
+    boxes: Mapping[str, Box],
+    rows: Sequence[Sequence[str]],
+    links: Sequence[Link],
+    aside: Mapping[int, Sequence[str]] | None = None,
+) -> Layout:
     """Place boxes in given rows, top to bottom, without overlaps and with few crossings.
 
     Args:
         boxes: sizes by name; positions are ignored.
         rows: names in each row; an empty row is a gap.
         links: edges from an upper to a lower row.
+        aside: more names by row, better placed beside the others. The engine treats this as a start for its search
+            only, so small graphs are tried without it too, and the layout with the shorter lines is taken.
 
     Returns:
         The layout; ``routes`` in the order of ``links``: first point, then three points a Bézier segment, then the tip.
     """
+    tries = [True, False] if aside and len(boxes) <= SMALL else [True]
+    found = [
+        _read(json.loads(_run(_source(boxes, rows, links, aside or {}, hint))), boxes, len(rows), len(links))
+        for hint in tries
+    ]
+    return min(found, key=_length)
+
+
+def _length(found: Layout) -> float:
+    return sum(math.dist(a, b) for route in found.routes for a, b in pairwise(route))
+
+
+def _source(
+    boxes: Mapping[str, Box],
+    rows: Sequence[Sequence[str]],
+    links: Sequence[Link],
+    aside: Mapping[int, Sequence[str]],
+    hint: bool,
+) -> str:
     number = {name: index for index, name in enumerate(boxes)}
+    row_of = {name: index for index, row in (*enumerate(rows), *aside.items()) for name in row}
+    bends = sum(row_of[link.target] - row_of[link.source] for link in links)
+    effort = min(1.0, BENDS / max(bends, 1)) ** 2
     lines = [
         f"digraph {{ ranksep={GAP / 72:.3f}; nodesep={SIDE / 72:.3f}; splines=spline;"
-        f" nslimit={4 if len(boxes) > 400 else 20}; node [label=\"\" shape=box fixedsize=true]; edge [arrowsize=0.55];"
+        f" nslimit={20 * effort:.3f}; mclimit={effort:.3f};"
+        ' node [label="" fixedsize=true]; edge [arrowsize=0.55];'
     ]
     for name, box in boxes.items():
-        lines.append(f"n{number[name]} [width={box.width / 72:.4f} height={box.height / 72:.4f}];")
+        shape = "circle" if box.width == box.height == 2 * box.radius else "box"
+        size = f"width={box.width / 72:.4f} height={box.height / 72:.4f}"
+        lines.append(f"n{number[name]} [{size} shape={shape}];")
     for index, row in enumerate(rows):
         lines.append(f"r{index} [width=0.01 height=0.01 style=invis];")
         if index:
             lines.append(f"r{index - 1} -> r{index} [weight=100 style=invis];")
-        lines.append(f"{{rank=same; r{index}; {' '.join(f'n{number[name]};' for name in row)}}}")
+        beside = [f"n{number[name]}" for name in aside.get(index, ())]
+        main = [f"n{number[name]}" for name in row]
+        lines.append(f"{{rank=same; {'; '.join((f'r{index}', *main, *beside))}}}")
+        if aside and hint:
+            lines += [f"{name} -> r{index} [weight=0 style=invis];" for name in main]
+            lines += [f"{a} -> {b} [weight=0 style=invis];" for a, b in pairwise((f"r{index}", *beside))]
     for index, link in enumerate(links):
         lines.append(f"n{number[link.source]} -> n{number[link.target]} [id={index} weight={link.weight}];")
-    return _read(json.loads(_run("\n".join((*lines, "}")))), boxes, len(rows), len(links))
+    return "\n".join((*lines, "}"))
 
 
 def _read(answer: dict[str, object], boxes: Mapping[str, Box], rows: int, links: int) -> Layout:

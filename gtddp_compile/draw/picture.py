@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -42,15 +42,28 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One edge: colour, whether it is emphasised or dashed, the stages whose cuts it crosses, hover text."""
+    """One stroke: an edge, or a piece of the trunk that a waiting value's edges share.
+
+    Attributes:
+        source, target: names of boxes; a trunk's joints have names of their own.
+        colour: of the stroke.
+        crosses: stages whose cuts it crosses between its ends.
+        tip: hover text.
+        strong: drawn thick, on a white halo.
+        dashed: drawn dashed.
+        arrow: whether it ends in an arrow head.
+        ops: names of the operation whose value it carries and of those that it leads to.
+    """
 
     source: str
     target: str
     colour: str
-    strong: bool
-    dashed: bool
     crosses: tuple[int, ...]
     tip: str
+    strong: bool = False
+    dashed: bool = False
+    arrow: bool = True
+    ops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,7 @@ class Picture:
 
     nodes: Sequence[Node]
     lines: Sequence[Line]
+    joints: Mapping[str, int]
     bands: Sequence[Band]
     layout: Layout
 
@@ -83,21 +97,67 @@ def picture(graph: nx.MultiDiGraph) -> Picture:
     """
     data = graph.graph
     nodes = [_node(graph, name) for name in graph]
-    lines = [_line(graph, *edge) for edge in graph.edges(data=True)]
     last = len(data["stages"])
+    stage_of = {node.name: node.stage for node in nodes}
+    lines, joints = bundled([_line(graph, *edge) for edge in graph.edges(data=True)], stage_of)
     if data["outputs"]:
         nodes.append(Node(OUTPUT, ("output",), FREE, "end", FREE.line, "what the model returns", last))
-        lines += [Line(name, OUTPUT, LINE_COLOUR, False, False, (), name) for name in data["outputs"]]
-    rows, first = _rows(graph, nodes)
-    links = [Link(line.source, line.target, _weight(line)) for line in lines]
-    layout = layered({node.name: _size(node) for node in nodes}, rows, links)
-    return Picture(nodes, lines, _bands(graph, layout, first), layout)
+        lines += [Line(name, OUTPUT, LINE_COLOUR, (), name, ops=(name,)) for name in data["outputs"]]
+    rows, borders = _rows(graph, nodes)
+    boxes = {node.name: _size(node) for node in nodes} | dict.fromkeys(joints, Box(0, 0, 2, 2))
+    aside: dict[int, list[str]] = {}
+    for name, stage in reversed(joints.items()):  # what waits longest outermost
+        aside.setdefault(borders[stage], []).append(name)
+    row = {name: index for index, names in (*enumerate(rows), *aside.items()) for name in names}
+    links = [
+        Link(line.source, line.target, _weight(line, row[line.target] - row[line.source], line.source in joints))
+        for line in lines
+    ]
+    layout = layered(boxes, rows, links, aside)
+    return Picture(nodes, lines, joints, _bands(graph, layout, borders), layout)
 
 
-def _weight(line: Line) -> int:
-    if line.dashed:
+def bundled(lines: Sequence[Line], stage_of: Mapping[str, int]) -> tuple[list[Line], dict[str, int]]:
+    """Let a value that waits for several stages run as one trunk with a joint at the cut before each of them.
+
+    Returns:
+        The strokes, and the stage of every joint by its name.
+    """
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        if line.strong and line.crosses:
+            groups.setdefault((line.source, line.colour), []).append(line)
+    found = [line for line in lines if not (line.strong and line.crosses)]
+    joints: dict[str, int] = {}
+    for (source, colour), members in groups.items():
+        stages = sorted({stage_of[line.target] for line in members})
+        at, before = source, -1
+        for position, stage in enumerate(stages if len(stages) > 1 else ()):
+            later = [line for line in members if stage_of[line.target] >= stage]
+            readers = [line for line in later if stage_of[line.target] == stage]
+            between = tuple(cut for cut in later[0].crosses if before < cut < stage)
+            if len(later) > 1:
+                joint = f"\0{source}\0{colour}\0{stage}"
+                joints[joint] = stage
+                ops = (source, *(line.target for line in later))
+                tip = f"{source} → {', '.join(ops[1:])}"
+                found.append(Line(at, joint, colour, between, tip, strong=True, arrow=False, ops=ops))
+                at, before, between = joint, stage, ()
+            else:
+                between = (*between, stage)
+            found += [replace(line, source=at, crosses=between) for line in readers]
+        if len(stages) == 1:
+            found += members
+    return found, joints
+
+
+def _weight(line: Line, span: int, from_joint: bool) -> int:
+    """How straight: the path from operation to operation most, then trunks, then what branches off them."""
+    if line.dashed or from_joint and line.arrow:
         return 0
-    return 12 if not line.strong else 4 if len(line.crosses) < 2 else 1
+    if line.strong:
+        return 40 if not line.arrow else 4 if len(line.crosses) < 2 else 1
+    return 100 if span <= 2 else 3
 
 
 def _rows(graph: nx.MultiDiGraph, nodes: Sequence[Node]) -> tuple[list[list[str]], list[int]]:
@@ -166,7 +226,7 @@ def _node(graph: nx.MultiDiGraph, name: str) -> Node:
     elif kind in GLYPHS and data["merge"]:
         form, lines = "sign", (GLYPHS[kind],)
     else:
-        form, lines = "merge" if data["merge"] else "free", (shortened(kind, 24),)
+        form, lines = "merge" if data["merge"] else "free", (shortened(kind, 30),)
     return Node(name, lines, colours, form, accent, _tip(graph, name), data["stage"])
 
 
@@ -204,4 +264,13 @@ def _line(graph: nx.MultiDiGraph, source: str, target: str, data: dict[str, Any]
         colour, strong = WAIT_COLOUR, True
     if crosses:
         tip.append(f"in the cut before stage {', '.join(map(str, crosses))}")
-    return Line(source, target, colour, strong, bool(data["control"]), crosses, "\n".join(tip))
+    return Line(
+        source,
+        target,
+        colour,
+        crosses,
+        "\n".join(tip),
+        strong=strong,
+        dashed=bool(data["control"]),
+        ops=(source, target),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import networkx as nx
 
@@ -59,9 +59,10 @@ def svg(graph: nx.MultiDiGraph) -> str:
     legend, legend_height = _legend(found, MARGIN, top + found.layout.height + 26, inner)
     width, height = inner + 2 * MARGIN, top + found.layout.height + 26 + legend_height + MARGIN - 8
     lines = [f'<g transform="translate({left:.1f} {top:.1f})">']
-    lines += [_edge(found, line, route) for line, route in zip(found.lines, found.layout.routes, strict=True)]
-    lines += [_crossings(found)]
-    lines += [_node(node, found.layout.boxes[node.name]) for node in found.nodes]
+    number = {node.name: index for index, node in enumerate(found.nodes) if node.name != OUTPUT}
+    lines += _edges(found, number)
+    lines.append(_crossings(found))
+    lines += [_node(node, found.layout.boxes[node.name], number.get(node.name)) for node in found.nodes]
     summary_lines = _wrapped(total.split(", "), inner, 11.5, 2)
     return "\n".join(
         (
@@ -135,14 +136,14 @@ def _band(band: Band, offset: float, x: float, width: float, labels: float) -> s
     return "".join((*lines, "</g>"))
 
 
-def _node(node: Node, box: Box) -> str:
+def _node(node: Node, box: Box, number: int | None) -> str:
     left, top = box.x - box.width / 2, box.y - box.height / 2
     fill = "#3a4556" if node.form == "end" else node.colours.fill
     stroke = "#3a4556" if node.form == "end" else node.accent
     thick = 1.8 if node.form in ("sign", "merge") else 1.2
-    name = "" if node.name == OUTPUT else f' data-name="{escape(node.name)}"'
+    op = "" if number is None else f' data-op="{number}"'
     parts = [
-        f'<g class="op {node.form}"{name}><title>{escape(node.tip)}</title>',
+        f'<g class="op {node.form}"{op}><title>{escape(node.tip)}</title>',
         f'<rect x="{left:.1f}" y="{top:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" '
         f'rx="{box.radius:g}" fill="{fill}" stroke="{stroke}" stroke-width="{thick}"/>',
     ]
@@ -158,23 +159,35 @@ def _node(node: Node, box: Box) -> str:
     return "".join((*parts, "</g>"))
 
 
-def _edge(found: Picture, line: Line, route: Sequence[Point]) -> str:
-    if len(route) < 5:
-        return ""
+def _edges(found: Picture, number: Mapping[str, int]) -> Iterator[str]:
+    """Thin lines, then thick ones; the pieces of one value's trunk share a halo, so none cuts another."""
+    routed = [pair for pair in zip(found.lines, found.layout.routes, strict=True) if len(pair[1]) >= 5]
+    groups: dict[tuple[bool, str, str], list[tuple[Line, Sequence[Point]]]] = {}
+    for line, route in routed:
+        groups.setdefault((line.strong, line.ops[0], line.colour), []).append((line, route))
+    for key in sorted(groups, key=lambda key: key[0]):
+        paths = [_path(found, line, route) for line, route in groups[key]]
+        if key[0]:
+            joined = "".join(path for path, _ in paths)
+            yield f'<path d="{joined}" fill="none" stroke="#ffffff" stroke-width="5.2" opacity="0.85"/>'
+        for (line, _), (path, head) in zip(groups[key], paths, strict=True):
+            ops = " ".join(str(number[name]) for name in line.ops if name in number)
+            dash = ' stroke-dasharray="5 4"' if line.dashed else ""
+            yield (
+                f'<g class="edge" fill="none" data-ops="{ops}"><title>{escape(line.tip)}</title>'
+                f'<path d="{path}" stroke="{line.colour}" stroke-width="{2.2 if line.strong else 1.4}" '
+                f'stroke-linejoin="round" stroke-linecap="{"butt" if line.arrow else "round"}"{dash}/>{head}</g>'
+            )
+
+
+def _path(found: Picture, line: Line, route: Sequence[Point]) -> tuple[str, str]:
+    """A line's path, from outline to outline of its boxes, and its arrow head."""
     start = _rim(found.layout.boxes[line.source], route[0])
     tip = _rim(found.layout.boxes[line.target], route[-1])
-    base = (route[-2][0] + tip[0] - route[-1][0], route[-2][1] + tip[1] - route[-1][1])
-    curve = " ".join(f"{x:.1f} {y:.1f}" for x, y in route[1:-1])
-    path = f"M{start[0]:.1f} {start[1]:.1f}L{route[0][0]:.1f} {route[0][1]:.1f}C{curve}L{base[0]:.1f} {base[1]:.1f}"
-    width = 2.2 if line.strong else 1.4
-    dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-    halo = f'<path d="{path}" stroke="#ffffff" stroke-width="{width + 3}" opacity="0.85"/>' if line.strong else ""
-    ends = f'data-from="{escape(line.source)}" data-to="{escape("" if line.target == OUTPUT else line.target)}"'
-    return (
-        f'<g class="edge" fill="none" {ends}><title>{escape(line.tip)}</title>{halo}'
-        f'<path d="{path}" stroke="{line.colour}" stroke-width="{width}" stroke-linejoin="round"{dash}/>'
-        f"{_arrow(base, tip, line)}</g>"
-    )
+    base = _towards(tip, route[-2], math.dist(route[-2], route[-1])) if line.arrow else tip
+    points = [f"{x:.1f} {y:.1f}" for x, y in (start, *route[:-1], base)]
+    path = f"M{points[0]}L{points[1]}C{' '.join(points[2:-1])}L{points[-1]}"
+    return path, _arrow(base, tip, line) if line.arrow else ""
 
 
 def _rim(box: Box, point: Point) -> Point:
@@ -188,6 +201,13 @@ def _rim(box: Box, point: Point) -> Point:
     return x + (point[0] - x) * box.radius / distance, y + (point[1] - y) * box.radius / distance
 
 
+def _towards(start: Point, aim: Point, length: float) -> Point:
+    """The point ``length`` away from ``start`` on the line to ``aim``."""
+    distance = math.dist(start, aim)
+    share = length / distance if distance else 0.0
+    return start[0] + (aim[0] - start[0]) * share, start[1] + (aim[1] - start[1]) * share
+
+
 def _arrow(base: Point, tip: Point, line: Line) -> str:
     dx, dy = tip[0] - base[0], tip[1] - base[1]
     half = (3.6 if line.strong else 2.9) / (math.hypot(dx, dy) or 1.0)
@@ -197,17 +217,18 @@ def _arrow(base: Point, tip: Point, line: Line) -> str:
 
 
 def _crossings(found: Picture) -> str:
-    """A small ring wherever an edge crosses a cut that holds its value: these are the augmented state."""
+    """A small ring wherever a line crosses a cut that holds its value: together the augmented state."""
     height = {band.index: band.top for band in found.bands}
     rings = []
     for line, route in zip(found.lines, found.layout.routes, strict=True):
-        for stage in line.crosses:
-            x = _crossing(route, height[stage]) if stage in height else None
-            if x is not None:
-                rings.append(
-                    f'<circle cx="{x:.1f}" cy="{height[stage]:.1f}" r="2.9" fill="#ffffff" stroke="{line.colour}" '
-                    'stroke-width="1.5"/>'
-                )
+        points = [(_crossing(route, height[stage]), height[stage]) for stage in line.crosses if stage in height]
+        if line.target in found.joints:
+            points.append((found.layout.boxes[line.target].x, found.layout.boxes[line.target].y))
+        rings += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.9" fill="#ffffff" stroke="{line.colour}" stroke-width="1.5"/>'
+            for x, y in points
+            if x is not None
+        ]
     return "".join(rings)
 
 
@@ -250,7 +271,7 @@ def _legend(found: Picture, x: float, y: float, width: float) -> tuple[str, floa
             mark = f'<path d="M0 -3.5h18" stroke="{colour}" stroke-width="2.2"{dash}/>'
             entries.append((mark, word))
     ring = f'<circle cx="8" cy="-3.5" r="2.9" fill="#ffffff" stroke="{LINE_COLOUR}" stroke-width="1.5"/>'
-    entries.append((ring, "value in the cut"))
+    entries.append((ring, "crosses a cut"))
     parts, at, row = [], 0.0, 0
     for mark, word in entries:
         step = 24 + text_width(word, LEGEND_SIZE) + 18
