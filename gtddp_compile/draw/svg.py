@@ -75,6 +75,7 @@ def svg(graph: nx.MultiDiGraph) -> str:
                 _text(MARGIN, MARGIN + 34 + 14 * index, line, 11.5, "#667284")
                 for index, line in enumerate(summary_lines)
             ),
+            _text(MARGIN + 12, top + 15, "inputs", STAGE_SIZE, "#8390a1", weight=600) if found.bands else "",
             *(_band(band, top, MARGIN, inner, labels) for band in found.bands),
             *lines,
             "</g>",

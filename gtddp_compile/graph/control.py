@@ -199,7 +199,7 @@ class ControlGraph:
         return self.ops.by_name[name]
 
     def to_networkx(self) -> nx.MultiDiGraph:
-        """Operations, operands, stages, cuts and shortcuts as plain data; see :func:`gtddp_compile.graph.views.to_networkx`."""
+        """Operations, operands, stages, cuts and shortcuts as plain data: :func:`.views.to_networkx` lists it."""
         return views.to_networkx(self)
 
     def to_dot(self) -> str:
@@ -230,4 +230,4 @@ class ControlGraph:
         return draw.table(self.to_networkx())
 
     def _repr_html_(self) -> str:
-        return draw.svg(self.to_networkx())
+        return f'<div style="overflow:auto;max-height:720px">{draw.svg(self.to_networkx())}</div>'
