@@ -57,13 +57,13 @@ class Flow:
     Attributes:
         reads: carriers that each reads.
         entries: the same without side inputs.
-        readers: by how many ``entries`` each is read; missing if by none.
+        readers: by how many ``entries`` each is read.
         outputs: those whose values the network returns.
     """
 
     reads: Mapping[int, tuple[int, ...]]
     entries: Mapping[int, tuple[int, ...]]
-    readers: Mapping[int, int]
+    readers: Counter[int]
     outputs: tuple[int, ...]
 
 
@@ -195,7 +195,7 @@ def walk_back(candidates: list[Candidate], flow: Flow) -> dict[int, list[int]]:
     """Operations of each branch of one merge, by operand; none if the operand is an ancestor of the main one.
 
     Marks travel from the operands against the edges, ``MAIN`` from the main one, a bit from each other.
-    The latest operation is always next, so its marks are complete when its turn comes; what has a single
+    The latest operation is always next, so its marks are complete when its turn comes; what has no other
     reader is complete at once. Without ``MAIN`` it is on the branches whose bits it has. The walk ends when
     all that still wait are on the main path.
     """
@@ -210,9 +210,8 @@ def walk_back(candidates: list[Candidate], flow: Flow) -> dict[int, list[int]]:
     apart = len(marks)
     marks[candidates[0].main] = MAIN
     sole = set(flow.entries[candidates[0].merge])
-    ready = [
-        node for node, mark in marks.items() if mark != MAIN and node in sole and flow.readers[node] == 1
-    ]
+    others = [operand for operand in bit if operand in marks]
+    ready = [operand for operand in others if flow.readers[operand] == (operand in sole)]
     waiting = [-node for node in set(marks).difference(ready)]
     heapify(waiting)
     while apart:
@@ -250,11 +249,6 @@ def _bits(mark: int) -> list[int]:
     return found
 
 
-def is_side_input(candidate: Candidate, flow: Flow) -> bool:
-    """Whether nothing but side inputs leaves the operand: it is nobody's ancestor."""
-    return candidate.operand not in flow.readers and candidate.operand not in flow.entries[candidate.merge]
-
-
 def kind_of(branch: list[int], players: tuple[str, ...]) -> ShortcutKind:
     """What arrives at the merge: the forked value itself, or a function of it with or without controls."""
     if not branch:
@@ -280,8 +274,7 @@ def find_shortcuts(graph: PlayerGraph) -> ShortcutGraph:
     tree = dominator_tree(_before(flow.entries), ROOT)
     at_merge: dict[int, list[Candidate]] = {}
     for candidate in find_candidates(graph, flow, tree):
-        if not is_side_input(candidate, flow):
-            at_merge.setdefault(candidate.merge, []).append(candidate)
+        at_merge.setdefault(candidate.merge, []).append(candidate)
     regions: list[tuple[int, int, list[int]]] = []
     for merge, candidates in at_merge.items():
         branches = walk_back(candidates, flow)
