@@ -1,0 +1,115 @@
+"""The generated program equals the derivation executed with explicit matrices, after 5 steps, to 1e-9 in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import networks
+import pytest
+import torch
+from networks import Case
+from torch import nn
+
+from gtddp_compile import compile_optimizer
+
+CASES = {
+    "mlp": networks.mlp,
+    "residual": networks.residual,
+    "nested": networks.nested,
+    "consecutive": networks.consecutive,
+    "projection": networks.projection,
+    "gated": networks.gated,
+}
+CURVATURES: dict[str, dict[str, Any]] = {
+    "sgd": {"curvature": "sgd", "lr": 0.5},
+    "momentum": {"curvature": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.05},
+    "rmsprop": {"curvature": "rmsprop", "lr": 5e-3, "momentum": 0.5, "weight_decay": 0.05},
+    "adam": {"curvature": "adam", "lr": 1e-2, "amsgrad": True},
+    "adamw": {"curvature": "adamw", "lr": 1e-2},
+}
+FORMS = {
+    "full": {"coupling": "full"},
+    "groups": {"coupling": 3},
+    "block": {"coupling": "block"},
+    "substituted": {"coupling": "block", "recursion": "substituted"},
+    "printed": {"coupling": "block", "recursion": "printed"},
+}
+
+
+def trained(case: Case, steps: int = 5, size: int = 5, **options: Any) -> torch.Tensor:
+    """All parameters after training."""
+    model = copy.deepcopy(case.model)
+    x, _ = case.batch(0, size)
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), **options)
+    for step in range(steps):
+        opt.step(*case.batch(step, size))
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def assert_equal(case: Case, **options: Any) -> None:
+    fast, dense = trained(case, **options), trained(case, backend="dense", **options)
+    start = torch.cat([p.detach().flatten() for p in case.model.parameters()])
+    assert (fast - start).abs().max() > 1e-4
+    torch.testing.assert_close(fast, dense, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("network", CASES)
+def test_networks(network: str, curvature: str, form: str) -> None:
+    assert_equal(CASES[network](), **CURVATURES[curvature], **FORMS[form])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("curvature", ["sgd", "rmsprop", "adam"])
+@pytest.mark.parametrize("schedule", ["asap", "alap", "sequential"])
+def test_projection_schedules(schedule: str, curvature: str, form: str) -> None:
+    assert_equal(networks.projection(), schedule=schedule, **CURVATURES[curvature], **FORMS[form])
+
+
+def test_schedules_differ() -> None:
+    """Placement changes the update: the test above compares three different programs."""
+    found = [trained(networks.projection(), schedule=s, curvature="sgd", lr=0.5) for s in ("asap", "alap", "sequential")]
+    for i in range(3):
+        assert (found[i] - found[i - 1]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("curvature", ["sgd", "rmsprop", "adam"])
+@pytest.mark.parametrize("training", [True, False])
+def test_convolutional_block_with_batch_norm(training: bool, curvature: str, form: str) -> None:
+    assert_equal(networks.conv_residual(training=training), **CURVATURES[curvature], **FORMS[form])
+
+
+def test_exact_reading_of_batch_norm_differs_in_training_only() -> None:
+    """The block reading is an approximation in training mode and none with running statistics."""
+    for training in (True, False):
+        case = networks.conv_residual(training=training)
+        options = {"curvature": "sgd", "lr": 0.5, "backend": "dense"}
+        difference = (trained(case, **options) - trained(case, mixing="exact", **options)).abs().max()
+        assert (difference > 1e-6) == training
+
+
+@pytest.mark.parametrize("feedback", ["open", False])
+@pytest.mark.parametrize("form", FORMS)
+def test_without_feedback(form: str, feedback: Any) -> None:
+    assert_equal(networks.residual(), feedback=feedback, **CURVATURES["rmsprop"], **FORMS[form])
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("form", FORMS)
+def test_clip(form: str, clip: float | None) -> None:
+    assert_equal(networks.residual(), feedback_clip=clip, **CURVATURES["sgd"], **FORMS[form])
+
+
+def test_sum_loss() -> None:
+    case = networks.residual()
+    found = []
+    for backend in ("fast", "dense"):
+        model = copy.deepcopy(case.model)
+        opt = compile_optimizer(model, loss=nn.CrossEntropyLoss(reduction="sum"), lr=0.1, backend=backend)  # type: ignore[arg-type]
+        for step in range(3):
+            opt.step(*case.batch(step))
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)

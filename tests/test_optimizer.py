@@ -1,0 +1,264 @@
+"""A compiled optimizer behaves as a torch.optim.Optimizer, and a step is a transaction."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import networks
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtddp_compile import CompileError, RMSprop, compile_optimizer
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def snapshot(model: nn.Module, opt: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+    return copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict()), torch.get_rng_state()
+
+
+def assert_unchanged(before: tuple[Any, ...], model: nn.Module, opt: torch.optim.Optimizer) -> None:
+    state, options, random = before
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert str(opt.state_dict()) == str(options)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+class Noisy(nn.Module):
+    """Batch-norm and dropout: buffers and random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn, self.out = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(torch.relu(self.bn(self.fc(x)))))
+
+
+def batch(seed: int = 0, size: int = 7) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 4, generator=source), torch.randint(3, (size,), generator=source)
+
+
+def test_buffers_advance_once_and_random_numbers_are_drawn_once() -> None:
+    model = Noisy()
+    plain = copy.deepcopy(model)
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, lr=0.1)
+    torch.manual_seed(3)
+    opt.step(*batch())
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    plain(batch()[0])
+    assert torch.equal(after, torch.get_rng_state())
+    for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_dropout_masks_are_shared_by_both_sweeps() -> None:
+    """With gains of zero (lr = 0) nothing moves, so no predicted change can be seen anywhere."""
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, lr=1e-30)
+    opt.step(*batch())
+    stages = opt._diagnostics._stages
+    changes = [stage["change"] for stage in stages.values() if "change" in stage]
+    assert changes
+    assert all(float(change.abs().max()) == 0 for change in changes)
+
+
+def test_non_finite_loss_changes_nothing() -> None:
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="adam")
+    opt.step(*batch())
+    before = snapshot(model, opt)
+    x, y = batch(1)
+    x[0, 0] = float("inf")
+    loss = opt.step(x, y)
+    assert not torch.isfinite(loss)
+    assert opt.diagnostics["skipped"]
+    assert_unchanged(before, model, opt)
+
+
+@pytest.mark.parametrize("targets", [torch.tensor([0, 1, 2, 3, 0, 1, 7]), torch.zeros(5, dtype=torch.long)])
+def test_bad_targets_are_named_and_change_nothing(targets: Tensor) -> None:
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="rmsprop")
+    opt.step(*batch())
+    before = snapshot(model, opt)
+    with pytest.raises(CompileError):
+        opt.step(batch()[0], targets)
+    assert_unchanged(before, model, opt)
+
+
+def test_exception_in_the_second_sweep_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="adam")
+    opt.step(*batch())
+    before = snapshot(model, opt)
+    calls = []
+
+    def broken(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = type(opt._curvature).apply.__get__(opt._curvature)
+    monkeypatch.setattr(type(opt._curvature), "apply", lambda self, *args: broken(*args))
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(*batch(1))
+    assert_unchanged(before, model, opt)
+
+
+def test_state_dict_resumes_bit_for_bit() -> None:
+    case = networks.residual()
+    model = copy.deepcopy(case.model)
+    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="adam", lr=0.01)
+    for step in range(3):
+        opt.step(*case.batch(step))
+    stream = io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, stream)
+    stream.seek(0)
+    saved = torch.load(stream)
+    other = copy.deepcopy(case.model)
+    resumed = compile_optimizer(other, loss=LOSS, curvature="adam")
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["opt"])
+    for step in range(3, 6):
+        assert torch.equal(opt.step(*case.batch(step)), resumed.step(*case.batch(step)))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pickle_carries_model_and_state() -> None:
+    case = networks.residual()
+    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0)[0], loss=LOSS, curvature="adam", lr=0.01)
+    opt.step(*case.batch(0))
+    twin = pickle.loads(pickle.dumps(opt))
+    assert torch.equal(opt.step(*case.batch(1)), twin.step(*case.batch(1)))
+    assert torch.equal(opt.step(*case.batch(2)), twin.step(*case.batch(2)))
+
+
+def test_scheduler_and_groups() -> None:
+    case = networks.residual()
+    model = copy.deepcopy(case.model)
+    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="sgd", lr=0.4)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
+    names = [group["name"] for group in opt.param_groups]
+    assert names == [player.name for player in opt.graph.players]
+    opt.step(*case.batch(0))
+    scheduler.step()
+    assert all(group["lr"] == 0.2 for group in opt.param_groups)
+    opt.param_groups[0]["lr"] = 0.0
+    before = [p.clone() for p in opt.param_groups[0]["params"]]
+    other = [p.clone() for p in opt.param_groups[1]["params"]]
+    opt.step(*case.batch(1))
+    assert all(torch.equal(a, b) for a, b in zip(before, opt.param_groups[0]["params"], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(other, opt.param_groups[1]["params"], strict=True))
+
+
+def test_hooks_and_zero_grad() -> None:
+    case = networks.mlp()
+    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0)[0], loss=LOSS, lr=0.1)
+    seen: list[str] = []
+    opt.register_step_pre_hook(lambda *a: seen.append("before"))
+    opt.register_step_post_hook(lambda *a: seen.append("after"))
+    opt.zero_grad()
+    opt.step(*case.batch(0))
+    assert seen == ["before", "after"]
+    assert all(p.grad is None for group in opt.param_groups for p in group["params"])
+
+
+def test_groups_cannot_be_added() -> None:
+    case = networks.mlp()
+    opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS)
+    with pytest.raises(CompileError, match="compile_optimizer again"):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_specialised_at_the_first_step() -> None:
+    case = networks.mlp()
+    opt = compile_optimizer(copy.deepcopy(case.model), loss=LOSS, curvature=RMSprop(lr=1e-3))
+    with pytest.raises(CompileError, match="not specialised"):
+        _ = opt.graph
+    opt.step(*case.batch(0))
+    assert len(opt.graph.players) == len(list(case.model.parameters())) // 2
+
+
+def test_mode_and_frozen_parameters_are_respected_after_a_change() -> None:
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, lr=0.1)
+    opt.step(*batch())
+    model.eval()
+    model.fc.weight.requires_grad_(False)
+    frozen, buffers = model.fc.weight.clone(), [b.clone() for b in model.buffers()]
+    bias = model.fc.bias.clone()
+    opt.step(*batch(1))
+    assert torch.equal(frozen, model.fc.weight)
+    assert not torch.equal(bias, model.fc.bias)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+
+
+def test_replaced_parameter_is_refused() -> None:
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS)
+    model.fc.weight = nn.Parameter(torch.zeros(6, 4))
+    with pytest.raises(CompileError, match=r"fc\.weight.*replaced"):
+        opt.step(*batch())
+
+
+@pytest.mark.parametrize("inputs", [None, "text", torch.zeros(0, 4), torch.zeros(3, 5), [], torch.tensor(1.0)])
+def test_malformed_inputs(inputs: Any) -> None:
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS)
+    before = snapshot(model, opt)
+    with pytest.raises((CompileError, RuntimeError)):
+        opt.step(inputs, torch.zeros(3, dtype=torch.long))
+    assert_unchanged(before, model, opt)
+
+
+def test_unknown_options_are_refused_by_name() -> None:
+    model, x = Noisy(), batch()[0]
+    for options in (
+        {"coupling": "diagonal"}, {"coupling": 0}, {"recursion": "magic"}, {"schedule": "late"}, {"backend": "gpu"},
+        {"feedback": "closed"}, {"feedback_clip": -1.0}, {"curvature": "lbfgs"}, {"learning_rate": 1.0},
+        {"recursion": "substituted"}, {"maximize": True},
+    ):  # fmt: skip
+        with pytest.raises(CompileError) as error:
+            compile_optimizer(model, x, loss=LOSS, **options)  # type: ignore[arg-type]
+        assert next(iter(options)).split("_")[0] in str(error.value), options
+
+
+def test_batch_of_one_and_other_sizes() -> None:
+    case = networks.residual()
+    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0)[0], loss=LOSS, lr=0.1)
+    for size in (1, 2, 9):
+        assert torch.isfinite(opt.step(*case.batch(0, size)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lower_precision(dtype: torch.dtype) -> None:
+    case = networks.residual()
+    model = copy.deepcopy(case.model).to(dtype)
+    opt = compile_optimizer(model, case.batch(0)[0].to(dtype), loss=LOSS, lr=0.5)
+    x, y = case.batch(0)
+    first = float(opt.step(x.to(dtype), y))
+    for _ in range(20):
+        last = float(opt.step(x.to(dtype), y))
+    assert last < first
+
+
+def test_non_contiguous_inputs() -> None:
+    case = networks.residual()
+    x, y = case.batch(0)
+    found = []
+    for value in (x, x.T.contiguous().T):
+        model = copy.deepcopy(case.model)
+        compile_optimizer(model, x, loss=LOSS, lr=0.1).step(value, y)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
