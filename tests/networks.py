@@ -110,7 +110,8 @@ def conv(*sizes: int, kernel: int = 3, bias: bool = True) -> Callable[[], nn.Mod
 
 
 def mlp(seed: int = 0) -> Case:
-    model = make(lambda net, x: net.c(torch.tanh(net.b(torch.tanh(net.a(x))))), seed, a=(4, 5), b=(5, 4), c=(4, 3))
+    model = make(lambda net, x: net.c(torch.tanh(net.b(torch.tanh(net.a(x))))), seed,
+                 a=(4, 5), b=(5, 4), c=(4, 3))
     return Case(model, (4,), everywhere([
         stage("a", layer("a"), squash), stage("b", layer("b"), squash), stage("c", layer("c"))]))
 

@@ -1,0 +1,123 @@
+"""The compiled optimizer against the oracle: five steps in float64, to 1e-9, over networks and options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from networks import CASES, Case, conv_residual
+from oracle import BASES, Options, collapsed_step, ddp_step, run
+from test_oracle import COUPLINGS, SETTINGS, TORCH, batches, cross_entropy, distance, parameters
+from torch.nn import functional as F
+
+from gtddp_compile import compile_optimizer
+
+STEPS, TOLERANCE = 5, 1e-9
+REGIMES = ["full", "groups", "block", "substituted", "printed"]
+CONV = {"conv_residual": conv_residual, "conv_residual_eval": lambda: conv_residual(training=False)}
+
+
+def arguments(setting: str, options: Options, **extra: Any) -> dict[str, Any]:
+    """The package's words for a setting and the oracle's options."""
+    name, keywords = SETTINGS[setting]
+    loss = torch.nn.CrossEntropyLoss(reduction=options.reduction)
+    return {"loss": loss, "curvature": name, "coupling": options.coupling, "recursion": options.recursion,
+            "feedback": options.feedback, "feedback_clip": options.clip, **keywords, **extra}
+
+
+def check(case: Case, setting: str, options: Options, schedule: str = "asap", method: Any = ddp_step,
+          **extra: Any) -> None:
+    name, keywords = SETTINGS[setting]
+    data = batches(case, STEPS)
+    expected, records = run(case.stages[schedule], parameters(case.model), data, cross_entropy,
+                            BASES[name](**keywords), options, method=method)
+    if options.feedback is True:
+        assert max(record.feedback_norm for record in records) > 1e-6  # the test would see a missing gain
+    optimizer = compile_optimizer(case.model, data[0][0][0], schedule=schedule,
+                                  **arguments(setting, options, **extra))
+    losses = [float(optimizer.step(x, y)) for (x,), y in data]
+    assert losses == pytest.approx([record.loss for record in records], abs=TOLERANCE)
+    assert distance(parameters(case.model), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("setting", ["sgd", "momentum", "rmsprop", "adam"])
+@pytest.mark.parametrize("name", ["mlp", "residual", "projection"])
+def test_curvature_by_coupling(name: str, setting: str, regime: str) -> None:
+    check(CASES[name](), setting, COUPLINGS[regime])
+
+
+@pytest.mark.parametrize("setting", ["nesterov", "centered", "adamw"])
+@pytest.mark.parametrize("regime", ["full", "substituted"])
+def test_other_curvature_options(setting: str, regime: str) -> None:
+    check(CASES["residual"](), setting, COUPLINGS[regime])
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_every_network_and_schedule(name: str, regime: str) -> None:
+    """Each distinct schedule of the network: coalitions, mappings early and late, one player a stage."""
+    distinct = {id(stages): schedule for schedule, stages in CASES[name]().stages.items()}
+    settings = ["rmsprop", "momentum", "adam"]
+    for schedule, setting in zip(distinct.values(), settings, strict=False):
+        check(CASES[name](), setting, COUPLINGS[regime], schedule)
+
+
+@pytest.mark.parametrize("schedule", ["asap", "alap", "sequential"])
+@pytest.mark.parametrize("name", ["projection", "gated", "branches", "attention"])
+def test_schedules_with_the_default_coupling(name: str, schedule: str) -> None:
+    check(CASES[name](), "sgd", COUPLINGS["full"], schedule)
+
+
+@pytest.mark.parametrize("regime", ["open", "unclipped", "sum", "samples"])
+@pytest.mark.parametrize("name", ["residual_relu", "projection"])
+def test_options_of_the_feedback_and_the_loss(name: str, regime: str) -> None:
+    check(CASES[name](), "rmsprop", COUPLINGS[regime])
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("setting", ["sgd", "momentum", "rmsprop", "adam"])
+@pytest.mark.parametrize("name", sorted(CONV))
+def test_convolutions_with_batch_norm(name: str, setting: str, regime: str) -> None:
+    """Training mode is read as theory.md 4e says, which `collapsed_step` defines."""
+    check(CONV[name](), setting, COUPLINGS[regime], method=collapsed_step)
+
+
+def test_eval_batch_norm_against_brute_force() -> None:
+    check(CONV["conv_residual_eval"](), "sgd", COUPLINGS["full"])
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("name", ["residual", "projection", "conv_residual"])
+def test_the_dense_backend(name: str, regime: str) -> None:
+    check((CASES | CONV)[name](), "momentum", COUPLINGS[regime], method=collapsed_step, backend="dense")
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["residual", "projection", "conv_residual"])
+def test_without_feedback_it_is_the_base_method(name: str, setting: str) -> None:
+    """Proposition 4, against torch.optim itself: five steps, parameters and buffers."""
+    ours, theirs = (CASES | CONV)[name](), (CASES | CONV)[name]()
+    torch_name, keywords = SETTINGS[setting]
+    base = TORCH[torch_name](theirs.model.parameters(), **keywords)
+    data = batches(ours, STEPS)
+    optimizer = compile_optimizer(ours.model, data[0][0][0], **arguments(setting, Options(feedback=False)))
+    for (x,), y in data:
+        optimizer.step(x, y)
+        base.zero_grad()
+        F.cross_entropy(theirs.model(x), y).backward()
+        base.step()
+    assert distance(parameters(ours.model), parameters(theirs.model)) < 1e-11
+    for left, right in zip(ours.model.buffers(), theirs.model.buffers(), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_buffers_advance_once_a_step() -> None:
+    """With feedback the second forward sweep must not move batch-norm's statistics again."""
+    case, reference = conv_residual(), conv_residual()
+    (x,), y = batches(case, 1)[0]
+    compile_optimizer(case.model, x, **arguments("sgd", Options())).step(x, y)
+    reference.model(x)
+    for left, right in zip(case.model.buffers(), reference.model.buffers(), strict=True):
+        torch.testing.assert_close(left, right)
