@@ -1,0 +1,42 @@
+# Every target sets up what it needs on a machine with nothing but Python 3 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Exported so that no pip of the environment asks, warns or reads a cache it cannot write.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   train the digits network by a derived optimizer, write digits.html"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff, and mypy --strict on the installed wheel"
+	@echo "make bench  the benchmarks (minutes to hours; tables go to docs/)"
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,demo]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/digits.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+# Types are checked on the wheel as users get it: gtddp_compile.passes lies elsewhere in the source tree.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(VENV)/wheel
+	$(BIN)/python -m build -q --wheel --no-isolation --outdir $(VENV)/wheel .
+	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/wheel/installed $(VENV)/wheel/*.whl
+	cd $(VENV)/wheel && MYPYPATH=installed $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p gtddp_compile
+
+bench: $(STAMP)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info digits.html
