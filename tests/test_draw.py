@@ -2,160 +2,253 @@
 
 from __future__ import annotations
 
-import torch
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from itertools import combinations, pairwise
+from pathlib import Path
+from xml.etree import ElementTree
 
-from gtddp_compile.graph import (
-    ControlGraph,
-    Op,
-    OpGraph,
-    ParameterInfo,
-    ParamRef,
-    Player,
-    Ref,
-    Shortcut,
-    Stage,
-    Value,
-)
+import networkx as nx
+import pytest
+from drawn import Line, control_graph, dense, hostile, residual, resnet18, tied, two_outputs, unet
 
-Line = tuple[str, str, tuple[int, ...], str, tuple[int, ...] | None]
+from gtddp_compile import draw
+from gtddp_compile.draw import layout
+from gtddp_compile.draw.layout import Box, Link, layered
+from gtddp_compile.draw.style import shortened, text_width
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph
+
+ALL = [residual, resnet18, unet, tied, dense, two_outputs, hostile]
+each = pytest.mark.parametrize("make", ALL, ids=[make.__name__ for make in ALL])
+Make = Callable[[], ControlGraph]
+
+RESIDUAL = """\
+Control graph of residual (schedule asap)
+stage   players: kind, parameters      live values (the cut before it)   merges
+──────────────────────────────────────────────────────────────────────────────────
+    0   stem: linear, 512              x 16
+    1   block.fc1: linear, 2,048       relu 32
+        block.project: linear, 2,048
+    2   block.fc2: linear, 4,096       block.tanh 64, block.project 64   block.add
+    3   head: linear, 640              block.add 64
+
+shortcut           kind         players         region
+───────────────────────────────────────────────────────
+relu → block.add   parametric   block.project   regular
+
+5 players, 4 stages, widest cut 2 values (stage 2), 1 shortcut"""
+
+TIED = """\
+Control graph of tied (schedule asap)
+stage   players: kind, parameters   live values (the cut before it)   merges
+────────────────────────────────────────────────────────────────────────────
+    0   embed: embedding ×2, 160    tokens 5
+    1   body: linear, 64            embed 5×8, params:embed ()
+
+2 players, 2 stages, widest cut 2 values (stage 1), 0 shortcuts, 1 unused parameter: spare.weight"""
 
 
-def control_graph(lines: list[Line], shortcuts: tuple[Shortcut, ...] = (), name: str = "net") -> ControlGraph:
-    """A control graph from lines ``(name, kind, shape, "operands", weight shape or None)``.
+@pytest.mark.parametrize(("make", "text"), [(residual, RESIDUAL), (tied, TIED)])
+def test_table(make: Make, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert str(make()) == text
 
-    Stages are depths over players, as the schedule "asap"; the last line is the output.
-    """
-    ops: list[Op] = []
-    infos: list[ParameterInfo] = []
-    depth: dict[str, int] = {}
-    players: list[Player] = []
-    for op, kind, shape, operands, weight in lines:
-        names = operands.split()
-        own = () if weight is None else (f"{op}.weight",)
-        infos += [ParameterInfo(n, weight or (), torch.float32) for n in own]
-        args = (*map(Ref, names), *map(ParamRef, own))
-        ops.append(Op(op, kind, None, args, module=op, source="net.py:7", shape=(32, *shape), dtype=torch.float32))
-        depth[op] = max((depth[n] for n in names), default=-1) + bool(own)
-        if own:
-            players.append(Player(op, kind, own, op, (op,), stage=depth[op]))
-    users = {op.name: [user.name for user in ops if op.name in user.operands] for op in ops}
-    count, output = max(depth.values()) + 1, ops[-1].name
-    dies = {n: count if n == output else max(depth[u] for u in use) for n, use in users.items()}
-    stages = []
-    for t in range(count):
-        here = [op.name for op in ops if depth[op.name] == t]
-        live = tuple(op.name for op in ops if depth[op.name] < t <= dies[op.name])
-        merges = tuple(n for n in here if n in {s.merge for s in shortcuts})
-        stages.append(
-            Stage(
-                t,
-                tuple(p.name for p in players if p.stage == t),
-                live,
-                tuple(n for n in live if any(depth[u] == t for u in users[n])),
-                tuple(n for n in live if dies[n] > t),
-                tuple(n for n in here if dies[n] > t),
-                tuple(here),
-                merges,
-            )
-        )
-    values = tuple(
-        Value(op.name, op.shape[1:], depth[op.name], dies[op.name], tuple(sorted({depth[u] for u in users[op.name]})), depth[op.name] < 0)
-        for op in ops
-        if op.shape and dies[op.name] > depth[op.name]
+
+@each
+def test_table_names_everything_within_its_width(make: Make) -> None:
+    graph = make()
+    text = str(graph)
+    assert max(map(len, text.splitlines())) <= 110 or make is tied
+    joined = "".join(text.split())
+    if make is not hostile:
+        assert all(player.name in joined for player in graph.players)
+    assert "\x1b" not in text
+
+
+def test_networkx() -> None:
+    graph = residual().to_networkx()
+    assert graph.nodes["block.project"] == {
+        "kind": "linear",
+        "module": "block.project",
+        "source": "net.py:7",
+        "shape": [32, 64],
+        "stage": 1,
+        "player": "block.project",
+        "parameters": ["block.project.weight"],
+        "merge": False,
+        "input": False,
+        "output": False,
+        "live": {"born": 1, "dies": 2, "readers": [2], "fixed": False},
+    }
+    assert (
+        graph.nodes["block.add"]["merge"]
+        and graph.nodes["x"]["stage"] == -1
+        and graph.nodes["head"]["output"]
     )
-    inputs = tuple(op.name for op in ops if op.kind == "input")
-    return ControlGraph(
-        OpGraph(tuple(ops), inputs, Ref(output), tuple(infos)),
-        tuple(players),
-        tuple(stages),
-        shortcuts,
-        values,
-        tuple(op.name for op in ops if depth[op.name] < 0),
-        name=name,
+    assert graph.edges["block.project", "block.add", 0] == {
+        "crosses": [2],
+        "shortcut": "parametric",
+        "control": None,
+    }
+    assert graph.edges["block.fc2", "block.add", 0]["shortcut"] is None
+    assert graph.edges["relu", "block.project", 0]["shortcut"] == "parametric"
+    assert graph.graph["stages"][2]["live"] == ["block.tanh", "block.project"]
+    assert graph.graph["players"][0]["parameters"] == [["stem.weight", [32, 16]]]
+    waiting = resnet18().to_networkx().edges["maxpool", "layer1.0.add", 0]
+    assert waiting == {"crosses": [2, 3, 4, 5], "shortcut": "identity", "control": None}
+    assert tied().to_networkx().edges["embed", "head", 0] == {
+        "crosses": [1],
+        "shortcut": None,
+        "control": "embed",
+    }
+
+
+@each
+def test_networkx_is_plain_data(make: Make) -> None:
+    graph = make().to_networkx()
+    data = nx.node_link_data(graph, edges="edges")
+    assert json.loads(json.dumps(data)) == data
+    assert nx.is_directed_acyclic_graph(graph)
+
+
+@each
+def test_dot_is_accepted_by_graphviz(make: Make) -> None:
+    source = make().to_dot()
+    command = [layout._executable(), "-Tcanon"]
+    done = subprocess.run(command, input=source, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0 and "syntax" not in done.stderr, done.stderr
+    assert source.count("subgraph cluster_") == len(make().stages)
+    assert source.count(" -> ") == make().to_networkx().number_of_edges()
+
+
+@each
+def test_mermaid(make: Make) -> None:
+    text = make().to_mermaid()
+    lines = text.splitlines()
+    assert lines[0] == "flowchart TB"
+    assert sum(line.startswith("  subgraph ") for line in lines) == len(make().stages) == lines.count("  end")
+    assert (
+        len(re.findall(r"^  n\d+ (?:-->|==>|-\.->) n\d+$", text, re.M))
+        == make().to_networkx().number_of_edges()
     )
+    labels = re.findall(r'^ +n\d+(?:\[|\(\[)"(.*)"(?:\]|\]\))$', text, re.M)
+    assert len(labels) == len(make().ops.ops)
+    assert not any(set('"`') & set(label) or "<script" in label for label in labels)
 
 
-def residual() -> ControlGraph:
-    """Eight operations, a projection shortcut."""
-    return control_graph(
-        [
-            ("x", "input", (16,), "", None),
-            ("stem", "linear", (32,), "x", (32, 16)),
-            ("relu", "relu", (32,), "stem", None),
-            ("block.fc1", "linear", (64,), "relu", (64, 32)),
-            ("block.tanh", "tanh", (64,), "block.fc1", None),
-            ("block.fc2", "linear", (64,), "block.tanh", (64, 64)),
-            ("block.project", "linear", (64,), "relu", (64, 32)),
-            ("block.add", "add", (64,), "block.fc2 block.project", None),
-            ("head", "linear", (10,), "block.add", (10, 64)),
-        ],
-        (Shortcut("relu", "block.add", "parametric", ("block.project",), ("block.project",)),),
-        "residual",
-    )
+SPACE = "{http://www.w3.org/2000/svg}"
 
 
-def resnet18() -> ControlGraph:
-    """ResNet-18's operations: identity and projection shortcuts, batch-norm everywhere."""
-    lines: list[Line] = [("x", "input", (3, 224, 224), "", None)]
-    shortcuts: list[Shortcut] = []
-
-    def conv_bn(prefix: str, source: str, shape: tuple[int, ...], inner: int, conv: str, norm: str) -> str:
-        lines.append((f"{prefix}{conv}", "conv", shape, source, (shape[0], inner, 3, 3)))
-        lines.append((f"{prefix}{norm}", "batch_norm", shape, f"{prefix}{conv}", (shape[0],)))
-        return f"{prefix}{norm}"
-
-    last = conv_bn("", "x", (64, 112, 112), 3, "conv1", "bn1")
-    lines += [("relu", "relu", (64, 112, 112), last, None), ("maxpool", "max_pool", (64, 56, 56), "relu", None)]
-    last, inner = "maxpool", 64
-    for layer, width, size in ((1, 64, 56), (2, 128, 28), (3, 256, 14), (4, 512, 7)):
-        for index in range(2):
-            prefix, shape = f"layer{layer}.{index}.", (width, size, size)
-            fork = last
-            out = conv_bn(prefix, fork, shape, inner, "conv1", "bn1")
-            lines.append((f"{prefix}relu", "relu", shape, out, None))
-            out = conv_bn(prefix, f"{prefix}relu", shape, width, "conv2", "bn2")
-            side, path = fork, ()
-            if inner != width:
-                side = conv_bn(prefix, fork, shape, inner, "downsample.0", "downsample.1")
-                path = (f"{prefix}downsample.0", f"{prefix}downsample.1")
-            lines.append((f"{prefix}add", "add", shape, f"{out} {side}", None))
-            lines.append((f"{prefix}relu_1", "relu", shape, f"{prefix}add", None))
-            kind = "parametric" if path else "identity"
-            shortcuts.append(Shortcut(fork, f"{prefix}add", kind, path, path))
-            last, inner = f"{prefix}relu_1", width
-    lines += [
-        ("avgpool", "adaptive_avg_pool", (512, 1, 1), last, None),
-        ("flatten", "flatten", (512,), "avgpool", None),
-        ("fc", "linear", (1000,), "flatten", (1000, 512)),
-    ]
-    return control_graph(lines, tuple(shortcuts), "ResNet-18")
+def boxes(root: ElementTree.Element) -> list[tuple[float, float, float, float, list[tuple[str, float]]]]:
+    """Left, top, right, bottom and texts with their sizes of every operation's box, in the viewport."""
+    drawing = next(g for g in root.iter(f"{SPACE}g") if "transform" in g.attrib and len(g) > 3)
+    match = re.match(r"translate\(([\d.]+) ([\d.]+)\)", drawing.attrib["transform"])
+    assert match
+    dx, dy = map(float, match.groups())
+    found = []
+    for group in drawing:
+        if group.attrib.get("class", "").startswith("op "):
+            rect = group.find(f"{SPACE}rect")
+            assert rect is not None
+            x, y, width, height = (float(rect.attrib[key]) for key in ("x", "y", "width", "height"))
+            texts = [(t.text or "", float(t.attrib["font-size"])) for t in group.iter(f"{SPACE}text")]
+            found.append((x + dx, y + dy, x + width + dx, y + height + dy, texts))
+    return found
 
 
-def unet() -> ControlGraph:
-    """A U-Net of three levels: concatenations of values that wait for long."""
-    lines: list[Line] = [("x", "input", (3, 64, 64), "", None)]
-    shortcuts: list[Shortcut] = []
-    last, kept, inner = "x", [], 3
-    for level, width in enumerate((32, 64, 128)):
-        shape = (width, 64 >> level, 64 >> level)
-        for index in range(2):
-            lines.append((f"down{level}.conv{index}", "conv", shape, last, (width, inner, 3, 3)))
-            lines.append((f"down{level}.relu{index}", "relu", shape, f"down{level}.conv{index}", None))
-            last, inner = f"down{level}.relu{index}", width
-        if level < 2:
-            kept.append((last, shape))
-            lines.append((f"down{level}.pool", "max_pool", (width, *(s // 2 for s in shape[1:])), last, None))
-            last = f"down{level}.pool"
-    for level in (1, 0):
-        fork, shape = kept[level]
-        width = shape[0]
-        lines.append((f"up{level}.up", "conv_transpose", shape, last, (inner, width, 2, 2)))
-        lines.append((f"up{level}.cat", "cat", (2 * width, *shape[1:]), f"{fork} up{level}.up", None))
-        shortcuts.append(Shortcut(fork, f"up{level}.cat", "identity"))
-        last, inner = f"up{level}.cat", 2 * width
-        for index in range(2):
-            lines.append((f"up{level}.conv{index}", "conv", shape, last, (width, inner, 3, 3)))
-            lines.append((f"up{level}.relu{index}", "relu", shape, f"up{level}.conv{index}", None))
-            last, inner = f"up{level}.relu{index}", width
-    lines.append(("head", "conv", (2, 64, 64), last, (2, 32, 1, 1)))
-    return control_graph(lines, tuple(shortcuts), "U-Net")
+@each
+def test_svg(make: Make) -> None:
+    graph = make()
+    root = ElementTree.fromstring(graph.to_svg())
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    found = boxes(root)
+    assert len(found) == len(graph.ops.ops) + 1
+    for left, top, right, bottom, texts in found:
+        assert left >= 0 and top >= 0 and right <= width and bottom <= height
+        assert all(text_width(text, size) <= right - left or size > 15 for text, size in texts)
+    for a, b in combinations(found, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
+    shown = " ".join(text for *_, texts in found for text, _ in texts)
+    if make is not hostile:
+        assert all(shortened(player.name, 34) in shown for player in graph.players)
+        tips = "".join(title.text or "" for title in root.iter(f"{SPACE}title"))
+        assert all(f"{op.name}: {op.kind}" in tips for op in graph.ops.ops)
+    assert sum(g.attrib.get("class") == "stage" for g in root.iter(f"{SPACE}g")) == len(graph.stages)
+    for path in root.iter(f"{SPACE}path"):
+        numbers = [float(n) for n in re.findall(r"-?\d+\.\d", path.attrib["d"])]
+        assert all(-20 <= n <= max(width, height) for n in numbers)
+
+
+@each
+def test_svg_draws_bands_in_order_and_boxes_in_their_band(make: Make) -> None:
+    graph = make()
+    root = ElementTree.fromstring(graph.to_svg())
+    bands = {}
+    for group in root.iter(f"{SPACE}g"):
+        rect = group.find(f"{SPACE}rect")
+        if group.attrib.get("class") == "stage" and rect is not None:
+            top = float(rect.attrib["y"])
+            bands[int(group.attrib["data-stage"])] = (top, top + float(rect.attrib["height"]))
+    for (_, bottom), (top, _) in pairwise(bands.values()):
+        assert abs(bottom - top) <= 0.11
+    for op, (_, top, _, bottom, _) in zip(graph.ops.ops, boxes(root), strict=False):
+        stage = graph.stage_of[op.name]
+        if stage >= 0:
+            assert bands[stage][0] < top and bottom < bands[stage][1]
+
+
+def test_svg_is_the_same_every_time() -> None:
+    assert unet().to_svg() == unet().to_svg()
+
+
+def test_svg_of_a_long_network() -> None:
+    lines: list[Line] = [("x", "input", (4,), "", None)]
+    lines += [(f"fc{i}", "linear", (4,), f"fc{i - 1}" if i else "x", (4, 4)) for i in range(300)]
+    assert len(boxes(ElementTree.fromstring(control_graph(lines).to_svg()))) == 302
+
+
+@each
+def test_html_is_self_contained(make: Make) -> None:
+    page = make().to_html({0: "k = -M⁻¹ Q_u <&>"})
+    assert not re.search(r"""(?:src|href|url|@import)\s*[=(]\s*["']?\s*(?:https?:)?//""", page)
+    assert "<script>alert" not in page and "k = -M⁻¹ Q_u &lt;&amp;&gt;" in page
+    assert page.count("<svg ") == 1 and page.count("<script>") == 1
+    assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("suffix", draw.SUFFIXES)
+def test_save(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"net{suffix}"
+    residual().save(path)
+    assert "block.project" in path.read_text(encoding="utf-8")
+    residual().save(str(tmp_path / f"upper{suffix.upper()}"))
+
+
+def test_save_names_the_choices(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=r"'\.png'.*\.svg, \.html"):
+        residual().save(tmp_path / "net.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_engine_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout._executable.cache_clear()
+    monkeypatch.setattr("importlib.metadata.files", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(CompileError, match="pip install graphviz-pure"):
+        residual().to_svg()
+    layout._executable.cache_clear()
+
+
+def test_layout_places_rows_downwards() -> None:
+    sizes = {name: Box(0, 0, 50, 20) for name in "abc"}
+    found = layered(sizes, [["a"], [], ["b", "c"]], [Link("a", "b"), Link("a", "c", 3)])
+    assert found.boxes["a"].y < found.rows[1] < found.boxes["b"].y == found.boxes["c"].y
+    assert len(found.routes) == 2 and all(len(route) % 3 == 2 for route in found.routes)
+
+
+def test_notebook() -> None:
+    assert "<svg " in residual()._repr_html_()

@@ -24,7 +24,9 @@ def dot(graph: nx.MultiDiGraph) -> str:
     for stage in graph.graph["stages"]:
         label = f"stage {stage['index']} · cut: {', '.join(stage['live']) or 'empty'}"
         lines.append(f"  subgraph cluster_{stage['index']} {{")
-        lines.append(f"    label={quoted(label)}; fillcolor=\"{'#f6f8fa' if stage['index'] % 2 else '#fbfcfd'}\";")
+        lines.append(
+            f'    label={quoted(label)}; fillcolor="{"#f6f8fa" if stage["index"] % 2 else "#fbfcfd"}";'
+        )
         lines += [_node(graph, name, "    ") for name in stage["ops"]]
         lines.append("  }")
     for source, target, data in graph.edges(data=True):
@@ -43,7 +45,7 @@ def _node(graph: nx.MultiDiGraph, name: str, indent: str) -> str:
     colours = family(data["kind"]) if data["player"] else FREE
     label = f"{data['player'] or name}\n{data['kind']} {shape_text(data['shape'])}"
     return (
-        f"{indent}{quoted(name)} [label={quoted(label)} fillcolor=\"{colours.fill}\" "
+        f'{indent}{quoted(name)} [label={quoted(label)} fillcolor="{colours.fill}" '
         f'color="{colours.line}" fontcolor="{colours.text}"];'
     )
 

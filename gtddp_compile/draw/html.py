@@ -90,7 +90,9 @@ def _stages(graph: nx.MultiDiGraph, notes: Mapping[int, str]) -> str:
 def _player(player: dict[str, Any]) -> str:
     if "kind" not in player:
         return escape(player["name"])
-    shapes = ", ".join(f"{name.rsplit('.', 1)[-1]} {shape_text(shape)}" for name, shape in player["parameters"])
+    shapes = ", ".join(
+        f"{name.rsplit('.', 1)[-1]} {shape_text(shape)}" for name, shape in player["parameters"]
+    )
     return f"{escape(player['name'])} <span>{escape(player['kind'])} · {escape(shapes)} · {player['size']:,}</span>"
 
 

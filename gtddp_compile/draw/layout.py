@@ -150,7 +150,11 @@ def _point(text: str, height: float) -> Point:
 def _run(source: str) -> str:
     try:
         done = subprocess.run(
-            [_executable(), "-Kdot", "-Tjson"], input=source, capture_output=True, encoding="utf-8", timeout=TIMEOUT
+            [_executable(), "-Kdot", "-Tjson"],
+            input=source,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=TIMEOUT,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(

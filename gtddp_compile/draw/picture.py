@@ -102,7 +102,7 @@ def picture(graph: nx.MultiDiGraph) -> Picture:
     lines, joints = bundled([_line(graph, *edge) for edge in graph.edges(data=True)], stage_of)
     if data["outputs"]:
         nodes.append(Node(OUTPUT, ("output",), FREE, "end", FREE.line, "what the model returns", last))
-        lines += [Line(name, OUTPUT, LINE_COLOUR, (), name, ops=(name,)) for name in data["outputs"]]
+        lines += [_returned(graph, name) for name in data["outputs"]]
     rows, borders = _rows(graph, nodes)
     boxes = {node.name: _size(node) for node in nodes} | dict.fromkeys(joints, Box(0, 0, 2, 2))
     aside: dict[int, list[str]] = {}
@@ -110,7 +110,11 @@ def picture(graph: nx.MultiDiGraph) -> Picture:
         aside.setdefault(borders[stage], []).append(name)
     row = {name: index for index, names in (*enumerate(rows), *aside.items()) for name in names}
     links = [
-        Link(line.source, line.target, _weight(line, row[line.target] - row[line.source], line.source in joints))
+        Link(
+            line.source,
+            line.target,
+            _weight(line, row[line.target] - row[line.source], line.source in joints),
+        )
         for line in lines
     ]
     layout = layered(boxes, rows, links, aside)
@@ -184,7 +188,10 @@ def _bands(graph: nx.MultiDiGraph, layout: Layout, borders: Sequence[int]) -> li
     found = []
     for position, stage in enumerate(graph.graph["stages"]):
         top, bottom = (layout.rows[index] for index in borders[position : position + 2])
-        live = [f"{name}  {shape_text(values[name]['shape'])}" if name in values else name for name in stage["live"]]
+        live = [
+            f"{name}  {shape_text(values[name]['shape'])}" if name in values else name
+            for name in stage["live"]
+        ]
         tip = [f"stage {stage['index']}: {', '.join(stage['players'])}", "in the cut before it:"]
         tip += [f"  {text}" for text in live or ["nothing"]]
         if stage["merges"]:
@@ -274,3 +281,10 @@ def _line(graph: nx.MultiDiGraph, source: str, target: str, data: dict[str, Any]
         dashed=bool(data["control"]),
         ops=(source, target),
     )
+
+
+def _returned(graph: nx.MultiDiGraph, name: str) -> Line:
+    first = graph.nodes[name]["stage"]
+    crosses = tuple(s["index"] for s in graph.graph["stages"] if s["index"] > first and name in s["live"])
+    colour = WAIT_COLOUR if crosses else LINE_COLOUR
+    return Line(name, OUTPUT, colour, crosses, f"{name} is returned", strong=bool(crosses), ops=(name,))

@@ -53,6 +53,7 @@ def save(graph: nx.MultiDiGraph, path: str | Path) -> None:
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise CompileError(
-            f"no drawing is known by the suffix {suffix!r} of {str(path)!r}", f"Use one of {', '.join(SUFFIXES)}"
+            f"no drawing is known by the suffix {suffix!r} of {str(path)!r}",
+            f"Use one of {', '.join(SUFFIXES)}",
         )
     Path(path).write_text(SUFFIXES[suffix](graph), encoding="utf-8")

@@ -104,7 +104,10 @@ def text_width(text: str, size: float) -> float:
 
 def escape(text: str) -> str:
     """Text for XML and HTML, in elements and in quoted attributes; characters that XML forbids are shown as ``�``."""
-    legal = (c if c in "\t\n\r" or "\x20" <= c <= "\ud7ff" or "\ue000" <= c <= "\ufffd" or c > "\uffff" else "�" for c in text)
+    legal = (
+        c if c in "\t\n\r" or "\x20" <= c <= "\ud7ff" or "\ue000" <= c <= "\ufffd" or c > "\uffff" else "�"
+        for c in text
+    )
     return html.escape("".join(legal))
 
 

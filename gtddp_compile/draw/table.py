@@ -81,9 +81,7 @@ def _stages(graph: nx.MultiDiGraph) -> Table:
             f"{name} {shape_text(values[name]['shape'])}" if name in values else name
             for name in stage["live"]
         ]
-        found.add_row(
-            str(stage["index"]), "\n".join(lines), packed(live, 40), packed(stage["merges"], 24)
-        )
+        found.add_row(str(stage["index"]), "\n".join(lines), packed(live, 40), packed(stage["merges"], 24))
     return found
 
 
