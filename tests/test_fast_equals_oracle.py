@@ -34,8 +34,8 @@ def check(case: Case, setting: str, options: Options, schedule: str = "asap", me
                             BASES[name](**keywords), options, method=method)
     if options.feedback is True:
         assert max(record.feedback_norm for record in records) > 1e-6  # the test would see a missing gain
-    optimizer = compile_optimizer(case.model, data[0][0][0], schedule=schedule,
-                                  **arguments(setting, options, **extra))
+    optimizer = compile_optimizer(case.model, data[0][0][0],
+                                  **arguments(setting, options, **{"schedule": schedule} | extra))
     losses = [float(optimizer.step(x, y)) for (x,), y in data]
     assert losses == pytest.approx([record.loss for record in records], abs=TOLERANCE)
     assert distance(parameters(case.model), expected) < TOLERANCE
@@ -68,6 +68,12 @@ def test_every_network_and_schedule(name: str, regime: str) -> None:
 @pytest.mark.parametrize("name", ["projection", "gated", "branches", "attention"])
 def test_schedules_with_the_default_coupling(name: str, schedule: str) -> None:
     check(CASES[name](), "sgd", COUPLINGS["full"], schedule)
+
+
+def test_a_schedule_given_by_hand() -> None:
+    """The mapping placed at the last stage before the merge, by name."""
+    stages = {"stem": 0, "a": 1, "b": 2, "short": 2, "head": 3}
+    check(CASES["projection"](), "rmsprop", COUPLINGS["full"], "alap", schedule=stages)
 
 
 @pytest.mark.parametrize("regime", ["open", "unclipped", "sum", "samples"])
