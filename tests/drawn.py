@@ -37,9 +37,7 @@ def control_graph(lines: list[Line], shortcuts: tuple[Shortcut, ...] = (), name:
         own = () if weight is None else (f"{op}.weight",)
         infos += [ParameterInfo(n, weight or (), torch.float32) for n in own]
         args = (*map(Ref, names), *map(ParamRef, own))
-        ops.append(
-            Op(op, kind, None, args, module=op, source="net.py:7", shape=(32, *shape), dtype=torch.float32)
-        )
+        ops.append(Op(op, kind, None, args, module=op, source="net.py:7", shape=(32, *shape), dtype=torch.float32))
         depth[op] = max((depth[n] for n in names), default=-1) + bool(own)
         if own:
             players.append(Player(op, kind, own, op, (op,), stage=depth[op]))
@@ -153,7 +151,7 @@ def unet() -> ControlGraph:
     last, inner = "x", 3
     kept: list[tuple[str, tuple[int, ...]]] = []
     for level, width in enumerate((32, 64, 128)):
-        shape = (width, 64 >> level, 64 >> level)
+        shape: tuple[int, ...] = (width, 64 >> level, 64 >> level)
         for index in range(2):
             lines.append((f"down{level}.conv{index}", "conv", shape, last, (width, inner, 3, 3)))
             lines.append((f"down{level}.relu{index}", "relu", shape, f"down{level}.conv{index}", None))
@@ -224,9 +222,7 @@ def two_outputs() -> ControlGraph:
         name="two outputs",
     )
     stages = tuple(
-        dataclasses.replace(stage, live=("early", *(n for n in stage.live if n != "early")))
-        if stage.index
-        else stage
+        dataclasses.replace(stage, live=("early", *(n for n in stage.live if n != "early"))) if stage.index else stage
         for stage in graph.stages
     )
     values = tuple(dataclasses.replace(v, dies=3) if v.name == "early" else v for v in graph.values)

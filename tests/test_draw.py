@@ -84,11 +84,7 @@ def test_networkx() -> None:
         "output": False,
         "live": {"born": 1, "dies": 2, "readers": [2], "fixed": False},
     }
-    assert (
-        graph.nodes["block.add"]["merge"]
-        and graph.nodes["x"]["stage"] == -1
-        and graph.nodes["head"]["output"]
-    )
+    assert graph.nodes["block.add"]["merge"] and graph.nodes["x"]["stage"] == -1 and graph.nodes["head"]["output"]
     assert graph.edges["block.project", "block.add", 0] == {
         "crosses": [2],
         "shortcut": "parametric",
@@ -131,10 +127,7 @@ def test_mermaid(make: Make) -> None:
     lines = text.splitlines()
     assert lines[0] == "flowchart TB"
     assert sum(line.startswith("  subgraph ") for line in lines) == len(make().stages) == lines.count("  end")
-    assert (
-        len(re.findall(r"^  n\d+ (?:-->|==>|-\.->) n\d+$", text, re.M))
-        == make().to_networkx().number_of_edges()
-    )
+    assert len(re.findall(r"^  n\d+ (?:-->|==>|-\.->) n\d+$", text, re.M)) == make().to_networkx().number_of_edges()
     labels = re.findall(r'^ +n\d+(?:\[|\(\[)"(.*)"(?:\]|\]\))$', text, re.M)
     assert len(labels) == len(make().ops.ops)
     assert not any(set('"`') & set(label) or "<script" in label for label in labels)
@@ -226,6 +219,12 @@ def test_save(suffix: str, tmp_path: Path) -> None:
     residual().save(path)
     assert "block.project" in path.read_text(encoding="utf-8")
     residual().save(str(tmp_path / f"upper{suffix.upper()}"))
+
+
+def test_json_is_read_back_by_networkx(tmp_path: Path) -> None:
+    residual().save(tmp_path / "net.json")
+    data = json.loads((tmp_path / "net.json").read_text(encoding="utf-8"))
+    assert nx.utils.graphs_equal(nx.node_link_graph(data, edges="edges"), residual().to_networkx())
 
 
 def test_save_names_the_choices(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import networkx as nx
 from gtddp_compile.draw.style import FREE, SHORTCUT_COLOURS, TIED_COLOUR, family, shape_text
 
 
-def dot(graph: nx.MultiDiGraph) -> str:
+def dot(graph: nx.MultiDiGraph[str]) -> str:
     """DOT source with one cluster a stage, labelled with its cut.
 
     Args:
@@ -24,9 +24,7 @@ def dot(graph: nx.MultiDiGraph) -> str:
     for stage in graph.graph["stages"]:
         label = f"stage {stage['index']} · cut: {', '.join(stage['live']) or 'empty'}"
         lines.append(f"  subgraph cluster_{stage['index']} {{")
-        lines.append(
-            f'    label={quoted(label)}; fillcolor="{"#f6f8fa" if stage["index"] % 2 else "#fbfcfd"}";'
-        )
+        lines.append(f'    label={quoted(label)}; fillcolor="{"#f6f8fa" if stage["index"] % 2 else "#fbfcfd"}";')
         lines += [_node(graph, name, "    ") for name in stage["ops"]]
         lines.append("  }")
     for source, target, data in graph.edges(data=True):
@@ -35,12 +33,12 @@ def dot(graph: nx.MultiDiGraph) -> str:
 
 
 def quoted(text: str) -> str:
-    """A DOT string: quotes and backslashes escaped, line breaks kept as ``\\n``."""
+    """A DOT string: quotes, backslashes and line breaks escaped."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "")
     return f'"{escaped}"'
 
 
-def _node(graph: nx.MultiDiGraph, name: str, indent: str) -> str:
+def _node(graph: nx.MultiDiGraph[str], name: str, indent: str) -> str:
     data = graph.nodes[name]
     colours = family(data["kind"]) if data["player"] else FREE
     label = f"{data['player'] or name}\n{data['kind']} {shape_text(data['shape'])}"

@@ -18,7 +18,7 @@ HINT = (
 )
 
 
-def html(graph: nx.MultiDiGraph, notes: Mapping[int, str] | None = None) -> str:
+def html(graph: nx.MultiDiGraph[str], notes: Mapping[int, str] | None = None) -> str:
     """The page; it loads nothing from the network, and forbids itself to.
 
     Args:
@@ -67,7 +67,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
-def _stages(graph: nx.MultiDiGraph, notes: Mapping[int, str]) -> str:
+def _stages(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> str:
     players = {player["name"]: player for player in graph.graph["players"]}
     values = {value["name"]: value for value in graph.graph["values"]}
     heads = ["stage", "players", "live values (the cut before it)", "merges", *(["notes"] if notes else [])]
@@ -90,9 +90,7 @@ def _stages(graph: nx.MultiDiGraph, notes: Mapping[int, str]) -> str:
 def _player(player: dict[str, Any]) -> str:
     if "kind" not in player:
         return escape(player["name"])
-    shapes = ", ".join(
-        f"{name.rsplit('.', 1)[-1]} {shape_text(shape)}" for name, shape in player["parameters"]
-    )
+    shapes = ", ".join(f"{name.rsplit('.', 1)[-1]} {shape_text(shape)}" for name, shape in player["parameters"])
     return f"{escape(player['name'])} <span>{escape(player['kind'])} · {escape(shapes)} · {player['size']:,}</span>"
 
 

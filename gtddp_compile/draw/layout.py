@@ -182,7 +182,5 @@ def _executable() -> str:
             return str(path)
     found = shutil.which(ENGINE)
     if found is None:
-        raise CompileError(
-            f"the layout engine {ENGINE} is not installed", f"Install it with: pip install {ENGINE}"
-        )
+        raise CompileError(f"the layout engine {ENGINE} is not installed", f"Install it with: pip install {ENGINE}")
     return found

@@ -14,7 +14,7 @@ from gtddp_compile.draw.style import (
 )
 
 
-def mermaid(graph: nx.MultiDiGraph) -> str:
+def mermaid(graph: nx.MultiDiGraph[str]) -> str:
     """A flowchart with one subgraph a stage, titled with its cut.
 
     Args:
@@ -51,12 +51,12 @@ def escaped(text: str) -> str:
     return "".join(codes.get(character, character) for character in " ".join(text.split()))
 
 
-def _family(graph: nx.MultiDiGraph, name: str) -> object:
+def _family(graph: nx.MultiDiGraph[str], name: str) -> object:
     data = graph.nodes[name]
     return family(data["kind"]) if data["player"] else FREE
 
 
-def _node(graph: nx.MultiDiGraph, name: str, short: str, indent: str) -> str:
+def _node(graph: nx.MultiDiGraph[str], name: str, short: str, indent: str) -> str:
     data = graph.nodes[name]
     label = f"{escaped(data['player'] or name)}<br/>{escaped(data['kind'])} {shape_text(data['shape'])}"
     left, right = ("[", "]") if data["player"] else ("([", "])")

@@ -89,7 +89,7 @@ class Picture:
     layout: Layout
 
 
-def picture(graph: nx.MultiDiGraph) -> Picture:
+def picture(graph: nx.MultiDiGraph[str]) -> Picture:
     """Label, size and place a control graph.
 
     Args:
@@ -136,7 +136,7 @@ def bundled(lines: Sequence[Line], stage_of: Mapping[str, int]) -> tuple[list[Li
     for (source, colour), members in groups.items():
         stages = sorted({stage_of[line.target] for line in members})
         at, before = source, -1
-        for position, stage in enumerate(stages if len(stages) > 1 else ()):
+        for stage in stages if len(stages) > 1 else ():
             later = [line for line in members if stage_of[line.target] >= stage]
             readers = [line for line in later if stage_of[line.target] == stage]
             between = tuple(cut for cut in later[0].crosses if before < cut < stage)
@@ -157,14 +157,14 @@ def bundled(lines: Sequence[Line], stage_of: Mapping[str, int]) -> tuple[list[Li
 
 def _weight(line: Line, span: int, from_joint: bool) -> int:
     """How straight: the path from operation to operation most, then trunks, then what branches off them."""
-    if line.dashed or from_joint and line.arrow:
+    if line.dashed or (from_joint and line.arrow):
         return 0
     if line.strong:
         return 40 if not line.arrow else 4 if len(line.crosses) < 2 else 1
     return 100 if span <= 2 else 3
 
 
-def _rows(graph: nx.MultiDiGraph, nodes: Sequence[Node]) -> tuple[list[list[str]], list[int]]:
+def _rows(graph: nx.MultiDiGraph[str], nodes: Sequence[Node]) -> tuple[list[list[str]], list[int]]:
     """Rows of names with an empty row before every stage, and the index of these empty rows, the last after all."""
     depth: dict[str, int] = {}
     for name in nx.topological_sort(graph):
@@ -183,22 +183,17 @@ def _rows(graph: nx.MultiDiGraph, nodes: Sequence[Node]) -> tuple[list[list[str]
     return rows, borders
 
 
-def _bands(graph: nx.MultiDiGraph, layout: Layout, borders: Sequence[int]) -> list[Band]:
+def _bands(graph: nx.MultiDiGraph[str], layout: Layout, borders: Sequence[int]) -> list[Band]:
     values = {value["name"]: value for value in graph.graph["values"]}
     found = []
     for position, stage in enumerate(graph.graph["stages"]):
         top, bottom = (layout.rows[index] for index in borders[position : position + 2])
-        live = [
-            f"{name}  {shape_text(values[name]['shape'])}" if name in values else name
-            for name in stage["live"]
-        ]
+        live = [f"{name}  {shape_text(values[name]['shape'])}" if name in values else name for name in stage["live"]]
         tip = [f"stage {stage['index']}: {', '.join(stage['players'])}", "in the cut before it:"]
         tip += [f"  {text}" for text in live or ["nothing"]]
         if stage["merges"]:
             tip.append(f"merges here: {', '.join(stage['merges'])}")
-        found.append(
-            Band(stage["index"], f"stage {stage['index']}", tuple(stage["live"]), "\n".join(tip), top, bottom)
-        )
+        found.append(Band(stage["index"], f"stage {stage['index']}", tuple(stage["live"]), "\n".join(tip), top, bottom))
     return found
 
 
@@ -211,16 +206,17 @@ def _size(node: Node) -> Box:
     return Box(0, 0, max(text_width(node.lines[0], FREE_SIZE) + 22, 44), 22, 11)
 
 
-def _sample_shape(graph: nx.MultiDiGraph, shape: list[int] | None) -> str:
+def _sample_shape(graph: nx.MultiDiGraph[str], shape: list[int] | None) -> str:
     """The shape without its batch axis, if its first size is the inputs' first size."""
     batches = {(graph.nodes[name]["shape"] or [None])[0] for name in graph.graph["inputs"]}
     return shape_text(shape[1:] if shape and {shape[0]} == batches else shape)
 
 
-def _node(graph: nx.MultiDiGraph, name: str) -> Node:
+def _node(graph: nx.MultiDiGraph[str], name: str) -> Node:
     data: dict[str, Any] = graph.nodes[name]
     shape = _sample_shape(graph, data["shape"])
     colours, accent, kind = FREE, FREE.line, data["kind"]
+    lines: tuple[str, ...]
     merged = [shortcut["kind"] for shortcut in graph.graph["shortcuts"] if shortcut["merge"] == name]
     if merged:
         accent = SHORTCUT_COLOURS[merged[0]]
@@ -237,7 +233,7 @@ def _node(graph: nx.MultiDiGraph, name: str) -> Node:
     return Node(name, lines, colours, form, accent, _tip(graph, name), data["stage"])
 
 
-def _tip(graph: nx.MultiDiGraph, name: str) -> str:
+def _tip(graph: nx.MultiDiGraph[str], name: str) -> str:
     data = graph.nodes[name]
     lines = [f"{name}: {data['kind']}"]
     if data["shape"] is not None:
@@ -257,7 +253,7 @@ def _tip(graph: nx.MultiDiGraph, name: str) -> str:
     return "\n".join(lines)
 
 
-def _line(graph: nx.MultiDiGraph, source: str, target: str, data: dict[str, Any]) -> Line:
+def _line(graph: nx.MultiDiGraph[str], source: str, target: str, data: dict[str, Any]) -> Line:
     crosses = tuple(data["crosses"])
     tip = [f"{source} → {target}"]
     colour, strong = LINE_COLOUR, False
@@ -283,7 +279,7 @@ def _line(graph: nx.MultiDiGraph, source: str, target: str, data: dict[str, Any]
     )
 
 
-def _returned(graph: nx.MultiDiGraph, name: str) -> Line:
+def _returned(graph: nx.MultiDiGraph[str], name: str) -> Line:
     first = graph.nodes[name]["stage"]
     crosses = tuple(s["index"] for s in graph.graph["stages"] if s["index"] > first and name in s["live"])
     colour = WAIT_COLOUR if crosses else LINE_COLOUR

@@ -16,19 +16,29 @@ from gtddp_compile.draw.table import table
 from gtddp_compile.errors import CompileError
 
 
-def _json(graph: nx.MultiDiGraph) -> str:
-    return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1, ensure_ascii=False) + "\n"
+def _json(graph: nx.MultiDiGraph[str]) -> str:
+    """Node-link form, as ``networkx.node_link_graph(data, edges="edges")`` reads it."""
+    data = {
+        "directed": True,
+        "multigraph": True,
+        "graph": graph.graph,
+        "nodes": [{"id": name, **found} for name, found in graph.nodes(data=True)],
+        "edges": [
+            {"source": a, "target": b, "key": key, **found} for a, b, key, found in graph.edges(keys=True, data=True)
+        ],
+    }
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
-def _markdown(graph: nx.MultiDiGraph) -> str:
+def _markdown(graph: nx.MultiDiGraph[str]) -> str:
     return f"```mermaid\n{mermaid(graph)}```\n"
 
 
-def _text(graph: nx.MultiDiGraph) -> str:
+def _text(graph: nx.MultiDiGraph[str]) -> str:
     return table(graph) + "\n"
 
 
-SUFFIXES: dict[str, Callable[[nx.MultiDiGraph], str]] = {
+SUFFIXES: dict[str, Callable[[nx.MultiDiGraph[str]], str]] = {
     ".svg": svg,
     ".html": html,
     ".dot": dot,
@@ -40,7 +50,7 @@ SUFFIXES: dict[str, Callable[[nx.MultiDiGraph], str]] = {
 }
 
 
-def save(graph: nx.MultiDiGraph, path: str | Path) -> None:
+def save(graph: nx.MultiDiGraph[str], path: str | Path) -> None:
     """Write a control graph in the form that the path's suffix names.
 
     Args:

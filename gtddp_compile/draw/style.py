@@ -62,16 +62,14 @@ def value_text(value: dict[str, Any]) -> str:
     return f"{value['name']} {shape_text(value['shape'])}"
 
 
-def widest_cut(graph: nx.MultiDiGraph) -> tuple[int, int]:
+def widest_cut(graph: nx.MultiDiGraph[str]) -> tuple[int, int]:
     """Number of values in the widest cut and the first stage that has it; ``(0, 0)`` without stages."""
-    widths: Sequence[tuple[int, int]] = [
-        (len(stage["live"]), -stage["index"]) for stage in graph.graph["stages"]
-    ]
+    widths: Sequence[tuple[int, int]] = [(len(stage["live"]), -stage["index"]) for stage in graph.graph["stages"]]
     width, index = max(widths, default=(0, 0))
     return width, -index
 
 
-def summary(graph: nx.MultiDiGraph) -> str:
+def summary(graph: nx.MultiDiGraph[str]) -> str:
     """One line: players, stages, widest cut, shortcuts, parameters without effect."""
     data = graph.graph
     width, index = widest_cut(graph)

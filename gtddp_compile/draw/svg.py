@@ -39,7 +39,7 @@ STAGE_SIZE, CUT_SIZE, LEGEND_SIZE = 12.0, 10.5, 11.0
 BANDS = ("#f5f7fa", "#fcfdfe")
 
 
-def svg(graph: nx.MultiDiGraph) -> str:
+def svg(graph: nx.MultiDiGraph[str]) -> str:
     """The drawing, with hover texts; every text is escaped and nothing is loaded from elsewhere.
 
     Args:
@@ -85,9 +85,7 @@ def svg(graph: nx.MultiDiGraph) -> str:
     )
 
 
-def _text(
-    x: float, y: float, text: str, size: float, fill: str, weight: int = 400, anchor: str = "start"
-) -> str:
+def _text(x: float, y: float, text: str, size: float, fill: str, weight: int = 400, anchor: str = "start") -> str:
     bold = f' font-weight="{weight}"' if weight != 400 else ""
     middle = f' text-anchor="{anchor}"' if anchor != "start" else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}"{bold}{middle}>{escape(text)}</text>'
@@ -131,9 +129,7 @@ def _band(band: Band, offset: float, x: float, width: float, labels: float) -> s
         _text(x + 12, top + 19, band.title, STAGE_SIZE, "#3a4556", weight=600),
         _text(x + 12, top + 34, "cut", CUT_SIZE, "#9aa4b2"),
     ]
-    lines += [
-        _text(x + 33, top + 34 + 13 * index, text, CUT_SIZE, "#667284") for index, text in enumerate(cut)
-    ]
+    lines += [_text(x + 33, top + 34 + 13 * index, text, CUT_SIZE, "#667284") for index, text in enumerate(cut)]
     return "".join((*lines, "</g>"))
 
 
@@ -151,9 +147,7 @@ def _node(node: Node, box: Box, number: int | None) -> str:
     ink = node.colours.text
     if node.form == "player":
         parts.append(_text(box.x, box.y - 2.5, node.lines[0], NAME_SIZE, ink, 600, "middle"))
-        parts.append(
-            _text(box.x, box.y + 11, node.lines[1], DETAIL_SIZE, node.colours.detail, anchor="middle")
-        )
+        parts.append(_text(box.x, box.y + 11, node.lines[1], DETAIL_SIZE, node.colours.detail, anchor="middle"))
     elif node.form == "sign":
         parts.append(_text(box.x, box.y + 5.8, node.lines[0], 17, node.accent, 600, "middle"))
     else:
@@ -224,9 +218,7 @@ def _crossings(found: Picture) -> str:
     height = {band.index: band.top for band in found.bands}
     rings = []
     for line, route in zip(found.lines, found.layout.routes, strict=True):
-        points = [
-            (_crossing(route, height[stage]), height[stage]) for stage in line.crosses if stage in height
-        ]
+        points = [(_crossing(route, height[stage]), height[stage]) for stage in line.crosses if stage in height]
         if line.target in found.joints:
             points.append((found.layout.boxes[line.target].x, found.layout.boxes[line.target].y))
         rings += [

@@ -15,7 +15,7 @@ from gtddp_compile.draw.style import shape_text, summary
 WIDTH = 110
 
 
-def table(graph: nx.MultiDiGraph) -> str:
+def table(graph: nx.MultiDiGraph[str]) -> str:
     """Stages with their players, cuts and merges, then the shortcuts, then one line of totals.
 
     Args:
@@ -70,17 +70,14 @@ def _table(*columns: str) -> Table:
     return found
 
 
-def _stages(graph: nx.MultiDiGraph) -> Table:
+def _stages(graph: nx.MultiDiGraph[str]) -> Table:
     data = graph.graph
     players = {player["name"]: player for player in data["players"]}
     values = {value["name"]: value for value in data["values"]}
     found = _table("stage", "players: kind, parameters", "live values (the cut before it)", "merges")
     for stage in data["stages"]:
         lines = [_player_line(players[name]) if name in players else name for name in stage["players"]]
-        live = [
-            f"{name} {shape_text(values[name]['shape'])}" if name in values else name
-            for name in stage["live"]
-        ]
+        live = [f"{name} {shape_text(values[name]['shape'])}" if name in values else name for name in stage["live"]]
         found.add_row(str(stage["index"]), "\n".join(lines), packed(live, 40), packed(stage["merges"], 24))
     return found
 
@@ -90,7 +87,7 @@ def _player_line(player: dict[str, object]) -> str:
     return f"{player['name']}: {player['kind']}{tied}, {player['size']:,}"
 
 
-def _shortcuts(graph: nx.MultiDiGraph) -> Table:
+def _shortcuts(graph: nx.MultiDiGraph[str]) -> Table:
     found = _table("shortcut", "kind", "players", "region")
     for shortcut in graph.graph["shortcuts"]:
         found.add_row(

@@ -198,7 +198,7 @@ class ControlGraph:
         """The operation called ``name``."""
         return self.ops.by_name[name]
 
-    def to_networkx(self) -> nx.MultiDiGraph:
+    def to_networkx(self) -> nx.MultiDiGraph[str]:
         """Operations, operands, stages, cuts and shortcuts as plain data: :func:`.views.to_networkx` lists it."""
         return views.to_networkx(self)
 

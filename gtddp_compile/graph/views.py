@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gtddp_compile.graph.control import ControlGraph, Player, Shortcut, Stage, Value
 
 
-def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph:
+def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
     """The operations of a control graph, with stages, cuts, players and shortcuts as attributes.
 
     Args:
@@ -40,7 +40,7 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph:
     """
     shapes = {info.name: list(info.shape) for info in graph.ops.parameters}
     outputs = graph.ops.output_names
-    found = nx.MultiDiGraph(
+    found: nx.MultiDiGraph[str] = nx.MultiDiGraph(
         name=graph.name,
         schedule=graph.schedule,
         players=[_player(player, shapes) for player in graph.players],
@@ -78,7 +78,7 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph:
 _LIVE = ("born", "dies", "readers", "fixed")
 
 
-def _add_edges(found: nx.MultiDiGraph, graph: ControlGraph) -> None:
+def _add_edges(found: nx.MultiDiGraph[str], graph: ControlGraph) -> None:
     on_shortcut: dict[tuple[str, str], str] = {}
     for shortcut in graph.shortcuts:
         path = {shortcut.fork, shortcut.merge, *shortcut.ops}
