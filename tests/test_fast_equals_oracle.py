@@ -18,24 +18,25 @@ REGIMES = ["full", "groups", "block", "substituted", "printed"]
 CONV = {"conv_residual": conv_residual, "conv_residual_eval": lambda: conv_residual(training=False)}
 
 
-def arguments(setting: str, options: Options, **extra: Any) -> dict[str, Any]:
+def arguments(setting: str, options: Options) -> dict[str, Any]:
     """The package's words for a setting and the oracle's options."""
     name, keywords = SETTINGS[setting]
     loss = torch.nn.CrossEntropyLoss(reduction=options.reduction)
     return {"loss": loss, "curvature": name, "coupling": options.coupling, "recursion": options.recursion,
-            "feedback": options.feedback, "feedback_clip": options.clip, **keywords, **extra}
+            "feedback": options.feedback, "feedback_clip": options.clip, **keywords}
 
 
 def check(case: Case, setting: str, options: Options, schedule: str = "asap", method: Any = ddp_step,
-          **extra: Any) -> None:
+          backend: str = "fast", given: dict[str, int] | None = None) -> None:
+    """`given`: the package gets this mapping of players to stages in place of the schedule's name."""
     name, keywords = SETTINGS[setting]
     data = batches(case, STEPS)
     expected, records = run(case.stages[schedule], parameters(case.model), data, cross_entropy,
                             BASES[name](**keywords), options, method=method)
     if options.feedback is True:
         assert max(record.feedback_norm for record in records) > 1e-6  # the test would see a missing gain
-    optimizer = compile_optimizer(case.model, data[0][0][0],
-                                  **arguments(setting, options, **{"schedule": schedule} | extra))
+    optimizer = compile_optimizer(case.model, data[0][0][0], schedule=given or schedule, backend=backend,
+                                  **arguments(setting, options))
     losses = [float(optimizer.step(x, y)) for (x,), y in data]
     assert losses == pytest.approx([record.loss for record in records], abs=TOLERANCE)
     assert distance(parameters(case.model), expected) < TOLERANCE
@@ -73,7 +74,7 @@ def test_schedules_with_the_default_coupling(name: str, schedule: str) -> None:
 def test_a_schedule_given_by_hand() -> None:
     """The mapping placed at the last stage before the merge, by name."""
     stages = {"stem": 0, "a": 1, "b": 2, "short": 2, "head": 3}
-    check(CASES["projection"](), "rmsprop", COUPLINGS["full"], "alap", schedule=stages)
+    check(CASES["projection"](), "rmsprop", COUPLINGS["full"], "alap", given=stages)
 
 
 @pytest.mark.parametrize("regime", ["open", "unclipped", "sum", "samples"])

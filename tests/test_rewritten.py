@@ -1,6 +1,6 @@
 """A network with a shortcut, rewritten by hand as a feedforward one over the augmented state: same game.
 
-The rewritten module carries z = [x, r] from layer to layer; parameters have the same names and values. Nothing
+The rewritten module carries z = [x, r] from layer to layer; names and values are the same. Nothing
 in it is a shortcut any more, so its update comes out of the feedforward derivation: both agree to rounding.
 """
 
