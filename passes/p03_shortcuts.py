@@ -34,7 +34,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import Any
 
 import networkx as nx
 
@@ -115,9 +114,7 @@ def find_flow(graph: PlayerGraph) -> Flow:
     carrying = carriers(ops)
     nodes = carrying & depends_on_inputs(ops, carrying)
     reads = {
-        position[op.name]: tuple(position[o] for o in op.operands if o in nodes)
-        for op in ops.ops
-        if op.name in nodes
+        position[op.name]: tuple(position[o] for o in op.operands if o in nodes) for op in ops.ops if op.name in nodes
     }
     outputs = tuple(position[name] for name in ops.output_names if name in nodes)
     used = nx.ancestors(_after(reads, outputs), EXIT) if outputs else set()
@@ -132,17 +129,17 @@ def find_flow(graph: PlayerGraph) -> Flow:
     return Flow(reads, entries, Counter(o for operands in entries.values() for o in operands), outputs)
 
 
-def _before(entries: Mapping[int, tuple[int, ...]]) -> Any:
+def _before(entries: Mapping[int, tuple[int, ...]]) -> nx.DiGraph[int]:
     """Carriers as a networkx graph, from a root before every carrier that reads none."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_node(ROOT)
     graph.add_edges_from((o, node) for node, operands in entries.items() for o in operands or (ROOT,))
     return graph
 
 
-def _after(reads: Mapping[int, tuple[int, ...]], outputs: tuple[int, ...]) -> Any:
+def _after(reads: Mapping[int, tuple[int, ...]], outputs: tuple[int, ...]) -> nx.DiGraph[int]:
     """Carriers as a networkx graph, to an exit after every output."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_edges_from((node, EXIT) for node in outputs)
     graph.add_edges_from((o, node) for node, operands in reads.items() for o in operands)
     return graph
@@ -151,19 +148,17 @@ def _after(reads: Mapping[int, tuple[int, ...]], outputs: tuple[int, ...]) -> An
 # --- forks ----------------------------------------------------------------------------------------
 
 
-def dominator_tree(graph: Any, start: int) -> Any:
+def dominator_tree(graph: nx.DiGraph[int], start: int) -> nx.DiGraph[int]:
     """The tree of immediate dominators (some networkx versions list the start as its own)."""
-    tree = nx.DiGraph()
+    tree: nx.DiGraph[int] = nx.DiGraph()
     tree.add_node(start)
-    tree.add_edges_from(
-        (above, node) for node, above in nx.immediate_dominators(graph, start).items() if node != start
-    )
+    tree.add_edges_from((above, node) for node, above in nx.immediate_dominators(graph, start).items() if node != start)
     return tree
 
 
-def nearest_common(tree: Any, root: int, pairs: set[Pair]) -> dict[Pair, int]:
+def nearest_common(tree: nx.DiGraph[int], root: int, pairs: set[Pair]) -> dict[Pair, int]:
     """Lowest common ancestors of pairs of nodes, all at once."""
-    return dict(nx.tree_all_pairs_lowest_common_ancestor(tree, root, pairs)) if pairs else {}
+    return dict(nx.tree_all_pairs_lowest_common_ancestor(tree, root, iter(pairs))) if pairs else {}
 
 
 def path_lengths(graph: PlayerGraph, flow: Flow) -> dict[int, tuple[int, int]]:
@@ -177,7 +172,7 @@ def path_lengths(graph: PlayerGraph, flow: Flow) -> dict[int, tuple[int, int]]:
     return {node: (players[node], steps[node]) for node in players}
 
 
-def find_candidates(graph: PlayerGraph, flow: Flow, tree: Any) -> list[Candidate]:
+def find_candidates(graph: PlayerGraph, flow: Flow, tree: nx.DiGraph[int]) -> list[Candidate]:
     """Every operand beside the main one, with the nearest common dominator of both."""
     length = path_lengths(graph, flow)
     found = []
@@ -293,11 +288,9 @@ def find_shortcuts(graph: PlayerGraph) -> ShortcutGraph:
     return ShortcutGraph(graph, tuple(shortcuts))
 
 
-def _regular(flow: Flow, tree: Any, regions: set[Pair]) -> set[Pair]:
+def _regular(flow: Flow, tree: nx.DiGraph[int], regions: set[Pair]) -> set[Pair]:
     """Regions with a single entry and a single exit."""
     back = dominator_tree(_after(flow.reads, flow.outputs).reverse(copy=False), EXIT)
     into = nearest_common(tree, ROOT, regions)
     out = nearest_common(back, EXIT, regions)
-    return {
-        (fork, merge) for fork, merge in regions if into[fork, merge] == fork and out[fork, merge] == merge
-    }
+    return {(fork, merge) for fork, merge in regions if into[fork, merge] == fork and out[fork, merge] == merge}

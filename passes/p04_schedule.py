@@ -80,16 +80,15 @@ def alap(graph: PlayerGraph) -> Stages:
 
 def sequential(graph: PlayerGraph) -> Stages:
     """One player a stage, in trace order."""
-    order = {
-        op: stage for stage, op in enumerate(dict.fromkeys(player.op for player in in_trace_order(graph)))
-    }
+    order = {op: stage for stage, op in enumerate(dict.fromkeys(player.op for player in in_trace_order(graph)))}
     return {player.name: order[player.op] for player in graph.players}
 
 
 def by_hand(graph: PlayerGraph, given: Mapping[str, int]) -> Stages:
     """The stages of a mapping, renumbered without gaps."""
     names = [player.name for player in graph.players]
-    missing, unknown = [n for n in names if n not in given], [repr(n) for n in given if n not in names]
+    known = set(names)
+    missing, unknown = [n for n in names if n not in given], [repr(n) for n in given if n not in known]
     if unknown:
         raise CompileError(
             f"the schedule names {_some(unknown)}, which the model has no player of that name for",
@@ -102,9 +101,7 @@ def by_hand(graph: PlayerGraph, given: Mapping[str, int]) -> Stages:
         )
     for name, stage in given.items():
         if isinstance(stage, bool) or not isinstance(stage, int):
-            raise CompileError(
-                f"the schedule gives player {name!r} the stage {stage!r}", "Give stages as integers"
-            )
+            raise CompileError(f"the schedule gives player {name!r} the stage {stage!r}", "Give stages as integers")
     number = {stage: index for index, stage in enumerate(sorted(set(given.values())))}
     return {name: number[given[name]] for name in names}
 
@@ -140,7 +137,7 @@ def schedule(graph: ShortcutGraph, how: str | Mapping[str, int] = "asap") -> Sch
     """
     if isinstance(how, Mapping):
         name, stages = "mapping", by_hand(graph.base, how)
-    elif how in SCHEDULES:
+    elif isinstance(how, str) and how in SCHEDULES:
         name, stages = how, SCHEDULES[how](graph.base)
     else:
         choices = ", ".join(map(repr, SCHEDULES))

@@ -139,16 +139,12 @@ def find_values(schedule: Schedule, lives: Lives, moved: frozenset[str]) -> tupl
         if op.is_tensor and op.is_differentiable and waits and is_live_after(op.name, born, lives):
             readers = lives.readers[op.name]
             dies = lives.end if op.name in lives.returned else readers[-1]
-            found.append(
-                Value(op.name, (op.shape or ())[1:], born, dies, readers, fixed=op.name not in moved)
-            )
+            found.append(Value(op.name, (op.shape or ())[1:], born, dies, readers, fixed=op.name not in moved))
         found += tied.get(op.name, ())
     return tuple(found)
 
 
-def make_stages(
-    schedule: Schedule, values: tuple[Value, ...], ops_at: Mapping[int, list[str]]
-) -> tuple[Stage, ...]:
+def make_stages(schedule: Schedule, values: tuple[Value, ...], ops_at: Mapping[int, list[str]]) -> tuple[Stage, ...]:
     """The stages with the values that wait before, enter, pass and leave each."""
     merges = {shortcut.merge for shortcut in schedule.base.shortcuts}
     players_at: dict[int, list[str]] = {}

@@ -42,9 +42,7 @@ def op(
 ) -> Op:
     """One operation that reads the values named in ``reads``."""
     args = (*map(Ref, reads.split()), *map(ParamRef, params))
-    return Op(
-        name, kind, None, args, module=name, source="net.py:7", shape=shape, dtype=dtype if shape else None
-    )
+    return Op(name, kind, None, args, module=name, source="net.py:7", shape=shape, dtype=dtype if shape else None)
 
 
 def layer(name: str, reads: str, kind: str = "linear", weight: str = "") -> Op:
@@ -64,9 +62,7 @@ def build(*ops: Op, output: Any = None) -> PlayerGraph:
             owner.update(dict.fromkeys(own, o.name))
         for first in dict.fromkeys(owner[p] for p in o.parameters if p not in own):
             players[first] = replace(players[first], uses=(*players[first].uses, o.name))
-    return PlayerGraph(
-        OpGraph(ops, inputs, Ref(ops[-1].name) if output is None else output), tuple(players.values())
-    )
+    return PlayerGraph(OpGraph(ops, inputs, Ref(ops[-1].name) if output is None else output), tuple(players.values()))
 
 
 X = op("x", "input")
@@ -102,9 +98,7 @@ def test_chain() -> None:
     assert found.values[0].shape == (3,)
     assert found.prologue == ("x",)
     assert (
-        found.stages[1].consumed == ("relu",)
-        and found.stages[1].carried == ()
-        and found.stages[1].produced == ("b",)
+        found.stages[1].consumed == ("relu",) and found.stages[1].carried == () and found.stages[1].produced == ("b",)
     )
 
 
@@ -223,9 +217,7 @@ def test_overlapping() -> None:
 
 
 def test_parameter_free() -> None:
-    graph = build(
-        X, layer("a", "x"), layer("b", "a"), op("pool", "avg_pool", "a"), op("add", "add", "b pool")
-    )
+    graph = build(X, layer("a", "x"), layer("b", "a"), op("pool", "avg_pool", "a"), op("add", "add", "b pool"))
     (found,) = find_shortcuts(graph).shortcuts
     assert found == Shortcut("a", "add", "parameter_free", (), ("pool",), True)
     assert control(graph).stages[0].ops == ("a", "pool")
@@ -392,9 +384,7 @@ def test_parameter_free_branch_of_the_input() -> None:
 
 def test_tied_weights() -> None:
     """The second use runs freely at its natural stage; the control waits for it in the state."""
-    graph = build(
-        X, layer("a", "x"), layer("b", "a"), layer("again", "b", weight="a.weight"), layer("c", "again")
-    )
+    graph = build(X, layer("a", "x"), layer("b", "a"), layer("again", "b", weight="a.weight"), layer("c", "again"))
     found = control(graph)
     assert [stage.players for stage in found.stages] == [("a",), ("b",), ("c",)]
     assert found.stages[1].ops == ("b", "again")
@@ -449,9 +439,7 @@ def test_auxiliary_values_are_no_state() -> None:
 
 
 def test_several_outputs() -> None:
-    graph = build(
-        X, layer("a", "x"), layer("b", "a"), layer("c", "b"), output={"hidden": Ref("a"), "out": [Ref("c")]}
-    )
+    graph = build(X, layer("a", "x"), layer("b", "a"), layer("c", "b"), output={"hidden": Ref("a"), "out": [Ref("c")]})
     found = control(graph)
     assert cuts(found) == [("x",), ("a",), ("a", "b")]
     assert [v.name for v in found.values if v.dies == 3] == ["a", "c"]
@@ -475,9 +463,7 @@ def test_no_players() -> None:
 
 
 def diamond() -> PlayerGraph:
-    return build(
-        X, layer("a", "x"), layer("b", "a"), layer("c", "a"), op("add", "add", "b c"), layer("d", "add")
-    )
+    return build(X, layer("a", "x"), layer("b", "a"), layer("c", "a"), op("add", "add", "b c"), layer("d", "add"))
 
 
 def test_mapping() -> None:
@@ -505,9 +491,10 @@ def test_mapping_errors(given_stages: dict[str, int], message: str) -> None:
         schedule(find_shortcuts(diamond()), given_stages)
 
 
-def test_unknown_schedule() -> None:
+@pytest.mark.parametrize("how", ["soon", None, ["asap"]])
+def test_unknown_schedule(how: Any) -> None:
     with pytest.raises(CompileError, match="'asap', 'alap', 'sequential', or a mapping"):
-        schedule(find_shortcuts(diamond()), "soon")
+        schedule(find_shortcuts(diamond()), how)
 
 
 def test_players_at_one_operation_share_a_stage() -> None:
@@ -562,7 +549,7 @@ def dominates(graph: Any, root: str, above: str, below: str) -> bool:
 def expected_shortcuts(graph: PlayerGraph) -> tuple[Shortcut, ...]:
     """The definition, word for word."""
     ops, uses = graph.ops, graph.player_using
-    tensors = nx.DiGraph()
+    tensors: Any = nx.DiGraph()
     for o in ops.ops:
         if o.is_differentiable:
             tensors.add_node(o.name)
@@ -586,22 +573,20 @@ def expected_shortcuts(graph: PlayerGraph) -> tuple[Shortcut, ...]:
         operands = [r for r in merge.operands if r in tensors] if merge.name in tensors else []
         main = max(operands, key=length.__getitem__, default="")
         to_main = {main, *nx.ancestors(paths, main)} if operands else set()
-        for o in operands:
-            if o == main:
+        for other in operands:
+            if other == main:
                 continue
             branch: tuple[str, ...] = ()
-            if o in to_main:
-                fork = o
+            if other in to_main:
+                fork = other
             else:
-                common = [
-                    n for n in paths if dominates(paths, "root", n, o) and dominates(paths, "root", n, main)
-                ]
+                common = [n for n in paths if dominates(paths, "root", n, other) and dominates(paths, "root", n, main)]
                 fork = max(common, key=lambda n: sum(dominates(paths, "root", m, n) for m in common))
                 if fork == "root":
                     continue
                 branch = tuple(
                     n for n in ops.position
-                    if n in ({o, *nx.ancestors(paths, o)} & set(nx.descendants(paths, fork))) - to_main
+                    if n in ({other, *nx.ancestors(paths, other)} & set(nx.descendants(paths, fork))) - to_main
                 )  # fmt: skip
             players = tuple(dict.fromkeys(p.name for n in branch for p in uses.get(n, ())))
             kind: Any = ("parametric" if players else "parameter_free") if branch else "identity"
@@ -620,7 +605,7 @@ def test_shortcuts_against_brute_force(graph: PlayerGraph) -> None:
 
 def dependencies(graph: PlayerGraph) -> Any:
     """The graph of all operations, first uses before later ones."""
-    found = nx.DiGraph()
+    found: Any = nx.DiGraph()
     found.add_nodes_from(graph.ops.position)
     found.add_edges_from((r, o.name) for o in graph.ops.ops for r in o.operands)
     found.add_edges_from((p.op, use) for p in graph.players for use in p.uses if use != p.op)
@@ -630,7 +615,7 @@ def dependencies(graph: PlayerGraph) -> Any:
 def player_order(graph: PlayerGraph) -> Any:
     """Players, an edge from each to all that depend on it."""
     before = dependencies(graph)
-    found = nx.DiGraph()
+    found: Any = nx.DiGraph()
     found.add_nodes_from(p.name for p in graph.players)
     for p in graph.players:
         below = nx.descendants(before, p.op)
@@ -653,9 +638,7 @@ def check_schedule(found: Schedule) -> None:
     before = dependencies(graph)
     for name in graph.ops.position:
         above = {name, *nx.ancestors(before, name)}
-        assert found.stage_of[name] == max(
-            (stage[p.name] for p in graph.players if p.op in above), default=-1
-        )
+        assert found.stage_of[name] == max((stage[p.name] for p in graph.players if p.op in above), default=-1)
 
 
 @settings(max_examples=200, deadline=None)
@@ -683,11 +666,7 @@ def test_cuts_against_brute_force(graph: PlayerGraph, how: str, data: st.DataObj
     ops, stage_of, count = graph.ops, placed.stage_of, placed.stages
     outputs = {leaf.name for leaf in iter_leaves(ops.output)}
     readers = {
-        **{
-            o.name: {stage_of[u.name] for u in ops.ops if o.name in u.operands}
-            for o in ops.ops
-            if o.is_differentiable
-        },
+        **{o.name: {stage_of[u.name] for u in ops.ops if o.name in u.operands} for o in ops.ops if o.is_differentiable},
         **{f"params:{p.name}": {stage_of[u] for u in p.uses} for p in graph.players if len(p.uses) > 1},
     }
     born = {**stage_of, **{f"params:{p.name}": p.stage for p in placed.players}}
