@@ -225,7 +225,7 @@ def _node(graph: nx.MultiDiGraph[str], name: str) -> Node:
         accent = colours.line
         lines = (shortened(data["player"], 34), f"{kind} · {shape}" if shape else kind)
     elif data["input"]:
-        form, lines = "end", (f"{shortened(name, 30)}  {shape}".strip(),)
+        form, lines = "end", (" · ".join(filter(None, (shortened(name, 30), shape))),)
     elif kind in GLYPHS and data["merge"]:
         form, lines = "sign", (GLYPHS[kind],)
     else:
