@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,7 +99,8 @@ def picture(graph: nx.MultiDiGraph[str]) -> Picture:
     nodes = [_node(graph, name) for name in graph]
     last = len(data["stages"])
     stage_of = {node.name: node.stage for node in nodes}
-    lines, joints = bundled([_line(graph, *edge) for edge in graph.edges(data=True)], stage_of)
+    players = {node.name for node in nodes if node.form == "player"}
+    lines, joints = bundled([_line(graph, *edge) for edge in graph.edges(data=True)], stage_of, players)
     if data["outputs"]:
         nodes.append(Node(OUTPUT, ("output",), FREE, "end", FREE.line, "what the model returns", last))
         lines += [_returned(graph, name) for name in data["outputs"]]
@@ -121,8 +122,15 @@ def picture(graph: nx.MultiDiGraph[str]) -> Picture:
     return Picture(nodes, lines, joints, _bands(graph, layout, borders), layout)
 
 
-def bundled(lines: Sequence[Line], stage_of: Mapping[str, int]) -> tuple[list[Line], dict[str, int]]:
+def bundled(
+    lines: Sequence[Line], stage_of: Mapping[str, int], players: Collection[str]
+) -> tuple[list[Line], dict[str, int]]:
     """Let a value that waits for several stages run as one trunk with a joint at the cut before each of them.
+
+    Args:
+        lines: one an edge.
+        stage_of: stage of every operation.
+        players: operations of players; what they read at the very next stage keeps a line of its own.
 
     Returns:
         The strokes, and the stage of every joint by its name.
@@ -131,7 +139,20 @@ def bundled(lines: Sequence[Line], stage_of: Mapping[str, int]) -> tuple[list[Li
     for line in lines:
         if line.strong and line.crosses:
             groups.setdefault((line.source, line.colour), []).append(line)
-    found = [line for line in lines if not (line.strong and line.crosses)]
+    trunks = {key[0]: key for key, members in groups.items() if len({stage_of[line.target] for line in members}) > 1}
+    found = []
+    for line in lines:
+        if (
+            line.crosses
+            and not line.strong
+            and not line.dashed
+            and line.source in trunks
+            and line.target not in players
+        ):
+            trunk = trunks[line.source]
+            groups[trunk].append(replace(line, colour=trunk[1], strong=True))
+        elif not (line.strong and line.crosses):
+            found.append(line)
     joints: dict[str, int] = {}
     for (source, colour), members in groups.items():
         stages = sorted({stage_of[line.target] for line in members})
@@ -160,7 +181,7 @@ def _weight(line: Line, span: int, from_joint: bool) -> int:
     if line.dashed or (from_joint and line.arrow):
         return 0
     if line.strong:
-        return 40 if not line.arrow else 4 if len(line.crosses) < 2 else 1
+        return 40 if not line.arrow else 15 if len(line.crosses) < 2 else 1
     return 100 if span <= 2 else 3
 
 

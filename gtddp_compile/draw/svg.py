@@ -182,8 +182,8 @@ def _path(found: Picture, line: Line, route: Sequence[Point]) -> tuple[str, str]
     start = _rim(found.layout.boxes[line.source], route[0])
     tip = _rim(found.layout.boxes[line.target], route[-1])
     base = _towards(tip, route[-2], math.dist(route[-2], route[-1])) if line.arrow else tip
-    points = [f"{x:.1f} {y:.1f}" for x, y in (start, *route[:-1], base)]
-    path = f"M{points[0]}L{points[1]}C{' '.join(points[2:-1])}L{points[-1]}"
+    points = [f"{x:.1f} {y:.1f}" for x, y in (start, *route[1:-1], base)]
+    path = f"M{points[0]}C{' '.join(points[1:-1])}L{points[-1]}"
     return path, _arrow(base, tip, line) if line.arrow else ""
 
 
