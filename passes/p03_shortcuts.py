@@ -57,13 +57,13 @@ class Flow:
         reads: carriers that each reads.
         entries: the same without side inputs.
         readers: by how many ``entries`` each is read.
-        outputs: those whose values the network returns.
+        after: the tree of immediate post-dominators, from the virtual exit.
     """
 
     reads: Mapping[int, tuple[int, ...]]
     entries: Mapping[int, tuple[int, ...]]
     readers: Counter[int]
-    outputs: tuple[int, ...]
+    after: nx.DiGraph[int]
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def find_flow(graph: PlayerGraph) -> Flow:
         position[op.name]: tuple(position[o] for o in op.operands if o in nodes) for op in ops.ops if op.name in nodes
     }
     outputs = tuple(position[name] for name in ops.output_names if name in nodes)
-    used = nx.ancestors(_after(reads, outputs), EXIT) if outputs else set()
-    reads = {node: operands for node, operands in reads.items() if node in used}
+    after = dominator_tree(_after(reads, outputs).reverse(copy=False), EXIT)
+    reads = {node: operands for node, operands in reads.items() if node in after}
     moved: set[int] = set()
     entries = {}
     for node, operands in reads.items():
@@ -126,7 +126,7 @@ def find_flow(graph: PlayerGraph) -> Flow:
         entries[node] = tuple(o for o in operands if o not in left_out)
         if ops.ops[node].name in graph.player_using or any(o in moved for o in operands):
             moved.add(node)
-    return Flow(reads, entries, Counter(o for operands in entries.values() for o in operands), outputs)
+    return Flow(reads, entries, Counter(o for operands in entries.values() for o in operands), after)
 
 
 def _before(entries: Mapping[int, tuple[int, ...]]) -> nx.DiGraph[int]:
@@ -140,6 +140,7 @@ def _before(entries: Mapping[int, tuple[int, ...]]) -> nx.DiGraph[int]:
 def _after(reads: Mapping[int, tuple[int, ...]], outputs: tuple[int, ...]) -> nx.DiGraph[int]:
     """Carriers as a networkx graph, to an exit after every output."""
     graph: nx.DiGraph[int] = nx.DiGraph()
+    graph.add_node(EXIT)
     graph.add_edges_from((node, EXIT) for node in outputs)
     graph.add_edges_from((o, node) for node, operands in reads.items() for o in operands)
     return graph
@@ -264,8 +265,6 @@ def find_shortcuts(graph: PlayerGraph) -> ShortcutGraph:
         The same with its shortcuts, sorted by the merge's position, at a merge in the order of its operands.
     """
     flow = find_flow(graph)
-    if not flow.outputs:
-        return ShortcutGraph(graph, ())
     tree = dominator_tree(_before(flow.entries), ROOT)
     at_merge: dict[int, list[Candidate]] = {}
     for candidate in find_candidates(graph, flow, tree):
@@ -290,7 +289,6 @@ def find_shortcuts(graph: PlayerGraph) -> ShortcutGraph:
 
 def _regular(flow: Flow, tree: nx.DiGraph[int], regions: set[Pair]) -> set[Pair]:
     """Regions with a single entry and a single exit."""
-    back = dominator_tree(_after(flow.reads, flow.outputs).reverse(copy=False), EXIT)
     into = nearest_common(tree, ROOT, regions)
-    out = nearest_common(back, EXIT, regions)
+    out = nearest_common(flow.after, EXIT, regions)
     return {(fork, merge) for fork, merge in regions if into[fork, merge] == fork and out[fork, merge] == merge}

@@ -91,7 +91,7 @@ def by_hand(graph: PlayerGraph, given: Mapping[str, int]) -> Stages:
     missing, unknown = [n for n in names if n not in given], [repr(n) for n in given if n not in known]
     if unknown:
         raise CompileError(
-            f"the schedule names {_some(unknown)}, which the model has no player of that name for",
+            f"the schedule names {_some(unknown)}, but the model has no such player",
             f"The players are {_some([repr(n) for n in names], 40)}",
         )
     if missing:
@@ -144,14 +144,17 @@ def schedule(graph: ShortcutGraph, how: str | Mapping[str, int] = "asap") -> Sch
         raise CompileError(
             f"option schedule={how!r} is not known", f"Choose {choices}, or a mapping from player to stage"
         )
-    stage_of = place(graph.base, stages)
+    stage_of = place(graph.base, stages, how if isinstance(how, Mapping) else stages)
     players = sorted(in_trace_order(graph.base), key=lambda player: stages[player.name])
     placed = tuple(replace(player, stage=stages[player.name]) for player in players)
     return Schedule(graph, placed, stage_of, len(set(stages.values())), name)
 
 
-def place(graph: PlayerGraph, stages: Stages) -> dict[str, int]:
-    """Stage of every operation, that of the last player it depends on; checks that players are in order."""
+def place(graph: PlayerGraph, stages: Stages, given: Mapping[str, int]) -> dict[str, int]:
+    """Stage of every operation, that of the last player it depends on; checks that players are in order.
+
+    ``given`` are the stages as the user numbered them, for the message.
+    """
     before, players = predecessors(graph), deciding(graph)
     latest: dict[str, Player | None] = {}
     found: dict[str, int] = {}
@@ -164,7 +167,7 @@ def place(graph: PlayerGraph, stages: Stages) -> dict[str, int]:
         here = players.get(op.name, ())
         for player in here:
             if last is not None and stage(player) <= stage(last):
-                raise _too_early(graph, player, last, stages)
+                raise _too_early(graph, player, last, given)
             if stage(player) != stage(here[0]):
                 raise _apart(graph, here[0], player)
         latest[op.name] = here[0] if here else last
@@ -174,11 +177,11 @@ def place(graph: PlayerGraph, stages: Stages) -> dict[str, int]:
     return found
 
 
-def _too_early(graph: PlayerGraph, player: Player, needed: Player, stages: Stages) -> CompileError:
+def _too_early(graph: PlayerGraph, player: Player, needed: Player, given: Mapping[str, int]) -> CompileError:
     op = graph.ops.by_name[player.op]
     return CompileError(
-        f"player {player.name!r} at stage {stages[player.name]} depends on player {needed.name!r} at stage "
-        f"{stages[needed.name]}",
+        f"player {player.name!r} at stage {given[player.name]} depends on player {needed.name!r} at stage "
+        f"{given[needed.name]}",
         f"Give {player.name!r} a later stage than {needed.name!r}, or use schedule='asap'",
         module=op.module,
         operation=op.kind,

@@ -477,12 +477,12 @@ def test_mapping() -> None:
     ("given_stages", "message"),
     [
         ({"a": 0, "b": 1, "c": 1}, r"gives no stage to 'd'.*Name every player"),
-        ({"a": 0, "b": 1, "c": 1, "d": 2, "z": 0}, r"names 'z'.*players are 'a', 'b', 'c', 'd'"),
+        ({"a": 0, "b": 1, "c": 1, "d": 2, "z": 0}, r"names 'z', but.*players are 'a', 'b', 'c', 'd'"),
         (
             {"a": 0, "b": 1, "c": 2, "d": 2},
             r"module 'd'.*'d' at stage 2 depends on player 'c' at stage 2.*later stage",
         ),
-        ({"a": 3, "b": 1, "c": 4, "d": 5}, r"'b' at stage 0 depends on player 'a' at stage 1"),
+        ({"a": 3, "b": 1, "c": 4, "d": 5}, r"'b' at stage 1 depends on player 'a' at stage 3"),
         ({"a": 0, "b": 1, "c": "2", "d": 3}, r"player 'c' the stage '2'.*integers"),
     ],
 )
