@@ -15,7 +15,7 @@ help:
 	@echo "make bench  the benchmarks (minutes to hours; tables go to docs/)"
 
 $(STAMP): pyproject.toml setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,demo]"
 	touch $(STAMP)
@@ -30,7 +30,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(VENV)/wheel
+	rm -rf $(VENV)/wheel build  # a wheel packs whatever an earlier one left in build/, deleted modules too
 	$(BIN)/python -m build -q --wheel --no-isolation --outdir $(VENV)/wheel .
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/wheel/installed $(VENV)/wheel/*.whl
 	cd $(VENV)/wheel && MYPYPATH=installed $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p gtddp_compile
