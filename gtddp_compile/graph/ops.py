@@ -129,6 +129,7 @@ class OpGraph:
         output: what the model returns: a :class:`Ref` or a tuple, list or dict of them.
         parameters: every parameter of the model, used or not.
         frontend: ``"fx"`` or ``"export"``.
+        specialised: whether the sizes of the example inputs are built in, the batch size included.
     """
 
     ops: tuple[Op, ...]
@@ -136,6 +137,7 @@ class OpGraph:
     output: Any
     parameters: tuple[ParameterInfo, ...] = ()
     frontend: str = "fx"
+    specialised: bool = False
 
     @cached_property
     def by_name(self) -> dict[str, Op]:

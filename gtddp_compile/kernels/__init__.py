@@ -3,6 +3,7 @@
 The contract that layer kernels share is in ``gtddp_compile.rules.base``.
 """
 
+from gtddp_compile.kernels.batch_norm import batch_norm
 from gtddp_compile.kernels.conv import (
     conv_directional,
     conv_gram,
@@ -18,6 +19,15 @@ from gtddp_compile.kernels.generic import (
     generic_per_sample,
     generic_probe,
     generic_weighted,
+)
+from gtddp_compile.kernels.inplace import (
+    bernoulli_like_first,
+    copy_like_first,
+    fill_like_first,
+    normal_like_first,
+    setitem,
+    uniform_like_first,
+    zero_like_first,
 )
 from gtddp_compile.kernels.linear import (
     linear_directional,
@@ -61,6 +71,8 @@ from gtddp_compile.kernels.sweep import (
 )
 
 __all__ = [
+    "batch_norm",
+    "bernoulli_like_first",
     "bind",
     "blocks_add",
     "blocks_diagonal",
@@ -75,7 +87,9 @@ __all__ = [
     "conv_gram_form",
     "conv_per_sample",
     "conv_weighted",
+    "copy_like_first",
     "factor",
+    "fill_like_first",
     "gather",
     "generic_directional",
     "generic_gram",
@@ -101,10 +115,14 @@ __all__ = [
     "norm_per_sample",
     "norm_prepare",
     "norm_weighted",
+    "normal_like_first",
     "pull_back",
     "rows_of",
     "scale",
+    "setitem",
     "solve",
     "tap",
+    "uniform_like_first",
     "wide",
+    "zero_like_first",
 ]

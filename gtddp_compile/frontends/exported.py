@@ -1,0 +1,191 @@
+"""The second front end: torch.export, for what torch.fx cannot trace."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from gtddp_compile import kernels
+from gtddp_compile.frontends.canonical import bound
+from gtddp_compile.frontends.traced import Call, Traced, Untraceable, is_users, raised_at
+from gtddp_compile.graph import BufferRef, ParamRef, Ref
+
+BATCH_NORMS = ("aten::batch_norm", "aten::_native_batch_norm_legit_functional")
+FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def trace_export(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
+    """Record a model by ``torch.export``, operators as the model called them.
+
+    Args:
+        model: the module.
+        inputs: its positional arguments; the leading axis of all of them is the batch.
+
+    Raises:
+        Untraceable: torch.export refuses the model.
+    """
+    return _read(_export(model, inputs), model)
+
+
+def trace_functional(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
+    """The same after torch's own functionalisation: for in-place operations seen through several views."""
+    return _read(_export(model, inputs).run_decompositions({}), model)
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
+    try:
+        given = inspect.signature(model.forward).bind(*inputs).arguments
+        shapes = {name: pytree.tree_map(_batch_axis, value) for name, value in given.items()}
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # the user's own code runs here and may raise anything
+        text = str(error).strip().split("\n")[0][:300]
+        source = raised_at(error.__traceback__)
+        raise Untraceable(f"torch.export: {type(error).__name__}: {text}", source=source) from error
+
+
+def _batch_axis(value: Any) -> Any:
+    """The leading axis may have any size."""
+    return {0: Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
+
+
+def _read(program: ExportedProgram, model: nn.Module) -> Traced:
+    return _Reader(program, model).read()
+
+
+class _Reader:
+    """Turns an exported program into calls."""
+
+    def __init__(self, program: ExportedProgram, model: nn.Module) -> None:
+        self.program, self.model = program, model
+        self.leaves: dict[str, Any] = {}
+        self.calls: list[Call] = []
+        self.counters: dict[str, BufferRef] = {}
+        """Step counters of batch-norms by the path of their module."""
+        canonical = {id(p): name for name, p in model.named_parameters()}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.parameter = {name: canonical[id(p)] for name, p in parameters.items()}
+
+    def read(self) -> Traced:
+        signature = self.program.graph_signature
+        inputs = []
+        specialised = False
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                leaf = self._leaf(node)
+                if leaf is None:
+                    inputs.append(node.name)
+                    shape = getattr(node.meta.get("val"), "shape", ())
+                    specialised |= bool(len(shape)) and isinstance(shape[0], int)
+                else:
+                    self.leaves[node.name] = leaf
+            elif node.op == "call_function" and node.name not in self.leaves:
+                self._call(node, self.leaves, "", grad=True)
+        (last,) = (node for node in self.program.graph.nodes if node.op == "output")
+        kinds = torch.export.graph_signature.OutputKind
+        values = [
+            self._tree(value, self.leaves)
+            for value, spec in zip(last.args[0], signature.output_specs, strict=True)
+            if spec.kind == kinds.USER_OUTPUT
+        ]
+        output = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
+        return Traced(tuple(inputs), tuple(self.calls), output, "export", specialised)
+
+    def _leaf(self, node: fx.Node) -> Any:
+        signature = self.program.graph_signature
+        if node.name in signature.inputs_to_parameters:
+            return ParamRef(self.parameter[signature.inputs_to_parameters[node.name]])
+        if node.name in signature.inputs_to_buffers:
+            return BufferRef(signature.inputs_to_buffers[node.name])
+        if node.name in signature.inputs_to_lifted_tensor_constants:
+            return self.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]]
+        if node.name in signature.inputs_to_lifted_custom_objs:
+            raise Untraceable("the model uses objects that are no tensors in its graph")
+        return None
+
+    def _tree(self, value: Any, leaves: Mapping[str, Any]) -> Any:
+        if isinstance(value, fx.Node):
+            return leaves[value.name] if value.name in leaves else Ref(value.name)
+        if isinstance(value, tuple | list):
+            return type(value)(self._tree(item, leaves) for item in value) if type(value) is tuple else [
+                self._tree(item, leaves) for item in value
+            ]  # fmt: skip
+        if isinstance(value, Mapping):
+            return {key: self._tree(item, leaves) for key, item in value.items()}
+        return value
+
+    def _call(self, node: fx.Node, leaves: dict[str, Any], prefix: str, *, grad: bool) -> None:
+        target, args = node.target, self._tree(node.args, leaves)
+        if isinstance(target, HigherOrderOperator):
+            self._inline(node, args, leaves, prefix)
+            return
+        if isinstance(target, OpOverload) and self._counts_batches(target, args):
+            return
+        name = f"{prefix}{node.name}"
+        if prefix:
+            leaves[node.name] = Ref(name)
+        module, source = _where(node)
+        kwargs = self._tree(dict(node.kwargs), leaves)
+        if isinstance(target, OpOverload) and target._schema.name in BATCH_NORMS:
+            target, args, kwargs = self._batch_norm(target, args, kwargs)
+            parts = [user for user in node.users if user.target is operator.getitem]
+            leaves.update((user.name, Ref(name)) for user in parts)  # part 0; the others are its buffers' new values
+        self.calls.append(Call(name, target, args, kwargs, module, source, grad))  # type: ignore[arg-type]
+
+    def _batch_norm(self, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """Batch-norm with the step counter that its module advanced just before."""
+        a = bound(target, args, kwargs)
+        mean = a["running_mean"]
+        counter = self.counters.get(mean.name.rpartition(".")[0]) if isinstance(mean, BufferRef) else None
+        arguments = (a["input"], mean, a["running_var"], counter, a["weight"], a["bias"])
+        return kernels.batch_norm, arguments, {"training": a["training"], "momentum": a["momentum"], "eps": a["eps"]}
+
+    def _counts_batches(self, target: OpOverload, args: tuple[Any, ...]) -> bool:
+        """Batch-norm's step counter: the batch-norm operation of the normal form advances it itself."""
+        if not args or not isinstance(args[0], BufferRef) or not args[0].name.endswith("num_batches_tracked"):
+            return False
+        self.counters[args[0].name.rpartition(".")[0]] = args[0]
+        return target._schema.name in ("aten::add_", "aten::add")
+
+    def _inline(self, node: fx.Node, args: tuple[Any, ...], leaves: dict[str, Any], prefix: str) -> None:
+        """``with torch.no_grad():`` is a subgraph of its own."""
+        if str(node.target) != "wrap_with_set_grad_enabled":
+            module, source = _where(node)
+            raise Untraceable(f"the model contains {node.target}", module=module, source=source)
+        enabled, body = node.args[0], getattr(self.program.graph_module, str(node.args[1].target))  # type: ignore[union-attr]
+        inner: dict[str, Any] = {}
+        operands = iter(args[2:])
+        for child in body.graph.nodes:
+            if child.op == "placeholder":
+                inner[child.name] = next(operands)
+            elif child.op == "call_function":
+                self._call(child, inner, f"{prefix}{node.name}_", grad=bool(enabled))
+            elif child.op == "output":
+                self._bind_output(node, self._tree(child.args[0], inner), leaves)
+
+    def _bind_output(self, node: fx.Node, outputs: Any, leaves: dict[str, Any]) -> None:
+        for user in node.users:
+            leaves[user.name] = outputs[user.args[1]]  # type: ignore[index]
+
+
+def _where(node: fx.Node) -> tuple[str, str]:
+    """Module path and user's line."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]).split("@")[0] if stack else ""
+    source = ""
+    for filename, line in FRAME.findall(node.meta.get("stack_trace") or ""):
+        if is_users(filename):
+            source = f"{Path(filename).name}:{line}"
+    return path, source

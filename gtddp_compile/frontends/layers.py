@@ -1,0 +1,34 @@
+"""Layers whose ``forward`` torch.fx cannot pass through, recorded as one function of their parameters each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from gtddp_compile import kernels
+
+Record = Callable[..., Any]
+
+
+def record_batch_norm(tracer: Any, m: _BatchNorm, x: Any) -> Any:
+    """``kernels.batch_norm`` with its buffers and parameters as arguments."""
+    args = (x, m.running_mean, m.running_var, m.num_batches_tracked, m.weight, m.bias)
+    kwargs = {"training": m.training, "momentum": m.momentum, "eps": m.eps}
+    return tracer.create_proxy("call_function", kernels.batch_norm, args, kwargs)
+
+
+def record_instance_norm(tracer: Any, m: _InstanceNorm, x: Any) -> Any:
+    """``F.instance_norm`` without the check of the number of axes."""
+    statistics = m.training or not m.track_running_stats
+    momentum = 0.1 if m.momentum is None else m.momentum
+    args = (x, m.running_mean, m.running_var, m.weight, m.bias, statistics, momentum, m.eps)
+    return tracer.create_proxy("call_function", F.instance_norm, args, {})
+
+
+LAYERS: dict[type[nn.Module], Record] = {_BatchNorm: record_batch_norm, _InstanceNorm: record_instance_norm}
+"""By class; a subclass is recorded as its nearest base here."""

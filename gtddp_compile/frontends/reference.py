@@ -1,0 +1,152 @@
+"""What the model itself does on the example inputs, and whether a recording does the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.frontends.traced import Untraceable, raised_at
+from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
+
+SEED = 0
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Outputs and parameter gradients of one pass through the model.
+
+    Attributes:
+        outputs: tensors of the output, flat.
+        gradients: of a fixed linear function of the outputs, by parameter; ``None`` where it has no path to them.
+        buffers: after the pass.
+    """
+
+    outputs: tuple[Tensor, ...]
+    gradients: Mapping[str, Tensor | None]
+    buffers: Mapping[str, Tensor]
+
+
+def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
+    """Run the model on copies of its buffers; random state and model are left as they were.
+
+    Raises:
+        CompileError: it raises, or returns no differentiable tensor.
+    """
+    params, buffers = _leaves(model)
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(SEED)
+        try:
+            output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
+        except Exception as error:  # the user's own code runs here and may raise anything
+            raise CompileError(
+                f"the model itself fails on the example inputs: {type(error).__name__}: {error}",
+                "Pass example inputs that the model accepts: a tensor, or a tuple in the order of its arguments",
+                module="",
+                source=raised_at(error.__traceback__) or None,
+            ) from error
+        found = tuple(tensors(output))
+        if not any(value.requires_grad for value in found):
+            raise CompileError(
+                "no output of the model depends on its trainable parameters in a differentiable way",
+                "Return a tensor computed by torch operations, outside torch.no_grad()",
+                module="",
+            )
+        return Reference(tuple(value.detach() for value in found), _gradients(found, params), buffers)
+
+
+def run(
+    graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Reference
+) -> tuple[OpGraph, Reference]:
+    """Run a recording the same way; the graph comes back with the shapes and dtypes of its values.
+
+    Raises:
+        Untraceable: it raises.
+    """
+    params, buffers = _leaves(model)
+    values: dict[str, Any] = dict(zip(graph.inputs, copy.deepcopy(inputs), strict=True))
+    ops: list[Op] = []
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(SEED)
+        for op in graph.ops:
+            if op.target is not None:
+                values[op.name] = _evaluate(op, values, params, buffers)
+            ops.append(_with_shape(op, values[op.name]))
+        output = map_leaves(graph.output, lambda leaf: _value(leaf, values, params, buffers))
+        found = tuple(tensors(output))
+        if not any(value.requires_grad for value in found):
+            raise Untraceable("what was recorded does not depend on the parameters")
+        outputs = tuple(value.detach() for value in found)
+        return replace(graph, ops=tuple(ops)), Reference(outputs, _gradients(found, params), buffers)
+
+
+def agrees(graph: OpGraph, found: Reference, expected: Reference) -> bool:
+    """Whether a recording computed the model's outputs, gradients and buffers, up to rounding."""
+    if len(found.outputs) != len(expected.outputs):
+        return False
+    pairs = list(zip(found.outputs, expected.outputs, strict=True))
+    pairs += [(found.buffers[name], value) for name, value in expected.buffers.items()]
+    for name, gradient in expected.gradients.items():
+        own = found.gradients[name]
+        if gradient is not None or own is not None:
+            missing = torch.zeros_like(gradient if own is None else own)  # type: ignore[arg-type]
+            pairs.append((missing if own is None else own, missing if gradient is None else gradient))
+    return all(_close(a, b) for a, b in pairs)
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """Tensors of a nested output, in order."""
+    return (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    size = float(b.abs().nan_to_num(0, 0, 0).max()) if b.numel() else 0.0
+    tolerance = TOLERANCE.get(b.dtype, 5e-2)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+
+
+def _leaves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    params = {name: p.detach().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
+    return params, {name: b.detach().clone() for name, b in model.named_buffers()}
+
+
+def _gradients(outputs: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Gradients of ``Σ_j cos(j) y_j`` over all entries of the outputs."""
+    reached = [value for value in outputs if value.requires_grad]
+    weights = [torch.arange(v.numel(), dtype=torch.float32).cos().to(v.device, v.dtype).reshape(v.shape) for v in reached]
+    wanted = {name: p for name, p in params.items() if p.requires_grad}
+    found = torch.autograd.grad(reached, list(wanted.values()), weights, allow_unused=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+def _value(leaf: Any, values: Mapping[str, Any], params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
+    if isinstance(leaf, ParamRef):
+        return params[leaf.name]
+    return buffers[leaf.name] if isinstance(leaf, BufferRef) else values[leaf.name]
+
+
+def _evaluate(op: Op, values: Mapping[str, Any], params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
+    args, kwargs = map_leaves((op.args, dict(op.kwargs)), lambda leaf: _value(leaf, values, params, buffers))
+    assert op.target is not None
+    try:
+        return op.target(*args, **kwargs)
+    except Exception as error:  # whatever the operation raises says that it was recorded wrongly
+        text = str(error).split("\n")[0]
+        raise Untraceable(
+            f"the recorded {op.kind} fails: {type(error).__name__}: {text}", module=op.module, source=op.source
+        ) from error
+
+
+def _with_shape(op: Op, value: Any) -> Op:
+    return replace(op, shape=tuple(value.shape), dtype=value.dtype) if isinstance(value, Tensor) else op

@@ -1,0 +1,192 @@
+"""The first front end: torch.fx symbolic tracing, through torch's own layers down to functions of parameters.
+
+Departures from ``torch.fx.symbolic_trace``: in-place operators and item assignment are recorded as what they are
+(torch.fx records ``x += y`` as a new value and refuses ``x[i] = y``); ``torch.no_grad()`` is recorded; parameters are
+found by identity in constant time; a model is never changed by being traced.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import ParameterProxy
+
+from gtddp_compile.frontends.layers import LAYERS
+from gtddp_compile.frontends.traced import Call, Traced, Untraceable, raised_at, users_line
+from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
+
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+
+
+class Recorded(fx.Proxy):
+    """A value under trace that records item assignment and in-place operators."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _record_in_place(name: str) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+
+    def record(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in IN_PLACE:
+    setattr(Recorded, f"__{_name}__", _record_in_place(_name))
+
+
+class Tracer(fx.Tracer):
+    """Traces through every module but those in :data:`LAYERS`, which are recorded by functions of their own."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.proxy_buffer_attributes = True
+        self._names = names
+        self._parameters = {id(p): name for name, p in model.named_parameters()}
+        self._buffers = {id(b): name for name, b in model.named_buffers()}
+        self._attributes: dict[int, Any] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.failed_in: str | None = None
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """One placeholder for every input given; other arguments keep their defaults."""
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self._names)]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """None: what is not traced through is recorded by :meth:`call_module`."""
+        return False
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace through, or record a layer by its own function."""
+        record = next((LAYERS[kind] for kind in type(m).__mro__ if kind in LAYERS), None)
+        called = forward if record is None else lambda *a, **k: record(self, m, *a, **k)
+        try:
+            return super().call_module(m, called, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or self.path_of_module(m)
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter or buffer as a value under trace."""
+        if not isinstance(attr_val, Tensor):
+            return attr_val
+        known = self._attributes.get(id(attr_val))
+        if known is None:
+            is_parameter = id(attr_val) in self._parameters
+            name = self._parameters.get(id(attr_val)) or self._buffers.get(id(attr_val))
+            if name is None:
+                return attr_val
+            made = self.create_proxy("get_attr", name, (), {})
+            known = ParameterProxy(self, made.node, name, attr_val) if is_parameter else made
+            self._attributes[id(attr_val)] = known
+        return known
+
+    def create_arg(self, a: Any) -> Any:
+        """Tensors that are neither parameters nor buffers become constants of the trace, not of the model."""
+        if isinstance(a, Tensor):
+            name = self._parameters.get(id(a)) or self._buffers.get(id(a))
+            if name is None:
+                name = f"_constant_{len(self.constants)}"
+                self.constants[name] = a.detach()
+            return self.create_node("get_attr", name, (), {})
+        return super().create_arg(a)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        """Every node remembers the module and the user's line, and whether gradients were on."""
+        node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        node.meta["where"] = (self.scope.module_path, users_line(), torch.is_grad_enabled())
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Values under trace are :class:`Recorded`."""
+        return Recorded(node, self)
+
+
+def trace_symbolically(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
+    """Record a model by torch.fx.
+
+    Args:
+        model: the module.
+        inputs: its positional arguments (only their number matters).
+
+    Raises:
+        Untraceable: whatever the model did that torch.fx cannot record.
+    """
+    names = argument_names(model, len(inputs))
+    tracer = Tracer(model, names)
+    cast = torch.is_autocast_enabled("cpu")
+    try:
+        with torch.enable_grad():
+            graph = tracer.trace(model)
+    except Exception as error:  # the user's own code runs here and may raise anything
+        raise Untraceable(
+            _reason(error), module=tracer.failed_in or "", source=raised_at(error.__traceback__)
+        ) from error
+    if torch.is_autocast_enabled("cpu") != cast:
+        raise Untraceable("the model leaves autocast changed")
+    return _collect(graph, tracer, len(inputs))
+
+
+def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """Names of the first ``count`` positional arguments of ``forward``."""
+    found: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            rest = count - len(found)
+            found += [parameter.name] if rest == 1 else [f"{parameter.name}_{i}" for i in range(rest)]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            found.append(parameter.name)
+    found += [f"input_{i}" for i in range(len(found), count)]
+    return tuple(found[:count])
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, fx.proxy.TraceError):
+        return "the path through the model depends on the values or sizes of its inputs"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _collect(graph: fx.Graph, tracer: Tracer, count: int) -> Traced:
+    parameters = set(tracer._parameters.values())
+    inputs, calls, output = [], [], None
+    leaves: dict[str, Any] = {}
+
+    def tree(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return leaves.get(value.name, Ref(value.name))
+        if isinstance(value, slice):
+            return slice(tree(value.start), tree(value.stop), tree(value.step))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(tree, value))
+        if isinstance(value, tuple | list):
+            return type(value)(map(tree, value)) if type(value) in (tuple, list) else [tree(v) for v in value]
+        return {key: tree(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+    for node in graph.nodes:
+        module, source, grad = node.meta["where"]
+        if node.op == "placeholder":
+            inputs.append(node.name)
+        elif node.op == "get_attr":
+            if node.target in tracer.constants:
+                leaves[node.name] = tracer.constants[node.target]
+            else:
+                leaves[node.name] = ParamRef(node.target) if node.target in parameters else BufferRef(node.target)
+        elif node.op == "output":
+            output = tree(node.args[0])
+        else:
+            target = Method(node.target) if node.op == "call_method" else node.target
+            calls.append(Call(node.name, target, tree(node.args), tree(node.kwargs), module, source, grad))
+    return Traced(tuple(inputs[:count]), tuple(calls), output, "fx")

@@ -1,0 +1,112 @@
+"""What a front end hands over: the calls a model made, in order, not yet cleaned."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from gtddp_compile.graph import ParameterInfo
+
+OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"])
+SITE = str(Path(torch.__file__).parents[1])
+
+
+class Untraceable(Exception):
+    """A front end cannot record this model.
+
+    Attributes:
+        why: one sentence.
+        module, source: where, if known.
+    """
+
+    def __init__(self, why: str, *, module: str | None = None, source: str | None = None) -> None:
+        super().__init__(why)
+        self.why, self.module, self.source = why, module, source
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call.
+
+    Attributes:
+        name: unique within the trace.
+        target: a function, a :class:`~gtddp_compile.graph.Method`, or an aten operator.
+        args, kwargs: as the normal form's, with references to other calls by ``name``.
+        module: path of the module in whose ``forward`` it was made.
+        source: ``"file.py:12"`` of the user's line.
+        grad: whether gradients were recorded there (``False`` inside ``torch.no_grad()``).
+    """
+
+    name: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    module: str = ""
+    source: str = ""
+    grad: bool = True
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A recorded model.
+
+    Attributes:
+        inputs: names of the positional arguments, in order.
+        calls: in the order they were made.
+        output: what is returned, with references.
+        frontend: ``"fx"`` or ``"export"``.
+        specialised: whether sizes of the example inputs are built in, the batch size included.
+    """
+
+    inputs: tuple[str, ...]
+    calls: tuple[Call, ...]
+    output: Any
+    frontend: str
+    specialised: bool = False
+
+
+def parameter_infos(model: nn.Module) -> tuple[ParameterInfo, ...]:
+    """Every parameter by its canonical name, with the other names it goes by."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(
+        ParameterInfo(name, tuple(p.shape), p.dtype, p.requires_grad, tuple(n for n in names[id(p)] if n != name))
+        for name, p in model.named_parameters()
+    )
+
+
+def is_users(filename: str) -> bool:
+    """Whether a file is neither torch's nor this package's nor Python's own."""
+    if filename.startswith(SITE):
+        return not filename.startswith(OURS[1])
+    return not filename.startswith(OURS) and not filename.startswith("<")
+
+
+def users_line(frame: FrameType | None = None) -> str:
+    """``"file.py:12"`` of the innermost frame that is the user's (or a model library's), ``""`` if there is none."""
+    frame = frame or sys._getframe(1)
+    while frame is not None:
+        if is_users(frame.f_code.co_filename):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def raised_at(trace: TracebackType | None) -> str:
+    """``"file.py:12"`` of the user's innermost line in a traceback."""
+    found = ""
+    while trace is not None:
+        filename = trace.tb_frame.f_code.co_filename
+        if is_users(filename):
+            found = f"{Path(filename).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found

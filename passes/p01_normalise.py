@@ -1,0 +1,176 @@
+"""Normalise: one functional form of the model, whichever front end recorded it.
+
+Takes a module and example inputs; guarantees an :class:`OpGraph` in which every operation is a function of values,
+parameters, buffers and literals, without side effects but those of a training batch-norm (``advances``), in topological
+order, nothing dead, every value named after the module that computes it, with its shape for the example inputs.
+
+torch.fx comes first, then torch.export, then torch.export functionalised. A recording is not trusted: it is run
+beside the model on the example inputs, and outputs and parameter gradients must agree. What torch.fx gets wrong without
+saying so (values read into Python while it traces) is found here and left to the next front end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.frontends import Traced, Untraceable, trace_export, trace_functional, trace_symbolically
+from gtddp_compile.frontends.canonical import is_identity, is_random
+from gtddp_compile.frontends.functional import Clean, functionalise
+from gtddp_compile.frontends.reference import Reference, agrees, observe, run
+from gtddp_compile.frontends.traced import parameter_infos
+from gtddp_compile.graph import BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
+
+FRONT_ENDS: tuple[Callable[[nn.Module, tuple[Any, ...]], Traced], ...] = (
+    trace_symbolically,
+    trace_export,
+    trace_functional,
+)
+DETACHED = "detach"
+ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range"})
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def normalise(model: nn.Module, inputs: tuple[Any, ...]) -> OpGraph:
+    """Record a model and bring it to normal form.
+
+    Args:
+        model: the module; it is left as it was.
+        inputs: its positional arguments, batch on the leading axis.
+
+    Raises:
+        CompileError: the model refuses the inputs, or no front end can record it.
+    """
+    reference = observe(model, inputs)
+    refusals: list[Untraceable] = []
+    for front_end in FRONT_ENDS:
+        try:
+            graph = _normal_form(front_end(model, inputs), model)
+            graph, output = run(graph, model, inputs, reference)
+        except Untraceable as refusal:
+            refusals.append(refusal)
+            continue
+        if agrees(graph, output, reference):
+            return graph
+        refusals.append(Untraceable("what was recorded computes something else than the model"))
+    raise _cannot(refusals, reference)
+
+
+def _cannot(refusals: list[Untraceable], reference: Reference) -> CompileError:
+    first = next((r for r in refusals if r.source), refusals[0])
+    rest = "; ".join(dict.fromkeys(r.why for r in refusals if r is not first))
+    why = f"the model cannot be recorded: {first.why}" + (f" (then: {rest})" if rest else "")
+    return CompileError(
+        why,
+        "Replace decisions on tensor values by torch.where, numpy calls by torch's, and keep the forward pass free of "
+        "side effects",
+        module=first.module or "",
+        source=first.source or None,
+    )
+
+
+# --- the rewrite ------------------------------------------------------------------------------------------------------
+
+
+def _normal_form(traced: Traced, model: nn.Module) -> OpGraph:
+    cleaned, output = functionalise(traced)
+    names = _Names(traced.inputs)
+    ops = [Op(names.own(name), "input", None) for name in traced.inputs]
+    value: dict[str, Any] = {name: Ref(op.name) for name, op in zip(traced.inputs, ops, strict=True)}
+    leaf_modules = {path for path, module in model.named_modules() if _is_torch_layer(module)}
+
+    def resolve(leaf: Any) -> Any:
+        return value[leaf.name] if isinstance(leaf, Ref) else leaf
+
+    for clean in cleaned:
+        form = replace(
+            clean.form, args=map_leaves(clean.form.args, resolve), kwargs=map_leaves(clean.form.kwargs, resolve)
+        )
+        if form.kind in ASSERTIONS:
+            continue
+        if is_identity(form.kind, form.args, form.kwargs):
+            value[clean.call.name] = form.args[0]
+            continue
+        op = _operation(replace(clean, form=form), names, leaf_modules)
+        ops.append(op)
+        value[clean.call.name] = Ref(op.name)
+        if not clean.call.grad:
+            name = names.new(op.module, DETACHED, leaf_modules)
+            ops.append(Op(name, DETACHED, torch.detach, (Ref(op.name),), module=op.module, source=op.source))
+            value[clean.call.name] = Ref(name)
+    returned = map_leaves(output, resolve)
+    kept = _alive(ops, returned)
+    return OpGraph(
+        tuple(op for op in ops if op.kind == "input" or op.name in kept),
+        tuple(value[name].name for name in traced.inputs),
+        returned,
+        parameter_infos(model),
+        traced.frontend,
+        traced.specialised,
+    )
+
+
+def _operation(clean: Clean, names: _Names, layers: set[str]) -> Op:
+    form, call = clean.form, clean.call
+    advances = _advances(form.kind, form.args, form.kwargs)
+    return Op(
+        name=names.new(call.module, form.kind, layers),
+        kind=form.kind,
+        target=form.target,
+        args=form.args,
+        kwargs=form.kwargs,
+        module=call.module,
+        source=call.source,
+        advances=advances,
+        random=is_random(form.kind, form.args, form.kwargs),
+        mixes_samples=form.kind == "batch_norm" and (bool(form.kwargs["training"]) or form.args[1] is None),
+    )
+
+
+def _advances(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Buffers that a normalisation in training mode writes."""
+    training = kwargs.get("training") if kind == "batch_norm" else kind == "instance_norm" and bool((*args, True)[5])
+    if not training:
+        return ()
+    states = args[1:4] if kind == "batch_norm" else args[1:3]
+    return tuple(state.name for state in states if isinstance(state, BufferRef))
+
+
+def _is_torch_layer(module: nn.Module) -> bool:
+    """A layer of torch's own without parts: its operation carries the module's name."""
+    return type(module).__module__.startswith("torch.nn.modules") and next(module.children(), None) is None
+
+
+def _alive(ops: list[Op], output: Any) -> frozenset[str]:
+    """Operations that the output depends on; batch-norms in training mode live for their buffers."""
+    wanted = {leaf.name for leaf in iter_leaves(output) if isinstance(leaf, Ref)}
+    for op in reversed(ops):
+        if op.name in wanted or op.advances:
+            wanted.add(op.name)
+            wanted.update(op.operands)
+    return frozenset(wanted)
+
+
+class _Names:
+    """Unique qualified names: a layer's own path, else the path of the module and the kind."""
+
+    def __init__(self, inputs: Iterable[str]) -> None:
+        self._count: dict[str, int] = {}
+        self._taken: set[str] = set()
+
+    def own(self, name: str) -> str:
+        self._taken.add(name)
+        return name
+
+    def new(self, module: str, kind: str, layers: set[str]) -> str:
+        base = module if module in layers else f"{module}.{kind}" if module else kind
+        found = base
+        while found in self._taken:
+            self._count[base] = self._count.get(base, 0) + 1
+            found = f"{base}_{self._count[base]}"
+        return self.own(found)
