@@ -32,9 +32,11 @@ def compile_optimizer(
 
     Args:
         model: any traceable module; it is not changed.
-        example_inputs: a tensor or a tuple of them, batch on the leading axis; without it the program is specialised at the
+        example_inputs: a tensor or a tuple of them, batch on the leading axis; without it the program is specialised
+        at the
             first step.
-        loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)`` returning one loss
+        loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)`` returning
+        one loss
             a sample, shape (B,).
         curvature: ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` with its options as further keywords (``lr``,
             ``weight_decay``, …: torch.optim's names and defaults), or an object such as ``RMSprop(lr=1e-3)``.
@@ -44,7 +46,8 @@ def compile_optimizer(
         coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation).
         recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``).
         backend: ``"fast"`` (generated code) or ``"dense"`` (explicit matrices, small networks: the reference).
-        mixing: how the dense backend reads operations that mix samples (theory: 4e): ``"block"``, as the fast one does, or
+        mixing: how the dense backend reads operations that mix samples (theory: 4e): ``"block"``, as the fast one
+        does, or
             ``"exact"``.
         **curvature_options: options of the named curvature.
 
@@ -55,7 +58,13 @@ def compile_optimizer(
         CompileError: with the module, operation and source line where there is one, why, and what to do.
     """
     options = Options(
-        feedback, feedback_clip, schedule, coupling, recursion, backend, mixing  # type: ignore[arg-type]
+        feedback,
+        feedback_clip,
+        schedule,
+        coupling,
+        recursion,
+        backend,
+        mixing,  # type: ignore[arg-type]
     )
     base = resolve(curvature, **curvature_options)
     return CompiledOptimizer(model, example_inputs, loss=split(loss), curvature=base, options=options).seal()

@@ -119,5 +119,7 @@ class Builder:
             return options
         function = f"player_{self.name(use.op)}"
         extras = tuple(Var(self.name(extra)) for extra in use.extras)
-        options["function"] = Function(f"bind({', '.join([function, *(e.name for e in extras)])})") if extras else Function(function)
+        options["function"] = (
+            Function(f"bind({', '.join([function, *(e.name for e in extras)])})") if extras else Function(function)
+        )
         return options

@@ -9,12 +9,14 @@ from gtddp_compile.uses import Use
 
 
 def operands(b: Builder, use: Use) -> Var | tuple[Var, ...]:
+    """What a use's kernels take besides the gradient: prepared where the rule prepares."""
     if use.rule.prepare:
         return Var(f"o_{b.name(use.op)}")
     return tuple(b.operand(ref) for ref in use.operands)
 
 
 def params(b: Builder, use: Use) -> tuple[object, ...]:
+    """The use's parameters in the kernels' order."""
     return tuple(b.operand(ref) for ref in use.params)
 
 
@@ -76,11 +78,12 @@ def directional(
 
 
 def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str) -> None:
+    """The diagonal of ``Γ`` of one player."""
     uses = b.uses(player.name)
     if len(uses) == 1 and uses[0].names == player.parameters:
         use = uses[0]
         b.emit("backward", t, (f"*{result}",), b.kernel(use, "gram_diagonal"), operands(b, use),
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
         return
-    gram = gram(b, t, player, metric)
-    b.emit("backward", t, (f"*{result}",), "=", Code(f"{gram}[0].diagonal()"))
+    blocks = gram(b, t, player, metric)
+    b.emit("backward", t, (f"*{result}",), "=", Code(f"{blocks}[0].diagonal()"))

@@ -46,7 +46,5 @@ class CompileError(ValueError):
         return (_rebuild, (self.why, self.remedy, self.module, self.operation, self.source))
 
 
-def _rebuild(
-    why: str, remedy: str, module: str | None, operation: str | None, source: str | None
-) -> CompileError:
+def _rebuild(why: str, remedy: str, module: str | None, operation: str | None, source: str | None) -> CompileError:
     return CompileError(why, remedy, module=module, operation=operation, source=source)

@@ -80,9 +80,7 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
     """
     if isinstance(loss, type) or not callable(loss):
         shown = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
-        raise CompileError(
-            f"the loss is {shown}", "Pass a loss module, as in torch.nn.MSELoss(), or a callable"
-        )
+        raise CompileError(f"the loss is {shown}", "Pass a loss module, as in torch.nn.MSELoss(), or a callable")
     name = _name(loss)
     if not isinstance(loss, nn.Module):
         return Loss(name, "mean", _Callable(loss, name))
@@ -94,12 +92,8 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
         return Loss(name, "mean", _Callable(loss, name))
     for kind, inputs in _OTHER_INPUTS.items():
         if _is(loss, kind):
-            raise CompileError(
-                f"the loss {name} takes ({inputs}), not (outputs, targets)", _as_remedy(_CALLABLE)
-            )
-    if loss.reduction not in ("mean", "sum") and not (
-        _is(loss, nn.KLDivLoss) and loss.reduction == "batchmean"
-    ):
+            raise CompileError(f"the loss {name} takes ({inputs}), not (outputs, targets)", _as_remedy(_CALLABLE))
+    if loss.reduction not in ("mean", "sum") and not (_is(loss, nn.KLDivLoss) and loss.reduction == "batchmean"):
         raise CompileError(
             f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined",
             "Use reduction='mean' or 'sum', or " + _CALLABLE,
@@ -167,18 +161,14 @@ class _Callable:
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         phi = self.function(outputs, targets)
-        remedy = (
-            "Return one loss a sample, shape (B,): reduction='none', then a sum or mean over all other axes"
-        )
+        remedy = "Return one loss a sample, shape (B,): reduction='none', then a sum or mean over all other axes"
         if not isinstance(phi, Tensor):
             raise CompileError(f"the loss {self.name} returned {type(phi).__name__}, not a tensor", remedy)
         leaves = [leaf for leaf in _tensors(outputs) if leaf.dim()]
         if phi.dim() != 1 or (leaves and all(leaf.shape[0] != phi.shape[0] for leaf in leaves)):
             batch = f" for a batch of {leaves[0].shape[0]}" if leaves else ""
             scalar = ", a scalar," if phi.dim() == 0 else ""
-            raise CompileError(
-                f"the loss {self.name} returned shape {tuple(phi.shape)}{scalar}{batch}", remedy
-            )
+            raise CompileError(f"the loss {self.name} returned shape {tuple(phi.shape)}{scalar}{batch}", remedy)
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves) and not phi.requires_grad:
             raise CompileError(
                 f"the loss {self.name} does not depend on the outputs in a differentiable way",
@@ -278,9 +268,7 @@ def _check_shapes(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     axes = 2 if _is(loss.module, *_CLASS_TARGETS) else 1
     if main.dim() < axes:
         wanted = "(B, C, …)" if axes == 2 else "(B, …)"
-        raise CompileError(
-            f"the outputs have shape {tuple(main.shape)}, without a batch axis", f"Make it {wanted}"
-        )
+        raise CompileError(f"the outputs have shape {tuple(main.shape)}, without a batch axis", f"Make it {wanted}")
     if not main.shape[0]:
         raise CompileError("the batch is empty", "Leave empty batches out")
     if targets.shape[:1] != main.shape[:1]:
@@ -308,8 +296,7 @@ def _check_classes(loss: Loss, outputs: Tensor, targets: Tensor, ignored: int | 
         raise CompileError(
             f"the loss {loss.name} was given class target {int(targets[bad][0])} at {place}, but there are"
             f" {classes} classes",
-            f"Give targets from 0 to {classes - 1}"
-            + ("" if ignored is None else f", or {ignored} to ignore one"),
+            f"Give targets from 0 to {classes - 1}" + ("" if ignored is None else f", or {ignored} to ignore one"),
         )
 
 

@@ -26,7 +26,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
     """An optimizer derived for one network (use :func:`gtddp_compile.compile_optimizer` to make one).
 
     Unlike other torch optimizers it runs the forward and backward passes itself: ``loss = opt.step(inputs, targets)``.
-    Everything else is as usual: ``param_groups`` (one for every module that owns trained parameters, with its ``name``),
+    Everything else is as usual: ``param_groups`` (one for every module that owns trained parameters, with its
+    ``name``),
     ``state_dict``, learning-rate schedulers, hooks, pickling.
 
     The program is specialised on what shapes the computation: which modules are in training mode, which parameters
@@ -76,8 +77,10 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
     @property
     def diagnostics(self) -> Mapping[str, Any]:
-        """Figures of the last step: ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped``
-        and, by player, ``open_norm`` and ``feedback_norm`` (in the metric ``M``)."""
+        """Figures of the last step: ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``,
+        ``skipped``
+        and, by player, ``open_norm`` and ``feedback_norm`` (in the metric ``M``).
+        """
         return self._diagnostics.figures()
 
     # --- one step -----------------------------------------------------------------------------------------------------

@@ -40,11 +40,13 @@ class Options:
         if self.mixing not in ("block", "exact"):
             raise _unknown("mixing", self.mixing, "'block' or 'exact'")
         if self.mixing == "exact" and self.backend != "dense":
-            raise CompileError("the exact reading of operations that mix samples is dense", "Use backend='dense' with it")
+            raise CompileError(
+                "the exact reading of operations that mix samples is dense", "Use backend='dense' with it"
+            )
         if self.mixing == "exact" and self.coupling != "full":
             raise CompileError("the exact reading mixes all samples", "Use coupling='full' with it")
         if isinstance(self.coupling, bool) or not (
-            self.coupling in ("full", "block") or isinstance(self.coupling, int) and self.coupling >= 1
+            self.coupling in ("full", "block") or (isinstance(self.coupling, int) and self.coupling >= 1)
         ):
             raise _unknown("coupling", self.coupling, "'full', 'block' or a group size of at least 1")
         clip = self.feedback_clip

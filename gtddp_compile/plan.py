@@ -10,7 +10,8 @@ from gtddp_compile.graph import ControlGraph, Player
 
 @dataclass(frozen=True, slots=True)
 class Contraction:
-    """``⟨g_v, δv⟩`` a sample: computed once when ``v`` has moved, reused at every stage until ``reader`` consumes ``v``.
+    """``⟨g_v, δv⟩`` a sample: computed once when ``v`` has moved, reused at every stage until ``reader`` consumes
+    ``v``.
 
     Attributes:
         value: name of the value, or ``"params:NAME"`` for a tied player's control.

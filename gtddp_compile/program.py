@@ -28,7 +28,8 @@ Format = Literal["text", "latex", "sympy"]
 class UpdateProgram:
     """The optimizer that was derived for one architecture (immutable).
 
-    ``str()`` shows the instructions stage by stage, ``code`` the Python that runs, :meth:`derivation` the mathematics it
+    ``str()`` shows the instructions stage by stage, ``code`` the Python that runs, :meth:`derivation` the mathematics
+    it
     was lowered from, :meth:`cost` what each player costs and in which form.
     """
 

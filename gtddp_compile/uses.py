@@ -70,14 +70,14 @@ def _feeding(graph: ControlGraph, player: Player, op: Op) -> tuple[str, ...]:
 
 
 def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str, ...]) -> Use:
-    """Differentiate the operation, and the parameter expressions before it, as one function of parameters and values."""
+    """Differentiate the operation, and the parameter expressions before it, as one function of parameters and
+    values.
+    """
     ops = (*through, op.name)
     choose(op, frozenset(player.parameters))  # refuses what no rule can differentiate twice (randomness, buffers)
     leaves = [leaf for name in ops for leaf in graph.op(name).leaves]
     inner = set(ops)
-    refs = tuple(
-        dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Ref | BufferRef) and leaf.name not in inner)
-    )
+    refs = tuple(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Ref | BufferRef) and leaf.name not in inner))
     operands = tuple(ref for ref in refs if isinstance(ref, BufferRef) or graph.op(ref.name).is_tensor)
     extras = tuple(ref.name for ref in refs if isinstance(ref, Ref) and not graph.op(ref.name).is_tensor)
     params = tuple(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, ParamRef)))
@@ -85,9 +85,7 @@ def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str
     wants = tuple(param.name in owned for param in params)
     names = tuple(param.name for param in params if param.name in owned)
     batch = op.shape[0] if op.shape else 0
-    batched = tuple(
-        isinstance(ref, Ref) and (graph.op(ref.name).shape or (0,))[:1] == (batch,) for ref in operands
-    )
+    batched = tuple(isinstance(ref, Ref) and (graph.op(ref.name).shape or (0,))[:1] == (batch,) for ref in operands)
     options = {"batched": batched, "mixes": op.mixes_samples or bool(extras) or not any(batched)}
     return Use(op.name, GenericRule(), operands, params, wants, names, options, "player", extras, ops)
 

@@ -190,7 +190,9 @@ def prove_owned(found: PlayerGraph, expressions: Reads, trained: frozenset[str])
     for player in found.players:
         for name in player.parameters:
             if name in owner:
-                raise _unowned(graph.by_name[player.op], name, f"two players own it, {owner[name].name} and {player.name}")
+                raise _unowned(
+                    graph.by_name[player.op], name, f"two players own it, {owner[name].name} and {player.name}"
+                )
             owner[name] = player
     covered = {player.name: {*player.uses, *player.expressions} for player in found.players}
     for op in graph.ops:

@@ -1,8 +1,10 @@
 """Derive: every gain and value recursion of a stage, by sympy, once per stage pattern.
 
-Takes the control graph; guarantees a :class:`StageDerivation` for every stage. Nothing here knows a residual network: the
+Takes the control graph; guarantees a :class:`StageDerivation` for every stage. Nothing here knows a residual network:
+the
 augmented dynamics' block Jacobians are read off the graph (which blocks are zero or identity *by construction*), and
-Eq. 5, 6 and 25 are applied to them as block matrices. The residual gain ``G`` (Eq. 9), its recursions (Eq. 10), the fork
+Eq. 5, 6 and 25 are applied to them as block matrices. The residual gain ``G`` (Eq. 9), its recursions (Eq. 10), the
+fork
 (Eq. 11, 12) and Eq. 26-31 are what comes out.
 
 Departure from the paper: bundles. Values of the same role at a stage (all that wait, say) are one block symbol, so that
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from sympy import Identity, Inverse, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
 from sympy.matrices.expressions.blockmatrix import BlockMatrix
@@ -141,11 +143,12 @@ def _block(entries: dict[str, dict[str, Entry]], outs: tuple[str, ...], ins: tup
 # --- the algebra ------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def derive_pattern(pattern: StagePattern, recursion: Recursion = "levenberg") -> StageDerivation:
     """Eq. 5, 6 and 25 applied to a stage's block Jacobians.
 
-    ``recursion`` decides ``Q_uu``: ``f_uᵀ V_xx f_u + M`` ("levenberg"), or ``M`` alone (Table 1 read literally), and, for
+    ``recursion`` decides ``Q_uu``: ``f_uᵀ V_xx f_u + M`` ("levenberg"), or ``M`` alone (Table 1 read literally), and,
+    for
     "printed", the sign with which ``Q_xu Q_uu⁻¹ Q_ux`` enters the value Hessian (Eq. 21-23 print a plus).
     """
     size = {name: Symbol(f"n_{name}", integer=True, positive=True) for name in pattern.inputs}
@@ -237,9 +240,7 @@ def _jacobian(
     return blocks
 
 
-def _hessian_symbols(
-    letter: str, names: tuple[str, ...], size: dict[str, Symbol]
-) -> dict[tuple[str, str], MatrixExpr]:
+def _hessian_symbols(letter: str, names: tuple[str, ...], size: dict[str, Symbol]) -> dict[tuple[str, str], MatrixExpr]:
     found: dict[tuple[str, str], MatrixExpr] = {}
     for a, first in enumerate(names):
         for second in names[a:]:

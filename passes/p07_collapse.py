@@ -2,7 +2,8 @@
 
 Takes the derivations; guarantees a :class:`CollapsedForm`. The claim (theory: section 4) is that with an outer-product
 terminal factor the value function stays in the span of the back-propagated gradients: ``V_x = G α``, ``V_xx = G P Gᵀ``
-with ``G_i = Σ_o f̂_xᵀ G_o`` (ordinary back-propagation). It is proved here on the derived expressions of every pattern by
+with ``G_i = Σ_o f̂_xᵀ G_o`` (ordinary back-propagation). It is proved here on the derived expressions of every
+pattern by
 exact noncommutative rewriting: substitute the ansatz at t+1, and find it again at t. Then
 
     α = α' + P' Cᵀ k         P = P' - P' Cᵀ Q_uu⁻¹ C P'         δu = k - Q_uu⁻¹ C P' c,      C = γᵀ,  c = Σ_i G_iᵀ δx_i
@@ -11,13 +12,14 @@ and, where ``Q_uu = M + C P' Cᵀ``, the Woodbury identity turns it into informa
 depends on the coupling: without projection ``Λ = P⁻¹`` and ``y = Λ α`` recur by themselves; with the paper's
 block-diagonal projection only the diagonal of ``P`` survives a stage.
 
-Departure from theory.md 4a, found by this proof and confirmed by the dense solver: with coupled weight decay (``ℓ_u ≠ 0``)
+Departure from theory.md 4a, found by this proof and confirmed by the dense solver: with coupled weight decay (``ℓ_u ≠
+0``)
 the vector of ones becomes ``y = y' - s``, ``s = γ M⁻¹ ℓ_u``.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 from sympy import DiagMatrix, HadamardProduct, Identity, Inverse, MatrixExpr, MatrixSymbol, OneMatrix
@@ -64,7 +66,7 @@ def form_name(recursion: Recursion, coupling: Coupling, *, feedback: bool) -> Fo
 # --- the proofs -------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def prove_span(d: StageDerivation) -> tuple[Claim, ...]:
     """``V_x = G α`` and ``V_xx = G P Gᵀ`` at t+1 imply the same at t: proved for this pattern."""
     outputs, inputs, controls = d.pattern.outputs, d.pattern.inputs, d.pattern.controls
@@ -118,7 +120,7 @@ def _prove_recursion(d: StageDerivation) -> list[Claim]:
     return claims
 
 
-@lru_cache(maxsize=None)
+@cache
 def prove_update(recursion: Recursion) -> tuple[Claim, ...]:
     """The closed form of gains and recursion, by push-through; ``W = (P'⁻¹ + Γ)⁻¹`` where ``Q_uu = M + C P' Cᵀ``."""
     c, m, variance = a.GRADIENTS, a.CURVATURE, a.VARIANCE_NEXT
@@ -127,7 +129,9 @@ def prove_update(recursion: Recursion) -> tuple[Claim, ...]:
         k = -m_inverse * (c * a.ALPHA_NEXT + a.DECAY)
         update = k - m_inverse * c * variance * a.CHANGE
         weights = a.ALPHA_NEXT + variance * a.CHANGE
-        return (_identity("delta_u = -M^-1 (C w + l), w = alpha' + P' c", update, -m_inverse * (c * weights + a.DECAY)),)
+        return (
+            _identity("delta_u = -M^-1 (C w + l), w = alpha' + P' c", update, -m_inverse * (c * weights + a.DECAY)),
+        )
     identity = Identity(a.BATCH)
     w = SymmetricSymbol("W", a.BATCH, a.BATCH)
     rules = (

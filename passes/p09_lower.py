@@ -1,7 +1,8 @@
 """Lower: write the plan down as instructions, stage by stage, in the order they run.
 
 Takes a :class:`Plan`; guarantees a straight list of calls in single assignment and the dynamics of every stage as a
-function, so that emitting is printing. Four phases: the trajectory (sweep 1, cut at every stage), the loss, the backward
+function, so that emitting is printing. Four phases: the trajectory (sweep 1, cut at every stage), the loss, the
+backward
 sweep (gradients, statistics, Gram matrices, gains) and the forward sweep (weights, updates, the layer itself again).
 B-vector and B×B formulas are printed from the derived expressions; the parameter update is recognised as
 ``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted gradient and one call of the base method.
@@ -144,9 +145,7 @@ def _trajectory(b: Builder, functions: tuple[StageFunction, ...]) -> None:
 
 def _moved_outputs(b: Builder) -> tuple[str, ...]:
     graph = b.graph
-    return tuple(
-        name for name in graph.ops.output_names if name in graph.value and not graph.value[name].fixed
-    )
+    return tuple(name for name in graph.ops.output_names if name in graph.value and not graph.value[name].fixed)
 
 
 def _loss(b: Builder) -> None:
@@ -237,7 +236,14 @@ def _gains(b: Builder, stage: StagePlan) -> None:
         directional(b, "backward", t, stage.players, drifts, f"s_{t}", "s = gamma M^-1 l_u")
     if form.name in ("information", "block"):
         grams = [gram(b, t, player, metrics[player.name]) for player in stage.players]
-        b.emit("backward", t, (), "m.keep", t, **{"gammas": {p.name: Var(g) for p, g in zip(stage.players, grams, strict=True)}})
+        b.emit(
+            "backward",
+            t,
+            (),
+            "m.keep",
+            t,
+            **{"gammas": {p.name: Var(g) for p, g in zip(stage.players, grams, strict=True)}},
+        )
         b.emit("backward", t, (f"*gamma_{t}",), "blocks_add", *(Var(gram) for gram in grams),
                note="Gamma = sum over the stage's players")  # fmt: skip
         _information(b, t, stage)
@@ -372,11 +378,11 @@ def _contract(b: Builder, t: int, contraction: Contraction) -> None:
     result = b.contraction(value, reader)
     control = b.graph.value[value].control
     if control is None:
-        b.emit("forward", t, (f"*{result}",), "contract", Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
+        b.emit("forward", t, (f"*{result}",), "contract", Var(b.g(value, reader)), Var(b.new(value)),
+        Var(b.name(value)),
                note=f"<g, delta {value}>")  # fmt: skip
         return
     player = b.graph.player[control]
     here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
     directional(b, "forward", t, (player,), {control: f"delta_{b.name(player.op)}"}, result,
                  f"what the new {control} will change at stage {reader}", here)  # fmt: skip
-

@@ -45,7 +45,9 @@ def _function(lowered: Lowered, function: StageFunction, printer: Printer) -> st
     if function.params is None:
         arguments, renamed = ["p", "b", *inputs], None
     else:
-        extras = [names[e] for use in lowered.uses.values() for u in use if u.op == function.returns[0] for e in u.extras]
+        extras = [
+            names[e] for use in lowered.uses.values() for u in use if u.op == function.returns[0] for e in u.extras
+        ]
         rest = [name for name in inputs if name not in extras]
         arguments = [*extras, "params", *rest]
         renamed = {name: f"params[{index}]" for index, name in enumerate(function.params)}
@@ -63,7 +65,9 @@ def _function(lowered: Lowered, function: StageFunction, printer: Printer) -> st
 
 
 def _step(lowered: Lowered) -> str:
-    """``step(m, p, b, q, b_again, inputs, targets)``: both sweeps, first with gradients of values, never of parameters."""
+    """``step(m, p, b, q, b_again, inputs, targets)``: both sweeps, first with gradients of values, never of
+    parameters.
+    """
     random = any(op.random for op in lowered.plan.graph.ops.ops)
     lines: list[str] = []
     for phase, group in groupby(lowered.instructions, key=lambda instruction: instruction.phase):

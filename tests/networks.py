@@ -98,8 +98,12 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def make(run: Callable[..., object], seed: int = 0, **layers: Any) -> Net:
     """A `Net` of layers, each a constructor or the arguments of a linear layer."""
-    return seeded(lambda: Net(run, **{name: Linear(*spec) if isinstance(spec, tuple) else spec()
-                                      for name, spec in layers.items()}), seed)
+    return seeded(
+        lambda: Net(
+            run, **{name: Linear(*spec) if isinstance(spec, tuple) else spec() for name, spec in layers.items()}
+        ),
+        seed,
+    )
 
 
 def conv(*sizes: int, kernel: int = 3, bias: bool = True) -> Callable[[], nn.Module]:
@@ -110,10 +114,12 @@ def conv(*sizes: int, kernel: int = 3, bias: bool = True) -> Callable[[], nn.Mod
 
 
 def mlp(seed: int = 0) -> Case:
-    model = make(lambda net, x: net.c(torch.tanh(net.b(torch.tanh(net.a(x))))), seed,
-                 a=(4, 5), b=(5, 4), c=(4, 3))
-    return Case(model, (4,), everywhere([
-        stage("a", layer("a"), squash), stage("b", layer("b"), squash), stage("c", layer("c"))]))
+    model = make(lambda net, x: net.c(torch.tanh(net.b(torch.tanh(net.a(x))))), seed, a=(4, 5), b=(5, 4), c=(4, 3))
+    return Case(
+        model,
+        (4,),
+        everywhere([stage("a", layer("a"), squash), stage("b", layer("b"), squash), stage("c", layer("c"))]),
+    )
 
 
 def residual(seed: int = 0, act: Callable[[Tensor], Tensor] = torch.tanh) -> Case:
@@ -122,9 +128,18 @@ def residual(seed: int = 0, act: Callable[[Tensor], Tensor] = torch.tanh) -> Cas
         return net.head(act(x + net.b(torch.tanh(net.a(x)))))
 
     model = make(forward, seed, stem=(4, 5), a=(5, 4), b=(4, 5), head=(5, 3))
-    return Case(model, (4,), everywhere([
-        STEM, stage("a", layer("a"), squash_and_keep),
-        stage("b", layer("b"), lambda state, h: (act(state[1] + h[0]),)), HEAD]))
+    return Case(
+        model,
+        (4,),
+        everywhere(
+            [
+                STEM,
+                stage("a", layer("a"), squash_and_keep),
+                stage("b", layer("b"), lambda state, h: (act(state[1] + h[0]),)),
+                HEAD,
+            ]
+        ),
+    )
 
 
 def nested(seed: int = 0) -> Case:
@@ -135,10 +150,20 @@ def nested(seed: int = 0) -> Case:
         return net.head(torch.tanh(outer + net.d(y)))
 
     model = make(forward, seed, stem=(4, 4), a=(4, 5), b=(5, 3), c=(3, 5), d=(5, 4), head=(4, 3))
-    return Case(model, (4,), everywhere([
-        STEM, stage("a", layer("a"), squash_and_keep), stage("b", layer("b"), squash_and_keep),
-        stage("c", layer("c"), lambda state, h: (torch.tanh(state[1] + h[0]), state[2])),
-        stage("d", layer("d"), lambda state, h: (torch.tanh(state[1] + h[0]),)), HEAD]))
+    return Case(
+        model,
+        (4,),
+        everywhere(
+            [
+                STEM,
+                stage("a", layer("a"), squash_and_keep),
+                stage("b", layer("b"), squash_and_keep),
+                stage("c", layer("c"), lambda state, h: (torch.tanh(state[1] + h[0]), state[2])),
+                stage("d", layer("d"), lambda state, h: (torch.tanh(state[1] + h[0]),)),
+                HEAD,
+            ]
+        ),
+    )
 
 
 def consecutive(seed: int = 0) -> Case:
@@ -148,35 +173,65 @@ def consecutive(seed: int = 0) -> Case:
         return net.head(x + net.d(torch.tanh(net.c(x))))
 
     model = make(forward, seed, stem=(4, 4), a=(4, 3), b=(3, 4), c=(4, 5), d=(5, 4), head=(4, 3))
-    return Case(model, (4,), everywhere([
-        STEM, stage("a", layer("a"), squash_and_keep),
-        stage("b", layer("b"), lambda state, h: (torch.tanh(state[1] + h[0]),)),
-        stage("c", layer("c"), squash_and_keep),
-        stage("d", layer("d"), lambda state, h: (state[1] + h[0],)), HEAD]))
+    return Case(
+        model,
+        (4,),
+        everywhere(
+            [
+                STEM,
+                stage("a", layer("a"), squash_and_keep),
+                stage("b", layer("b"), lambda state, h: (torch.tanh(state[1] + h[0]),)),
+                stage("c", layer("c"), squash_and_keep),
+                stage("d", layer("d"), lambda state, h: (state[1] + h[0],)),
+                HEAD,
+            ]
+        ),
+    )
 
 
 def projection(seed: int = 0) -> Case:
     """Two layers beside a mapping; forward computes the mapping last, so "sequential" puts it after both."""
+
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         x = torch.tanh(net.stem(x))
         return net.head(torch.tanh(net.b(torch.tanh(net.a(x))) + net.short(x)))
 
     model = make(forward, seed, stem=(4, 4), a=(4, 3), b=(3, 5), short=(4, 5), head=(5, 3))
     wait = stage("a", layer("a"), squash_and_keep)
-    return Case(model, (4,), {
-        "asap": [STEM,
-                 stage("a short", readers("a", "short"), lambda state, h: (torch.tanh(h[0]), h[1])),
-                 stage("b", layer("b"), lambda state, h: (torch.tanh(h[0] + state[1]),)), HEAD],
-        "alap": [STEM, wait,
-                 stage("b short", lambda s, p: (linear("b", s[0], p), linear("short", s[1], p)),
-                       lambda state, h: (torch.tanh(h[0] + h[1]),)), HEAD],
-        "sequential": [STEM, wait, stage("b", layer("b"), lambda state, h: (h[0], state[1])),
-                       stage("short", layer("short", 1), lambda state, h: (torch.tanh(state[0] + h[0]),)),
-                       HEAD]})
+    return Case(
+        model,
+        (4,),
+        {
+            "asap": [
+                STEM,
+                stage("a short", readers("a", "short"), lambda state, h: (torch.tanh(h[0]), h[1])),
+                stage("b", layer("b"), lambda state, h: (torch.tanh(h[0] + state[1]),)),
+                HEAD,
+            ],
+            "alap": [
+                STEM,
+                wait,
+                stage(
+                    "b short",
+                    lambda s, p: (linear("b", s[0], p), linear("short", s[1], p)),
+                    lambda state, h: (torch.tanh(h[0] + h[1]),),
+                ),
+                HEAD,
+            ],
+            "sequential": [
+                STEM,
+                wait,
+                stage("b", layer("b"), lambda state, h: (h[0], state[1])),
+                stage("short", layer("short", 1), lambda state, h: (torch.tanh(state[0] + h[0]),)),
+                HEAD,
+            ],
+        },
+    )
 
 
 def gated(seed: int = 0) -> Case:
     """A gate beside a value, concatenated with the input of both, and a second one around a layer."""
+
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         x = torch.tanh(net.stem(x))
         joined = torch.cat([torch.sigmoid(net.gate(x)) * torch.tanh(net.value(x)), x], 1)
@@ -188,34 +243,61 @@ def gated(seed: int = 0) -> Case:
     def join(gate: Tensor, value: Tensor, x: Tensor) -> State:
         return torch.cat([gate * torch.tanh(value), x], 1), x
 
-    both = stage("gate value", readers("gate", "value"),
-                 lambda state, h: join(torch.sigmoid(h[0]), h[1], state[0]))
-    apart = [stage("gate", layer("gate"), lambda state, h: (torch.sigmoid(h[0]), state[0])),
-             stage("value", layer("value", 1), lambda state, h: join(state[0], h[0], state[1]))]
-    return Case(model, (4,), {"asap": [STEM, both, mix, HEAD], "alap": [STEM, both, mix, HEAD],
-                              "sequential": [STEM, *apart, mix, HEAD]})
+    both = stage("gate value", readers("gate", "value"), lambda state, h: join(torch.sigmoid(h[0]), h[1], state[0]))
+    apart = [
+        stage("gate", layer("gate"), lambda state, h: (torch.sigmoid(h[0]), state[0])),
+        stage("value", layer("value", 1), lambda state, h: join(state[0], h[0], state[1])),
+    ]
+    return Case(
+        model,
+        (4,),
+        {"asap": [STEM, both, mix, HEAD], "alap": [STEM, both, mix, HEAD], "sequential": [STEM, *apart, mix, HEAD]},
+    )
 
 
 def branches(seed: int = 0) -> Case:
     """Inception in small: branches of one and of two layers and none, concatenated."""
+
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         x = torch.tanh(net.stem(x))
         return net.head(torch.cat([torch.tanh(net.a(x)), net.c(torch.tanh(net.b(x))), x], 1))
 
     model = make(forward, seed, stem=(4, 3), a=(3, 2), b=(3, 4), c=(4, 2), head=(7, 3))
     last = stage("c", layer("c"), lambda state, h: (torch.cat([state[1], h[0], state[2]], 1),))
-    return Case(model, (4,), {
-        "asap": [STEM, stage("a b", readers("a", "b"),
-                             lambda state, h: (torch.tanh(h[1]), torch.tanh(h[0]), state[0])), last, HEAD],
-        "alap": [STEM, stage("b", layer("b"), squash_and_keep),
-                 stage("c a", lambda s, p: (linear("c", s[0], p), linear("a", s[1], p)),
-                       lambda state, h: (torch.cat([torch.tanh(h[1]), h[0], state[1]], 1),)), HEAD],
-        "sequential": [STEM, stage("a", layer("a"), squash_and_keep),
-                       stage("b", layer("b", 1), squash_and_keep), last, HEAD]})
+    return Case(
+        model,
+        (4,),
+        {
+            "asap": [
+                STEM,
+                stage("a b", readers("a", "b"), lambda state, h: (torch.tanh(h[1]), torch.tanh(h[0]), state[0])),
+                last,
+                HEAD,
+            ],
+            "alap": [
+                STEM,
+                stage("b", layer("b"), squash_and_keep),
+                stage(
+                    "c a",
+                    lambda s, p: (linear("c", s[0], p), linear("a", s[1], p)),
+                    lambda state, h: (torch.cat([torch.tanh(h[1]), h[0], state[1]], 1),),
+                ),
+                HEAD,
+            ],
+            "sequential": [
+                STEM,
+                stage("a", layer("a"), squash_and_keep),
+                stage("b", layer("b", 1), squash_and_keep),
+                last,
+                HEAD,
+            ],
+        },
+    )
 
 
 def attention(seed: int = 0) -> Case:
     """One head over three tokens, with a shortcut; keys without bias, which the softmax would not see."""
+
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         x = torch.tanh(net.stem(x))
         scores = torch.softmax(net.q(x) @ net.k(x).transpose(1, 2), -1)
@@ -228,23 +310,30 @@ def attention(seed: int = 0) -> Case:
         return torch.softmax(q @ k.transpose(1, 2), -1)
 
     together = stage("q k- v", readers("q", "k", "v"), lambda state, h: (scores(h[0], h[1]) @ h[2], state[0]))
-    apart = [stage("q", layer("q"), lambda state, h: (h[0], state[0])),
-             stage("k-", layer("k", 1), lambda state, h: (scores(state[0], h[0]), state[1])),
-             stage("v", layer("v", 1), lambda state, h: (state[0] @ h[0], state[1]))]
-    return Case(model, (3, 2), {"asap": [STEM, together, *rest], "alap": [STEM, together, *rest],
-                                "sequential": [STEM, *apart, *rest]})
+    apart = [
+        stage("q", layer("q"), lambda state, h: (h[0], state[0])),
+        stage("k-", layer("k", 1), lambda state, h: (scores(state[0], h[0]), state[1])),
+        stage("v", layer("v", 1), lambda state, h: (state[0] @ h[0], state[1])),
+    ]
+    return Case(
+        model,
+        (3, 2),
+        {"asap": [STEM, together, *rest], "alap": [STEM, together, *rest], "sequential": [STEM, *apart, *rest]},
+    )
 
 
 def conv_residual(seed: int = 0, training: bool = True) -> Case:
     """A residual block of 3 × 3 convolutions with batch-norm; each convolution and each norm is a stage."""
+
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         x = torch.relu(net.n0(net.c0(x)))
         y = torch.relu(net.n1(net.c1(x)))
         return net.head(torch.relu(x + net.n2(net.c2(y))).mean((2, 3)))
 
     conv3, bn = partial(conv, bias=False), partial(partial, BatchNorm2d)
-    model = make(forward, seed, c0=conv3(1, 2), n0=bn(2), c1=conv3(2, 3), n1=bn(3), c2=conv3(3, 2), n2=bn(2),
-                 head=(2, 3)).train(training)
+    model = make(
+        forward, seed, c0=conv3(1, 2), n0=bn(2), c1=conv3(2, 3), n1=bn(3), c2=conv3(3, 2), n2=bn(2), head=(2, 3)
+    ).train(training)
 
     def weights(name: str) -> Outputs:
         return lambda state, p: (F.conv2d(state[0], p[f"{name}.weight"], padding=1),)
@@ -257,23 +346,32 @@ def conv_residual(seed: int = 0, training: bool = True) -> Case:
                 mean, variance = torch.zeros_like(mean), torch.ones_like(variance)
             x = (x - mean.reshape(shape)) / (variance.reshape(shape) + 1e-5).sqrt()
             return (x * p[f"{name}.weight"].reshape(shape) + p[f"{name}.bias"].reshape(shape),)
+
         return apply
 
     def carry(state: State, h: State) -> State:
         return h[0], state[-1]
 
-    return Case(model, (1, 4, 4), everywhere([
-        stage("c0-", weights("c0")), stage("n0", normalise("n0"), lambda state, h: (torch.relu(h[0]),)),
-        stage("c1-", weights("c1"), carry),
-        stage("n1", normalise("n1"), lambda state, h: (torch.relu(h[0]), state[-1])),
-        stage("c2-", weights("c2"), carry),
-        stage("n2", normalise("n2"), lambda state, h: (torch.relu(state[-1] + h[0]).mean((2, 3)),)), HEAD]))
+    return Case(
+        model,
+        (1, 4, 4),
+        everywhere(
+            [
+                stage("c0-", weights("c0")),
+                stage("n0", normalise("n0"), lambda state, h: (torch.relu(h[0]),)),
+                stage("c1-", weights("c1"), carry),
+                stage("n1", normalise("n1"), lambda state, h: (torch.relu(h[0]), state[-1])),
+                stage("c2-", weights("c2"), carry),
+                stage("n2", normalise("n2"), lambda state, h: (torch.relu(state[-1] + h[0]).mean((2, 3)),)),
+                HEAD,
+            ]
+        ),
+    )
 
 
-CASES: dict[str, Callable[[], Case]] = {
-    "residual_relu": lambda: residual(act=torch.relu)} | {
-    build.__name__: build
-    for build in (mlp, residual, nested, consecutive, projection, gated, branches, attention)}
+CASES: dict[str, Callable[[], Case]] = {"residual_relu": lambda: residual(act=torch.relu)} | {
+    build.__name__: build for build in (mlp, residual, nested, consecutive, projection, gated, branches, attention)
+}
 
 
 # Modules without an oracle ----------------------------------------------------------------------------------
@@ -311,8 +409,10 @@ def resnet18_like(width: int = 2) -> Example:
         blocks = []
         for now in (width, 2 * width, 4 * width, 8 * width):
             blocks += [BasicBlock(max(now // 2, width), now, 1 + (now > width)), BasicBlock(now, now, 1)]
-        return nn.Sequential(conv_norm(3, width), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                             Linear(8 * width, 3))
+        return nn.Sequential(
+            conv_norm(3, width), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Linear(8 * width, 3)
+        )
+
     return example(seeded(build), (3, 8, 8))
 
 
@@ -342,8 +442,12 @@ def inception_like() -> Example:
         x = torch.cat([net.a(x), net.c(torch.relu(net.b(x))), pooled], 1)
         return net.head(torch.relu(x).mean((2, 3)))
 
-    return example(make(forward, a=conv(2, 2, kernel=1), b=conv(2, 3, kernel=1), c=conv(3, 2),
-                        p=conv(2, 2, kernel=1), head=(6, 3)), (2, 4, 4))
+    return example(
+        make(
+            forward, a=conv(2, 2, kernel=1), b=conv(2, 3, kernel=1), c=conv(3, 2), p=conv(2, 2, kernel=1), head=(6, 3)
+        ),
+        (2, 4, 4),
+    )
 
 
 def attention_block() -> Example:
@@ -353,33 +457,67 @@ def attention_block() -> Example:
         x = x + net.m2(F.gelu(net.m1(net.n2(x))))
         return net.head(x.mean(1))
 
-    return example(make(forward, n1=partial(nn.LayerNorm, 4), q=(4, 4), k=(4, 4), v=(4, 4), out=(4, 4),
-                        n2=partial(nn.LayerNorm, 4), m1=(4, 6), m2=(6, 4), head=(4, 3)), (3, 4))
+    return example(
+        make(
+            forward,
+            n1=partial(nn.LayerNorm, 4),
+            q=(4, 4),
+            k=(4, 4),
+            v=(4, 4),
+            out=(4, 4),
+            n2=partial(nn.LayerNorm, 4),
+            m1=(4, 6),
+            m2=(6, 4),
+            head=(4, 3),
+        ),
+        (3, 4),
+    )
 
 
 def siamese() -> Example:
-    return example(make(lambda net, x, y: net.head(torch.tanh(net.a(x)) * torch.tanh(net.a(y))),
-                        a=(4, 5), head=(5, 3)), (4,), (4,))
+    return example(
+        make(lambda net, x, y: net.head(torch.tanh(net.a(x)) * torch.tanh(net.a(y))), a=(4, 5), head=(5, 3)), (4,), (4,)
+    )
 
 
 def tied() -> Example:
-    return example(make(lambda net, x: net.head(F.linear(torch.tanh(net.a(x)), net.a.weight.T)),
-                        a=(4, 5), head=(4, 3)), (4,))
+    return example(
+        make(lambda net, x: net.head(F.linear(torch.tanh(net.a(x)), net.a.weight.T)), a=(4, 5), head=(4, 3)), (4,)
+    )
 
 
 def two_inputs() -> Example:
-    return example(make(lambda net, x, y: net.head(torch.tanh(torch.cat([net.a(x), net.b(y)], 1))),
-                        a=(4, 3), b=(2, 3), head=(6, 3)), (4,), (2,))
+    return example(
+        make(
+            lambda net, x, y: net.head(torch.tanh(torch.cat([net.a(x), net.b(y)], 1))), a=(4, 3), b=(2, 3), head=(6, 3)
+        ),
+        (4,),
+        (2,),
+    )
 
 
 def dict_output() -> Example:
-    return example(make(lambda net, x: {"logits": net.head(torch.tanh(net.a(x))), "value": net.value(x)},
-                        a=(4, 5), head=(5, 3), value=(4, 1)), (4,))
+    return example(
+        make(
+            lambda net, x: {"logits": net.head(torch.tanh(net.a(x))), "value": net.value(x)},
+            a=(4, 5),
+            head=(5, 3),
+            value=(4, 1),
+        ),
+        (4,),
+    )
 
 
 def dropout_mlp() -> Example:
-    return example(make(lambda net, x: net.head(net.mask(torch.tanh(net.a(x)))), a=(4, 6),
-                        mask=partial(nn.Dropout, 0.5), head=(6, 3)), (4,))
+    return example(
+        make(
+            lambda net, x: net.head(net.mask(torch.tanh(net.a(x)))),
+            a=(4, 6),
+            mask=partial(nn.Dropout, 0.5),
+            head=(6, 3),
+        ),
+        (4,),
+    )
 
 
 def frozen() -> Example:
@@ -389,12 +527,26 @@ def frozen() -> Example:
 
 
 def embedding_mlp() -> Example:
-    model = make(lambda net, words: net.head(torch.tanh(net.table(words)).mean(1)),
-                 table=lambda: nn.Embedding(6, 4), head=(4, 3))
+    model = make(
+        lambda net, words: net.head(torch.tanh(net.table(words)).mean(1)), table=lambda: nn.Embedding(6, 4), head=(4, 3)
+    )
     return Example(model, (torch.arange(12).reshape(4, 3) % 6,))
 
 
 EXAMPLES: dict[str, Callable[[], Example]] = {
     build.__name__: build
-    for build in (resnet18_like, densenet_like, unet_like, inception_like, attention_block, siamese, tied,
-                  two_inputs, dict_output, dropout_mlp, frozen, embedding_mlp)}
+    for build in (
+        resnet18_like,
+        densenet_like,
+        unet_like,
+        inception_like,
+        attention_block,
+        siamese,
+        tied,
+        two_inputs,
+        dict_output,
+        dropout_mlp,
+        frozen,
+        embedding_mlp,
+    )
+}

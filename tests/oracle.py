@@ -239,8 +239,9 @@ def outer_blocks(z: Tensor) -> Tensor:
     return torch.block_diag(*[torch.outer(row, row) for row in z])
 
 
-def stage_backward(t: int, group: Group, f_x: Tensor, f_u: Tensor, metric: Tensor, l_u: Tensor,
-                   options: Options, record: Record) -> None:
+def stage_backward(
+    t: int, group: Group, f_x: Tensor, f_u: Tensor, metric: Tensor, l_u: Tensor, options: Options, record: Record
+) -> None:
     """Gains of stage t and V_x, V_xx one stage earlier, for one group (metric and l_u: its share of them)."""
     batch = group.rows.stop - group.rows.start
     Q_x, Q_u = f_x.T @ group.V_x, f_u.T @ group.V_x + l_u
@@ -267,8 +268,9 @@ def stage_backward(t: int, group: Group, f_x: Tensor, f_u: Tensor, metric: Tenso
     group.V_xx = outer_blocks(group.z)
 
 
-def ddp_step(stages: Sequence[Stage], params: Params, inputs: State, targets: Tensor,
-             loss: Loss, base: Any, options: Options) -> tuple[Params, Record]:
+def ddp_step(
+    stages: Sequence[Stage], params: Params, inputs: State, targets: Tensor, loss: Loss, base: Any, options: Options
+) -> tuple[Params, Record]:
     """One update by theory.md sections 1 and 2; `loss` gives one number a sample."""
     assert options.recursion == "levenberg" or options.coupling == "block"
     record = Record()
@@ -278,8 +280,7 @@ def ddp_step(stages: Sequence[Stage], params: Params, inputs: State, targets: Te
     scale = 1 / batch if options.reduction == "mean" else 1.0
     record.loss = float(phi.sum() * scale)
     z = g * scale**0.5 if options.feedback is not False else torch.zeros_like(g)
-    groups = [Group(rows, scale * g[rows].flatten(), outer_blocks(z[rows]), z[rows])
-              for rows in options.groups(batch)]
+    groups = [Group(rows, scale * g[rows].flatten(), outer_blocks(z[rows]), z[rows]) for rows in options.groups(batch)]
     gradients = {len(stages): g}
     metrics: dict[int, Tensor] = {}
     for t in reversed(range(len(stages))):
@@ -292,8 +293,7 @@ def ddp_step(stages: Sequence[Stage], params: Params, inputs: State, targets: Te
         for group, (f_x, f_u) in zip(groups, parts, strict=True):
             share = (group.rows.stop - group.rows.start) / batch
             stage_backward(t, group, f_x, f_u, share * metrics[t], share * l_u, options, record)
-        pulls = [f_x.T @ gradients[t + 1][group.rows].flatten()
-                 for group, (f_x, _) in zip(groups, parts, strict=True)]
+        pulls = [f_x.T @ gradients[t + 1][group.rows].flatten() for group, (f_x, _) in zip(groups, parts, strict=True)]
         gradients[t] = torch.cat(pulls).reshape(batch, -1)
     new, moved = dict(params), inputs
     for t, stage in enumerate(stages):
@@ -313,17 +313,20 @@ def ddp_step(stages: Sequence[Stage], params: Params, inputs: State, targets: Te
     return new, record
 
 
-def sample_gradients(stages: Sequence[Stage], params: Params, states: list[State],
-                     g: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def sample_gradients(
+    stages: Sequence[Stage], params: Params, states: list[State], g: Tensor
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """g at every cut and γ (B × m) of every stage, `γ_i = (∂h_i/∂u)ᵀ ∂Σφ/∂h_i` (4e where samples mix)."""
     gradients, gammas = {len(stages): g}, {}
     for t in reversed(range(len(stages))):
         stage, state = stages[t], states[t]
         cotangent = unflat(gradients[t + 1], states[t + 1])
-        pull = vjp(partial(lambda stage, state, *hs: stage.combine(state, hs), stage, state),
-                   *stage.outputs(state, params))[1]
-        heads = partial(lambda stage, state, u: flat(stage.outputs(state, unpack(u, params, stage.names))),
-                        stage, state)
+        pull = vjp(
+            partial(lambda stage, state, *hs: stage.combine(state, hs), stage, state), *stage.outputs(state, params)
+        )[1]
+        heads = partial(
+            lambda stage, state, u: flat(stage.outputs(state, unpack(u, params, stage.names))), stage, state
+        )
         jacobian = jacrev(heads)(pack(params, stage.names))
         gammas[t] = torch.einsum("bh,bhm->bm", flat(pull(cotangent)), jacobian)
         pull = vjp(partial(lambda stage, *values: stage.step(values, params), stage), *state)[1]
@@ -331,9 +334,17 @@ def sample_gradients(stages: Sequence[Stage], params: Params, states: list[State
     return gradients, gammas
 
 
-def collapsed_step(stages: Sequence[Stage], params: Params, inputs: State, targets: Tensor,
-                   loss: Loss, base: Any, options: Options, *,
-                   decay_terms: bool = True) -> tuple[Params, Record]:
+def collapsed_step(
+    stages: Sequence[Stage],
+    params: Params,
+    inputs: State,
+    targets: Tensor,
+    loss: Loss,
+    base: Any,
+    options: Options,
+    *,
+    decay_terms: bool = True,
+) -> tuple[Params, Record]:
     """One update by theory.md 4a (full, groups) or 4b (block); `decay_terms=False`: y = 1, 4a as printed."""
     record = Record()
     states = trajectory(stages, params, inputs)
@@ -366,7 +377,8 @@ def collapsed_step(stages: Sequence[Stage], params: Params, inputs: State, targe
         elif options.recursion == "levenberg":
             Q_uu, rho = torch.diag(metrics[t]) + gamma.T @ P @ gamma, P
             plans[t] = lambda c, Q=Q_uu, rho=rho, a=alpha, gamma=gamma, l_u=l_u, M=metrics[t]: (
-                M * torch.linalg.solve(Q, gamma.T @ (a + rho @ c) + l_u))
+                M * torch.linalg.solve(Q, gamma.T @ (a + rho @ c) + l_u)
+            )
             alpha = alpha - rho @ gamma @ torch.linalg.solve(Q_uu, gamma.T @ alpha + l_u)
             P = torch.diag(torch.diag(rho - rho @ gamma @ torch.linalg.solve(Q_uu, gamma.T @ rho)))
         else:
@@ -388,9 +400,17 @@ def collapsed_step(stages: Sequence[Stage], params: Params, inputs: State, targe
     return new, record
 
 
-def run(stages: Sequence[Stage], params: Params, batches: Iterable[tuple[State, Tensor]],
-        loss: Loss, base: Any, options: Options = Options(), *,
-        method: Callable[..., tuple[Params, Record]] = ddp_step, **extra: Any) -> tuple[Params, list[Record]]:
+def run(
+    stages: Sequence[Stage],
+    params: Params,
+    batches: Iterable[tuple[State, Tensor]],
+    loss: Loss,
+    base: Any,
+    options: Options = Options(),
+    *,
+    method: Callable[..., tuple[Params, Record]] = ddp_step,
+    **extra: Any,
+) -> tuple[Params, list[Record]]:
     """Several steps by `ddp_step` or `collapsed_step`; the base method keeps its state between them."""
     records, params = [], {name: value.detach().clone() for name, value in params.items()}
     for inputs, targets in batches:

@@ -64,9 +64,7 @@ def combinations() -> Iterator[Any]:
             yield pytest.param(name, options, id=name + "-" + "-".join(map(str, values)))
 
 
-def one_step(
-    c: Curvature, param: Tensor, gradient: Tensor, state: Any, group: Any
-) -> tuple[Tensor, dict[str, Any]]:
+def one_step(c: Curvature, param: Tensor, gradient: Tensor, state: Any, group: Any) -> tuple[Tensor, dict[str, Any]]:
     linear = c.linear_term(param, group)
     g = gradient if linear is None else gradient + linear
     state = c.observe(param, g if c.needs_statistics else None, state, group)

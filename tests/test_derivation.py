@@ -18,7 +18,9 @@ N, M = Symbol("n", integer=True, positive=True), Symbol("m", integer=True, posit
 
 
 class Residual(nn.Module):
-    """``x + W_tf tanh(… tanh(W_ts x))`` with ``depth`` layers beside the shortcut, one layer before and one after it."""
+    """``x + W_tf tanh(… tanh(W_ts x))`` with ``depth`` layers beside the shortcut, one layer before and one
+    after it.
+    """
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -73,7 +75,9 @@ def test_residual_gain_is_equation_9() -> None:
 
 def test_gains_without_shortcut_are_unchanged() -> None:
     """Eq. 9: "k and K are the same open and feedback gains computed in the absence of shortcut"."""
-    graph = build_graph(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2)), (torch.zeros(2, 3),), Options())
+    graph = build_graph(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2)), (torch.zeros(2, 3),), Options()
+    )
     plain = derive(graph).stages[1].derivation
     beside = residual_stages(3)[1].derivation
     for name in ("k", "K"):
@@ -94,7 +98,9 @@ def test_recursion_beside_the_shortcut_is_equation_10(position: int) -> None:
 
 
 def test_terminal_conditions_of_equation_10() -> None:
-    """At tf the merge makes ``V_xxr`` and ``V_xrxr`` start from ``V_xx`` at tf+1: the Jacobian in ``x_r`` is ``I`` (26a)."""
+    """At tf the merge makes ``V_xxr`` and ``V_xrxr`` start from ``V_xx`` at tf+1: the Jacobian in ``x_r`` is
+    ``I`` (26a).
+    """
     d = residual_stages(3)[-1].derivation
     assert d.state["x", "r"] == Identity(d.value_x["x"].shape[0])
     v_xx = d.value_xx["x", "x"]
@@ -128,13 +134,13 @@ def test_value_at_the_fork_is_equations_11_and_12(depth: int) -> None:
     v_end_xx = square(stages[-1].derivation.value_xx["x", "x"], end - 1)
     v_end = square(stages[-1].derivation.value_x["x"], end - 1)
     assert is_equal(found_x, feedforward_x + v_end - sum_x - residual.T * q_uu * k)
-    assert is_equal(
-        found_xx, feedforward_xx + v_end_xx - sum_xx - residual.T * q_uu * residual + mixed + mixed.T
-    )
+    assert is_equal(found_xx, feedforward_xx + v_end_xx - sum_xx - residual.T * q_uu * residual + mixed + mixed.T)
 
 
 def _along_the_shortcut(stages: list[DerivedStage]) -> tuple[MatrixExpr, MatrixExpr, MatrixExpr, MatrixExpr]:
-    """``V_r`` and ``V_rr`` after the fork by chaining the derived recursions, and the sums of Eq. 11 and 12 over (ts, tf]."""
+    """``V_r`` and ``V_rr`` after the fork by chaining the derived recursions, and the sums of Eq. 11 and 12
+    over (ts, tf].
+    """
     v_r = v_rr = None
     total_x, total_xx = [], []
     for index in range(len(stages) - 1, 0, -1):

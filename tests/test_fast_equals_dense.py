@@ -70,7 +70,9 @@ def test_projection_schedules(schedule: str, curvature: str, form: str) -> None:
 
 def test_schedules_differ() -> None:
     """Placement changes the update: the test above compares three different programs."""
-    found = [trained(networks.projection(), schedule=s, curvature="sgd", lr=0.5) for s in ("asap", "alap", "sequential")]
+    found = [
+        trained(networks.projection(), schedule=s, curvature="sgd", lr=0.5) for s in ("asap", "alap", "sequential")
+    ]
     for i in range(3):
         assert (found[i] - found[i - 1]).abs().max() > 1e-6
 

@@ -22,21 +22,43 @@ def arguments(setting: str, options: Options) -> dict[str, Any]:
     """The package's words for a setting and the oracle's options."""
     name, keywords = SETTINGS[setting]
     loss = torch.nn.CrossEntropyLoss(reduction=options.reduction)
-    return {"loss": loss, "curvature": name, "coupling": options.coupling, "recursion": options.recursion,
-            "feedback": options.feedback, "feedback_clip": options.clip, **keywords}
+    return {
+        "loss": loss,
+        "curvature": name,
+        "coupling": options.coupling,
+        "recursion": options.recursion,
+        "feedback": options.feedback,
+        "feedback_clip": options.clip,
+        **keywords,
+    }
 
 
-def check(case: Case, setting: str, options: Options, schedule: str = "asap", method: Any = ddp_step,
-          backend: str = "fast", given: dict[str, int] | None = None) -> None:
+def check(
+    case: Case,
+    setting: str,
+    options: Options,
+    schedule: str = "asap",
+    method: Any = ddp_step,
+    backend: str = "fast",
+    given: dict[str, int] | None = None,
+) -> None:
     """`given`: the package gets this mapping of players to stages in place of the schedule's name."""
     name, keywords = SETTINGS[setting]
     data = batches(case, STEPS)
-    expected, records = run(case.stages[schedule], parameters(case.model), data, cross_entropy,
-                            BASES[name](**keywords), options, method=method)
+    expected, records = run(
+        case.stages[schedule],
+        parameters(case.model),
+        data,
+        cross_entropy,
+        BASES[name](**keywords),
+        options,
+        method=method,
+    )
     if options.feedback is True:
         assert max(record.feedback_norm for record in records) > 1e-6  # the test would see a missing gain
-    optimizer = compile_optimizer(case.model, data[0][0][0], schedule=given or schedule, backend=backend,
-                                  **arguments(setting, options))
+    optimizer = compile_optimizer(
+        case.model, data[0][0][0], schedule=given or schedule, backend=backend, **arguments(setting, options)
+    )
     losses = [float(optimizer.step(x, y)) for (x,), y in data]
     assert losses == pytest.approx([record.loss for record in records], abs=TOLERANCE)
     assert distance(parameters(case.model), expected) < TOLERANCE

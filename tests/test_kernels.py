@@ -38,9 +38,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
-def oracle(
-    function: Layer, operands: tuple[Tensor, ...], g: Tensor, params: Params, wants: tuple[bool, ...]
-) -> Any:
+def oracle(function: Layer, operands: tuple[Tensor, ...], g: Tensor, params: Params, wants: tuple[bool, ...]) -> Any:
     """``γ`` of each wanted parameter: gradients of ``⟨g_i, h_i⟩``, sample after sample."""
     leaves = tuple(None if p is None else p.clone().requires_grad_() for p in params)
     h = function(leaves, *operands)
@@ -77,9 +75,7 @@ def check(
     if hasattr(kernels, f"{prefix}_prepare"):
         operands = getattr(kernels, f"{prefix}_prepare")(operands, **options)
 
-    def compare(
-        operands: tuple[Tensor, ...], g: Tensor, gamma: list[Tensor], weighted: bool, **more: Any
-    ) -> None:
+    def compare(operands: tuple[Tensor, ...], g: Tensor, gamma: list[Tensor], weighted: bool, **more: Any) -> None:
         def call(name: str, *extra: Any) -> Any:
             return getattr(kernels, f"{prefix}_{name}")(operands, g, params, wants, *extra, **options, **more)
 
@@ -142,9 +138,7 @@ def test_linear(shape: tuple[int, ...], metric: str, chunk: int) -> None:
     samples=st.integers(1, 5), positions=st.lists(st.integers(1, 4), max_size=2), n=st.integers(1, 9),
     m=st.integers(1, 9), bias=st.booleans(), metric=st.sampled_from(sorted(METRICS)),
 )  # fmt: skip
-def test_linear_any_shape(
-    samples: int, positions: list[int], n: int, m: int, bias: bool, metric: str
-) -> None:
+def test_linear_any_shape(samples: int, positions: list[int], n: int, m: int, bias: bool, metric: str) -> None:
     params = (draw(m, n), draw(m) if bias else None)
     check("linear", linear, (draw(samples, *positions, n),), params, metric=metric)
 
@@ -337,7 +331,7 @@ def test_generic_without_vmap_and_forward_mode() -> None:
 
 
 def test_generic_checkpointed_inputs_need_no_grad_mode() -> None:
-    function, operands, batched, params = GENERIC["scale"]
+    function, operands, _, params = GENERIC["scale"]
     leaves = tuple(p.clone().requires_grad_() for p in params if p is not None)
     with torch.no_grad():
         g = draw(4, 3, 2)

@@ -201,9 +201,7 @@ class Focal(nn.CrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         entropy = F.cross_entropy(input, target, reduction="none")
         found = (1 - (-entropy).exp()) ** 2 * entropy
-        return (
-            found if self.reduction == "none" else found.mean() if self.reduction == "mean" else found.sum()
-        )
+        return found if self.reduction == "none" else found.mean() if self.reduction == "mean" else found.sum()
 
 
 class Stubborn(nn.MSELoss):
@@ -231,7 +229,7 @@ def test_module_of_the_users_own(reduction: str) -> None:
 
 
 def test_mismatch() -> None:
-    with pytest.raises(CompileError, match="the loss Stubborn is .*, but its samples add up to"):
+    with pytest.raises(CompileError, match=r"the loss Stubborn is .*, but its samples add up to"):
         check(split(Stubborn()), real(B, C), real(B, C))
 
 

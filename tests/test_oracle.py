@@ -23,8 +23,7 @@ from oracle import BASES, Options, Stage, collapsed_step, ddp_step, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TORCH = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam,
-         "adamw": torch.optim.AdamW}
+TORCH = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("sgd", {"lr": 0.7}),
     "momentum": ("sgd", {"lr": 0.5, "momentum": 0.8, "weight_decay": 0.05}),
@@ -35,10 +34,15 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {"lr": 0.05, "weight_decay": 0.1}),
 }
 COUPLINGS: dict[str, Options] = {
-    "full": Options(), "groups": Options(coupling=3), "samples": Options(coupling=1),
-    "block": Options(coupling="block"), "substituted": Options("block", "substituted"),
-    "printed": Options("block", "printed"), "open": Options(feedback="open"),
-    "unclipped": Options(clip=None), "sum": Options(coupling=3, reduction="sum"),
+    "full": Options(),
+    "groups": Options(coupling=3),
+    "samples": Options(coupling=1),
+    "block": Options(coupling="block"),
+    "substituted": Options("block", "substituted"),
+    "printed": Options("block", "printed"),
+    "open": Options(feedback="open"),
+    "unclipped": Options(clip=None),
+    "sum": Options(coupling=3, reduction="sum"),
     "base": Options(feedback=False),
 }
 BUILDERS = CASES | {"conv_residual_eval": lambda: conv_residual(training=False)}
@@ -61,11 +65,17 @@ def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(float((left[n] - v).abs().max() / v.abs().max().clamp_min(1)) for n, v in right.items())
 
 
-def solve(case: Case, setting: str, options: Options, steps: int = 3, schedule: str = "asap",
-          **extra: Any) -> Any:
+def solve(case: Case, setting: str, options: Options, steps: int = 3, schedule: str = "asap", **extra: Any) -> Any:
     name, keywords = SETTINGS[setting]
-    return run(case.stages[schedule], parameters(case.model), batches(case, steps), cross_entropy,
-               BASES[name](**keywords), options, **extra)
+    return run(
+        case.stages[schedule],
+        parameters(case.model),
+        batches(case, steps),
+        cross_entropy,
+        BASES[name](**keywords),
+        options,
+        **extra,
+    )
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -90,8 +100,10 @@ def test_linear_dynamics_give_the_minimum_of_the_quadratic_model(method: Any, we
     torch.manual_seed(0)
     batch, lr = 3, 2.0
     maps = [(torch.randn(2, 2).double(), torch.randn(2, 2).double()) for _ in range(3)]
-    stages = [Stage((f"u{t}",), lambda s, p, t=t, B=B: (s[0] * 0 + p[f"u{t}"] @ B,),
-                    lambda s, h, A=A: (s[0] @ A + h[0],)) for t, (A, B) in enumerate(maps)]
+    stages = [
+        Stage((f"u{t}",), lambda s, p, t=t, B=B: (s[0] * 0 + p[f"u{t}"] @ B,), lambda s, h, A=A: (s[0] @ A + h[0],))
+        for t, (A, B) in enumerate(maps)
+    ]
     params = {f"u{t}": torch.randn(2).double() for t in range(3)}
     x, goal = torch.randn(batch, 2).double(), torch.randn(batch, 2).double()
 
@@ -172,6 +184,7 @@ def test_clipped_radicands_are_counted() -> None:
     case = residual()
     args = (case.stages["asap"], parameters(case.model), batches(case, 1), cross_entropy)
     for method in (ddp_step, collapsed_step):
+
         def count(lr: float, recursion: str, method: Any = method) -> int:
             _, records = run(*args, BASES["sgd"](lr=lr), Options("block", recursion), method=method)
             return records[0].clipped_radicands

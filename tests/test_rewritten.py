@@ -42,8 +42,9 @@ def projection_over_z(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def rewritten(case: Case, run: Callable[..., Tensor]) -> nn.Module:
-    layers = {name: type(layer)(layer.in_features, layer.out_features).double()
-              for name, layer in case.model.named_children()}
+    layers = {
+        name: type(layer)(layer.in_features, layer.out_features).double() for name, layer in case.model.named_children()
+    }
     module = Net(run, **layers)
     module.load_state_dict(case.model.state_dict())
     return module
@@ -51,10 +52,10 @@ def rewritten(case: Case, run: Callable[..., Tensor]) -> nn.Module:
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("setting", ["momentum", "rmsprop", "adam"])
-@pytest.mark.parametrize(("build", "run"), [(residual, residual_over_z), (nested, nested_over_z),
-                                            (projection, projection_over_z)])
-def test_same_update(build: Callable[[], Case], run: Callable[..., Tensor], setting: str,
-                     regime: str) -> None:
+@pytest.mark.parametrize(
+    ("build", "run"), [(residual, residual_over_z), (nested, nested_over_z), (projection, projection_over_z)]
+)
+def test_same_update(build: Callable[[], Case], run: Callable[..., Tensor], setting: str, regime: str) -> None:
     case = build()
     module = rewritten(case, run)
     data = batches(case, 5)

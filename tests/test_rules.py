@@ -122,9 +122,7 @@ def test_anything_unusual_is_generic(operation: Op) -> None:
 
 
 def test_no_rule_is_an_error_that_says_where() -> None:
-    drawing = Op(
-        "h", "noise", torch.mul, (X, W), shape=(4, 2), dtype=torch.float32, random=True, module="a.b"
-    )
+    drawing = Op("h", "noise", torch.mul, (X, W), shape=(4, 2), dtype=torch.float32, random=True, module="a.b")
     with pytest.raises(CompileError, match=r"a\.b.*random"):
         choose(drawing, frozenset({"w"}))
 

@@ -1,4 +1,6 @@
-"""The collapsed recursion: what is left of a stage once its value function is written in the back-propagated gradients."""
+"""The collapsed recursion: what is left of a stage once its value function is written in the back-propagated
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ class CollapsedForm:
     """The equations the fast program runs, one set for every stage, and the claims they rest on.
 
     Attributes:
-        name: ``"information"`` (theory: 4a, full batch coupling and groups), ``"block"`` (per-sample coupling, Levenberg
+        name: ``"information"`` (theory: 4a, full batch coupling and groups), ``"block"`` (per-sample coupling,
+        Levenberg
             stage Hessian), ``"substituted"`` and ``"printed"`` (4b, the paper's own), ``"base"`` (feedback off).
         backward: equations of the backward sweep, in order, by the name of what they define.
         forward: equations of the forward sweep.

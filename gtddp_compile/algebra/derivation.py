@@ -37,7 +37,8 @@ class StageDerivation:
         value_x, value_xx: symbols of the value function's derivatives at t+1, by output(s).
         linear, curvature: symbols ``ℓ_u`` and ``M`` by control.
         q_x, q_u, q_uu, q_ux, q_xx: the stage's expansion.
-        joint_u, joint_uu, joint_ux: the same for the coalition's controls side by side (one block if there is one player).
+        joint_u, joint_uu, joint_ux: the same for the coalition's controls side by side (one block if there is one
+        player).
         k: the open gain. gains: the feedback gains by input: ``K``, ``G`` (Eq. 9), …
         new_value_x, new_value_xx: the recursion (Eq. 6, 10, 29, 30).
     """

@@ -1,6 +1,7 @@
 """Which blocks of a stage's augmented Jacobians are zero or identity by construction: read off the operations.
 
-A block is followed along every path from a value of the cut (or a player's control) to a value of the next cut: additions
+A block is followed along every path from a value of the cut (or a player's control) to a value of the next cut:
+additions
 add, reshapes pass (a value is a flat vector in the state), anything else is dense.
 """
 

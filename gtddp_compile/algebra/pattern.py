@@ -1,6 +1,7 @@
 """The shape of a stage: which blocks of its augmented Jacobians are zero, identity or dense.
 
-Two stages with the same pattern have the same derivation; that is why deriving costs the same for 10 layers as for 1000.
+Two stages with the same pattern have the same derivation; that is why deriving costs the same for 10 layers as for
+1000.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class StagePattern:
     def __str__(self) -> str:
         rows = []
         for o, output in enumerate(self.outputs):
-            cells = [str(entry) for entry in self.state[o]] + [str(entry).replace("J", "F") for entry in self.control[o]]
+            cells = [str(entry) for entry in self.state[o]] + [
+                str(entry).replace("J", "F") for entry in self.control[o]
+            ]
             rows.append(f"{output}' <- [{'  '.join(cells)}]")
         return f"({', '.join(self.inputs)}; {', '.join(self.controls)})\n" + "\n".join(rows)

@@ -52,9 +52,7 @@ def _build(name: str, options: dict[str, Any]) -> Curvature:
     if unknown:
         why = f"curvature {name!r} has no option {_listed(unknown)}"
         if IMPLEMENTATION_ONLY.intersection(unknown):
-            why += (
-                " (it would only choose between implementations of the same update, which the compiler does)"
-            )
+            why += " (it would only choose between implementations of the same update, which the compiler does)"
         raise CompileError(why, f"Its options are {', '.join(known)}")
     built: Curvature = kind(**options)
     return built

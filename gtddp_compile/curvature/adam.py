@@ -102,9 +102,7 @@ class Adam:
         """``lr / (√v̂ + eps)``, shape of the parameter."""
         return _denominator(param, state, group).reciprocal_().mul_(scalar(group["lr"], param))
 
-    def apply(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """``δu`` and the state with the new first moment; both of the parameter's shape."""
         beta1, lr, decay = group["betas"][0], group["lr"], group["weight_decay"]
         mean = torch.lerp(state["exp_avg"], g_hat, 1 - beta1)
@@ -112,11 +110,7 @@ class Adam:
         delta = torch.div(mean, _denominator(param, state, group)).mul_(step)
         if decay != 0 and group["decoupled_weight_decay"]:
             factor = scalar(-lr * decay, param)
-            delta = (
-                delta.addcmul_(param, factor)
-                if isinstance(factor, Tensor)
-                else delta.add_(param, alpha=factor)
-            )
+            delta = delta.addcmul_(param, factor) if isinstance(factor, Tensor) else delta.add_(param, alpha=factor)
         return delta, {**state, "exp_avg": mean}
 
 

@@ -4,7 +4,8 @@ A curvature is an immutable object of options with torch.optim's names and defau
 new state and leave the old one as it was, so that a failed step changes nothing. Tensors in a state are keyed as
 torch.optim keys them (``"exp_avg"``, ``"square_avg"``, ``"momentum_buffer"``, ``"step"``).
 
-With ``g_stat = Q_u = γᵀ α_{t+1} + ℓ_u`` (what statistics are taken from) and ``ĝ = γᵀ w + ℓ_u`` (what takes the gradient's
+With ``g_stat = Q_u = γᵀ α_{t+1} + ℓ_u`` (what statistics are taken from) and ``ĝ = γᵀ w + ℓ_u`` (what takes the
+gradient's
 place in the update), the three calls of one step are, for each parameter::
 
     state  = c.observe(param, g_stat, state, group)          # second moments, step count
@@ -12,7 +13,8 @@ place in the update), the three calls of one step are, for each parameter::
     delta, state = c.apply(param, g_hat, state, group)       # first moment / momentum, then the parameter change
 
 With feedback off ``g_stat = ĝ = ∂J/∂u (+ ℓ_u)`` and the three together are torch.optim's own update (Proposition 4).
-``ℓ_u`` is the gradient of coupled weight decay, ``λ u``: :meth:`linear_term`. Decoupled decay (AdamW) is part of ``delta``.
+``ℓ_u`` is the gradient of coupled weight decay, ``λ u``: :meth:`linear_term`. Decoupled decay (AdamW) is part of
+``delta``.
 """
 
 from __future__ import annotations

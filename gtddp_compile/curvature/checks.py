@@ -46,11 +46,7 @@ def number(name: str, option: str, value: object) -> float:
 
 def out_of_range(name: str, option: str, value: object, wanted: str) -> CompileError:
     """The error of a bad option."""
-    shown = (
-        f"a tensor of shape {tuple(value.shape)}"
-        if isinstance(value, Tensor) and value.numel() != 1
-        else value
-    )
+    shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.numel() != 1 else value
     return CompileError(f"{name}: {option} is {shown!s}", f"Give {option} {wanted}")
 
 

@@ -99,16 +99,12 @@ class RMSprop:
         """``lr / (√v + eps)``, shape of the parameter."""
         return _denominator(state, group).reciprocal_().mul_(scalar(group["lr"], param))
 
-    def apply(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """``δu`` and the state with the new momentum buffer; both of the parameter's shape."""
         new, momentum, denominator = dict(state), group["momentum"], _denominator(state, group)
         step = -scalar(group["lr"], param)
         if momentum > 0:
-            new["momentum_buffer"] = torch.mul(state["momentum_buffer"], momentum).addcdiv_(
-                g_hat, denominator
-            )
+            new["momentum_buffer"] = torch.mul(state["momentum_buffer"], momentum).addcdiv_(g_hat, denominator)
             return new["momentum_buffer"] * step, new
         return torch.div(g_hat, denominator).mul_(step), new
 

@@ -85,9 +85,7 @@ class SGD:
         """``lr``."""
         return scalar(group["lr"], param)
 
-    def apply(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """``δu`` and the state with the new momentum buffer; both of the parameter's shape."""
         new, momentum, direction = dict(state), group["momentum"], g_hat
         if momentum != 0:

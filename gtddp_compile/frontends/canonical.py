@@ -1,6 +1,7 @@
 """One name and one function for every operation, whichever way it was written.
 
-``x.relu_()``, ``F.relu(x, inplace=True)``, ``torch.relu(x)`` and ``aten.relu_`` are the kind ``"relu"``; the in-place ones
+``x.relu_()``, ``F.relu(x, inplace=True)``, ``torch.relu(x)`` and ``aten.relu_`` are the kind ``"relu"``; the in-place
+ones
 are marked as such and replaced by their out-of-place twins.
 """
 
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch._ops import OpOverload
 
 from gtddp_compile import kernels
@@ -33,7 +33,18 @@ KINDS = {
 }  # fmt: skip
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 RANDOM = frozenset(
-    {"bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "uniform"}
+    {
+        "bernoulli",
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "normal",
+        "uniform",
+    }
     | {"multinomial", "poisson", "exponential", "cauchy", "geometric", "log_normal", "random", "gumbel_softmax"}
 )
 DROPPING = frozenset(
@@ -193,5 +204,3 @@ ATEN: Mapping[str, Callable[[dict[str, Any]], Arguments]] = {
     "embedding": _embedding,
 }
 """aten operators that have a torch.nn.functional form which a rule knows."""
-
-

@@ -62,9 +62,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
         return Reference(tuple(value.detach() for value in found), _gradients(found, params), buffers)
 
 
-def run(
-    graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Reference
-) -> tuple[OpGraph, Reference]:
+def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Reference) -> tuple[OpGraph, Reference]:
     """Run a recording the same way; the graph comes back with the shapes and dtypes of its values.
 
     Raises:
@@ -124,7 +122,9 @@ def _leaves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def _gradients(outputs: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """Gradients of ``Σ_j cos(j) y_j`` over all entries of the outputs."""
     reached = [value for value in outputs if value.requires_grad]
-    weights = [torch.arange(v.numel(), dtype=torch.float32).cos().to(v.device, v.dtype).reshape(v.shape) for v in reached]
+    weights = [
+        torch.arange(v.numel(), dtype=torch.float32).cos().to(v.device, v.dtype).reshape(v.shape) for v in reached
+    ]
     wanted = {name: p for name, p in params.items() if p.requires_grad}
     found = torch.autograd.grad(reached, list(wanted.values()), weights, allow_unused=True)
     return dict(zip(wanted, found, strict=True))

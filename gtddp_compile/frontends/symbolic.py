@@ -56,9 +56,7 @@ class Tracer(fx.Tracer):
         self.constants: dict[str, Tensor] = {}
         self.failed_in: str | None = None
 
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """One placeholder for every input given; other arguments keep their defaults."""
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self._names)]
 

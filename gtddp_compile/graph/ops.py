@@ -46,6 +46,7 @@ class Method:
     name: str
 
     def __call__(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the method on ``value``."""
         return getattr(value, self.name)(*args, **kwargs)
 
 

@@ -163,9 +163,7 @@ def generic_gram(
     samples = g.shape[0]
     step = max(1, CHUNK // samples)
     gram = g.new_zeros(samples, samples)
-    for gradient, entry in zip(
-        generic_per_sample(operands, g, params, wants, **options), metric, strict=True
-    ):
+    for gradient, entry in zip(generic_per_sample(operands, g, params, wants, **options), metric, strict=True):
         flat = gradient.reshape(samples, -1)
         scale = entry.reshape(-1) if isinstance(entry, Tensor) else None
         for start in range(0, flat.shape[1], step):
@@ -189,9 +187,7 @@ def generic_gram_diagonal(
     """The diagonal of ``γ M⁻¹ γᵀ``, ``(B,)``."""
     gradients = generic_per_sample(operands, g, params, wants, **options)
     pairs = zip(gradients, metric, strict=True)
-    return torch.stack([(rows.square() * entry).reshape(g.shape[0], -1).sum(1) for rows, entry in pairs]).sum(
-        0
-    )
+    return torch.stack([(rows.square() * entry).reshape(g.shape[0], -1).sum(1) for rows, entry in pairs]).sum(0)
 
 
 def generic_directional(

@@ -23,9 +23,7 @@ def tap(value: Tensor) -> Tensor:
     return value.requires_grad_() if torch.is_grad_enabled() and not value.requires_grad else value
 
 
-def pull_back(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Vector-Jacobian product of one stage, zero where an input does not matter."""
     reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
     if not reached:
@@ -122,9 +120,7 @@ def joint_gram(gradients: tuple[Tensor, ...], metric: tuple[Any, ...], rows: Seq
     return tuple(found)
 
 
-def gather(
-    order: tuple[str, ...], *parts: tuple[tuple[str, ...], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
+def gather(order: tuple[str, ...], *parts: tuple[tuple[str, ...], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Add up what several uses say about the same parameters, in the given order."""
     totals: dict[str, Tensor] = {}
     for names, tensors in parts:
@@ -163,9 +159,7 @@ def solve(factors: Blocks, vector: Tensor) -> Tensor:
     if len(factors) == 1:
         return torch.cholesky_solve(vector.unsqueeze(1), factors[0]).squeeze(1)
     pieces = vector.split([block.shape[0] for block in factors])
-    solved = [
-        torch.cholesky_solve(v.unsqueeze(1), block).squeeze(1) for v, block in zip(pieces, factors, strict=True)
-    ]
+    solved = [torch.cholesky_solve(v.unsqueeze(1), block).squeeze(1) for v, block in zip(pieces, factors, strict=True)]
     return torch.cat(solved)
 
 
@@ -177,5 +171,3 @@ def inverse_diagonal(factors: Blocks) -> Tensor:
 def bind(function: Callable[..., Any], *extras: Any) -> Callable[..., Any]:
     """A player's function with the sizes it reads filled in."""
     return functools.partial(function, *extras)
-
-

@@ -22,13 +22,7 @@ class GenericRule:
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """Every operation whose value is one differentiable tensor, that draws and writes nothing."""
-        return (
-            op.target is not None
-            and op.is_tensor
-            and op.is_differentiable
-            and not op.random
-            and not op.advances
-        )
+        return op.target is not None and op.is_tensor and op.is_differentiable and not op.random and not op.advances
 
     def operands(self, op: Op) -> tuple[Ref | BufferRef, ...]:
         """Every value and buffer the operation reads, without repeats."""

@@ -1,6 +1,7 @@
 """The dense backend: the derivation itself, executed with explicit Jacobians and matrices.
 
-Slow and memory-hungry on purpose: it multiplies out what the collapse avoids, shares no formula with the generated code,
+Slow and memory-hungry on purpose: it multiplies out what the collapse avoids, shares no formula with the generated
+code,
 and is what that code is compared with. For networks of a few hundred activations.
 """
 
@@ -107,7 +108,9 @@ class DenseBackend:
             equation = stage.derivation.q_u[letter]
             total = None
             for values, size in opened:
-                values[stage.derivation.linear[letter]] = torch.zeros(size[equation.symbol.shape[0]], 1).to(jacobians.dtype)
+                values[stage.derivation.linear[letter]] = torch.zeros(size[equation.symbol.shape[0]], 1).to(
+                    jacobians.dtype
+                )
                 found = evaluate(equation.expression, values, size)
                 total = found if total is None else total + found
             assert total is not None
@@ -184,7 +187,9 @@ class DenseBackend:
                 m.keep(stage.index, radicands=_clip_negative(value_xx, count))
         group.value_x, group.value_xx = value_x, value_xx
 
-    def _widths(self, values: dict[Any, Tensor], stage: DerivedStage, i: str, ins: tuple[str, ...], count: int) -> list[int]:
+    def _widths(
+        self, values: dict[Any, Tensor], stage: DerivedStage, i: str, ins: tuple[str, ...], count: int
+    ) -> list[int]:
         sizes = []
         for name in ins:
             shape = self.program.graph.value[name].shape
@@ -219,9 +224,7 @@ class DenseBackend:
             if stage.index + 1 < len(self.program.derived.stages):
                 trajectory.run_again(stage.index, moved, q)
 
-    def _believe(
-        self, m: BaseMethod, t: int, change: dict[str, Tensor], g: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _believe(self, m: BaseMethod, t: int, change: dict[str, Tensor], g: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scale each sample's ``δx̂`` so that the change it predicts stays within the clip (theory: 4a)."""
         clip = self.program.options.feedback_clip
         c = torch.stack([(g[name] * delta).sum(1) for name, delta in change.items()]).sum(0)
@@ -251,9 +254,7 @@ def _per_sample(block: Tensor, count: int) -> Tensor:
 
 def _clip_negative(value_xx: dict[tuple[str, str], Tensor], count: int) -> Tensor:
     """Zero the Hessian of every sample whose radicand is negative: its (rank-one) Hessian has a negative trace."""
-    trace = sum(
-        block.diagonal().reshape(count, -1).sum(1) for (a, c), block in value_xx.items() if a == c
-    )
+    trace = sum(block.diagonal().reshape(count, -1).sum(1) for (a, c), block in value_xx.items() if a == c)
     assert isinstance(trace, Tensor)
     negative = trace < 0
     for pair, block in value_xx.items():

@@ -46,7 +46,9 @@ class Diagnostics:
         return found
 
     def _norms(self) -> tuple[dict[str, float], dict[str, float]]:
-        """``√(wᵀ Γ_p w)`` of the open weights and of what feedback adds to them: norms of ``δu`` in the metric ``M``."""
+        """``√(wᵀ Γ_p w)`` of the open weights and of what feedback adds to them: norms of ``δu`` in the metric
+        ``M``.
+        """
         opened, fed = {}, {}
         for stage in self._stages.values():
             if "factor" not in stage:
@@ -58,7 +60,9 @@ class Diagnostics:
         return opened, fed
 
     def _decrease(self) -> float:
-        """``½ Σ_t Q_uᵀ Q_uu⁻¹ Q_u`` without the decay's own part: as ``α = α' + P' Cᵀ k``, ``½ (P'⁻¹ α')ᵀ (α' - α)``."""
+        """``½ Σ_t Q_uᵀ Q_uu⁻¹ Q_u`` without the decay's own part: as ``α = α' + P' Cᵀ k``, ``½ (P'⁻¹ α')ᵀ (α' -
+        α)``.
+        """
         total = 0.0
         for index, stage in self._stages.items():
             if "factor" not in stage:

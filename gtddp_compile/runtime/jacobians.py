@@ -170,7 +170,9 @@ class Trajectory:
             if o in stage.live:  # carried: an identity block
                 for name, flat in zip(columns, points, strict=True):
                     own = self.values[o].numel()
-                    blocks[o, name] = torch.eye(own, dtype=flat.dtype) if name == o else flat.new_zeros(own, flat.numel())
+                    blocks[o, name] = (
+                        torch.eye(own, dtype=flat.dtype) if name == o else flat.new_zeros(own, flat.numel())
+                    )
         return StageJacobians(
             state={key: block for key, block in blocks.items() if key[1] in stage.live},
             outputs={key: block for key, block in blocks.items() if key[1] in uses},

@@ -1,4 +1,6 @@
-"""The base method's side of one step: losses, statistics, metric, update. Everything is kept aside until the step is done."""
+"""The base method's side of one step: losses, statistics, metric, update. Everything is kept aside until the
+step is done.
+"""
 
 from __future__ import annotations
 
@@ -83,9 +85,7 @@ class BaseMethod:
         """Statistics from ``Q_u = γᵀ α + ℓ_u`` (``gradients`` without ``ℓ_u``), and the step count."""
         for index, name in enumerate(names):
             g = None if gradients is None else self._with_decay(name, gradients[index])
-            self.states[name] = self._curvature.observe(
-                self._params[name], g, self.states[name], self._groups[name]
-            )
+            self.states[name] = self._curvature.observe(self._params[name], g, self.states[name], self._groups[name])
 
     def metric(self, names: tuple[str, ...]) -> tuple[Tensor | float, ...]:
         """``M⁻¹`` of each parameter."""
