@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gtddp_compile.algebra.derivation import Recursion
 from gtddp_compile.curvature import Curvature, resolve
 from gtddp_compile.losses import split
 from gtddp_compile.optimizer import CompiledOptimizer
@@ -23,7 +24,7 @@ def compile_optimizer(
     feedback_clip: float | None = 1.0,
     schedule: str | Mapping[str, int] = "asap",
     coupling: str | int = "full",
-    recursion: str = "levenberg",
+    recursion: Recursion = "levenberg",
     backend: Backend = "fast",
     mixing: Reading = "block",
     **curvature_options: Any,
@@ -64,7 +65,7 @@ def compile_optimizer(
         coupling,
         recursion,
         backend,
-        mixing,  # type: ignore[arg-type]
+        mixing,
     )
     base = resolve(curvature, **curvature_options)
     return CompiledOptimizer(model, example_inputs, loss=split(loss), curvature=base, options=options).seal()

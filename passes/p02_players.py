@@ -120,10 +120,10 @@ def find_players(graph: OpGraph) -> PlayerGraph:
             "Set requires_grad on the parameters to train, and return what they compute",
             module="",
         )
-    names = _Naming(graph, owned)
+    naming = _Naming(graph, owned)
     players = tuple(
         Player(
-            name=names.of(op, parameters),
+            name=naming.of(op, parameters),
             kind=graph.by_name[op].kind,
             parameters=tuple(parameters),
             op=op,

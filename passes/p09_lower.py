@@ -11,6 +11,7 @@ B-vector and B×B formulas are printed from the derived expressions; the paramet
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sympy import HadamardProduct, Identity, Inverse, MatrixExpr, OneMatrix
 
@@ -242,7 +243,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
             (),
             "m.keep",
             t,
-            **{"gammas": {p.name: Var(g) for p, g in zip(stage.players, grams, strict=True)}},
+            gammas={p.name: Var(g) for p, g in zip(stage.players, grams, strict=True)},
         )
         b.emit("backward", t, (f"*gamma_{t}",), "blocks_add", *(Var(gram) for gram in grams),
                note="Gamma = sum over the stage's players")  # fmt: skip
@@ -289,7 +290,7 @@ def _information(b: Builder, t: int, stage: StagePlan) -> None:
         b.emit("backward", t, (f"*{variable}_{t}",), "=", code, note=f"{symbol} ({equation.source})")
         if symbol in ("Lambda", "X"):
             b.emit("backward", t, (f"*factor_{t}",), "factor", Var(f"{variable}_{t}"), note="Cholesky")
-    figures = {"factor": Var(f"factor_{t}"), "target": Var(_environment(b, t)[a.TARGET])}
+    figures: dict[str, Any] = {"factor": Var(f"factor_{t}"), "target": Var(_environment(b, t)[a.TARGET])}
     if b.plan.decay:
         figures["drift"] = Var(f"s_{t}")
     if "alpha" in b.plan.form.backward and b.plan.form.name == "block" and t > 0:

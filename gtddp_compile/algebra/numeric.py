@@ -25,11 +25,13 @@ def evaluate(expression: MatrixExpr, values: Mapping[MatrixExpr, Tensor], size: 
             return total
         if isinstance(e, MatMul):
             coefficient, matrices = e.as_coeff_matrices()
-            return float(coefficient) * product(matrices)
+            scaled: Tensor = float(coefficient) * product(matrices)
+            return scaled
         if isinstance(e, Transpose):
             return value(e.arg).T
         if isinstance(e, Inverse):
-            return torch.linalg.inv(value(e.arg))
+            inverse: Tensor = torch.linalg.inv(value(e.arg))
+            return inverse
         if isinstance(e, BlockMatrix):
             rows, columns = e.blockshape
             return torch.cat([torch.cat([value(e.blocks[i, j]) for j in range(columns)], 1) for i in range(rows)])

@@ -127,7 +127,7 @@ def _out_of_place(target: Any, name: str) -> Callable[..., Any] | None:
     if isinstance(target, Method):
         return Method(plain)
     found = next((getattr(module, plain) for module in (torch, F) if hasattr(module, plain)), None)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 # --- aten -------------------------------------------------------------------------------------------------------------

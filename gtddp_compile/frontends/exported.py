@@ -87,7 +87,7 @@ class _Reader:
                 leaf = self._leaf(node)
                 if leaf is None:
                     inputs.append(node.name)
-                    shape = getattr(node.meta.get("val"), "shape", ())
+                    shape: Any = getattr(node.meta.get("val"), "shape", ())
                     specialised |= bool(len(shape)) and isinstance(shape[0], int)
                 else:
                     self.leaves[node.name] = leaf
@@ -177,7 +177,7 @@ class _Reader:
 
     def _bind_output(self, node: fx.Node, outputs: Any, leaves: dict[str, Any]) -> None:
         for user in node.users:
-            leaves[user.name] = outputs[user.args[1]]  # type: ignore[index]
+            leaves[user.name] = outputs[user.args[1]]
 
 
 def _where(node: fx.Node) -> tuple[str, str]:

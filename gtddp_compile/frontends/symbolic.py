@@ -82,12 +82,11 @@ class Tracer(fx.Tracer):
             return attr_val
         known = self._attributes.get(id(attr_val))
         if known is None:
-            is_parameter = id(attr_val) in self._parameters
             name = self._parameters.get(id(attr_val)) or self._buffers.get(id(attr_val))
             if name is None:
                 return attr_val
             made = self.create_proxy("get_attr", name, (), {})
-            known = ParameterProxy(self, made.node, name, attr_val) if is_parameter else made
+            known = ParameterProxy(self, made.node, name, attr_val) if isinstance(attr_val, nn.Parameter) else made
             self._attributes[id(attr_val)] = known
         return known
 

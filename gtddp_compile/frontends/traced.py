@@ -97,7 +97,7 @@ def users_line(frame: FrameType | None = None) -> str:
     while frame is not None:
         if is_users(frame.f_code.co_filename):
             return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 

@@ -248,7 +248,7 @@ class DenseBackend:
 def _per_sample(block: Tensor, count: int) -> Tensor:
     """Only what couples a sample with itself (paper: Sec. 4.2)."""
     rows, columns = block.shape[0] // count, block.shape[1] // count
-    keep = torch.block_diag(*(torch.ones(rows, columns, dtype=block.dtype) for _ in range(count)))
+    keep: Tensor = torch.block_diag(*(torch.ones(rows, columns, dtype=block.dtype) for _ in range(count)))
     return block * keep
 
 

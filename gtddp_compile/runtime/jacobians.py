@@ -89,7 +89,8 @@ def effective(jacobians: StageJacobians, g: Mapping[str, Tensor], batch: int) ->
             missing = total - g_o[i] @ own
             norm = g_o[i] @ g_o[i]
             blocks.append(own + torch.outer(g_o[i] / norm, missing) if norm > 0 else own)
-        return torch.block_diag(*blocks)
+        joined: Tensor = torch.block_diag(*blocks)
+        return joined
 
     return replace(
         jacobians,
