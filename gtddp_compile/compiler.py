@@ -9,16 +9,19 @@ from torch import nn
 from gtddp_compile.curvature import Curvature
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.options import Options
-from gtddp_compile.passes.p01_normalise import normalise
-from gtddp_compile.passes.p02_players import find_players
-from gtddp_compile.passes.p03_shortcuts import find_shortcuts
-from gtddp_compile.passes.p04_schedule import schedule
-from gtddp_compile.passes.p05_augment import augment
-from gtddp_compile.passes.p06_derive import derive
-from gtddp_compile.passes.p07_collapse import collapse, form_name
-from gtddp_compile.passes.p08_simplify import simplify
-from gtddp_compile.passes.p09_lower import lower
-from gtddp_compile.passes.p10_emit import emit
+from gtddp_compile.passes import (
+    augment,
+    collapse,
+    derive,
+    emit,
+    find_players,
+    find_shortcuts,
+    lower,
+    normalise,
+    schedule,
+    simplify,
+)
+from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.program import UpdateProgram
 
 

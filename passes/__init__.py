@@ -1,5 +1,18 @@
 """The compiler's passes, in the order they run: pure functions from one immutable structure to the next.
 
-p01_normalise, p02_players, p03_shortcuts, p04_schedule, p05_augment make the control graph of a model; p06_derive,
-p07_collapse, p08_simplify, p09_lower, p10_emit make its program. ``gtddp_compile.compiler`` runs them.
+The first five make the control graph of a model, the last five its program; ``gtddp_compile.compiler`` calls them.
 """
+
+from gtddp_compile.passes.p01_normalise import normalise
+from gtddp_compile.passes.p02_players import find_players
+from gtddp_compile.passes.p03_shortcuts import find_shortcuts
+from gtddp_compile.passes.p04_schedule import schedule
+from gtddp_compile.passes.p05_augment import augment
+from gtddp_compile.passes.p06_derive import derive
+from gtddp_compile.passes.p07_collapse import collapse
+from gtddp_compile.passes.p08_simplify import simplify
+from gtddp_compile.passes.p09_lower import lower
+from gtddp_compile.passes.p10_emit import emit
+
+PIPELINE = (normalise, find_players, find_shortcuts, schedule, augment, derive, collapse, simplify, lower, emit)
+"""In running order, one a file."""

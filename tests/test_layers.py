@@ -18,6 +18,7 @@ LONGEST = 420
 # Low to high. A module imports only from its own layer or lower ones; gtddp_compile/__init__.py is above them all.
 LAYERS = {
     "errors": 0,
+    "draw": 1,
     "graph": 1,
     "algebra": 2,
     "formulas": 2,
@@ -32,7 +33,6 @@ LAYERS = {
     "plan": 4,
     "printing": 4,
     "uses": 4,
-    "draw": 5,
     "frontends": 5,
     "passes": 6,
     "program": 7,
