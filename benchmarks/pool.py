@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.1
+PATIENCE = 6
 Report = dict[str, Any]
 Job = Callable[[Callable[[Report], None]], None]
 
@@ -55,14 +56,19 @@ class Outcome:
 
 
 def run(
-    jobs: Iterable[tuple[Any, Job]], *, workers: int, seconds: float, gigabytes: float, tick: Callable[[list[Any]], None]
+    jobs: Iterable[tuple[Any, Job]],
+    *,
+    workers: int,
+    seconds: float,
+    gigabytes: float,
+    tick: Callable[[list[Any]], None],
 ) -> Iterator[Outcome]:
     """Outcomes in the order in which jobs end.
 
     Args:
         jobs: key and function; the function gets one to report with, any number of times.
         workers: how many at once.
-        seconds: limit for one job.
+        seconds: limit for one job, of processor time (other jobs do not count); of wall clock, ``PATIENCE`` times that.
         gigabytes: limit on the resident memory of one job.
         tick: called about ten times a second with the keys that are running.
     """
@@ -128,8 +134,10 @@ def _look(each: _Running, seconds: float, gigabytes: float) -> Outcome | None:
     elapsed = time.monotonic() - each.started
     if alive and not each.finished:
         resident = _resident(each.process.pid)
-        if elapsed > seconds:
-            stopped = f"timeout after {seconds:g} s"
+        if _processor(each.process.pid) > seconds:
+            stopped = f"timeout after {seconds:g} s of processor time"
+        elif elapsed > PATIENCE * seconds:
+            stopped = f"timeout after {elapsed:.0f} s"
         elif resident > gigabytes:
             stopped = f"out of memory: more than {gigabytes:g} GiB"
         else:
@@ -155,3 +163,12 @@ def _resident(pid: int | None) -> float:
     except OSError:
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def _processor(pid: int | None) -> float:
+    """Seconds of processor time, user and system; 0 where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -6,6 +6,7 @@ packages: ``pip install --no-deps torchvision timm transformers`` beside the tor
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
@@ -74,12 +75,40 @@ def build(zoo: str, name: str) -> Case:
     """
     _load_torchvision()
     torch.manual_seed(0)
-    return _ZOOS[zoo][1](name)
+    case = _ZOOS[zoo][1](name)
+    _stir(case.model)
+    return case
 
 
 def installed(zoo: str) -> bool:
     """Whether the package of this name is there."""
     return importlib.util.find_spec(zoo) is not None
+
+
+def preload(zoos: list[str]) -> None:
+    """Import what every architecture needs, so that forked processes have it."""
+    _load_torchvision()
+    for module in ("torch._dynamo", "torch.export", "torch.fx.experimental.symbolic_shapes", "sympy"):
+        importlib.import_module(module)
+    if "timm" in zoos:
+        importlib.import_module("timm")
+    if "transformers" in zoos:
+        transformers = importlib.import_module("transformers")
+        transformers.logging.set_verbosity_error()
+        transformers.AutoModel  # noqa: B018 (imported lazily by this access)
+
+
+def _stir(model: nn.Module) -> None:
+    """Give parameters that start as zeros small random values.
+
+    Many architectures start their last layer or each block's last scale at zero, where all gradients before it vanish
+    and nothing would be compared.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -118,7 +147,7 @@ def _load_torchvision() -> None:
     if not installed("torchvision") or _DEFINED:
         return
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
