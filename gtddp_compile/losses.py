@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 
 Reduction = Literal["mean", "sum"]
@@ -193,10 +194,12 @@ class _Elements:
                 f" targets {_shape(targets)}: they mix samples",
                 "Give outputs and targets the same batch axis and number of axes, or " + _CALLABLE,
             )
-        if self.reduction == "mean" and not _is(self.elements, *_NEGATIVE_LOG):
-            return elements.flatten(1).mean(1) if elements.dim() > 1 else elements
-        phi = elements.flatten(1).sum(1) if elements.dim() > 1 else elements
-        return phi * self._mean_scale(main, targets) if self.reduction == "mean" else phi
+        if self.reduction != "mean":
+            return kernels.sample_sums(elements)
+        if not _is(self.elements, *_NEGATIVE_LOG):
+            return kernels.sample_means(elements)
+        scale = kernels.class_mean_scale(main, targets, self.elements.weight, self.elements.ignore_index)
+        return kernels.sample_sums(elements) * scale
 
     @staticmethod
     def _by_sample(elements: Tensor, main: Tensor, targets: Any) -> bool:
@@ -204,22 +207,6 @@ class _Elements:
         largest = max(main.numel(), targets.numel()) if isinstance(targets, Tensor) else elements.numel()
         same_batch = elements.shape[:1] == main.shape[:1]
         return same_batch and 1 <= elements.dim() <= main.dim() and elements.numel() <= largest
-
-    def _mean_scale(self, outputs: Tensor, targets: Tensor) -> Tensor | float:
-        """``B`` over what cross-entropy's mean divides by: the weights of the targets that count.
-
-        Label smoothing divides by the same (aten: cross_entropy_loss_label_smoothing), probabilities by the
-        number of positions, whatever the weights (aten: cross_entropy_loss_prob_target).
-        """
-        batch = outputs.shape[0]
-        if targets.shape == outputs.shape:
-            return batch * outputs.shape[1] / outputs.numel()
-        counts = torch.ne(targets, self.elements.ignore_index)
-        weight: Tensor | None = self.elements.weight
-        if weight is None:
-            return counts.sum().to(outputs.dtype).reciprocal() * batch
-        chosen = weight[targets.masked_fill(~counts, 0).long()]
-        return torch.where(counts, chosen, 0.0).sum().reciprocal() * batch
 
 
 # --- small predicates ---------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ from gtddp_compile.compiler import build_graph, build_program
 from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
+from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.losses import Loss
 from gtddp_compile.options import Options
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.dense import DenseBackend
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
-from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss, random_state, restore_random_state
+from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
 
 

@@ -9,9 +9,21 @@ from gtddp_compile.curvature.adam import Adam, AdamW
 from gtddp_compile.curvature.base import Curvature, Group, MetricKind, State
 from gtddp_compile.curvature.rmsprop import RMSprop
 from gtddp_compile.curvature.sgd import SGD
+from gtddp_compile.curvature.updates import ParameterUpdates
 from gtddp_compile.errors import CompileError
 
-__all__ = ["SGD", "Adam", "AdamW", "Curvature", "Group", "MetricKind", "RMSprop", "State", "resolve"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Curvature",
+    "Group",
+    "MetricKind",
+    "ParameterUpdates",
+    "RMSprop",
+    "State",
+    "resolve",
+]
 
 REGISTRY: dict[str, Any] = {"sgd": SGD, "rmsprop": RMSprop, "adam": Adam, "adamw": AdamW}
 """The base methods by name: frozen dataclasses that implement :class:`Curvature`."""

@@ -12,6 +12,7 @@ from gtddp_compile.kernels.conv import (
     conv_per_sample,
     conv_weighted,
 )
+from gtddp_compile.kernels.generators import random_state, restore_random_state
 from gtddp_compile.kernels.generic import (
     generic_directional,
     generic_gram,
@@ -37,6 +38,7 @@ from gtddp_compile.kernels.linear import (
     linear_per_sample,
     linear_weighted,
 )
+from gtddp_compile.kernels.loss import class_mean_scale, sample_means, sample_sums, terminal
 from gtddp_compile.kernels.norm import (
     norm_directional,
     norm_gram,
@@ -78,6 +80,7 @@ __all__ = [
     "blocks_diagonal",
     "blocks_identity",
     "blocks_scale",
+    "class_mean_scale",
     "clip",
     "clip_radicand",
     "contract",
@@ -117,11 +120,16 @@ __all__ = [
     "norm_weighted",
     "normal_like_first",
     "pull_back",
+    "random_state",
+    "restore_random_state",
     "rows_of",
+    "sample_means",
+    "sample_sums",
     "scale",
     "setitem",
     "solve",
     "tap",
+    "terminal",
     "uniform_like_first",
     "wide",
     "zero_like_first",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.graph import BufferRef, ControlGraph, Leaf, ParamRef, map_leaves
+from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.passes.p06_derive import cut_after
-from gtddp_compile.runtime.method import BaseMethod, random_state, restore_random_state
+from gtddp_compile.runtime.method import BaseMethod
 
 Pairs = dict[tuple[str, str], Tensor]
 

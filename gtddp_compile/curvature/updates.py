@@ -1,0 +1,95 @@
+"""What one step does with the base method, for parameters by name: statistics, metric, update.
+
+Exported programs carry this text with them (``gtddp_compile.export``), so it needs torch and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtddp_compile.curvature.base import Curvature
+
+
+class ParameterUpdates:
+    """What generated programs call ``m``: parameters and states of one step, kept aside until it is done.
+
+    Args:
+        curvature: the base method.
+        params: parameters before the step, by name.
+        new: dictionary that receives the parameters after it; starts as a copy of ``params``.
+        states: optimizer state of every parameter, by name; read, never written.
+        groups: options of every parameter, by name.
+    """
+
+    def __init__(
+        self,
+        curvature: Curvature,
+        params: Mapping[str, Tensor],
+        new: dict[str, Tensor],
+        states: Mapping[str, Mapping[str, Any]],
+        groups: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self._curvature, self._params, self._new, self._groups = curvature, params, new, groups
+        self.states: dict[str, Mapping[str, Any]] = dict(states)
+
+    def observe(self, names: tuple[str, ...], gradients: tuple[Tensor, ...] | None) -> None:
+        """Statistics from ``Q_u = γᵀ α + ℓ_u`` (``gradients`` without ``ℓ_u``), and the step count."""
+        for index, name in enumerate(names):
+            g = None if gradients is None else self._with_decay(name, gradients[index])
+            self.states[name] = self._curvature.observe(self._params[name], g, self.states[name], self._groups[name])
+
+    def metric(self, names: tuple[str, ...]) -> tuple[Tensor | float, ...]:
+        """``M⁻¹`` of each parameter."""
+        return tuple(
+            self._curvature.inverse_metric(self._params[name], self.states[name], self._groups[name]) for name in names
+        )
+
+    def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """``M⁻¹ ℓ_u`` of each parameter."""
+        found = []
+        for name, inverse in zip(names, self.metric(names), strict=True):
+            linear = self._curvature.linear_term(self._params[name], self._groups[name])
+            found.append(torch.zeros_like(self._params[name]) if linear is None else inverse * linear)
+        return tuple(found)
+
+    def open_gain(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """``k = -M⁻¹ (γᵀ α + ℓ_u)`` (Eq. 4 with Table 1's ``Q_uu``)."""
+        pairs = zip(names, gradients, self.metric(names), strict=True)
+        return tuple(-(inverse * self._with_decay(name, gradient)) for name, gradient, inverse in pairs)
+
+    def apply(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Consume ``ĝ = γᵀ w + ℓ_u``: new parameters and states are kept aside; returns ``δu``."""
+        found = []
+        for name, gradient in zip(names, gradients, strict=True):
+            param = self._params[name]
+            delta, self.states[name] = self._curvature.apply(
+                param, self._with_decay(name, gradient), self.states[name], self._groups[name]
+            )
+            self._new[name] = param + delta
+            found.append(delta)
+        return tuple(found)
+
+    def _with_decay(self, name: str, gradient: Tensor) -> Tensor:
+        linear = self._curvature.linear_term(self._params[name], self._groups[name])
+        return gradient if linear is None else gradient + linear
+
+    # --- for the dense backend ----------------------------------------------------------------------------------------
+
+    def dense_curvature(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Diagonal of ``M`` and ``ℓ_u`` of one player, its parameters flat and side by side."""
+        metric, linear = [], []
+        for name, inverse in zip(names, self.metric(names), strict=True):
+            param = self._params[name]
+            metric.append((1 / (inverse * torch.ones_like(param))).flatten())
+            decay = self._curvature.linear_term(param, self._groups[name])
+            linear.append((torch.zeros_like(param) if decay is None else decay).flatten())
+        return torch.cat(metric), torch.cat(linear)
+
+    def unflatten(self, names: tuple[str, ...], vector: Tensor) -> tuple[Tensor, ...]:
+        """One player's flat column as tensors of its parameters' shapes."""
+        pieces = vector.flatten().split([self._params[name].numel() for name in names])
+        return tuple(piece.reshape(self._params[name].shape) for name, piece in zip(names, pieces, strict=True))

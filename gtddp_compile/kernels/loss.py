@@ -1,0 +1,37 @@
+"""The loss as one number a sample, ``φ`` with ``J = (1/B) Σ φ_i`` or ``J = Σ φ_i`` (theory: section 2)."""
+
+import torch
+from torch import Tensor
+
+
+def sample_means(elements: Tensor) -> Tensor:
+    """``φ``, ``(B,)``: the mean over all axes but the batch."""
+    return elements.flatten(1).mean(1) if elements.dim() > 1 else elements
+
+
+def sample_sums(elements: Tensor) -> Tensor:
+    """``φ``, ``(B,)``: the sum over all axes but the batch."""
+    return elements.flatten(1).sum(1) if elements.dim() > 1 else elements
+
+
+def class_mean_scale(outputs: Tensor, targets: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor | float:
+    """``B`` over what cross-entropy's mean divides by: the weights of the targets that count.
+
+    Label smoothing divides by the same (aten: cross_entropy_loss_label_smoothing), probabilities by the
+    number of positions, whatever the weights (aten: cross_entropy_loss_prob_target).
+    """
+    batch = outputs.shape[0]
+    if targets.shape == outputs.shape:
+        return batch * outputs.shape[1] / outputs.numel()
+    counts = torch.ne(targets, ignore_index)
+    if weight is None:
+        return counts.sum().to(outputs.dtype).reciprocal() * batch
+    chosen = weight[targets.masked_fill(~counts, 0).long()]
+    return torch.where(counts, chosen, 0.0).sum().reciprocal() * batch
+
+
+def terminal(phi: Tensor, reduction: str) -> tuple[Tensor, float]:
+    """Ones, ``(B,)``, and ``α_T``: 1/B for a mean loss, 1 for a sum."""
+    dtype = phi.dtype if phi.dtype in (torch.float32, torch.float64) else torch.float32
+    ones = torch.ones(phi.shape[0], dtype=dtype, device=phi.device)
+    return ones, 1.0 / phi.shape[0] if reduction == "mean" else 1.0
