@@ -16,3 +16,17 @@ from gtddp_compile.passes.p10_emit import emit
 
 PIPELINE = (normalise, find_players, find_shortcuts, schedule, augment, derive, collapse, simplify, lower, emit)
 """In running order, one a file."""
+
+__all__ = [
+    "PIPELINE",
+    "augment",
+    "collapse",
+    "derive",
+    "emit",
+    "find_players",
+    "find_shortcuts",
+    "lower",
+    "normalise",
+    "schedule",
+    "simplify",
+]
