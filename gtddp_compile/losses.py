@@ -44,12 +44,14 @@ class Loss:
         reduction: how ``φ`` makes the user's loss: ``J = (1/B) Σ φ_i`` ("mean") or ``J = Σ φ_i`` ("sum").
         samples: ``(outputs, targets) -> φ``, shape (B,).
         module: the user's loss module, where :func:`check` can compare with its value; else ``None``.
+        function: the user's own callable; ``None`` where ``module`` is given.
     """
 
     name: str
     reduction: Reduction
     samples: Callable[[Any, Any], Tensor]
     module: nn.Module | None = None
+    function: Callable[[Any, Any], Any] | None = None
 
     def per_sample(self, outputs: Any, targets: Any) -> Tensor:
         """``φ``, shape (B,), differentiable in ``outputs``.
@@ -84,13 +86,13 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
         raise CompileError(f"the loss is {shown}", "Pass a loss module, as in torch.nn.MSELoss(), or a callable")
     name = _name(loss)
     if not isinstance(loss, nn.Module):
-        return Loss(name, "mean", _Callable(loss, name))
+        return Loss(name, "mean", _Callable(loss, name), function=loss)
     trainable = [key for key, parameter in loss.named_parameters() if parameter.requires_grad]
     if trainable:
         why = f"the loss {name} has trainable parameters: {', '.join(trainable)}"
         raise CompileError(why, "Make them part of the model, or freeze them with requires_grad_(False)")
     if not hasattr(loss, "reduction"):
-        return Loss(name, "mean", _Callable(loss, name))
+        return Loss(name, "mean", _Callable(loss, name), function=loss)
     for kind, inputs in _OTHER_INPUTS.items():
         if _is(loss, kind):
             raise CompileError(f"the loss {name} takes ({inputs}), not (outputs, targets)", _as_remedy(_CALLABLE))

@@ -6,7 +6,7 @@ dynamics, run in both sweeps), one a player that goes through a generic kernel, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -35,11 +35,12 @@ def emit(lowered: Lowered) -> Emitted:
     """Print the program."""
     names = lowered.names
     printer = Printer(lambda name: names[name])
-    parts = [_function(lowered, function, printer) for function in lowered.functions]
+    parts = [function_text(lowered, function, printer) for function in lowered.functions]
     return Emitted("\n\n".join([*parts, _step(lowered)]) + "\n", printer.constants)
 
 
-def _function(lowered: Lowered, function: StageFunction, printer: Printer) -> str:
+def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -> str:
+    """The dynamics of a stage, or of a player's own operation, as a function."""
     graph, names = lowered.plan.graph, lowered.names
     inputs = [names[name] for name in function.inputs]
     if function.params is None:
@@ -64,35 +65,61 @@ def _function(lowered: Lowered, function: StageFunction, printer: Printer) -> st
     return f"def {function.name}({', '.join(arguments)}):\n    {body}"
 
 
-def _step(lowered: Lowered) -> str:
-    """``step(m, p, b, q, b_again, inputs, targets)``: both sweeps, first with gradients of values, never of
-    parameters.
-    """
-    random = any(op.random for op in lowered.plan.graph.ops.ops)
+@dataclass(frozen=True)
+class Style:
+    """How a back end shows the program: everything but the order of the lines."""
+
+    show: Callable[[Instruction], Sequence[str]]
+    heading: Callable[[Instruction], Sequence[str]]
+    mark: tuple[str, ...] = ("m.mark()",)
+    rewind: tuple[str, ...] = ("m.rewind()",)
+    settle: tuple[str, ...] = ("m.settle()",)
+
+
+def draws(lowered: Lowered) -> bool:
+    """Whether the network draws random numbers: the second sweep has to draw them again."""
+    return any(op.random for op in lowered.plan.graph.ops.ops)
+
+
+def body(lowered: Lowered, style: Style) -> list[str]:
+    """Lines of ``step``: both sweeps, first with gradients of values, never of parameters."""
+    random = draws(lowered)
     lines: list[str] = []
     for phase, group in groupby(lowered.instructions, key=lambda instruction: instruction.phase):
         lines.append(f"# ---- {TITLES[phase]}")
         again = random and phase == "forward"
-        lines += ["m.rewind()"] if again else []
-        body = list(_lines(group, mark=random and phase == "trajectory"))
+        lines += style.rewind if again else ()
+        inner = list(_lines(group, style, mark=random and phase == "trajectory"))
         if phase in ("trajectory", "loss"):
             lines.append("with torch.enable_grad():")
-            body = [f"    {line}" for line in body]
-        lines += body + (["m.settle()"] if again else [])
-    lines.append("return phi")
-    text = "\n    ".join(lines)
+            inner = [f"    {line}" if line else "" for line in inner]
+        lines += inner + list(style.settle if again else ())
+    return lines
+
+
+def _step(lowered: Lowered) -> str:
+    """``step(m, p, b, q, b_again, inputs, targets)``, one line an instruction."""
+    text = "\n    ".join([*body(lowered, Style(_show, _heading)), "return phi"])
     doc = '"""One step: m is the base method, p and q the old and the new parameters."""'
     return f"def step(m, p, b, q, b_again, inputs, targets):\n    {doc}\n    {text}"
 
 
-def _lines(instructions: Iterator[Instruction], *, mark: bool) -> Iterator[str]:
-    """One line an instruction; ``m.mark()`` remembers the random state at which the first stage begins."""
+def _show(instruction: Instruction) -> Sequence[str]:
+    text = render_instruction(instruction)
+    return (f"{text}  # {instruction.note}" if instruction.note else text,)
+
+
+def _heading(instruction: Instruction) -> Sequence[str]:
+    return (f"# stage {instruction.stage}" if instruction.stage >= 0 else "# before the first stage",)
+
+
+def _lines(instructions: Iterator[Instruction], style: Style, *, mark: bool) -> Iterator[str]:
+    """The random state is marked where the first stage begins."""
     stage: int | None = None
     for instruction in instructions:
         if instruction.stage != stage:
             if mark and instruction.stage >= 0 and (stage is None or stage < 0):
-                yield "m.mark()"
+                yield from style.mark
             stage = instruction.stage
-            yield f"# stage {stage}" if stage >= 0 else "# before the first stage"
-        text = render_instruction(instruction)
-        yield f"{text}  # {instruction.note}" if instruction.note else text
+            yield from style.heading(instruction)
+        yield from style.show(instruction)
