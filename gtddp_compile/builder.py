@@ -17,6 +17,8 @@ from gtddp_compile.uses import Use, describe_use
 RESERVED = frozenset(
     {"torch", "F", "operator", "m", "p", "b", "q", "b_again", "inputs", "targets", "outputs", "math", "ones", "rows"}
     | {"tau", "start", "phi", "loss", "step", "random_state"}
+    # local names and functions of an exported module (gtddp_compile.export.python)
+    | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
 )
 
 

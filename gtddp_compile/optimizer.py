@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +22,7 @@ from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
+from gtddp_compile.setting import Group, Setting, options_of
 
 
 class CompiledOptimizer(torch.optim.Optimizer):
@@ -69,7 +71,16 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 "the optimizer is not specialised yet: no example inputs were given",
                 "Pass example_inputs to compile_optimizer, or make a step first",
             )
-        return self._current
+        return replace(self._current, setting=self._setting())
+
+    def _setting(self) -> Setting:
+        """What the program is used with now: learning rates and other options as they are in ``param_groups``."""
+        names = {id(parameter): name for name, parameter in self._view.named.items()}
+        groups = tuple(
+            Group(group["name"], tuple(names[id(p)] for p in group["params"]), options_of(group))
+            for group in self.param_groups
+        )
+        return Setting(self._curvature, groups, self._loss, self._view.constants())
 
     @property
     def graph(self) -> ControlGraph:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from sympy import BlockMatrix, latex
 
+from gtddp_compile import export
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.errors import CompileError
@@ -19,6 +21,7 @@ from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
 from gtddp_compile.passes.p09_lower import Lowered
 from gtddp_compile.passes.p10_emit import Emitted
+from gtddp_compile.setting import Setting
 from gtddp_compile.uses import Use
 
 Format = Literal["text", "latex", "sympy"]
@@ -40,11 +43,29 @@ class UpdateProgram:
     emitted: Emitted
     options: Options
     curvature: str
+    setting: Setting | None = None
 
     @property
     def code(self) -> str:
         """The generated Python source."""
         return self.emitted.code
+
+    def export(self, path: str | Path) -> None:
+        """Write the program to a file, in the format of its suffix.
+
+        ``.py``: a module that needs torch alone, ``init_state(params)`` and ``step(params, buffers, state, inputs,
+        targets) -> (params, buffers, state, loss)``. ``.json``: the program as data, for :meth:`load`. ``.tex``: the
+        derivation as a document. ``.pt2``: the step as one graph, for ``torch.export.load``.
+
+        Raises:
+            CompileError: the suffix is none of these, or the program holds what the format cannot.
+        """
+        export.write(self._parts(), Path(path))
+
+    def _parts(self) -> export.Parts:
+        if self.setting is None:
+            raise export.no_setting()
+        return export.Parts(self.graph, self.derived, self.form, self.lowered, self.options, self.setting)
 
     def __str__(self) -> str:
         lines = [f"# {self.graph.name}: {self.curvature}, form {self.form.name}, coupling {self.options.coupling}"]

@@ -60,3 +60,8 @@ def same(left: object, right: object) -> bool:
     if isinstance(left, Tensor) or isinstance(right, Tensor):
         return isinstance(left, Tensor) and isinstance(right, Tensor) and left.equal(right)
     return type(left) is type(right) and left == right
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a param_group, without its parameters and names."""
+    return {name: value for name, value in group.items() if name not in ("params", "name", "param_names")}

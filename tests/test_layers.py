@@ -33,14 +33,16 @@ LAYERS = {
     "plan": 4,
     "printing": 4,
     "uses": 4,
+    "setting": 4,
     "frontends": 5,
     "passes": 6,
-    "program": 7,
-    "compiler": 8,
-    "runtime": 8,
-    "optimizer": 9,
-    "api": 10,
-    "cli": 11,
+    "export": 7,
+    "program": 8,
+    "compiler": 9,
+    "runtime": 9,
+    "optimizer": 10,
+    "api": 11,
+    "cli": 12,
 }
 TOP = max(LAYERS.values()) + 1
 

@@ -148,7 +148,7 @@ class Luggage:
     def _dependencies(self, source: Source, statements: tuple[ast.stmt, ...], text: str) -> dict[str, str]:
         """Carry or import everything that the kept text names; returns what is called otherwise there."""
         renamed = {old: new for old, new in self.aliases.items() if re.search(rf"\b{old}\b", text)}
-        for name in sorted(_names(ast.parse(_dedent(text)))):
+        for name in sorted(names_in(text)):
             if name in self.aliases:
                 continue
             if name in source.definitions:
@@ -209,8 +209,9 @@ def _not_carried(name: str, why: str) -> CompileError:
 # --- text and syntax --------------------------------------------------------------------------------------------------
 
 
-def _names(tree: ast.AST) -> set[str]:
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+def names_in(text: str) -> set[str]:
+    """Every plain name in a text of statements."""
+    return {node.id for node in ast.walk(ast.parse(_dedent(text))) if isinstance(node, ast.Name)}
 
 
 def _called(methods: list[ast.FunctionDef]) -> frozenset[str]:
@@ -268,9 +269,10 @@ def _without_checks(source: Source, statements: tuple[ast.stmt, ...]) -> str:
 
 def _bare_calls(statement: ast.stmt) -> Iterator[ast.stmt]:
     for node in ast.walk(statement):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name):
-            if node.value.func.id.startswith(CHECKS):
-                yield node
+        call = node.value if isinstance(node, ast.Expr) else None
+        function = call.func if isinstance(call, ast.Call) else None
+        if isinstance(node, ast.Expr) and isinstance(function, ast.Name) and function.id.startswith(CHECKS):
+            yield node
 
 
 def _dedent(text: str) -> str:

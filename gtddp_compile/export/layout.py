@@ -1,10 +1,13 @@
-"""Lay out generated lines: a call too long for a line gets one argument a line, as formatters do it."""
+"""Lay out generated lines: the arguments of a call too long for a line fill lines of their own."""
 
 from __future__ import annotations
+
+import re
 
 WIDTH = 110
 INDENT = "    "
 OPENING, CLOSING = "([{", ")]}"
+KEYWORD = re.compile(r"\w+=[^=]")
 
 
 def lay_out(line: str, indent: str = "", note: str = "", width: int = WIDTH) -> list[str]:
@@ -25,16 +28,24 @@ def fold(text: str, room: int) -> list[str]:
         return [text]
     start, end = bracket
     items = split_commas(text[start + 1 : end])
-    together = ", ".join(items)
-    if len(together) + len(INDENT) <= room and not (len(items) == 1 and text[start + 1 : end].rstrip().endswith(",")):
-        inner = [together]
-    else:
-        inner = [line for item in items for line in _with_comma(fold(item, room - len(INDENT) - 1))]
+    inner = _filled(items, room - len(INDENT))
     return [text[: start + 1], *(f"{INDENT}{line}" for line in inner), *fold(text[end:], room)]
 
 
-def _with_comma(lines: list[str]) -> list[str]:
-    return [*lines[:-1], f"{lines[-1]},"]
+def _filled(items: list[str], room: int) -> list[str]:
+    """As many items a line as fit; keyword arguments begin a line of their own."""
+    lines: list[str] = []
+    keyword = False
+    for item in items:
+        pieces = fold(item, room - 1)
+        starts = bool(KEYWORD.match(item)) and not keyword
+        keyword = keyword or starts
+        fits = bool(lines) and len(pieces) == 1 and len(lines[-1]) + len(item) + 2 <= room
+        if fits and not starts and lines[-1].endswith(","):
+            lines[-1] += f" {item},"
+        else:
+            lines += [*pieces[:-1], f"{pieces[-1]},"]
+    return lines
 
 
 def split_commas(text: str) -> list[str]:
@@ -91,3 +102,8 @@ def _code(text: str) -> list[tuple[int, str]]:
         else:
             found.append((position, character))
     return found
+
+
+def double_quoted(text: str) -> str:
+    """String literals that hold no quotes, in double quotes."""
+    return re.sub(r"'([^'\"\\\n]*)'", r'"\1"', text)

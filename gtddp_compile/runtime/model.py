@@ -67,6 +67,11 @@ class ModelView:
         """Buffers and constant tensor attributes by qualified name."""
         return dict(self._tensors())
 
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that are plain attributes, which torch's ``named_buffers`` does not list."""
+        named = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
+        return {name: value for name, value in self._tensors() if name not in named}
+
     def buffer(self, name: str) -> Tensor:
         """One buffer."""
         path, _, attribute = name.rpartition(".")

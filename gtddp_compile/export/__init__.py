@@ -1,0 +1,40 @@
+"""Back ends of the compiler: an update program written to a file, one format a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.export.parts import Parts, no_setting
+from gtddp_compile.export.python import to_python
+
+__all__ = ["FORMATS", "Parts", "no_setting", "to_python", "write"]
+
+
+def _text(make: Callable[[Parts], str]) -> Callable[[Parts, Path], None]:
+    """A format that is text. It is complete before the file is opened: an error leaves what was there."""
+
+    def save(parts: Parts, path: Path) -> None:
+        text = make(parts)
+        path.write_text(text, encoding="utf-8")
+
+    return save
+
+
+FORMATS: Mapping[str, Callable[[Parts, Path], None]] = {
+    ".py": _text(to_python),
+}
+"""Back ends by suffix."""
+
+
+def write(parts: Parts, path: Path) -> None:
+    """Write the program in the format of the path's suffix.
+
+    Raises:
+        CompileError: no such format, or the program holds what the format cannot.
+    """
+    save = FORMATS.get(path.suffix)
+    if save is None:
+        raise CompileError(f"there is no export format {path.suffix!r}", f"Choose one of {', '.join(FORMATS)}")
+    save(parts, path)
