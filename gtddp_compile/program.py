@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from sympy import BlockMatrix, latex
 
-from gtddp_compile import export
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.errors import CompileError
+from gtddp_compile.export import Parts, no_setting, write
 from gtddp_compile.graph import ControlGraph, Player
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
@@ -60,12 +60,12 @@ class UpdateProgram:
         Raises:
             CompileError: the suffix is none of these, or the program holds what the format cannot.
         """
-        export.write(self._parts(), Path(path))
+        write(self._parts(), Path(path))
 
-    def _parts(self) -> export.Parts:
+    def _parts(self) -> Parts:
         if self.setting is None:
-            raise export.no_setting()
-        return export.Parts(self.graph, self.derived, self.form, self.lowered, self.options, self.setting)
+            raise no_setting()
+        return Parts(self.graph, self.derived, self.form, self.lowered, self.options, self.setting)
 
     def __str__(self) -> str:
         lines = [f"# {self.graph.name}: {self.curvature}, form {self.form.name}, coupling {self.options.coupling}"]
