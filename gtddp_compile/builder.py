@@ -43,11 +43,12 @@ class Builder:
         stage: int,
         writes: tuple[str, ...],
         function: str,
+        /,
         *args: Any,
         note: str = "",
         **kwargs: Any,
     ) -> None:
-        """Append one instruction."""
+        """Append one instruction; ``kwargs`` may have any names, ``function`` among them."""
         self.instructions.append(Instruction(phase, stage, writes, function, args, kwargs, note))
 
     def name(self, qualified: str) -> str:

@@ -11,7 +11,7 @@ saying so (values read into Python while it traces) is found here and left to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,32 +23,32 @@ from gtddp_compile.frontends import Traced, Untraceable, trace_export, trace_fun
 from gtddp_compile.frontends.canonical import is_identity, is_random
 from gtddp_compile.frontends.functional import Clean, functionalise
 from gtddp_compile.frontends.reference import Reference, agrees, observe, run
-from gtddp_compile.frontends.traced import parameter_infos
+from gtddp_compile.frontends.traced import argument_names, parameter_infos
 from gtddp_compile.graph import BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
 
-FRONT_ENDS: tuple[Callable[[nn.Module, tuple[Any, ...]], Traced], ...] = (
-    trace_symbolically,
-    trace_export,
-    trace_functional,
-)
+FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
+FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional)
 DETACHED = "detach"
 ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range"})
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def normalise(model: nn.Module, inputs: tuple[Any, ...]) -> OpGraph:
+def normalise(
+    model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[FrontEnd, ...] = FRONT_ENDS
+) -> OpGraph:
     """Record a model and bring it to normal form.
 
     Args:
         model: the module; it is left as it was.
         inputs: its positional arguments, batch on the leading axis.
+        front_ends: what to try, in order.
 
     Raises:
         CompileError: the model refuses the inputs, or no front end can record it.
     """
     reference = observe(model, inputs)
     refusals: list[Untraceable] = []
-    for front_end in FRONT_ENDS:
+    for front_end in front_ends:
         try:
             graph = _normal_form(front_end(model, inputs), model)
             graph, output = run(graph, model, inputs, reference)
@@ -79,8 +79,8 @@ def _cannot(refusals: list[Untraceable], reference: Reference) -> CompileError:
 
 def _normal_form(traced: Traced, model: nn.Module) -> OpGraph:
     cleaned, output = functionalise(traced)
-    names = _Names(traced.inputs)
-    ops = [Op(names.own(name), "input", None) for name in traced.inputs]
+    names = _Names()
+    ops = [Op(names.own(name), "input", None) for name in argument_names(model, len(traced.inputs))]
     value: dict[str, Any] = {name: Ref(op.name) for name, op in zip(traced.inputs, ops, strict=True)}
     leaf_modules = {path for path, module in model.named_modules() if _is_torch_layer(module)}
 
@@ -159,7 +159,7 @@ def _alive(ops: list[Op], output: Any) -> frozenset[str]:
 class _Names:
     """Unique qualified names: a layer's own path, else the path of the module and the kind."""
 
-    def __init__(self, inputs: Iterable[str]) -> None:
+    def __init__(self) -> None:
         self._count: dict[str, int] = {}
         self._taken: set[str] = set()
 

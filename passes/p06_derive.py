@@ -67,6 +67,7 @@ def _derive_stage(graph: ControlGraph, stage: Stage, recursion: Recursion) -> De
     inputs = _bundle(stage.live, lambda i: _column(entries.state, live_after, member, i))
     inputs, outputs = _merge_waiting(stage, inputs), _merge_waiting(stage, outputs)
     in_names = _names(inputs, lambda bundle: any(value in entries.read_by_players for value in bundle))
+    in_names = in_names or {STATE_LETTERS[0]: ()}  # nothing differentiable waits (word indices): a state of size zero
     out_names = _names(outputs, lambda bundle: any(entries.control[value] for value in bundle))
     controls = dict(zip(_letters(CONTROL_LETTERS, len(stage.players)), stage.players, strict=True))
     pattern = StagePattern(

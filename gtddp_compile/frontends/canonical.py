@@ -29,6 +29,10 @@ KINDS = {
     "conv_transpose1d": "conv_transpose", "conv_transpose2d": "conv_transpose", "conv_transpose3d": "conv_transpose",
     "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "negative": "neg",
     "concat": "cat", "concatenate": "cat", "sym_size": "sym_size",
+    "numpy_T": "T",
+    **dict.fromkeys(
+        ("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
+         "upsample_bicubic2d", "upsample_trilinear3d"), "interpolate"),
     "and_": "and", "or_": "or", "not_": "not", "select_copy": "select",
 }  # fmt: skip
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -7,7 +7,6 @@ found by identity in constant time; a model is never changed by being traced.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
 
 from gtddp_compile.frontends.layers import LAYERS
-from gtddp_compile.frontends.traced import Call, Traced, Untraceable, raised_at, users_line
+from gtddp_compile.frontends.traced import Call, Traced, Untraceable, argument_names, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
@@ -134,19 +133,6 @@ def trace_symbolically(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     if torch.is_autocast_enabled("cpu") != cast:
         raise Untraceable("the model leaves autocast changed")
     return _collect(graph, tracer, len(inputs))
-
-
-def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
-    """Names of the first ``count`` positional arguments of ``forward``."""
-    found: list[str] = []
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            rest = count - len(found)
-            found += [parameter.name] if rest == 1 else [f"{parameter.name}_{i}" for i in range(rest)]
-        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            found.append(parameter.name)
-    found += [f"input_{i}" for i in range(len(found), count)]
-    return tuple(found[:count])
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
@@ -82,6 +83,19 @@ def parameter_infos(model: nn.Module) -> tuple[ParameterInfo, ...]:
         ParameterInfo(name, tuple(p.shape), p.dtype, p.requires_grad, tuple(n for n in names[id(p)] if n != name))
         for name, p in model.named_parameters()
     )
+
+
+def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """Names of the first ``count`` positional arguments of ``forward``."""
+    found: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            rest = count - len(found)
+            found += [parameter.name] if rest == 1 else [f"{parameter.name}_{i}" for i in range(rest)]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            found.append(parameter.name)
+    found += [f"input_{i}" for i in range(len(found), count)]
+    return tuple(found[:count])
 
 
 def is_users(filename: str) -> bool:

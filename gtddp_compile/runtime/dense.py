@@ -131,8 +131,9 @@ class DenseBackend:
                 block = torch.cat([torch.cat([group.value_xx[a, c] for c in outs2], 1) for a in outs])
                 values[d.value_xx[o, o2]] = block
             for i, ins in stage.inputs.items():
-                block = torch.cat([torch.cat([jacobians.state[a, c] for c in ins], 1) for a in outs])
-                values[d.state[o, i]] = block
+                empty = values[d.value_x[o]].new_zeros(values[d.value_x[o]].shape[0], 0)  # a state of no values
+                columns = [torch.cat([jacobians.state[a, c] for a in outs]) for c in ins]
+                values[d.state[o, i]] = block = torch.cat([empty, *columns], 1)
                 size[d.q_x[i].symbol.shape[0]] = block.shape[1]
             for u, player in stage.controls.items():
                 block = torch.cat([jacobians.control[a, player] for a in outs])
@@ -227,9 +228,9 @@ class DenseBackend:
     def _believe(self, m: BaseMethod, t: int, change: dict[str, Tensor], g: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scale each sample's ``δx̂`` so that the change it predicts stays within the clip (theory: 4a)."""
         clip = self.program.options.feedback_clip
-        c = torch.stack([(g[name] * delta).sum(1) for name, delta in change.items()]).sum(0)
-        if clip is None or self.program.options.feedback is not True:
+        if clip is None or self.program.options.feedback is not True or not change:
             return change
+        c = torch.stack([(g[name] * delta).sum(1) for name, delta in change.items()]).sum(0)
         outside = c.abs() > clip
         m.keep(t, outside=outside.sum())
         factor = torch.where(outside, clip / c.abs().clamp_min(torch.finfo(c.dtype).tiny), torch.ones_like(c))
