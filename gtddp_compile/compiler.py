@@ -1,7 +1,8 @@
-"""The pipeline from a model to a program: every pass in order, nothing else."""
+"""The pipeline from a model to a program, and which programs one model has been compiled to."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -21,8 +22,15 @@ from gtddp_compile.passes import (
     schedule,
     simplify,
 )
+from gtddp_compile.passes.p01_normalise import still_holds
 from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.program import UpdateProgram
+from gtddp_compile.runtime.dense import DenseBackend
+from gtddp_compile.runtime.fast import FastBackend
+from gtddp_compile.runtime.model import ModelView
+
+Backend = FastBackend | DenseBackend
+KEPT = 8
 
 
 def build_graph(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> ControlGraph:
@@ -47,3 +55,64 @@ def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *
     )
     lowered = lower(plan)
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name)
+
+
+class Specialisations:
+    """The programs of one model: one for every state of its modules, and where torch.export built sizes in, for those.
+
+    The last :data:`KEPT` states are kept, so that a model may alternate between them without being compiled again.
+    """
+
+    def __init__(self, view: ModelView, options: Options, curvature: Curvature) -> None:
+        self._view, self._options, self._curvature = view, options, curvature
+        self._graphs: dict[Any, list[ControlGraph]] = {}
+        self._known: dict[tuple[int, Any], bool] = {}
+        self._programs: dict[tuple[int, bool], tuple[UpdateProgram, Backend]] = {}
+        self._compiled = 0
+
+    def program_for(self, inputs: tuple[Any, ...], *, decay: bool) -> tuple[UpdateProgram, Backend]:
+        """The program for the model as it is now and these inputs, compiled if there is none yet.
+
+        Raises:
+            CompileError: the model cannot be compiled, or refuses the inputs.
+        """
+        graph = self._graph_for(inputs)
+        if (id(graph), decay) not in self._programs:
+            program = build_program(graph, self._options, self._curvature, decay=decay)
+            backend = FastBackend(program) if self._options.backend == "fast" else DenseBackend(program)
+            self._programs[id(graph), decay] = (program, backend)  # holds the graph, so its id stays its own
+        return self._programs[id(graph), decay]
+
+    def _graph_for(self, inputs: tuple[Any, ...]) -> ControlGraph:
+        structure = self._view.signature()
+        for graph in self._graphs.get(structure, ()):
+            if self._holds(graph, inputs):
+                return graph
+        graph = build_graph(self._view.model, inputs, self._options)
+        if structure not in self._graphs:
+            self._forget()
+        self._graphs.setdefault(structure, []).append(graph)
+        return graph
+
+    def _holds(self, graph: ControlGraph, inputs: tuple[Any, ...]) -> bool:
+        if graph.ops.frontend == "fx":
+            return still_holds(graph.ops, self._view.model, inputs)
+        key = (id(graph), tuple((value.shape, value.dtype) for value in inputs))
+        if key not in self._known:
+            self._known[key] = still_holds(graph.ops, self._view.model, inputs)
+        return self._known[key]
+
+    def _forget(self) -> None:
+        """Make room for one more state of the modules."""
+        self._compiled += 1
+        if self._compiled == KEPT + 1:
+            warnings.warn(
+                f"the program was derived {KEPT} times because modules were replaced, changed between training and "
+                "evaluation, or had numbers among their attributes changed; each new state compiles again",
+                stacklevel=2,
+            )
+        if len(self._graphs) >= KEPT:
+            oldest = next(iter(self._graphs))
+            gone = {id(graph) for graph in self._graphs.pop(oldest)}
+            self._programs = {key: value for key, value in self._programs.items() if key[0] not in gone}
+            self._known = {key: value for key, value in self._known.items() if key[0] not in gone}

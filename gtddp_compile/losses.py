@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -64,6 +64,10 @@ class Loss:
             CompileError: the outputs do not fit the loss, or what came back is not one loss a sample.
         """
         return self.samples(outputs, targets)
+
+    def after(self, change: Callable[[Any], Any]) -> Loss:
+        """The loss of ``change(outputs)``."""
+        return replace(self, samples=lambda outputs, targets: self.samples(change(outputs), targets))
 
     def total(self, phi: Tensor) -> Tensor:
         """``J``, a 0-d tensor: mean or sum of ``φ``."""

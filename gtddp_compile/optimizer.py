@@ -9,17 +9,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from gtddp_compile.compiler import build_graph, build_program
+from gtddp_compile.compiler import Backend, Specialisations
 from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
+from gtddp_compile.frontends import observe
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.losses import Loss
 from gtddp_compile.options import Options
 from gtddp_compile.program import UpdateProgram
-from gtddp_compile.runtime.dense import DenseBackend
 from gtddp_compile.runtime.diagnostics import Diagnostics
-from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
 from gtddp_compile.setting import Group, Setting, options_of
@@ -48,14 +47,15 @@ class CompiledOptimizer(torch.optim.Optimizer):
     ) -> None:
         self._view = ModelView(model)
         self._loss, self._curvature, self._options = loss, curvature, options
-        self._programs: dict[Any, tuple[UpdateProgram, FastBackend | DenseBackend]] = {}
-        self._graphs: dict[Any, ControlGraph] = {}
+        self._specialisations = Specialisations(self._view, options, curvature)
         self._current: UpdateProgram | None = None
         self._diagnostics = Diagnostics()
         self._checked = False
         super().__init__(self._view.groups(), curvature.defaults())
         if example_inputs is not None:
-            self._specialise(as_inputs(example_inputs))
+            batch = as_inputs(example_inputs)
+            check_batch(batch, None)
+            self._specialise(batch)
 
     # --- what was compiled --------------------------------------------------------------------------------------------
 
@@ -127,9 +127,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
             restore_random_state(before)
             raise
 
-    def _transaction(
-        self, program: UpdateProgram, backend: FastBackend | DenseBackend, inputs: tuple[Any, ...], targets: Any
-    ) -> Tensor:
+    def _transaction(self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any) -> Tensor:
         params = self._view.parameters()
         advancing = {name for op in program.graph.ops.ops for name in op.advances}
         buffers = {name: value.clone() if name in advancing else value for name, value in self._view.buffers().items()}
@@ -142,6 +140,12 @@ class CompiledOptimizer(torch.optim.Optimizer):
             restore_random_state(before)
             self._diagnostics = Diagnostics(loss=stop.loss, skipped=True)
             return stop.loss
+        except CompileError:
+            raise
+        except Exception:
+            restore_random_state(before)
+            observe(self._view.model, inputs)  # if it is the model that refuses them, this says so in its words
+            raise
         self._commit(m, new, {name: buffers[name] for name in advancing})
         self._checked = True
         assert m.loss is not None
@@ -157,7 +161,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
         for name in trained:
             state = self.state.get(owner[name])
             states[name] = state if state else self._curvature.init_state(params[name], groups[name])
-        return BaseMethod(self._curvature, params, new, states, groups, self._loss, first=not self._checked)
+        loss = self._loss.after(program.graph.ops.as_returned)
+        return BaseMethod(self._curvature, params, new, states, groups, loss, first=not self._checked)
 
     def _commit(self, m: BaseMethod, new: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -169,16 +174,9 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
     # --- specialisation -----------------------------------------------------------------------------------------------
 
-    def _specialise(self, inputs: tuple[Any, ...]) -> tuple[UpdateProgram, FastBackend | DenseBackend]:
-        structure = self._view.signature()
+    def _specialise(self, inputs: tuple[Any, ...]) -> tuple[UpdateProgram, Backend]:
         decay = any(group.get("weight_decay", 0) != 0 for group in self.param_groups) and self._couples_decay()
-        if (structure, decay) not in self._programs:
-            if structure not in self._graphs:
-                self._graphs[structure] = build_graph(self._view.model, inputs, self._options)
-            program = build_program(self._graphs[structure], self._options, self._curvature, decay=decay)
-            backend = FastBackend(program) if self._options.backend == "fast" else DenseBackend(program)
-            self._programs[structure, decay] = (program, backend)
-        found = self._programs[structure, decay]
+        found = self._specialisations.program_for(inputs, decay=decay)
         self._current = found[0]
         return found
 
@@ -194,7 +192,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         Raises:
             CompileError: always, once the optimizer exists.
         """
-        if "_programs" in self.__dict__ and getattr(self, "_sealed", False):
+        if getattr(self, "_sealed", False):
             self._refuse_group()
         super().add_param_group(param_group)
 
@@ -212,5 +210,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
-        state.update(_programs={}, _graphs={}, _current=None, _diagnostics=Diagnostics())
+        fresh = Specialisations(self._view, self._options, self._curvature)
+        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics())
         return state

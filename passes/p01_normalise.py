@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends import Traced, Untraceable, trace_export, trace_functional, trace_symbolically
 from gtddp_compile.frontends.canonical import is_identity, is_random
 from gtddp_compile.frontends.functional import Clean, functionalise
 from gtddp_compile.frontends.reference import Reference, agrees, observe, run
-from gtddp_compile.frontends.traced import argument_names, parameter_infos
+from gtddp_compile.frontends.traced import argument_names, parameter_infos, untouched
 from gtddp_compile.graph import BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
@@ -33,9 +34,7 @@ ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_t
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def normalise(
-    model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[FrontEnd, ...] = FRONT_ENDS
-) -> OpGraph:
+def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[FrontEnd, ...] = FRONT_ENDS) -> OpGraph:
     """Record a model and bring it to normal form.
 
     Args:
@@ -46,11 +45,16 @@ def normalise(
     Raises:
         CompileError: the model refuses the inputs, or no front end can record it.
     """
-    reference = observe(model, inputs)
+    with untouched(model):
+        numbers = _numbers(model)
+        reference = observe(model, inputs)
+        _check_numbers(numbers, _numbers(model))
     refusals: list[Untraceable] = []
     for front_end in front_ends:
         try:
-            graph = _normal_form(front_end(model, inputs), model)
+            with untouched(model):
+                traced = front_end(model, inputs)
+            graph = _normal_form(traced, model)
             graph, output = run(graph, model, inputs, reference)
         except Untraceable as refusal:
             refusals.append(refusal)
@@ -61,15 +65,71 @@ def normalise(
     raise _cannot(refusals, reference)
 
 
+def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether a recording is right for other inputs than it was made with.
+
+    torch.fx refuses whatever depends on sizes, so its recordings hold for all; torch.export builds sizes in, and may
+    have followed a path that other batch sizes do not take: it is run beside the model again.
+
+    Raises:
+        CompileError: the model refuses the inputs.
+    """
+    if len(graph.inputs) != len(inputs):
+        return False
+    if graph.frontend == "fx":
+        return True
+    examples = [graph.by_name[name] for name in graph.inputs]
+    pairs = list(zip(examples, inputs, strict=True))
+    if any(op.dtype != value.dtype or (op.shape or ())[1:] != tuple(value.shape[1:]) for op, value in pairs):
+        return False
+    if all(op.shape == tuple(value.shape) for op, value in pairs):
+        return True
+    if graph.specialised:
+        return False
+    with untouched(model):
+        reference = observe(model, inputs)
+    try:
+        return agrees(graph, run(graph, model, inputs, reference)[1], reference)
+    except Untraceable:
+        return False
+
+
+def _numbers(model: nn.Module) -> dict[str, Any]:
+    """Numbers and words among the attributes of every module, by qualified name."""
+    return {
+        f"{path}.{name}".removeprefix("."): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str)
+    }
+
+
+def _check_numbers(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """A number that the forward pass itself changes would be built into the program as it was.
+
+    Raises:
+        CompileError: there is one.
+    """
+    for name, value in after.items():
+        if before.get(name, value) != value:
+            raise CompileError(
+                f"the forward pass changes the attribute {name!r} from {before[name]!r} to {value!r}, which a compiled "
+                "program cannot do",
+                "Change it outside forward, in the training loop",
+                module=name.rpartition(".")[0],
+            )
+
+
 def _cannot(refusals: list[Untraceable], reference: Reference) -> CompileError:
     first = next((r for r in refusals if r.source), refusals[0])
-    rest = "; ".join(dict.fromkeys(r.why for r in refusals if r is not first))
+    rest = "; ".join(dict.fromkeys(r.why for r in refusals if r.why != first.why))
     why = f"the model cannot be recorded: {first.why}" + (f" (then: {rest})" if rest else "")
     return CompileError(
         why,
         "Replace decisions on tensor values by torch.where, numpy calls by torch's, and keep the forward pass free of "
         "side effects",
         module=first.module or "",
+        operation=first.operation,
         source=first.source or None,
     )
 
@@ -103,7 +163,7 @@ def _normal_form(traced: Traced, model: nn.Module) -> OpGraph:
             name = names.new(op.module, DETACHED, leaf_modules)
             ops.append(Op(name, DETACHED, torch.detach, (Ref(op.name),), module=op.module, source=op.source))
             value[clean.call.name] = Ref(name)
-    returned = map_leaves(output, resolve)
+    returned = pytree.tree_map(resolve, output)
     kept = _alive(ops, returned)
     return OpGraph(
         tuple(op for op in ops if op.kind == "input" or op.name in kept),

@@ -196,6 +196,10 @@ def _embedding(a: dict[str, Any]) -> Arguments:
     return F.embedding, (a["indices"], a["weight"]), options
 
 
+def _copy(a: dict[str, Any]) -> Arguments:
+    return kernels.copy_like_first, (a["self"], a["src"]), {}
+
+
 ATEN: Mapping[str, Callable[[dict[str, Any]], Arguments]] = {
     "linear": _linear,
     "conv1d": _conv(1),
@@ -206,5 +210,6 @@ ATEN: Mapping[str, Callable[[dict[str, Any]], Arguments]] = {
     "group_norm": _group_norm,
     "instance_norm": _instance_norm,
     "embedding": _embedding,
+    "copy": _copy,
 }
 """aten operators that have a torch.nn.functional form which a rule knows."""

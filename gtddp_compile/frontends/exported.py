@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import operator
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +43,37 @@ def trace_export(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
 
 def trace_functional(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     """The same after torch's own functionalisation: for in-place operations seen through several views."""
-    return _read(_export(model, inputs).run_decompositions({}), model)
+    with _quiet():
+        program = _export(model, inputs).run_decompositions({})
+    return _read(program, model)
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     try:
         given = inspect.signature(model.forward).bind(*inputs).arguments
         shapes = {name: pytree.tree_map(_batch_axis, value) for name, value in given.items()}
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
+        with _quiet(), torch.enable_grad():
             return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the user's own code runs here and may raise anything
         text = str(error).strip().split("\n")[0][:300]
         source = raised_at(error.__traceback__)
         raise Untraceable(f"torch.export: {type(error).__name__}: {text}", source=source) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch.export says of its inner workings is not for our users: a refusal says it in one sentence."""
+    loggers = [logging.getLogger("torch.fx.experimental.symbolic_shapes"), logging.getLogger("torch.export")]
+    before = [logger.disabled for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _batch_axis(value: Any) -> Any:
@@ -74,6 +94,7 @@ class _Reader:
         self.calls: list[Call] = []
         self.counters: dict[str, BufferRef] = {}
         """Step counters of batch-norms by the path of their module."""
+        self.statistics: list[BufferRef] = []
         canonical = {id(p): name for name, p in model.named_parameters()}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.parameter = {name: canonical[id(p)] for name, p in parameters.items()}
@@ -100,6 +121,10 @@ class _Reader:
             for value, spec in zip(last.args[0], signature.output_specs, strict=True)
             if spec.kind == kinds.USER_OUTPUT
         ]
+        written = {str(spec.target) for spec in signature.output_specs if spec.kind == kinds.BUFFER_MUTATION}
+        kept = {ref.name for ref in (*self.counters.values(), *self.statistics)}
+        for name in sorted(written - kept):
+            raise Untraceable(f"the forward pass writes the buffer {name!r}", module=name.rpartition(".")[0])
         output = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
         return Traced(tuple(inputs), tuple(self.calls), output, "export", specialised)
 
@@ -148,6 +173,7 @@ class _Reader:
         """Batch-norm with the step counter that its module advanced just before."""
         a = bound(target, args, kwargs)
         mean = a["running_mean"]
+        self.statistics += [a[name] for name in ("running_mean", "running_var") if isinstance(a[name], BufferRef)]
         counter = self.counters.get(mean.name.rpartition(".")[0]) if isinstance(mean, BufferRef) else None
         arguments = (a["input"], mean, a["running_var"], counter, a["weight"], a["bias"])
         return kernels.batch_norm, arguments, {"training": a["training"], "momentum": a["momentum"], "eps": a["eps"]}
@@ -184,6 +210,7 @@ def _where(node: fx.Node) -> tuple[str, str]:
     """Module path and user's line."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]).split("@")[0] if stack else ""
+    path = "" if path.startswith("_empty_nn_module_stack") else path  # torch's word for "added by a decomposition"
     source = ""
     for filename, line in FRAME.findall(node.meta.get("stack_trace") or ""):
         if is_users(filename):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch.utils import _pytree as pytree
+
 from gtddp_compile.frontends.canonical import Canonical, canonical
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable
 from gtddp_compile.graph import BufferRef, ParamRef, Ref, iter_leaves, map_leaves
@@ -125,7 +127,7 @@ def functionalise(traced: Traced) -> tuple[tuple[Clean, ...], Any]:
             )
         memory.add(call.name, same_as=first.name)
         memory.now[memory.same[first.name]] = call.name
-    return tuple(found), map_leaves(traced.output, update)
+    return tuple(found), pytree.tree_map(update, traced.output)
 
 
 def _last_reads(traced: Traced) -> dict[str, int]:
@@ -133,7 +135,7 @@ def _last_reads(traced: Traced) -> dict[str, int]:
     for position, call in enumerate(traced.calls):
         found.update((leaf.name, position) for leaf in iter_leaves((call.args, dict(call.kwargs))))
     end = len(traced.calls)
-    found.update((leaf.name, end) for leaf in iter_leaves(traced.output))
+    found.update((leaf.name, end) for leaf in pytree.tree_leaves(traced.output) if isinstance(leaf, Ref))
     return found
 
 

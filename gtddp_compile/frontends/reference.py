@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends.traced import Untraceable, raised_at
+from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at
 from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
 
 SEED = 0
@@ -46,10 +46,13 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
         try:
             output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
         except Exception as error:  # the user's own code runs here and may raise anything
+            path, kind = module_of(error.__traceback__, model)
+            shapes = ", ".join(f"{tuple(value.shape)}" for value in inputs)
             raise CompileError(
-                f"the model itself fails on the example inputs: {type(error).__name__}: {error}",
-                "Pass example inputs that the model accepts: a tensor, or a tuple in the order of its arguments",
-                module="",
+                f"the model itself fails on inputs of shape {shapes}: {type(error).__name__}: {error}",
+                "Pass inputs that the model accepts: a tensor, or a tuple in the order of its arguments",
+                module=path,
+                operation=kind,
                 source=raised_at(error.__traceback__) or None,
             ) from error
         found = tuple(tensors(output))
@@ -59,7 +62,15 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
                 "Return a tensor computed by torch operations, outside torch.no_grad()",
                 module="",
             )
-        return Reference(tuple(value.detach() for value in found), _gradients(found, params), buffers)
+        try:
+            gradients = _gradients(found, params)
+        except RuntimeError as error:  # autograd's word for a value that was overwritten, or cannot be differentiated
+            raise CompileError(
+                f"the model cannot be differentiated: {error}",
+                "Make loss.backward() work on it first",
+                module="",
+            ) from error
+        return Reference(tuple(value.detach() for value in found), gradients, buffers)
 
 
 def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Reference) -> tuple[OpGraph, Reference]:
@@ -82,7 +93,11 @@ def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Re
         if not any(value.requires_grad for value in found):
             raise Untraceable("what was recorded does not depend on the parameters")
         outputs = tuple(value.detach() for value in found)
-        return replace(graph, ops=tuple(ops)), Reference(outputs, _gradients(found, params), buffers)
+        try:
+            gradients = _gradients(found, params)
+        except RuntimeError as error:  # autograd's word for an operation without a derivative
+            raise Untraceable(f"what was recorded cannot be differentiated: {error}") from error
+        return replace(graph, ops=tuple(ops)), Reference(outputs, gradients, buffers)
 
 
 def agrees(graph: OpGraph, found: Reference, expected: Reference) -> bool:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import ParameterProxy
+from torch.utils import _pytree as pytree
 
+from gtddp_compile.frontends.canonical import base_name
 from gtddp_compile.frontends.layers import LAYERS
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable, argument_names, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
@@ -53,11 +55,26 @@ class Tracer(fx.Tracer):
         self._buffers = {id(b): name for name, b in model.named_buffers()}
         self._attributes: dict[int, Any] = {}
         self.constants: dict[str, Tensor] = {}
+        self.read: set[int] = set()
+        """Tensors, by identity, that became constants."""
+        self.attributes = {
+            (path, name): value
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
         self.failed_in: str | None = None
+        self.asked: fx.Node | None = None
+        self.returns: pytree.TreeSpec | None = None
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """One placeholder for every input given; other arguments keep their defaults."""
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self._names)]
+
+        def flat(*args: Any) -> tuple[Any, ...]:
+            leaves, self.returns = pytree.tree_flatten(root_fn(*args))  # torch.fx forgets types such as named tuples
+            return tuple(leaves)
+
+        return flat, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in self._names)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """None: what is not traced through is recorded by :meth:`call_module`."""
@@ -89,6 +106,11 @@ class Tracer(fx.Tracer):
             self._attributes[id(attr_val)] = known
         return known
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Refused, as torch.fx does; remembers whose value was asked for."""
+        self.asked = obj.node
+        return super().to_bool(obj)
+
     def create_arg(self, a: Any) -> Any:
         """Tensors that are neither parameters nor buffers become constants of the trace, not of the model."""
         if isinstance(a, Tensor):
@@ -96,6 +118,7 @@ class Tracer(fx.Tracer):
             if name is None:
                 name = f"_constant_{len(self.constants)}"
                 self.constants[name] = a.detach()
+                self.read.add(id(a))
             return self.create_node("get_attr", name, (), {})
         return super().create_arg(a)
 
@@ -128,17 +151,42 @@ def trace_symbolically(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
             graph = tracer.trace(model)
     except Exception as error:  # the user's own code runs here and may raise anything
         raise Untraceable(
-            _reason(error), module=tracer.failed_in or "", source=raised_at(error.__traceback__)
+            _reason(error),
+            module=tracer.failed_in or "",
+            operation=None if tracer.asked is None else base_name(tracer.asked.target),
+            source=raised_at(error.__traceback__),
         ) from error
     if torch.is_autocast_enabled("cpu") != cast:
         raise Untraceable("the model leaves autocast changed")
+    _check_writes(model, tracer)
     return _collect(graph, tracer, len(inputs))
+
+
+def _check_writes(model: nn.Module, tracer: Tracer) -> None:
+    """A value kept in an attribute for inspection is let go; one that the next pass would read is state.
+
+    Raises:
+        Untraceable: a buffer was assigned, or a constant that the model also read.
+    """
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, value in module._buffers.items():
+            if isinstance(value, fx.Proxy):
+                raise Untraceable(f"the forward pass writes the buffer {prefix + name!r}", module=path)
+        for name, value in vars(module).items():
+            if isinstance(value, fx.Proxy) and id(tracer.attributes.get((path, name))) in tracer.read:
+                raise Untraceable(
+                    f"the forward pass reads the attribute {prefix + name!r} and writes it for the next pass",
+                    module=path,
+                )
 
 
 def _reason(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
     if isinstance(error, fx.proxy.TraceError):
         return "the path through the model depends on the values or sizes of its inputs"
+    if Recorded.__name__ in text:
+        return f"a tensor goes where its numbers are needed: {text.replace(Recorded.__name__, 'a tensor under trace')}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -152,8 +200,6 @@ def _collect(graph: fx.Graph, tracer: Tracer, count: int) -> Traced:
             return leaves.get(value.name, Ref(value.name))
         if isinstance(value, slice):
             return slice(tree(value.start), tree(value.stop), tree(value.step))
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(tree, value))
         if isinstance(value, tuple | list):
             return type(value)(map(tree, value)) if type(value) in (tuple, list) else [tree(v) for v in value]
         return {key: tree(item) for key, item in value.items()} if isinstance(value, Mapping) else value
@@ -168,7 +214,8 @@ def _collect(graph: fx.Graph, tracer: Tracer, count: int) -> Traced:
             else:
                 leaves[node.name] = ParamRef(node.target) if node.target in parameters else BufferRef(node.target)
         elif node.op == "output":
-            output = tree(node.args[0])
+            assert tracer.returns is not None
+            output = pytree.tree_unflatten(tree(node.args[0]), tracer.returns)
         else:
             target = Method(node.target) if node.op == "call_method" else node.target
             calls.append(Call(node.name, target, tree(node.args), tree(node.kwargs), module, source, grad))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -25,12 +27,14 @@ class Untraceable(Exception):
 
     Attributes:
         why: one sentence.
-        module, source: where, if known.
+        module, operation, source: where, if known.
     """
 
-    def __init__(self, why: str, *, module: str | None = None, source: str | None = None) -> None:
+    def __init__(
+        self, why: str, *, module: str | None = None, operation: str | None = None, source: str | None = None
+    ) -> None:
         super().__init__(why)
-        self.why, self.module, self.source = why, module, source
+        self.why, self.module, self.operation, self.source = why, module, operation, source
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,28 @@ class Traced:
     output: Any
     frontend: str
     specialised: bool = False
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Undo whatever the block writes to attributes of the model's modules (values kept for inspection, say).
+
+    Containers among the attributes get their items back, one level deep; tensors are not copied.
+    """
+    saved = [(m, dict(vars(m)), [(c, copy.copy(c)) for c in _containers(m)]) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, containers in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, items in containers:
+                container.clear()
+                container.extend(items) if isinstance(container, list) else container.update(items)
+
+
+def _containers(module: nn.Module) -> list[Any]:
+    return [value for value in vars(module).values() if isinstance(value, list | dict | set)]
 
 
 def parameter_infos(model: nn.Module) -> tuple[ParameterInfo, ...]:
@@ -124,3 +150,15 @@ def raised_at(trace: TracebackType | None) -> str:
             found = f"{Path(filename).name}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found
+
+
+def module_of(trace: TracebackType | None, model: nn.Module) -> tuple[str, str]:
+    """Qualified path and class of the innermost module of the model in whose methods an exception passed."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: nn.Module = model
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            found = owner
+        trace = trace.tb_next
+    return names[id(found)], type(found).__name__

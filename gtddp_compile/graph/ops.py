@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,8 @@ class OpGraph:
     Attributes:
         ops: in topological order, input operations first.
         inputs: names of the input operations, in the order of the model's positional arguments.
-        output: what the model returns: a :class:`Ref` or a tuple, list or dict of them.
+        output: what the model returns: a :class:`Ref` or a tree of them (tuples, named ones too, lists, dicts, and
+            whatever classes torch's pytree knows).
         parameters: every parameter of the model, used or not.
         frontend: ``"fx"`` or ``"export"``.
         specialised: whether the sizes of the example inputs are built in, the batch size included.
@@ -163,6 +165,14 @@ class OpGraph:
     def output_names(self) -> tuple[str, ...]:
         """Names of the operations whose values the model returns, in order, without repeats."""
         return tuple(dict.fromkeys(leaf.name for leaf in iter_leaves(self.output) if isinstance(leaf, Ref)))
+
+    def as_returned(self, values: Any) -> Any:
+        """The output's values, in plain tuples, lists and dicts, in the classes that the model returns them in."""
+        return values if isinstance(self.output, Ref) else pytree.tree_unflatten(pytree.tree_leaves(values), self._spec)
+
+    @cached_property
+    def _spec(self) -> pytree.TreeSpec:
+        return pytree.tree_structure(self.output)
 
     @cached_property
     def parameter_info(self) -> dict[str, ParameterInfo]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 from gtddp_compile.errors import CompileError
 
@@ -36,6 +38,15 @@ def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
         raise CompileError("the targets are empty", "Give one target a sample")
 
 
+PLAIN = frozenset({bool, int, float, str})
+REFUSED: dict[type[nn.Module], str] = {
+    torch.jit.ScriptModule: "Compile the module it was made from",
+    nn.DataParallel: "Compile its .module",
+    DistributedDataParallel: "Compile its .module",
+}
+"""Wrappers whose forward pass no front end can follow, with what to do."""
+
+
 class ModelView:
     """Parameters and buffers by canonical name, without copying them.
 
@@ -46,6 +57,16 @@ class ModelView:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise CompileError(f"a {type(model).__name__} is not a torch.nn.Module", "Pass the module itself")
+        for kind, remedy in REFUSED.items():
+            if isinstance(model, kind):
+                raise CompileError(f"a {type(model).__name__} cannot be compiled", remedy, module="")
+        lazy = [name for name, value in model.named_parameters() if isinstance(value, UninitializedParameter)]
+        if lazy:
+            raise CompileError(
+                f"parameters have no shape yet: {', '.join(lazy)}",
+                "Run the model on one batch first",
+                module=lazy[0].rpartition(".")[0],
+            )
         self.model = model
         self.named: dict[str, nn.Parameter] = dict(model.named_parameters())
         if not any(p.requires_grad for p in self.named.values()):
@@ -89,7 +110,8 @@ class ModelView:
                     yield f"{prefix}{name}", value
 
     def signature(self) -> tuple[Any, ...]:
-        """What the program depends on: the modules, their mode, and which parameters are trained.
+        """What the program depends on: the modules with their mode and every number and word among their attributes
+        (a dropout's ``p``, a scale of the user's own), and which parameters are trained.
 
         Raises:
             CompileError: a parameter was added, removed or replaced since the optimizer was made.
@@ -102,5 +124,9 @@ class ModelView:
                     "Call compile_optimizer again; load_state_dict carries the state over",
                     module=name.rpartition(".")[0],
                 )
-        modules = tuple((id(module), module.training) for module in self.model.modules())
+        modules = tuple((id(module), *_plain(module)) for module in self.model.modules())
         return modules, tuple(p.requires_grad for p in current.values()), torch.is_autocast_enabled()
+
+
+def _plain(module: nn.Module) -> tuple[object, ...]:
+    return tuple(value for value in vars(module).values() if type(value) in PLAIN)
