@@ -134,7 +134,7 @@ def find_players(graph: OpGraph) -> PlayerGraph:
     )
     unused = tuple(info.name for info in graph.parameters if info.trainable and info.name not in uses_of)
     found = PlayerGraph(graph, players, unused)
-    prove_owned(found, expressions, trained)
+    prove_owned(found)
     return found
 
 
@@ -179,38 +179,53 @@ def _parents(module: str) -> Iterable[str]:
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
-def prove_owned(found: PlayerGraph, expressions: Reads, trained: frozenset[str]) -> None:
-    """Every use of every trained parameter belongs to exactly one player.
+def prove_owned(found: PlayerGraph) -> None:
+    """Every use of every trained parameter that a gradient can come back from belongs to exactly one player.
+
+    Follows each parameter through the graph by itself, without what the search found: to the operations that read it,
+    and on through those that its owner calls expressions.
 
     Raises:
         CompileError: naming the operation and the parameter.
     """
     graph = found.ops
+    owner = _owners(found)
+    trained = frozenset(info.name for info in graph.parameters if info.trainable)
+    reached, moving = reaches_output(graph), depends_on_input(graph)
+    carried: Reads = {}
+    for op in graph.ops:
+        for name in read_by(op, carried, trained) if op.name in reached else ():
+            if name not in owner:
+                raise _unowned(op, name, "no player owns it")
+            if op.name in owner[name].expressions and op.name not in moving:
+                carried[op.name] = (*carried.get(op.name, ()), name)
+            elif op.name not in owner[name].uses:
+                raise _unowned(op, name, "its player does not know this use")
+    for player in found.players:
+        for use in player.uses:
+            _check_single(graph.by_name[use], player)
+
+
+def _owners(found: PlayerGraph) -> dict[str, Player]:
     owner: dict[str, Player] = {}
     for player in found.players:
         for name in player.parameters:
             if name in owner:
-                raise _unowned(
-                    graph.by_name[player.op], name, f"two players own it, {owner[name].name} and {player.name}"
-                )
+                op = found.ops.by_name[player.op]
+                raise _unowned(op, name, f"two players own it, {owner[name].name} and {player.name}")
             owner[name] = player
-    covered = {player.name: {*player.uses, *player.expressions} for player in found.players}
-    for op in graph.ops:
-        reached = op.name in expressions or op.name in found.player_using
-        for name in read_by(op, expressions, trained):
-            if name in owner and reached and op.name not in covered[owner[name].name]:
-                raise _unowned(op, name, "its player does not know this use")
-    for player in found.players:
-        for use in player.uses:
-            op = graph.by_name[use]
-            if not op.is_tensor:
-                raise CompileError(
-                    f"it reads the trained {', '.join(player.parameters)} and gives several values at once",
-                    "Freeze these parameters, or return one tensor from it",
-                    module=op.module,
-                    operation=op.kind,
-                    source=op.source,
-                )
+    return owner
+
+
+def _check_single(op: Op, player: Player) -> None:
+    if not op.is_tensor:
+        raise CompileError(
+            f"it reads the trained {', '.join(player.parameters)} and gives several values at once",
+            "Freeze these parameters, or return one tensor from it",
+            module=op.module,
+            operation=op.kind,
+            source=op.source,
+        )
 
 
 def _unowned(op: Op, parameter: str, why: str) -> CompileError:
