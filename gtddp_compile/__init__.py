@@ -10,6 +10,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.program import UpdateProgram
+from gtddp_compile.terminal import MonteCarlo
 
 __all__ = [
     "SGD",
@@ -19,6 +20,7 @@ __all__ = [
     "CompiledOptimizer",
     "ControlGraph",
     "Curvature",
+    "MonteCarlo",
     "Player",
     "RMSprop",
     "Shortcut",

@@ -12,6 +12,7 @@ from gtddp_compile.curvature import Curvature, resolve
 from gtddp_compile.losses import split
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Backend, Feedback, Options, Reading
+from gtddp_compile.terminal import Terminal, check_terminal
 
 
 def compile_optimizer(
@@ -27,6 +28,7 @@ def compile_optimizer(
     recursion: Recursion = "levenberg",
     backend: Backend = "fast",
     mixing: Reading = "block",
+    terminal: Terminal = "gradient",
     **curvature_options: Any,
 ) -> CompiledOptimizer:
     """Derive an optimal-control optimizer for a network.
@@ -50,6 +52,10 @@ def compile_optimizer(
         mixing: how the dense backend reads operations that mix samples (theory: 4e): ``"block"``, as the fast one
         does, or
             ``"exact"``.
+        terminal: the value function's Hessian at the end: ``"gradient"`` (rank one, the paper's), ``"ggn"`` (the loss's
+            exact Hessian in the outputs, as many columns as outputs), or ``MonteCarlo(rank)`` (sampled, unbiased). With
+            several columns, ``feedback_clip`` bounds the norm of a sample's predicted change of its outputs, measured by
+            that Hessian: ``½ ‖c_i‖²`` is the second-order change of its loss.
         **curvature_options: options of the named curvature.
 
     Returns:
@@ -66,6 +72,8 @@ def compile_optimizer(
         recursion,
         backend,
         mixing,
+        terminal,
     )
-    base = resolve(curvature, **curvature_options)
-    return CompiledOptimizer(model, example_inputs, loss=split(loss), curvature=base, options=options).seal()
+    base, losses = resolve(curvature, **curvature_options), split(loss)
+    check_terminal(losses, terminal)
+    return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options).seal()

@@ -16,7 +16,7 @@ from gtddp_compile.uses import Use, describe_use
 
 RESERVED = frozenset(
     {"torch", "F", "operator", "m", "p", "b", "q", "b_again", "inputs", "targets", "outputs", "math", "ones", "rows"}
-    | {"tau", "start", "phi", "loss", "step", "random_state"}
+    | {"rank", "rows_all", "tau", "start", "phi", "loss", "step", "random_state"}
     # local names and functions of an exported module (gtddp_compile.export.python)
     | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
 )
@@ -36,6 +36,21 @@ class Builder:
     def graph(self) -> ControlGraph:
         """The control graph."""
         return self.plan.graph
+
+    @property
+    def factored(self) -> bool:
+        """Whether every sample has columns of its own beside the gradient (theory: 4c)."""
+        return self.plan.form.factored
+
+    @property
+    def drifts(self) -> bool:
+        """Whether ``s`` is there: weight decay, or an ordinary gradient that is kept apart."""
+        return self.plan.decay or self.factored
+
+    @property
+    def rows(self) -> str:
+        """Variable of the rows of every group in a Gram matrix."""
+        return "rows_all" if self.factored else "rows"
 
     def emit(
         self,

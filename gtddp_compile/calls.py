@@ -21,10 +21,11 @@ def params(b: Builder, use: Use) -> tuple[object, ...]:
 
 
 def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, prefix: str, note: str) -> str:
-    """``C w`` of one player over all its uses; returns the variable."""
+    """``C w`` of one player over all its uses, ``b + C w`` where the linear term is kept apart; returns the variable."""
     found = []
     for use in b.uses(player.name):
-        g = Code(f"scale({b.g_output(use.op)}, {weights})")
+        g = b.g_output(use.op)
+        g = Code(f"combine({g}, start, {weights})" if b.factored else f"scale({g}, {weights})")
         name = f"{prefix}_{b.name(use.op)}"
         b.emit(phase, t, (f"*{name}",), b.kernel(use, "weighted"), operands(b, use), g, params(b, use),
                use.wants, note=note, **b.options(use))  # fmt: skip
@@ -37,23 +38,28 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
 
 
 def gram(b: Builder, t: int, player: Player, metric: str) -> str:
-    """``Γ`` of one player."""
+    """``Γ`` of one player (over all columns, the gradient's included, where there are several)."""
     uses, result = b.uses(player.name), f"gamma_{t}_{b.name(player.op)}"
     if len(uses) == 1 and uses[0].names == player.parameters:
-        use = uses[0]
-        b.emit("backward", t, (f"*{result}",), "gram_blocks", Function(b.kernel(use, "gram")), operands(b, use),
-               Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var("rows"),
+        use, function, first = uses[0], "gram_blocks", (Function(b.kernel(uses[0], "gram")),)
+        if b.factored:
+            others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks")
+            function, first = "factor_gram", (*first, *(Function(name) for name in others))
+        b.emit("backward", t, (f"*{result}",), function, *first, operands(b, use),
+               Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
         return result
     gradients = []
     for use in uses:
         name = f"gamma_{b.name(use.op)}_rows"
-        b.emit("backward", t, (f"*{name}",), b.kernel(use, "per_sample"), operands(b, use),
+        kernel = b.kernel(use, "per_sample")
+        call = ("factor_rows", Function(kernel)) if b.factored else (kernel,)
+        b.emit("backward", t, (f"*{name}",), *call, operands(b, use),
                Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use))  # fmt: skip
         gradients.append((use.names, Var(name)))
     total = f"gamma_{b.name(player.op)}_total"
     b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *gradients, note="every use")
-    b.emit("backward", t, (f"*{result}",), "joint_gram", Var(total), Var(metric), Var("rows"),
+    b.emit("backward", t, (f"*{result}",), "joint_gram", Var(total), Var(metric), Var(b.rows),
            note="gamma M^-1 gamma^T")  # fmt: skip
     return result
 
@@ -70,7 +76,9 @@ def directional(
                 continue
             change = tuple(Code(f"{directions[player.name]}[{player.parameters.index(name)}]") for name in use.names)
             name = f"{result}_{b.name(use.op)}"
-            b.emit(phase, t, (f"*{name}",), b.kernel(use, "directional"), operands(b, use),
+            kernel = b.kernel(use, "directional")
+            call = ("factor_directional", Function(kernel)) if b.factored else (kernel,)
+            b.emit(phase, t, (f"*{name}",), *call, operands(b, use),
                    Var(b.g_output(use.op)), params(b, use), use.wants, change, **b.options(use))  # fmt: skip
             parts.append(name)
     total = " + ".join(f"wide({part})" for part in parts)

@@ -43,7 +43,8 @@ def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *
     """Passes 6 to 10: derivation to code. ``decay``: whether any group has coupled weight decay."""
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))
     derived = derive(graph, options.recursion)
-    form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback))
+    factored = options.terminal != "gradient"
+    form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=factored)
     plan = simplify(
         derived,
         form,

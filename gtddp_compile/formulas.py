@@ -6,17 +6,25 @@ from collections.abc import Mapping
 
 from sympy import DiagMatrix, HadamardProduct, Identity, Inverse, MatAdd, MatMul, MatrixExpr, Mul, OneMatrix, ZeroMatrix
 
+from gtddp_compile.algebra.collapsed import SAMPLES
 from gtddp_compile.errors import CompileError
 
 
-def print_formula(expression: MatrixExpr, names: Mapping[MatrixExpr, str], factors: Mapping[MatrixExpr, str]) -> str:
+def print_formula(
+    expression: MatrixExpr,
+    names: Mapping[MatrixExpr, str],
+    factors: Mapping[MatrixExpr, str],
+    samples: Mapping[MatrixExpr, str] | None = None,
+) -> str:
     """Python source of a formula.
 
     Args:
         expression: over B-vectors (column matrices) and B×B matrices.
         names: variable of every symbol, and of every subexpression that already has one.
         factors: variable of the Cholesky factors of every matrix whose inverse may occur.
+        samples: variable of every matrix that is held as one block a sample, shape (B, r, r).
     """
+    samples = samples or {}
 
     def vector(e: MatrixExpr) -> str:
         if e in names:
@@ -42,6 +50,10 @@ def print_formula(expression: MatrixExpr, names: Mapping[MatrixExpr, str], facto
         head, tail = matrices[0], MatMul(*matrices[1:]).doit()
         if isinstance(head, Inverse) and head.arg in factors:
             return f"solve({factors[head.arg]}, {vector(tail)})"
+        if head in samples:
+            return f"samples_apply({samples[head]}, {vector(tail)})"
+        if isinstance(head, Inverse) and head.arg in samples:
+            return f"samples_solve({samples[head.arg]}, {vector(tail)})"
         if isinstance(head, Inverse) and isinstance(head.arg, DiagMatrix):
             return f"{_parenthesised(vector(tail))} / {vector(head.arg.args[0])}"
         if isinstance(head, HadamardProduct) and isinstance(tail, OneMatrix):
@@ -54,6 +66,12 @@ def print_formula(expression: MatrixExpr, names: Mapping[MatrixExpr, str], facto
             return f"inverse_diagonal({factors[inner.arg]})"
         raise _unprintable(e)
 
+    def own_blocks(e: HadamardProduct) -> str:
+        (inner,) = (arg for arg in e.args if arg != SAMPLES)
+        if SAMPLES in e.args and isinstance(inner, Inverse) and inner.arg in factors:
+            return f"samples_of_inverse({factors[inner.arg]}, rank)"
+        raise _unprintable(e)
+
     def matrix(e: MatrixExpr) -> str:
         if e in names:
             return names[e]
@@ -61,6 +79,10 @@ def print_formula(expression: MatrixExpr, names: Mapping[MatrixExpr, str], facto
             return f"blocks_add({', '.join(matrix(term) for term in _ordered(e, names))})"
         if isinstance(e, Inverse) and isinstance(e.arg, DiagMatrix):
             return f"blocks_diagonal(1 / {vector(e.arg.args[0])})"
+        if isinstance(e, Inverse) and e.arg in samples:
+            return f"samples_inverse({samples[e.arg]})"
+        if isinstance(e, HadamardProduct):
+            return own_blocks(e)
         if isinstance(e, Mul | MatMul):
             coefficient, matrices = e.as_coeff_matrices()
             return f"blocks_scale({names[coefficient]}, {matrix(MatMul(*matrices).doit())})"

@@ -98,9 +98,9 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
     if not hasattr(loss, "reduction"):
         return Loss(name, "mean", _Callable(loss, name), function=loss)
     for kind, inputs in _OTHER_INPUTS.items():
-        if _is(loss, kind):
+        if is_kind(loss, kind):
             raise CompileError(f"the loss {name} takes ({inputs}), not (outputs, targets)", _as_remedy(_CALLABLE))
-    if loss.reduction not in ("mean", "sum") and not (_is(loss, nn.KLDivLoss) and loss.reduction == "batchmean"):
+    if loss.reduction not in ("mean", "sum") and not (is_kind(loss, nn.KLDivLoss) and loss.reduction == "batchmean"):
         raise CompileError(
             f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined",
             "Use reduction='mean' or 'sum', or " + _CALLABLE,
@@ -129,7 +129,7 @@ def check(loss: Loss, outputs: Any, targets: Any, *, value: bool = True) -> None
             loss.per_sample(outputs, targets)
         return
     main = _check_shapes(loss, outputs, targets)
-    if _is(loss.module, *_CLASS_TARGETS) and targets.shape != main.shape:
+    if is_kind(loss.module, *_CLASS_TARGETS) and targets.shape != main.shape:
         _check_classes(loss, main, targets, getattr(loss.module, "ignore_index", None))
     if value:
         _check_value(loss, loss.module, outputs, targets)
@@ -202,7 +202,7 @@ class _Elements:
             )
         if self.reduction != "mean":
             return kernels.sample_sums(elements)
-        if not _is(self.elements, *_NEGATIVE_LOG):
+        if not is_kind(self.elements, *_NEGATIVE_LOG):
             return kernels.sample_means(elements)
         scale = kernels.class_mean_scale(main, targets, self.elements.weight, self.elements.ignore_index)
         return kernels.sample_sums(elements) * scale
@@ -218,7 +218,7 @@ class _Elements:
 # --- small predicates ---------------------------------------------------------------------------------------
 
 
-def _is(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def is_kind(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether it is one of torch's losses, a subclass with the same ``forward`` included."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
@@ -232,12 +232,12 @@ def _unreduced(module: Any) -> Any:
 
 def _arguments(module: nn.Module, outputs: Any, targets: Any) -> tuple[Any, ...]:
     """What the loss module's ``forward`` takes: GaussianNLLLoss has ``outputs = (mean, variance)``."""
-    return (outputs[0], targets, outputs[1]) if _is(module, nn.GaussianNLLLoss) else (outputs, targets)
+    return (outputs[0], targets, outputs[1]) if is_kind(module, nn.GaussianNLLLoss) else (outputs, targets)
 
 
 def _main(module: nn.Module, outputs: Any, name: str) -> Tensor:
     """The tensor among the outputs that carries the batch."""
-    if _is(module, nn.GaussianNLLLoss):
+    if is_kind(module, nn.GaussianNLLLoss):
         if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and isinstance(outputs[0], Tensor):
             return outputs[0]
         raise CompileError(f"the loss {name} needs two outputs", "Let the model return (mean, variance)")
@@ -258,7 +258,7 @@ def _check_shapes(loss: Loss, outputs: Any, targets: Any) -> Tensor:
             f"the loss {loss.name} takes targets as a tensor, but they are {type(targets).__name__}",
             "Give step() a tensor of targets, or " + _CALLABLE,
         )
-    axes = 2 if _is(loss.module, *_CLASS_TARGETS) else 1
+    axes = 2 if is_kind(loss.module, *_CLASS_TARGETS) else 1
     if main.dim() < axes:
         wanted = "(B, C, …)" if axes == 2 else "(B, …)"
         raise CompileError(f"the outputs have shape {tuple(main.shape)}, without a batch axis", f"Make it {wanted}")

@@ -162,7 +162,10 @@ class CompiledOptimizer(torch.optim.Optimizer):
             state = self.state.get(owner[name])
             states[name] = state if state else self._curvature.init_state(params[name], groups[name])
         loss = self._loss.after(program.graph.ops.as_returned)
-        return BaseMethod(self._curvature, params, new, states, groups, loss, first=not self._checked)
+        return BaseMethod(
+            self._curvature, params, new, states, groups, loss,
+            first=not self._checked, terminal=self._options.terminal,
+        )  # fmt: skip
 
     def _commit(self, m: BaseMethod, new: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Literal
 
 from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.errors import CompileError
+from gtddp_compile.terminal import MonteCarlo, Terminal
 
 Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
@@ -29,6 +30,7 @@ class Options:
     recursion: Recursion = "levenberg"
     backend: Backend = "fast"
     mixing: Reading = "block"
+    terminal: Terminal = "gradient"
 
     def __post_init__(self) -> None:
         if self.feedback not in (True, False, "open"):
@@ -49,6 +51,8 @@ class Options:
             self.coupling in ("full", "block") or (isinstance(self.coupling, int) and self.coupling >= 1)
         ):
             raise _unknown("coupling", self.coupling, "'full', 'block' or a group size of at least 1")
+        if self.terminal not in ("gradient", "ggn") and not isinstance(self.terminal, MonteCarlo):
+            raise _unknown("terminal", self.terminal, "'gradient', 'ggn' or MonteCarlo(rank)")
         clip = self.feedback_clip
         if clip is not None and not clip > 0:
             raise _unknown("feedback_clip", clip, "a positive number or None")

@@ -61,7 +61,7 @@ def simplify(
         )
         for stage in graph.stages
     )
-    removed = _describe(graph, stages, decay=decay)
+    removed = _describe(graph, stages, decay=decay, factored=form.factored)
     return Plan(graph, form if decay else without_decay(form), coupling, stages, decay, clip, removed)
 
 
@@ -108,8 +108,11 @@ def _stages_to_rerun(graph: ControlGraph, feeds: tuple[Contraction, ...]) -> set
 
 
 def without_decay(form: CollapsedForm) -> CollapsedForm:
-    """The form with ``ℓ_u = 0``: the drift vanishes from every equation, and with it ``y = y'``."""
-    zero = {"s", "l"}
+    """The form with ``ℓ_u = 0``: the drift vanishes from every equation, and with it ``y = y'``.
+
+    Where the linear term is kept apart, the drift still has the ordinary gradient in it.
+    """
+    zero = {"l"} if form.factored else {"s", "l"}
 
     def clean(equation: Equation) -> Equation:
         gone = {symbol: 0 * symbol for symbol in equation.expression.free_symbols if str(symbol) in zero}
@@ -120,7 +123,7 @@ def without_decay(form: CollapsedForm) -> CollapsedForm:
     return replace(form, backward=backward, forward=forward)
 
 
-def _describe(graph: ControlGraph, stages: tuple[StagePlan, ...], *, decay: bool) -> tuple[str, ...]:
+def _describe(graph: ControlGraph, stages: tuple[StagePlan, ...], *, decay: bool, factored: bool) -> tuple[str, ...]:
     dead = [str(stage.index) for stage in stages if not stage.feeds]
     idle = [str(stage.index) for stage in stages if not stage.rerun]
     fixed = [value.name for value in graph.values if value.fixed]
@@ -131,6 +134,6 @@ def _describe(graph: ControlGraph, stages: tuple[StagePlan, ...], *, decay: bool
         said.append(f"stage {', '.join(idle)} not run again: nobody compares its new values")
     if fixed:
         said.append(f"no gradient for {', '.join(fixed)}: no player acts on it")
-    if not decay:
+    if not decay and not factored:
         said.append("drift s = 0: no coupled weight decay")
     return tuple(said)

@@ -18,6 +18,7 @@ from sympy import HadamardProduct, Identity, Inverse, MatrixExpr, OneMatrix
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import directional, gram, gram_diagonal, weighted
+from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
 from gtddp_compile.errors import CompileError
 from gtddp_compile.formulas import print_formula
 from gtddp_compile.graph import Ref
@@ -28,6 +29,8 @@ from gtddp_compile.uses import Use
 
 GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
 MOVED = a.GRADIENTS.T * a.OPEN_GAIN
+VARIABLES = {"s": "s", "Lambda": "lambda", "X": "system", "y": "y", "alpha": "alpha", "rho": "rho", "R": "own"}
+"""Variables of the collapsed equations of the backward sweep, in the order of evaluation."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def check_update(plan: Plan) -> None:
     """The instruction for the update is right only if the derived ``δu`` is ``-M⁻¹ (C w + ℓ)``."""
     found = plan.form.forward["delta_u"].expression
     gradient = a.GRADIENTS * a.WEIGHTS + (a.DECAY if plan.decay else 0 * a.DECAY)
+    gradient = gradient + (a.BASE if plan.form.factored else 0 * a.BASE)
     if (found + Inverse(a.CURVATURE) * gradient).expand().doit() != 0 * a.UPDATE:
         raise CompileError(f"no instruction computes the derived update {found}", "Use backend='dense'")
 
@@ -157,9 +161,14 @@ def _loss(b: Builder) -> None:
     structure = b.tree(graph.ops.output, {name: b.leaf(name, end) for name in moved})
     b.emit("loss", end, ("*phi",), "m.losses", structure, Var("targets"), note="phi_i")
     leaves = [Var(b.leaf(name, end)) for name in moved]
-    b.emit("loss", end, tuple(b.g(name, end) for name in moved), "loss_gradient", Var("phi"), leaves, note="g_T")
+    gradients = tuple(b.g(name, end) for name in moved)
+    if b.factored:
+        b.emit("loss", end, gradients, "m.factors", Var("phi"), structure, Var("targets"), leaves,
+               note="g_T, then the columns of S: H = S S^T")  # fmt: skip
+    else:
+        b.emit("loss", end, gradients, "loss_gradient", Var("phi"), leaves, note="g_T")
     b.emit("loss", end, ("ones", "start"), "m.terminal", Var("phi"), note="V_x = g alpha_T, alpha_T = start: 1/B or 1")
-    _terminal(b, end)
+    (terminal_columns if b.factored else _terminal)(b, end)
 
 
 def _terminal(b: Builder, end: int) -> None:
@@ -194,7 +203,9 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
     gradients = [Var(b.g(name, segments(graph, graph.value[name])[0])) for name in opened]
     inputs = [Var(b.leaf(name, t)) for name in stage.pulled] + [Var(b.name(tap)) for tap in taps]
     writes = tuple(b.g(name, t) for name in stage.pulled) + tuple(b.g_output(tap) for tap in taps)
-    b.emit("backward", t, writes, "pull_back", outputs, inputs, gradients, note="Q_x = f_x^T V_x; g of the players")
+    options = {"vectorised": vectorises(graph, t)} if b.factored else {}
+    b.emit("backward", t, writes, "pull_back_factors" if b.factored else "pull_back", outputs, inputs, gradients,
+           note="Q_x = f_x^T V_x; g of the players", **options)  # fmt: skip
     for name in stage.pulled:
         later = [reader for reader in segments(graph, graph.value[name]) if reader > t]
         if later:
@@ -234,7 +245,8 @@ def _gains(b: Builder, stage: StagePlan) -> None:
         drifts = {player.name: f"drift_{b.name(player.op)}" for player in stage.players}
         for player in stage.players:
             b.emit("backward", t, (f"*{drifts[player.name]}",), "m.drift", player.parameters, note="M^-1 l_u")
-        directional(b, "backward", t, stage.players, drifts, f"s_{t}", "s = gamma M^-1 l_u")
+        drift = f"fall_{t}" if b.factored else f"s_{t}"
+        directional(b, "backward", t, stage.players, drifts, drift, "gamma M^-1 l_u")
     if form.name in ("information", "block"):
         grams = [gram(b, t, player, metrics[player.name]) for player in stage.players]
         b.emit(
@@ -245,8 +257,11 @@ def _gains(b: Builder, stage: StagePlan) -> None:
             t,
             gammas={p.name: Var(g) for p, g in zip(stage.players, grams, strict=True)},
         )
-        b.emit("backward", t, (f"*gamma_{t}",), "blocks_add", *(Var(gram) for gram in grams),
+        total = f"columns_{t}" if b.factored else f"gamma_{t}"
+        b.emit("backward", t, (f"*{total}",), "blocks_add", *(Var(gram) for gram in grams),
                note="Gamma = sum over the stage's players")  # fmt: skip
+        if b.factored:
+            split(b, t)
         _information(b, t, stage)
     else:
         _paper(b, stage, opens, metrics)
@@ -254,7 +269,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
 
 def _environment(b: Builder, t: int) -> dict[MatrixExpr, str]:
     after, end = t + 1, len(b.plan.stages)
-    drifts = b.plan.decay
+    drifts = b.drifts
     return {
         a.TARGET_NEXT: f"y_{after}" if drifts else f"y_{end}",
         a.TARGET: f"y_{t}" if drifts or b.plan.form.name == "block" else f"y_{end}",
@@ -267,22 +282,23 @@ def _environment(b: Builder, t: int) -> dict[MatrixExpr, str]:
         a.CHANGE: f"c_{t}",
         MOVED: f"moved_{t}",
         GRAM_DIAGONAL: f"diagonal_{t}",
+        **(environment(b, t) if b.factored else {}),
     }
 
 
 def _formula(b: Builder, t: int, expression: MatrixExpr) -> Code:
     factors = {a.INFORMATION: f"factor_{t}", a.SYSTEM: f"factor_{t}"}
-    return Code(print_formula(expression, _environment(b, t), factors))
+    return Code(print_formula(expression, _environment(b, t), factors, sample_matrices(t)))
 
 
 def _information(b: Builder, t: int, stage: StagePlan) -> None:
     """The information form and its per-sample projection, equation by equation as derived."""
-    wanted = {"alpha": t > 0 and b.plan.stages[t - 1].statistics, "y": True, "rho": t > 0}
+    wanted = {"alpha": t > 0 and b.plan.stages[t - 1].statistics, "y": True, "rho": t > 0, "R": t > 0}
     if b.plan.form.name == "block":
         wanted["alpha"] = t > 0
-    elif not b.plan.decay:
+    elif not b.drifts:
         wanted["y"] = False
-    for symbol, variable in (("Lambda", "lambda"), ("X", "system"), ("y", "y"), ("alpha", "alpha"), ("rho", "rho")):
+    for symbol, variable in VARIABLES.items():
         equation = b.plan.form.backward.get(symbol)
         if equation is None or not wanted.get(symbol, True):
             continue
@@ -291,7 +307,7 @@ def _information(b: Builder, t: int, stage: StagePlan) -> None:
         if symbol in ("Lambda", "X"):
             b.emit("backward", t, (f"*factor_{t}",), "factor", Var(f"{variable}_{t}"), note="Cholesky")
     figures: dict[str, Any] = {"factor": Var(f"factor_{t}"), "target": Var(_environment(b, t)[a.TARGET])}
-    if b.plan.decay:
+    if b.drifts:
         figures["drift"] = Var(f"s_{t}")
     if "alpha" in b.plan.form.backward and b.plan.form.name == "block" and t > 0:
         figures["alpha"] = Var(f"alpha_{t}")
@@ -309,6 +325,11 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], metrics: dict[st
     if t == 0:
         return
     directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
+    if b.factored:
+        alpha = form.backward["alpha"]
+        b.emit("backward", t, (f"*alpha_{t}",), "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
+        shrink(b, t, stage, metrics)
+        return
     diagonals = []
     for player in stage.players:
         name = f"diagonal_{t}_{b.name(player.op)}"
@@ -334,7 +355,8 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     expression = b.plan.form.forward["w"].expression
     if stage.feeds:
         total = " + ".join(b.contraction(c.value, c.reader) for c in stage.feeds)
-        b.emit("forward", t, (f"c_{t}", f"outside_{t}"), "clip", Code(total), b.plan.clip,
+        clip, rank = ("clip_factors", (Var("rank"),)) if b.factored else ("clip", ())
+        b.emit("forward", t, (f"c_{t}", f"outside_{t}"), clip, Code(total), b.plan.clip, *rank,
                note="c: the change the stages before have caused")  # fmt: skip
         b.emit("forward", t, (), "m.keep", t, change=Var(f"c_{t}"), outside=Var(f"outside_{t}"))
     else:
@@ -379,9 +401,8 @@ def _contract(b: Builder, t: int, contraction: Contraction) -> None:
     result = b.contraction(value, reader)
     control = b.graph.value[value].control
     if control is None:
-        b.emit("forward", t, (f"*{result}",), "contract", Var(b.g(value, reader)), Var(b.new(value)),
-        Var(b.name(value)),
-               note=f"<g, delta {value}>")  # fmt: skip
+        b.emit("forward", t, (f"*{result}",), "contract_factors" if b.factored else "contract",
+               Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)), note=f"<g, delta {value}>")  # fmt: skip
         return
     player = b.graph.player[control]
     here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)

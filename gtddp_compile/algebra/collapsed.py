@@ -20,7 +20,10 @@ GROUP_SCALE = Symbol("tau", positive=True)
 """``B / b`` inside a group of b samples, which stands for the batch."""
 
 GRADIENTS = MatrixSymbol("C", CONTROLS, BATCH)
-"""``γᵀ``: per-sample parameter gradients of the stage's players, one column a sample."""
+"""``γᵀ``: per-sample parameter gradients of the stage's players, one column a sample. With a richer terminal factor
+the columns are the pulled-back factors of all samples, ``Ψᵀ``, and ``B`` stands for ``B r`` everywhere below."""
+BASE = MatrixSymbol("b", CONTROLS, 1)
+"""``f_uᵀ A``: the ordinary gradient ``γᵀ α_T``; present where the linear term is kept apart (richer factors)."""
 CURVATURE = SymmetricSymbol("M", CONTROLS, CONTROLS)
 DECAY = MatrixSymbol("l", CONTROLS, 1)
 """``ℓ_u``: gradient of the coupled weight decay."""
@@ -28,7 +31,8 @@ CHANGE = MatrixSymbol("c", BATCH, 1)
 """``c``: first-order change of each sample's loss that the stages before have already caused."""
 GRAM = SymmetricSymbol("Gamma", BATCH, BATCH)
 DRIFT = MatrixSymbol("s", BATCH, 1)
-"""``s = γ M⁻¹ ℓ_u``: what weight decay alone does to each sample's loss."""
+"""``s = γ M⁻¹ (b + ℓ_u)``: what the terms outside the span (weight decay; the ordinary gradient, where it is kept apart)
+do to each column."""
 WEIGHTS = MatrixSymbol("w", BATCH, 1)
 OPEN_GAIN = MatrixSymbol("k", CONTROLS, 1)
 UPDATE = MatrixSymbol("delta_u", CONTROLS, 1)
@@ -41,6 +45,10 @@ TARGET, TARGET_NEXT = MatrixSymbol("y", BATCH, 1), MatrixSymbol("y'", BATCH, 1)
 """``y = P⁻¹ α``: the ones, until weight decay drifts them."""
 RHO, RHO_NEXT = MatrixSymbol("rho", BATCH, 1), MatrixSymbol("rho'", BATCH, 1)
 SYSTEM = SymmetricSymbol("X", BATCH, BATCH)
+OWN, OWN_NEXT = SymmetricSymbol("R", BATCH, BATCH), SymmetricSymbol("R'", BATCH, BATCH)
+"""``P`` projected on the samples: a block of rank × rank a sample (``diag(ρ)`` where the rank is one)."""
+SAMPLES = SymmetricSymbol("E", BATCH, BATCH)
+"""``I_B ⊗ 1 1ᵀ``: which columns belong to the same sample."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class CollapsedForm:
             stage Hessian), ``"substituted"`` and ``"printed"`` (4b, the paper's own), ``"base"`` (feedback off).
         backward: equations of the backward sweep, in order, by the name of what they define.
         forward: equations of the forward sweep.
+        factored: whether the columns are pulled-back factors (``V_x = A + G α``) instead of the gradients (``V_x = G α``).
         claims: what was proved about every pattern of the network.
     """
 
@@ -69,3 +78,4 @@ class CollapsedForm:
     backward: dict[str, Equation]
     forward: dict[str, Equation]
     claims: tuple[Claim, ...]
+    factored: bool = False

@@ -169,6 +169,11 @@ class _Module:
         updates = ParameterUpdates
         unknown = sorted(name for name in names if not hasattr(updates, name))
         if unknown:
+            if "factors" in unknown:
+                raise CompileError(
+                    "an exported module cannot factor the loss's Hessian, which terminal='ggn' and MonteCarlo ask for",
+                    "Export with terminal='gradient'",
+                )
             raise CompileError(f"the program asks m.{unknown[0]}, which no exported module has", "Report the options")
         for name in sorted(names_in(text) & set(kernels.__all__)):
             self.luggage.take(kernels.__name__, name)

@@ -17,7 +17,7 @@ from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.program import UpdateProgram
-from gtddp_compile.runtime.jacobians import StageJacobians, Trajectory, effective
+from gtddp_compile.runtime.jacobians import Pairs, StageJacobians, Trajectory, effective, rows_of_samples
 from gtddp_compile.runtime.method import BaseMethod
 
 
@@ -44,10 +44,25 @@ class DenseBackend:
 
     def __init__(self, program: UpdateProgram) -> None:
         self.program = program
+        self._factored = program.options.terminal != "gradient" and bool(program.options.feedback)
+        self._refuse_mixing(program)
         if any(value.control for value in program.graph.values):
             raise CompileError(
                 "the dense backend holds one state a sample; a tied parameter's control is shared by all of them",
                 "Use backend='fast' for networks with tied parameters",
+            )
+
+    def _refuse_mixing(self, program: UpdateProgram) -> None:
+        """With several columns a sample no Jacobian of one sample reproduces the block reading (theory: 4e)."""
+        mixing = [op for op in program.graph.ops.ops if op.mixes_samples]
+        if self._factored and mixing and program.options.mixing == "block":
+            raise CompileError(
+                f"the dense backend has no block reading of an operation that mixes samples with"
+                f" terminal={program.options.terminal!r}",
+                "Use mixing='exact', the fast backend, or model.eval() so that running statistics are used",
+                module=mixing[0].module,
+                operation=mixing[0].name,
+                source=mixing[0].source,
             )
 
     def run(
@@ -65,17 +80,19 @@ class DenseBackend:
         phi, g = trajectory.terminal(m, targets)
         _, start = m.terminal(phi)
         batch = phi.shape[0]
-        groups = [self._terminal(rows, g, start, batch) for rows in self._rows(batch)]
+        hessian = trajectory.terminal_hessian(m, targets) if self._factored else outer_products(g)
+        groups = [self._terminal(rows, g, hessian, start, batch) for rows in self._rows(batch)]
         gains: list[list[Gains]] = []
-        gradients: list[dict[str, Tensor]] = []
+        measures: list[Pairs] = []
         for stage in reversed(self.program.derived.stages):
             jacobians = trajectory.jacobians(stage.index)
             after, g = g, jacobians.pull_back(g)
             if options.mixing == "block":
                 jacobians = effective(jacobians, after, batch)
             gains.insert(0, self._sweep(m, stage, jacobians, groups, batch))
-            gradients.insert(0, g)
-        self._forward(m, q, trajectory, groups, gains, gradients)
+            hessian = jacobians.pull_back_hessian(hessian) if self._factored else outer_products(g)
+            measures.insert(0, hessian)
+        self._forward(m, q, trajectory, groups, gains, measures)
         return phi
 
     # --- terminal -----------------------------------------------------------------------------------------------------
@@ -84,16 +101,12 @@ class DenseBackend:
         coupling = self.program.options.coupling
         return list(torch.arange(batch).split(coupling if isinstance(coupling, int) else batch))
 
-    def _terminal(self, samples: Tensor, g: dict[str, Tensor], start: float, batch: int) -> Group:
-        """``V_x = α_T g`` and ``V_xx`` block-diagonal in the samples: ``∇φ_i ∇φ_iᵀ / B`` (section 2)."""
+    def _terminal(self, samples: Tensor, g: dict[str, Tensor], hessian: Pairs, start: float, batch: int) -> Group:
+        """``V_x = α_T g`` and ``V_xx`` block-diagonal in the samples: ``H_i / B`` (section 2)."""
         keep = 1.0 if self.program.options.feedback else 0.0  # Proposition 4: no value Hessian
         mine = {name: value[samples] for name, value in g.items()}
         value_x = {name: start * value.reshape(-1, 1) for name, value in mine.items()}
-        value_xx = {
-            (a, c): keep * start * torch.block_diag(*(torch.outer(x, y) for x, y in zip(mine[a], mine[c], strict=True)))
-            for a in mine
-            for c in mine
-        }
+        value_xx = {pair: keep * start * rows_of_samples(block, samples, batch) for pair, block in hessian.items()}
         return Group(samples, len(samples) / batch, value_x, value_xx)
 
     # --- backward sweep -----------------------------------------------------------------------------------------------
@@ -184,9 +197,45 @@ class DenseBackend:
                     value_xx[c, a] = block.T if (a, c) != (c, a) else block
         if self.program.options.coupling == "block":
             value_xx = {pair: _per_sample(block, count) for pair, block in value_xx.items()}
-            if self.program.options.recursion == "substituted":
-                m.keep(stage.index, radicands=_clip_negative(value_xx, count))
+            if self.program.options.recursion == "substituted" and stage.index:  # nobody reads the first stage's
+                m.keep(stage.index, radicands=self._clip_negative(stage, group, values, value_xx))
         group.value_x, group.value_xx = value_x, value_xx
+
+    def _clip_negative(self, stage: DerivedStage, group: Group, values: dict[Any, Tensor], value_xx: Pairs) -> Tensor:
+        """Negative eigenvalues of ``I - q_uᵀ Q_uu⁻¹ q_u`` count as 0 (section 3); returns how many there were.
+
+        ``V_xx' = Z Zᵀ`` by its symmetric root, sample by sample; what the clip takes away is added back to ``V_xx``.
+        """
+        d, count = stage.derivation, len(group.samples)
+        after = torch.cat([torch.cat([values[d.value_xx[o, o2]] for o2 in stage.outputs], 1) for o in stage.outputs])
+        f_x = torch.cat([torch.cat([values[d.state[o, i]] for i in stage.inputs], 1) for o in stage.outputs])
+        f_u = torch.cat([torch.cat([values[d.control[o, u]] for u in stage.controls], 1) for o in stage.outputs])
+        outs = [name for bundle in stage.outputs.values() for name in bundle]
+        ins = [name for bundle in stage.inputs.values() for name in bundle]
+        negative = torch.zeros((), dtype=torch.int64)
+        for sample in range(count):
+            rows, where = self._places(outs, sample, count)[0], self._places(ins, sample, count)
+            roots, vectors = torch.linalg.eigh(after[rows][:, rows])
+            z = vectors * roots.clamp_min(0).sqrt()
+            q_u, q_x = f_u[rows].T @ z, f_x[rows][:, where[0]].T @ z
+            radicand = torch.eye(z.shape[1], dtype=z.dtype) - q_u.T @ torch.linalg.solve(values[d.joint_uu.symbol], q_u)
+            found, u = torch.linalg.eigh((radicand + radicand.T) / 2)
+            negative += (found < 0).sum()
+            missing = q_x @ (u * found.clamp_max(0)) @ u.T @ q_x.T
+            for a, (rows_a, own_a) in where[1].items():
+                for c, (rows_c, own_c) in where[1].items():
+                    value_xx[a, c][rows_a, rows_c] -= missing[own_a, own_c]
+        return negative
+
+    def _places(self, names: list[str], sample: int, count: int) -> tuple[Tensor, dict[str, tuple[slice, slice]]]:
+        """Where one sample's entries are among values side by side; by value, in its own rows and in the sample's state."""
+        index, places, offset, own = [], {}, 0, 0
+        for name in names:
+            width = int(torch.Size(self.program.graph.value[name].shape).numel())
+            index.append(offset + sample * width + torch.arange(width))
+            places[name] = (slice(sample * width, (sample + 1) * width), slice(own, own + width))
+            offset, own = offset + count * width, own + width
+        return torch.cat(index), places
 
     def _widths(
         self, values: dict[Any, Tensor], stage: DerivedStage, i: str, ins: tuple[str, ...], count: int
@@ -206,13 +255,13 @@ class DenseBackend:
         trajectory: Trajectory,
         groups: list[Group],
         gains: list[list[Gains]],
-        gradients: list[dict[str, Tensor]],
+        measures: list[Pairs],
     ) -> None:
         """``û = u + k + K̂ δx̂``, stage by stage along the new trajectory (section 1)."""
         moved = trajectory.begin_again()
         for stage in self.program.derived.stages:
             change = trajectory.change(moved, self.program.graph.stages[stage.index].live)
-            change = self._believe(m, stage.index, change, gradients[stage.index])
+            change = self._believe(m, stage.index, change, measures[stage.index])
             total: Tensor | None = None
             for group, found in zip(groups, gains[stage.index], strict=True):
                 delta = found.k.clone()
@@ -225,12 +274,20 @@ class DenseBackend:
             if stage.index + 1 < len(self.program.derived.stages):
                 trajectory.run_again(stage.index, moved, q)
 
-    def _believe(self, m: BaseMethod, t: int, change: dict[str, Tensor], g: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scale each sample's ``δx̂`` so that the change it predicts stays within the clip (theory: 4a)."""
+    def _believe(self, m: BaseMethod, t: int, change: dict[str, Tensor], measure: Pairs) -> dict[str, Tensor]:
+        """Scale each sample's ``δx̂`` so that the change it predicts stays within the clip (theory: 4a).
+
+        ``c² = δx̂ᵀ H δx̂`` with the terminal Hessian pulled back along the trajectory: ``⟨g, δx̂⟩²`` where it is ``g gᵀ``.
+        """
         clip = self.program.options.feedback_clip
         if clip is None or self.program.options.feedback is not True or not change:
             return change
-        c = torch.stack([(g[name] * delta).sum(1) for name, delta in change.items()]).sum(0)
+        batch = next(iter(change.values())).shape[0]
+        square = torch.zeros(batch, dtype=next(iter(change.values())).dtype)
+        for (a, c_), block in measure.items():
+            own = torch.stack([block.reshape(batch, -1, batch, change[c_].shape[1])[i, :, i] for i in range(batch)])
+            square += torch.einsum("bi,bij,bj->b", change[a], own, change[c_])
+        c = square.clamp_min(0).sqrt()
         outside = c.abs() > clip
         m.keep(t, outside=outside.sum())
         factor = torch.where(outside, clip / c.abs().clamp_min(torch.finfo(c.dtype).tiny), torch.ones_like(c))
@@ -246,19 +303,15 @@ class DenseBackend:
             m.apply(parameters, m.unflatten(parameters, consumed))
 
 
+def outer_products(g: dict[str, Tensor]) -> Pairs:
+    """``∇φ_i ∇φ_iᵀ`` of every sample, block-diagonal."""
+    return {
+        (a, c): torch.block_diag(*(torch.outer(x, y) for x, y in zip(g[a], g[c], strict=True))) for a in g for c in g
+    }
+
+
 def _per_sample(block: Tensor, count: int) -> Tensor:
     """Only what couples a sample with itself (paper: Sec. 4.2)."""
     rows, columns = block.shape[0] // count, block.shape[1] // count
     keep: Tensor = torch.block_diag(*(torch.ones(rows, columns, dtype=block.dtype) for _ in range(count)))
     return block * keep
-
-
-def _clip_negative(value_xx: dict[tuple[str, str], Tensor], count: int) -> Tensor:
-    """Zero the Hessian of every sample whose radicand is negative: its (rank-one) Hessian has a negative trace."""
-    trace = sum(block.diagonal().reshape(count, -1).sum(1) for (a, c), block in value_xx.items() if a == c)
-    assert isinstance(trace, Tensor)
-    negative = trace < 0
-    for pair, block in value_xx.items():
-        keep = (~negative).to(block.dtype).repeat_interleave(block.shape[0] // count)
-        value_xx[pair] = block * keep.unsqueeze(1)
-    return negative.sum()

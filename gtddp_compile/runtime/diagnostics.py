@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +46,23 @@ class Diagnostics:
             found["predicted_decrease"] = self._decrease()
         return found
 
+    @property
+    def _start(self) -> float | None:
+        """``α_T`` where the linear term is kept apart from the columns."""
+        return next((stage["start"] for stage in self._stages.values() if "start" in stage), None)
+
+    def _beside(self, weights: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """Weights of the ordinary gradients, and how they go beside those of the columns in a Gram matrix over both."""
+        if self._start is None:
+            return weights.new_zeros(0), lambda columns, base: columns
+        batch = self._batch
+        base = weights.new_full((batch, 1), self._start)
+        return base, lambda columns, base: torch.cat([base, columns.reshape(batch, -1)], 1).flatten()
+
+    @property
+    def _batch(self) -> int:
+        return next(int(stage["samples"]) for stage in self._stages.values() if "samples" in stage)
+
     def _norms(self) -> tuple[dict[str, float], dict[str, float]]:
         """``√(wᵀ Γ_p w)`` of the open weights and of what feedback adds to them: norms of ``δu`` in the metric
         ``M``.
@@ -56,7 +74,8 @@ class Diagnostics:
             own = kernels.solve(stage["factor"], stage["target"])
             extra = stage["weights"] - own
             for player, gamma in stage["gammas"].items():
-                opened[player], fed[player] = _norm(gamma, own), _norm(gamma, extra)
+                base, whole = self._beside(own)
+                opened[player], fed[player] = _norm(gamma, whole(own, base)), _norm(gamma, whole(extra, 0 * base))
         return opened, fed
 
     def _decrease(self) -> float:
@@ -70,10 +89,25 @@ class Diagnostics:
             pulled = stage["target"] + stage.get("drift", 0)
             after = self._stages[index + 1]
             before = after["alpha"] if "alpha" in after else kernels.solve(after["factor"], after["target"])
-            total += 0.5 * float(pulled @ (before - kernels.solve(stage["factor"], stage["target"])))
+            own = kernels.solve(stage["factor"], stage["target"])
+            total += 0.5 * float(pulled @ (before - own))
+            if (
+                self._start is not None
+            ):  # (b + l)^T Q_uu^-1 Q_u of the term that is kept apart, without the decay's part
+                base, whole = self._beside(own)
+                for gamma in stage["gammas"].values():
+                    total += 0.5 * _product(gamma, whole(0 * own, base), whole(own, base), scaled=True)
         return total
 
 
+def _product(gamma: tuple[Tensor, ...], left: Tensor, right: Tensor, *, scaled: bool = False) -> float:
+    """``leftᵀ Γ right``; ``scaled``: each group's part as often as it stands for the batch."""
+    sizes = [block.shape[0] for block in gamma]
+    total = 0.0
+    for v, block, w in zip(left.split(sizes), gamma, right.split(sizes), strict=True):
+        total += float(v @ block @ w) * (sum(sizes) / block.shape[0] if scaled else 1.0)
+    return total
+
+
 def _norm(gamma: tuple[Tensor, ...], weights: Tensor) -> float:
-    pieces = weights.split([block.shape[0] for block in gamma])
-    return float(torch.stack([v @ block @ v for v, block in zip(pieces, gamma, strict=True)]).sum().clamp_min(0).sqrt())
+    return math.sqrt(max(0.0, _product(gamma, weights, weights)))

@@ -50,16 +50,11 @@ class StageJacobians:
     def rows(self, samples: Tensor, batch: int) -> StageJacobians:
         """The same for some of the samples."""
 
-        def pick(block: Tensor, axis: int) -> Tensor:
-            width = block.shape[axis] // batch
-            index = (samples.unsqueeze(1) * width + torch.arange(width)).flatten()
-            return block.index_select(axis, index)
-
         return replace(
             self,
-            state={key: pick(pick(block, 0), 1) for key, block in self.state.items()},
-            outputs={key: pick(pick(block, 0), 1) for key, block in self.outputs.items()},
-            layers={use: pick(block, 0) for use, block in self.layers.items()},
+            state={key: rows_of_samples(block, samples, batch) for key, block in self.state.items()},
+            outputs={key: rows_of_samples(block, samples, batch) for key, block in self.outputs.items()},
+            layers={use: _pick(block, samples, batch, 0) for use, block in self.layers.items()},
         )
 
     def pull_back(self, g: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,6 +65,27 @@ class StageJacobians:
             part = (block.T @ g[o].reshape(-1)).reshape(batch, -1)
             found[v] = found[v] + part if v in found else part
         return found
+
+    def pull_back_hessian(self, h: Pairs) -> Pairs:
+        """``Σ (∂o/∂v)ᵀ h_oo' ∂o'/∂v'``: a Hessian in the values after, in the values before."""
+        outs, ins = {o for o, _ in self.state}, dict.fromkeys(v for _, v in self.state)
+        found: Pairs = {}
+        for v in ins:
+            for w in ins:
+                parts = [self.state[o, v].T @ h[o, r] @ self.state[r, w] for o in outs for r in outs]
+                found[v, w] = torch.stack(parts).sum(0)
+        return found
+
+
+def _pick(block: Tensor, samples: Tensor, batch: int, axis: int) -> Tensor:
+    width = block.shape[axis] // batch
+    index = (samples.unsqueeze(1) * width + torch.arange(width)).flatten()
+    return block.index_select(axis, index)
+
+
+def rows_of_samples(block: Tensor, samples: Tensor, batch: int) -> Tensor:
+    """Rows and columns of some samples of a matrix over the whole batch, samples side by side."""
+    return _pick(_pick(block, samples, batch, 0), samples, batch, 1)
 
 
 def effective(jacobians: StageJacobians, g: Mapping[str, Tensor], batch: int) -> StageJacobians:
@@ -143,6 +159,17 @@ class Trajectory:
             g = torch.autograd.grad(phi.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         batch = phi.shape[0]
         return phi.detach(), {name: part.reshape(batch, -1) for name, part in zip(leaves, g, strict=True)}
+
+    def terminal_hessian(self, m: BaseMethod, targets: Any) -> Pairs:
+        """``H_i`` of every sample in every output that players move, block-diagonal; sampled where it is asked for."""
+        moved = cut_after(self.graph, self.graph.stages[-1])
+        leaves = {name: self.values[name].detach().requires_grad_() for name in moved}
+        outputs = map_leaves(self.graph.ops.output, lambda leaf: leaves.get(leaf.name, self.values.get(leaf.name)))
+        hessian = m.explicit_hessian(outputs, targets, tuple(leaves.values()))
+        self._random[len(self.graph.stages)] = random_state()  # sampling it is part of the first sweep
+        sizes = [leaf[0].numel() for leaf in leaves.values()]
+        tiles = [row.split(sizes, 2) for row in hessian.split(sizes, 1)]
+        return {(a, c): torch.block_diag(*tiles[i][j]) for i, a in enumerate(leaves) for j, c in enumerate(leaves)}
 
     # --- Jacobians ----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from gtddp_compile import kernels
 from gtddp_compile.curvature import Curvature, ParameterUpdates
 from gtddp_compile.losses import Loss, check
+from gtddp_compile.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 
 
 class NonFiniteLoss(Exception):
@@ -34,6 +35,7 @@ class BaseMethod(ParameterUpdates):
         groups: options of every parameter's group, by name.
         loss: the per-sample losses.
         first: compare them with the user's own loss (until a step has succeeded).
+        terminal: which terminal Hessian.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class BaseMethod(ParameterUpdates):
         loss: Loss,
         *,
         first: bool = True,
+        terminal: Terminal = "gradient",
     ) -> None:
         super().__init__(curvature, params, new, states, groups)
-        self._loss, self._first = loss, first
+        self._loss, self._first, self._terminal = loss, first, terminal
         self.figures: dict[int, dict[str, Any]] = {}
         self.loss: Tensor | None = None
         self._random: list[list[Tensor]] = []
@@ -73,9 +76,26 @@ class BaseMethod(ParameterUpdates):
         with torch.no_grad():
             check(self._loss, outputs, targets)
 
+    def factors(self, phi: Tensor, outputs: Any, targets: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        """``∇φ_i`` and after it the columns of the terminal factor, for every output: ``(1 + r, B, …)``."""
+        columns = terminal_factors(self._loss, outputs, targets, tuple(leaves), self._terminal)
+        gradients = kernels.loss_gradient(phi, leaves)
+        return tuple(torch.cat([g.unsqueeze(0), z.detach()]) for g, z in zip(gradients, columns, strict=True))
+
     def terminal(self, phi: Tensor) -> tuple[Tensor, float]:
         """Ones, shape (B,), and ``α_T``: 1/B for a mean loss, 1 for a sum."""
         return kernels.terminal(phi, self._loss.reduction)
+
+    def explicit_hessian(self, outputs: Any, targets: Any, leaves: tuple[Tensor, ...]) -> Tensor:
+        """``H_i``, ``(B, n, n)``: the loss's own, or the product of the sampled columns."""
+        if isinstance(self._terminal, MonteCarlo):
+            columns = terminal_factors(self._loss, outputs, targets, leaves, self._terminal)
+            side = torch.cat([z.detach().reshape(*z.shape[:2], -1) for z in columns], 2)
+            return torch.einsum("rbi,rbj->bij", side, side)
+        with torch.enable_grad():
+            hessian = explicit_hessian(self._loss, outputs, targets, leaves)
+        refuse_negative(self._loss, torch.linalg.eigvalsh(hessian))
+        return hessian
 
     # --- figures and random state -------------------------------------------------------------------------------------
 
