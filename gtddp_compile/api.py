@@ -54,8 +54,8 @@ def compile_optimizer(
             ``"exact"``.
         terminal: the value function's Hessian at the end: ``"gradient"`` (rank one, the paper's), ``"ggn"`` (the loss's
             exact Hessian in the outputs, as many columns as outputs), or ``MonteCarlo(rank)`` (sampled, unbiased). With
-            several columns, ``feedback_clip`` bounds the norm of a sample's predicted change of its outputs, measured by
-            that Hessian: ``½ ‖c_i‖²`` is the second-order change of its loss.
+            several columns, ``feedback_clip`` bounds the norm of a sample's predicted change of its outputs, measured
+            by that Hessian: ``½ ‖c_i‖²`` is the second-order change of its loss.
         **curvature_options: options of the named curvature.
 
     Returns:

@@ -21,11 +21,11 @@ def params(b: Builder, use: Use) -> tuple[object, ...]:
 
 
 def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, prefix: str, note: str) -> str:
-    """``C w`` of one player over all its uses, ``b + C w`` where the linear term is kept apart; returns the variable."""
+    """``C w`` of one player over all its uses (``b + C w`` if the linear term is kept apart); returns the variable."""
     found = []
     for use in b.uses(player.name):
-        g = b.g_output(use.op)
-        g = Code(f"combine({g}, start, {weights})" if b.factored else f"scale({g}, {weights})")
+        output = b.g_output(use.op)
+        g = Code(f"combine({output}, start, {weights})" if b.factored else f"scale({output}, {weights})")
         name = f"{prefix}_{b.name(use.op)}"
         b.emit(phase, t, (f"*{name}",), b.kernel(use, "weighted"), operands(b, use), g, params(b, use),
                use.wants, note=note, **b.options(use))  # fmt: skip
@@ -41,11 +41,10 @@ def gram(b: Builder, t: int, player: Player, metric: str) -> str:
     """``Γ`` of one player (over all columns, the gradient's included, where there are several)."""
     uses, result = b.uses(player.name), f"gamma_{t}_{b.name(player.op)}"
     if len(uses) == 1 and uses[0].names == player.parameters:
-        use, function, first = uses[0], "gram_blocks", (Function(b.kernel(uses[0], "gram")),)
-        if b.factored:
-            others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks")
-            function, first = "factor_gram", (*first, *(Function(name) for name in others))
-        b.emit("backward", t, (f"*{result}",), function, *first, operands(b, use),
+        use = uses[0]
+        others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks") if b.factored else ()
+        first = [Function(name) for name in (b.kernel(use, "gram"), *others)]
+        b.emit("backward", t, (f"*{result}",), "factor_gram" if b.factored else "gram_blocks", *first, operands(b, use),
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
         return result

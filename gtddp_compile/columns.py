@@ -1,4 +1,4 @@
-"""Instructions of the forms with several columns a sample (theory: sections 3 and 4c), where they differ from rank one."""
+"""Instructions of the forms with several columns a sample (theory: 3 and 4c), where they differ from rank one."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def _sample_gram(b: Builder, t: int, player: Player, metric: str) -> str:
 def vectorises(graph: ControlGraph, stage: int) -> bool:
     """Whether the stage is made of torch's own operations, whose reverse passes ``vmap`` all supports.
 
-    Code of the user's own (an ``autograd.Function``, a function or module that is kept whole) may not; it is pulled back one
-    column at a time.
+    Code of the user's own (an ``autograd.Function``, a function or module that is kept whole) may not; it is pulled
+    back one column at a time.
     """
     return all(_is_torchs_own(graph.op(name).target) for name in graph.stages[stage].ops)
 
@@ -120,5 +120,5 @@ def vectorises(graph: ControlGraph, stage: int) -> bool:
 def _is_torchs_own(target: object) -> bool:
     if isinstance(target, Method | torch.nn.Module):
         return isinstance(target, Method) or type(target).__module__.startswith("torch.nn.")
-    home = getattr(target, "__module__", None) or getattr(type(target), "__module__", "")
+    home = str(getattr(target, "__module__", None) or type(target).__module__)
     return home.partition(".")[0] in {"torch", "operator", "_operator", "math", "builtins", "gtddp_compile"}

@@ -14,6 +14,7 @@ Three kinds of losses, found by what they are:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,7 +120,7 @@ def softmax_factor(logits: Tensor, total: Tensor, drawn: Tensor | None = None) -
     root, weight = p.sqrt(), total.sqrt().unsqueeze(1)
     if drawn is not None:
         columns = root * drawn - p * (root * drawn).sum(2, keepdim=True)
-        return weight * columns / drawn.shape[0] ** 0.5
+        return weight * columns / math.sqrt(drawn.shape[0])
     batch, classes = p.shape[:2]
     p, root, weight = (v.reshape(batch, v.shape[1], -1).mT for v in (p, root, weight))  # positions before classes
     blocks = weight.unsqueeze(-1) * (torch.diag_embed(root) - p.unsqueeze(-1) * root.unsqueeze(-2))
@@ -134,7 +135,7 @@ def diagonal_factor(diagonal: Tensor, drawn: Tensor | None = None) -> Tensor:
     """``S`` of a diagonal Hessian ``(B, …)``: ``(n, B, …)`` with one entry a column, or ``(k, B, …)`` sampled."""
     root = diagonal.sqrt()
     if drawn is not None:
-        return root * drawn / drawn.shape[0] ** 0.5
+        return root * drawn / math.sqrt(drawn.shape[0])
     flat = root.flatten(1) if root.dim() > 1 else root.unsqueeze(1)
     return torch.diag_embed(flat).transpose(0, 1).reshape(flat.shape[1], *diagonal.shape)
 
@@ -187,7 +188,7 @@ def _any(loss: Loss, outputs: Any, targets: Any, leaves: tuple[Tensor, ...], ran
     refuse_negative(loss, values)
     factor = vectors * values.clamp_min(0).sqrt().unsqueeze(1)  # (B, n, n), a column an eigenvector
     if rank is not None:
-        factor = factor @ signs((*factor.shape[:2], rank), factor) / rank**0.5
+        factor = factor @ signs((*factor.shape[:2], rank), factor) / math.sqrt(rank)
     columns = factor.permute(2, 0, 1)
     pieces = columns.split([leaf[0].numel() for leaf in leaves], 2)
     return tuple(

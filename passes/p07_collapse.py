@@ -12,9 +12,9 @@ and, where ``Q_uu = M + C P' Cᵀ``, the Woodbury identity turns it into informa
 depends on the coupling: without projection ``Λ = P⁻¹`` and ``y = Λ α`` recur by themselves; with the paper's
 block-diagonal projection only the diagonal of ``P`` survives a stage.
 
-Richer terminal factors (r columns a sample) do not contain the linear term in their span: it is kept apart, ``V_x = A + G α``
-with ``A`` pulled back like a gradient, ``α`` zero at the end, and ``b = f_uᵀ A``. The same proof gives the same recursions with
-``ℓ_u`` replaced by ``b + ℓ_u`` and B by B r columns; the gradient form is the case ``A = 0``.
+Richer terminal factors (r columns a sample) do not contain the linear term in their span: it is kept apart,
+``V_x = A + G α`` with ``A`` pulled back like a gradient, ``α`` zero at the end, and ``b = f_uᵀ A``. The same proof
+gives the same recursions with ``ℓ_u`` replaced by ``b + ℓ_u`` and B by B r columns; the gradient form is the case ``A = 0``.
 
 Departure from theory.md 4a, found by this proof and confirmed by the dense solver: with coupled weight decay (``ℓ_u ≠
 0``)
@@ -23,6 +23,7 @@ the vector of ones becomes ``y = y' - s``, ``s = γ M⁻¹ ℓ_u``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
@@ -274,8 +275,8 @@ def _diagonal(matrix: MatrixExpr) -> MatrixExpr:
 def _factored_information_form(coupling: Coupling) -> Equations:
     """The same with B r columns: only ``s`` has more in it, since the ordinary gradient is outside their span (4c).
 
-    Inside a group of b samples, ``M``, ``b`` and ``ℓ_u`` are its share ``1/τ`` of the batch's, so that ``b`` alone counts
-    ``τ`` times in ``s``.
+    Inside a group of b samples, ``M`` and ``ℓ_u`` are its share ``1/τ`` of the batch's and ``b`` is its own, so that
+    ``b`` alone counts ``τ`` times in ``s``.
     """
     backward, _ = _information_form(coupling)
     scale = a.GROUP_SCALE if coupling == "groups" else 1
@@ -320,14 +321,15 @@ def _define(*equations: tuple[MatrixExpr, MatrixExpr, str]) -> dict[str, Equatio
     return {str(symbol): Equation(symbol, expression, source) for symbol, expression, source in equations}
 
 
-FORMS = {
+Form = Callable[[Coupling], Equations]
+FORMS: dict[FormName, Form] = {
     "information": _information_form,
     "block": _block_form,
     "substituted": lambda coupling: _paper_form(coupling, 1, "4b"),
     "printed": lambda coupling: _paper_form(coupling, -1, "21-23 as printed"),
     "base": _base_form,
 }
-FACTORED_FORMS = {
+FACTORED_FORMS: dict[FormName, Form] = {
     "information": _factored_information_form,
     "block": _factored_block_form,
     "substituted": lambda coupling: _factored_paper_form(coupling, 1, "section 3"),

@@ -31,8 +31,8 @@ CHANGE = MatrixSymbol("c", BATCH, 1)
 """``c``: first-order change of each sample's loss that the stages before have already caused."""
 GRAM = SymmetricSymbol("Gamma", BATCH, BATCH)
 DRIFT = MatrixSymbol("s", BATCH, 1)
-"""``s = γ M⁻¹ (b + ℓ_u)``: what the terms outside the span (weight decay; the ordinary gradient, where it is kept apart)
-do to each column."""
+"""``s = γ M⁻¹ (b + ℓ_u)``: what the terms outside the span (weight decay; the ordinary gradient, where it is kept
+apart) do to each column."""
 WEIGHTS = MatrixSymbol("w", BATCH, 1)
 OPEN_GAIN = MatrixSymbol("k", CONTROLS, 1)
 UPDATE = MatrixSymbol("delta_u", CONTROLS, 1)
@@ -70,7 +70,7 @@ class CollapsedForm:
             stage Hessian), ``"substituted"`` and ``"printed"`` (4b, the paper's own), ``"base"`` (feedback off).
         backward: equations of the backward sweep, in order, by the name of what they define.
         forward: equations of the forward sweep.
-        factored: whether the columns are pulled-back factors (``V_x = A + G α``) instead of the gradients (``V_x = G α``).
+        factored: whether the columns are pulled-back factors (``V_x = A + G α``) instead of gradients (``V_x = G α``).
         claims: what was proved about every pattern of the network.
     """
 

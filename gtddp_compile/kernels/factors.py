@@ -1,9 +1,9 @@
 """Richer value Hessians: ``r`` columns a sample instead of the gradient alone (theory: sections 3 and 4c).
 
 Two layouts. A value's columns travel as ``(1 + r, B, …)``: row 0 is the ordinary gradient ``g`` (the linear term, kept
-apart), rows 1 … r the pulled-back factor. Vectors and matrices over columns are ordered sample by sample, ``(i, a) ->
-i r + a``, so that a group of samples is a block. Layer kernels see columns as further samples; where an operation cannot be
-evaluated on repeated samples (``mixes``), they are called once a column.
+apart), rows 1 … r the pulled-back factor. Vectors and matrices over columns are ordered sample by sample,
+``(i, a) -> i r + a``, so that a group of samples is a block. Layer kernels see columns as further samples; where an
+operation cannot be evaluated on repeated samples (``mixes``), they are called once a column.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +24,14 @@ def pull_back_factors(
 ) -> tuple[Tensor, ...]:
     """Vector-Jacobian products of one stage with 1 + r cotangents; zero where an input does not matter.
 
-    ``vectorised``: in one batched reverse pass; otherwise one pass a column (for operations that vmap does not support).
+    ``vectorised``: in one batched reverse pass; otherwise one pass a column (for what vmap does not support).
     """
     reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
     count = gradients[0].shape[0]
     if not reached:
         return tuple(value.new_zeros(count, *value.shape) for value in inputs)
     targets, columns = [output for output, _ in reached], [g for _, g in reached]
+    found: tuple[Tensor | None, ...]
     if vectorised:
         found = torch.autograd.grad(targets, list(inputs), columns, is_grads_batched=True, allow_unused=True)
     else:
@@ -50,21 +51,23 @@ def pull_back_factors(
 def combine(g: Tensor, start: float, weights: Tensor) -> Tensor:
     """The cotangent ``α_T g_i + Σ_a w_ia z_ia`` of every sample: ``A + G w`` of one value."""
     by_sample = weights.to(g.dtype).reshape(g.shape[1], -1)
-    return start * g[0] + torch.einsum("ba,ab...->b...", by_sample, g[1:])
+    total: Tensor = start * g[0] + torch.einsum("ba,ab...->b...", by_sample, g[1:])
+    return total
 
 
 def contract_factors(g: Tensor, after: Tensor, before: Tensor) -> Tensor:
     """``c = Zᵀ δx``, shape (B r,)."""
     delta = (after - before).reshape(1, after.shape[0], -1)
-    change = torch.linalg.vecdot(g[1:].reshape(g.shape[0] - 1, after.shape[0], -1), delta).T.reshape(-1)
+    found = torch.linalg.vecdot(g[1:].reshape(g.shape[0] - 1, after.shape[0], -1), delta)
+    change: Tensor = found.T.reshape(-1)
     return change if change.dtype in (torch.float32, torch.float64) else change.float()
 
 
 def clip_factors(change: Tensor, bound: float | None, rank: int) -> tuple[Tensor, Tensor]:
     """``c`` with every sample's ``‖c_i‖`` within the bound, and how many samples were outside.
 
-    ``½ ‖c_i‖² = ½ δx_iᵀ V δx_i`` is the second-order change of the sample's loss; its ``δx`` is scaled as a whole. With the
-    gradient as the only column this is the bound on ``|c_i|``.
+    ``½ ‖c_i‖² = ½ δx_iᵀ V δx_i`` is the second-order change of the sample's loss; its ``δx`` is scaled as a whole. With
+    the gradient as the only column this is the bound on ``|c_i|``.
     """
     if bound is None:
         return change, torch.zeros((), dtype=torch.int64, device=change.device)
@@ -210,7 +213,8 @@ def samples_apply(own: Tensor, vector: Tensor) -> Tensor:
 
 def samples_solve(own: Tensor, vector: Tensor) -> Tensor:
     """Its inverse times a vector (B r,)."""
-    return torch.linalg.solve(own, vector.reshape(own.shape[0], -1, 1)).flatten()
+    solved: Tensor = torch.linalg.solve(own, vector.reshape(own.shape[0], -1, 1))
+    return solved.flatten()
 
 
 def samples_inverse(own: Tensor) -> Blocks:

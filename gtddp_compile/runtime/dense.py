@@ -228,7 +228,7 @@ class DenseBackend:
         return negative
 
     def _places(self, names: list[str], sample: int, count: int) -> tuple[Tensor, dict[str, tuple[slice, slice]]]:
-        """Where one sample's entries are among values side by side; by value, in its own rows and in the sample's state."""
+        """Where one sample's entries are among values side by side; by value: in its rows, in the sample's state."""
         index, places, offset, own = [], {}, 0, 0
         for name in names:
             width = int(torch.Size(self.program.graph.value[name].shape).numel())

@@ -49,7 +49,6 @@ class StageJacobians:
 
     def rows(self, samples: Tensor, batch: int) -> StageJacobians:
         """The same for some of the samples."""
-
         return replace(
             self,
             state={key: rows_of_samples(block, samples, batch) for key, block in self.state.items()},
