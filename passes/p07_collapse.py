@@ -14,7 +14,7 @@ block-diagonal projection only the diagonal of ``P`` survives a stage.
 
 Richer terminal factors (r columns a sample) do not contain the linear term in their span: it is kept apart,
 ``V_x = A + G α`` with ``A`` pulled back like a gradient, ``α`` zero at the end, and ``b = f_uᵀ A``. The same proof
-gives the same recursions with ``ℓ_u`` replaced by ``b + ℓ_u`` and B by B r columns; the gradient form is the case ``A = 0``.
+gives the same recursions with ``ℓ_u`` replaced by ``b + ℓ_u`` and B by B r columns; gradients are the case ``A = 0``.
 
 Departure from theory.md 4a, found by this proof and confirmed by the dense solver: with coupled weight decay (``ℓ_u ≠
 0``)
