@@ -54,6 +54,7 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
         try:
             with untouched(model):
                 traced = front_end(model, inputs)
+            _check_state(traced.read & reference.rewritten)
             graph = _normal_form(traced, model)
             graph, output = run(graph, model, inputs, reference)
         except Untraceable as refusal:
@@ -118,6 +119,20 @@ def _check_numbers(before: dict[str, Any], after: dict[str, Any]) -> None:
                 "Change it outside forward, in the training loop",
                 module=name.rpartition(".")[0],
             )
+
+
+def _check_state(names: frozenset[str]) -> None:
+    """A tensor that is kept for inspection is let go; one that the next pass reads is state.
+
+    Raises:
+        CompileError: there is one.
+    """
+    for name in sorted(names):
+        raise CompileError(
+            f"the forward pass reads the attribute {name!r} and writes it for the next pass",
+            "Make it an input and an output of the model",
+            module=name.rpartition(".")[0],
+        )
 
 
 def _cannot(refusals: list[Untraceable], reference: Reference) -> CompileError:

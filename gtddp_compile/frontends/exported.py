@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from gtddp_compile import kernels
@@ -95,6 +96,7 @@ class _Reader:
         self.counters: dict[str, BufferRef] = {}
         """Step counters of batch-norms by the path of their module."""
         self.statistics: list[BufferRef] = []
+        self.attributes_read: set[str] = set()
         canonical = {id(p): name for name, p in model.named_parameters()}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.parameter = {name: canonical[id(p)] for name, p in parameters.items()}
@@ -109,7 +111,7 @@ class _Reader:
                 if leaf is None:
                     inputs.append(node.name)
                     shape: Any = getattr(node.meta.get("val"), "shape", ())
-                    specialised |= bool(len(shape)) and isinstance(shape[0], int)
+                    specialised |= bool(len(shape)) and is_concrete_int(shape[0])
                 else:
                     self.leaves[node.name] = leaf
             elif node.op == "call_function" and node.name not in self.leaves:
@@ -126,7 +128,7 @@ class _Reader:
         for name in sorted(written - kept):
             raise Untraceable(f"the forward pass writes the buffer {name!r}", module=name.rpartition(".")[0])
         output = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
-        return Traced(tuple(inputs), tuple(self.calls), output, "export", specialised)
+        return Traced(tuple(inputs), tuple(self.calls), output, "export", specialised, frozenset(self.attributes_read))
 
     def _leaf(self, node: fx.Node) -> Any:
         signature = self.program.graph_signature
@@ -135,7 +137,9 @@ class _Reader:
         if node.name in signature.inputs_to_buffers:
             return BufferRef(signature.inputs_to_buffers[node.name])
         if node.name in signature.inputs_to_lifted_tensor_constants:
-            return self.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]]
+            name = signature.inputs_to_lifted_tensor_constants[node.name]
+            self.attributes_read.add(name)
+            return self.program.constants[name]
         if node.name in signature.inputs_to_lifted_custom_objs:
             raise Untraceable("the model uses objects that are no tensors in its graph")
         return None

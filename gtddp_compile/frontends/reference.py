@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at
+from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, tensor_attributes
 from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
 
 SEED = 0
@@ -27,24 +29,28 @@ class Reference:
         outputs: tensors of the output, flat.
         gradients: of a fixed linear function of the outputs, by parameter; ``None`` where it has no path to them.
         buffers: after the pass.
+        rewritten: names of plain tensor attributes that the pass has replaced.
     """
 
     outputs: tuple[Tensor, ...]
     gradients: Mapping[str, Tensor | None]
     buffers: Mapping[str, Tensor]
+    rewritten: frozenset[str] = frozenset()
 
 
 def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
     """Run the model on copies of its buffers; random state and model are left as they were.
 
     Raises:
-        CompileError: it raises, or returns no differentiable tensor.
+        CompileError: it raises, assigns a buffer, or returns no differentiable tensor.
     """
     params, buffers = _leaves(model)
+    before = tensor_attributes(model)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
         try:
-            output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
+            with _assignments(model) as assigned:
+                output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
         except Exception as error:  # the user's own code runs here and may raise anything
             path, kind = module_of(error.__traceback__, model)
             shapes = ", ".join(f"{tuple(value.shape)}" for value in inputs)
@@ -55,6 +61,12 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
                 operation=kind,
                 source=raised_at(error.__traceback__) or None,
             ) from error
+        for name in assigned:
+            raise CompileError(
+                f"the forward pass writes the buffer {name!r}, which only normalisation layers may do",
+                "Keep the forward pass free of side effects: update it in the training loop",
+                module=name.rpartition(".")[0],
+            )
         found = tuple(tensors(output))
         if not any(value.requires_grad for value in found):
             raise CompileError(
@@ -70,7 +82,26 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
                 "Make loss.backward() work on it first",
                 module="",
             ) from error
-        return Reference(tuple(value.detach() for value in found), gradients, buffers)
+        after = tensor_attributes(model)
+        rewritten = frozenset(name for name, value in before.items() if after.get(name) is not value)
+        return Reference(tuple(value.detach() for value in found), gradients, buffers, rewritten)
+
+
+@contextmanager
+def _assignments(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the buffers that are assigned in the block (``self.mean = …``), which no front end reports reliably."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: list[str] = []
+
+    def note(module: nn.Module, name: str, value: Tensor | None) -> None:
+        if id(module) in paths:
+            found.append(f"{paths[id(module)]}.{name}".removeprefix("."))
+
+    handle = register_module_buffer_registration_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Reference) -> tuple[OpGraph, Reference]:

@@ -18,7 +18,15 @@ from torch.utils import _pytree as pytree
 
 from gtddp_compile.frontends.canonical import base_name
 from gtddp_compile.frontends.layers import LAYERS
-from gtddp_compile.frontends.traced import Call, Traced, Untraceable, argument_names, raised_at, users_line
+from gtddp_compile.frontends.traced import (
+    Call,
+    Traced,
+    Untraceable,
+    argument_names,
+    raised_at,
+    tensor_attributes,
+    users_line,
+)
 from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
@@ -55,14 +63,8 @@ class Tracer(fx.Tracer):
         self._buffers = {id(b): name for name, b in model.named_buffers()}
         self._attributes: dict[int, Any] = {}
         self.constants: dict[str, Tensor] = {}
-        self.read: set[int] = set()
-        """Tensors, by identity, that became constants."""
-        self.attributes = {
-            (path, name): value
-            for path, module in model.named_modules()
-            for name, value in vars(module).items()
-            if isinstance(value, Tensor)
-        }
+        self.read: set[str] = set()
+        self.attributes = {id(value): name for name, value in tensor_attributes(model).items()}
         self.failed_in: str | None = None
         self.asked: fx.Node | None = None
         self.returns: pytree.TreeSpec | None = None
@@ -118,7 +120,7 @@ class Tracer(fx.Tracer):
             if name is None:
                 name = f"_constant_{len(self.constants)}"
                 self.constants[name] = a.detach()
-                self.read.add(id(a))
+                self.read.update(filter(None, [self.attributes.get(id(a))]))
             return self.create_node("get_attr", name, (), {})
         return super().create_arg(a)
 
@@ -158,27 +160,7 @@ def trace_symbolically(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
         ) from error
     if torch.is_autocast_enabled("cpu") != cast:
         raise Untraceable("the model leaves autocast changed")
-    _check_writes(model, tracer)
     return _collect(graph, tracer, len(inputs))
-
-
-def _check_writes(model: nn.Module, tracer: Tracer) -> None:
-    """A value kept in an attribute for inspection is let go; one that the next pass would read is state.
-
-    Raises:
-        Untraceable: a buffer was assigned, or a constant that the model also read.
-    """
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for name, value in module._buffers.items():
-            if isinstance(value, fx.Proxy):
-                raise Untraceable(f"the forward pass writes the buffer {prefix + name!r}", module=path)
-        for name, value in vars(module).items():
-            if isinstance(value, fx.Proxy) and id(tracer.attributes.get((path, name))) in tracer.read:
-                raise Untraceable(
-                    f"the forward pass reads the attribute {prefix + name!r} and writes it for the next pass",
-                    module=path,
-                )
 
 
 def _reason(error: Exception) -> str:
@@ -219,4 +201,4 @@ def _collect(graph: fx.Graph, tracer: Tracer, count: int) -> Traced:
         else:
             target = Method(node.target) if node.op == "call_method" else node.target
             calls.append(Call(node.name, target, tree(node.args), tree(node.kwargs), module, source, grad))
-    return Traced(tuple(inputs[:count]), tuple(calls), output, "fx")
+    return Traced(tuple(inputs[:count]), tuple(calls), output, "fx", read=frozenset(tracer.read))

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gtddp_compile.graph import ParameterInfo
 
@@ -69,6 +69,7 @@ class Traced:
         output: what is returned, with references.
         frontend: ``"fx"`` or ``"export"``.
         specialised: whether sizes of the example inputs are built in, the batch size included.
+        read: names of plain tensor attributes (no parameters or buffers) that became constants.
     """
 
     inputs: tuple[str, ...]
@@ -76,6 +77,7 @@ class Traced:
     output: Any
     frontend: str
     specialised: bool = False
+    read: frozenset[str] = frozenset()
 
 
 @contextmanager
@@ -109,6 +111,16 @@ def parameter_infos(model: nn.Module) -> tuple[ParameterInfo, ...]:
         ParameterInfo(name, tuple(p.shape), p.dtype, p.requires_grad, tuple(n for n in names[id(p)] if n != name))
         for name, p in model.named_parameters()
     )
+
+
+def tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors among the plain attributes of every module, neither parameters nor buffers, by qualified name."""
+    return {
+        f"{path}.{name}".removeprefix("."): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ class BaseMethod(ParameterUpdates):
             self._check(outputs, targets)
         try:
             phi = self._loss.per_sample(outputs, targets)
-        except (IndexError, RuntimeError, ValueError):
+        except (IndexError, RuntimeError, TypeError, ValueError):
             self._check(outputs, targets)  # says what is wrong with the targets, if it is they
             raise
         self.loss = self._loss.total(phi.detach())

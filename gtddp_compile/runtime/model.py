@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
         raise CompileError("the targets are empty", "Give one target a sample")
 
 
-PLAIN = frozenset({bool, int, float, str})
+PLAIN = frozenset({bool, int, float, str, FunctionType, BuiltinFunctionType})
 REFUSED: dict[type[nn.Module], str] = {
     torch.jit.ScriptModule: "Compile the module it was made from",
     nn.DataParallel: "Compile its .module",
@@ -110,8 +111,8 @@ class ModelView:
                     yield f"{prefix}{name}", value
 
     def signature(self) -> tuple[Any, ...]:
-        """What the program depends on: the modules with their mode and every number and word among their attributes
-        (a dropout's ``p``, a scale of the user's own), and which parameters are trained.
+        """What the program depends on: the modules with their mode and every number, word and function among their
+        attributes (a dropout's ``p``, an activation), and which parameters are trained.
 
         Raises:
             CompileError: a parameter was added, removed or replaced since the optimizer was made.
