@@ -84,6 +84,23 @@ def _packed(op: Op, *, returned: bool) -> CompileError:
     )
 
 
+def check_batch_axes(players: PlayerGraph, values: tuple[Value, ...]) -> None:
+    """The state is one a sample: whatever players decide on, and what moves across a cut, has the batch leading."""
+    ops = players.ops
+    sizes = [shape[0] for shape in (ops.by_name[name].shape for name in ops.inputs) if shape]
+    moving = [value.name for value in values if not value.fixed and value.control is None]
+    for name in sorted({*players.player_using, *moving}, key=ops.position.__getitem__):
+        op = ops.by_name[name]
+        if op.shape is not None and sizes and op.shape[:1] != (sizes[0],):
+            raise CompileError(
+                f"its value has shape {op.shape}, so its leading axis is not the batch of {sizes[0]} samples",
+                "Keep samples apart along the leading axis: (B, T, n) instead of (B T, n) or (T, B, n)",
+                module=op.module,
+                operation=op.kind,
+                source=op.source or None,
+            )
+
+
 # --- the rewrite ----------------------------------------------------------------------------------
 
 
@@ -98,7 +115,8 @@ def augment(schedule: Schedule, name: str = "model") -> ControlGraph:
         The control graph.
 
     Raises:
-        CompileError: if a tuple of tensors would have to wait between two stages.
+        CompileError: if a tuple of tensors would have to wait between two stages, or samples do not lie along the
+            leading axis.
     """
     players = schedule.base.base
     ops = players.ops
@@ -106,6 +124,7 @@ def augment(schedule: Schedule, name: str = "model") -> ControlGraph:
     moved = moved_by_players(players)
     check_tuples(ops, schedule.stage_of, lives, moved)
     values = find_values(schedule, lives, moved)
+    check_batch_axes(players, values)
     ops_at: dict[int, list[str]] = {t: [] for t in range(PROLOGUE, schedule.stages)}
     for op in ops.ops:
         ops_at[schedule.stage_of[op.name]].append(op.name)
