@@ -26,9 +26,9 @@ def compile_optimizer(
     schedule: str | Mapping[str, int] = "asap",
     coupling: str | int = "full",
     recursion: Recursion = "levenberg",
+    terminal: Terminal | None = None,
     backend: Backend = "fast",
     mixing: Reading = "block",
-    terminal: Terminal = "gradient",
     **curvature_options: Any,
 ) -> CompiledOptimizer:
     """Derive an optimal-control optimizer for a network.
@@ -44,18 +44,22 @@ def compile_optimizer(
         curvature: ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` with its options as further keywords (``lr``,
             ``weight_decay``, …: torch.optim's names and defaults), or an object such as ``RMSprop(lr=1e-3)``.
         feedback: True; ``"open"``: open gains only; False: exactly the base method (Proposition 4).
-        feedback_clip: bound on the predicted change of a sample's loss that is believed (theory: 4a); ``None``: none.
+        feedback_clip: bound on the predicted change of a sample's loss that is believed, in units of its aim (see
+            ``terminal``); ``None``: none.
         schedule: ``"asap"``, ``"alap"``, ``"sequential"``, or a mapping of player names to stages.
         coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation).
         recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``).
+        terminal: how a sample's loss is expanded in the outputs. ``"geometric"``: ``∇φ ∇φᵀ / φ``, as if its logarithm
+            were linear there (the aim is the loss itself, so the model does not depend on the loss's scale);
+            ``"gradient"``: ``∇φ ∇φᵀ``, the paper's Proposition 5 (the aim is a fall by 1); ``"ggn"``: the loss's exact
+            Hessian in the outputs, as many columns as outputs; ``MonteCarlo(rank)``: sampled columns of it, unbiased.
+            With several columns, ``feedback_clip`` bounds the norm of a sample's predicted change of its outputs,
+            measured by that Hessian: ``½ ‖c_i‖²`` is the second-order change of its loss. ``None``:
+            ``"geometric"`` with recursion ``"levenberg"``, ``"gradient"`` with the paper's own.
         backend: ``"fast"`` (generated code) or ``"dense"`` (explicit matrices, small networks: the reference).
         mixing: how the dense backend reads operations that mix samples (theory: 4e): ``"block"``, as the fast one
         does, or
             ``"exact"``.
-        terminal: the value function's Hessian at the end: ``"gradient"`` (rank one, the paper's), ``"ggn"`` (the loss's
-            exact Hessian in the outputs, as many columns as outputs), or ``MonteCarlo(rank)`` (sampled, unbiased). With
-            several columns, ``feedback_clip`` bounds the norm of a sample's predicted change of its outputs, measured
-            by that Hessian: ``½ ‖c_i‖²`` is the second-order change of its loss.
         **curvature_options: options of the named curvature.
 
     Returns:
@@ -70,10 +74,10 @@ def compile_optimizer(
         schedule,
         coupling,
         recursion,
+        terminal,
         backend,
         mixing,
-        terminal,
     )
     base, losses = resolve(curvature, **curvature_options), split(loss)
-    check_terminal(losses, terminal)
+    check_terminal(losses, options.terminal_kind)
     return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options).seal()

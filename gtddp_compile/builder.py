@@ -15,8 +15,8 @@ from gtddp_compile.plan import Plan
 from gtddp_compile.uses import Use, describe_use
 
 RESERVED = frozenset(
-    {"torch", "F", "operator", "m", "p", "b", "q", "b_again", "inputs", "targets", "outputs", "math", "ones", "rows"}
-    | {"rank", "rows_all", "tau", "start", "phi", "loss", "step", "random_state"}
+    {"torch", "F", "operator", "m", "p", "b", "q", "b_again", "inputs", "targets", "outputs", "math", "rows"}
+    | {"ones", "aim", "rank", "rows_all", "tau", "start", "phi", "loss", "step", "random_state"}
     # local names and functions of an exported module (gtddp_compile.export.python)
     | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
 )

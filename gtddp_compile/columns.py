@@ -31,8 +31,8 @@ def terminal_columns(b: Builder, end: int) -> None:
            samples=Code("phi.shape[0]"))  # fmt: skip
     if form == "information":
         b.emit("loss", end, (f"*y_{end}",), "=", Code(f"alpha_{end}"), note="y_T = P_T^-1 alpha_T")
-        b.emit("loss", end, (f"*lambda_{end}",), "blocks_identity", Var("rows"), Code("1 / start"), Var("ones"),
-               note="Lambda_T = P_T^-1")  # fmt: skip
+        b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal",
+               Code("ones.repeat_interleave(rank) / start"), Var("rows"), note="Lambda_T = P_T^-1")  # fmt: skip
         return
     b.emit("loss", end, (f"*own_{end}",), "samples_identity", Var("start"), Var("ones"), Var("rank"), note="P_T")
     if form != "block":

@@ -43,8 +43,7 @@ def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *
     """Passes 6 to 10: derivation to code. ``decay``: whether any group has coupled weight decay."""
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))
     derived = derive(graph, options.recursion)
-    factored = options.terminal != "gradient"
-    form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=factored)
+    form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored)
     plan = simplify(
         derived,
         form,
@@ -53,6 +52,7 @@ def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *
         statistics=curvature.needs_statistics,
         decay=decay,
         clip=options.feedback_clip,
+        terminal="gradient" if options.factored else str(options.terminal_kind),
     )
     lowered = lower(plan)
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name)

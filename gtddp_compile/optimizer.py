@@ -105,8 +105,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
             targets: what the loss takes.
 
         Returns:
-            The loss before the update (mean or sum, as the loss reduces), detached. If it is not finite, nothing has
-            changed and ``diagnostics["skipped"]`` is True.
+            The loss before the update (mean or sum, as the loss reduces), detached. If it or a Gram matrix is not
+            finite, nothing has changed and ``diagnostics["skipped"]`` is True.
 
         Raises:
             CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
@@ -136,10 +136,12 @@ class CompiledOptimizer(torch.optim.Optimizer):
         before = random_state()
         try:
             backend.run(m, params, buffers, new, inputs, targets)
-        except NonFiniteLoss as stop:
+        except (NonFiniteLoss, torch.linalg.LinAlgError) as stop:
+            if m.loss is None or not (isinstance(stop, NonFiniteLoss) or m.overflowed()):
+                raise
             restore_random_state(before)
-            self._diagnostics = Diagnostics(loss=stop.loss, skipped=True)
-            return stop.loss
+            self._diagnostics = Diagnostics(loss=m.loss, skipped=True)
+            return m.loss
         except CompileError:
             raise
         except Exception:
@@ -164,7 +166,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         loss = self._loss.after(program.graph.ops.as_returned)
         return BaseMethod(
             self._curvature, params, new, states, groups, loss,
-            first=not self._checked, terminal=self._options.terminal,
+            first=not self._checked, terminal=self._options.terminal_kind,
         )  # fmt: skip
 
     def _commit(self, m: BaseMethod, new: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.errors import CompileError
-from gtddp_compile.terminal import MonteCarlo, Terminal
+from gtddp_compile.terminal import RANK_ONE, MonteCarlo, Terminal
 
 Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
@@ -28,9 +28,9 @@ class Options:
     schedule: str | Mapping[str, int] = "asap"
     coupling: str | int = "full"
     recursion: Recursion = "levenberg"
+    terminal: Terminal | None = None
     backend: Backend = "fast"
     mixing: Reading = "block"
-    terminal: Terminal = "gradient"
 
     def __post_init__(self) -> None:
         if self.feedback not in (True, False, "open"):
@@ -51,11 +51,21 @@ class Options:
             self.coupling in ("full", "block") or (isinstance(self.coupling, int) and self.coupling >= 1)
         ):
             raise _unknown("coupling", self.coupling, "'full', 'block' or a group size of at least 1")
-        if self.terminal not in ("gradient", "ggn") and not isinstance(self.terminal, MonteCarlo):
-            raise _unknown("terminal", self.terminal, "'gradient', 'ggn' or MonteCarlo(rank)")
+        if self.terminal not in (None, *RANK_ONE, "ggn") and not isinstance(self.terminal, MonteCarlo):
+            raise _unknown("terminal", self.terminal, "'geometric', 'gradient', 'ggn' or MonteCarlo(rank)")
         clip = self.feedback_clip
         if clip is not None and not clip > 0:
             raise _unknown("feedback_clip", clip, "a positive number or None")
+
+    @property
+    def terminal_kind(self) -> Terminal:
+        """How the loss is expanded: ``"geometric"``, but the paper's own recursions keep the paper's ``"gradient"``."""
+        return self.terminal or ("geometric" if self.recursion == "levenberg" else "gradient")
+
+    @property
+    def factored(self) -> bool:
+        """Whether the terminal factor has columns of its own, apart from the gradient."""
+        return self.terminal_kind not in RANK_ONE
 
     @property
     def coupling_kind(self) -> Literal["full", "groups", "block"]:

@@ -61,7 +61,8 @@ class Plan:
         coupling: ``"full"``, ``"block"`` or the group size.
         stages: in forward order.
         decay: whether ``ℓ_u`` is present.
-        clip: bound on ``c``; ``None`` for none.
+        clip: bound on ``c``, in units of the aim; ``None`` for none.
+        terminal: how the loss is expanded in the outputs.
         removed: what the pass left out and why, in words.
     """
 
@@ -71,4 +72,5 @@ class Plan:
     stages: tuple[StagePlan, ...]
     decay: bool
     clip: float | None
+    terminal: str
     removed: tuple[str, ...]

@@ -56,7 +56,9 @@ class MonteCarlo:
             raise CompileError(f"MonteCarlo rank {self.rank!r} is not a positive integer", "Give a number of columns")
 
 
-Terminal = Literal["gradient", "ggn"] | MonteCarlo
+Terminal = Literal["geometric", "gradient", "ggn"] | MonteCarlo
+RANK_ONE = ("geometric", "gradient")
+"""Terminal factors along the gradient itself; they differ in its weight (``gtddp_compile.kernels.terminal``)."""
 
 
 def check_terminal(loss: Loss, terminal: Terminal) -> None:
@@ -67,7 +69,7 @@ def check_terminal(loss: Loss, terminal: Terminal) -> None:
     """
     module = loss.module
     margin = module is not None and is_kind(module, nn.MultiMarginLoss) and module.p == 1
-    if terminal != "gradient" and module is not None and (is_kind(module, *_PIECEWISE_LINEAR) or margin):
+    if terminal not in RANK_ONE and module is not None and (is_kind(module, *_PIECEWISE_LINEAR) or margin):
         raise CompileError(
             f"the loss {loss.name} is (piecewise) linear in the network's outputs: its Hessian, which"
             f" terminal={terminal!r} asks for, is zero",

@@ -32,6 +32,7 @@ def simplify(
     statistics: bool = False,
     decay: bool = False,
     clip: float | None = 1.0,
+    terminal: str = "geometric",
 ) -> Plan:
     """Decide what lives.
 
@@ -43,6 +44,7 @@ def simplify(
         statistics: whether the curvature learns from ``Q_u``.
         decay: whether any parameter has coupled weight decay.
         clip: bound on ``c``.
+        terminal: how the loss is expanded in the outputs.
     """
     graph = derived.graph
     feeds = _contractions(graph) if feedback is True else ()
@@ -62,7 +64,7 @@ def simplify(
         for stage in graph.stages
     )
     removed = _describe(graph, stages, decay=decay, factored=form.factored)
-    return Plan(graph, form if decay else without_decay(form), coupling, stages, decay, clip, removed)
+    return Plan(graph, form if decay else without_decay(form), coupling, stages, decay, clip, terminal, removed)
 
 
 def _moves(graph: ControlGraph, name: str) -> bool:

@@ -167,13 +167,13 @@ def _loss(b: Builder) -> None:
                note="g_T, then the columns of S: H = S S^T")  # fmt: skip
     else:
         b.emit("loss", end, gradients, "loss_gradient", Var("phi"), leaves, note="g_T")
-    b.emit("loss", end, ("ones", "start"), "m.terminal", Var("phi"), note="V_x = g alpha_T, alpha_T = start: 1/B or 1")
+    b.emit("loss", end, ("ones", "aim", "start"), "m.terminal", Var("phi"), b.plan.terminal,
+           note="V_x = start g, V_xx = start g g^T / aim; start = 1/B or 1")  # fmt: skip
     (terminal_columns if b.factored else _terminal)(b, end)
 
 
 def _terminal(b: Builder, end: int) -> None:
     form, coupling = b.plan.form.name, b.plan.coupling
-    ones = Var("ones")
     b.emit("loss", end, (f"*alpha_{end}",), "=", Code("start * ones"), note="alpha_T")
     if form in ("information", "block"):
         b.emit("loss", end, (), "m.keep", end, alpha=Var(f"alpha_{end}"))
@@ -183,11 +183,11 @@ def _terminal(b: Builder, end: int) -> None:
     if form == "information":
         if isinstance(coupling, int):
             b.emit("loss", end, ("*tau",), "group_scale", Var("rows"), Code("phi.shape[0]"), note="B / b")
-        b.emit("loss", end, (f"*y_{end}",), "=", Code("ones"), note="y_T = P_T^-1 alpha_T = 1")
-        b.emit("loss", end, (f"*lambda_{end}",), "blocks_identity", Var("rows"), Code("1 / start"), ones,
+        b.emit("loss", end, (f"*y_{end}",), "=", Code("aim"), note="y_T = P_T^-1 alpha_T")
+        b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal", Code("aim / start"), Var("rows"),
                note="Lambda_T = P_T^-1")  # fmt: skip
     elif form != "base":
-        b.emit("loss", end, (f"*rho_{end}",), "=", Code("start * ones"), note="rho_T: P_T = diag(rho_T)")
+        b.emit("loss", end, (f"*rho_{end}",), "=", Code("start / aim"), note="rho_T: P_T = diag(rho_T)")
 
 
 # --- backward sweep ---------------------------------------------------------------------------------------------------
@@ -355,8 +355,8 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     expression = b.plan.form.forward["w"].expression
     if stage.feeds:
         total = " + ".join(b.contraction(c.value, c.reader) for c in stage.feeds)
-        clip, rank = ("clip_factors", (Var("rank"),)) if b.factored else ("clip", ())
-        b.emit("forward", t, (f"c_{t}", f"outside_{t}"), clip, Code(total), b.plan.clip, *rank,
+        clip, rest = ("clip_factors", (Var("rank"),)) if b.factored else ("clip", (Var("aim"),))
+        b.emit("forward", t, (f"c_{t}", f"outside_{t}"), clip, Code(total), b.plan.clip, *rest,
                note="c: the change the stages before have caused")  # fmt: skip
         b.emit("forward", t, (), "m.keep", t, change=Var(f"c_{t}"), outside=Var(f"outside_{t}"))
     else:

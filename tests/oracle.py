@@ -66,6 +66,13 @@ class Options:
     feedback: bool | str = True
     clip: float | None = 1.0
     reduction: str = "mean"
+    terminal: str = "gradient"
+
+    def aim(self, phi: Tensor) -> Tensor:
+        """Where a sample's quadratic model is least: V_xx = α_T ∇φ ∇φᵀ / aim."""
+        if self.terminal == "gradient":
+            return torch.ones_like(phi)
+        return phi.clamp_min(1e-4 * float(phi.mean()))
 
     def groups(self, batch: int) -> list[slice]:
         size = self.coupling if isinstance(self.coupling, int) else batch
@@ -200,12 +207,13 @@ def terminal_gradient(loss: Loss, state: State, targets: Tensor) -> tuple[Tensor
     return phi, pull(torch.ones_like(phi))[0].flatten(1)
 
 
-def clipped(c: Tensor, options: Options, record: Record) -> Tensor:
+def clipped(c: Tensor, aim: Tensor, options: Options, record: Record) -> Tensor:
     record.largest_c = max(record.largest_c, float(c.abs().max()))
     if options.clip is None:
         return torch.ones_like(c)
-    record.clipped_samples += int((c.abs() > options.clip).sum())
-    return options.clip / c.abs().clamp_min(options.clip)
+    limit = options.clip * aim
+    record.clipped_samples += int((c.abs() > limit).sum())
+    return limit / torch.maximum(c.abs(), limit)
 
 
 @dataclass
@@ -279,7 +287,8 @@ def ddp_step(
     batch = len(phi)
     scale = 1 / batch if options.reduction == "mean" else 1.0
     record.loss = float(phi.sum() * scale)
-    z = g * scale**0.5 if options.feedback is not False else torch.zeros_like(g)
+    aim = options.aim(phi)
+    z = g * (scale / aim).sqrt()[:, None] if options.feedback is not False else torch.zeros_like(g)
     groups = [Group(rows, scale * g[rows].flatten(), outer_blocks(z[rows]), z[rows]) for rows in options.groups(batch)]
     gradients = {len(stages): g}
     metrics: dict[int, Tensor] = {}
@@ -298,7 +307,7 @@ def ddp_step(
     new, moved = dict(params), inputs
     for t, stage in enumerate(stages):
         dx = flat(moved) - flat(states[t])
-        dx = dx * clipped((gradients[t] * dx).sum(1), options, record)[:, None]
+        dx = dx * clipped((gradients[t] * dx).sum(1), aim, options, record)[:, None]
         if options.feedback is not True:
             dx = torch.zeros_like(dx)
         u, du = pack(params, stage.names), torch.zeros_like(pack(params, stage.names))
@@ -354,8 +363,9 @@ def collapsed_step(
     record.loss = float(phi.sum() * scale)
     gradients, gammas = sample_gradients(stages, params, states, g)
     groups, block = options.groups(batch), options.coupling == "block"
-    P = scale * torch.eye(batch, dtype=phi.dtype)
-    y, alpha = torch.ones_like(phi), torch.full_like(phi, scale)
+    aim = options.aim(phi)
+    P = scale * torch.diag(1 / aim)
+    y, alpha = aim, torch.full_like(phi, scale)
     plans: dict[int, Callable[[Tensor], Tensor]] = {}
     metrics: dict[int, Tensor] = {}
     for t in reversed(range(len(stages))):
@@ -391,7 +401,7 @@ def collapsed_step(
     new, moved = dict(params), inputs
     for t, stage in enumerate(stages):
         c = (gradients[t] * (flat(moved) - flat(states[t]))).sum(1)
-        c = c * clipped(c, options, record)
+        c = c * clipped(c, aim, options, record)
         g_hat = plans[t](c if options.feedback is True else zero)
         record.feedback_norm += float((g_hat - plans[t](zero)).norm())
         u = pack(params, stage.names)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from gtddp_compile import compile_optimizer
 
 STEPS, TOLERANCE = 5, 1e-9
+GEOMETRIC = ["geometric", "geometric_groups", "geometric_block", "geometric_substituted"]
 REGIMES = ["full", "groups", "block", "substituted", "printed"]
 CONV = {"conv_residual": conv_residual, "conv_residual_eval": lambda: conv_residual(training=False)}
 
@@ -29,6 +30,7 @@ def arguments(setting: str, options: Options) -> dict[str, Any]:
         "recursion": options.recursion,
         "feedback": options.feedback,
         "feedback_clip": options.clip,
+        "terminal": options.terminal,
         **keywords,
     }
 
@@ -68,6 +70,13 @@ def check(
 @pytest.mark.parametrize("setting", ["sgd", "momentum", "rmsprop", "adam"])
 @pytest.mark.parametrize("name", ["mlp", "residual", "projection"])
 def test_curvature_by_coupling(name: str, setting: str, regime: str) -> None:
+    check(CASES[name](), setting, COUPLINGS[regime])
+
+
+@pytest.mark.parametrize("regime", GEOMETRIC)
+@pytest.mark.parametrize("setting", ["momentum", "adam"])
+@pytest.mark.parametrize("name", ["residual", "projection"])
+def test_geometric_terminal(name: str, setting: str, regime: str) -> None:
     check(CASES[name](), setting, COUPLINGS[regime])
 
 

@@ -44,6 +44,10 @@ COUPLINGS: dict[str, Options] = {
     "unclipped": Options(clip=None),
     "sum": Options(coupling=3, reduction="sum"),
     "base": Options(feedback=False),
+    "geometric": Options(terminal="geometric"),
+    "geometric_groups": Options(coupling=3, terminal="geometric"),
+    "geometric_block": Options(coupling="block", terminal="geometric"),
+    "geometric_substituted": Options("block", "substituted", terminal="geometric"),
 }
 BUILDERS = CASES | {"conv_residual_eval": lambda: conv_residual(training=False)}
 

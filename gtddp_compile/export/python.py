@@ -283,11 +283,11 @@ class _Module:
         text = double_quoted(render_instruction(instruction))
         room = WIDTH - 3 * len(INDENT)
         if instruction.function == "clip":
-            text = text.replace(f", {instruction.args[1]!r})", ", FEEDBACK_CLIP)")
+            text = text.replace(f", {instruction.args[1]!r}, aim)", ", FEEDBACK_CLIP, aim)")
         if instruction.function == "rows_of":
             text = text.replace(f", {instruction.args[1]!r})", ", GROUP_SIZE)")
         if instruction.function == "m.terminal":
-            text = text.replace("m.terminal(phi)", f'terminal(phi, "{self.setting.loss.reduction}")')
+            text = text.replace("m.terminal(phi, ", f'terminal(phi, "{self.setting.loss.reduction}", ')
         lines = lay_out(text.replace("m.losses(", "losses("), "", instruction.note, room)
         if instruction.function == "m.losses":
             total = "mean" if self.setting.loss.reduction == "mean" else "sum"

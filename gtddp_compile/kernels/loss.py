@@ -30,8 +30,20 @@ def class_mean_scale(outputs: Tensor, targets: Tensor, weight: Tensor | None, ig
     return torch.where(counts, chosen, 0.0).sum().reciprocal() * batch
 
 
-def terminal(phi: Tensor, reduction: str) -> tuple[Tensor, float]:
-    """Ones, ``(B,)``, and ``α_T``: 1/B for a mean loss, 1 for a sum."""
+def terminal(phi: Tensor, reduction: str, kind: str) -> tuple[Tensor, Tensor, float]:
+    """Ones and the aim, ``(B,)`` each, and ``α_T``: 1/B for a mean loss, 1 for a sum.
+
+    ``V_xx = α_T ∇φ ∇φᵀ / aim``: the quadratic model of a sample's loss is least where it has fallen by the aim. For
+    ``"gradient"`` (Proposition 5) that is 1, whatever the loss; for ``"geometric"`` it is the loss itself: the
+    second-order expansion of a loss whose logarithm is linear in the outputs, which cross-entropy tends to where a
+    sample is nearly fitted. A loss that is not positive has no logarithm: its aim is 1. Aims below 10⁻⁴ of the mean
+    are held there, so that fitted samples do not make the value function singular.
+    """
     dtype = phi.dtype if phi.dtype in (torch.float32, torch.float64) else torch.float32
     ones = torch.ones(phi.shape[0], dtype=dtype, device=phi.device)
-    return ones, 1.0 / phi.shape[0] if reduction == "mean" else 1.0
+    start = 1.0 / phi.shape[0] if reduction == "mean" else 1.0
+    if kind == "gradient":
+        return ones, ones, start
+    values = phi.detach().to(dtype)
+    floor = (1e-4 * values.abs().mean()).clamp_min(torch.finfo(dtype).tiny)
+    return ones, torch.where(values > 0, values, ones).clamp_min(floor), start

@@ -57,11 +57,15 @@ def wide(value: Tensor) -> Tensor:
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
-def clip(change: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
-    """``c`` within the bound in which a linear prediction is believed (theory: 4a), and how many samples were not."""
+def clip(change: Tensor, bound: float | None, aim: Tensor) -> tuple[Tensor, Tensor]:
+    """``c`` within ``bound`` times the aim, where a linear prediction is believed, and how many samples were not.
+
+    With a bound of 1 no sample's weight, ``aim + c``, changes sign (theory: 4a).
+    """
     if bound is None:
         return change, torch.zeros((), dtype=torch.int64, device=change.device)
-    return change.clamp(-bound, bound), (change.abs() > bound).sum()
+    limit = bound * aim
+    return change.clamp(-limit, limit), (change.abs() > limit).sum()
 
 
 def clip_radicand(rho: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,14 +133,9 @@ def gather(order: tuple[str, ...], *parts: tuple[tuple[str, ...], tuple[Tensor, 
     return tuple(totals[name] for name in order)
 
 
-def blocks_identity(rows: Sequence[slice], value: float, like: Tensor) -> Blocks:
-    """``value · I``, a block a group."""
-    return tuple(value * torch.eye(row.stop - row.start, dtype=like.dtype, device=like.device) for row in rows)
-
-
-def blocks_diagonal(vector: Tensor) -> Blocks:
-    """``diag(v)`` as one block."""
-    return (torch.diag(vector),)
+def blocks_diagonal(vector: Tensor, rows: Sequence[slice] = (slice(None),)) -> Blocks:
+    """``diag(v)``, a block a group."""
+    return tuple(torch.diag(vector[row]) for row in rows)
 
 
 def blocks_add(*terms: Blocks) -> Blocks:
@@ -150,8 +149,16 @@ def blocks_scale(factors: tuple[float, ...], blocks: Blocks) -> Blocks:
 
 
 def factor(blocks: Blocks) -> Blocks:
-    """Cholesky factors: positive definite by construction (theory: 4a)."""
-    return tuple(torch.linalg.cholesky(block) for block in blocks)
+    """Cholesky factors: positive definite by construction (theory: 4a), kept so against rounding.
+
+    A Gram matrix carries rounding errors of the size of ``eps · trace``; that much is added to the diagonal.
+    """
+    return tuple(torch.linalg.cholesky(_lifted(block)) for block in blocks)
+
+
+def _lifted(block: Tensor) -> Tensor:
+    lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
+    return block + torch.diag(lift.expand(block.shape[0]))
 
 
 def solve(factors: Blocks, vector: Tensor) -> Tensor:

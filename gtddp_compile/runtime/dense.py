@@ -44,7 +44,7 @@ class DenseBackend:
 
     def __init__(self, program: UpdateProgram) -> None:
         self.program = program
-        self._factored = program.options.terminal != "gradient" and bool(program.options.feedback)
+        self._factored = program.options.factored and bool(program.options.feedback)
         self._refuse_mixing(program)
         if any(value.control for value in program.graph.values):
             raise CompileError(
@@ -78,10 +78,10 @@ class DenseBackend:
         graph, options = self.program.graph, self.program.options
         trajectory = Trajectory(graph, p, b, inputs)
         phi, g = trajectory.terminal(m, targets)
-        _, start = m.terminal(phi)
+        _, aim, start = m.terminal(phi, "gradient" if self._factored else str(options.terminal_kind))
         batch = phi.shape[0]
         hessian = trajectory.terminal_hessian(m, targets) if self._factored else outer_products(g)
-        groups = [self._terminal(rows, g, hessian, start, batch) for rows in self._rows(batch)]
+        groups = [self._terminal(rows, g, hessian, start, aim, batch) for rows in self._rows(batch)]
         gains: list[list[Gains]] = []
         measures: list[Pairs] = []
         for stage in reversed(self.program.derived.stages):
@@ -92,7 +92,7 @@ class DenseBackend:
             gains.insert(0, self._sweep(m, stage, jacobians, groups, batch))
             hessian = jacobians.pull_back_hessian(hessian) if self._factored else outer_products(g)
             measures.insert(0, hessian)
-        self._forward(m, q, trajectory, groups, gains, measures)
+        self._forward(m, q, trajectory, groups, gains, measures, aim)
         return phi
 
     # --- terminal -----------------------------------------------------------------------------------------------------
@@ -101,12 +101,18 @@ class DenseBackend:
         coupling = self.program.options.coupling
         return list(torch.arange(batch).split(coupling if isinstance(coupling, int) else batch))
 
-    def _terminal(self, samples: Tensor, g: dict[str, Tensor], hessian: Pairs, start: float, batch: int) -> Group:
-        """``V_x = α_T g`` and ``V_xx`` block-diagonal in the samples: ``H_i / B`` (section 2)."""
+    def _terminal(
+        self, samples: Tensor, g: dict[str, Tensor], hessian: Pairs, start: float, aim: Tensor, batch: int
+    ) -> Group:
+        """``V_x = α_T g`` and ``V_xx`` block-diagonal in the samples: ``H_i`` over B and the aim (section 2)."""
         keep = 1.0 if self.program.options.feedback else 0.0  # Proposition 4: no value Hessian
+        weight = keep * start / aim[samples]
         mine = {name: value[samples] for name, value in g.items()}
         value_x = {name: start * value.reshape(-1, 1) for name, value in mine.items()}
-        value_xx = {pair: keep * start * rows_of_samples(block, samples, batch) for pair, block in hessian.items()}
+        value_xx = {}
+        for pair, block in hessian.items():
+            own = rows_of_samples(block, samples, batch)
+            value_xx[pair] = own * weight.repeat_interleave(own.shape[0] // len(samples)).unsqueeze(1)
         return Group(samples, len(samples) / batch, value_x, value_xx)
 
     # --- backward sweep -----------------------------------------------------------------------------------------------
@@ -256,12 +262,13 @@ class DenseBackend:
         groups: list[Group],
         gains: list[list[Gains]],
         measures: list[Pairs],
+        aim: Tensor,
     ) -> None:
         """``û = u + k + K̂ δx̂``, stage by stage along the new trajectory (section 1)."""
         moved = trajectory.begin_again()
         for stage in self.program.derived.stages:
             change = trajectory.change(moved, self.program.graph.stages[stage.index].live)
-            change = self._believe(m, stage.index, change, measures[stage.index])
+            change = self._believe(m, stage.index, change, measures[stage.index], aim)
             total: Tensor | None = None
             for group, found in zip(groups, gains[stage.index], strict=True):
                 delta = found.k.clone()
@@ -274,7 +281,9 @@ class DenseBackend:
             if stage.index + 1 < len(self.program.derived.stages):
                 trajectory.run_again(stage.index, moved, q)
 
-    def _believe(self, m: BaseMethod, t: int, change: dict[str, Tensor], measure: Pairs) -> dict[str, Tensor]:
+    def _believe(
+        self, m: BaseMethod, t: int, change: dict[str, Tensor], measure: Pairs, aim: Tensor
+    ) -> dict[str, Tensor]:
         """Scale each sample's ``δx̂`` so that the change it predicts stays within the clip (theory: 4a).
 
         ``c² = δx̂ᵀ H δx̂`` with the terminal Hessian pulled back along the trajectory: ``⟨g, δx̂⟩²`` where it is ``g gᵀ``.
@@ -288,9 +297,10 @@ class DenseBackend:
             own = torch.stack([block.reshape(batch, -1, batch, change[c_].shape[1])[i, :, i] for i in range(batch)])
             square += torch.einsum("bi,bij,bj->b", change[a], own, change[c_])
         c = square.clamp_min(0).sqrt()
-        outside = c.abs() > clip
+        limit = clip * aim
+        outside = c.abs() > limit
         m.keep(t, outside=outside.sum())
-        factor = torch.where(outside, clip / c.abs().clamp_min(torch.finfo(c.dtype).tiny), torch.ones_like(c))
+        factor = torch.where(outside, limit / c.abs().clamp_min(torch.finfo(c.dtype).tiny), torch.ones_like(c))
         return {name: factor.unsqueeze(1) * delta for name, delta in change.items()}
 
     def _apply(self, m: BaseMethod, stage: DerivedStage, delta: Tensor) -> None:

@@ -82,9 +82,9 @@ class BaseMethod(ParameterUpdates):
         gradients = kernels.loss_gradient(phi, leaves)
         return tuple(torch.cat([g.unsqueeze(0), z.detach()]) for g, z in zip(gradients, columns, strict=True))
 
-    def terminal(self, phi: Tensor) -> tuple[Tensor, float]:
-        """Ones, shape (B,), and ``α_T``: 1/B for a mean loss, 1 for a sum."""
-        return kernels.terminal(phi, self._loss.reduction)
+    def terminal(self, phi: Tensor, kind: str) -> tuple[Tensor, Tensor, float]:
+        """The terminal value function, see :func:`gtddp_compile.kernels.terminal`."""
+        return kernels.terminal(phi, self._loss.reduction, kind)
 
     def explicit_hessian(self, outputs: Any, targets: Any, leaves: tuple[Tensor, ...]) -> Tensor:
         """``H_i``, ``(B, n, n)``: the loss's own, or the product of the sampled columns."""
@@ -102,6 +102,11 @@ class BaseMethod(ParameterUpdates):
     def keep(self, stage: int, **figures: Any) -> None:
         """Figures of a stage for ``diagnostics``, evaluated only when asked for."""
         self.figures.setdefault(stage, {}).update(figures)
+
+    def overflowed(self) -> bool:
+        """Whether a Gram matrix kept so far is not finite: no factorisation of it can succeed."""
+        grams = [gram for stage in self.figures.values() for gram in stage.get("gammas", {}).values()]
+        return not all(bool(block.isfinite().all()) for gram in grams for block in gram)
 
     def mark(self) -> None:
         """The random state at the beginning of the first stage."""
