@@ -136,7 +136,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         before = random_state()
         try:
             backend.run(m, params, buffers, new, inputs, targets)
-        except (NonFiniteLoss, torch.linalg.LinAlgError) as stop:
+        except (NonFiniteLoss, torch._C._LinAlgError) as stop:
             if m.loss is None or not (isinstance(stop, NonFiniteLoss) or m.overflowed()):
                 raise
             restore_random_state(before)
