@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from gtddp_compile.compiler import Backend, Specialisations
 from gtddp_compile.curvature import Curvature
@@ -136,7 +137,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         before = random_state()
         try:
             backend.run(m, params, buffers, new, inputs, targets)
-        except (NonFiniteLoss, torch._C._LinAlgError) as stop:
+        except (NonFiniteLoss, LinAlgError) as stop:
             if m.loss is None or not (isinstance(stop, NonFiniteLoss) or m.overflowed()):
                 raise
             restore_random_state(before)
