@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from networks import CASES, Case, conv_residual
-from oracle import BASES, Options, collapsed_step, ddp_step, run
+from oracle import Options, collapsed_step, ddp_step, run
+from oracle_bases import BASES
 from test_oracle import COUPLINGS, SETTINGS, TORCH, batches, cross_entropy, distance, parameters
 from torch.nn import functional as F
 

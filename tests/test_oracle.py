@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 from networks import CASES, Case, conv_residual, residual
-from oracle import BASES, Options, Stage, collapsed_step, ddp_step, run
+from oracle import Options, Stage, collapsed_step, ddp_step, run
+from oracle_bases import BASES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
