@@ -147,8 +147,9 @@ def test_linear_gram_takes_the_cheaper_form() -> None:
     assert kernels.linear_gram_form(64, 1, 100, 100) == "pairs"
     assert kernels.linear_gram_form(64, 2, 512, 512) == "pairs"
     assert kernels.linear_gram_form(64, 1000, 16, 16) == "materialised"
-    assert kernels.conv_gram_form(64, 1024, 27, 16) == "materialised"
-    assert kernels.conv_gram_form(64, 16, 4608, 512) == "pairs"
+    assert kernels.conv_gram_form(128, 1024, 1024, 64, 9, 64) == "materialised"
+    assert kernels.conv_gram_form(128, 16, 16, 512, 9, 512) == "pixels"
+    assert kernels.conv_gram_form(128, 16, 64, 256, 9, 512) == "patches"
 
 
 def convolution(stride: Any, padding: Any, dilation: Any, groups: int) -> Layer:
@@ -187,9 +188,13 @@ def test_conv(case: str, metric: str, chunk: int) -> None:
     check("conv", function, (draw(*shape),), params, (False, True), metric=metric, **options)
 
 
-@settings(deadline=None, max_examples=60)
-@given(data=st.data(), metric=st.sampled_from(sorted(METRICS)))
-def test_conv_any_geometry(data: st.DataObject, metric: str) -> None:
+@settings(deadline=None, max_examples=100)
+@given(
+    data=st.data(), metric=st.sampled_from(sorted(METRICS)),
+    form=st.sampled_from(["patches", "pixels", "materialised"]), grouped=st.sampled_from([1, 10**6]),
+)  # fmt: skip
+def test_conv_any_geometry(data: st.DataObject, metric: str, form: str, grouped: int) -> None:
+    """Every geometry in every form of the Gram matrix, and both ways to per-sample gradients."""
     axes = data.draw(st.integers(1, 3))
 
     def each(low: int, high: int) -> tuple[int, ...]:
@@ -203,7 +208,10 @@ def test_conv_any_geometry(data: st.DataObject, metric: str) -> None:
     inputs, outputs = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)) * groups
     params = (draw(outputs, inputs, *kernel), draw(outputs))
     x = draw(data.draw(st.integers(1, 3)), inputs * groups, *size)
-    check("conv", convolution(**options), (x,), params, metric=metric, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULES["conv"], "conv_gram_form", lambda *shape: form)
+        patch.setattr(MODULES["conv"], "GROUPED", grouped)
+        check("conv", convolution(**options), (x,), params, metric=metric, **options)
 
 
 NORMS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...], Layer]] = {

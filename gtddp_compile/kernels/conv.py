@@ -9,6 +9,7 @@ Options of every kernel: ``stride``, ``padding``, ``dilation`` (tuples, one entr
 ``"same"``) and ``groups``. Transposed convolutions go through the generic rule.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -16,20 +17,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2**24
-"""Bound on the elements of an intermediate tensor."""
+CHUNK = 2**22
+"""Bound on the elements of an intermediate tensor: what is read again soon stays in the last-level cache."""
+
+ADD = 40
+"""What an elementwise multiplication or addition on a large tensor costs, in multiplications of a matrix product."""
+
+GROUPED = 64
+"""Output positions from which a grouped convolution beats unfolded patches on a CPU."""
 
 
-def conv_gram_form(samples: int, positions: int, inputs: int, outputs: int) -> str:
-    """The cheaper way to the Gram matrix of a spherical weight, by multiplications a group.
+def conv_gram_form(samples: int, positions: int, pixels: int, channels: int, kernel: int, outputs: int) -> str:
+    """The cheapest way to the Gram matrix of a spherical weight, by multiplications a group.
 
-    ``inputs`` is ``n``, the patch size, ``outputs`` the output channels, both of one group. ``"pairs"`` sums
-    over pairs of positions: ``B² T² (n + m)``; ``"materialised"`` builds the per-sample gradients: ``B m n T
-    + B² m n``.
+    Args:
+        samples: ``B``.
+        positions: ``T``, of the output.
+        pixels: ``S``, of the input.
+        channels, outputs: of one group.
+        kernel: elements of the kernel; ``n = channels · kernel``.
+
+    Returns:
+        ``"patches"``: sum over pairs of positions, ``½ B² T² (n + m)``. ``"pixels"``: as that, but inner products
+        of patches are sums of inner products of pixels, ``B² S² channels`` and ``kernel`` additions a pair;
+        one block of memory, so for at most ``4 CHUNK`` pairs. ``"materialised"``: per-sample gradients, ``B m n T +
+        B² m n``.
     """
-    pairs = samples**2 * positions**2 * (inputs + outputs)
-    materialised = samples * inputs * outputs * (positions + samples)
-    return "pairs" if pairs <= materialised else "materialised"
+    patch, pairs = channels * kernel, (samples * positions) ** 2
+    costs = {
+        "patches": pairs * (patch + outputs + ADD) / 2,
+        "materialised": samples * patch * outputs * (positions + samples),
+    }
+    if kernel > 1 and max(pairs, (samples * pixels) ** 2) <= 4 * CHUNK:
+        costs["pixels"] = (samples * pixels) ** 2 * channels + pairs * (outputs + ADD * (1 + kernel / 2))
+    return min(costs, key=costs.__getitem__)
 
 
 def _conv_margins(
@@ -81,9 +102,20 @@ def _conv_patches(
 def _conv_gradients(
     x: Tensor, g: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> Tensor:
-    """``γ`` ``(B, G, m, n)`` from a padded ``x`` ``(B, G, channels, …)`` and ``g`` ``(B, G, m, T)``."""
+    """``γ`` ``(B, G, m, n)`` from a padded ``x`` ``(B, G, channels, …)`` and ``g`` ``(B, G, m, …)``."""
     samples, groups, channels = x.shape[:3]
-    step = max(1, CHUNK // (groups * channels * math.prod(kernel) * g.shape[-1]))
+    outputs, positions = g.shape[2], g[0, 0, 0].numel()
+    if x.device.type == "cpu" and positions >= GROUPED:
+        # One weight gradient with every sample a group of its own: no patches are unfolded.
+        count, zeros, only_weight = samples * groups, [0 for _ in kernel], [False, True, False]
+        weight = x.new_empty(1).expand(count * outputs, channels, *kernel)
+        gradients: Tensor = torch.ops.aten.convolution_backward(
+            g.reshape(1, count * outputs, *g.shape[3:]), x.reshape(1, count * channels, *x.shape[3:]),
+            weight, None, stride, zeros, dilation, False, zeros, count, only_weight,
+        )[1]  # fmt: skip
+        return gradients.reshape(samples, groups, outputs, -1)
+    g = g.flatten(3)
+    step = max(1, CHUNK // (groups * channels * math.prod(kernel) * positions))
     blocks = []
     for start in range(0, samples, step):
         part = x[start : start + step].flatten(1, 2)
@@ -102,17 +134,64 @@ def _conv_blocks(
 
 
 def _conv_pairs(x: Tensor, g: Tensor) -> Tensor:
-    """``Σ_st (x_is · x_jt)(g_is · g_jt)``, ``(B, B)``: ``x`` ``(B, G, n, T)``, ``g`` ``(B, G, m, T)``."""
+    """``Σ_st (x_is · x_jt)(g_is · g_jt)``, ``(B, B)``: ``x`` ``(B, G, n, T)``, ``g`` ``(B, G, m, T)``.
+
+    Positions lie outermost, and of a pair of positions ``s < t`` and ``t < s`` only the first is computed: the
+    other is its transpose.
+    """
     samples, groups, _, positions = x.shape
-    x, g = x.permute(1, 0, 3, 2), g.permute(1, 0, 3, 2)
-    all_x, all_g = x.flatten(1, 2).mT, g.flatten(1, 2).mT
-    step = max(1, CHUNK // (groups * samples * positions**2))
-    blocks = []
-    for start in range(0, samples, step):
-        part = slice(start, start + step)
-        product = (x[:, part].flatten(1, 2) @ all_x) * (g[:, part].flatten(1, 2) @ all_g)
-        blocks.append(product.reshape(groups, -1, positions, samples, positions).sum((0, 2, 4)))
-    return torch.cat(blocks)
+    x, g = (value.permute(1, 3, 0, 2).contiguous() for value in (x, g))  # (G, T, B, …)
+    step = max(1, min(math.ceil(positions / 4), CHUNK // (groups * samples**2 * positions)))
+    gram = x.new_zeros(samples, samples)
+    for start in range(0, positions, step):
+        stop = min(start + step, positions)
+        own = (x[:, start:stop].flatten(1, 2), g[:, start:stop].flatten(1, 2))
+        gram += _conv_pair_sum(*own, *own, samples)
+        if stop < positions:
+            later = _conv_pair_sum(*own, x[:, stop:].flatten(1, 2), g[:, stop:].flatten(1, 2), samples)
+            gram += later + later.mT
+    return gram
+
+
+def _conv_pair_sum(x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor, samples: int) -> Tensor:
+    """``(x xᵀ) ∘ (g gᵀ)`` of rows ``(G, positions · B, …)``, summed over groups and pairs of positions."""
+    product = (x @ other_x.mT).mul_(g @ other_g.mT)
+    return product.reshape(x.shape[0], -1, samples, other_x.shape[1] // samples, samples).sum((0, 1, 3))
+
+
+def _conv_pixel_pairs(
+    x: Tensor,
+    g: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    margins: tuple[tuple[int, int], ...],
+) -> Tensor:
+    """As :func:`_conv_pairs`, inner products of patches as sums of those of pixels.
+
+    ``x`` ``(B, G, channels, …)`` is not padded; ``g`` is ``(B, G, m, …)``. For each element ``k`` of the kernel the
+    pixel Gram matrix, moved by ``k`` in both its positions, is added; what lies in the margins is zero.
+    """
+    samples, groups, axes = x.shape[0], x.shape[1], len(kernel)
+    pixels, positions = tuple(x.shape[3:]), tuple(g.shape[3:])
+    order = (1, *range(3, 3 + axes), 0, 2)
+    rows = x.permute(order).reshape(groups, -1, x.shape[2])
+    of_pixels = (rows @ rows.mT).reshape(groups, *pixels, samples, *pixels, samples)
+    total = x.new_zeros(groups, *positions, samples, *positions, samples)
+    for element in itertools.product(*map(range, kernel)):
+        target, source = [], []
+        for axis, index in enumerate(element):
+            shift, step = index * dilation[axis] - margins[axis][0], stride[axis]
+            first = max(0, -(shift // step))  # the first output position whose pixel is there
+            last = min(positions[axis], (pixels[axis] - 1 - shift) // step + 1)
+            target.append(slice(first, max(first, last)))
+            source.append(slice(first * step + shift, max(first, last) * step + shift, step))
+        if all(part.stop > part.start for part in target):
+            whole = slice(None)
+            total[(whole, *target, whole, *target)] += of_pixels[(whole, *source, whole, *source)]
+    rows = g.permute(order).reshape(groups, -1, g.shape[2])
+    product = total.reshape(groups, rows.shape[1], rows.shape[1]).mul_(rows @ rows.mT)
+    return product.reshape(groups, -1, samples, math.prod(positions), samples).sum((0, 1, 3))
 
 
 def _conv_metric(metric: Tensor, channels: slice, groups: int) -> Tensor:
@@ -162,17 +241,22 @@ def conv_gram(
     if wants[0]:
         weight, kernel = metric[0], tuple(params[0].shape[2:])
         spherical = not isinstance(weight, Tensor) or weight.dim() == 0
-        x = _conv_padded(operands[0], _conv_margins(kernel, padding, dilation))
-        rows = _conv_groups(g, groups).flatten(3)
-        patch = params[0][0].numel()
-        if spherical and conv_gram_form(samples, rows.shape[-1], patch, rows.shape[2]) == "pairs":
-            gram = _conv_pairs(_conv_patches(x, kernel, stride, dilation, groups), rows) * weight
+        margins, rows = _conv_margins(kernel, padding, dilation), _conv_groups(g, groups)
+        x = operands[0]
+        form = conv_gram_form(
+            samples, rows[0, 0, 0].numel(), x[0, 0].numel(), params[0].shape[1], math.prod(kernel), rows.shape[2]
+        )
+        if spherical and form == "pixels":
+            gram = _conv_pixel_pairs(_conv_groups(x, groups), rows, kernel, stride, dilation, margins) * weight
+        elif spherical and form == "patches":
+            patches = _conv_patches(_conv_padded(x, margins), kernel, stride, dilation, groups)
+            gram = _conv_pairs(patches, rows.flatten(3)) * weight
         else:
-            split = _conv_groups(x, groups)
+            split = _conv_groups(_conv_padded(x, margins), groups)
             for channels, block in _conv_blocks(split, rows, kernel, stride, dilation):
                 scale = 1.0 if spherical else _conv_metric(weight, channels, groups) ** 0.5  # type: ignore[arg-type]
                 flat = (block if spherical else block * scale).flatten(1)
-                gram = gram + flat @ flat.mT
+                gram.addmm_(flat, flat.mT)
             gram = gram * weight if spherical else gram
     if wants[1]:
         bias = g.flatten(2).sum(2) * metric[-1] ** 0.5
@@ -198,7 +282,7 @@ def conv_gram_diagonal(
     if wants[0]:
         weight, kernel = metric[0], tuple(params[0].shape[2:])
         x = _conv_groups(_conv_padded(operands[0], _conv_margins(kernel, padding, dilation)), groups)
-        rows = _conv_groups(g, groups).flatten(3)
+        rows = _conv_groups(g, groups)
         for channels, block in _conv_blocks(x, rows, kernel, stride, dilation):
             diagonal_metric = isinstance(weight, Tensor) and weight.dim() > 0
             scale = _conv_metric(weight, channels, groups) if diagonal_metric else weight  # type: ignore[arg-type]
@@ -245,7 +329,7 @@ def conv_per_sample(
     if wants[0]:
         kernel = tuple(params[0].shape[2:])
         x = _conv_groups(_conv_padded(operands[0], _conv_margins(kernel, padding, dilation)), groups)
-        rows = _conv_groups(g, groups).flatten(3)
+        rows = _conv_groups(g, groups)
         result.append(_conv_gradients(x, rows, kernel, stride, dilation).reshape(samples, *params[0].shape))
     if wants[1]:
         result.append(g.flatten(2).sum(2))
