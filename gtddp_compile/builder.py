@@ -6,13 +6,16 @@ import builtins
 import keyword
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from sympy import MatrixExpr
+
 from gtddp_compile import kernels
-from gtddp_compile.graph import BufferRef, ControlGraph, ParamRef, Ref, map_leaves
+from gtddp_compile.graph import BufferRef, ControlGraph, ParamRef, Player, Ref, map_leaves
 from gtddp_compile.instructions import Buffer, Function, Instruction, Param, Phase, Var, identifier
 from gtddp_compile.plan import Plan
-from gtddp_compile.uses import Use, describe_use
+from gtddp_compile.uses import Use, describe_use, use_key
 
 RESERVED = frozenset(
     {"torch", "F", "operator", "m", "p", "b", "q", "b_again", "inputs", "targets", "outputs", "math", "rows"}
@@ -28,9 +31,16 @@ class Builder:
 
     plan: Plan
     instructions: list[Instruction] = field(default_factory=list)
+    formulas: dict[MatrixExpr, str] = field(default_factory=dict)
+    """Source of every derived formula printed so far, with placeholders for the stage."""
     _names: dict[str, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
     _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def outputs(self) -> frozenset[str]:
+        """Operations whose values the model returns."""
+        return frozenset(self.graph.ops.output_names)
 
     @property
     def graph(self) -> ControlGraph:
@@ -111,6 +121,15 @@ class Builder:
             self._uses[player] = tuple(describe_use(self.graph, owner, self.graph.op(use)) for use in owner.uses)
         return self._uses[player]
 
+    def uses_at(self, op: str) -> tuple[tuple[Player, Use], ...]:
+        """Players that use an operation, each with how."""
+        players = self.graph.player_using.get(op, ())
+        return tuple((player, use) for player in players for use in self.uses(player.name) if use.op == op)
+
+    def identity(self, player: Player) -> str:
+        """The identifier of a player: its operation's, unless several players decide there."""
+        return self.name(use_key(self.graph, player, player.op))
+
     def operand(self, ref: Ref | BufferRef | ParamRef | None) -> Any:
         """A kernel's operand or parameter, as a variable of the first sweep."""
         if ref is None:
@@ -135,7 +154,7 @@ class Builder:
         options = dict(use.options)
         if use.function is None:
             return options
-        function = f"player_{self.name(use.op)}"
+        function = f"player_{self.name(use.key)}"
         extras = tuple(Var(self.name(extra)) for extra in use.extras)
         options["function"] = (
             Function(f"bind({', '.join([function, *(e.name for e in extras)])})") if extras else Function(function)

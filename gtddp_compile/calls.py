@@ -26,20 +26,20 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
     for use in b.uses(player.name):
         output = b.g_output(use.op)
         g = Code(f"combine({output}, start, {weights})" if b.factored else f"scale({output}, {weights})")
-        name = f"{prefix}_{b.name(use.op)}"
+        name = f"{prefix}_{b.name(use.key)}"
         b.emit(phase, t, (f"*{name}",), b.kernel(use, "weighted"), operands(b, use), g, params(b, use),
                use.wants, note=note, **b.options(use))  # fmt: skip
         found.append((use.names, Var(name)))
     if len(found) == 1 and found[0][0] == player.parameters:
         return found[0][1].name
-    total = f"{prefix}_{b.name(player.op)}_total"
+    total = f"{prefix}_{b.identity(player)}_total"
     b.emit(phase, t, (f"*{total}",), "gather", player.parameters, *found, note="every use")
     return total
 
 
 def gram(b: Builder, t: int, player: Player, metric: str) -> str:
     """``Γ`` of one player (over all columns, the gradient's included, where there are several)."""
-    uses, result = b.uses(player.name), f"gamma_{t}_{b.name(player.op)}"
+    uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     if len(uses) == 1 and uses[0].names == player.parameters:
         use = uses[0]
         others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks") if b.factored else ()
@@ -50,13 +50,13 @@ def gram(b: Builder, t: int, player: Player, metric: str) -> str:
         return result
     gradients = []
     for use in uses:
-        name = f"gamma_{b.name(use.op)}_rows"
+        name = f"gamma_{b.name(use.key)}_rows"
         kernel = b.kernel(use, "per_sample")
         call = ("factor_rows", Function(kernel)) if b.factored else (kernel,)
         b.emit("backward", t, (f"*{name}",), *call, operands(b, use),
                Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use))  # fmt: skip
         gradients.append((use.names, Var(name)))
-    total = f"gamma_{b.name(player.op)}_total"
+    total = f"gamma_{b.identity(player)}_total"
     b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *gradients, note="every use")
     b.emit("backward", t, (f"*{result}",), "joint_gram", Var(total), Var(metric), Var(b.rows),
            note="gamma M^-1 gamma^T")  # fmt: skip
@@ -74,7 +74,7 @@ def directional(
             if only is not None and use.op not in only:
                 continue
             change = tuple(Code(f"{directions[player.name]}[{player.parameters.index(name)}]") for name in use.names)
-            name = f"{result}_{b.name(use.op)}"
+            name = f"{result}_{b.name(use.key)}"
             kernel = b.kernel(use, "directional")
             call = ("factor_directional", Function(kernel)) if b.factored else (kernel,)
             b.emit(phase, t, (f"*{name}",), *call, operands(b, use),

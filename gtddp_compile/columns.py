@@ -40,21 +40,21 @@ def terminal_columns(b: Builder, end: int) -> None:
                note="P_T = root root^T")  # fmt: skip
 
 
-def environment(b: Builder, t: int) -> dict[MatrixExpr, str]:
-    """Variables of what the derived formulas mention beside the names of rank one."""
+def environment() -> dict[MatrixExpr, str]:
+    """Variables of what the derived formulas mention beside the names of rank one; ``{t}`` stands for the stage."""
     pulled = a.GRADIENTS.T * Inverse(a.CURVATURE)
     return {
-        a.TARGET_NEXT: f"y_{t + 1}",
-        a.TARGET: f"y_{t}",
-        pulled * a.BASE: f"cross_{t}",
-        a.GROUP_SCALE * pulled * a.BASE: f"cross_{t}",
-        pulled * a.DECAY: f"fall_{t}",
+        a.TARGET_NEXT: "y_{after}",
+        a.TARGET: "y_{t}",
+        pulled * a.BASE: "cross_{t}",
+        a.GROUP_SCALE * pulled * a.BASE: "cross_{t}",
+        pulled * a.DECAY: "fall_{t}",
     }
 
 
-def sample_matrices(t: int) -> dict[MatrixExpr, str]:
+def sample_matrices() -> dict[MatrixExpr, str]:
     """Matrices held as one block a sample."""
-    return {a.OWN_NEXT: f"own_{t + 1}"}
+    return {a.OWN_NEXT: "own_{after}"}
 
 
 def split(b: Builder, t: int) -> None:
@@ -90,7 +90,7 @@ def radicand_sign(expression: MatrixExpr) -> int:
 
 def _sample_gram(b: Builder, t: int, player: Player, metric: str) -> str:
     """``Γ_ii`` of one player over all its uses."""
-    uses, result = b.uses(player.name), f"gamma_{t}_{b.name(player.op)}"
+    uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     if len(uses) == 1 and uses[0].names == player.parameters:
         use = uses[0]
         b.emit("backward", t, (f"*{result}",), "sample_grams", Function(b.kernel(use, "per_sample")), operands(b, use),
@@ -98,11 +98,11 @@ def _sample_gram(b: Builder, t: int, player: Player, metric: str) -> str:
         return result
     found = []
     for use in uses:
-        name = f"gamma_{b.name(use.op)}_rows"
+        name = f"gamma_{b.name(use.key)}_rows"
         b.emit("backward", t, (f"*{name}",), "factor_rows", Function(b.kernel(use, "per_sample")), operands(b, use),
                Code(f"{b.g_output(use.op)}[1:]"), params(b, use), use.wants, note="Psi", **b.options(use))  # fmt: skip
         found.append((use.names, Var(name)))
-    total = f"gamma_{b.name(player.op)}_total"
+    total = f"gamma_{b.identity(player)}_total"
     b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *found, note="every use")
     b.emit("backward", t, (f"*{result}",), "joint_sample_grams", Var(total), Var(metric), Var("rank"))
     return result

@@ -88,6 +88,7 @@ class StageFunction:
         returns: names of the operations whose values it returns.
         params: for a player's function, the parameters it takes as a tuple; ``None`` for a stage.
         doc: one line for the reader.
+        extras: for a player's function, those of ``inputs`` that are no tensors: they come first.
     """
 
     name: str
@@ -98,6 +99,7 @@ class StageFunction:
     returns: tuple[str, ...]
     params: tuple[str, ...] | None = None
     doc: str = ""
+    extras: tuple[str, ...] = ()
 
 
 def identifier(name: str, taken: Callable[[str], bool]) -> str:

@@ -200,7 +200,11 @@ class CompiledOptimizer(torch.optim.Optimizer):
         """
         if getattr(self, "_sealed", False):
             self._refuse_group()
+        # torch compares a new group with all before it, quadratic in their number; ours are disjoint by construction.
+        before, self.param_groups = self.param_groups, []
         super().add_param_group(param_group)
+        before += self.param_groups
+        self.param_groups = before
 
     def _refuse_group(self) -> NoReturn:
         raise CompileError(

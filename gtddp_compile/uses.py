@@ -20,6 +20,7 @@ class Use:
 
     Attributes:
         op: name of the operation.
+        key: unique name of this use: the operation's, with the player's if several players use it.
         rule: its layer rule.
         operands: tensors the kernels take besides the gradient.
         params: parameters in the kernels' order, ``None`` where absent.
@@ -32,6 +33,7 @@ class Use:
     """
 
     op: str
+    key: str
     rule: Rule
     operands: tuple[Ref | BufferRef, ...]
     params: tuple[ParamRef | BufferRef | None, ...]
@@ -55,7 +57,13 @@ def describe_use(graph: ControlGraph, player: Player, op: Op) -> Use:
     params = tuple(rule.roles(op))
     wants = tuple(isinstance(param, ParamRef) and param.name in owned for param in params)
     names = tuple(param.name for param, want in zip(params, wants, strict=True) if want and param is not None)
-    return Use(op.name, rule, tuple(rule.operands(op)), params, wants, names, dict(rule.options(op)))
+    key = use_key(graph, player, op.name)
+    return Use(op.name, key, rule, tuple(rule.operands(op)), params, wants, names, dict(rule.options(op)))
+
+
+def use_key(graph: ControlGraph, player: Player, op: str) -> str:
+    """A unique name of a player's use of an operation."""
+    return op if len(graph.player_using.get(op, ())) < 2 else f"{op} of {player.name}"
 
 
 def _feeding(graph: ControlGraph, player: Player, op: Op) -> tuple[str, ...]:
@@ -87,7 +95,8 @@ def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str
     batch = op.shape[0] if op.shape else 0
     batched = tuple(isinstance(ref, Ref) and (graph.op(ref.name).shape or (0,))[:1] == (batch,) for ref in operands)
     options = {"batched": batched, "mixes": op.mixes_samples or bool(extras) or not any(batched)}
-    return Use(op.name, GenericRule(), operands, params, wants, names, options, "player", extras, ops)
+    key = use_key(graph, player, op.name)
+    return Use(op.name, key, GenericRule(), operands, params, wants, names, options, "player", extras, ops)
 
 
 def probe_generic(graph: ControlGraph, use: Use, function: Callable[..., torch.Tensor]) -> dict[str, Any]:

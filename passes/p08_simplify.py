@@ -50,14 +50,15 @@ def simplify(
     feeds = _contractions(graph) if feedback is True else ()
     needs_alpha = statistics or form.name in ("substituted", "printed")
     rerun = _stages_to_rerun(graph, feeds)
+    seen_at, made_at = _by_stage(feeds, len(graph.stages))
     stages = tuple(
         StagePlan(
             index=stage.index,
             players=tuple(graph.player[name] for name in stage.players),
             pulled=tuple(name for name in stage.consumed if _moves(graph, name) and not name.startswith("params:")),
             opened=_opened(graph, stage),
-            feeds=tuple(c for c in feeds if c.since < stage.index <= c.reader),
-            contracts=tuple(c for c in feeds if c.born == stage.index),
+            feeds=tuple(seen_at[stage.index]),
+            contracts=tuple(made_at[stage.index]),
             rerun=stage.index in rerun,
             statistics=needs_alpha,
         )
@@ -86,6 +87,19 @@ def _contractions(graph: ControlGraph) -> tuple[Contraction, ...]:
             found.append(Contraction(value.name, reader, since, value.born))
             since = value.born if value.control else reader
     return tuple(c for c in found if c.since + 1 < len(graph.stages))
+
+
+def _by_stage(
+    feeds: tuple[Contraction, ...], stages: int
+) -> tuple[dict[int, list[Contraction]], dict[int, list[Contraction]]]:
+    """Contractions by the stages whose decision they enter, and by the stage that changes their value."""
+    seen: dict[int, list[Contraction]] = {t: [] for t in range(stages)}
+    made: dict[int, list[Contraction]] = {t: [] for t in range(stages)}
+    for contraction in feeds:
+        for t in range(contraction.since + 1, min(contraction.reader, stages - 1) + 1):
+            seen[t].append(contraction)
+        made[contraction.born].append(contraction)
+    return seen, made
 
 
 def segments(graph: ControlGraph, value: Value) -> tuple[int, ...]:

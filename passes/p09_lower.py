@@ -10,6 +10,7 @@ B-vector and B×B formulas are printed from the derived expressions; the paramet
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +58,10 @@ def lower(plan: Plan) -> Lowered:
         _pull_back(b, stage)
         _gains(b, stage)
     if plan.form.name != "base":
+        by_stage = {function.stage: function for function in functions}
         for stage in plan.stages:
             _decide(b, stage)
-            _run_again(b, stage, functions)
+            _run_again(b, stage, by_stage)
     uses = {player.name: b.uses(player.name) for player in plan.graph.players}
     players = tuple(_player_function(b, use) for found in uses.values() for use in found if use.function)
     return Lowered(plan, tuple(b.instructions), (*functions, *players), uses, dict(b._names))
@@ -82,41 +84,26 @@ def _stage_functions(b: Builder) -> tuple[StageFunction, ...]:
     inner = tuple(name for name in graph.prologue if graph.op(name).kind != "input")
     found = [_function(b, "prologue", -1, inner, ())] if inner else []
     for stage in graph.stages:
-        ops = set(stage.ops)
-        taps = tuple(dict.fromkeys(use for player in graph.players for use in player.uses if use in ops))
-        ordered = _with_expressions(b, stage.ops)
-        found.append(_function(b, f"stage_{stage.index}", stage.index, ordered, taps))
+        ordered = graph.with_expressions(stage.ops)
+        found.append(_function(b, f"stage_{stage.index}", stage.index, ordered, graph.uses_in(stage.ops)))
     return tuple(found)
-
-
-def _with_expressions(b: Builder, ops: tuple[str, ...]) -> tuple[str, ...]:
-    """The operations with every parameter expression they read: recomputed where used, never a state."""
-    expressions = {name: player for player in b.graph.players for name in player.expressions}
-    needed = set(ops)
-    for name in reversed(b.graph.ops.ops):
-        if name.name in needed:
-            needed.update(operand for operand in name.operands if operand in expressions)
-    used = {operand for name in needed for operand in b.graph.op(name).operands}
-    kept = {name for name in needed if name not in expressions or name in used}
-    return tuple(sorted(kept, key=b.graph.ops.position.__getitem__))
 
 
 def _function(b: Builder, name: str, stage: int, ops: tuple[str, ...], taps: tuple[str, ...]) -> StageFunction:
     """Inputs are what the operations read from outside, returns what anybody outside reads."""
     graph, inside = b.graph, set(ops)
     inputs = tuple(dict.fromkeys(o for op in ops for o in graph.op(op).operands if o not in inside))
-    expressions = {e for player in graph.players for e in player.expressions}
-    outputs = set(graph.ops.output_names)
+    outputs = b.outputs
     returns = [
         op
         for op in ops
-        if op not in expressions and (op in outputs or any(user not in inside for user in graph.ops.users[op]))
+        if (op in outputs and graph.stage_of[op] == stage)
+        or (op not in graph.expressions and any(user not in inside for user in graph.ops.users[op]))
     ]
     operands = [
         ref.name
-        for player in graph.players
-        for use in b.uses(player.name)
-        if use.op in taps
+        for tap in taps
+        for _, use in b.uses_at(tap)
         for ref in (*use.operands, *(Ref(extra) for extra in use.extras))
         if isinstance(ref, Ref) and ref.name in inside
     ]
@@ -130,7 +117,7 @@ def _player_function(b: Builder, use: Use) -> StageFunction:
     inputs = (*use.extras, *(ref.name for ref in use.operands))
     params = tuple(ref.name for ref in use.params if ref is not None)
     doc = f"{use.op} as a function of its parameters"
-    return StageFunction(f"player_{b.name(use.op)}", -1, inputs, use.ops, (), (use.op,), params, doc)
+    return StageFunction(f"player_{b.name(use.key)}", -1, inputs, use.ops, (), (use.op,), params, doc, use.extras)
 
 
 def _trajectory(b: Builder, functions: tuple[StageFunction, ...]) -> None:
@@ -196,8 +183,7 @@ def _terminal(b: Builder, end: int) -> None:
 def _pull_back(b: Builder, stage: StagePlan) -> None:
     """Gradients at the cut before the stage, and of its players' outputs."""
     graph, t = b.graph, stage.index
-    ops = set(graph.stages[t].ops)
-    taps = tuple(dict.fromkeys(use for player in graph.players for use in player.uses if use in ops))
+    taps = graph.uses_in(graph.stages[t].ops)
     opened = tuple(name for name in stage.opened)
     outputs = [Var(b.name(name)) for name in opened]
     gradients = [Var(b.g(name, segments(graph, graph.value[name])[0])) for name in opened]
@@ -212,12 +198,9 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
             total = Code(f"{b.g(name, t)} + {b.g(name, later[0])}")
             b.emit("backward", t, (f"*{b.g(name, t)}",), "=", total, note=f"identity block: {name} waits on")
     for tap in taps:
-        for player in graph.players:
-            for use in b.uses(player.name):
-                if use.op == tap and use.rule.prepare:
-                    operands = tuple(b.operand(ref) for ref in use.operands)
-                    b.emit("backward", t, (f"*o_{b.name(tap)}",), f"{use.rule.prefix}_prepare", operands,
-                           **b.options(use))  # fmt: skip
+        for use in [use for _, use in b.uses_at(tap) if use.rule.prepare][:1]:
+            operands = tuple(b.operand(ref) for ref in use.operands)
+            b.emit("backward", t, (f"*o_{b.name(tap)}",), f"{use.rule.prefix}_prepare", operands, **b.options(use))
 
 
 def _gains(b: Builder, stage: StagePlan) -> None:
@@ -232,7 +215,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     opens: dict[str, str] = {}
     metrics: dict[str, str] = {}
     for player in stage.players:
-        identity = b.name(player.op)
+        identity = b.identity(player)
         if stage.statistics:
             opens[player.name] = weighted(b, "backward", t, player, f"alpha_{after}", "qu", "Q_u = f_u^T V_x")
             b.emit("backward", t, (), "m.observe", player.parameters, Var(opens[player.name]),
@@ -242,7 +225,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
         metrics[player.name] = f"metric_{identity}"
         b.emit("backward", t, (f"*metric_{identity}",), "m.metric", player.parameters, note="M^-1")
     if b.plan.decay and form.name in ("information", "block"):
-        drifts = {player.name: f"drift_{b.name(player.op)}" for player in stage.players}
+        drifts = {player.name: f"drift_{b.identity(player)}" for player in stage.players}
         for player in stage.players:
             b.emit("backward", t, (f"*{drifts[player.name]}",), "m.drift", player.parameters, note="M^-1 l_u")
         drift = f"fall_{t}" if b.factored else f"s_{t}"
@@ -267,28 +250,32 @@ def _gains(b: Builder, stage: StagePlan) -> None:
         _paper(b, stage, opens, metrics)
 
 
-def _environment(b: Builder, t: int) -> dict[MatrixExpr, str]:
-    after, end = t + 1, len(b.plan.stages)
+def _environment(b: Builder) -> dict[MatrixExpr, str]:
+    """Variables of the derived symbols; ``{t}`` and ``{after}`` stand for the stage and the next."""
+    end = len(b.plan.stages)
     drifts = b.drifts
     return {
-        a.TARGET_NEXT: f"y_{after}" if drifts else f"y_{end}",
-        a.TARGET: f"y_{t}" if drifts or b.plan.form.name == "block" else f"y_{end}",
-        a.DRIFT: f"s_{t}",
-        a.INFORMATION_NEXT: f"lambda_{after}",
-        a.GRAM: f"gamma_{t}",
+        a.TARGET_NEXT: "y_{after}" if drifts else f"y_{end}",
+        a.TARGET: "y_{t}" if drifts or b.plan.form.name == "block" else f"y_{end}",
+        a.DRIFT: "s_{t}",
+        a.INFORMATION_NEXT: "lambda_{after}",
+        a.GRAM: "gamma_{t}",
         a.GROUP_SCALE: "tau",
-        a.ALPHA_NEXT: f"alpha_{after}",
-        a.RHO_NEXT: f"rho_{after}",
-        a.CHANGE: f"c_{t}",
-        MOVED: f"moved_{t}",
-        GRAM_DIAGONAL: f"diagonal_{t}",
-        **(environment(b, t) if b.factored else {}),
+        a.ALPHA_NEXT: "alpha_{after}",
+        a.RHO_NEXT: "rho_{after}",
+        a.CHANGE: "c_{t}",
+        MOVED: "moved_{t}",
+        GRAM_DIAGONAL: "diagonal_{t}",
+        **(environment() if b.factored else {}),
     }
 
 
 def _formula(b: Builder, t: int, expression: MatrixExpr) -> Code:
-    factors = {a.INFORMATION: f"factor_{t}", a.SYSTEM: f"factor_{t}"}
-    return Code(print_formula(expression, _environment(b, t), factors, sample_matrices(t)))
+    """A derived formula at stage ``t``; printed once, whatever the number of stages."""
+    if expression not in b.formulas:
+        factors = {a.INFORMATION: "factor_{t}", a.SYSTEM: "factor_{t}"}
+        b.formulas[expression] = print_formula(expression, _environment(b), factors, sample_matrices())
+    return Code(b.formulas[expression].format(t=t, after=t + 1))
 
 
 def _information(b: Builder, t: int, stage: StagePlan) -> None:
@@ -306,7 +293,7 @@ def _information(b: Builder, t: int, stage: StagePlan) -> None:
         b.emit("backward", t, (f"*{variable}_{t}",), "=", code, note=f"{symbol} ({equation.source})")
         if symbol in ("Lambda", "X"):
             b.emit("backward", t, (f"*factor_{t}",), "factor", Var(f"{variable}_{t}"), note="Cholesky")
-    figures: dict[str, Any] = {"factor": Var(f"factor_{t}"), "target": Var(_environment(b, t)[a.TARGET])}
+    figures: dict[str, Any] = {"factor": Var(f"factor_{t}"), "target": Var(_formula(b, t, a.TARGET).text)}
     if b.drifts:
         figures["drift"] = Var(f"s_{t}")
     if "alpha" in b.plan.form.backward and b.plan.form.name == "block" and t > 0:
@@ -319,7 +306,7 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], metrics: dict[st
     t, form = stage.index, b.plan.form
     gains = {}
     for player in stage.players:
-        gains[player.name] = f"k_{b.name(player.op)}"
+        gains[player.name] = f"k_{b.identity(player)}"
         b.emit("backward", t, (f"*{gains[player.name]}",), "m.open_gain", player.parameters, Var(opens[player.name]),
                note="k = -M^-1 Q_u (4)")  # fmt: skip
     if t == 0:
@@ -332,7 +319,7 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], metrics: dict[st
         return
     diagonals = []
     for player in stage.players:
-        name = f"diagonal_{t}_{b.name(player.op)}"
+        name = f"diagonal_{t}_{b.identity(player)}"
         gram_diagonal(b, t, player, metrics[player.name], name)
         diagonals.append(name)
     b.emit("backward", t, (f"*diagonal_{t}",), "=", Code(" + ".join(f"wide({d})" for d in diagonals)), note="Gamma_ii")
@@ -366,15 +353,15 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     b.emit("forward", t, (), "m.keep", t, weights=Var(f"w_{t}"))
     for player in stage.players:
         name = weighted(b, "forward", t, player, f"w_{t}", "grad", "C w")
-        b.emit("forward", t, (f"*delta_{b.name(player.op)}",), "m.apply", player.parameters, Var(name),
+        b.emit("forward", t, (f"*delta_{b.identity(player)}",), "m.apply", player.parameters, Var(name),
                note="delta_u = -M^-1 (C w + l)")  # fmt: skip
 
 
-def _run_again(b: Builder, stage: StagePlan, functions: tuple[StageFunction, ...]) -> None:
+def _run_again(b: Builder, stage: StagePlan, functions: Mapping[int, StageFunction]) -> None:
     """The layer itself with its new parameters, and how far it moved each sample's loss."""
     t = stage.index
     if stage.rerun:
-        (function,) = (found for found in functions if found.stage == t)
+        function = functions[t]
         arguments = [Var(b.new(value)) for value in function.inputs]
         needed = _read_again(b, t)
         writes = tuple(b.new(name) if name in needed else "_" for name in function.returns)
@@ -385,14 +372,14 @@ def _run_again(b: Builder, stage: StagePlan, functions: tuple[StageFunction, ...
 
 def _read_again(b: Builder, t: int) -> set[str]:
     """Values of a stage that the forward sweep reads after it."""
-    later = {stage.index for stage in b.plan.stages if stage.rerun and stage.index > t}
+    stages = b.plan.stages
     contracted = {c.value for c in b.plan.stages[t].contracts}
     users = b.graph.ops.users
     stage_of = b.graph.stage_of
     return {
         name
         for name in b.graph.stages[t].ops
-        if name in contracted or any(stage_of.get(user) in later for user in users[name])
+        if name in contracted or any(stage_of[user] > t and stages[stage_of[user]].rerun for user in users[name])
     }
 
 
@@ -406,5 +393,5 @@ def _contract(b: Builder, t: int, contraction: Contraction) -> None:
         return
     player = b.graph.player[control]
     here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
-    directional(b, "forward", t, (player,), {control: f"delta_{b.name(player.op)}"}, result,
+    directional(b, "forward", t, (player,), {control: f"delta_{b.identity(player)}"}, result,
                  f"what the new {control} will change at stage {reader}", here)  # fmt: skip

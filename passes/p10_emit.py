@@ -46,9 +46,7 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
     if function.params is None:
         arguments, renamed = ["p", "b", *inputs], None
     else:
-        extras = [
-            names[e] for use in lowered.uses.values() for u in use if u.op == function.returns[0] for e in u.extras
-        ]
+        extras = [names[name] for name in function.extras]
         rest = [name for name in inputs if name not in extras]
         arguments = [*extras, "params", *rest]
         renamed = {name: f"params[{index}]" for index, name in enumerate(function.params)}

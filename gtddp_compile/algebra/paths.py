@@ -30,22 +30,21 @@ class StageEntries:
 
 def stage_entries(graph: ControlGraph, stage: Stage, live_after: tuple[str, ...]) -> StageEntries:
     """Follow every path through the stage (linear in its operations times the values they mix)."""
-    deciding = {graph.player[name].op: graph.player[name] for name in stage.players}
-    owner = {use: player for player in graph.players for use in (*player.uses, *player.expressions)}
+    deciding = {graph.player[name].op for name in stage.players}
     found: dict[str, Sources] = {name: {name: IDENTITY} for name in stage.live}
     read: set[str] = set()
     for name in stage.ops:
         op = graph.op(name)
         if op.is_tensor and op.is_differentiable and op.kind not in NO_GRADIENT:
             found[name] = _through(op, found)
-            player = owner.get(name)
-            if player is not None:
+            for player in (*graph.player_using.get(name, ()), *graph.expressions.get(name, ())):
                 here = player.name in stage.players
                 found[name][f"{CONTROL}{player.name}" if here else f"params:{player.name}"] = DENSE
             if name in deciding:
                 read.update(source for source in found[name] if not source.startswith(CONTROL))
-    for player in deciding.values():
-        found[f"params:{player.name}"] = {f"{CONTROL}{player.name}": IDENTITY}
+    for name in stage.players:
+        # Every sample carries a copy of a tied control: the block is a stack of identities, no square one.
+        found[f"params:{name}"] = {f"{CONTROL}{name}": DENSE}
     state, control = {}, {}
     for output in live_after:
         sources = found.get(output, {})

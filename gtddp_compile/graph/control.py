@@ -8,7 +8,7 @@ still needed: the augmented state of the paper's Eq. 8, 13 and 26 for any acycli
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,6 +181,39 @@ class ControlGraph:
     def player(self) -> dict[str, Player]:
         """Players by name."""
         return {player.name: player for player in self.players}
+
+    @cached_property
+    def player_using(self) -> dict[str, tuple[Player, ...]]:
+        """Players whose parameters an operation reads, at first or again, by the operation's name."""
+        found: dict[str, list[Player]] = {}
+        for player in self.players:
+            for use in player.uses:
+                found.setdefault(use, []).append(player)
+        return {name: tuple(players) for name, players in found.items()}
+
+    @cached_property
+    def expressions(self) -> dict[str, tuple[Player, ...]]:
+        """Operations computed from parameters alone, with the players whose parameters they read."""
+        found: dict[str, list[Player]] = {}
+        for player in self.players:
+            for name in player.expressions:
+                found.setdefault(name, []).append(player)
+        return {name: tuple(players) for name, players in found.items()}
+
+    def uses_in(self, ops: Iterable[str]) -> tuple[str, ...]:
+        """Those of the operations that read trained parameters, in order."""
+        return tuple(name for name in ops if name in self.player_using)
+
+    def with_expressions(self, ops: Iterable[str]) -> tuple[str, ...]:
+        """The operations with every parameter expression they read: recomputed where used, never a state."""
+        kept = [name for name in ops if name not in self.expressions or name in self.player_using]
+        needed, pending = set(kept), kept
+        while pending:
+            for name in self.op(pending.pop()).operands:
+                if name in self.expressions and name not in needed:
+                    needed.add(name)
+                    pending.append(name)
+        return tuple(sorted(needed, key=self.ops.position.__getitem__))
 
     @cached_property
     def value(self) -> dict[str, Value]:

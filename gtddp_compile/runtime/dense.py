@@ -7,7 +7,8 @@ and is what that code is compared with. For networks of a few hundred activation
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,18 +18,19 @@ from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.program import UpdateProgram
-from gtddp_compile.runtime.jacobians import Pairs, StageJacobians, Trajectory, effective, rows_of_samples
+from gtddp_compile.runtime.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.method import BaseMethod
 
 
 @dataclass
 class Group:
-    """One group of samples, standing for the batch: its value function and the gains found so far."""
+    """One group of samples, standing for the batch: its value function, and entries of each value before the stage."""
 
     samples: Tensor
     share: float
     value_x: dict[str, Tensor]
     value_xx: dict[tuple[str, str], Tensor]
+    width: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -46,11 +48,6 @@ class DenseBackend:
         self.program = program
         self._factored = program.options.factored and bool(program.options.feedback)
         self._refuse_mixing(program)
-        if any(value.control for value in program.graph.values):
-            raise CompileError(
-                "the dense backend holds one state a sample; a tied parameter's control is shared by all of them",
-                "Use backend='fast' for networks with tied parameters",
-            )
 
     def _refuse_mixing(self, program: UpdateProgram) -> None:
         """With several columns a sample no Jacobian of one sample reproduces the block reading (theory: 4e)."""
@@ -85,10 +82,11 @@ class DenseBackend:
         gains: list[list[Gains]] = []
         measures: list[Pairs] = []
         for stage in reversed(self.program.derived.stages):
-            jacobians = trajectory.jacobians(stage.index)
+            blocks = trajectory.blocks(stage.index)
+            jacobians = trajectory.assemble(stage.index, blocks)
             after, g = g, jacobians.pull_back(g)
-            if options.mixing == "block":
-                jacobians = effective(jacobians, after, batch)
+            if options.mixing == "block" and blocks.mixes:
+                jacobians = trajectory.assemble(stage.index, blocks.effective(after))
             gains.insert(0, self._sweep(m, stage, jacobians, groups, batch))
             hessian = jacobians.pull_back_hessian(hessian) if self._factored else outer_products(g)
             measures.insert(0, hessian)
@@ -127,9 +125,8 @@ class DenseBackend:
             equation = stage.derivation.q_u[letter]
             total = None
             for values, size in opened:
-                values[stage.derivation.linear[letter]] = torch.zeros(size[equation.symbol.shape[0]], 1).to(
-                    jacobians.dtype
-                )
+                like = values[next(iter(stage.derivation.value_x.values()))]
+                values[stage.derivation.linear[letter]] = like.new_zeros(size[equation.symbol.shape[0]], 1)
                 found = evaluate(equation.expression, values, size)
                 total = found if total is None else total + found
             assert total is not None
@@ -144,6 +141,7 @@ class DenseBackend:
     ) -> tuple[dict[Any, Tensor], dict[Any, int]]:
         """Values of the derivation's symbols: bundles are concatenated values."""
         d, values, size = stage.derivation, {}, {}
+        group.width = {v: block.shape[1] for (_, v), block in jacobians.state.items()}
         for o, outs in stage.outputs.items():
             values[d.value_x[o]] = torch.cat([group.value_x[name] for name in outs])
             for o2, outs2 in stage.outputs.items():
@@ -192,9 +190,8 @@ class DenseBackend:
         width = {}
         for i, ins in stage.inputs.items():
             total = values[d.new_value_x[i].symbol]
-            sizes = self._widths(values, stage, i, ins, count)
-            width[i] = sizes
-            value_x.update(zip(ins, total.split(sizes), strict=True))
+            width[i] = [group.width[name] for name in ins]
+            value_x.update(zip(ins, total.split(width[i]), strict=True))
         for (i, j), equation in d.new_value_xx.items():
             blocks = [row.split(width[j], 1) for row in values[equation.symbol].split(width[i])]
             for a, row in zip(stage.inputs[i], blocks, strict=True):
@@ -216,11 +213,11 @@ class DenseBackend:
         after = torch.cat([torch.cat([values[d.value_xx[o, o2]] for o2 in stage.outputs], 1) for o in stage.outputs])
         f_x = torch.cat([torch.cat([values[d.state[o, i]] for i in stage.inputs], 1) for o in stage.outputs])
         f_u = torch.cat([torch.cat([values[d.control[o, u]] for u in stage.controls], 1) for o in stage.outputs])
-        outs = [name for bundle in stage.outputs.values() for name in bundle]
-        ins = [name for bundle in stage.inputs.values() for name in bundle]
+        after_widths = {o: group.value_x[o].shape[0] // count for outs in stage.outputs.values() for o in outs}
+        before_widths = {v: group.width[v] // count for ins in stage.inputs.values() for v in ins}
         negative = torch.zeros((), dtype=torch.int64)
         for sample in range(count):
-            rows, where = self._places(outs, sample, count)[0], self._places(ins, sample, count)
+            rows, where = _places(after_widths, sample, count)[0], _places(before_widths, sample, count)
             roots, vectors = torch.linalg.eigh(after[rows][:, rows])
             z = vectors * roots.clamp_min(0).sqrt()
             q_u, q_x = f_u[rows].T @ z, f_x[rows][:, where[0]].T @ z
@@ -232,25 +229,6 @@ class DenseBackend:
                 for c, (rows_c, own_c) in where[1].items():
                     value_xx[a, c][rows_a, rows_c] -= missing[own_a, own_c]
         return negative
-
-    def _places(self, names: list[str], sample: int, count: int) -> tuple[Tensor, dict[str, tuple[slice, slice]]]:
-        """Where one sample's entries are among values side by side; by value: in its rows, in the sample's state."""
-        index, places, offset, own = [], {}, 0, 0
-        for name in names:
-            width = int(torch.Size(self.program.graph.value[name].shape).numel())
-            index.append(offset + sample * width + torch.arange(width))
-            places[name] = (slice(sample * width, (sample + 1) * width), slice(own, own + width))
-            offset, own = offset + count * width, own + width
-        return torch.cat(index), places
-
-    def _widths(
-        self, values: dict[Any, Tensor], stage: DerivedStage, i: str, ins: tuple[str, ...], count: int
-    ) -> list[int]:
-        sizes = []
-        for name in ins:
-            shape = self.program.graph.value[name].shape
-            sizes.append(count * int(torch.Size(shape).numel()))
-        return sizes
 
     # --- forward sweep ------------------------------------------------------------------------------------------------
 
@@ -318,6 +296,16 @@ def outer_products(g: dict[str, Tensor]) -> Pairs:
     return {
         (a, c): torch.block_diag(*(torch.outer(x, y) for x, y in zip(g[a], g[c], strict=True))) for a in g for c in g
     }
+
+
+def _places(widths: Mapping[str, int], sample: int, count: int) -> tuple[Tensor, dict[str, tuple[slice, slice]]]:
+    """Where one sample's entries are among values side by side; by value: in its rows, in the sample's state."""
+    index, places, offset, own = [], {}, 0, 0
+    for name, width in widths.items():
+        index.append(offset + sample * width + torch.arange(width))
+        places[name] = (slice(sample * width, (sample + 1) * width), slice(own, own + width))
+        offset, own = offset + count * width, own + width
+    return torch.cat(index), places
 
 
 def _per_sample(block: Tensor, count: int) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gtddp_compile.graph import BufferRef, ControlGraph, Leaf, ParamRef, map_leaves
+from gtddp_compile.graph import BufferRef, ControlGraph, Leaf, ParamRef, Player, map_leaves
 from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.passes.p06_derive import cut_after
 from gtddp_compile.runtime.method import BaseMethod
@@ -18,42 +18,74 @@ Pairs = dict[tuple[str, str], Tensor]
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """What automatic differentiation gives for one stage and the whole batch: row ``i n + k`` is entry k of sample i.
+
+    Attributes:
+        values: ``∂o/∂v``, by (value after, value before): ``(B n_o, B n_v)``; tied controls are not among them.
+        outputs: ``∂o/∂h``, by (value after, use): ``(B n_o, B n_h)``.
+        layers: ``∂h/∂u``, by (use, player): ``(B n_h, m)``.
+        mixes: whether an operation of the stage mixes samples.
+    """
+
+    values: Pairs
+    outputs: Pairs
+    layers: Pairs
+    mixes: bool
+
+    def effective(self, g: Mapping[str, Tensor]) -> Blocks:
+        """The block-diagonal reading of a stage that mixes samples (theory: 4e).
+
+        Sample i's block is corrected by the rank-one term with which it pulls ``g_i`` back to ``∂Σ_jφ_j/∂x_i``, what
+        every sample contributes through the batch statistics included.
+        """
+        if not self.mixes:
+            return self
+        return replace(
+            self,
+            values={(o, v): _corrected(block, g[o]) for (o, v), block in self.values.items()},
+            outputs={(o, use): _corrected(block, g[o]) for (o, use), block in self.outputs.items()},
+        )
+
+
+def _corrected(block: Tensor, g: Tensor) -> Tensor:
+    batch = g.shape[0]
+    tiles = block.reshape(batch, block.shape[0] // batch, batch, -1)
+    blocks = []
+    for i in range(batch):
+        own = tiles[i, :, i]
+        total = torch.einsum("jo,jon->n", g, tiles[:, :, i])
+        missing = total - g[i] @ own
+        norm = g[i] @ g[i]
+        blocks.append(own + torch.outer(g[i] / norm, missing) if norm > 0 else own)
+    joined: Tensor = torch.block_diag(*blocks)
+    return joined
+
+
+@dataclass(frozen=True)
 class StageJacobians:
-    """Blocks for the whole batch, samples side by side: row ``i n + k`` is entry k of sample i.
+    """``f̂_x`` and ``f̂_u`` of the batch-augmented state.
+
+    A tied player's control is a value of the state, ``params:NAME``, that all samples share. Here every sample carries
+    its own copy of it: ``û`` enters all copies by identity blocks, and a later use of sample i reads copy i. The copies
+    move alike, ``E δu`` with ``E`` a stack of B identities, so with ``Eᵀ V_x`` and ``Eᵀ V_xx E`` in place of ``V_x``
+    and ``V_xx`` this is the formulation with one shared block: the same gains, the same ``K̂ δx̂``. Copies are what the
+    paper's block-diagonal reading and the clip of a sample's predicted change need, which act on samples. The gradient
+    at copy i is ``γ_i`` of the later uses, so its part of ``c`` is the fast program's ``⟨γ_i, δu⟩``: the two agree.
 
     Attributes:
         state: ``∂o/∂v``, by (value after, value before): ``(B n_o, B n_v)``.
-        outputs: ``∂o/∂h``, by (value after, use): ``(B n_o, B n_h)``.
-        layers: ``∂h/∂u``, by use: ``(B n_h, m)``.
-        owner: the player of each use.
-        mixes: whether an operation of the stage mixes samples.
-        dtype: of all of them.
+        control: ``∂o/∂u``, by (value after, player), every use of the player's parameters: ``(B n_o, m)``.
     """
 
     state: Pairs
-    outputs: Pairs
-    layers: dict[str, Tensor]
-    owner: Mapping[str, str]
-    mixes: bool
-    dtype: torch.dtype
-
-    @property
-    def control(self) -> Pairs:
-        """``∂o/∂u``, by (value after, player): ``(B n_o, m)``, every use of the player's parameters."""
-        found: Pairs = {}
-        for (o, use), block in self.outputs.items():
-            key = (o, self.owner[use])
-            part = block @ self.layers[use]
-            found[key] = found[key] + part if key in found else part
-        return found
+    control: Pairs
 
     def rows(self, samples: Tensor, batch: int) -> StageJacobians:
         """The same for some of the samples."""
-        return replace(
-            self,
+        return StageJacobians(
             state={key: rows_of_samples(block, samples, batch) for key, block in self.state.items()},
-            outputs={key: rows_of_samples(block, samples, batch) for key, block in self.outputs.items()},
-            layers={use: _pick(block, samples, batch, 0) for use, block in self.layers.items()},
+            control={key: _pick(block, samples, batch, 0) for key, block in self.control.items()},
         )
 
     def pull_back(self, g: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,34 +119,6 @@ def rows_of_samples(block: Tensor, samples: Tensor, batch: int) -> Tensor:
     return _pick(_pick(block, samples, batch, 0), samples, batch, 1)
 
 
-def effective(jacobians: StageJacobians, g: Mapping[str, Tensor], batch: int) -> StageJacobians:
-    """The block-diagonal reading of a stage that mixes samples (theory: 4e).
-
-    Sample i's block is corrected by the rank-one term with which it pulls ``g_i`` back to ``∂Σ_jφ_j/∂x_i``, what every
-    sample contributes through the batch statistics included.
-    """
-    if not jacobians.mixes:
-        return jacobians
-
-    def corrected(block: Tensor, g_o: Tensor) -> Tensor:
-        tiles = block.reshape(batch, block.shape[0] // batch, batch, -1)
-        blocks = []
-        for i in range(batch):
-            own = tiles[i, :, i]
-            total = torch.einsum("jo,jon->n", g_o, tiles[:, :, i])
-            missing = total - g_o[i] @ own
-            norm = g_o[i] @ g_o[i]
-            blocks.append(own + torch.outer(g_o[i] / norm, missing) if norm > 0 else own)
-        joined: Tensor = torch.block_diag(*blocks)
-        return joined
-
-    return replace(
-        jacobians,
-        state={(o, v): corrected(block, g[o]) for (o, v), block in jacobians.state.items()},
-        outputs={(o, use): corrected(block, g[o]) for (o, use), block in jacobians.outputs.items()},
-    )
-
-
 class Trajectory:
     """The network's values, evaluated operation by operation; a stage can be evaluated again around them."""
 
@@ -125,15 +129,18 @@ class Trajectory:
         advancing = {name for op in graph.ops.ops for name in op.advances}
         self._still = {name: None if name in advancing else value for name, value in b.items()}
         self._random: dict[int, list[Tensor]] = {}
+        self.batch = inputs[0].shape[0]
+        self.dtype = next(iter(p.values())).dtype
         self.values: dict[str, Any] = dict(zip(graph.ops.inputs, inputs, strict=True))
         for index in range(-1, len(graph.stages)):
             self._random[index] = random_state()
             self._run(index, self.values, p, b)
+            self.values.update(self._copies(p, index))
         self._random[len(graph.stages)] = random_state()
 
     def _ops(self, stage: int) -> tuple[str, ...]:
         names = self.graph.prologue if stage < 0 else self.graph.stages[stage].ops
-        return tuple(name for name in names if self.graph.op(name).kind != "input")
+        return tuple(name for name in self.graph.with_expressions(names) if self.graph.op(name).kind != "input")
 
     def _run(
         self,
@@ -172,69 +179,92 @@ class Trajectory:
 
     # --- Jacobians ----------------------------------------------------------------------------------------------------
 
-    def jacobians(self, t: int) -> StageJacobians:
-        """All blocks of stage ``t`` around the trajectory."""
+    def blocks(self, t: int) -> Blocks:
+        """Derivatives of stage ``t`` around the trajectory."""
         stage = self.graph.stages[t]
-        after = cut_after(self.graph, stage)
-        computed = tuple(name for name in after if name not in stage.live)
-        uses = self._uses(t)
-        points = [self.values[name].reshape(-1) for name in stage.live]
+        live = [name for name in stage.live if self.graph.value[name].control is None]
+        computed = [name for name in cut_after(self.graph, stage) if name in stage.produced and name in self.values]
+        uses = self.graph.uses_in(stage.ops)
+        points = [self.values[name].reshape(-1) for name in live]
         points += [torch.zeros_like(self.values[use]).reshape(-1) for use in uses]
 
         def dynamics(*arguments: Tensor) -> tuple[Tensor, ...]:
             values = dict(self.values)
-            for name, flat in zip(stage.live, arguments, strict=False):
+            for name, flat in zip(live, arguments, strict=False):
                 values[name] = flat.reshape(self.values[name].shape)
-            shift = dict(zip(uses, arguments[len(stage.live) :], strict=True))
+            shift = dict(zip(uses, arguments[len(live) :], strict=True))
             restore_random_state(self._random[t])
             self._run(t, values, self.p, self._still, shift)
             return tuple(values[name].reshape(-1) for name in computed)
 
-        with torch.enable_grad():
-            found = torch.autograd.functional.jacobian(dynamics, tuple(points)) if computed else ()
-        columns = [*stage.live, *uses]
-        blocks = {(o, c): found[i][j] for i, o in enumerate(computed) for j, c in enumerate(columns)}
-        for o in after:
-            if o in stage.live:  # carried: an identity block
-                for name, flat in zip(columns, points, strict=True):
-                    own = self.values[o].numel()
-                    blocks[o, name] = (
-                        torch.eye(own, dtype=flat.dtype) if name == o else flat.new_zeros(own, flat.numel())
-                    )
-        return StageJacobians(
-            state={key: block for key, block in blocks.items() if key[1] in stage.live},
-            outputs={key: block for key, block in blocks.items() if key[1] in uses},
-            layers={use: self._layer(use, player) for use, player in uses.items()},
-            owner=uses,
+        found = _jacobian(dynamics, tuple(points)) if computed else ()
+        columns = [*live, *uses]
+        pairs = {(o, c): found[i][j] for i, o in enumerate(computed) for j, c in enumerate(columns)}
+        return Blocks(
+            values={key: block for key, block in pairs.items() if key[1] in live},
+            outputs={key: block for key, block in pairs.items() if key[1] in uses},
+            layers={(use, player.name): self._layer(use, player) for use in uses for player in self._users(use)},
             mixes=any(self.graph.op(name).mixes_samples for name in stage.ops),
-            dtype=points[0].dtype,
         )
 
-    def _uses(self, t: int) -> dict[str, str]:
-        """Operations of the stage that read a deciding player's parameters, and whose they are."""
-        ops = set(self.graph.stages[t].ops)
-        return {use: player.name for player in self.graph.players for use in player.uses if use in ops}
+    def assemble(self, t: int, blocks: Blocks) -> StageJacobians:
+        """The augmented Jacobians of stage ``t``: identity blocks of what waits, and every use of every control."""
+        stage, state, control = self.graph.stages[t], dict(blocks.values), {}
+        width = {name: self.values[name].numel() for name in (*stage.live, *stage.produced)}
+        batch = self.batch
+        for o in cut_after(self.graph, stage):
+            for v in stage.live:
+                if v == o:
+                    state[o, v] = torch.eye(width[o], dtype=self.dtype)
+                elif (o, v) not in state:
+                    state[o, v] = torch.zeros(width[o], width[v], dtype=self.dtype)
+            for name in stage.players:
+                size = self._flat(self.p, self.graph.player[name]).numel()
+                copies = torch.eye(size, dtype=self.dtype).repeat(batch, 1)
+                born = o == f"params:{name}"
+                control[o, name] = copies if born else torch.zeros(width[o], size, dtype=self.dtype)
+        for (o, use), block in blocks.outputs.items():
+            for player in self._users(use):
+                layer = blocks.layers[use, player.name]
+                if player.stage == t:
+                    control[o, player.name] = control[o, player.name] + block @ layer
+                else:
+                    own_copies = torch.block_diag(*layer.reshape(batch, -1, layer.shape[1]))
+                    key = (o, f"params:{player.name}")
+                    state[key] = state[key] + block @ own_copies
+        return StageJacobians(state, control)
 
-    def _layer(self, use: str, player: str) -> Tensor:
+    def _users(self, use: str) -> tuple[Player, ...]:
+        return self.graph.player_using[use]
+
+    def _layer(self, use: str, player: Player) -> Tensor:
         """``∂h/∂u`` of one use, parameters flat and side by side."""
-        owner = self.graph.player[player]
-        shapes = [self.p[name].shape for name in owner.parameters]
+        shapes = [self.p[name].shape for name in player.parameters]
+        reads = self.graph.with_expressions((use,))
 
-        def layer(flat: Tensor) -> Tensor:
+        def layer(flat: Tensor) -> tuple[Tensor]:
             pieces = flat.split([shape.numel() for shape in shapes])
             moved = {
-                name: piece.reshape(shape) for name, piece, shape in zip(owner.parameters, pieces, shapes, strict=True)
+                name: piece.reshape(shape) for name, piece, shape in zip(player.parameters, pieces, shapes, strict=True)
             }
             p, values = {**self.p, **moved}, dict(self.values)
-            for name in (*owner.expressions, use):
+            for name in reads:
                 values[name] = evaluate_op(self.graph, name, values, p, self._still)
-            result: Tensor = values[use].reshape(-1)
-            return result
+            return (values[use].reshape(-1),)
 
-        with torch.enable_grad():
-            point = torch.cat([self.p[name].flatten() for name in owner.parameters])
-            found: Tensor = torch.autograd.functional.jacobian(layer, point)
-        return found
+        return _jacobian(layer, (self._flat(self.p, player),))[0][0]
+
+    def _flat(self, p: Mapping[str, Tensor], player: Player) -> Tensor:
+        return torch.cat([p[name].flatten() for name in player.parameters])
+
+    def _copies(self, p: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
+        """Controls decided at a stage that wait for a later use, a copy a sample."""
+        waiting = [value for value in self.graph.values if value.control is not None and value.born == stage]
+        players = [self.graph.player[str(value.control)] for value in waiting]
+        return {
+            value.name: self._flat(p, player).expand(self.batch, -1)
+            for value, player in zip(waiting, players, strict=True)
+        }
 
     # --- the second sweep ---------------------------------------------------------------------------------------------
 
@@ -246,6 +276,7 @@ class Trajectory:
         """Evaluate stage ``t`` with the new parameters, the same random numbers and no advancing of buffers."""
         restore_random_state(self._random[t])
         self._run(t, moved, q, self._still)
+        moved.update(self._copies(q, t))
         restore_random_state(self._random[len(self.graph.stages)])
 
     def change(self, moved: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -255,6 +286,23 @@ class Trajectory:
             delta = moved[name] - self.values[name]
             found[name] = delta.reshape(delta.shape[0], -1)
         return found
+
+
+def _jacobian(function: Callable[..., tuple[Tensor, ...]], points: tuple[Tensor, ...]) -> list[list[Tensor]]:
+    """``∂y_j/∂x_k`` of flat values, by (output, input): one vector-Jacobian product for all rows at once."""
+    with torch.enable_grad():
+        leaves = tuple(point.detach().requires_grad_() for point in points)
+        found = []
+        for value in function(*leaves):
+            rows = torch.eye(value.numel(), dtype=value.dtype)
+            parts: tuple[Tensor | None, ...] = (None,) * len(leaves)
+            if value.requires_grad:
+                parts = torch.autograd.grad(
+                    value, leaves, rows, retain_graph=True, is_grads_batched=True, allow_unused=True
+                )
+            pairs = zip(parts, leaves, strict=True)
+            found.append([rows.new_zeros(len(rows), leaf.numel()) if p is None else p for p, leaf in pairs])
+    return found
 
 
 def evaluate_op(
