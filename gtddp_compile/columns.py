@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from sympy import HadamardProduct, Inverse, MatrixExpr
 
 from gtddp_compile.algebra import collapsed as a
+from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import operands, params
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player
 from gtddp_compile.graph.ops import Method
 from gtddp_compile.instructions import Code, Function, Var
+from gtddp_compile.options import Options
 from gtddp_compile.plan import StagePlan
+from gtddp_compile.terminal import MonteCarlo
 
 
 def terminal_columns(b: Builder, end: int) -> None:
@@ -108,11 +113,28 @@ def _sample_gram(b: Builder, t: int, player: Player, metric: str) -> str:
     return result
 
 
+def describe_terminal(graph: ControlGraph, form: CollapsedForm, options: Options) -> str:
+    """The terminal Hessian, how many columns a sample has, and the size of the matrices the program factors."""
+    if not form.factored:
+        return "terminal gradient: 1 column a sample" if form.name != "base" else "no value Hessian"
+    count: int | None = None
+    if isinstance(options.terminal, MonteCarlo):
+        count = options.terminal.rank
+    else:
+        shapes = [graph.op(value.name).shape for value in graph.values if value.dies == len(graph.stages)]
+        known = [shape[1:] for shape in shapes if shape is not None]
+        count = sum(math.prod(shape) for shape in known) if len(known) == len(shapes) else None
+    columns = "r" if count is None else str(count)
+    samples = {"full": "B", "block": "B"}.get(str(options.coupling), str(options.coupling))
+    shape = f"{columns} x {columns} a sample" if form.name in ("substituted", "printed") else f"{samples}*{columns}"
+    return f"terminal {options.terminal}: {columns} columns a sample, matrices of size {shape}"
+
+
 def vectorises(graph: ControlGraph, stage: int) -> bool:
     """Whether the stage is made of torch's own operations, whose reverse passes ``vmap`` all supports.
 
-    Code of the user's own (an ``autograd.Function``, a function or module that is kept whole) may not; it is pulled
-    back one column at a time.
+    Code of the user's own (a registered operation, a function or module that is kept whole) may not; it is pulled back
+    one column at a time.
     """
     return all(_is_torchs_own(graph.op(name).target) for name in graph.stages[stage].ops)
 
@@ -120,5 +142,7 @@ def vectorises(graph: ControlGraph, stage: int) -> bool:
 def _is_torchs_own(target: object) -> bool:
     if isinstance(target, Method | torch.nn.Module):
         return isinstance(target, Method) or type(target).__module__.startswith("torch.nn.")
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(target).partition(".")[0] in {"aten", "prims"}
     home = str(getattr(target, "__module__", None) or type(target).__module__)
     return home.partition(".")[0] in {"torch", "operator", "_operator", "math", "builtins", "gtddp_compile"}

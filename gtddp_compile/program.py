@@ -14,6 +14,7 @@ from sympy import BlockMatrix, latex
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
+from gtddp_compile.columns import describe_terminal, vectorises
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, write
 from gtddp_compile.graph import ControlGraph, Player
@@ -136,7 +137,8 @@ class UpdateProgram:
 
     def cost(self) -> str:
         """A table: every player's rule, the kernels' form, and how its Gram matrix is made."""
-        table = Table(title=f"{self.form.name} form, coupling {self.options.coupling}")
+        shown = describe_terminal(self.graph, self.form, self.options)
+        table = Table(title=f"{self.form.name} form, coupling {self.options.coupling}, {shown}")
         for column in ("stage", "player", "kind", "rule", "parameters", "gram", "notes"):
             table.add_column(column, overflow="fold")
         for player in self.graph.players:
@@ -144,9 +146,13 @@ class UpdateProgram:
             rules = ", ".join(dict.fromkeys(use.rule.name for use in uses))
             table.add_row(
                 str(player.stage), player.name, player.kind, rules, str(self._size(player)), self._gram(uses),
-                _notes(player, uses),
+                "; ".join(filter(None, (_notes(player, uses), self._pulled(player)))),
             )  # fmt: skip
         return rendered(table)
+
+    def _pulled(self, player: Player) -> str:
+        slow = self.form.factored and not vectorises(self.graph, player.stage)
+        return "pulled back a column at a time: code that is not torch's own" if slow else ""
 
     def _size(self, player: Player) -> int:
         sizes = self.graph.ops.parameter_info
@@ -162,7 +168,9 @@ class UpdateProgram:
         if self.form.name == "base":
             return "none"
         if self.form.name in ("substituted", "printed"):
-            return "diagonal"
+            return "a block a sample" if self.form.factored else "diagonal"
+        if self.form.factored:
+            return "per-sample gradients, uses added" if len(uses) > 1 else "kernel, columns as samples"
         return "per-sample gradients, uses added" if len(uses) > 1 else "kernel"
 
 

@@ -207,9 +207,14 @@ def _drawn(rank: int | None, like: Tensor) -> Tensor | None:
 
 
 def refuse_negative(loss: Loss, values: Tensor) -> None:
-    """The Hessian's eigenvalues (or what has their signs), but for rounding, must not be negative."""
-    lowest, size = float(values.min()), float(values.abs().max())
-    if lowest < -(torch.finfo(values.dtype).eps ** 0.75) * size:
+    """The Hessian's eigenvalues (or what has their signs) must not be negative.
+
+    Rounding is forgiven: relative to the batch's largest, and a few units in the last place of 1, which is what
+    differences such as ``p - p²`` leave where every sample is saturated.
+    """
+    lowest, size = float(values.detach().min()), float(values.detach().abs().max())
+    eps = torch.finfo(values.dtype).eps
+    if lowest < -(eps**0.75 * size + 32 * eps):
         raise CompileError(
             f"the loss {loss.name} is not convex in the network's outputs here: its Hessian has the eigenvalue"
             f" {lowest:.3g}, so that it has no factor",
