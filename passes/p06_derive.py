@@ -64,7 +64,9 @@ def _derive_stage(graph: ControlGraph, stage: Stage, recursion: Recursion) -> De
     entries = stage_entries(graph, stage, live_after)
     outputs = _bundle(live_after, lambda o: (tuple(entries.state[o].items()), tuple(entries.control[o].items())))
     member = {value: i for i, bundle in enumerate(outputs) for value in bundle}
-    inputs = _bundle(stage.live, lambda i: _column(entries.state, live_after, member, i))
+    inputs = _bundle(
+        stage.live, lambda i: (i in entries.read_by_players, _column(entries.state, live_after, member, i))
+    )
     inputs, outputs = _merge_waiting(stage, inputs), _merge_waiting(stage, outputs)
     in_names = _names(inputs, lambda bundle: any(value in entries.read_by_players for value in bundle))
     in_names = in_names or {STATE_LETTERS[0]: ()}  # nothing differentiable waits (word indices): a state of size zero
