@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from digits_report import write_report
+from digits_report import said, said_spread, typical_ms, write_report
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -164,8 +164,8 @@ class Summary:
 
     @property
     def ms(self) -> float:
-        """Milliseconds a step: the median over the stretches between two evaluations, of all seeds."""
-        return statistics.median(ms for run in self.runs for ms in run.chunk_ms)
+        """Milliseconds a step: the median over the stretches between two evaluations, of all seeds; nan if none."""
+        return typical_ms(self.runs)
 
     @property
     def diverged(self) -> int:
@@ -264,10 +264,11 @@ def _side_by_side(runs: list[Run], methods: tuple[Method, ...], data: Data, step
             for index in chunk:
                 step[which](data.train[0][index], data.train[1][index])
             elapsed = time.perf_counter() - started
-            run.chunk_ms.append(1e3 * elapsed / len(chunk))
             run.steps.append(start + len(chunk))
             run.seconds.append(run.seconds[-1] + elapsed)
             run.losses.append(_evaluate(models[which], data.train)[0])
+            if math.isfinite(run.losses[-1]):  # a step whose loss is not finite is given up half-way: no time of a step
+                run.chunk_ms.append(1e3 * elapsed / len(chunk))
             yield len(chunk)
     for run, model in zip(runs, models, strict=True):
         run.accuracy = _evaluate(model, data.valid)[1]
@@ -305,19 +306,18 @@ def _board(runs: list[Run], seeds: int) -> Table:
 def _result(experiment: Experiment) -> Table:
     """The table of the report, for the terminal."""
     title = f"DIGITS, {experiment.steps} steps of batch {BATCH}: median of {experiment.seeds} seeds, least–greatest"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("setting")
-    table.add_column("method")
-    for column in ("train loss", "val. accuracy %", "ms/step", "diverged"):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("setting", no_wrap=True)
+    table.add_column("method", no_wrap=True)
+    for column in ("train loss", "valid. %", "ms/step", "diverged"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in experiment.summaries():
-        accuracy = "{:.1f}  {:.1f}–{:.1f}".format(*(100 * value for value in row.accuracy))
         table.add_row(
             row.setting.name,
             Text(row.method, style=LOOKS[row.method]),
-            "{:.2g}  {:.2g}–{:.2g}".format(*row.final),
-            accuracy,
-            f"{row.ms:.2f}",
+            "  ".join(said_spread(row.final, "{:.2g}")).rstrip(),
+            "  ".join(said_spread(tuple(100 * value for value in row.accuracy), "{:.1f}")).rstrip(),  # type: ignore[arg-type]
+            said(row.ms, "{:.2f}") if math.isfinite(row.ms) else "–",
             Text(f"{row.diverged} of {len(row.runs)}", style="bold red" if row.diverged else ""),
             end_section=row.method == experiment.methods[-1].name,
         )
@@ -351,7 +351,7 @@ def run_experiment(steps: int, seeds: int, console: Console) -> Experiment:
 
 def main(
     steps: Annotated[int, typer.Option(min=1, help="Steps of batch 8 a run.")] = 1440,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 4,
     out: Annotated[Path, typer.Option(dir_okay=False, help="The report to write.")] = Path("digits.html"),
 ) -> None:
     """Train the paper's DIGITS network with the base method, the paper's form and the default; write a report."""

@@ -14,6 +14,7 @@ import platform
 import re
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from gtddp_compile import CompiledOptimizer
 
 if TYPE_CHECKING:
-    from digits import Experiment, Setting, Summary
+    from digits import Experiment, Run, Setting, Summary
     from matplotlib.axes import Axes
 
 LOOKS = {  # Okabe and Ito's colours: apart for colour-blind eyes; dash and marker tell them apart without colour
@@ -53,7 +54,7 @@ def write_report(path: Path, experiment: Experiment, optimizer: CompiledOptimize
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         experiment=experiment,
-        rows=experiment.summaries(),
+        rows=[_row(row) for row in experiment.summaries()],
         findings=said,
         graph=optimizer.graph.to_svg(),
         stage=stage,
@@ -70,6 +71,20 @@ def write_report(path: Path, experiment: Experiment, optimizer: CompiledOptimize
     )
     path.write_text(page, encoding="utf-8")
     return said
+
+
+def _row(row: Summary) -> dict[str, object]:
+    """One row of the table, in words."""
+    percent = tuple(100 * value for value in row.accuracy)
+    return {
+        "setting": row.setting.name,
+        "method": row.method,
+        "loss": said_spread(row.final, "{:.2g}"),
+        "accuracy": said_spread(percent, "{:.1f}"),  # type: ignore[arg-type]
+        "ms": f"{row.ms:.2f}" if math.isfinite(row.ms) else "–",
+        "diverged": row.diverged,
+        "runs": len(row.runs),
+    }
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -138,6 +153,23 @@ def _key(method: str) -> str:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
+def typical_ms(runs: Iterable[Run]) -> float:
+    """The median over the stretches in which the loss stayed finite; nan if there was none."""
+    found = [ms for run in runs for ms in run.chunk_ms]
+    return statistics.median(found) if found else math.nan
+
+
+def said(value: float, form: str) -> str:
+    """A figure for the reader: what is not finite is called so."""
+    return form.format(value) if math.isfinite(value) else "not finite"
+
+
+def said_spread(values: tuple[float, float, float], form: str) -> tuple[str, str]:
+    """Median, and range: two texts."""
+    median, least, greatest = (said(value, form) for value in values)
+    return median, "" if least == greatest else f"{least}–{greatest}"
+
+
 def findings(experiment: Experiment) -> list[str]:
     """What the measurements say, for and against, in sentences made from them."""
     said = []
@@ -187,13 +219,13 @@ def _duel(experiment: Experiment, setting: Setting) -> str:
 def _costs(experiment: Experiment) -> list[str]:
     """What a step costs, and what the validation images tell."""
     ms = {
-        method.name: statistics.median(
-            value for run in experiment.runs if run.method == method.name for value in run.chunk_ms
-        )
+        method.name: typical_ms(run for run in experiment.runs if run.method == method.name)
         for method in experiment.methods
     }
     others = ", ".join(
-        f"of {name} {ms[name]:.2f} ms ({ms[name] / ms['base']:.1f} times)" for name in ms if name != "base"
+        f"of {name} {ms[name]:.2f} ms ({ms[name] / ms['base']:.1f} times)"
+        for name in ms
+        if name != "base" and math.isfinite(ms[name])
     )
     one = 1 / experiment.images[1]
     best = "; ".join(
