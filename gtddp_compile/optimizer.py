@@ -86,7 +86,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
     @property
     def graph(self) -> ControlGraph:
         """The control graph of the last specialisation (raises as :attr:`program` does)."""
-        return self.program.graph
+        return self.program.drawn
 
     @property
     def diagnostics(self) -> Mapping[str, Any]:

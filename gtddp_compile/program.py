@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from sympy import BlockMatrix, latex
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
-from gtddp_compile.algebra.derivation import Equation
+from gtddp_compile.algebra.derivation import Equation, StageDerivation
 from gtddp_compile.columns import describe_terminal, vectorises
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, write
@@ -67,6 +68,11 @@ class UpdateProgram:
         if self.setting is None:
             raise no_setting()
         return Parts(self.graph, self.derived, self.form, self.lowered, self.options, self.setting)
+
+    @cached_property
+    def drawn(self) -> ControlGraph:
+        """The control graph with every stage's derivation as its note, made when the page asks for it."""
+        return replace(self.graph, notes=StageNotes(self))
 
     def __str__(self) -> str:
         lines = [f"# {self.graph.name}: {self.curvature}, form {self.form.name}, coupling {self.options.coupling}"]
@@ -122,10 +128,13 @@ class UpdateProgram:
         lines += ["  augmented dynamics (0, I, J dense; F in the controls):"]
         lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
         lines.append("  gains and value recursion (a prime: at t+1):")
-        lines += [_line(equation) for equation in stage.derivation.equations()]
-        lines.append(f"  collapsed, V_x = G alpha, V_xx = G P G^T ({self.form.name} form):")
-        lines += [_line(equation) for equation in _said(self.form)]
-        return "\n".join(lines)
+        lines += _equation_lines(stage.derivation)
+        return "\n".join((*lines, *self._form_lines))
+
+    @cached_property
+    def _form_lines(self) -> list[str]:
+        head = f"  collapsed, V_x = G alpha, V_xx = G P G^T ({self.form.name} form):"
+        return [head, *(_line(equation) for equation in _said(self.form))]
 
     def _latex(self, stage: DerivedStage) -> str:
         rows = [_latex_row(equation) for equation in stage.derivation.equations()]
@@ -174,11 +183,35 @@ class UpdateProgram:
         return "per-sample gradients, uses added" if len(uses) > 1 else "kernel"
 
 
+class StageNotes(Mapping[int, str]):
+    """The derivation of every stage of a program as text, by the stage's index, each made when it is asked for."""
+
+    def __init__(self, program: UpdateProgram) -> None:
+        self._program = program
+
+    def __getitem__(self, stage: int) -> str:
+        if not 0 <= stage < len(self):
+            raise KeyError(stage)
+        return str(self._program.derivation(stage))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self._program.derived.stages)
+
+
 def rendered(table: Table, width: int = 110) -> str:
     """A rich table as plain text."""
     stream = io.StringIO()
     Console(file=stream, width=width, color_system=None).print(table)
     return stream.getvalue()
+
+
+@lru_cache(maxsize=256)
+def _equation_lines(derivation: StageDerivation) -> tuple[str, ...]:
+    """Printed once a pattern, which deep networks share among all their stages."""
+    return tuple(_line(equation) for equation in derivation.equations())
 
 
 def _line(equation: Equation) -> str:

@@ -44,7 +44,9 @@ LAYERS = {
     "runtime": 9,
     "optimizer": 10,
     "api": 11,
-    "cli": 12,
+    "demo": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 TOP = max(LAYERS.values()) + 1
 

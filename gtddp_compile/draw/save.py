@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import networkx as nx
@@ -50,12 +50,13 @@ SUFFIXES: dict[str, Callable[[nx.MultiDiGraph[str]], str]] = {
 }
 
 
-def save(graph: nx.MultiDiGraph[str], path: str | Path) -> None:
+def save(graph: nx.MultiDiGraph[str], path: str | Path, notes: Mapping[int, str] | None = None) -> None:
     """Write a control graph in the form that the path's suffix names.
 
     Args:
         graph: as made by ``ControlGraph.to_networkx``.
         path: ends in one of :data:`SUFFIXES`.
+        notes: text for a stage by its index, shown by the page.
 
     Raises:
         CompileError: the suffix is none of these; nothing is written.
@@ -66,4 +67,5 @@ def save(graph: nx.MultiDiGraph[str], path: str | Path) -> None:
             f"no drawing is known by the suffix {suffix!r} of {str(path)!r}",
             f"Use one of {', '.join(SUFFIXES)}",
         )
-    Path(path).write_text(SUFFIXES[suffix](graph), encoding="utf-8")
+    text = html(graph, notes) if suffix == ".html" else SUFFIXES[suffix](graph)
+    Path(path).write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ still needed: the augmented state of the paper's Eq. 8, 13 and 26 for any acycli
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -165,6 +165,9 @@ class ControlGraph:
     """The state-augmented control graph of a network (immutable; theory: sections 2.2 and 3, Eq. 8, 13, 26).
 
     ``str()`` is a table, ``to_networkx``/``to_dot``/``to_mermaid``/``to_svg``/``to_html`` and ``save`` draw it.
+
+    Attributes:
+        notes: text for a stage by its index, shown by the page: its derivation, once there is one.
     """
 
     ops: OpGraph
@@ -176,6 +179,7 @@ class ControlGraph:
     unused: tuple[str, ...] = ()
     schedule: str = "asap"
     name: str = "model"
+    notes: Mapping[int, str] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def player(self) -> dict[str, Player]:
@@ -251,13 +255,13 @@ class ControlGraph:
         """One self-contained page: the drawing with pan, zoom and hover texts, and the tables.
 
         Args:
-            notes: text shown for a stage, by its index, for instance its derivation.
+            notes: text shown for a stage, by its index, instead of the graph's own :attr:`notes`.
         """
-        return draw.html(self.to_networkx(), notes)
+        return draw.html(self.to_networkx(), self.notes if notes is None else notes)
 
     def save(self, path: str | Path) -> None:
         """Write the graph as ``.svg``, ``.html``, ``.dot``, ``.mmd``, ``.md``, ``.txt`` or ``.json``, by suffix."""
-        draw.save(self.to_networkx(), path)
+        draw.save(self.to_networkx(), path, self.notes)
 
     def __str__(self) -> str:
         return draw.table(self.to_networkx())

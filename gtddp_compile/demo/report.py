@@ -16,7 +16,7 @@ import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -25,13 +25,15 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from gtddp_compile import CompiledOptimizer
+from gtddp_compile.optimizer import CompiledOptimizer
 
 if TYPE_CHECKING:
     from digits import Experiment, Run, Setting, Summary
     from matplotlib.axes import Axes
 
-LOOKS = {  # Okabe and Ito's colours: apart for colour-blind eyes; dash and marker tell them apart without colour
+    from gtddp_compile.demo.digits import Experiment, Setting, Summary
+
+LOOKS: dict[str, dict[str, Any]] = {  # Okabe and Ito's colours: apart for colour-blind eyes; dash and marker tell them apart without colour
     "base": {"color": "#4d4d4d", "linestyle": (0, (5, 2)), "marker": "s"},
     "paper": {"color": "#d55e00", "linestyle": (0, (1, 1.4)), "marker": "^"},
     "default": {"color": "#0072b2", "linestyle": "-", "marker": "o"},
@@ -40,7 +42,7 @@ TEMPLATE = Path(__file__).with_name("digits.html.j2")
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 TOP = 30.0
 GUESSING = math.log(10)
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#8a94a3", "axes.labelcolor": "#3a4556", "xtick.color": "#3a4556", "ytick.color": "#3a4556",
     "svg.fonttype": "path", "svg.hashsalt": "digits",

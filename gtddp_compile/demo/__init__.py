@@ -1,0 +1,1 @@
+"""Demonstrations that ``gtddp-compile demo`` runs; they need the packages of ``pip install 'gtddp-compile[demo]'``."""
