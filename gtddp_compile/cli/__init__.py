@@ -4,6 +4,6 @@ Exit codes: 0, 1 (failed: the reason is on stderr, without a traceback), 2 (usag
 its result (progress, where a file was written) goes to stderr, so that stdout can be piped.
 """
 
-from gtddp_compile.cli.app import app
+from gtddp_compile.cli.commands import app
 
 __all__ = ["app"]
