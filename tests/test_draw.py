@@ -16,7 +16,7 @@ from drawn import Line, control_graph, dense, hostile, residual, resnet18, tied,
 
 from gtddp_compile import draw
 from gtddp_compile.draw import layout
-from gtddp_compile.draw.layout import Box, Link, layered
+from gtddp_compile.draw.layout import Box, Link, Request, layered
 from gtddp_compile.draw.style import shortened, text_width
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
@@ -201,7 +201,7 @@ def test_svg_is_the_same_every_time() -> None:
 def test_svg_of_a_long_network() -> None:
     lines: list[Line] = [("x", "input", (4,), "", None)]
     lines += [(f"fc{i}", "linear", (4,), f"fc{i - 1}" if i else "x", (4, 4)) for i in range(300)]
-    assert len(boxes(ElementTree.fromstring(control_graph(lines).to_svg()))) == 302
+    assert len(boxes(ElementTree.fromstring(control_graph(lines).to_svg(boxes=400)))) == 302
 
 
 @each
@@ -244,7 +244,9 @@ def test_missing_engine_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_layout_places_rows_downwards() -> None:
     sizes = {name: Box(0, 0, 50, 20) for name in "abc"}
-    found = layered(sizes, [["a"], [], ["b", "c"]], [Link("a", "b"), Link("a", "c", 3)])
+    request = Request(sizes, [["a"], [], ["b", "c"]], [Link("a", "b"), Link("a", "c", 3)])
+    found, again = layered([request, request])
+    assert found == again
     assert found.boxes["a"].y < found.rows[1] < found.boxes["b"].y == found.boxes["c"].y
     assert len(found.routes) == 2 and all(len(route) % 3 == 2 for route in found.routes)
 

@@ -11,7 +11,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from itertools import pairwise
@@ -58,43 +58,88 @@ class Layout:
     height: float
 
 
-def layered(
-    boxes: Mapping[str, Box],
-    rows: Sequence[Sequence[str]],
-    links: Sequence[Link],
-    aside: Mapping[int, Sequence[str]] | None = None,
-) -> Layout:
-    """Place boxes in given rows, top to bottom, without overlaps and with few crossings.
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be placed.
 
-    Args:
+    Attributes:
         boxes: sizes by name; positions are ignored.
-        rows: names in each row; an empty row is a gap.
+        rows: names in each row, from top to bottom; an empty row is a gap.
         links: edges from an upper to a lower row.
         aside: more names by row, better placed beside the others. The engine treats this as a start for its search
             only, so small graphs are tried without it too, and the layout with the shorter lines is taken.
+    """
+
+    boxes: Mapping[str, Box]
+    rows: Sequence[Sequence[str]]
+    links: Sequence[Link]
+    aside: Mapping[int, Sequence[str]] = field(default_factory=dict)
+
+    def sources(self) -> list[str]:
+        """What to try; equal requests give equal text, whatever the names."""
+        hints = [True, False] if self.aside and len(self.boxes) <= SMALL else [True]
+        return [_source(self, hint) for hint in hints]
+
+
+def layered(requests: Sequence[Request]) -> list[Layout]:
+    """Place boxes in given rows, top to bottom, without overlaps and with few crossings.
+
+    The engine is started once, and equal requests are laid out once: a deep network's blocks are few layouts.
 
     Returns:
-        The layout; ``routes`` in the order of ``links``: first point, then three points a Bézier segment, then the tip.
+        The layouts, ``routes`` in the order of ``links``: first point, then three points a Bézier segment, then the
+        tip.
+
+    Raises:
+        CompileError: the layout engine is not installed, or it failed.
     """
-    tries = [True, False] if aside and len(boxes) <= SMALL else [True]
-    found = [
-        _read(json.loads(_run(_source(boxes, rows, links, aside or {}, hint))), boxes, len(rows), len(links))
-        for hint in tries
-    ]
-    return min(found, key=_length)
+    sources = [request.sources() for request in requests]
+    texts = list(dict.fromkeys(text for tries in sources for text in tries))
+    answers = dict(zip(texts, _answers(_run("\n".join(texts))), strict=True)) if texts else {}
+    read: dict[str, Raw] = {}
+    found = []
+    for request, tries in zip(requests, sources, strict=True):
+        for text in tries:
+            if text not in read:
+                read[text] = _read(answers[text], len(request.boxes), len(request.rows), len(request.links))
+        found.append(_named(min((read[text] for text in tries), key=_length), request))
+    return found
 
 
-def _length(found: Layout) -> float:
+def _answers(text: str) -> list[dict[str, object]]:
+    """The engine writes one JSON object a graph, one after the other."""
+    decoder, found, at = json.JSONDecoder(), [], 0
+    while (at := text.find("{", at)) >= 0:
+        answer, at = decoder.raw_decode(text, at)
+        found.append(answer)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A layout by the numbers of its boxes."""
+
+    centres: Sequence[Point]
+    routes: Sequence[Sequence[Point]]
+    rows: Sequence[float]
+    width: float
+    height: float
+
+
+def _named(raw: Raw, request: Request) -> Layout:
+    boxes = {
+        name: Box(*centre, box.width, box.height, box.radius)
+        for (name, box), centre in zip(request.boxes.items(), raw.centres, strict=True)
+    }
+    return Layout(boxes, raw.routes, raw.rows, raw.width, raw.height)
+
+
+def _length(found: Raw) -> float:
     return sum(math.dist(a, b) for route in found.routes for a, b in pairwise(route))
 
 
-def _source(
-    boxes: Mapping[str, Box],
-    rows: Sequence[Sequence[str]],
-    links: Sequence[Link],
-    aside: Mapping[int, Sequence[str]],
-    hint: bool,
-) -> str:
+def _source(request: Request, hint: bool) -> str:
+    boxes, rows, links, aside = request.boxes, request.rows, request.links, request.aside
     number = {name: index for index, name in enumerate(boxes)}
     row_of = {name: index for index, row in (*enumerate(rows), *aside.items()) for name in row}
     bends = sum(row_of[link.target] - row_of[link.source] for link in links)
@@ -123,15 +168,11 @@ def _source(
     return "\n".join((*lines, "}"))
 
 
-def _read(answer: dict[str, object], boxes: Mapping[str, Box], rows: int, links: int) -> Layout:
+def _read(answer: dict[str, object], boxes: int, rows: int, links: int) -> Raw:
     _, _, width, height = map(float, str(answer["bb"]).split(","))
     objects: list[dict[str, str]] = answer["objects"]  # type: ignore[assignment]
     edges: list[dict[str, str]] = answer.get("edges", [])  # type: ignore[assignment]
     at = {found["name"]: _point(found["pos"], height) for found in objects if "pos" in found}
-    placed = {
-        name: Box(*at[f"n{index}"], box.width, box.height, box.radius)
-        for index, (name, box) in enumerate(boxes.items())
-    }
     routes: list[list[Point]] = [[] for _ in range(links)]
     for edge in edges:
         if "id" in edge:
@@ -139,7 +180,8 @@ def _read(answer: dict[str, object], boxes: Mapping[str, Box], rows: int, links:
             tips = [mark[2:] for mark in marks if mark.startswith("e,")]
             points = [mark for mark in marks if mark[0] not in "es"]
             routes[int(edge["id"])] = [_point(mark, height) for mark in points + (tips or points[-1:])]
-    return Layout(placed, routes, [at[f"r{index}"][1] for index in range(rows)], width, height)
+    centres = [at[f"n{index}"] for index in range(boxes)]
+    return Raw(centres, routes, [at[f"r{index}"][1] for index in range(rows)], width, height)
 
 
 def _point(text: str, height: float) -> Point:

@@ -8,15 +8,21 @@ from typing import Any
 
 import networkx as nx
 
-from gtddp_compile.draw.layout import Box, Layout, Link, layered
+from gtddp_compile.draw.layout import Box, Layout, Link, Request, layered
 from gtddp_compile.draw.style import (
+    BLOCK,
     FREE,
     SHORTCUT_COLOURS,
     TIED_COLOUR,
     Family,
+    block_text,
     family,
+    listed,
+    plural,
     shape_text,
     shortened,
+    stage_title,
+    stages_text,
     text_width,
 )
 
@@ -89,17 +95,43 @@ class Picture:
     layout: Layout
 
 
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """Everything but the places: what the layout is asked for, and what its answer is drawn as."""
+
+    graph: nx.MultiDiGraph[str]
+    nodes: Sequence[Node]
+    lines: Sequence[Line]
+    joints: Mapping[str, int]
+    borders: Sequence[int]
+    request: Request
+
+    def placed(self, layout: Layout) -> Picture:
+        """The picture, once there is a layout."""
+        return Picture(self.nodes, self.lines, self.joints, _bands(self.graph, layout, self.borders), layout)
+
+
 def picture(graph: nx.MultiDiGraph[str]) -> Picture:
     """Label, size and place a control graph.
 
     Args:
-        graph: as made by ``ControlGraph.to_networkx``.
+        graph: as made by ``ControlGraph.to_networkx``, or a view of it.
+    """
+    drawn = sketch(graph)
+    return drawn.placed(layered([drawn.request])[0])
+
+
+def sketch(graph: nx.MultiDiGraph[str]) -> Sketch:
+    """Label and size a control graph, and say what is to be placed how.
+
+    Args:
+        graph: as made by ``ControlGraph.to_networkx``, or a view of it.
     """
     data = graph.graph
-    nodes = [_node(graph, name) for name in graph]
+    nodes = _nodes(graph)
     last = len(data["stages"])
     stage_of = {node.name: node.stage for node in nodes}
-    players = {node.name for node in nodes if node.form == "player"}
+    players = {node.name for node in nodes if node.form in ("player", "block")}
     lines, joints = bundled([_line(graph, *edge) for edge in graph.edges(data=True)], stage_of, players)
     if data["outputs"]:
         nodes.append(Node(OUTPUT, ("output",), FREE, "end", FREE.line, "what the model returns", last))
@@ -118,8 +150,7 @@ def picture(graph: nx.MultiDiGraph[str]) -> Picture:
         )
         for line in lines
     ]
-    layout = layered(boxes, rows, links, aside)
-    return Picture(nodes, lines, joints, _bands(graph, layout, borders), layout)
+    return Sketch(graph, nodes, lines, joints, borders, Request(boxes, rows, links, aside))
 
 
 def bundled(
@@ -210,73 +241,102 @@ def _bands(graph: nx.MultiDiGraph[str], layout: Layout, borders: Sequence[int]) 
     for position, stage in enumerate(graph.graph["stages"]):
         top, bottom = (layout.rows[index] for index in borders[position : position + 2])
         live = [f"{name}  {shape_text(values[name]['shape'])}" if name in values else name for name in stage["live"]]
-        tip = [f"stage {stage['index']}: {', '.join(stage['players'])}", "in the cut before it:"]
+        title = stage_title(stage)
+        tip = [f"{title}: {listed(stage['players'])}", "in the cut before it:"]
         tip += [f"  {text}" for text in live or ["nothing"]]
         if stage["merges"]:
-            tip.append(f"merges here: {', '.join(stage['merges'])}")
-        found.append(Band(stage["index"], f"stage {stage['index']}", tuple(stage["live"]), "\n".join(tip), top, bottom))
+            tip.append(f"merges here: {listed(stage['merges'])}")
+        found.append(Band(stage["index"], title, tuple(stage["live"]), "\n".join(tip), top, bottom))
     return found
 
 
 def _size(node: Node) -> Box:
     if node.form == "sign":
         return Box(0, 0, 24, 24, 12)
-    if node.form == "player":
+    if node.form in ("player", "block"):
         name, detail = text_width(node.lines[0], NAME_SIZE) * 1.07, text_width(node.lines[1], DETAIL_SIZE)
         return Box(0, 0, max(name, detail, 60) + 20, 36, 8)
     return Box(0, 0, max(text_width(node.lines[0], FREE_SIZE) + 22, 44), 22, 11)
 
 
-def _sample_shape(graph: nx.MultiDiGraph[str], shape: list[int] | None) -> str:
-    """The shape without its batch axis, if its first size is the inputs' first size."""
+def _nodes(graph: nx.MultiDiGraph[str]) -> list[Node]:
     batches = {(graph.nodes[name]["shape"] or [None])[0] for name in graph.graph["inputs"]}
-    return shape_text(shape[1:] if shape and {shape[0]} == batches else shape)
+    merged: dict[str, str] = {}
+    for shortcut in graph.graph["shortcuts"]:
+        merged.setdefault(shortcut["merge"], shortcut["kind"])
+    players = {player["name"]: player for player in graph.graph["players"]}
+
+    def sample_shape(shape: list[int] | None) -> str:
+        """Without the batch axis, if the first size is the inputs' first size."""
+        return shape_text(shape[1:] if shape and {shape[0]} == batches else shape)
+
+    return [
+        _node(name, data, sample_shape(data["shape"]), merged.get(name), tip(name, data, players.get(data["player"])))
+        for name, data in graph.nodes(data=True)
+    ]
 
 
-def _node(graph: nx.MultiDiGraph[str], name: str) -> Node:
-    data: dict[str, Any] = graph.nodes[name]
-    shape = _sample_shape(graph, data["shape"])
+def _node(name: str, data: dict[str, Any], shape: str, merged: str | None, words: str) -> Node:
     colours, accent, kind = FREE, FREE.line, data["kind"]
     lines: tuple[str, ...]
-    merged = [shortcut["kind"] for shortcut in graph.graph["shortcuts"] if shortcut["merge"] == name]
     if merged:
-        accent = SHORTCUT_COLOURS[merged[0]]
-    if data["player"]:
+        accent = SHORTCUT_COLOURS[merged]
+    if "block" in data:
+        colours, form, accent = BLOCK, "block", BLOCK.line
+        lines = (shortened(data["label"], 40), block_text(data["block"]))
+    elif data["player"]:
         colours, form = family(kind), "player"
         accent = colours.line
-        lines = (shortened(data["player"], 34), f"{kind} · {shape}" if shape else kind)
+        lines = (shortened(data.get("label", data["player"]), 34), f"{kind} · {shape}" if shape else kind)
     elif data["input"]:
-        form, lines = "end", (" · ".join(filter(None, (shortened(name, 30), shape))),)
+        form, lines = "end", (" · ".join(filter(None, (shortened(data.get("label", name), 30), shape))),)
     elif kind in GLYPHS and data["merge"]:
         form, lines = "sign", (GLYPHS[kind],)
     else:
         form, lines = "merge" if data["merge"] else "free", (shortened(kind, 30),)
-    return Node(name, lines, colours, form, accent, _tip(graph, name), data["stage"])
+    return Node(name, lines, colours, form, accent, words, data["stage"])
 
 
-def _tip(graph: nx.MultiDiGraph[str], name: str) -> str:
-    data = graph.nodes[name]
+def tip(name: str, data: dict[str, Any], player: dict[str, Any] | None) -> str:
+    """Hover text of an operation, a folded block or a value that enters."""
+    if "block" in data:
+        return _block_tip(data)
+    if "enters" in data:
+        return f"{listed(data['enters'])}: from outside{_shape_line(data)}"
     lines = [f"{name}: {data['kind']}"]
     if data["shape"] is not None:
         lines.append(f"shape {shape_text(data['shape'])}")
-    for player in graph.graph["players"]:
-        if player["name"] == data["player"]:
-            lines.append(f"player {player['name']}, {player['size']:,} parameters")
-            lines += [f"  {parameter}  {shape_text(shape)}" for parameter, shape in player["parameters"]]
-    if data["stage"] >= 0:
-        lines.append(f"stage {data['stage']}")
+    if player:
+        lines.append(f"player {player['name']}, {player['size']:,} parameters")
+        lines += [f"  {parameter}  {shape_text(shape)}" for parameter, shape in player["parameters"]]
+    stage = data.get("true_stage", data["stage"])
+    if stage >= 0:
+        lines.append(f"stage {stage}")
     live = data["live"]
     if live:
-        readers = ", ".join(map(str, live["readers"]))
+        readers = listed(list(map(str, live["readers"])))
         lines.append(f"waits for stage {readers}" if readers else "waits for the loss")
     if data["source"]:
         lines.append(data["source"])
     return "\n".join(lines)
 
 
+def _block_tip(data: dict[str, Any]) -> str:
+    block = data["block"]
+    lines = [block["title"], f"{plural(block['operations'], 'operation')}, {plural(block['players'], 'player')}"]
+    lines += [f"{block['repeats']} times the same structure"] if block["repeats"] > 1 else []
+    lines += [f"{block['size']:,} parameters"] if block["size"] else []
+    lines += [stages_text(block["stages"])] if block["stages"] else []
+    return "\n".join(lines) + _shape_line(data, "gives ")
+
+
+def _shape_line(data: dict[str, Any], word: str = "shape ") -> str:
+    return f"\n{word}{shape_text(data['shape'])}" if data["shape"] is not None else ""
+
+
 def _line(graph: nx.MultiDiGraph[str], source: str, target: str, data: dict[str, Any]) -> Line:
     crosses = tuple(data["crosses"])
-    tip = [f"{source} → {target}"]
+    tip = [f"{listed(data.get('values') or [source])} → {target}"]
     colour, strong = LINE_COLOUR, False
     if data["control"]:
         colour, strong = TIED_COLOUR, False
@@ -287,7 +347,8 @@ def _line(graph: nx.MultiDiGraph[str], source: str, target: str, data: dict[str,
     elif len(crosses) > 1:
         colour, strong = WAIT_COLOUR, True
     if crosses:
-        tip.append(f"in the cut before stage {', '.join(map(str, crosses))}")
+        stages = graph.graph["stages"]
+        tip.append(f"in the cut before stage {listed([str(stages[at].get('first', at)) for at in crosses])}")
     return Line(
         source,
         target,

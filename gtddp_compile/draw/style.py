@@ -27,6 +27,7 @@ NORM = Family("normalisation", "#fcecc9", "#c8922a", "#6e4a08", "#8a6114")
 EMBEDDING = Family("embedding", "#fadfe6", "#c9567a", "#7a1f3c", "#96405c")
 OTHER = Family("other players", "#e8e2f8", "#7d65c1", "#402a80", "#5b46a0")
 FREE = Family("no parameters", "#ffffff", "#b9c0ca", "#414a57", "#667284")
+BLOCK = Family("block", "#eceff4", "#6f7c8e", "#262f3c", "#5c6878")
 FAMILIES = (LINEAR, CONV, NORM, EMBEDDING, OTHER)
 
 SHORTCUT_COLOURS = {"identity": "#e0662f", "parametric": "#b0348c", "parameter_free": "#1792a8"}
@@ -57,6 +58,32 @@ def plural(count: int, word: str, words: str | None = None) -> str:
     return f"{count} {word if count == 1 else words or word + 's'}"
 
 
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Names with commas; of more than ``most`` the rest is counted."""
+    more = f", +{len(names) - most}" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def stages_text(span: Sequence[int] | None) -> str:
+    """``stage 3``, ``stages 3–8``; nothing for what runs before all stages."""
+    if span is None:
+        return ""
+    return f"stage {span[0]}" if span[0] == span[1] else f"stages {span[0]}–{span[1]}"
+
+
+def stage_title(stage: dict[str, Any]) -> str:
+    """What a stage is called, or a band of several."""
+    return str(stage.get("title", f"stage {stage['index']}"))
+
+
+def block_text(block: dict[str, Any]) -> str:
+    """What a folded block holds, in one line."""
+    parts = [f"{block['repeats']} alike"] if block["repeats"] > 1 else []
+    parts += [plural(block["players"], "player")] if block["players"] else [plural(block["operations"], "operation")]
+    parts += [stages_text(block["stages"])] if block["stages"] else []
+    return " · ".join(parts)
+
+
 def value_text(value: dict[str, Any]) -> str:
     """Name and per-sample shape of a live value."""
     return f"{value['name']} {shape_text(value['shape'])}"
@@ -72,6 +99,8 @@ def widest_cut(graph: nx.MultiDiGraph[str]) -> tuple[int, int]:
 def summary(graph: nx.MultiDiGraph[str]) -> str:
     """One line: players, stages, widest cut, shortcuts, parameters without effect."""
     data = graph.graph
+    if "summary" in data:  # a view carries that of the whole
+        return str(data["summary"])
     width, index = widest_cut(graph)
     parts = [
         plural(len(data["players"]), "player"),

@@ -22,6 +22,7 @@ from gtddp_compile.draw.picture import (
     picture,
 )
 from gtddp_compile.draw.style import (
+    BLOCK,
     FAMILIES,
     FREE,
     SHORTCUT_COLOURS,
@@ -32,6 +33,7 @@ from gtddp_compile.draw.style import (
     summary,
     text_width,
 )
+from gtddp_compile.draw.views import Views
 
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', sans-serif"
 MARGIN, HEAD, LABELS = 20.0, 56.0, 190.0
@@ -39,15 +41,22 @@ STAGE_SIZE, CUT_SIZE, LEGEND_SIZE = 12.0, 10.5, 11.0
 BANDS = ("#f5f7fa", "#fcfdfe")
 
 
-def svg(graph: nx.MultiDiGraph[str]) -> str:
+BOXES = 150
+"""A graph of more operations is folded into blocks."""
+
+
+def svg(graph: nx.MultiDiGraph[str], boxes: int = BOXES) -> str:
     """The drawing, with hover texts; every text is escaped and nothing is loaded from elsewhere.
 
     Args:
         graph: as made by ``ControlGraph.to_networkx``.
+        boxes: a graph of more operations is folded into blocks, so many boxes at most (or as few as its outermost
+            blocks are).
 
     Raises:
         CompileError: the layout engine is not installed, or it failed.
     """
+    graph = Views(graph).folded(boxes) if len(graph) > boxes else graph
     found = picture(graph)
     labels = _label_width(found)
     total = summary(graph)
@@ -145,7 +154,9 @@ def _node(node: Node, box: Box, number: int | None) -> str:
         f'rx="{box.radius:g}" fill="{fill}" stroke="{stroke}" stroke-width="{thick}"/>',
     ]
     ink = node.colours.text
-    if node.form == "player":
+    if node.form == "block":
+        parts.insert(1, _stack(box, node))
+    if node.form in ("player", "block"):
         parts.append(_text(box.x, box.y - 2.5, node.lines[0], NAME_SIZE, ink, 600, "middle"))
         parts.append(_text(box.x, box.y + 11, node.lines[1], DETAIL_SIZE, node.colours.detail, anchor="middle"))
     elif node.form == "sign":
@@ -154,6 +165,15 @@ def _node(node: Node, box: Box, number: int | None) -> str:
         ink = "#ffffff" if node.form == "end" else ink
         parts.append(_text(box.x, box.y + 3.9, node.lines[0], FREE_SIZE, ink, anchor="middle"))
     return "".join((*parts, "</g>"))
+
+
+def _stack(box: Box, node: Node) -> str:
+    """The edge of a second sheet behind a block: there is more inside."""
+    left, bottom = box.x - box.width / 2, box.y + box.height / 2
+    return (
+        f'<path d="M{left + 4:.1f} {bottom - 4:.1f}v4q0 3 3 3h{box.width - 14:.1f}q3 0 3 -3v-4" fill="none" '
+        f'stroke="{node.accent}" stroke-width="1.2"/>'
+    )
 
 
 def _edges(found: Picture, number: Mapping[str, int]) -> Iterator[str]:
@@ -256,6 +276,9 @@ def _legend(found: Picture, x: float, y: float, width: float) -> tuple[str, floa
         if colours.name in used:
             box = f'<rect y="-9" width="16" height="11" rx="3.5" fill="{colours.fill}" stroke="{colours.line}"/>'
             entries.append((box, colours.name))
+    if any(node.form == "block" for node in found.nodes):
+        box = f'<rect y="-9" width="16" height="11" rx="3.5" fill="{BLOCK.fill}" stroke="{BLOCK.line}"/>'
+        entries.append((box, "folded block"))
     if any(node.form == "free" for node in found.nodes):
         box = f'<rect y="-9" width="16" height="11" rx="5.5" fill="{FREE.fill}" stroke="{FREE.line}"/>'
         entries.append((box, FREE.name))

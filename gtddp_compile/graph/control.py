@@ -244,12 +244,16 @@ class ControlGraph:
         return draw.dot(self.to_networkx())
 
     def to_mermaid(self) -> str:
-        """A Mermaid flowchart, one subgraph a stage."""
+        """A Mermaid flowchart, one subgraph a stage; folded into blocks where it would exceed Mermaid's limits."""
         return draw.mermaid(self.to_networkx())
 
-    def to_svg(self) -> str:
-        """A standalone drawing: one band a stage, waiting values as coloured curves."""
-        return draw.svg(self.to_networkx())
+    def to_svg(self, boxes: int = 150) -> str:
+        """A standalone drawing: one band a stage, waiting values as coloured curves.
+
+        Args:
+            boxes: a network of more operations is folded into its blocks, so many boxes at most.
+        """
+        return draw.svg(self.to_networkx(), boxes)
 
     def to_html(self, notes: Mapping[int, str] | None = None) -> str:
         """One self-contained page: the drawing with pan, zoom and hover texts, and the tables.
@@ -267,4 +271,4 @@ class ControlGraph:
         return draw.table(self.to_networkx())
 
     def _repr_html_(self) -> str:
-        return f'<div style="overflow:auto;max-height:720px">{draw.svg(self.to_networkx())}</div>'
+        return f'<div style="overflow:auto;max-height:720px">{draw.svg(self.to_networkx(), 60)}</div>'

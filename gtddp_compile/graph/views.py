@@ -103,7 +103,7 @@ def _add_edges(found: nx.MultiDiGraph[str], graph: ControlGraph) -> None:
 def _crossed(graph: ControlGraph, value: str, source: str, reader: str) -> list[int]:
     """Stages after the source's and up to the reader's whose cut holds the value."""
     first, last = graph.stage_of.get(source, -1), graph.stage_of.get(reader, -1)
-    return [stage.index for stage in graph.stages if first < stage.index <= last and value in stage.live]
+    return [stage.index for stage in graph.stages[first + 1 : last + 1] if value in stage.live]
 
 
 def _player(player: Player, shapes: dict[str, list[int]]) -> dict[str, Any]:
