@@ -41,18 +41,28 @@ def control_graph(lines: list[Line], shortcuts: tuple[Shortcut, ...] = (), name:
         depth[op] = max((depth[n] for n in names), default=-1) + bool(own)
         if own:
             players.append(Player(op, kind, own, op, (op,), stage=depth[op]))
-    users = {op.name: [user.name for user in ops if op.name in user.operands] for op in ops}
+    users: dict[str, list[str]] = {op.name: [] for op in ops}
+    for op in ops:
+        for operand in op.operands:
+            users[operand].append(op.name)
     count, output = max(depth.values()) + 1, ops[-1].name
     dies = {n: count if n == output else max(depth[u] for u in use) for n, use in users.items()}
     stages = []
+    at: dict[int, list[str]] = {}
+    waiting: dict[int, list[str]] = {}
+    for op in ops:
+        at.setdefault(depth[op.name], []).append(op.name)
+        for t in range(depth[op.name] + 1, dies[op.name] + 1):
+            waiting.setdefault(t, []).append(op.name)
+    deciding = {player.op: player.name for player in players}
+    merging = {s.merge for s in shortcuts}
     for t in range(count):
-        here = [op.name for op in ops if depth[op.name] == t]
-        live = tuple(op.name for op in ops if depth[op.name] < t <= dies[op.name])
-        merges = tuple(n for n in here if n in {s.merge for s in shortcuts})
+        here, live = at.get(t, []), tuple(waiting.get(t, ()))
+        merges = tuple(n for n in here if n in merging)
         stages.append(
             Stage(
                 t,
-                tuple(p.name for p in players if p.stage == t),
+                tuple(deciding[n] for n in here if n in deciding),
                 live,
                 tuple(n for n in live if any(depth[u] == t for u in users[n])),
                 tuple(n for n in live if dies[n] > t),

@@ -1,20 +1,21 @@
-"""A control graph as one self-contained page: the drawing with pan, zoom and hover texts, and the tables."""
+"""A control graph as one self-contained page: blocks that open, pan and zoom, hover texts, derivations, the table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import json
+from collections.abc import Mapping
+from importlib import resources
 
 import networkx as nx
 
-from gtddp_compile.draw.page import SCRIPT, STYLE
-from gtddp_compile.draw.style import escape, shape_text, summary
-from gtddp_compile.draw.svg import svg
+from gtddp_compile.draw.pagedata import page_data
+from gtddp_compile.draw.style import FAMILIES, SHORTCUT_COLOURS, SHORTCUT_WORDS, escape, summary
+from gtddp_compile.draw.table import table
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 HINT = (
-    "Drag or scroll to move, Ctrl and scroll to zoom, hover for shapes, click on a stage or an operation to keep its "
-    "text here."
+    "Click a block to open it, its heading to close it. Drag or scroll to move, Ctrl and scroll to zoom. Hover for "
+    "shapes, stage, live values and derivation; click an operation or a stage to keep its text here."
 )
 
 
@@ -23,8 +24,7 @@ def html(graph: nx.MultiDiGraph[str], notes: Mapping[int, str] | None = None) ->
 
     Args:
         graph: as made by ``ControlGraph.to_networkx``.
-        notes: text for a stage by its index, for instance its derivation, shown when the stage is clicked and in the
-            table.
+        notes: text for a stage by its index, for instance its derivation, shown with the stage.
 
     Raises:
         CompileError: the layout engine is not installed, or it failed.
@@ -38,77 +38,48 @@ def html(graph: nx.MultiDiGraph[str], notes: Mapping[int, str] | None = None) ->
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Control graph of {name}</title>
-<style>{STYLE}</style>
+<style>{_part("page.css")}</style>
 </head>
 <body>
 <main>
+<header><h1>Control graph of {name}</h1>
+<p>{escape(summary(graph))}; schedule {escape(data["schedule"])}.</p></header>
 <div class="view">
-<div class="pane">
-{svg(graph)}<div class="tools"><button id="in" title="zoom in">+</button><button id="out" title="zoom out">−</button>
-<button id="width" title="fit the width">width</button><button id="all" title="fit the whole graph">all</button></div>
+<div class="pane"><svg role="img" aria-label="Control graph of {name}: {escape(summary(graph))}"><g></g></svg>
+<div class="tools"><input id="find" type="search" placeholder="find an operation" aria-label="find an operation">
+<button id="open" title="open one level more">open</button><button id="close" title="close all blocks">close</button>
+<button id="in" title="zoom in">+</button><button id="out" title="zoom out">−</button>
+<button id="all" title="fit the whole graph">fit</button></div>
 </div>
-<aside><h2>Control graph of {name}</h2><p>{escape(summary(graph))}; schedule {escape(data["schedule"])}.</p>
-<p>{HINT}</p></aside>
+<aside><p class="hint">{HINT}</p>{_legend()}<div id="said"></div></aside>
 </div>
 <div class="tip"><pre></pre></div>
-<h2>Stages</h2>
-{_stages(graph, notes or {})}
-{_shortcuts(data["shortcuts"])}
+<details><summary>Stages and shortcuts as a table</summary><pre class="wide">{escape(table(graph))}</pre></details>
 </main>
-<script>{SCRIPT}</script>
+<script type="application/json" id="data">{_json(page_data(graph, notes or {}))}</script>
+<script>{_part("page.js")}</script>
 </body>
 </html>
 """
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    body = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+def _part(name: str) -> str:
+    return resources.files("gtddp_compile.draw").joinpath(name).read_text(encoding="utf-8")
 
 
-def _stages(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> str:
-    players = {player["name"]: player for player in graph.graph["players"]}
-    values = {value["name"]: value for value in graph.graph["values"]}
-    heads = ["stage", "players", "live values (the cut before it)", "merges", *(["notes"] if notes else [])]
-    rows = []
-    for stage in graph.graph["stages"]:
-        row = [
-            str(stage["index"]),
-            "<br>".join(_player(players.get(name, {"name": name})) for name in stage["players"]),
-            ", ".join(_value(values.get(name, {"name": name})) for name in stage["live"]),
-            ", ".join(map(escape, stage["merges"])),
-        ]
-        if notes:
-            note = notes.get(stage["index"])
-            block = f'<pre id="note-{stage["index"]}">{escape(note)}</pre>' if note else ""
-            row.append(f"<details><summary>show</summary>{block}</details>" if note else "")
-        rows.append(row)
-    return _table(heads, rows)
+def _json(data: object) -> str:
+    """JSON inside a script element: no ``<`` can end the element early."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _player(player: dict[str, Any]) -> str:
-    if "kind" not in player:
-        return escape(player["name"])
-    shapes = ", ".join(f"{name.rsplit('.', 1)[-1]} {shape_text(shape)}" for name, shape in player["parameters"])
-    return f"{escape(player['name'])} <span>{escape(player['kind'])} · {escape(shapes)} · {player['size']:,}</span>"
-
-
-def _value(value: dict[str, Any]) -> str:
-    shape = f" <span>{escape(shape_text(value['shape']))}</span>" if "shape" in value else ""
-    return escape(value["name"]) + shape
-
-
-def _shortcuts(shortcuts: Sequence[dict[str, Any]]) -> str:
-    if not shortcuts:
-        return ""
-    rows = [
-        (
-            escape(f"{shortcut['fork']} → {shortcut['merge']}"),
-            escape(shortcut["kind"].replace("_", " ")),
-            ", ".join(map(escape, shortcut["players"])),
-            "regular" if shortcut["regular"] else "irregular",
-        )
-        for shortcut in shortcuts
+def _legend() -> str:
+    boxes = [(found.fill, found.line, found.name) for found in FAMILIES]
+    entries = [
+        f'<span><i style="background:{fill};border-color:{line}"></i>{escape(name)}</span>'
+        for fill, line, name in boxes
     ]
-    return "<h2>Shortcuts</h2>\n" + _table(["from fork to merge", "kind", "players", "region"], rows)
+    entries += [
+        f'<span><i class="line" style="background:{colour}"></i>{escape(SHORTCUT_WORDS[kind])}</span>'
+        for kind, colour in SHORTCUT_COLOURS.items()
+    ]
+    return f'<p class="legend">{"".join(entries)}</p>'

@@ -197,10 +197,14 @@ def _edges(found: Picture, number: Mapping[str, int]) -> Iterator[str]:
             )
 
 
+def endpoints(found: Picture, line: Line, route: Sequence[Point]) -> tuple[Point, Point]:
+    """Where a line starts and ends, on the outlines of its boxes."""
+    return _rim(found.layout.boxes[line.source], route[0]), _rim(found.layout.boxes[line.target], route[-1])
+
+
 def _path(found: Picture, line: Line, route: Sequence[Point]) -> tuple[str, str]:
     """A line's path, from outline to outline of its boxes, and its arrow head."""
-    start = _rim(found.layout.boxes[line.source], route[0])
-    tip = _rim(found.layout.boxes[line.target], route[-1])
+    start, tip = endpoints(found, line, route)
     base = _towards(tip, route[-2], math.dist(route[-2], route[-1])) if line.arrow else tip
     points = [f"{x:.1f} {y:.1f}" for x, y in (start, *route[1:-1], base)]
     path = f"M{points[0]}C{' '.join(points[1:-1])}L{points[-1]}"

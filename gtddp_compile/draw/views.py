@@ -37,6 +37,10 @@ class Views:
         self._position = {name: index for index, name in enumerate(self.names)}
         self._player = {player["name"]: player for player in graph.graph["players"]}
         self._value = {value["name"]: value for value in graph.graph["values"]}
+        self._merged: dict[str, list[dict[str, Any]]] = {}
+        for shortcut in graph.graph["shortcuts"]:
+            self._merged.setdefault(shortcut["merge"], []).append(shortcut)
+        self._summary = summary(graph)
 
     def folded(self, boxes: int) -> nx.MultiDiGraph[str]:
         """The whole graph in about as many boxes at most; the graph itself if it has no more operations."""
@@ -58,15 +62,18 @@ class Views:
         owner = {at: key for key, item in keys.items() for at in range(start_of(item), stop_of(item))}
         spans = {key: self._span(item) for key, item in keys.items()}
         edges, ports = self._edges(owner)
+        edges = self._plain(edges)
         bands, band_of = _banded(spans, edges)
         starts = {first: index for index, (first, _) in enumerate(bands)}
         leaving = self._leaving(owner)
         found: nx.MultiDiGraph[str] = nx.MultiDiGraph(**self.graph.graph)
         found.graph.update(
-            summary=summary(self.graph),
+            summary=self._summary,
+            values=self._cut_values(bands),
             stages=[self._band(span, [k for k in keys if band_of[k] == at], at) for at, span in enumerate(bands)],
             outputs=list(dict.fromkeys(owner[at] for at in leaving)),
-            shortcuts=[s for s in self.graph.graph["shortcuts"] if owner.get(self._position[s["merge"]]) == s["merge"]],
+            players=[self._player[name] for name in self._deciding(keys)],
+            shortcuts=[shortcut for key in keys for shortcut in self._merged.get(key, ())],
             inputs=[*ports, *(key for key in keys if key in self.graph and self.graph.nodes[key]["input"])],
         )
         for port, values in ports.items():
@@ -86,6 +93,10 @@ class Views:
                 key += " "
             keys[key] = item
         return keys
+
+    def _deciding(self, keys: dict[str, Item]) -> list[str]:
+        """Players whose operations are items of their own."""
+        return [self.graph.nodes[key]["player"] for key in keys if self.graph.nodes.get(key, {}).get("player")]
 
     def _span(self, item: Item) -> Span | None:
         """First and last stage of an item; none if it runs before all stages.
@@ -128,6 +139,22 @@ class Views:
                 for key, data in outside[name]:
                     _join(edges, port, key, name, data)
         return edges, ports
+
+    def _cut_values(self, bands: list[Span]) -> list[dict[str, Any]]:
+        """The values in the bands' cuts."""
+        stages = self.graph.graph["stages"]
+        names = dict.fromkeys(name for first, _ in bands for name in stages[first]["live"])
+        return [self._value[name] for name in names if name in self._value]
+
+    @staticmethod
+    def _plain(edges: Edges) -> Edges:
+        """Without a shortcut's line beside a plain one that carries the same values between the same items."""
+        plain = {(s, t): values for (s, t, kind, control), (values, _) in edges.items() if not (kind or control)}
+        return {
+            key: found
+            for key, found in edges.items()
+            if not key[2] or key[3] or not set(found[0]) <= set(plain.get(key[:2], ()))
+        }
 
     def _leaving(self, owner: dict[int, str]) -> list[int]:
         """Operations whose value is read outside, or returned."""
