@@ -67,12 +67,15 @@ class CompiledOptimizer(torch.optim.Optimizer):
         Raises:
             CompileError: there is none yet (no example inputs were given and no step was made).
         """
+        return replace(self._specialised(), setting=self._setting())
+
+    def _specialised(self) -> UpdateProgram:
         if self._current is None:
             raise CompileError(
                 "the optimizer is not specialised yet: no example inputs were given",
                 "Pass example_inputs to compile_optimizer, or make a step first",
             )
-        return replace(self._current, setting=self._setting())
+        return self._current
 
     def _setting(self) -> Setting:
         """What the program is used with now: learning rates and other options as they are in ``param_groups``."""
@@ -86,7 +89,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
     @property
     def graph(self) -> ControlGraph:
         """The control graph of the last specialisation (raises as :attr:`program` does)."""
-        return self.program.drawn
+        return self._specialised().drawn
 
     @property
     def diagnostics(self) -> Mapping[str, Any]:

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from gtddp_compile.cli import app, loading, terminal
@@ -141,6 +143,38 @@ def test_options_reach_the_derivation(here: Path) -> None:
     assert run(*words, "--loss", "SmoothL1Loss").exit_code == 0
 
 
+def test_export_writes_a_module_that_runs(here: Path) -> None:
+    words = (
+        "user_net.py:Net",
+        "-i",
+        "2,4",
+        "--loss",
+        "mse",
+        "--curvature",
+        "adam",
+        "--lr",
+        "0.01",
+        "--set",
+        "eps=1e-6",
+    )
+    done = run("export", *words, "--dtype", "float64", "--out", "step.py")
+    assert done.exit_code == 0 and done.stdout == "", done.stderr
+    assert "wrote step.py" in done.stderr
+    module: dict[str, Any] = {}
+    exec(compile((here / "step.py").read_text(encoding="utf-8"), "step.py", "exec"), module)
+    model = loading.load_model("user_net.py:Net", [], "float64")
+    params = {name: value.detach() for name, value in model.named_parameters()}
+    x, y = torch.ones(2, 4, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    after, _, _, loss = module["step"](params, {}, module["init_state"](params), (x,), y)
+    assert torch.allclose(loss, torch.nn.functional.mse_loss(model(x), y))
+    assert all((after[name] - params[name]).abs().max() > 1e-4 for name in params)
+
+
+def test_export_refuses_an_unknown_suffix(here: Path) -> None:
+    done = run("export", "user_net:Net", "-i", "2,4", "--out", "step.exe")
+    assert done.exit_code == 1 and ".exe" in done.stderr and not (here / "step.exe").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -149,7 +183,7 @@ def test_options_reach_the_derivation(here: Path) -> None:
         (("user_net:Missing", "-i", "2,4"), ["has no 'Missing'", "Net, tokens"]),
         (("not_there:Net", "-i", "2,4"), ["no module 'not_there'"]),
         (("not_there.py:Net", "-i", "2,4"), ["no file not_there.py"]),
-        (("user_net:Net", "-i", "2,3"), ["user_net.py:15", "example inputs"]),
+        (("user_net:Net", "-i", "2,3"), ["user_net.py:15", "Pass inputs"]),
         (("user_net:Net", "-i", "2,4", "-a", "deep=1"), ["TypeError", "--arg KEY=VALUE"]),
         (("user_net:Net", "-i", "2,4", "-o", "nowhere/net.svg"), ["cannot be written"]),
         (("user_net:Net", "-i", "2,4", "--schedule", "later"), ["'later'", "asap"]),

@@ -324,9 +324,8 @@ def export(
         optimizer = _compiled(
             target, inputs, arguments, dtype, loss, schedule, curvature, lr, settings, coupling, recursion, feedback
         )
-        program: Any = optimizer.program
         with working(f"writing {out}"):
-            program.export(out)
+            optimizer.program.export(out)
         written(out)
 
 
