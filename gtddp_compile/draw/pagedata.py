@@ -166,10 +166,12 @@ def _block(
 def _ops(graph: nx.MultiDiGraph[str], blocks: Sequence[Block], texts: Texts) -> list[list[Any]]:
     players = {player["name"]: player for player in graph.graph["players"]}
     inside = {at: index for index, block in enumerate(blocks) for at in block.children if isinstance(at, int)}
-    return [
-        [name, texts.numbers(tip(name, data, players.get(data["player"]))), data["stage"], inside[at]]
-        for at, (name, data) in enumerate(graph.nodes(data=True))
-    ]
+    found: list[list[Any]] = []
+    for at, name in enumerate(graph):
+        data = graph.nodes[name]
+        words = texts.numbers(tip(name, data, players.get(data["player"])))
+        found.append([name, words, data["stage"], inside[at]])
+    return found
 
 
 def _titled(graph: nx.MultiDiGraph[str]) -> Iterable[dict[str, Any]]:
