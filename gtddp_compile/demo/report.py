@@ -28,14 +28,12 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from gtddp_compile.optimizer import CompiledOptimizer
 
 if TYPE_CHECKING:
-    from digits import Experiment, Run, Setting, Summary
     from matplotlib.axes import Axes
 
-    from gtddp_compile.demo.digits import Experiment, Setting, Summary
+    from gtddp_compile.demo.digits import Experiment, Run, Setting, Summary
 
-LOOKS: dict[
-    str, dict[str, Any]
-] = {  # Okabe and Ito's colours: apart for colour-blind eyes; dash and marker tell them apart without colour
+# Okabe and Ito's colours: apart for colour-blind eyes; dash and marker tell them apart without colour
+LOOKS: dict[str, dict[str, Any]] = {
     "base": {"color": "#4d4d4d", "linestyle": (0, (5, 2)), "marker": "s"},
     "paper": {"color": "#d55e00", "linestyle": (0, (1, 1.4)), "marker": "^"},
     "default": {"color": "#0072b2", "linestyle": "-", "marker": "o"},
