@@ -83,7 +83,7 @@ def examine(name: str, architecture: str, *, alone: bool, send: Send) -> None:
     found = optimizer.step(case.inputs, case.targets)
     base = _state(model)
     try:
-        send({"error": _compare(started, base, expected, found, loss)})
+        send({"error": _compare(started, base, expected, found, loss, _tolerance(optimizer, loss))})
     except WrongResult as problem:
         if not any(op.random for op in optimizer.graph.ops.ops):
             raise
@@ -99,7 +99,7 @@ def examine(name: str, architecture: str, *, alone: bool, send: Send) -> None:
     began = time.process_time()
     found = optimizer.step(case.inputs, case.targets)
     send({"step_seconds": time.process_time() - began})
-    send({"difference": _differs(started, base, _state(model), found, loss)})
+    send({"difference": _differs(started, base, _state(model), found, loss, _tolerance(optimizer, loss))})
     send({"phase": "done"})
 
 
@@ -108,9 +108,10 @@ def _in_evaluation(case: zoo.Case) -> str:
     case = dataclasses.replace(case, model=copy.deepcopy(case.model).eval())
     case, expected, loss = _reference(case, lambda report: None)
     model = copy.deepcopy(case.model)
-    found = _compile(model, case, feedback=False).step(case.inputs, case.targets)
+    optimizer = _compile(model, case, feedback=False)
+    found = optimizer.step(case.inputs, case.targets)
     try:
-        _compare(_state(case.model), _state(model), expected, found, loss)
+        _compare(_state(case.model), _state(model), expected, found, loss, _tolerance(optimizer, loss))
     except WrongResult:
         return "in evaluation mode too"
     return "in evaluation mode it is equal: the random numbers are others"
@@ -161,13 +162,18 @@ def _state(model: nn.Module) -> State:
     return {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _compare(before: State, ours: State, theirs: State, found: Tensor, loss: Tensor) -> float:
+def _tolerance(optimizer: Any, loss: Tensor) -> float:
+    """Of the coarsest precision in which the architecture computes: some cast to float32 inside."""
+    inside = {op.dtype for op in optimizer.graph.ops.ops} & TOLERANCE.keys()
+    return max(TOLERANCE[dtype] for dtype in (*inside, loss.dtype))
+
+
+def _compare(before: State, ours: State, theirs: State, found: Tensor, loss: Tensor, tolerance: float) -> float:
     """The largest error, relative to the largest update of the same tensor (floor: 1/1000 of the largest of all).
 
     Raises:
         WrongResult: it is above the tolerance.
     """
-    tolerance = TOLERANCE.get(loss.dtype, TOLERANCE[torch.float32])
     largest = max(_span(theirs[name], before[name]) for name in theirs if theirs[name].is_floating_point())
     worst, at = 0.0, ""
     for name, value in theirs.items():
@@ -186,7 +192,7 @@ def _compare(before: State, ours: State, theirs: State, found: Tensor, loss: Ten
     return worst
 
 
-def _differs(before: State, base: State, found: State, value: Tensor, loss: Tensor) -> float:
+def _differs(before: State, base: State, found: State, value: Tensor, loss: Tensor, tolerance: float) -> float:
     """The feedback step's distance from the base step, relative to the base step.
 
     Raises:
@@ -197,7 +203,6 @@ def _differs(before: State, base: State, found: State, value: Tensor, loss: Tens
     bad = [name for name, tensor in found.items() if not bool(tensor.isfinite().all()) and base[name].isfinite().all()]
     if bad:
         raise WrongResult(f"feedback on: {bad[0]} is not finite")
-    tolerance = TOLERANCE.get(loss.dtype, TOLERANCE[torch.float32])
     if not torch.allclose(value.to(loss.dtype), loss, rtol=tolerance, atol=tolerance):
         raise WrongResult(f"feedback on: the loss is {float(value)}, the model's own {float(loss)}")
     floating = [name for name in base if base[name].is_floating_point()]

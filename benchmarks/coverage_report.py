@@ -86,9 +86,10 @@ Measured {environment["date"]} on {environment["machine"]}: {said}.
 Every architecture has random weights and a batch of three small samples, in training mode. It *passes* if one step
 with `feedback=False` equals `torch.optim.SGD`'s own, parameters, buffers and loss, from the same random state (in
 float64 to 1e-6 of each tensor's update; in float32, for more than 30 million parameters or where the architecture
-insists on it, to 2e-2), and one step with the default `feedback=True` is finite, starts from the same loss and is
-another step. *Not tried* are those that cannot be built or trained in eager mode here. Parameters that start as zeros
-were given small random values, for behind them every gradient vanishes. Seconds are of processor time, on one thread.
+computes in it anyway, to 2e-2), and one step with the default `feedback=True` is finite, starts from the same loss
+and is another step. *Not tried* are those that cannot be built or trained in eager mode here. Parameters that start
+as zeros were given small random values, for behind them every gradient vanishes. Seconds are of processor time, on
+one thread.
 """
 
 
