@@ -29,6 +29,7 @@ def compile_optimizer(
     terminal: Terminal | None = None,
     backend: Backend = "fast",
     mixing: Reading = "block",
+    cooperative: bool | None = None,
     **curvature_options: Any,
 ) -> CompiledOptimizer:
     """Derive an optimal-control optimizer for a network.
@@ -41,8 +42,9 @@ def compile_optimizer(
         loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)`` returning
         one loss
             a sample, shape (B,).
-        curvature: ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` with its options as further keywords (``lr``,
-            ``weight_decay``, …: torch.optim's names and defaults), or an object such as ``RMSprop(lr=1e-3)``.
+        curvature: ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"adamw"``, ``"kfac"``, ``"ekfac"`` with
+            its options as further keywords (``lr``, ``weight_decay``, …: torch.optim's names and defaults), or an
+            object such as ``RMSprop(lr=1e-3)``.
         feedback: True; ``"open"``: open gains only; False: exactly the base method (Proposition 4).
         feedback_clip: bound on the predicted change of a sample's loss that is believed, in units of its aim (see
             ``terminal``); ``None``: none.
@@ -60,6 +62,9 @@ def compile_optimizer(
         mixing: how the dense backend reads operations that mix samples (theory: 4e): ``"block"``, as the fast one
         does, or
             ``"exact"``.
+        cooperative: whether coalitions use the cross terms of a curvature that has them (``"kfac"``, ``"ekfac"``:
+            Theorem 3, Corollary 7). By default they do, except with ``feedback=False``, which is exactly the base
+            method; True there too: the cooperative base method without feedback.
         **curvature_options: options of the named curvature.
 
     Returns:
@@ -77,6 +82,7 @@ def compile_optimizer(
         terminal,
         backend,
         mixing,
+        cooperative,
     )
     base, losses = resolve(curvature, **curvature_options), split(loss)
     check_terminal(losses, options.terminal_kind)

@@ -24,8 +24,7 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
     """``C w`` of one player over all its uses (``b + C w`` if the linear term is kept apart); returns the variable."""
     found = []
     for use in b.uses(player.name):
-        output = b.g_output(use.op)
-        g = Code(f"combine({output}, start, {weights})" if b.factored else f"scale({output}, {weights})")
+        g = output_gradient(b, use, weights)
         name = f"{prefix}_{b.name(use.key)}"
         b.emit(phase, t, (f"*{name}",), b.kernel(use, "weighted"), operands(b, use), g, params(b, use),
                use.wants, note=note, **b.options(use))  # fmt: skip
@@ -48,19 +47,37 @@ def gram(b: Builder, t: int, player: Player, metric: str) -> str:
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
         return result
-    gradients = []
-    for use in uses:
-        name = f"gamma_{b.name(use.key)}_rows"
-        kernel = b.kernel(use, "per_sample")
-        call = ("factor_rows", Function(kernel)) if b.factored else (kernel,)
-        b.emit("backward", t, (f"*{name}",), *call, operands(b, use),
-               Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use))  # fmt: skip
-        gradients.append((use.names, Var(name)))
-    total = f"gamma_{b.identity(player)}_total"
-    b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *gradients, note="every use")
-    b.emit("backward", t, (f"*{result}",), "joint_gram", Var(total), Var(metric), Var(b.rows),
+    b.emit("backward", t, (f"*{result}",), "joint_gram", Var(per_sample(b, t, player)), Var(metric), Var(b.rows),
            note="gamma M^-1 gamma^T")  # fmt: skip
     return result
+
+
+def per_sample(b: Builder, t: int, player: Player, weights: str | None = None) -> str:
+    """``γ`` of one player, its uses added up (over all columns, where there are several); returns the variable.
+
+    With ``weights``, ``V_u = b + C w`` of every sample instead: one column whatever the form.
+    """
+    prefix = "gamma" if weights is None else "vu"
+    total = f"{prefix}_{b.identity(player)}_total"
+    if any(f"*{total}" in instruction.writes for instruction in b.instructions):
+        return total
+    gradients = []
+    for use in b.uses(player.name):
+        name, kernel = f"{prefix}_{b.name(use.key)}_rows", b.kernel(use, "per_sample")
+        columns = b.factored and weights is None
+        g = Var(b.g_output(use.op)) if weights is None else output_gradient(b, use, weights)
+        call = ("factor_rows", Function(kernel)) if columns else (kernel,)
+        b.emit("backward", t, (f"*{name}",), *call, operands(b, use), g, params(b, use), use.wants,
+               note="gamma" if weights is None else "V_u", **b.options(use))  # fmt: skip
+        gradients.append((use.names, Var(name)))
+    b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *gradients, note="every use")
+    return total
+
+
+def output_gradient(b: Builder, use: Use, weights: str) -> Code:
+    """``V_h``: the weighted gradient of a use's output, the linear term included."""
+    output = b.g_output(use.op)
+    return Code(f"combine({output}, start, {weights})" if b.factored else f"scale({output}, {weights})")
 
 
 def directional(

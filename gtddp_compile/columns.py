@@ -16,7 +16,6 @@ from gtddp_compile.graph import ControlGraph, Player
 from gtddp_compile.graph.ops import Method
 from gtddp_compile.instructions import Code, Function, Var
 from gtddp_compile.options import Options
-from gtddp_compile.plan import StagePlan
 from gtddp_compile.terminal import MonteCarlo
 
 
@@ -68,12 +67,12 @@ def split(b: Builder, t: int) -> None:
            Var("tau"), note="Gamma; tau Psi M^-1 gamma^T alpha_T")  # fmt: skip
 
 
-def shrink(b: Builder, t: int, stage: StagePlan, metrics: dict[str, str]) -> None:
-    """``P`` of every sample where ``Q_uu = M``: eigenvalues of the radicand at 0 at least, and counted (section 3)."""
-    found = []
-    for player in stage.players:
-        found.append(_sample_gram(b, t, player, metrics[player.name]))
-    b.emit("backward", t, (f"*gamma_{t}",), "=", Code(" + ".join(found)), note="Gamma_ii")
+def shrink(b: Builder, t: int, grams: list[str]) -> None:
+    """``P`` of every sample where ``Q_uu = M``: eigenvalues of the radicand at 0 at least, and counted (section 3).
+
+    ``grams``: variables of ``Γ_ii`` of the stage's blocks.
+    """
+    b.emit("backward", t, (f"*gamma_{t}",), "=", Code(" + ".join(grams)), note="Gamma_ii")
     equation = b.plan.form.backward["R"]
     b.emit("backward", t, (f"root_{t}", f"own_{t}", f"clipped_{t}"), "shrink_samples", Var(f"root_{t + 1}"),
            Var(f"gamma_{t}"), radicand_sign(equation.expression), note=f"R ({equation.source})")  # fmt: skip
@@ -93,7 +92,7 @@ def radicand_sign(expression: MatrixExpr) -> int:
     raise CompileError(f"no instruction computes the derived block {expression}", "Use backend='dense'")
 
 
-def _sample_gram(b: Builder, t: int, player: Player, metric: str) -> str:
+def sample_gram(b: Builder, t: int, player: Player, metric: str) -> str:
     """``Γ_ii`` of one player over all its uses."""
     uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     if len(uses) == 1 and uses[0].names == player.parameters:

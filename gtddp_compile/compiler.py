@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from gtddp_compile.curvature import Curvature
+from gtddp_compile.cooperation import BY_PARAMETER, MetricRules
+from gtddp_compile.curvature import Curvature, Kronecker
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.options import Options
 from gtddp_compile.passes import (
@@ -42,7 +43,7 @@ def build_graph(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> 
 def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool) -> UpdateProgram:
     """Passes 6 to 10: derivation to code. ``decay``: whether any group has coupled weight decay."""
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))
-    derived = derive(graph, options.recursion)
+    derived = derive(graph, options.recursion, metric_rules(options, curvature))
     form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored)
     plan = simplify(
         derived,
@@ -56,6 +57,13 @@ def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *
     )
     lowered = lower(plan)
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name)
+
+
+def metric_rules(options: Options, curvature: Curvature) -> MetricRules:
+    """Which players are in one metric; with feedback off only where ``cooperative=True`` was said (Proposition 4)."""
+    if not isinstance(curvature, Kronecker):
+        return BY_PARAMETER
+    return MetricRules(True, curvature.small, options.cooperates, curvature.shares)
 
 
 class Specialisations:

@@ -94,8 +94,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
     @property
     def diagnostics(self) -> Mapping[str, Any]:
         """Figures of the last step: ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``,
-        ``skipped``
-        and, by player, ``open_norm`` and ``feedback_norm`` (in the metric ``M``).
+        ``skipped``, for Kronecker factors ``solve_fallbacks`` (Cholesky failed)
+        and, by player or coalition, ``open_norm`` and ``feedback_norm`` (in the metric ``M``).
         """
         return self._diagnostics.figures()
 

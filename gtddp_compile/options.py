@@ -31,6 +31,7 @@ class Options:
     terminal: Terminal | None = None
     backend: Backend = "fast"
     mixing: Reading = "block"
+    cooperative: bool | None = None
 
     def __post_init__(self) -> None:
         if self.feedback not in (True, False, "open"):
@@ -39,6 +40,8 @@ class Options:
             raise _unknown("recursion", self.recursion, ", ".join(map(repr, RECURSIONS)))
         if self.backend not in ("fast", "dense"):
             raise _unknown("backend", self.backend, "'fast' or 'dense'")
+        if self.cooperative not in (True, False, None):
+            raise _unknown("cooperative", self.cooperative, "True, False or None (True while there is feedback)")
         if self.mixing not in ("block", "exact"):
             raise _unknown("mixing", self.mixing, "'block' or 'exact'")
         if self.mixing == "exact" and self.backend != "dense":
@@ -66,6 +69,11 @@ class Options:
     def factored(self) -> bool:
         """Whether the terminal factor has columns of its own, apart from the gradient."""
         return self.terminal_kind not in RANK_ONE
+
+    @property
+    def cooperates(self) -> bool:
+        """Whether coalitions use cross terms: by default unless feedback is off, which is exactly the base method."""
+        return bool(self.feedback) if self.cooperative is None else self.cooperative
 
     @property
     def coupling_kind(self) -> Literal["full", "groups", "block"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.graph import ControlGraph, Player
@@ -26,6 +27,26 @@ class Contraction:
     born: int
 
 
+BlockKind = Literal["parameters", "diagonal", "exact", "kronecker", "shared"]
+
+
+@dataclass(frozen=True)
+class MetricBlock:
+    """Players of a stage whose curvature ``M`` is one matrix.
+
+    Attributes:
+        kind: ``"parameters"`` (spherical or diagonal, parameter by parameter); for Kronecker-factored curvatures
+            ``"kronecker"`` (one player, or a coalition with cross terms: Theorem 3), ``"shared"`` (Corollary 7),
+            ``"exact"`` (``E[γ γᵀ]``) or ``"diagonal"`` (``E[γ²]``).
+        players: in order.
+        why: one line for the reader, where the choice needs words.
+    """
+
+    kind: BlockKind
+    players: tuple[Player, ...]
+    why: str = ""
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """One stage of the plan.
@@ -39,6 +60,7 @@ class StagePlan:
         contracts: contractions to compute once this stage has been run again.
         rerun: whether the forward sweep has to run this stage again.
         statistics: whether ``α`` at t+1 is needed (statistics of the base method, or the form itself).
+        blocks: the players by what metric they are in.
     """
 
     index: int
@@ -49,6 +71,7 @@ class StagePlan:
     contracts: tuple[Contraction, ...]
     rerun: bool
     statistics: bool
+    blocks: tuple[MetricBlock, ...]
 
 
 @dataclass(frozen=True)

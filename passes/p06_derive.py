@@ -24,7 +24,9 @@ from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivatio
 from gtddp_compile.algebra.paths import stage_entries
 from gtddp_compile.algebra.pattern import Entry, StagePattern
 from gtddp_compile.algebra.symbols import SymmetricSymbol, block_entries
+from gtddp_compile.cooperation import BY_PARAMETER, MetricRules, metric_blocks
 from gtddp_compile.graph import ControlGraph, Stage
+from gtddp_compile.plan import MetricBlock
 
 STATE_LETTERS, WAITING_LETTERS, CONTROL_LETTERS = ("x", "y", "z"), ("r", "s"), ("u", "v", "w")
 
@@ -37,6 +39,7 @@ class DerivedStage:
     inputs: dict[str, tuple[str, ...]]
     outputs: dict[str, tuple[str, ...]]
     controls: dict[str, str]
+    blocks: tuple[MetricBlock, ...]
     derivation: StageDerivation
 
 
@@ -54,12 +57,15 @@ class Derived:
         return tuple(dict.fromkeys(stage.derivation.pattern for stage in self.stages))
 
 
-def derive(graph: ControlGraph, recursion: Recursion = "levenberg") -> Derived:
-    """Find each stage's pattern and derive it (cached over all networks of the process)."""
-    return Derived(graph, recursion, tuple(_derive_stage(graph, stage, recursion) for stage in graph.stages))
+def derive(graph: ControlGraph, recursion: Recursion = "levenberg", rules: MetricRules = BY_PARAMETER) -> Derived:
+    """Find each stage's pattern and derive it (cached over all networks of the process).
+
+    ``rules`` says which players of a stage are coupled by the curvature itself.
+    """
+    return Derived(graph, recursion, tuple(_derive_stage(graph, stage, recursion, rules) for stage in graph.stages))
 
 
-def _derive_stage(graph: ControlGraph, stage: Stage, recursion: Recursion) -> DerivedStage:
+def _derive_stage(graph: ControlGraph, stage: Stage, recursion: Recursion, rules: MetricRules) -> DerivedStage:
     live_after = cut_after(graph, stage)
     entries = stage_entries(graph, stage, live_after)
     outputs = _bundle(live_after, lambda o: (tuple(entries.state[o].items()), tuple(entries.control[o].items())))
@@ -84,7 +90,13 @@ def _derive_stage(graph: ControlGraph, stage: Stage, recursion: Recursion) -> De
             for outs in out_names.values()
         ),
     )
-    return DerivedStage(stage.index, in_names, out_names, controls, derive_pattern(pattern, recursion))
+    blocks = metric_blocks(graph, stage, rules)
+    letter = {player: name for name, player in controls.items()}
+    coupled = frozenset(
+        (letter[a.name], letter[b.name]) for block in blocks for a in block.players for b in block.players if a != b
+    )
+    derivation = derive_pattern(pattern, recursion, coupled)
+    return DerivedStage(stage.index, in_names, out_names, controls, blocks, derivation)
 
 
 def cut_after(graph: ControlGraph, stage: Stage) -> tuple[str, ...]:
@@ -147,12 +159,15 @@ def _block(entries: dict[str, dict[str, Entry]], outs: tuple[str, ...], ins: tup
 
 
 @cache
-def derive_pattern(pattern: StagePattern, recursion: Recursion = "levenberg") -> StageDerivation:
+def derive_pattern(
+    pattern: StagePattern, recursion: Recursion = "levenberg", coupled: frozenset[tuple[str, str]] = frozenset()
+) -> StageDerivation:
     """Eq. 5, 6 and 25 applied to a stage's block Jacobians.
 
     ``recursion`` decides ``Q_uu``: ``f_uᵀ V_xx f_u + M`` ("levenberg"), or ``M`` alone (Table 1 read literally), and,
     for
-    "printed", the sign with which ``Q_xu Q_uu⁻¹ Q_ux`` enters the value Hessian (Eq. 21-23 print a plus).
+    "printed", the sign with which ``Q_xu Q_uu⁻¹ Q_ux`` enters the value Hessian (Eq. 21-23 print a plus). ``coupled``
+    are the pairs of controls that ``M`` itself couples (Theorem 3).
     """
     size = {name: Symbol(f"n_{name}", integer=True, positive=True) for name in pattern.inputs}
     size_after = {name: Symbol(f"n'_{name}", integer=True, positive=True) for name in pattern.outputs}
@@ -163,7 +178,7 @@ def derive_pattern(pattern: StagePattern, recursion: Recursion = "levenberg") ->
     value_x = {o: MatrixSymbol(f"V'_{o}", size_after[o], 1) for o in pattern.outputs}
     value_xx = _hessian_symbols("V'", pattern.outputs, size_after)
     linear = {p: MatrixSymbol(f"l_{p}", dimension[p], 1) for p in pattern.controls}
-    curvature = {p: SymmetricSymbol(f"M_{p}", dimension[p], dimension[p]) for p in pattern.controls}
+    curvature = _curvature(pattern.controls, dimension, coupled)
 
     f_x = BlockMatrix([[state[o, i] for i in pattern.inputs] for o in pattern.outputs])
     f_u = BlockMatrix([[control[o, p] for p in pattern.controls] for o in pattern.outputs])
@@ -185,7 +200,7 @@ def derive_pattern(pattern: StagePattern, recursion: Recursion = "levenberg") ->
     q_uu = {}
     for a, p in enumerate(us):
         for b, q in enumerate(us):
-            own = curvature[p] if p == q else ZeroMatrix(dimension[p], dimension[q])
+            own = curvature.get((p, q), ZeroMatrix(dimension[p], dimension[q]))
             coupled = raw_q_uu[a][b] if recursion == "levenberg" else ZeroMatrix(dimension[p], dimension[q])
             kind = SymmetricSymbol if p == q else MatrixSymbol
             q_uu[p, q] = Equation(kind(f"Q_{p}{q}", dimension[p], dimension[q]), (coupled + own).doit(), "5, 27c")
@@ -206,6 +221,20 @@ def derive_pattern(pattern: StagePattern, recursion: Recursion = "levenberg") ->
         pattern, recursion, state, control, value_x, value_xx, linear, curvature,
         q_x, q_u, q_uu, q_ux, q_xx, joint_u, joint_uu, joint_ux, k, gains, new_x, new_xx,
     )  # fmt: skip
+
+
+def _curvature(
+    controls: tuple[str, ...], dimension: dict[str, Symbol], coupled: frozenset[tuple[str, str]]
+) -> dict[tuple[str, str], MatrixExpr]:
+    """Symbols of ``M``: ``M_u`` on the diagonal, ``M_uv`` where the curvature has cross terms."""
+    found: dict[tuple[str, str], MatrixExpr] = {}
+    for n, p in enumerate(controls):
+        found[p, p] = SymmetricSymbol(f"M_{p}", dimension[p], dimension[p])
+        for q in controls[n + 1 :]:
+            if (p, q) in coupled:
+                found[p, q] = MatrixSymbol(f"M_{p}{q}", dimension[p], dimension[q])
+                found[q, p] = found[p, q].T
+    return found
 
 
 def _unify_identities(pattern: StagePattern, size: dict[str, Symbol], size_after: dict[str, Symbol]) -> None:

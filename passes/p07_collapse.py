@@ -116,7 +116,7 @@ def prove_span(d: StageDerivation, factored: bool = False) -> tuple[Claim, ...]:
     ]
     if d.recursion == "levenberg":
         for p, q in d.q_uu:
-            own = d.curvature[p] if p == q else 0 * c[p] * c[q].T
+            own = d.curvature.get((p, q), 0 * c[p] * c[q].T)
             claims.append(_claim(f"Q_{p}{q} = C P' C^T + M", d.q_uu[p, q], ansatz, c[p] * variance * c[q].T + own))
     return (*claims, *_prove_recursion(d, factored))
 

@@ -61,6 +61,7 @@ def simplify(
             contracts=tuple(made_at[stage.index]),
             rerun=stage.index in rerun,
             statistics=needs_alpha,
+            blocks=derived.stages[stage.index].blocks,
         )
         for stage in graph.stages
     )

@@ -16,9 +16,10 @@ from typing import Any
 
 from sympy import HadamardProduct, Identity, Inverse, MatrixExpr, OneMatrix
 
+from gtddp_compile import metrics
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.builder import Builder
-from gtddp_compile.calls import directional, gram, gram_diagonal, weighted
+from gtddp_compile.calls import directional, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
 from gtddp_compile.errors import CompileError
 from gtddp_compile.formulas import print_formula
@@ -207,47 +208,31 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     """Statistics, Gram matrices and the collapsed recursion of one stage."""
     t, form, after = stage.index, b.plan.form, stage.index + 1
     if form.name == "base":
-        for player in stage.players:
-            name = weighted(b, "backward", t, player, f"alpha_{len(b.plan.stages)}", "grad", "Q_u")
-            b.emit("backward", t, (), "m.observe", player.parameters, Var(name), note="statistics of the base method")
-            b.emit("backward", t, (), "m.apply", player.parameters, Var(name), note="delta_u = -M^-1 Q_u (Prop. 4)")
+        for block in stage.blocks:
+            metrics.base_update(b, t, block, f"alpha_{len(b.plan.stages)}")
         return
     opens: dict[str, str] = {}
-    metrics: dict[str, str] = {}
-    for player in stage.players:
-        identity = b.identity(player)
+    paper = form.name not in ("information", "block")
+    for player in [player for block in stage.blocks if paper or block.kind == "parameters" for player in block.players]:
         if stage.statistics:
             opens[player.name] = weighted(b, "backward", t, player, f"alpha_{after}", "qu", "Q_u = f_u^T V_x")
-            b.emit("backward", t, (), "m.observe", player.parameters, Var(opens[player.name]),
-                   note="statistics of the base method")  # fmt: skip
-        else:
-            b.emit("backward", t, (), "m.observe", player.parameters, None, note="the base method counts its steps")
-        metrics[player.name] = f"metric_{identity}"
-        b.emit("backward", t, (f"*metric_{identity}",), "m.metric", player.parameters, note="M^-1")
-    if b.plan.decay and form.name in ("information", "block"):
-        drifts = {player.name: f"drift_{b.identity(player)}" for player in stage.players}
-        for player in stage.players:
-            b.emit("backward", t, (f"*{drifts[player.name]}",), "m.drift", player.parameters, note="M^-1 l_u")
+    found = [metrics.observe(b, t, block, f"alpha_{after}" if stage.statistics else None, opens)
+             for block in stage.blocks]  # fmt: skip
+    if paper:
+        _paper(b, stage, opens, found)
+        return
+    if b.plan.decay:
+        drifts = {name: variable for block in found for name, variable in metrics.drift(b, t, block).items()}
         drift = f"fall_{t}" if b.factored else f"s_{t}"
         directional(b, "backward", t, stage.players, drifts, drift, "gamma M^-1 l_u")
-    if form.name in ("information", "block"):
-        grams = [gram(b, t, player, metrics[player.name]) for player in stage.players]
-        b.emit(
-            "backward",
-            t,
-            (),
-            "m.keep",
-            t,
-            gammas={p.name: Var(g) for p, g in zip(stage.players, grams, strict=True)},
-        )
-        total = f"columns_{t}" if b.factored else f"gamma_{t}"
-        b.emit("backward", t, (f"*{total}",), "blocks_add", *(Var(gram) for gram in grams),
-               note="Gamma = sum over the stage's players")  # fmt: skip
-        if b.factored:
-            split(b, t)
-        _information(b, t, stage)
-    else:
-        _paper(b, stage, opens, metrics)
+    grams = {", ".join(p.name for p in o.block.players): metrics.block_gram(b, t, o) for o in found}
+    b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in grams.items()})
+    total = f"columns_{t}" if b.factored else f"gamma_{t}"
+    b.emit("backward", t, (f"*{total}",), "blocks_add", *(Var(gram) for gram in grams.values()),
+           note="Gamma = sum over the stage's players")  # fmt: skip
+    if b.factored:
+        split(b, t)
+    _information(b, t, stage)
 
 
 def _environment(b: Builder) -> dict[MatrixExpr, str]:
@@ -301,27 +286,19 @@ def _information(b: Builder, t: int, stage: StagePlan) -> None:
     b.emit("backward", t, (), "m.keep", t, **figures)
 
 
-def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], metrics: dict[str, str]) -> None:
+def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[metrics.Observed]) -> None:
     """The paper's block-diagonal form: one pair of scalars a sample (theory: 4b)."""
     t, form = stage.index, b.plan.form
-    gains = {}
-    for player in stage.players:
-        gains[player.name] = f"k_{b.identity(player)}"
-        b.emit("backward", t, (f"*{gains[player.name]}",), "m.open_gain", player.parameters, Var(opens[player.name]),
-               note="k = -M^-1 Q_u (4)")  # fmt: skip
+    gains = {name: variable for block in found for name, variable in metrics.open_gain(b, t, block, opens).items()}
     if t == 0:
         return
     directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
     if b.factored:
         alpha = form.backward["alpha"]
         b.emit("backward", t, (f"*alpha_{t}",), "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
-        shrink(b, t, stage, metrics)
+        shrink(b, t, [metrics.block_sample_gram(b, t, block) for block in found])
         return
-    diagonals = []
-    for player in stage.players:
-        name = f"diagonal_{t}_{b.identity(player)}"
-        gram_diagonal(b, t, player, metrics[player.name], name)
-        diagonals.append(name)
+    diagonals = [metrics.block_diagonal(b, t, block) for block in found]
     b.emit("backward", t, (f"*diagonal_{t}",), "=", Code(" + ".join(f"wide({d})" for d in diagonals)), note="Gamma_ii")
     alpha, rho = form.backward["alpha"], form.backward["rho"]
     b.emit("backward", t, (f"*alpha_{t}",), "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
@@ -351,10 +328,9 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     source = b.plan.form.forward["w"].source
     b.emit("forward", t, (f"*w_{t}",), "=", _formula(b, t, expression), note=f"w ({source})")
     b.emit("forward", t, (), "m.keep", t, weights=Var(f"w_{t}"))
-    for player in stage.players:
-        name = weighted(b, "forward", t, player, f"w_{t}", "grad", "C w")
-        b.emit("forward", t, (f"*delta_{b.identity(player)}",), "m.apply", player.parameters, Var(name),
-               note="delta_u = -M^-1 (C w + l)")  # fmt: skip
+    for block in stage.blocks:
+        gradients = {p.name: weighted(b, "forward", t, p, f"w_{t}", "grad", "C w") for p in block.players}
+        metrics.update(b, "forward", t, block, gradients, "delta_u = -M^-1 (C w + l)")
 
 
 def _run_again(b: Builder, stage: StagePlan, functions: Mapping[int, StageFunction]) -> None:

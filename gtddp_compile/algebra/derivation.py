@@ -35,7 +35,8 @@ class StageDerivation:
         state: symbols (or 0, I) of ``f̂_x``, by (output, input).
         control: symbols (or 0, I) of ``f̂_u``, by (output, control).
         value_x, value_xx: symbols of the value function's derivatives at t+1, by output(s).
-        linear, curvature: symbols ``ℓ_u`` and ``M`` by control.
+        linear: symbols ``ℓ_u`` by control.
+        curvature: symbols of ``M`` by pair of controls; a pair without cross terms is not in it.
         q_x, q_u, q_uu, q_ux, q_xx: the stage's expansion.
         joint_u, joint_uu, joint_ux: the same for the coalition's controls side by side (one block if there is one
         player).
@@ -50,7 +51,7 @@ class StageDerivation:
     value_x: dict[str, MatrixSymbol]
     value_xx: dict[tuple[str, str], MatrixExpr]
     linear: dict[str, MatrixSymbol]
-    curvature: dict[str, MatrixSymbol]
+    curvature: dict[tuple[str, str], MatrixExpr]
     q_x: dict[str, Equation]
     q_u: dict[str, Equation]
     q_uu: dict[tuple[str, str], Equation]

@@ -7,17 +7,23 @@ from typing import Any
 
 from gtddp_compile.curvature.adam import Adam, AdamW
 from gtddp_compile.curvature.base import Curvature, Group, MetricKind, State
+from gtddp_compile.curvature.ekfac import EKFAC
+from gtddp_compile.curvature.kfac import KFAC
+from gtddp_compile.curvature.kronecker import Kronecker
 from gtddp_compile.curvature.rmsprop import RMSprop
 from gtddp_compile.curvature.sgd import SGD
 from gtddp_compile.curvature.updates import ParameterUpdates
 from gtddp_compile.errors import CompileError
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "SGD",
     "Adam",
     "AdamW",
     "Curvature",
     "Group",
+    "Kronecker",
     "MetricKind",
     "ParameterUpdates",
     "RMSprop",
@@ -25,7 +31,14 @@ __all__ = [
     "resolve",
 ]
 
-REGISTRY: dict[str, Any] = {"sgd": SGD, "rmsprop": RMSprop, "adam": Adam, "adamw": AdamW}
+REGISTRY: dict[str, Any] = {
+    "sgd": SGD,
+    "rmsprop": RMSprop,
+    "adam": Adam,
+    "adamw": AdamW,
+    "kfac": KFAC,
+    "ekfac": EKFAC,
+}
 """The base methods by name: frozen dataclasses that implement :class:`Curvature`."""
 
 IMPLEMENTATION_ONLY = frozenset({"foreach", "fused", "capturable", "differentiable"})

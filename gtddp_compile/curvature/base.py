@@ -30,7 +30,7 @@ Group = Mapping[str, Any]
 State = Mapping[str, Any]
 """State of one parameter."""
 
-MetricKind = Literal["spherical", "diagonal"]
+MetricKind = Literal["spherical", "diagonal", "kronecker"]
 
 
 class Curvature(Protocol):
@@ -40,7 +40,10 @@ class Curvature(Protocol):
 
     @property
     def metric(self) -> MetricKind:
-        """Shape of ``M`` for one parameter: a multiple of the identity, or diagonal."""
+        """Shape of ``M``: of one parameter a multiple of the identity or diagonal, or of players, Kronecker-factored.
+
+        The last has further methods (:class:`gtddp_compile.curvature.kronecker.Kronecker`).
+        """
         ...
 
     @property

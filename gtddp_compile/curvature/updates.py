@@ -79,15 +79,23 @@ class ParameterUpdates:
 
     # --- for the dense backend ----------------------------------------------------------------------------------------
 
-    def dense_curvature(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """Diagonal of ``M`` and ``ℓ_u`` of one player, its parameters flat and side by side."""
-        metric, linear = [], []
-        for name, inverse in zip(names, self.metric(names), strict=True):
-            param = self._params[name]
-            metric.append((1 / (inverse * torch.ones_like(param))).flatten())
-            decay = self._curvature.linear_term(param, self._groups[name])
-            linear.append((torch.zeros_like(param) if decay is None else decay).flatten())
-        return torch.cat(metric), torch.cat(linear)
+    def dense_inverse(self, names: tuple[str, ...]) -> Tensor:
+        """``M⁻¹`` of one player whose metric is of parameters: a diagonal matrix."""
+        pairs = zip(names, self.metric(names), strict=True)
+        entries = [(inverse * torch.ones_like(self._params[name])).flatten() for name, inverse in pairs]
+        return torch.diag(torch.cat(entries))
+
+    def linear_flat(self, names: tuple[str, ...]) -> Tensor:
+        """``ℓ_u`` of one player, its parameters flat and side by side."""
+        found = []
+        for name in names:
+            decay = self._curvature.linear_term(self._params[name], self._groups[name])
+            found.append((torch.zeros_like(self._params[name]) if decay is None else decay).flatten())
+        return torch.cat(found)
+
+    def shape(self, name: str) -> torch.Size:
+        """A parameter's shape."""
+        return self._params[name].shape
 
     def unflatten(self, names: tuple[str, ...], vector: Tensor) -> tuple[Tensor, ...]:
         """One player's flat column as tensors of its parameters' shapes."""

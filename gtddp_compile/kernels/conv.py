@@ -334,3 +334,22 @@ def conv_per_sample(
     if wants[1]:
         result.append(g.flatten(2).sum(2))
     return tuple(result)
+
+
+def conv_rows(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Homogeneous patches ``(B, G, T, n)`` and output gradients ``(B, G, T, m)`` (kernels of ``kronecker``)."""
+    kernel = tuple(params[0].shape[2:])
+    x = _conv_padded(operands[0], _conv_margins(kernel, padding, dilation))
+    patches = _conv_patches(x, kernel, stride, dilation, groups).mT
+    patches = F.pad(patches, (0, 1), value=1.0) if wants[1] else patches
+    return patches, _conv_groups(g, groups).flatten(3).mT

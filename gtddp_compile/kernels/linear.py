@@ -180,3 +180,12 @@ def linear_per_sample(
     if wants[1]:
         result.append(g.sum(1))
     return tuple(result)
+
+
+def linear_rows(
+    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
+) -> tuple[Tensor, Tensor]:
+    """Homogeneous inputs ``(B, 1, T, n)`` and output gradients ``(B, 1, T, m)`` (kernels of ``kronecker``)."""
+    x = _linear_rows(operands[0])
+    x = F.pad(x, (0, 1), value=1.0) if wants[1] else x
+    return x.unsqueeze(1), _linear_rows(g).unsqueeze(1)

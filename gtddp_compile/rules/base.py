@@ -34,6 +34,9 @@ alone, so that an exported program can carry their text with it. They are called
 * ``direction`` (``directional``): tuple aligned with the wanted ones, tensors of the parameters' shapes;
 * ``options``: literals of the operation (stride, padding …), printed into the generated code.
 
+Where :attr:`Rule.rows` is set there is also ``PREFIX_rows(operands, g, params, wants, **options)``: homogeneous inputs
+``(B, G, T, n)`` and output gradients ``(B, G, T, m)``, what Kronecker factors are made of (``kernels/kronecker.py``).
+
 Where :attr:`Rule.prepare` is set, ``operands = PREFIX_prepare(operands, **options)`` comes first, once a
 stage and on the whole batch; all the kernels above take the prepared operands (a normalisation's ``x̂``).
 
@@ -63,6 +66,9 @@ class Rule(Protocol):
 
     prepare: bool
     """Whether there is a kernel ``PREFIX_prepare``."""
+
+    rows: bool
+    """Whether there is a kernel ``PREFIX_rows``: the layer is a sum of outer products ``g xᵀ`` over positions."""
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """Whether this rule is exact for ``op`` when the parameters ``trainable`` are trained."""

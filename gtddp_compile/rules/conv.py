@@ -23,6 +23,7 @@ class ConvRule:
     name = "conv"
     prefix = "conv"
     prepare = False
+    rows = True
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A convolution of a value with a batch axis, its weight and bias parameters themselves."""

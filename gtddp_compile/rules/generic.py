@@ -19,6 +19,7 @@ class GenericRule:
     name = "generic"
     prefix = "generic"
     prepare = False
+    rows = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """Every operation whose value is one differentiable tensor, that draws and writes nothing."""

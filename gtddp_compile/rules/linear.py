@@ -15,6 +15,7 @@ class LinearRule:
     name = "linear"
     prefix = "linear"
     prepare = False
+    rows = True
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """``F.linear`` of a value with a batch axis, its weight and bias parameters themselves."""

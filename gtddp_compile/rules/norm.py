@@ -30,6 +30,7 @@ class NormRule:
     name = "norm"
     prefix = "norm"
     prepare = True
+    rows = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A normalisation of a value with a batch axis, its weight and bias parameters themselves."""

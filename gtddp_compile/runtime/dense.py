@@ -18,6 +18,7 @@ from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.program import UpdateProgram
+from gtddp_compile.runtime.dense_metric import DenseMetric, Seen
 from gtddp_compile.runtime.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.method import BaseMethod
 
@@ -86,12 +87,17 @@ class DenseBackend:
             jacobians = trajectory.assemble(stage.index, blocks)
             after, g = g, jacobians.pull_back(g)
             if options.mixing == "block" and blocks.mixes:
-                jacobians = trajectory.assemble(stage.index, blocks.effective(after))
-            gains.insert(0, self._sweep(m, stage, jacobians, groups, batch))
+                blocks = blocks.effective(after)
+                jacobians = trajectory.assemble(stage.index, blocks)
+            seen = Seen(trajectory, blocks, jacobians, start)
+            gains.insert(0, self._sweep(m, stage, seen, groups))
             hessian = jacobians.pull_back_hessian(hessian) if self._factored else outer_products(g)
             measures.insert(0, hessian)
         self._forward(m, q, trajectory, groups, gains, measures, aim)
         return phi
+
+    def _metric(self, m: BaseMethod, stage: DerivedStage) -> DenseMetric:
+        return DenseMetric(m, self.program.graph, stage.index, stage.blocks)
 
     # --- terminal -----------------------------------------------------------------------------------------------------
 
@@ -116,12 +122,19 @@ class DenseBackend:
     # --- backward sweep -----------------------------------------------------------------------------------------------
 
     def _sweep(
-        self, m: BaseMethod, stage: DerivedStage, jacobians: StageJacobians, groups: list[Group], batch: int
+        self,
+        m: BaseMethod,
+        stage: DerivedStage,
+        seen: Seen,
+        groups: list[Group],
     ) -> list[Gains]:
         """Statistics from all groups, then every group's gains and value recursion."""
+        jacobians = seen.jacobians
+        batch = sum(len(group.samples) for group in groups)
         names = {letter: self.program.graph.player[player].parameters for letter, player in stage.controls.items()}
         opened = [self._environment(stage, jacobians.rows(group.samples, batch), group) for group in groups]
-        for letter, parameters in names.items():
+        gradients = {}
+        for letter in names:
             equation = stage.derivation.q_u[letter]
             total = None
             for values, size in opened:
@@ -130,9 +143,13 @@ class DenseBackend:
                 found = evaluate(equation.expression, values, size)
                 total = found if total is None else total + found
             assert total is not None
-            m.observe(parameters, m.unflatten(parameters, total))
+            gradients[stage.controls[letter]] = total
+        metric = self._metric(m, stage)
+        whole = {name: torch.cat([group.value_x[name] for group in groups]) for name in groups[0].value_x}
+        metric.observe(seen, whole, gradients)
+        matrices = metric.matrices()
         return [
-            self._group_gains(m, stage, group, values, size, names)
+            self._group_gains(m, stage, group, values, size, (*matrices, metric.sizes))
             for group, (values, size) in zip(groups, opened, strict=True)
         ]
 
@@ -165,14 +182,16 @@ class DenseBackend:
         group: Group,
         values: dict[Any, Tensor],
         size: dict[Any, int],
-        names: dict[str, tuple[str, ...]],
+        metric: tuple[Tensor, Tensor, list[int]],
     ) -> Gains:
         """Every equation of the derivation in turn; the group's own ``M`` and ``ℓ_u`` are its share of the batch's."""
-        d = stage.derivation
-        for letter, parameters in names.items():
-            metric, linear = m.dense_curvature(parameters)
-            values[d.curvature[letter]] = group.share * torch.diag(metric)
-            values[d.linear[letter]] = group.share * linear.unsqueeze(1)
+        d, (curvature, linear, sizes) = stage.derivation, metric
+        blocks = [row.split(sizes, 1) for row in curvature.split(sizes)]
+        for n, (letter, own) in enumerate(zip(stage.controls, linear.split(sizes), strict=True)):
+            values[d.linear[letter]] = group.share * own
+            for k, other in enumerate(stage.controls):
+                if (letter, other) in d.curvature:
+                    values[d.curvature[letter, other]] = group.share * blocks[n][k]
         for equation in d.equations():
             values[equation.symbol] = evaluate(equation.expression, values, size)
         self._advance(m, stage, group, values)
@@ -283,12 +302,9 @@ class DenseBackend:
 
     def _apply(self, m: BaseMethod, stage: DerivedStage, delta: Tensor) -> None:
         """The base method consumes ``ĝ = -M δu``."""
-        names = [self.program.graph.player[player].parameters for player in stage.controls.values()]
-        sizes = [m.dense_curvature(parameters)[0].shape[0] for parameters in names]
-        for parameters, part in zip(names, delta.split(sizes), strict=True):
-            metric, linear = m.dense_curvature(parameters)
-            consumed = -metric.unsqueeze(1) * part - linear.unsqueeze(1)
-            m.apply(parameters, m.unflatten(parameters, consumed))
+        metric = self._metric(m, stage)
+        curvature, linear = metric.matrices()
+        metric.apply(-curvature @ delta - linear)
 
 
 def outer_products(g: dict[str, Tensor]) -> Pairs:

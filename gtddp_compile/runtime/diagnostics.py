@@ -41,6 +41,9 @@ class Diagnostics:
             "clipped_changes": int(sum(int(stage["outside"]) for stage in stages if "outside" in stage)),
             "clipped_radicands": int(sum(int(stage["radicands"]) for stage in stages if "radicands" in stage)),
         }
+        fallbacks = [value for stage in stages for key, value in stage.items() if key.startswith("fallbacks ")]
+        if fallbacks:
+            found["solve_fallbacks"] = int(sum(fallbacks))
         if any("factor" in stage for stage in stages):
             found["open_norm"], found["feedback_norm"] = self._norms()
             found["predicted_decrease"] = self._decrease()

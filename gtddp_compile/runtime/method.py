@@ -13,6 +13,7 @@ from torch import Tensor
 from gtddp_compile import kernels
 from gtddp_compile.curvature import Curvature, ParameterUpdates
 from gtddp_compile.losses import Loss, check
+from gtddp_compile.runtime.blocks import BlockMethods
 from gtddp_compile.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 
 
@@ -24,7 +25,7 @@ class NonFiniteLoss(Exception):
         self.loss = loss
 
 
-class BaseMethod(ParameterUpdates):
+class BaseMethod(BlockMethods, ParameterUpdates):
     """What generated programs call ``m``: the base method, losses, figures and random state of one step.
 
     Args:

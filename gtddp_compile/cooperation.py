@@ -1,0 +1,116 @@
+"""Which players of a stage share one curvature matrix: blocks of a Kronecker metric, coalitions, Corollary 7's case.
+
+Players of one stage decide together, and a curvature with cross terms couples them (Theorem 3): the factors of their
+inputs and output gradients side by side, which takes one position of each for every position of the other. Players of
+the same input whose outputs are only added up have the same rows altogether (Fig. 7a): Corollary 7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+
+from gtddp_compile.graph import ControlGraph, Op, Player, Ref, Stage
+from gtddp_compile.plan import MetricBlock
+from gtddp_compile.uses import Use, describe_use
+
+
+@dataclass(frozen=True)
+class MetricRules:
+    """What the curvature and the options say about blocks.
+
+    Attributes:
+        kronecker: whether the curvature belongs to players.
+        small: largest exact block, in parameters.
+        cooperative: whether a coalition uses cross terms.
+        shares: whether the curvature has Corollary 7's form.
+    """
+
+    kronecker: bool = False
+    small: int = 0
+    cooperative: bool = True
+    shares: bool = False
+
+
+BY_PARAMETER = MetricRules()
+"""Of a curvature that is spherical or diagonal."""
+
+
+def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tuple[MetricBlock, ...]:
+    """The stage's players by the metric they are in, in the order of their first one."""
+    players = [graph.player[name] for name in stage.players]
+    if not rules.kronecker:
+        return tuple(MetricBlock("parameters", (player,)) for player in players)
+    uses = {player.name: tuple(describe_use(graph, player, graph.op(use)) for use in player.uses) for player in players}
+    factored = {player.name: uses[player.name][0] for player in players if is_factored(player, uses[player.name])}
+    blocks = [_alone(graph, player, rules) for player in players if player.name not in factored]
+    remaining = [player for player in players if player.name in factored]
+    if rules.cooperative and rules.shares:
+        for group in _grouped(remaining, lambda p: _shared_key(graph, factored[p.name])):
+            if len(group) > 1:
+                why = f"Corollary 7: the same input, outputs added up in {_sum_root(graph, group[0].op)}"
+                blocks.append(MetricBlock("shared", tuple(group), why))
+                remaining = [player for player in remaining if player not in group]
+    for group in _grouped(remaining, lambda p: _joint_key(graph, p, factored[p.name], rules)):
+        why = "Theorem 3: cross terms A_uv, B_uv" if len(group) > 1 else ""
+        blocks.append(MetricBlock("kronecker", tuple(group), why))
+    order = {player.name: index for index, player in enumerate(players)}
+    return tuple(sorted(blocks, key=lambda block: order[block.players[0].name]))
+
+
+def is_factored(player: Player, uses: tuple[Use, ...]) -> bool:
+    """Whether a player's gradient is a sum of outer products of rows: one use, by a rule with rows, weight trained."""
+    return len(uses) == 1 and uses[0].rule.rows and uses[0].wants[0] and set(uses[0].names) == set(player.parameters)
+
+
+def _alone(graph: ControlGraph, player: Player, rules: MetricRules) -> MetricBlock:
+    """A player without rows: an exact block while it is small."""
+    size = sum(math.prod(graph.ops.parameter_info[name].shape) for name in player.parameters)
+    return MetricBlock("exact" if size <= rules.small else "diagonal", (player,))
+
+
+def _grouped(players: Iterable[Player], key: Callable[[Player], Hashable]) -> list[list[Player]]:
+    groups: dict[Hashable, list[Player]] = {}
+    for player in players:
+        groups.setdefault(key(player), []).append(player)
+    return list(groups.values())
+
+
+def _joint_key(graph: ControlGraph, player: Player, use: Use, rules: MetricRules) -> Hashable:
+    """Players with equal keys have cross terms: as many positions of the one as of the other, no groups."""
+    positions = _positions(graph.op(use.op), use)
+    if not rules.cooperative or positions is None or use.options.get("groups", 1) != 1:
+        return player.name
+    return positions
+
+
+def _positions(op: Op, use: Use) -> int | None:
+    if op.shape is None:
+        return None
+    return math.prod(op.shape[2:] if use.rule.name == "conv" else op.shape[1:-1])
+
+
+def _shared_key(graph: ControlGraph, use: Use) -> Hashable:
+    """Players with equal keys have the same input, the same shape and the same output derivative."""
+    root = _sum_root(graph, use.op)
+    if root is None:
+        return use.op
+    shapes = tuple(graph.ops.parameter_info[name].shape for name in use.names)
+    return root, use.rule.name, use.operands, use.wants, shapes, tuple(sorted(use.options.items()))
+
+
+def _sum_root(graph: ControlGraph, name: str) -> str | None:
+    """The sum that a value goes into, and nowhere else: through plain additions of equal shapes; ``None``: none."""
+    root = None
+    while True:
+        users = graph.ops.users[name]
+        if len(users) != 1 or name in graph.ops.output_names or not _is_plain_sum(graph, graph.op(users[0])):
+            return root
+        name = root = users[0]
+
+
+def _is_plain_sum(graph: ControlGraph, op: Op) -> bool:
+    refs = [arg for arg in op.args if isinstance(arg, Ref)]
+    plain = op.kind == "add" and not op.kwargs and len(op.args) == len(refs) == 2 and refs[0] != refs[1]
+    return plain and op.shape is not None and all(graph.op(ref.name).shape == op.shape for ref in refs)

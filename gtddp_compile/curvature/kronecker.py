@@ -1,0 +1,214 @@
+"""What K-FAC and EK-FAC share: options, running averages, and the metric of players that decide together.
+
+The curvature belongs to a *block*: one player, its weight and bias jointly, or the players of a coalition (Theorem 3).
+A block is
+
+* ``"kronecker"``: linear and convolution layers, from their homogeneous inputs and ``V_h``;
+* ``"shared"``: players with the same rows (Corollary 7; EK-FAC alone);
+* ``"exact"``: any other player of at most ``small`` parameters, the ``E[γ γᵀ]`` of its per-sample gradients (the same
+  algebra with the input 1);
+* ``"diagonal"``: larger ones, ``E[γ²]``, parameter by parameter, by the methods that every curvature has.
+
+A block's factors are in the state of its first parameter; every parameter has its own ``"step"`` and
+``"momentum_buffer"``. All methods are pure.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gtddp_compile import kernels
+from gtddp_compile.curvature.base import Group, MetricKind, State
+from gtddp_compile.curvature.checks import (
+    Scalar,
+    check_ranges,
+    first_step,
+    number,
+    out_of_range,
+    scalar,
+    statistics_gradient,
+)
+from gtddp_compile.kernels.kronecker import Layer, Maps, Metric
+
+BlockKind = Literal["kronecker", "shared", "exact"]
+
+FACTORS = ("factor_x", "factor_g", "map_x", "map_g", "moment")
+"""Keys of a block's state that hold its factors."""
+
+
+@dataclass(frozen=True)
+class Kronecker(ABC):
+    """Options and state of a Kronecker-factored curvature; see :class:`KFAC` and :class:`EKFAC`."""
+
+    lr: Scalar = 1e-2
+    damping: float = 1e-3
+    stat_decay: float = 0.95
+    refresh: int = 10
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    small: int = 256
+    maximize: bool = False
+
+    name = "kronecker"
+    shares = False
+    """Whether there is a form of its own for players of the same rows (Corollary 7)."""
+
+    def __post_init__(self) -> None:
+        self.check(self.defaults())
+
+    @property
+    def metric(self) -> MetricKind:
+        """Kronecker: of players, not of parameters."""
+        return "kronecker"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Layer inputs and ``V_h``."""
+        return True
+
+    def defaults(self) -> dict[str, Any]:
+        """Options of a param_group."""
+        return asdict(self)
+
+    def check(self, options: Group) -> None:
+        """Refuse options out of range.
+
+        Raises:
+            CompileError: names the option.
+        """
+        name = type(self).__name__
+        check_ranges(name, options, "lr", "damping", "momentum", "weight_decay")
+        if not 0.0 <= number(name, "stat_decay", options["stat_decay"]) < 1.0:
+            raise out_of_range(name, "stat_decay", options["stat_decay"], "a value in [0, 1)")
+        for option, least in (("refresh", 1), ("small", 0)):
+            value = options[option]
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise out_of_range(name, option, value, f"an integer that is at least {least}")
+
+    # --- parameter by parameter ---------------------------------------------------------------------------------------
+
+    def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
+        """``"step"`` and, with momentum, a zero ``"momentum_buffer"``; factors appear with the first statistics."""
+        self.check(group)
+        state: dict[str, Any] = {"step": first_step()}
+        if group["momentum"] > 0:
+            state["momentum_buffer"] = torch.zeros_like(param).detach()
+        return state
+
+    def linear_term(self, param: Tensor, group: Group) -> Tensor | None:
+        """``λ u`` of coupled decay, shape of the parameter."""
+        decay = group["weight_decay"]
+        return None if decay == 0 else param * scalar(decay, param)
+
+    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
+        """Step count and running ``E[γ²]`` of a parameter with the diagonal rule (``g_stat`` is the batch's)."""
+        moment, new = statistics_gradient(type(self).__name__, g_stat), self._stepped(state)
+        new["second_moment"] = self._average(state.get("second_moment"), moment, new["step"], group)
+        return new
+
+    def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor | float:
+        """``lr / (E[γ²] + damping)`` of a parameter with the diagonal rule."""
+        inverse: Tensor = (state["second_moment"] + group["damping"]).reciprocal_().mul_(scalar(group["lr"], param))
+        return inverse
+
+    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
+        """``δu`` and the state of a parameter with the diagonal rule."""
+        return self.consume(param, g_hat / (state["second_moment"] + group["damping"]), state, group)
+
+    def consume(self, param: Tensor, direction: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
+        """``δu = -lr · b``, ``b ← momentum · b + direction`` (torch.optim.SGD's), ``direction = M⁻¹ ĝ / lr``."""
+        step = -scalar(group["lr"], param)
+        if group["momentum"] == 0:
+            return direction * step, dict(state)
+        old = state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(param)
+        buffer = old * group["momentum"] + direction
+        return buffer * step, {**state, "momentum_buffer": buffer}
+
+    # --- block by block -----------------------------------------------------------------------------------------------
+
+    def observe_block(
+        self,
+        kind: BlockKind,
+        layers: Sequence[Layer],
+        start: float,
+        states: Sequence[State],
+        group: Group,
+    ) -> list[dict[str, Any]]:
+        """States of a block's parameters after statistics.
+
+        Args:
+            kind: what the block is.
+            layers: one a player (:func:`gtddp_compile.kernels.kronecker_layer`), one for all of a ``"shared"`` block;
+                their output gradients are ``V_h = α_{t+1} g_h``.
+            start: ``α_T``.
+            states: of every parameter, the block's first one first.
+            group: options of the block's first player.
+        """
+        x, g = kernels.kronecker_factors(layers, start)
+        found = [self._stepped(state) for state in states]
+        # load_state_dict casts a state to the parameter's own precision; factors are at least float32.
+        found[0].update((key, found[0][key].to(x.dtype)) for key in FACTORS if key in found[0])
+        lead, old = found[0], dict(found[0])
+        fresh = "factor_x" not in old or old["factor_x"].shape != x.shape or old["factor_g"].shape != g.shape
+        if fresh:  # the first step, or a block that was put together differently when it was compiled again
+            lead["averaged"] = torch.zeros_like(lead["step"])
+        lead["averaged"] = lead["averaged"] + 1
+        count = lead["averaged"]
+        lead["factor_x"] = self._average(None if fresh else old["factor_x"], x, count, group)
+        lead["factor_g"] = self._average(None if fresh else old["factor_g"], g, count, group)
+        if fresh or (int(count) - 1) % group["refresh"] == 0:
+            lead.update(self.refreshed(kind, lead, group))
+        lead.update(self.moments(layers, start, lead, group))
+        return found
+
+    def block_metric(
+        self, kind: BlockKind, state: State, widths: Sequence[tuple[int, int]], groups: Sequence[Group]
+    ) -> Metric:
+        """The block's metric, as the kernels take it.
+
+        Args:
+            kind: what the block is.
+            state: of its first parameter, after :meth:`observe_block`.
+            widths: ``(n, m)`` of every player: its rows of the joint maps.
+            groups: options of every player.
+        """
+        rates = tuple(float(group["lr"]) for group in groups)
+        scale, cross = self.scales(kind, state, groups[0], len(widths))
+        if kind == "shared":
+            return ((state["map_x"], state["map_g"]),) * len(widths), scale, cross, rates
+        return split_maps(state, widths), scale, cross, rates
+
+    @abstractmethod
+    def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
+        """``"map_x"``, ``"map_g"`` (and what belongs to them) from the running factors."""
+
+    @abstractmethod
+    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
+        """Further statistics of the batch, taken every step."""
+
+    @abstractmethod
+    def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:
+        """``scale`` and ``cross`` of the metric."""
+
+    def _stepped(self, state: State) -> dict[str, Any]:
+        return {**state, "step": state["step"] + 1}
+
+    def _average(self, old: Tensor | None, new: Tensor, count: Tensor, group: Group) -> Tensor:
+        """Martens and Grosse's running average: the old one counts ``min(1 - 1/k, stat_decay)`` at step k."""
+        if old is None:
+            return new
+        keep = min(1.0 - 1.0 / float(count), group["stat_decay"])
+        return torch.lerp(new, old, keep)
+
+
+def split_maps(state: State, widths: Sequence[tuple[int, int]]) -> Maps:
+    """Every player's rows of the joint maps: ``x̂ = Σ_p x_p X_p``."""
+    xs = state["map_x"].split([n for n, _ in widths], 1)
+    gs = state["map_g"].split([m for _, m in widths], 1)
+    return tuple(zip(xs, gs, strict=True))

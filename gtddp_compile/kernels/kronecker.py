@@ -1,0 +1,238 @@
+"""Kronecker metrics ``M⁻¹`` of one layer, or of layers that decide together, without ``γ`` (theory: 4d, 5).
+
+A layer is seen as *rows*: homogeneous inputs ``x`` ``(B, G, T, n)`` (a one appended for a bias) and output gradients
+``g`` ``(B, G, T, m)`` at ``T`` positions in ``G`` groups, so that ``γ_i = Σ_t g_it x_itᵀ``. A metric is a tuple
+``(maps, scale, cross, rates)``:
+
+* ``maps``: for every player ``(X, Y)``, ``(G, n, N)`` and ``(G, m, M)``: ``x̂ = x X`` and ``ĝ = g Y`` are coordinates in
+  which ``M`` is diagonal (K-FAC: Cholesky factors of the inverses, EK-FAC: eigenbases; players that decide together
+  have rows of one joint matrix);
+* ``scale``: the inverse of that diagonal, a float or ``(G, M, N)``; the learning rates are not in it;
+* ``cross``: ``None``, or for players of the same rows (Corollary 7) what ties each to every one, itself included;
+* ``rates``: the players' learning rates ``η_p``; ``M⁻¹`` has the factor ``√(η_p η_q)``.
+
+With ``γ̂_i = Σ_p √η_p Σ_t ĝ_p x̂_pᵀ`` then ``Γ_ij = ⟨γ̂_i, scale ∘ γ̂_j⟩``: a sum over players is a sum over positions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtddp_compile.kernels.linear import linear_gram, linear_gram_diagonal
+
+CHUNK = 2**24
+"""Bound on the elements of an intermediate tensor."""
+
+Layer = tuple[Any, ...]
+Maps = tuple[tuple[Tensor, Tensor], ...]
+Metric = tuple[Maps, Tensor | float, Tensor | None, tuple[float, ...]]
+
+
+def kronecker_layer(
+    rows: Callable[..., tuple[Tensor, Tensor]],
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    **options: Any,
+) -> Layer:
+    """A layer whose rows are made piece by piece, when they are asked for."""
+    return rows, operands, g, params, wants, options
+
+
+def flat_rows(
+    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
+) -> tuple[Tensor, Tensor]:
+    """Per-sample gradients ``γ`` (the operands) themselves as output gradients of the input 1: an exact small block."""
+    gamma = torch.cat([part.reshape(part.shape[0], -1) for part in operands], 1)
+    return gamma.new_ones(gamma.shape[0], 1, 1, 1), gamma[:, None, None]
+
+
+def factor_layer(
+    rows: Callable[..., tuple[Tensor, Tensor]],
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    **options: Any,
+) -> Layer:
+    """A layer with several columns a sample, ``g`` ``(k, B, …)``: further samples, sample by sample."""
+    spread = tuple(x.repeat_interleave(g.shape[0], 0) for x in operands)
+    return rows, spread, g.transpose(0, 1).reshape(-1, *g.shape[2:]), params, wants, options
+
+
+def second_moment(gradients: tuple[Tensor, ...], start: float) -> tuple[Tensor, ...]:
+    """``Σ_i V_u² / α_T`` of every parameter: the diagonal of the batch's curvature."""
+    return tuple(rows.square().sum(0) / start for rows in gradients)
+
+
+def _kronecker_wide(value: Tensor) -> Tensor:
+    """Factors are made in float32 at least."""
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def _kronecker_rows(layer: Layer, part: slice) -> tuple[Tensor, Tensor]:
+    """Rows of some samples."""
+    rows, operands, g, params, wants, options = layer
+    x, g = rows(tuple(value[part] for value in operands), g[part], params, wants, **options)
+    return _kronecker_wide(x), _kronecker_wide(g)
+
+
+def _kronecker_slices(layers: Sequence[Layer], span: slice, wider: int = 1) -> Iterator[slice]:
+    """Pieces of a span of samples whose rows (times ``wider``) stay within the bound."""
+    if span.stop <= span.start:
+        return
+    first = slice(span.start, span.start + 1)
+    size = sum(x.numel() + g.numel() for x, g in (_kronecker_rows(layer, first) for layer in layers))
+    step = max(1, CHUNK // max(1, size * wider))
+    for start in range(span.start, span.stop, step):
+        yield slice(start, min(start + step, span.stop))
+
+
+def _kronecker_all(layers: Sequence[Layer]) -> slice:
+    return slice(0, layers[0][2].shape[0])
+
+
+def kronecker_widths(layers: Sequence[Layer]) -> tuple[tuple[int, int], ...]:
+    """``(n, m)`` of every layer's rows."""
+    found = [_kronecker_rows(layer, slice(0, 1)) for layer in layers]
+    return tuple((x.shape[-1], g.shape[-1]) for x, g in found)
+
+
+def kronecker_factors(layers: Sequence[Layer], start: float) -> tuple[Tensor, Tensor]:
+    """``A = E[x xᵀ]`` ``(G, N, N)`` and ``B = E[V_h V_hᵀ]`` ``(G, M, M)`` of the layers' rows side by side (Eq. 50).
+
+    The layers' ``g`` is ``V_h = α_i g_i``; with ``α_T = start`` the expectation over samples is ``Σ_i V_h V_hᵀ / α_T``:
+    with feedback off the mean of ``g gᵀ`` for a mean loss, its sum for a sum. Positions as in KFC: inputs are summed
+    over them, gradients averaged.
+    """
+    total_x: Tensor | None = None
+    total_g: Tensor | None = None
+    positions = 1
+    for part in _kronecker_slices(layers, _kronecker_all(layers)):
+        found = [_kronecker_rows(layer, part) for layer in layers]
+        x, g = torch.cat([x for x, _ in found], -1), torch.cat([g for _, g in found], -1)
+        positions = x.shape[2]
+        x, g = x.transpose(0, 1).flatten(1, 2), g.transpose(0, 1).flatten(1, 2)
+        total_x = x.mT @ x if total_x is None else total_x + x.mT @ x
+        total_g = g.mT @ g if total_g is None else total_g + g.mT @ g
+    assert total_x is not None and total_g is not None
+    return total_x / layers[0][2].shape[0], total_g / (start * positions)
+
+
+def kronecker_moment(layers: Sequence[Layer], start: float, maps: Maps) -> Tensor:
+    """``E[(Σ_t ĝ_t x̂_tᵀ)²]`` ``(G, M, N)`` in the eigenbases: what EK-FAC puts in place of ``λ_B λ_Aᵀ``."""
+    groups, wide_x, wide_g = maps[0][0].shape[0], maps[0][0].shape[-1], maps[0][1].shape[-1]
+    total = maps[0][0].new_zeros(groups, wide_g, wide_x)
+    step = max(1, CHUNK // (groups * wide_x * wide_g))
+    for outer in _kronecker_slices(layers, _kronecker_all(layers)):
+        for begin in range(outer.start, outer.stop, step):
+            part = slice(begin, min(begin + step, outer.stop))
+            found = [_kronecker_rows(layer, part) for layer in layers]
+            x, g = found[0][0] @ maps[0][0], found[0][1] @ maps[0][1]
+            for (more_x, more_g), (map_x, map_g) in zip(found[1:], maps[1:], strict=True):
+                x, g = x + more_x @ map_x, g + more_g @ map_g
+            if x.shape[2] == 1:
+                total = total + (g.square().transpose(0, 2)[0].mT @ x.square().transpose(0, 2)[0])
+            else:
+                total = total + (g.mT @ x).square().sum(0)
+    return total / start
+
+
+def _kronecker_stacked(layers: Sequence[Layer], metric: Metric, part: slice) -> tuple[Tensor, Tensor]:
+    """``x̂`` and ``√η ĝ`` of some samples, players one after the other along the positions."""
+    maps, _, cross, rates = metric
+    xs, gs = [], []
+    for layer, (map_x, map_g), rate in zip(layers, maps, rates, strict=True):
+        x, g = _kronecker_rows(layer, part)
+        xs.append(x @ map_x)
+        gs.append(g @ map_g * (1.0 if cross is not None else rate**0.5))
+        if cross is not None:  # the same rows for every player: once is enough, their number is in the scale
+            break
+    return torch.cat(xs, 2), torch.cat(gs, 2)
+
+
+def _kronecker_scale(metric: Metric) -> Tensor | float:
+    """``scale`` of one row; with ``cross``, ``Σ_pq √(η_p η_q) M⁻¹_pq`` of players with the same rows."""
+    _, scale, cross, rates = metric
+    if cross is None:
+        return scale
+    total: Tensor = cross * sum(rate**0.5 for rate in rates) ** 2 + scale * sum(rates)
+    return total
+
+
+def kronecker_gram(layers: Sequence[Layer], metric: Metric, rows: Sequence[slice]) -> tuple[Tensor, ...]:
+    """``Γ = Σ_pq γ_p M⁻¹_pq γ_qᵀ``, a block a group of samples.
+
+    Without positions ``(X A⁻¹ Xᵀ) ∘ (G B⁻¹ Gᵀ)``; with them pairs of positions, or ``γ̂`` in chunks where its rows would
+    not fit.
+    """
+    return tuple(_kronecker_gram_of(layers, metric, row) for row in rows)
+
+
+def _kronecker_gram_of(layers: Sequence[Layer], metric: Metric, row: slice) -> Tensor:
+    scale = _kronecker_scale(metric)
+    parts = list(_kronecker_slices(layers, row))
+    if len(parts) == 1:
+        x, g = _kronecker_stacked(layers, metric, row)
+        found = [
+            linear_gram((x[:, k],), g[:, k], (), (True, False), (scale[k] if isinstance(scale, Tensor) else scale,))
+            for k in range(x.shape[1])
+        ]
+        return torch.stack(found).sum(0)
+    samples, outputs, inputs = row.stop - row.start, metric[0][0][1].shape[-1], metric[0][0][0].shape[-1]
+    gram = metric[0][0][0].new_zeros(samples, samples)
+    step = max(1, CHUNK // (samples * inputs * metric[0][0][0].shape[0]))
+    for start in range(0, outputs, step):
+        columns = slice(start, start + step)
+        blocks = []
+        for part in parts:
+            x, g = _kronecker_stacked(layers, metric, part)
+            blocks.append(g[..., columns].mT @ x)
+        gamma = torch.cat(blocks)
+        scaled = gamma * (scale[:, columns] if isinstance(scale, Tensor) else scale)
+        gram = gram + scaled.flatten(1) @ gamma.flatten(1).mT
+    return gram
+
+
+def kronecker_gram_diagonal(layers: Sequence[Layer], metric: Metric) -> Tensor:
+    """The diagonal of ``Γ``, ``(B,)``."""
+    scale, found = _kronecker_scale(metric), []
+    for part in _kronecker_slices(layers, _kronecker_all(layers)):
+        x, g = _kronecker_stacked(layers, metric, part)
+        groups = [
+            linear_gram_diagonal(
+                (x[:, k],), g[:, k], (), (True, False), (scale[k] if isinstance(scale, Tensor) else scale,)
+            )
+            for k in range(x.shape[1])
+        ]
+        found.append(torch.stack(groups).sum(0))
+    return torch.cat(found)
+
+
+def kronecker_sample_grams(layers: Sequence[Layer], metric: Metric, rank: int) -> Tensor:
+    """``Γ_ii``, ``(B, r, r)``, from layers of ``1 + r`` columns a sample; the gradient's own column is left out."""
+    samples = layers[0][2].shape[0] // (1 + rank)
+    own = [slice(i * (1 + rank) + 1, (i + 1) * (1 + rank)) for i in range(samples)]
+    return torch.stack(kronecker_gram(layers, metric, own))
+
+
+def kronecker_precondition(gradients: Sequence[Tensor], metric: Metric) -> tuple[Tensor, ...]:
+    """``(M⁻¹ ĝ)_p / η_p`` of every player, from ``(G, m, n)`` gradients (Eq. 45; of a coalition Eq. 52, 53).
+
+    A player whose learning rate is 0 stays where it is, and gets 0.
+    """
+    maps, scale, cross, rates = metric
+    inner = [
+        map_g.mT @ _kronecker_wide(gradient) @ map_x * rate**0.5
+        for gradient, (map_x, map_g), rate in zip(gradients, maps, rates, strict=True)
+    ]
+    total = sum(inner[1:], inner[0])
+    found = []
+    for own, (map_x, map_g), rate, gradient in zip(inner, maps, rates, gradients, strict=True):
+        scaled = total * scale if cross is None else own * scale + total * cross
+        back = map_g @ scaled @ map_x.mT * (rate**-0.5 if rate else 0.0)
+        found.append(back.to(gradient.dtype))
+    return tuple(found)

@@ -1,0 +1,168 @@
+"""A stage's metric as instructions: statistics, ``M⁻¹``, Gram matrices and updates, block by block.
+
+One function for each thing a stage does with ``M``, the same for metrics of parameters (``m.metric``, the rules' own
+kernels) and of players (``m.block_metric``, the kernels of ``kronecker``); the two sweeps do not see the difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gtddp_compile.builder import Builder
+from gtddp_compile.calls import gram, gram_diagonal, operands, output_gradient, params, per_sample, weighted
+from gtddp_compile.columns import sample_gram
+from gtddp_compile.graph import Player
+from gtddp_compile.instructions import Code, Function, Phase, Var
+from gtddp_compile.plan import MetricBlock
+
+OF_PLAYERS = ("kronecker", "shared", "exact")
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A block after its statistics: the variables of its metric and of its layers' rows."""
+
+    block: MetricBlock
+    metric: str
+    layers: tuple[Var, ...]
+
+    @property
+    def of_players(self) -> bool:
+        """Whether the metric is one matrix over weight and bias, and over the players of a coalition."""
+        return self.block.kind in OF_PLAYERS
+
+
+def base_update(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
+    """Feedback off: statistics and update of a block in the backward sweep (Proposition 4)."""
+    gradients = {}
+    for player in block.players:
+        gradients[player.name] = weighted(b, "backward", t, player, alpha, "grad", "Q_u")
+    _statistics(b, t, block, alpha, gradients)
+    update(b, "backward", t, block, gradients, "delta_u = -M^-1 Q_u (Prop. 4)")
+
+
+def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str]) -> Observed:
+    """Statistics (``opens``: ``Q_u`` of each player, where it is known) and the metric."""
+    layers = _statistics(b, t, block, alpha, opens)
+    metric = f"metric_{_identity(b, block)}"
+    if block.kind in OF_PLAYERS:
+        b.emit("backward", t, (f"*{metric}",), "m.block_metric", block.kind, _names(block), note="M^-1")
+    else:
+        b.emit("backward", t, (f"*{metric}",), "m.metric", block.players[0].parameters, note="M^-1")
+    return Observed(block, metric, layers)
+
+
+def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
+    """``M⁻¹ ℓ_u`` of every player."""
+    names = {player.name: f"drift_{b.identity(player)}" for player in found.block.players}
+    if found.of_players:
+        arguments = (found.block.kind, _names(found.block))
+        b.emit("backward", t, tuple(names.values()), "m.drift_block", *arguments, note="M^-1 l_u")
+    else:
+        (player,) = found.block.players
+        b.emit("backward", t, (f"*{names[player.name]}",), "m.drift", player.parameters, note="M^-1 l_u")
+    return names
+
+
+def block_gram(b: Builder, t: int, found: Observed) -> str:
+    """``Γ`` of a block."""
+    if not found.of_players:
+        return gram(b, t, found.block.players[0], found.metric)
+    result = f"gamma_{t}_{_identity(b, found.block)}"
+    b.emit("backward", t, (f"*{result}",), "kronecker_gram", found.layers, Var(found.metric), Var(b.rows),
+           note="gamma M^-1 gamma^T")  # fmt: skip
+    return result
+
+
+def block_diagonal(b: Builder, t: int, found: Observed) -> str:
+    """The diagonal of a block's ``Γ``."""
+    result = f"diagonal_{t}_{_identity(b, found.block)}"
+    if found.of_players:
+        b.emit("backward", t, (f"*{result}",), "kronecker_gram_diagonal", found.layers, Var(found.metric))
+    else:
+        gram_diagonal(b, t, found.block.players[0], found.metric, result)
+    return result
+
+
+def block_sample_gram(b: Builder, t: int, found: Observed) -> str:
+    """``Γ_ii`` of a block, where every sample has columns of its own."""
+    if not found.of_players:
+        return sample_gram(b, t, found.block.players[0], found.metric)
+    result = f"gamma_{t}_{_identity(b, found.block)}"
+    b.emit("backward", t, (f"*{result}",), "kronecker_sample_grams", found.layers, Var(found.metric), Var("rank"))
+    return result
+
+
+def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dict[str, str]:
+    """``k`` of every player."""
+    names, note = {player.name: f"k_{b.identity(player)}" for player in found.block.players}, "k = -M^-1 Q_u (4)"
+    if found.of_players:
+        gradients = tuple(Var(opens[name]) for name in names)
+        arguments = (found.block.kind, _names(found.block), gradients)
+        b.emit("backward", t, tuple(names.values()), "m.open_block", *arguments, note=note)
+    else:
+        (player,) = found.block.players
+        b.emit("backward", t, (f"*{names[player.name]}",), "m.open_gain", player.parameters, Var(opens[player.name]),
+               note=note)  # fmt: skip
+    return names
+
+
+def update(b: Builder, phase: Phase, t: int, block: MetricBlock, gradients: dict[str, str], note: str) -> None:
+    """The base method consumes the gradients of a block."""
+    deltas = tuple(f"delta_{b.identity(player)}" for player in block.players)
+    if block.kind in OF_PLAYERS:
+        found = tuple(Var(gradients[player.name]) for player in block.players)
+        b.emit(phase, t, deltas, "m.apply_block", block.kind, _names(block), found, note=note)
+    else:
+        (player,) = block.players
+        b.emit(phase, t, (f"*{deltas[0]}",), "m.apply", player.parameters, Var(gradients[player.name]), note=note)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def _statistics(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str]) -> tuple[Var, ...]:
+    """What the curvature learns; the layers' rows, where the metric is made of them."""
+    if block.kind == "parameters":
+        (player,) = block.players
+        known = Var(opens[player.name]) if player.name in opens else None
+        note = "statistics of the base method" if known else "the base method counts its steps"
+        b.emit("backward", t, (), "m.observe", player.parameters, known, note=note)
+        return ()
+    assert alpha is not None
+    if block.kind == "diagonal":
+        (player,) = block.players
+        moment, v_u = f"moment_{b.identity(player)}", per_sample(b, t, player, alpha)
+        b.emit("backward", t, (f"*{moment}",), "second_moment", Var(v_u), Var("start"), note="E[V_u^2]")
+        b.emit("backward", t, (), "m.observe_moment", player.parameters, Var(moment), note="statistics")
+        return ()
+    count = 1 if block.kind == "shared" else len(block.players)
+    players = block.players[:count]
+    seen = tuple(_layer(b, t, block, player, alpha) for player in players)
+    b.emit("backward", t, (), "m.observe_block", t, block.kind, _names(block), seen, Var("start"),
+           note="A = E[x x^T], B = E[V_h V_h^T]")  # fmt: skip
+    return () if b.plan.form.name == "base" else tuple(_layer(b, t, block, player) for player in players)
+
+
+def _layer(b: Builder, t: int, block: MetricBlock, player: Player, alpha: str | None = None) -> Var:
+    """The rows of a player (with ``alpha``, weighted: inputs and ``V_h``), or ``γ`` (``V_u``) as an exact block's."""
+    name = f"{'layer' if alpha is None else 'seen'}_{b.identity(player)}"
+    if block.kind == "exact":
+        gamma = per_sample(b, t, player, alpha)
+        b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("flat_rows"), Var(gamma), Code(f"{gamma}[0]"),
+               (), (), note="rows")  # fmt: skip
+        return Var(name)
+    (use,) = b.uses(player.name)
+    g = Var(b.g_output(use.op)) if alpha is None else output_gradient(b, use, alpha)
+    layer = "factor_layer" if b.factored and alpha is None else "kronecker_layer"
+    b.emit("backward", t, (f"*{name}",), layer, Function(b.kernel(use, "rows")), operands(b, use), g, params(b, use),
+           use.wants, note="rows", **b.options(use))  # fmt: skip
+    return Var(name)
+
+
+def _names(block: MetricBlock) -> tuple[tuple[str, ...], ...]:
+    return tuple(player.parameters for player in block.players)
+
+
+def _identity(b: Builder, block: MetricBlock) -> str:
+    return "_and_".join(b.identity(player) for player in block.players)

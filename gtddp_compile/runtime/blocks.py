@@ -1,0 +1,139 @@
+"""The base method's side of metrics that belong to players: statistics, metric and update of one block at a time.
+
+A block is named by its players' parameters: ``(("a.weight", "a.bias"), ("b.weight",))``. Its gradients travel as
+``(G, m, n)`` matrices, the bias as the last column (the homogeneous coordinate); an exact block's as one column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtddp_compile import kernels
+from gtddp_compile.curvature import Curvature, Kronecker
+from gtddp_compile.curvature.kronecker import BlockKind
+from gtddp_compile.kernels.kronecker import Layer, Metric
+
+Names = tuple[tuple[str, ...], ...]
+
+
+class BlockMethods:
+    """What generated programs call ``m`` for Kronecker-factored curvatures."""
+
+    _curvature: Curvature
+    _params: Mapping[str, Tensor]
+    _new: dict[str, Tensor]
+    _groups: Mapping[str, Mapping[str, Any]]
+    states: dict[str, Mapping[str, Any]]
+
+    @property
+    def _kronecker(self) -> Kronecker:
+        assert isinstance(self._curvature, Kronecker)  # the compiler emits these calls for no other
+        return self._curvature
+
+    def observe_block(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float) -> None:
+        """Factors of a block from its layers' inputs and ``V_h = α g_h`` (Eq. 43, 44, 50)."""
+        flat = [name for player in names for name in player]
+        before = self.states[flat[0]].get("fallbacks", 0)
+        states = [self.states[name] for name in flat]
+        found = self._kronecker.observe_block(kind, layers, start, states, self._groups[flat[0]])
+        self.states.update(zip(flat, found, strict=True))
+        self.keep(stage, **{f"fallbacks {flat[0]}": found[0].get("fallbacks", 0) - before})
+
+    def observe_moment(self, names: tuple[str, ...], moments: tuple[Tensor, ...]) -> None:
+        """Running ``E[γ²]`` of parameters with the diagonal rule."""
+        for name, moment in zip(names, moments, strict=True):
+            self.states[name] = self._curvature.observe(
+                self._params[name], moment, self.states[name], self._groups[name]
+            )
+
+    def block_metric(self, kind: BlockKind, names: Names) -> Metric:
+        """``M⁻¹`` of a block, as the kernels take it."""
+        widths = [tuple(self._fold(kind, player, None).shape[:0:-1]) for player in names]
+        groups = [self._groups[player[0]] for player in names]
+        return self._kronecker.block_metric(kind, self.states[names[0][0]], widths, groups)  # type: ignore[arg-type]
+
+    def drift_block(self, kind: BlockKind, names: Names) -> tuple[tuple[Tensor, ...], ...]:
+        """``M⁻¹ ℓ_u`` of every player."""
+        linear = []
+        for player in names:
+            terms = [(self._params[name], self._linear(name)) for name in player]
+            linear.append(tuple(torch.zeros_like(param) if term is None else term for param, term in terms))
+        return self._scaled(kind, names, self._directions(kind, names, linear), 1)
+
+    def open_block(
+        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """``k = -M⁻¹ (γᵀ α + ℓ_u)`` of every player (Eq. 4; of a coalition Eq. 18, 53)."""
+        return self._scaled(kind, names, self._directions(kind, names, self._with_decays(names, gradients)), -1)
+
+    def apply_block(
+        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """Consume ``ĝ = γᵀ w + ℓ_u`` of every player; returns each one's ``δu``."""
+        directions = self._directions(kind, names, self._with_decays(names, gradients))
+        found = []
+        for player, parts in zip(names, directions, strict=True):
+            deltas = []
+            for name, direction in zip(player, parts, strict=True):
+                param = self._params[name]
+                delta, self.states[name] = self._kronecker.consume(
+                    param, direction, self.states[name], self._groups[name]
+                )
+                self._new[name] = param + delta
+                deltas.append(delta)
+            found.append(tuple(deltas))
+        return tuple(found)
+
+    # --- matrices -----------------------------------------------------------------------------------------------------
+
+    def _directions(
+        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
+    ) -> list[tuple[Tensor, ...]]:
+        """``(M⁻¹ ĝ)_p / η_p``."""
+        folded = [self._fold(kind, player, parts) for player, parts in zip(names, gradients, strict=True)]
+        found = kernels.kronecker_precondition(folded, self.block_metric(kind, names))
+        return [self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True)]
+
+    def _fold(self, kind: BlockKind, names: tuple[str, ...], gradients: tuple[Tensor, ...] | None) -> Tensor:
+        """``(G, m, n)`` of one player's gradients (``None``: of its parameters, for their shape)."""
+        parts = tuple(self._params[name] for name in names) if gradients is None else gradients
+        if kind == "exact":
+            return torch.cat([part.flatten() for part in parts]).reshape(1, -1, 1)
+        groups = self.states[names[0]]["factor_g"].shape[0] if "factor_g" in self.states[names[0]] else 1
+        bias_last = sorted(parts, key=torch.Tensor.dim, reverse=True)
+        return torch.cat([part.reshape(groups, part.shape[0] // groups, -1) for part in bias_last], -1)
+
+    def _unfold(self, kind: BlockKind, names: tuple[str, ...], matrix: Tensor) -> tuple[Tensor, ...]:
+        params = [self._params[name] for name in names]
+        if kind == "exact":
+            pieces = matrix.flatten().split([param.numel() for param in params])
+        else:
+            width = max(param[0].numel() for param in params)
+            pieces = tuple(matrix[..., :width] if param.dim() > 1 else matrix[..., width:] for param in params)
+        return tuple(piece.reshape(param.shape) for piece, param in zip(pieces, params, strict=True))
+
+    def _scaled(
+        self, kind: BlockKind, names: Names, directions: Sequence[tuple[Tensor, ...]], sign: int
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple(
+            tuple(part * (sign * float(self._groups[name]["lr"])) for name, part in zip(player, parts, strict=True))
+            for player, parts in zip(names, directions, strict=True)
+        )
+
+    def _with_decays(self, names: Names, gradients: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        found = []
+        for player, parts in zip(names, gradients, strict=True):
+            terms = [(part, self._linear(name)) for name, part in zip(player, parts, strict=True)]
+            found.append(tuple(part if term is None else part + term for part, term in terms))
+        return found
+
+    def _linear(self, name: str) -> Tensor | None:
+        return self._curvature.linear_term(self._params[name], self._groups[name])
+
+    def keep(self, stage: int, **figures: Any) -> None:
+        """Figures of a stage for ``diagnostics``."""
+        raise NotImplementedError

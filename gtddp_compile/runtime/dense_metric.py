@@ -1,0 +1,189 @@
+"""The stage's whole curvature ``M`` as an explicit matrix: what the dense backend solves with.
+
+Statistics of players' metrics are taken here from unfolded inputs and the dense value function, and ``M⁻¹`` is built
+entry by entry from Kronecker products of the factors' maps: nothing is shared with the kernels of the fast program
+but the running averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gtddp_compile import kernels
+from gtddp_compile.graph import ControlGraph, Player
+from gtddp_compile.metrics import OF_PLAYERS
+from gtddp_compile.plan import MetricBlock
+from gtddp_compile.runtime.jacobians import Blocks, StageJacobians, Trajectory
+from gtddp_compile.runtime.method import BaseMethod
+from gtddp_compile.uses import describe_use
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What statistics are taken from at one stage: the trajectory, its derivatives, and ``α_T``."""
+
+    trajectory: Trajectory
+    blocks: Blocks
+    jacobians: StageJacobians
+    start: float
+
+
+class DenseMetric:
+    """``M`` and ``ℓ_u`` of one stage, the players' parameters flat and side by side.
+
+    Args:
+        m: the base method.
+        graph: the control graph.
+        stage: its index.
+        blocks: the players by metric.
+    """
+
+    def __init__(self, m: BaseMethod, graph: ControlGraph, stage: int, blocks: Sequence[MetricBlock]) -> None:
+        self._m, self._graph, self._stage, self._blocks = m, graph, stage, blocks
+        self._players = [graph.player[name] for name in graph.stages[stage].players]
+
+    # --- statistics ---------------------------------------------------------------------------------------------------
+
+    def observe(self, seen: Seen, value_x: Mapping[str, Tensor], opened: Mapping[str, Tensor]) -> None:
+        """Statistics of every block from ``V_x`` of the whole batch (``(B n, 1)`` a value) and ``Q_u`` by player."""
+        for block in self._blocks:
+            names = tuple(player.parameters for player in block.players)
+            if block.kind == "parameters":
+                self._m.observe(names[0], self._m.unflatten(names[0], opened[block.players[0].name]))
+            elif block.kind == "diagonal":
+                moment = self._rows(seen, value_x, block.players[0]).square().sum(0) / seen.start
+                self._m.observe_moment(names[0], self._m.unflatten(names[0], moment))
+            else:
+                players = block.players[:1] if block.kind == "shared" else block.players
+                layers = tuple(self._layer(seen, value_x, block, player) for player in players)
+                self._m.observe_block(self._stage, block.kind, names, layers, seen.start)
+
+    def _rows(self, seen: Seen, value_x: Mapping[str, Tensor], player: Player) -> Tensor:
+        """``V_u = f_uᵀ V_x`` of every sample, ``(B, m)``."""
+        found = [
+            (block * value_x[o]).reshape(seen.trajectory.batch, -1, block.shape[1]).sum(1)
+            for (o, name), block in seen.jacobians.control.items()
+            if name == player.name
+        ]
+        return torch.stack(found).sum(0)
+
+    def _layer(self, seen: Seen, value_x: Mapping[str, Tensor], block: MetricBlock, player: Player) -> Any:
+        """A layer of explicit rows ``(B, G, T, n)`` and ``V_h`` ``(B, G, T, m)``."""
+        if block.kind == "exact":
+            v_u = self._rows(seen, value_x, player)
+            x, v_h = v_u.new_ones(len(v_u), 1, 1, 1), v_u[:, None, None]
+        else:
+            use = describe_use(self._graph, player, self._graph.op(player.op))
+            values = seen.trajectory.values
+            parts = [part.T @ value_x[o] for (o, name), part in seen.blocks.outputs.items() if name == use.op]
+            total = torch.stack(parts).sum(0).reshape(values[use.op].shape)
+            (operand,) = use.operands
+            x, v_h = _explicit(values[operand.name], total, use.options, use.params, seen.trajectory.p,
+                               bias=use.wants[1])  # fmt: skip
+        return kernels.kronecker_layer(lambda operands, g, params, wants: (operands[0], g), (x,), v_h, (), ())
+
+    def apply(self, consumed: Tensor) -> None:
+        """The base method takes one column ``ĝ - ℓ_u``, every player's part in turn."""
+        parts = dict(zip((player.name for player in self._players), consumed.split(self.sizes), strict=True))
+        for block in self._blocks:
+            pieces = tuple(self._m.unflatten(p.parameters, parts[p.name]) for p in block.players)
+            if block.kind in OF_PLAYERS:
+                names = tuple(player.parameters for player in block.players)
+                self._m.apply_block(block.kind, names, pieces)  # type: ignore[arg-type]
+            else:
+                self._m.apply(block.players[0].parameters, pieces[0])
+
+    # --- the matrix ---------------------------------------------------------------------------------------------------
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """``M`` ``(m, m)`` and ``ℓ_u`` ``(m, 1)``."""
+        linear = torch.cat([self._m.linear_flat(player.parameters) for player in self._players])
+        return torch.linalg.inv(self._inverse()), linear.unsqueeze(1)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of parameters of every player."""
+        return [sum(self._m.shape(name).numel() for name in player.parameters) for player in self._players]
+
+    def _inverse(self) -> Tensor:
+        ends = list(accumulate(self.sizes))
+        pairs = zip(self._players, self.sizes, ends, strict=True)
+        offsets = {player.name: slice(end - size, end) for player, size, end in pairs}
+        like = self._m.linear_flat(self._players[0].parameters)
+        inverse = like.new_zeros(ends[-1], ends[-1])
+        for block in self._blocks:
+            if block.kind in OF_PLAYERS:
+                self._fill(inverse, offsets, block)
+            else:
+                (player,) = block.players
+                inverse[offsets[player.name], offsets[player.name]] = self._m.dense_inverse(player.parameters)
+        return inverse
+
+    def _fill(self, inverse: Tensor, offsets: Mapping[str, slice], block: MetricBlock) -> None:
+        """``M⁻¹_pq = √(η_p η_q) Σ_kl (X_p Y_p)_kl scale_kl (X_q Y_q)_kl``, columns in the parameters' order."""
+        names = tuple(player.parameters for player in block.players)
+        maps, scale, cross, rates = self._m.block_metric(block.kind, names)  # type: ignore[arg-type]
+        for p, left in enumerate(block.players):
+            for q, right in enumerate(block.players):
+                weights = _weights(scale, cross, same=p == q)
+                if weights is None:
+                    continue
+                rate = (rates[p] * rates[q]) ** 0.5
+                factors = zip(maps[p][1], maps[p][0], maps[q][1], maps[q][0], strict=True)
+                whole = torch.block_diag(
+                    *(
+                        rate * torch.kron(gl, xl) @ _diagonal(weights, k, gl, xl) @ torch.kron(gr, xr).T
+                        for k, (gl, xl, gr, xr) in enumerate(factors)
+                    )
+                )
+                rows, columns = self._order(block, left), self._order(block, right)
+                inverse[offsets[left.name], offsets[right.name]] = whole[rows][:, columns]
+
+    def _order(self, block: MetricBlock, player: Player) -> Tensor:
+        """Position of every parameter entry among the entries of ``(G, m, n)`` matrices, bias last in a row."""
+        shapes = [self._m.shape(name) for name in player.parameters]
+        sizes = [shape.numel() for shape in shapes]
+        if block.kind == "exact":
+            return torch.arange(sum(sizes))
+        bias = any(len(shape) == 1 for shape in shapes)
+        rows = shapes[0][0]
+        inputs = max(size // rows for shape, size in zip(shapes, sizes, strict=True) if len(shape) > 1)
+        grid = torch.arange(rows * (inputs + bias)).reshape(rows, inputs + bias)
+        return torch.cat([(grid[:, :inputs] if len(shape) > 1 else grid[:, inputs:]).flatten() for shape in shapes])
+
+
+def _weights(scale: Tensor | float, cross: Tensor | None, *, same: bool) -> Tensor | float | None:
+    if cross is None:
+        return scale
+    return scale + cross if same else cross
+
+
+def _diagonal(weights: Tensor | float, group: int, g: Tensor, x: Tensor) -> Tensor:
+    size = g.shape[1] * x.shape[1]
+    flat = weights[group].flatten() if isinstance(weights, Tensor) else g.new_full((size,), weights)
+    return torch.diag(flat)
+
+
+def _explicit(x: Tensor, v_h: Tensor, options: Mapping[str, Any], params: Sequence[Any], p: Mapping[str, Tensor],
+              *, bias: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Homogeneous rows of a linear layer or a convolution, patch by patch."""
+    if "groups" not in options:
+        rows, columns = x.reshape(len(x), 1, -1, x.shape[-1]), v_h.reshape(len(x), 1, -1, v_h.shape[-1])
+    else:
+        weight, groups = p[params[0].name], options["groups"]
+        columns = v_h.reshape(len(x), groups, v_h.shape[1] // groups, -1).transpose(2, 3)
+        # The derivative of a convolution in its weights, one weight at a time: no unfolding rule to get wrong.
+        entries = weight[0].numel()
+        basis = torch.eye(entries, dtype=x.dtype).reshape(entries, *weight.shape[1:])
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+        settings = {name: options[name] for name in ("stride", "padding", "dilation")}
+        parts = [convolve(part, basis, **settings) for part in x.chunk(groups, 1)]
+        rows = torch.stack([part.flatten(2).transpose(1, 2) for part in parts], 1)
+    return (F.pad(rows, (0, 1), value=1.0) if bias else rows), columns
