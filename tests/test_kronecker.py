@@ -50,7 +50,7 @@ def embedded(seed: int = 0) -> Case:
     """Tokens: an embedding, layers applied at every position, a layer norm."""
 
     def forward(net: nn.Module, x: Tensor) -> Tensor:
-        tokens = net.table((x.abs() * 3).long().clamp_max(5)) + 0.1 * x.unsqueeze(-1)
+        tokens = net.table((x.abs() * 3).long().clamp_max(5)) + 0.1 * x.unsqueeze(-1).expand(-1, -1, 4)
         return net.head((tokens + net.mix(torch.tanh(net.norm(tokens)))).mean(1))
 
     model = make(forward, seed, table=lambda: nn.Embedding(6, 4), norm=lambda: nn.LayerNorm(4), mix=(4, 4), head=(4, 3))
@@ -82,7 +82,8 @@ def test_proposition_4(network: str, kind: str, setting: str) -> None:
     """With feedback off it is the published method, to 1e-8, over several steps."""
     case = CASES[network]()
     ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    options = SETTINGS[setting]
+    # An old eigenbasis is unique only where the factors had full rank: behind a mean over tokens they have not.
+    options = SETTINGS[setting] | ({"refresh": 1} if network == "embedded" else {})
     opt = compile_optimizer(ours, case.batch(0, 12)[0], loss=LOSS, curvature=kind, feedback=False, **options)
     reference = Reference(theirs, kind, **options)
     for step in range(5):
@@ -92,7 +93,7 @@ def test_proposition_4(network: str, kind: str, setting: str) -> None:
     torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("options", [{"pi": False}, {"small": 0}, {"damping": 0.5, "pi": False, "small": 3}])
+@pytest.mark.parametrize("options", [{"pi": False}, {"small": 0}, {"damping": 0.5, "small": 3}])
 def test_proposition_4_without_pi_and_with_diagonal_layers(options: dict[str, Any]) -> None:
     case = embedded()
     ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
