@@ -1,0 +1,317 @@
+"""What keeps the coupled form stable where the base curvature is poor: remedies compared (issue: robust use).
+
+Trains small networks on real digits with every remedy, base method and learning rate, and writes docs/robustness.md.
+Remedies that are no option of the compiler are made here: a line search around the optimizer, or an edit of the
+generated program's text.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from digit_images import Images, digits, mnist_5k
+from rich.progress import track
+from torch import Tensor, nn
+
+from gtddp_compile import MonteCarlo, compile_optimizer, kernels
+
+BATCH = 128
+GUESSING = math.log(10)
+GRID = {"sgd": (0.1, 1.0, 10.0), "rmsprop": (1e-3, 5e-3, 2e-2), "adam": (1e-3, 1e-2, 1e-1)}
+TORCH: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+}
+Step = Callable[[Tensor, Tensor], Tensor]
+Make = Callable[[nn.Module, Tensor, str, float], Step]
+LOSS = nn.CrossEntropyLoss()
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+class ResidualMLP(nn.Module):
+    """Two residual blocks of two tanh layers."""
+
+    def __init__(self, inputs: int, width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Linear(inputs, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)) for _ in "ab"
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores."""
+        x = torch.tanh(self.stem(x))
+        for block in self.blocks:
+            x = torch.tanh(x + block(x))
+        return self.head(x)
+
+
+class DeepMLP(nn.Module):
+    """Five ReLU layers without shortcuts: hard for plain gradients."""
+
+    def __init__(self, inputs: int, width: int = 32) -> None:
+        super().__init__()
+        sizes = [inputs] + [width] * 5
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores."""
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return self.head(x)
+
+
+class ConvNet(nn.Module):
+    """The DIGITS network of the paper at half its width."""
+
+    def __init__(self, inputs: int, width: int = 8) -> None:
+        super().__init__()
+        self.side = math.isqrt(inputs)
+        self.convs = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1) for c in (1, width, width))
+        self.head = nn.Linear(width * (self.side // 2) ** 2, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores."""
+        x = torch.relu(self.convs[0](x.view(-1, 1, self.side, self.side)))
+        x = torch.relu(self.convs[2](torch.relu(self.convs[1](x))) + x)
+        return self.head(nn.functional.max_pool2d(x, 2).flatten(1))
+
+
+# --- remedies ---------------------------------------------------------------------------------------------------------
+
+
+def base(model: nn.Module, x: Tensor, curvature: str, lr: float) -> Step:
+    """torch.optim's own optimizer."""
+    optimizer = TORCH[curvature](model.parameters(), lr=lr)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = LOSS(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def compiled(edit: Callable[[str], str] | None = None, **options: Any) -> Make:
+    """The compiler's own options, and perhaps an edit of the program's text."""
+
+    def make(model: nn.Module, x: Tensor, curvature: str, lr: float) -> Step:
+        if options.get("eps") is not None and curvature == "sgd":
+            own = {key: value for key, value in options.items() if key != "eps"} | {"lr": lr / (1 + lr)}
+        else:
+            own = options | {"lr": lr}
+        optimizer = compile_optimizer(model, x[:BATCH], loss=LOSS, curvature=curvature, **own)
+        if edit is not None:
+            _, backend = optimizer._specialise((x[:BATCH],))
+            backend._step = edited(backend.program, edit)  # type: ignore[union-attr]
+        return optimizer.step
+
+    return make
+
+
+def edited(program: Any, edit: Callable[[str], str]) -> Any:
+    """The generated step after an edit of its text (which must change it)."""
+    code = edit(program.code)
+    assert code != program.code
+    namespace = {name: getattr(kernels, name) for name in kernels.__all__}
+    namespace |= {"torch": torch, "F": nn.functional, "math": math, **program.emitted.constants}
+    exec(compile(code, "<edited>", "exec"), namespace)
+    return namespace["step"]
+
+
+def twice_the_aim(code: str) -> str:
+    """``H = ∇φ ∇φᵀ / 2φ``: Gauss-Newton on the residual ``√(2φ)``."""
+    line = next(line for line in code.splitlines() if "m.terminal(" in line)
+    return code.replace(line, line + "\n" + line[: len(line) - len(line.lstrip())] + "aim = 2 * aim")
+
+
+def bounded_weights(code: str) -> str:
+    """Huber-like: no sample counts for more than in the mean, none for less than nothing."""
+    lines = []
+    for line in code.splitlines():
+        lines.append(line)
+        name = line.strip().split(" = ")[0]
+        if name.startswith("w_") and name[2:].isdigit():
+            lines.append(line[: len(line) - len(line.lstrip())] + f"{name} = {name}.clamp(0, start)")
+    return "\n".join(lines)
+
+
+def line_search(make: Make) -> Make:
+    """Halve the step, up to four times, until the batch's own loss does not rise."""
+
+    def searched(model: nn.Module, x: Tensor, curvature: str, lr: float) -> Step:
+        inner = make(model, x, curvature, lr)
+
+        def step(images: Tensor, labels: Tensor) -> Tensor:
+            before = [p.detach().clone() for p in model.parameters()]
+            loss = inner(images, labels)
+            with torch.no_grad():
+                change = [p - old for p, old in zip(model.parameters(), before, strict=True)]
+                for halving in range(1, 5):
+                    if LOSS(model(images), labels) <= loss:
+                        break
+                    for p, old, delta in zip(model.parameters(), before, change, strict=True):
+                        p.copy_(old + delta / 2**halving)
+            return loss
+
+        return step
+
+    return searched
+
+
+REMEDIES: dict[str, tuple[str, Make]] = {
+    "base": ("torch.optim, no feedback", base),
+    "gradient": ("H = ∇φ∇φᵀ as in the paper, nothing else", compiled(terminal="gradient", feedback_clip=None)),
+    "gradient, clip": ("and c clipped to [-1, 1]", compiled(terminal="gradient")),
+    "gradient, open": ("c = 0: P alone", compiled(terminal="gradient", feedback="open")),
+    "gradient, M + 1": (
+        "M regularised by the identity (sgd), by eps = 0.01 (others)",
+        compiled(terminal="gradient", eps=1e-2),
+    ),
+    "gradient, bounded w": ("Huber-like weights: w in [0, 1/B]", compiled(bounded_weights, terminal="gradient")),
+    "gradient, line search": (
+        "halved until the batch's loss does not rise",
+        line_search(compiled(terminal="gradient")),
+    ),
+    "residual": ("H = ∇φ∇φᵀ / 2φ, clip", compiled(twice_the_aim, terminal="geometric")),
+    "geometric, no clip": ("H = ∇φ∇φᵀ / φ", compiled(terminal="geometric", feedback_clip=None)),
+    "geometric": ("H = ∇φ∇φᵀ / φ, c clipped to [-φ, φ]: the default", compiled(terminal="geometric")),
+    "ggn": ("the loss's exact Hessian, 10 columns a sample", compiled(terminal="ggn")),
+    "MonteCarlo(1)": ("one sampled column of it", compiled(terminal=MonteCarlo(1))),
+}
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network on a data set."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    data: Images
+    epochs: int
+
+
+def tasks(quick: bool) -> list[Task]:
+    """Digits on three networks; MNIST-5k on one."""
+    small = digits()
+    found = [
+        Task(f"digits, {kind.__name__}", lambda k=kind: k(64), small, 6) for kind in (ResidualMLP, DeepMLP, ConvNet)
+    ]
+    return found[:1] if quick else [*found, Task("mnist-5k, ResidualMLP", lambda: ResidualMLP(784), mnist_5k(), 3)]
+
+
+def train(task: Task, make: Make, curvature: str, lr: float, seed: int) -> float:
+    """Train loss at the end; infinite if it is not finite."""
+    torch.manual_seed(seed)
+    model, (x, y) = task.build(), task.data.train
+    step = make(model, x, curvature, lr)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(task.epochs):
+        order = torch.randperm(len(y), generator=generator)
+        for index in order[: len(y) // BATCH * BATCH].split(BATCH):
+            step(x[index], y[index])
+    with torch.no_grad():
+        loss = float(LOSS(model(x), y))
+    return loss if math.isfinite(loss) else math.inf
+
+
+Results = dict[tuple[str, str, float, str], list[float]]
+
+
+def measure(found: list[Task], seeds: int) -> Results:
+    """Every task, base method, learning rate and remedy."""
+    results: Results = {}
+    cases = [(t, c, lr) for t in found for c, rates in GRID.items() for lr in rates]
+    for task, curvature, lr in track(cases, "training"):
+        for name, (_, make) in REMEDIES.items():
+            results[task.name, curvature, lr, name] = [train(task, make, curvature, lr, s) for s in range(seeds)]
+    return results
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def cell(values: list[float], best: bool) -> str:
+    """Median, and the worst seed."""
+    if statistics.median(values) > 0.95 * GUESSING:
+        return "diverged"
+    worst = "∞" if math.isinf(max(values)) else f"{max(values):.2g}"
+    text = f"{statistics.median(values):.3g} ({worst})"
+    return f"**{text}**" if best else text
+
+
+def summary(results: Results, found: list[Task]) -> list[str]:
+    """Over all tasks and learning rates: how often a remedy diverges, and how far it is from the best."""
+    rows = [
+        "| remedy | what it is | diverged | worse than base | median loss over the best remedy's |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    settings = list(dict.fromkeys((t, c, lr) for t, c, lr, _ in results))
+    for name, (says, _) in REMEDIES.items():
+        lost = worse = 0
+        ratios = []
+        for key in settings:
+            medians = {n: statistics.median(results[(*key, n)]) for n in REMEDIES}
+            lost += medians[name] > 0.95 * GUESSING
+            worse += medians[name] > 1.02 * medians["base"]
+            ratios.append(min(medians[name], 1e3) / min(medians.values()))
+        of = f"of {len(settings)}"
+        rows.append(f"| {name} | {says} | {lost} {of} | {worse} {of} | {statistics.median(ratios):.2f} |")
+    return rows
+
+
+def tables(results: Results, found: list[Task]) -> list[str]:
+    """One table a task."""
+    lines = []
+    for task in found:
+        lines += [f"### {task.name}, {task.epochs} epochs", "", "| base | lr | " + " | ".join(REMEDIES) + " |"]
+        lines.append("| --- " * (2 + len(REMEDIES)) + "|")
+        for curvature, rates in GRID.items():
+            for lr in rates:
+                values = {name: results[task.name, curvature, lr, name] for name in REMEDIES}
+                best = min(statistics.median(v) for v in values.values())
+                cells = [cell(v, statistics.median(v) == best) for v in values.values()]
+                lines.append(f"| {curvature} | {lr:g} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def main(
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 3,
+    quick: Annotated[bool, typer.Option(help="One network only.")] = False,
+    out: Annotated[Path, typer.Option(dir_okay=False)] = Path(__file__).parent.parent / "docs" / "robustness.md",
+) -> None:
+    """Compare remedies; write docs/robustness.md."""
+    torch.set_num_threads(1)
+    found = tasks(quick)
+    results = measure(found, seeds)
+    text = (Path(__file__).parent / "robustness.md.in").read_text(encoding="utf-8")
+    made = (
+        f"Written by benchmarks/robustness.py: batch {BATCH}, {seeds} seeds (weights and batches, the same for all), "
+        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread."
+    )
+    body = text.replace("{made}", made).replace("{summary}", "\n".join(summary(results, found)))
+    out.write_text(body.replace("{tables}", "\n".join(tables(results, found))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
