@@ -115,7 +115,7 @@ def sample_gram(b: Builder, t: int, player: Player, metric: str) -> str:
 def describe_terminal(graph: ControlGraph, form: CollapsedForm, options: Options) -> str:
     """The terminal Hessian, how many columns a sample has, and the size of the matrices the program factors."""
     if not form.factored:
-        return "terminal gradient: 1 column a sample" if form.name != "base" else "no value Hessian"
+        return f"terminal {options.terminal_kind}: 1 column a sample" if form.name != "base" else "no value Hessian"
     count: int | None = None
     if isinstance(options.terminal, MonteCarlo):
         count = options.terminal.rank
