@@ -1,0 +1,91 @@
+"""The documents a new user reads are true: code runs, pictures are what the scripts draw, tables match the source."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from test_layers import LAYERS
+
+from gtddp_compile import compile_optimizer, passes
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/architecture.md"]
+MEASURED = {"docs/performance.md", "docs/coverage.md"}
+"""Written by the benchmarks."""
+PATH = r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`"
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readmes_code_runs_and_trains() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), names)
+    model, x, y = names["model"], names["x"], names["y"]
+    assert isinstance(model, torch.nn.Module) and isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+    assert torch.nn.functional.cross_entropy(model(x), y) < 0.9 * float(names["loss"].new_tensor(3.0).log())  # type: ignore[attr-defined]
+    for text in ("Control graph of Sequential", "stage 1: 2", "def step("):
+        assert text in printed.getvalue()
+
+
+def test_the_picture_is_what_the_script_draws() -> None:
+    assert script("control_graph").graph().to_svg() == read("docs/control_graph.svg")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", read(name))
+    found = {(ROOT / name).parent.joinpath(link).resolve() for link in links}
+    missing = {str(path.relative_to(ROOT)) for path in found if not path.exists()}
+    assert missing <= MEASURED
+
+
+def test_paths_that_are_named_exist() -> None:
+    for name in DOCUMENTS:
+        for path in re.findall(
+            r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`", read(name)
+        ):
+            assert (ROOT / path).exists() or path == "passes/pNN_name.py", f"{name} names {path}"
+
+
+def test_the_architecture_lists_passes_and_layers() -> None:
+    text = read("docs/architecture.md")
+    rows = re.findall(r"^\| `(p\d\d_\w+)` \|", text, re.MULTILINE)
+    assert rows == [function.__module__.rpartition(".")[2] for function in passes.PIPELINE]
+    listed = {int(height): set(re.findall(r"`(\w+)`", names)) for height, names in
+              re.findall(r"^(\d+)\. (.+)$", text, re.MULTILINE)}  # fmt: skip
+    assert listed == {height: {name for name in LAYERS if LAYERS[name] == height} for height in set(LAYERS.values())}
+
+
+def test_every_option_is_in_the_usage() -> None:
+    """Options of the compiler itself; those of a curvature are torch's."""
+
+    own = set(inspect.signature(compile_optimizer).parameters) - {
+        "model",
+        "example_inputs",
+        "loss",
+        "curvature_options",
+        "mixing",
+    }
+    assert own <= set(re.findall(r"`(\w+)", read("docs/usage.md")))
