@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from functools import cache
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -189,6 +191,17 @@ def test_table_of_a_thousand_blocks_is_read_at_a_glance() -> None:
 
 def test_notebook_of_a_large_network() -> None:
     assert len(deep(1000)._repr_html_()) < 60_000
+
+
+def test_the_picture_in_the_docs_is_what_the_script_makes(tmp_path: Path) -> None:
+    """Names and stages, not places: another release of the layout engine may move a line."""
+    script = Path(__file__).parent.parent / "examples" / "pictures.py"
+    runpy.run_path(str(script))["main"](str(tmp_path / "made.svg"))
+    made, committed = (
+        [found.text for found in ElementTree.parse(path).iter(f"{SPACE}text")]
+        for path in (tmp_path / "made.svg", script.parent.parent / "docs" / "transformer.svg")
+    )
+    assert made == committed and "blocks.1 – blocks.23" in made, "run python examples/pictures.py"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -176,8 +176,8 @@
 
   // --- what is said -------------------------------------------------------------------------------------------------
 
-  function stageSays(first, last) {
-    const stage = D.stages[first], lines = [title([first, last])];
+  function stageSays(first, last, headed = true) {
+    const stage = D.stages[first], lines = headed ? [title([first, last])] : [];
     if (first === last && stage.says.length) lines.push(text(stage.says));
     lines.push(first === last ? 'in the cut before it:' : 'in the cut before the first of them:');
     lines.push(stage.cut.length ? stage.cut.map(line => '  ' + D.lines[line]).join('\n') : '  nothing');
@@ -227,11 +227,12 @@
 
   function point(event, about) {
     const lines = [about.what];
-    if (about.stage >= 0) lines.push(stageSays(about.stage, about.last === undefined ? about.stage : about.last));
+    if (about.stage >= 0) lines.push(stageSays(about.stage, about.last === undefined ? about.stage : about.last, !about.what));
     words.textContent = lines.filter(Boolean).join('\n');
     tip.style.display = 'block';
-    const box = tip.getBoundingClientRect();
-    tip.style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - box.width - 8)) + 'px';
+    const box = tip.getBoundingClientRect(), frame = pane.getBoundingClientRect();
+    const right = event.clientX + 14 + box.width <= frame.right;  // else to the left, not over the side panel
+    tip.style.left = Math.max(4, right ? event.clientX + 14 : event.clientX - 14 - box.width) + 'px';
     tip.style.top = Math.max(4, Math.min(event.clientY + 14, innerHeight - box.height - 8)) + 'px';
   }
 

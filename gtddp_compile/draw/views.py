@@ -170,7 +170,7 @@ class Views:
         only = self.graph.nodes[values[0]] if len(values) == 1 else None
         return {
             "kind": "value" if only else "values",
-            "label": relative(values[0], base) if only else plural(len(values), "value"),
+            "label": _step(values[0], base) if only else plural(len(values), "value"),
             "shape": only["shape"] if only else None,
             "stage": -1,
             "player": None,
@@ -189,7 +189,7 @@ class Views:
             data = self.graph.nodes[key]
             found = {**data, "true_stage": data["stage"], "stage": band}
             if data["player"] and base:
-                found["label"] = relative(data["player"], base)
+                found["label"] = _step(data["player"], base)
             return found
         last = self.graph.nodes[self.names[item.stop - 1]]
         players = self.players(item)
@@ -283,14 +283,14 @@ def relative(name: str, base: str) -> str:
 
 
 def relative_title(block: Block, base: str) -> str:
-    """A block's title under a module path, with how often its structure repeats."""
+    """A block's title under a module path."""
     return " – ".join(_step(part, base) for part in block.title.split(" – "))
 
 
 def _step(name: str, base: str) -> str:
     """``blocks.7`` stays as it is under ``blocks``: a number alone says nothing."""
     short = relative(name, base)
-    return f"{base.rpartition('.')[2]}.{short}" if short.isdecimal() and base else short
+    return f"{base.rpartition('.')[2]}.{short}" if short != name and short[0].isdecimal() else short
 
 
 def _banded(spans: dict[str, Span | None], edges: Edges) -> tuple[list[Span], dict[str, int]]:
