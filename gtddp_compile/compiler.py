@@ -9,6 +9,7 @@ from torch import nn
 
 from gtddp_compile.cooperation import BY_PARAMETER, MetricRules
 from gtddp_compile.curvature import Curvature, Kronecker
+from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.options import Options
 from gtddp_compile.passes import (
@@ -24,6 +25,7 @@ from gtddp_compile.passes import (
     simplify,
 )
 from gtddp_compile.passes.p01_normalise import still_holds
+from gtddp_compile.passes.p06_derive import Derived
 from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.dense import DenseBackend
@@ -44,6 +46,7 @@ def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *
     """Passes 6 to 10: derivation to code. ``decay``: whether any group has coupled weight decay."""
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))
     derived = derive(graph, options.recursion, metric_rules(options, curvature))
+    refuse_printed(derived)
     form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored)
     plan = simplify(
         derived,
@@ -57,6 +60,23 @@ def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *
     )
     lowered = lower(plan)
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name)
+
+
+def refuse_printed(derived: Derived) -> None:
+    """Eq. 23 as printed has ``Q_uu⁻¹`` and ``Q_vv⁻¹`` of each player alone: there is no printed form with cross terms.
+
+    Raises:
+        CompileError: a coalition is coupled by its curvature.
+    """
+    for stage in derived.stages if derived.recursion == "printed" else ():
+        for block in stage.blocks:
+            if len(block.players) > 1:
+                names = ", ".join(player.name for player in block.players)
+                raise CompileError(
+                    f"recursion='printed' has no form for the cross terms of {names}: Eq. 23 is printed with each player's own curvature",
+                    "Use cooperative=False, or recursion='substituted' (the derived form)",
+                    module=block.players[0].name,
+                )
 
 
 def metric_rules(options: Options, curvature: Curvature) -> MetricRules:

@@ -15,6 +15,7 @@ from sympy import BlockMatrix, latex
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation, StageDerivation
+from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.columns import describe_terminal, vectorises
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, write
@@ -129,6 +130,9 @@ class UpdateProgram:
         lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
         lines.append("  gains and value recursion (a prime: at t+1):")
         lines += _equation_lines(stage.derivation)
+        if len(stage.controls) > 1:
+            lines.append("  the same gains player by player (the others eliminated; cooperative gains):")
+            lines += [_line(equation) for equation in cooperative_gains(stage.derivation)]
         return "\n".join((*lines, *self._form_lines))
 
     @cached_property
@@ -155,9 +159,17 @@ class UpdateProgram:
             rules = ", ".join(dict.fromkeys(use.rule.name for use in uses))
             table.add_row(
                 str(player.stage), player.name, player.kind, rules, str(self._size(player)), self._gram(uses),
-                "; ".join(filter(None, (_notes(player, uses), self._pulled(player)))),
+                "; ".join(filter(None, (_notes(player, uses), self._pulled(player), self._metric(player)))),
             )  # fmt: skip
         return rendered(table)
+
+    def _metric(self, player: Player) -> str:
+        """Which block of a Kronecker-factored curvature the player is in."""
+        (block,) = (block for block in self.derived.stages[player.stage].blocks if player in block.players)
+        if block.kind == "parameters":
+            return ""
+        together = ", ".join(other.name for other in block.players if other != player)
+        return f"{block.kind} metric" + (f" with {together} ({block.why})" if together else "")
 
     def _pulled(self, player: Player) -> str:
         slow = self.form.factored and not vectorises(self.graph, player.stage)

@@ -169,6 +169,9 @@ class DenseBackend:
                 columns = [torch.cat([jacobians.state[a, c] for a in outs]) for c in ins]
                 values[d.state[o, i]] = block = torch.cat([empty, *columns], 1)
                 size[d.q_x[i].symbol.shape[0]] = block.shape[1]
+                for part in d.state[o, i].args if d.state[o, i].is_MatAdd else ():
+                    if part.is_symbol:  # I + f: the derivation may have multiplied it out
+                        values[part] = block - evaluate(d.state[o, i] - part, {part: block}, size)
             for u, player in stage.controls.items():
                 block = torch.cat([jacobians.control[a, player] for a in outs])
                 values[d.control[o, u]] = block
