@@ -73,7 +73,7 @@ def refuse_printed(derived: Derived) -> None:
             if len(block.players) > 1:
                 names = ", ".join(player.name for player in block.players)
                 raise CompileError(
-                    f"recursion='printed' has no form for the cross terms of {names}: in Eq. 23 each player has its own curvature",
+                    f"recursion='printed' has no form for cross terms of {names}: Eq. 23 is printed without",
                     "Use cooperative=False, or recursion='substituted' (the derived form)",
                     module=block.players[0].name,
                 )
