@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Phase = Literal["trajectory", "loss", "backward", "forward"]
@@ -89,6 +89,7 @@ class StageFunction:
         params: for a player's function, the parameters it takes as a tuple; ``None`` for a stage.
         doc: one line for the reader.
         extras: for a player's function, those of ``inputs`` that are no tensors: they come first.
+        buffers: for a player's function, variables of the buffers it takes, by the buffers' names.
     """
 
     name: str
@@ -100,6 +101,7 @@ class StageFunction:
     params: tuple[str, ...] | None = None
     doc: str = ""
     extras: tuple[str, ...] = ()
+    buffers: Mapping[str, str] = field(default_factory=dict)
 
 
 def identifier(name: str, taken: Callable[[str], bool]) -> str:

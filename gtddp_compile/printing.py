@@ -109,7 +109,7 @@ class Printer:
         if isinstance(value, ParamRef):
             return params[value.name] if params is not None else f"p[{value.name!r}]"
         if isinstance(value, BufferRef):
-            return f"b[{value.name!r}]"
+            return params[value.name] if params and value.name in params else f"b[{value.name!r}]"
         if isinstance(value, torch.Size | tuple):
             inner = ", ".join(self._value(item, params) for item in value)
             return f"({inner}{',' if len(value) == 1 else ''})"

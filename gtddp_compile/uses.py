@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from gtddp_compile import kernels
-from gtddp_compile.graph import BufferRef, ControlGraph, Op, ParamRef, Player, Ref
+from gtddp_compile.graph import BufferRef, ControlGraph, Op, ParamRef, Player, Ref, map_leaves
 from gtddp_compile.rules import Rule, choose
 from gtddp_compile.rules.generic import GenericRule
 
@@ -94,19 +96,38 @@ def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str
     names = tuple(param.name for param in params if param.name in owned)
     batch = op.shape[0] if op.shape else 0
     batched = tuple(isinstance(ref, Ref) and (graph.op(ref.name).shape or (0,))[:1] == (batch,) for ref in operands)
-    options = {"batched": batched, "mixes": op.mixes_samples or bool(extras) or not any(batched)}
+    options: dict[str, Any] = {"batched": batched, "mixes": op.mixes_samples or bool(extras) or not any(batched)}
     key = use_key(graph, player, op.name)
-    return Use(op.name, key, GenericRule(), operands, params, wants, names, options, "player", extras, ops)
+    use = Use(op.name, key, GenericRule(), operands, params, wants, names, options, "player", extras, ops)
+    return replace(use, options=probe_generic(graph, use))
 
 
-def probe_generic(graph: ControlGraph, use: Use, function: Callable[..., torch.Tensor]) -> dict[str, Any]:
+def _evaluate(graph: ControlGraph, use: Use, params: tuple[torch.Tensor, ...], *operands: torch.Tensor) -> Any:
+    """The use as a function of its parameters, as the generated code has it."""
+    values: dict[Any, Any] = dict(zip(use.operands, operands, strict=True))
+    values.update(zip(use.params, params, strict=True))
+    for name in use.ops:
+        op = graph.op(name)
+        assert op.target is not None
+        args, kwargs = map_leaves((op.args, dict(op.kwargs)), values.__getitem__)
+        values[Ref(name)] = op.target(*args, **kwargs)
+    return values[Ref(use.op)]
+
+
+LARGEST_TRIAL = 2**22
+"""Elements of ``γ`` up to which a player is tried: beyond, it is some table or matrix of torch's own."""
+
+
+def probe_generic(graph: ControlGraph, use: Use) -> Mapping[str, Any]:
     """Options of the generic kernels: their faster ways are tried on random tensors of the traced shapes.
 
-    With a buffer among the operands (its shape is the model's, not the graph's) the slow ways are kept.
+    Players that read buffers or sizes (unknown to the graph), and very large ones, are not tried.
     """
-    slow = {"vectorised": False, "forward_mode": False}
-    if any(isinstance(ref, BufferRef) for ref in (*use.operands, *use.params)):
-        return {**use.options, **slow}
+    samples = (graph.op(use.op).shape or (1,))[0]
+    sizes = sum(math.prod(graph.ops.parameter_info[name].shape) for name in use.names)
+    untried = use.extras or any(isinstance(ref, BufferRef) for ref in (*use.operands, *use.params))
+    if untried or samples * sizes > LARGEST_TRIAL:
+        return use.options
     generator = torch.Generator().manual_seed(0)
 
     def sample(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
@@ -120,6 +141,6 @@ def probe_generic(graph: ControlGraph, use: Use, function: Callable[..., torch.T
     params = tuple(sample(parameter.shape, parameter.dtype) for parameter in info)
     op = graph.op(use.op)
     found = kernels.generic_probe(
-        operands, sample(op.shape or (), op.dtype), params, use.wants, function=function, **use.options
+        operands, sample(op.shape or (), op.dtype), params, use.wants, function=partial(_evaluate, graph, use), **use.options
     )
     return {**use.options, **found}

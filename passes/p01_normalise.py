@@ -16,7 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
@@ -192,6 +194,7 @@ def _normal_form(traced: Traced, model: nn.Module) -> OpGraph:
 
 def _operation(clean: Clean, names: _Names, layers: set[str]) -> Op:
     form, call = clean.form, clean.call
+    _refuse_table(clean)
     advances = _advances(form.kind, form.args, form.kwargs)
     return Op(
         name=names.new(call.module, form.kind, layers),
@@ -205,6 +208,32 @@ def _operation(clean: Clean, names: _Names, layers: set[str]) -> Op:
         random=is_random(form.kind, form.args, form.kwargs),
         mixes_samples=form.kind == "batch_norm" and (bool(form.kwargs["training"]) or form.args[1] is None),
     )
+
+
+def _refuse_table(clean: Clean) -> None:
+    """Embedding options that are no function of a sample: they rewrite the table, or depend on the whole batch.
+
+    Raises:
+        CompileError: ``max_norm`` or ``scale_grad_by_freq`` is set.
+    """
+    form = clean.form
+    if form.kind not in ("embedding", "embedding_bag"):
+        return
+    first = 3 if form.kind == "embedding" else 2 + (form.target is F.embedding_bag)
+    order = ("max_norm", "norm_type", "scale_grad_by_freq")
+    given = {**dict(zip(order, form.args[first:], strict=False)), **form.kwargs}
+    for option, why in (
+        ("max_norm", "rewrites its table in the forward pass"),
+        ("scale_grad_by_freq", "divides by counts over the batch what is no derivative of the loss"),
+    ):
+        if given.get(option) not in (None, False) and not isinstance(form.target, OpOverload):
+            raise CompileError(
+                f"an embedding with {option} {why}",
+                f"Leave {option} out",
+                module=clean.call.module,
+                operation=form.kind,
+                source=clean.call.source or None,
+            )
 
 
 def _advances(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:

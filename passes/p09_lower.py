@@ -23,7 +23,7 @@ from gtddp_compile.calls import directional, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
 from gtddp_compile.errors import CompileError
 from gtddp_compile.formulas import print_formula
-from gtddp_compile.graph import Ref
+from gtddp_compile.graph import BufferRef, Ref
 from gtddp_compile.instructions import Code, Instruction, StageFunction, Var
 from gtddp_compile.passes.p08_simplify import segments
 from gtddp_compile.plan import Contraction, Plan, StagePlan
@@ -115,10 +115,11 @@ def _function(b: Builder, name: str, stage: int, ops: tuple[str, ...], taps: tup
 
 
 def _player_function(b: Builder, use: Use) -> StageFunction:
-    inputs = (*use.extras, *(ref.name for ref in use.operands))
+    buffers = {ref.name: b.name(f"buffer {ref.name}") for ref in use.operands if isinstance(ref, BufferRef)}
+    inputs = (*use.extras, *(f"buffer {r.name}" if isinstance(r, BufferRef) else r.name for r in use.operands))
     params = tuple(ref.name for ref in use.params if ref is not None)
     doc = f"{use.op} as a function of its parameters"
-    return StageFunction(f"player_{b.name(use.key)}", -1, inputs, use.ops, (), (use.op,), params, doc, use.extras)
+    return StageFunction(f"player_{b.name(use.key)}", -1, inputs, use.ops, (), (use.op,), params, doc, use.extras, buffers)
 
 
 def _trajectory(b: Builder, functions: tuple[StageFunction, ...]) -> None:

@@ -50,6 +50,7 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
         rest = [name for name in inputs if name not in extras]
         arguments = [*extras, "params", *rest]
         renamed = {name: f"params[{index}]" for index, name in enumerate(function.params)}
+        renamed.update(function.buffers)
     lines = []
     for name in function.ops:
         text = printer.operation(graph.op(name), params=renamed)

@@ -11,6 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gtddp_compile import kernels
+from gtddp_compile.frontends.attention import (
+    record_attention,
+    record_decoder,
+    record_encoder,
+    record_encoder_layer,
+    record_transformer,
+)
+from gtddp_compile.frontends.recurrent import record_cell, record_lstm_cell, record_recurrent
 
 Record = Callable[..., Any]
 
@@ -30,5 +38,17 @@ def record_instance_norm(tracer: Any, m: _InstanceNorm, x: Any) -> Any:
     return tracer.create_proxy("call_function", F.instance_norm, args, {})
 
 
-LAYERS: dict[type[nn.Module], Record] = {_BatchNorm: record_batch_norm, _InstanceNorm: record_instance_norm}
+LAYERS: dict[type[nn.Module], Record] = {
+    _BatchNorm: record_batch_norm,
+    _InstanceNorm: record_instance_norm,
+    nn.MultiheadAttention: record_attention,
+    nn.TransformerEncoderLayer: record_encoder_layer,
+    nn.TransformerEncoder: record_encoder,
+    nn.TransformerDecoder: record_decoder,
+    nn.Transformer: record_transformer,
+    nn.RNNBase: record_recurrent,
+    nn.LSTMCell: record_lstm_cell,
+    nn.GRUCell: record_cell,
+    nn.RNNCell: record_cell,
+}
 """By class; a subclass is recorded as its nearest base here."""

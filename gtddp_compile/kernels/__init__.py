@@ -62,6 +62,7 @@ from gtddp_compile.kernels.kronecker import (
     kronecker_widths,
     second_moment,
 )
+from gtddp_compile.kernels.layers import attention_mask, lstm_cell, recurrent, time_first
 from gtddp_compile.kernels.linear import (
     linear_directional,
     linear_gram,
@@ -105,6 +106,10 @@ from gtddp_compile.kernels.sweep import (
 )
 
 __all__ = [
+    "attention_mask",
+    "lstm_cell",
+    "recurrent",
+    "time_first",
     "batch_norm",
     "bernoulli_like_first",
     "bind",

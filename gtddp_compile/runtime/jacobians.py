@@ -182,7 +182,7 @@ class Trajectory:
     def blocks(self, t: int) -> Blocks:
         """Derivatives of stage ``t`` around the trajectory."""
         stage = self.graph.stages[t]
-        live = [name for name in stage.live if self.graph.value[name].control is None]
+        live = [name for name in stage.live if self.graph.value[name].control is None and not self._is_constant(name)]
         computed = [name for name in cut_after(self.graph, stage) if name in stage.produced and name in self.values]
         uses = self.graph.uses_in(stage.ops)
         points = [self.values[name].reshape(-1) for name in live]
@@ -210,8 +210,11 @@ class Trajectory:
     def assemble(self, t: int, blocks: Blocks) -> StageJacobians:
         """The augmented Jacobians of stage ``t``: identity blocks of what waits, and every use of every control."""
         stage, state, control = self.graph.stages[t], dict(blocks.values), {}
-        width = {name: self.values[name].numel() for name in (*stage.live, *stage.produced)}
         batch = self.batch
+        width = {
+            name: self.values[name].numel() * (batch if self._is_constant(name) else 1)
+            for name in (*stage.live, *stage.produced)
+        }
         for o in cut_after(self.graph, stage):
             for v in stage.live:
                 if v == o:
@@ -233,6 +236,11 @@ class Trajectory:
                     key = (o, f"params:{player.name}")
                     state[key] = state[key] + block @ own_copies
         return StageJacobians(state, control)
+
+    def _is_constant(self, name: str) -> bool:
+        """Whether a value is no sample's own and never moves (a buffer's, a table's); every sample gets a copy."""
+        value = self.values[name]
+        return self.graph.value[name].fixed and (not value.dim() or value.shape[0] != self.batch)
 
     def _users(self, use: str) -> tuple[Player, ...]:
         return self.graph.player_using[use]
@@ -283,6 +291,9 @@ class Trajectory:
         """``δv = v' - v`` of the named values, ``(B, n)``."""
         found = {}
         for name in names:
+            if self._is_constant(name):
+                found[name] = torch.zeros(self.batch, self.values[name].numel(), dtype=self.dtype)
+                continue
             delta = moved[name] - self.values[name]
             found[name] = delta.reshape(delta.shape[0], -1)
         return found

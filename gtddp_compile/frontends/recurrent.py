@@ -1,0 +1,69 @@
+"""torch's recurrent layers, one operation a layer: a flat value (B, …) that holds everything the layer gives.
+
+What torch returns is cut out of it. A deep recurrent module is as many players as it has layers; the dropout between
+them is an operation of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gtddp_compile import kernels
+
+
+def record_recurrent(tracer: Any, m: nn.RNNBase, x: Any, hx: Any = None) -> tuple[Any, Any]:
+    """``output, h_n`` or ``output, (h_n, c_n)`` as torch lays them out."""
+    lstm = m.mode == "LSTM"
+    directions = 2 if m.bidirectional else 1
+    size = m.proj_size or m.hidden_size
+    sizes = (size, m.hidden_size) if lstm else (size,)
+    given = () if hx is None else (tuple(hx) if isinstance(hx, tuple | list) else (hx,))
+    starts = [state.transpose(0, 1) for state in given]
+    x = x if m.batch_first else x.transpose(0, 1)
+    finals: list[list[Any]] = [[] for _ in sizes]
+    for layer in range(m.num_layers):
+        first = layer * directions
+        own = [state[:, first : first + directions] for state in starts]
+        weights = [getattr(m, name) for name in _names(m, layer)]
+        options = {"mode": m.mode, "directions": directions, "bias": m.bias, "sizes": sizes}
+        flat = tracer.create_proxy("call_function", kernels.recurrent, (x, weights, *own), options)
+        offset = 0
+        for found, width in zip(finals, sizes, strict=True):
+            end = offset + directions * width
+            found.append(flat[:, offset:end].unflatten(1, (directions, width)))
+            offset = end
+        x = flat[:, offset:].unflatten(1, (-1, directions * size))
+        if m.training and m.dropout and layer + 1 < m.num_layers:
+            # Time first and contiguous, so that torch's own masks are drawn.
+            x = F.dropout(x.transpose(0, 1).contiguous(), m.dropout, True).transpose(0, 1)
+    states = tuple(torch.cat(found, 1).transpose(0, 1) for found in finals)
+    return x if m.batch_first else x.transpose(0, 1), states if lstm else states[0]
+
+
+def _names(m: nn.RNNBase, layer: int) -> list[str]:
+    """Parameters of one layer, in the order of torch's flat weights."""
+    width = len(m._flat_weights_names) // m.num_layers
+    return list(m._flat_weights_names[layer * width : (layer + 1) * width])
+
+
+def record_lstm_cell(tracer: Any, m: nn.LSTMCell, x: Any, hx: Any = None) -> tuple[Any, Any]:
+    """``h, c``."""
+    h, c = hx if hx is not None else (x.new_zeros(x.shape[0], m.hidden_size),) * 2
+    args = (x, h, c, m.weight_ih, m.weight_hh, m.bias_ih, m.bias_hh)
+    flat = tracer.create_proxy("call_function", kernels.lstm_cell, args, {})
+    return flat[:, : m.hidden_size], flat[:, m.hidden_size :]
+
+
+def record_cell(tracer: Any, m: nn.GRUCell | nn.RNNCell, x: Any, hx: Any = None) -> Any:
+    """``h``."""
+    h = hx if hx is not None else x.new_zeros(x.shape[0], m.hidden_size)
+    function = torch.gru_cell if isinstance(m, nn.GRUCell) else _cells[m.nonlinearity]
+    args = (x, h, m.weight_ih, m.weight_hh, m.bias_ih, m.bias_hh)
+    return tracer.create_proxy("call_function", function, args, {})
+
+
+_cells = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
