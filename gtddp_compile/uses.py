@@ -141,6 +141,11 @@ def probe_generic(graph: ControlGraph, use: Use) -> Mapping[str, Any]:
     params = tuple(sample(parameter.shape, parameter.dtype) for parameter in info)
     op = graph.op(use.op)
     found = kernels.generic_probe(
-        operands, sample(op.shape or (), op.dtype), params, use.wants, function=partial(_evaluate, graph, use), **use.options
+        operands,
+        sample(op.shape or (), op.dtype),
+        params,
+        use.wants,
+        function=partial(_evaluate, graph, use),
+        **use.options,
     )
     return {**use.options, **found}

@@ -119,7 +119,9 @@ def _player_function(b: Builder, use: Use) -> StageFunction:
     inputs = (*use.extras, *(f"buffer {r.name}" if isinstance(r, BufferRef) else r.name for r in use.operands))
     params = tuple(ref.name for ref in use.params if ref is not None)
     doc = f"{use.op} as a function of its parameters"
-    return StageFunction(f"player_{b.name(use.key)}", -1, inputs, use.ops, (), (use.op,), params, doc, use.extras, buffers)
+    return StageFunction(
+        f"player_{b.name(use.key)}", -1, inputs, use.ops, (), (use.op,), params, doc, use.extras, buffers
+    )
 
 
 def _trajectory(b: Builder, functions: tuple[StageFunction, ...]) -> None:

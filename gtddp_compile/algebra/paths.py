@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from gtddp_compile.algebra.pattern import DENSE, IDENTITY, Entry
 from gtddp_compile.graph import ControlGraph, Op, ParamRef, Ref, Stage
 
-ALIASES = frozenset({"identity", "flatten", "reshape", "view", "unsqueeze", "squeeze", "contiguous", "clone"} | {"time_first"})
+ALIASES = frozenset(
+    {"identity", "flatten", "reshape", "view", "unsqueeze", "squeeze", "contiguous", "clone"} | {"time_first"}
+)
 NO_GRADIENT = frozenset({"detach"})
 CONTROL = "player:"
 

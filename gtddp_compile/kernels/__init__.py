@@ -107,9 +107,6 @@ from gtddp_compile.kernels.sweep import (
 
 __all__ = [
     "attention_mask",
-    "lstm_cell",
-    "recurrent",
-    "time_first",
     "batch_norm",
     "bernoulli_like_first",
     "bind",
@@ -167,6 +164,7 @@ __all__ = [
     "linear_rows",
     "linear_weighted",
     "loss_gradient",
+    "lstm_cell",
     "norm_directional",
     "norm_gram",
     "norm_gram_diagonal",
@@ -177,6 +175,7 @@ __all__ = [
     "pull_back",
     "pull_back_factors",
     "random_state",
+    "recurrent",
     "restore_random_state",
     "rows_of",
     "sample_grams",
@@ -195,6 +194,7 @@ __all__ = [
     "split_columns",
     "tap",
     "terminal",
+    "time_first",
     "uniform_like_first",
     "wide",
     "zero_like_first",

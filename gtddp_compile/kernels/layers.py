@@ -18,7 +18,9 @@ def attention_mask(
     for mask, keys in ((attn_mask, False), (key_padding_mask, True)):
         if mask is None:
             continue
-        bias = q.new_zeros(mask.shape).masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else mask.to(q.dtype)
+        bias = (
+            q.new_zeros(mask.shape).masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else mask.to(q.dtype)
+        )
         if keys:
             bias = bias[:, None, None]
         elif bias.dim() == 3:
@@ -58,7 +60,13 @@ def recurrent(
 
 
 def lstm_cell(
-    x: Tensor, h: Tensor, c: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
 ) -> Tensor:
     """``torch.nn.LSTMCell``, flat: ``(B, h | c)``."""
     return torch.cat(torch.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh), 1)

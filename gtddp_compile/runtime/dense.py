@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from sympy import MatAdd, MatrixExpr, MatrixSymbol
 from torch import Tensor
 
 from gtddp_compile.algebra.numeric import evaluate
@@ -168,6 +169,7 @@ class DenseBackend:
                 empty = values[d.value_x[o]].new_zeros(values[d.value_x[o]].shape[0], 0)  # a state of no values
                 columns = [torch.cat([jacobians.state[a, c] for a in outs]) for c in ins]
                 values[d.state[o, i]] = block = torch.cat([empty, *columns], 1)
+                values.update(_without_identity(d.state[o, i], block))
                 size[d.q_x[i].symbol.shape[0]] = block.shape[1]
                 for part in d.state[o, i].args if d.state[o, i].is_MatAdd else ():
                     if part.is_symbol:  # I + f: the derivation may have multiplied it out
@@ -315,6 +317,17 @@ def outer_products(g: dict[str, Tensor]) -> Pairs:
     return {
         (a, c): torch.block_diag(*(torch.outer(x, y) for x, y in zip(g[a], g[c], strict=True))) for a in g for c in g
     }
+
+
+def _without_identity(expression: MatrixExpr, block: Tensor) -> dict[Any, Tensor]:
+    """The ``J`` of a block ``k I + J``: what a value passes on itself, and through the stage's operations."""
+    if not isinstance(expression, MatAdd):
+        return {}
+    found: dict[Any, Tensor] = {}
+    (symbol,) = (term for term in expression.args if isinstance(term, MatrixSymbol))
+    (identity,) = (term for term in expression.args if term != symbol)
+    found[symbol] = block - float(identity.as_coeff_matrices()[0]) * torch.eye(len(block), dtype=block.dtype)
+    return found
 
 
 def _places(widths: Mapping[str, int], sample: int, count: int) -> tuple[Tensor, dict[str, tuple[slice, slice]]]:
