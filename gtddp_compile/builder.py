@@ -12,6 +12,7 @@ from typing import Any
 from sympy import MatrixExpr
 
 from gtddp_compile import kernels
+from gtddp_compile.costs import choose_gram
 from gtddp_compile.graph import BufferRef, ControlGraph, ParamRef, Player, Ref, map_leaves
 from gtddp_compile.instructions import Buffer, Function, Instruction, Param, Phase, Var, identifier
 from gtddp_compile.plan import Plan
@@ -36,6 +37,8 @@ class Builder:
     _names: dict[str, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
     _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)
+    _kept: dict[str, bool] = field(default_factory=dict)
+    _written: set[str] = field(default_factory=set)
 
     @cached_property
     def outputs(self) -> frozenset[str]:
@@ -129,6 +132,21 @@ class Builder:
     def identity(self, player: Player) -> str:
         """The identifier of a player: its operation's, unless several players decide there."""
         return self.name(use_key(self.graph, player, player.op))
+
+    def keeps(self, player: str) -> bool:
+        """Whether the player's per-sample gradients are built once and kept through both sweeps."""
+        if player not in self._kept:
+            uses = self.uses(player)
+            alone = len(uses) == 1 and uses[0].names == self.graph.player[player].parameters
+            usable = alone and not self.factored and self.plan.form.name in ("information", "block")
+            self._kept[player] = usable and choose_gram(self.graph, uses[0], self.plan.metric).kept
+        return self._kept[player]
+
+    def first_time(self, variable: str) -> bool:
+        """Whether this is the first time that somebody asks for the variable."""
+        new = variable not in self._written
+        self._written.add(variable)
+        return new
 
     def operand(self, ref: Ref | BufferRef | ParamRef | None) -> Any:
         """A kernel's operand or parameter, as a variable of the first sweep."""

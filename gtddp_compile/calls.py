@@ -20,9 +20,23 @@ def params(b: Builder, use: Use) -> tuple[object, ...]:
     return tuple(b.operand(ref) for ref in use.params)
 
 
+def _kept(b: Builder, t: int, player: Player) -> str:
+    """``γ`` of a player whose per-sample gradients are kept, built the first time; returns the variable."""
+    (use,) = b.uses(player.name)
+    name = f"rows_{b.name(use.key)}"
+    if b.first_time(name):
+        b.emit("backward", t, (f"*{name}",), b.kernel(use, "per_sample"), operands(b, use),
+               Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use))  # fmt: skip
+    return name
+
+
 def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, prefix: str, note: str) -> str:
     """``C w`` of one player over all its uses (``b + C w`` if the linear term is kept apart); returns the variable."""
     found = []
+    if b.keeps(player.name):
+        name = f"{prefix}_{b.identity(player)}"
+        b.emit(phase, t, (f"*{name}",), "rows_weighted", Var(_kept(b, t, player)), Var(weights), note=note)
+        return name
     for use in b.uses(player.name):
         g = output_gradient(b, use, weights)
         name = f"{prefix}_{b.name(use.key)}"
@@ -39,6 +53,10 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
 def gram(b: Builder, t: int, player: Player, metric: str) -> str:
     """``Γ`` of one player (over all columns, the gradient's included, where there are several)."""
     uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
+    if b.keeps(player.name):
+        b.emit("backward", t, (f"*{result}",), "joint_gram", Var(_kept(b, t, player)), Var(metric), Var(b.rows),
+               note="gamma M^-1 gamma^T")  # fmt: skip
+        return result
     if len(uses) == 1 and uses[0].names == player.parameters:
         use = uses[0]
         others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks") if b.factored else ()
@@ -92,6 +110,10 @@ def directional(
                 continue
             change = tuple(Code(f"{directions[player.name]}[{player.parameters.index(name)}]") for name in use.names)
             name = f"{result}_{b.name(use.key)}"
+            if b.keeps(player.name):
+                b.emit(phase, t, (f"*{name}",), "rows_directional", Var(_kept(b, t, player)), change)
+                parts.append(name)
+                continue
             kernel = b.kernel(use, "directional")
             call = ("factor_directional", Function(kernel)) if b.factored else (kernel,)
             b.emit(phase, t, (f"*{name}",), *call, operands(b, use),

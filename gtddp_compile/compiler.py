@@ -56,6 +56,7 @@ def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *
         statistics=curvature.needs_statistics,
         decay=decay,
         clip=options.feedback_clip,
+        metric=curvature.metric,
         terminal="gradient" if options.factored else str(options.terminal_kind),
     )
     lowered = lower(plan)

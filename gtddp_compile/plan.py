@@ -87,6 +87,7 @@ class Plan:
         clip: bound on ``c``, in units of the aim; ``None`` for none.
         terminal: how the loss is expanded in the outputs.
         removed: what the pass left out and why, in words.
+        metric: the curvature's kind.
     """
 
     graph: ControlGraph
@@ -97,3 +98,4 @@ class Plan:
     clip: float | None
     terminal: str
     removed: tuple[str, ...]
+    metric: str = "spherical"

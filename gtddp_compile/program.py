@@ -17,6 +17,7 @@ from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation, StageDerivation
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.columns import describe_terminal, vectorises
+from gtddp_compile.costs import choose_gram
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, write
 from gtddp_compile.graph import ControlGraph, Player
@@ -192,7 +193,9 @@ class UpdateProgram:
             return "a block a sample" if self.form.factored else "diagonal"
         if self.form.factored:
             return "per-sample gradients, uses added" if len(uses) > 1 else "kernel, columns as samples"
-        return "per-sample gradients, uses added" if len(uses) > 1 else "kernel"
+        if len(uses) > 1:
+            return "per-sample gradients, uses added"
+        return str(choose_gram(self.graph, uses[0], self.lowered.plan.metric))
 
 
 class StageNotes(Mapping[int, str]):

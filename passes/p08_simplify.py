@@ -33,6 +33,7 @@ def simplify(
     decay: bool = False,
     clip: float | None = 1.0,
     terminal: str = "geometric",
+    metric: str = "spherical",
 ) -> Plan:
     """Decide what lives.
 
@@ -45,6 +46,7 @@ def simplify(
         decay: whether any parameter has coupled weight decay.
         clip: bound on ``c``.
         terminal: how the loss is expanded in the outputs.
+        metric: the curvature's kind, on which the form of the Gram matrices depends.
     """
     graph = derived.graph
     feeds = _contractions(graph) if feedback is True else ()
@@ -66,7 +68,7 @@ def simplify(
         for stage in graph.stages
     )
     removed = _describe(graph, stages, decay=decay, factored=form.factored)
-    return Plan(graph, form if decay else without_decay(form), coupling, stages, decay, clip, terminal, removed)
+    return Plan(graph, form if decay else without_decay(form), coupling, stages, decay, clip, terminal, removed, metric)
 
 
 def _moves(graph: ControlGraph, name: str) -> bool:

@@ -6,6 +6,7 @@ dynamics, run in both sweeps), one a player that goes through a generic kernel, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,6 +15,8 @@ from typing import Any
 from gtddp_compile.instructions import Instruction, StageFunction, render_instruction
 from gtddp_compile.passes.p09_lower import Lowered
 from gtddp_compile.printing import Printer
+
+IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 TITLES = {
     "trajectory": "sweep 1: the trajectory, cut before every stage",
@@ -98,14 +101,37 @@ def body(lowered: Lowered, style: Style) -> list[str]:
 
 def _step(lowered: Lowered) -> str:
     """``step(m, p, b, q, b_again, inputs, targets)``, one line an instruction."""
-    text = "\n    ".join([*body(lowered, Style(_show, _heading)), "return phi"])
+    text = "\n    ".join([*body(lowered, Style(_show_and_free(lowered), _heading)), "return phi"])
     doc = '"""One step: m is the base method, p and q the old and the new parameters."""'
     return f"def step(m, p, b, q, b_again, inputs, targets):\n    {doc}\n    {text}"
 
 
-def _show(instruction: Instruction) -> Sequence[str]:
-    text = render_instruction(instruction)
-    return (f"{text}  # {instruction.note}" if instruction.note else text,)
+def _show_and_free(lowered: Lowered) -> Callable[[Instruction], Sequence[str]]:
+    """One line an instruction, and one that lets go of what nobody reads after it."""
+    last: dict[str, int] = {}
+    for instruction in lowered.instructions:
+        for name in (*_written(instruction), *IDENTIFIER.findall(render_instruction(instruction))):
+            last[name] = id(instruction)
+    free: dict[int, list[str]] = {}
+    for name in dict.fromkeys(name for instruction in lowered.instructions for name in _written(instruction)):
+        if name not in ("phi", "inputs", "targets", "_"):
+            free.setdefault(last[name], []).append(name)
+    for instruction in lowered.instructions:
+        if "_" in instruction.writes:
+            free.setdefault(id(instruction), []).append("_")
+
+    def show(instruction: Instruction) -> Sequence[str]:
+        text = render_instruction(instruction)
+        lines = [f"{text}  # {instruction.note}" if instruction.note else text]
+        if id(instruction) in free:
+            lines.append(f"del {', '.join(free[id(instruction)])}")
+        return lines
+
+    return show
+
+
+def _written(instruction: Instruction) -> list[str]:
+    return [name.removeprefix("*") for name in instruction.writes]
 
 
 def _heading(instruction: Instruction) -> Sequence[str]:

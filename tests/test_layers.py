@@ -29,6 +29,7 @@ LAYERS = {
     "rules": 3,
     "terminal": 3,
     "builder": 4,
+    "costs": 4,
     "calls": 4,
     "columns": 4,
     "cooperation": 4,

@@ -49,7 +49,12 @@ def scale(g: Tensor, weights: Tensor) -> Tensor:
 
 def contract(g: Tensor, after: Tensor, before: Tensor) -> Tensor:
     """``⟨g_i, δx_i⟩``, shape (B,): the first-order change of each sample's loss."""
-    return wide(torch.linalg.vecdot(g.reshape(g.shape[0], -1), (after - before).reshape(g.shape[0], -1)))
+    rows = max(1, 2**20 * g.shape[0] // max(1, g.numel()))
+    if rows >= g.shape[0] or torch.compiler.is_compiling():
+        return wide(torch.linalg.vecdot(g.reshape(g.shape[0], -1), (after - before).reshape(g.shape[0], -1)))
+    # Some samples at a time: the difference stays in the cache.
+    parts = zip(g.split(rows), after.split(rows), before.split(rows), strict=True)
+    return torch.cat([contract(*part) for part in parts])
 
 
 def wide(value: Tensor) -> Tensor:
@@ -110,18 +115,41 @@ def gram_blocks(
 
 
 def joint_gram(gradients: tuple[Tensor, ...], metric: tuple[Any, ...], rows: Sequence[slice]) -> Blocks:
-    """``Γ`` from ``γ`` itself: for parameters used more than once, whose uses add up before the product."""
-    found = []
-    for row in rows:
-        total: Tensor | None = None
-        for gamma, inverse in zip(gradients, metric, strict=True):
-            part = wide(gamma[row])
-            flat = part.reshape(part.shape[0], -1)
-            block = (part * inverse).reshape(flat.shape) @ flat.T
-            total = block if total is None else total + block
-        assert total is not None
-        found.append(total)
-    return tuple(found)
+    """``Γ`` from ``γ`` itself: where it is kept, or where several uses add up before the product."""
+    return tuple(
+        functools.reduce(
+            torch.add, (_rows_gram(wide(gamma[row]).flatten(1), m) for gamma, m in zip(gradients, metric, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _rows_gram(gamma: Tensor, inverse: Any) -> Tensor:
+    """``γ M⁻¹ γᵀ`` of one parameter, ``γ`` ``(B, m)``; a diagonal metric is applied a bounded piece at a time."""
+    if not isinstance(inverse, Tensor) or inverse.dim() == 0:
+        return (gamma @ gamma.mT) * inverse
+    gram = gamma.new_zeros(gamma.shape[0], gamma.shape[0])
+    step = max(1, 2**22 // gamma.shape[0])
+    for part, scale in zip(gamma.split(step, 1), inverse.flatten().to(gamma.dtype).split(step), strict=True):
+        gram.addmm_(part * scale, part.mT)
+    return gram
+
+
+def rows_weighted(gradients: tuple[Tensor, ...], weights: Tensor) -> tuple[Tensor, ...]:
+    """``γᵀ w`` from ``γ`` itself, of each parameter's shape."""
+    return tuple((weights.to(gamma.dtype) @ gamma.flatten(1)).reshape(gamma.shape[1:]) for gamma in gradients)
+
+
+def rows_directional(gradients: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Tensor:
+    """``⟨γ_i, v⟩`` from ``γ`` itself, ``(B,)``."""
+    pairs = zip(gradients, direction, strict=True)
+    return torch.stack([gamma.flatten(1) @ change.flatten() for gamma, change in pairs]).sum(0)
+
+
+def rows_gram_diagonal(gradients: tuple[Tensor, ...], metric: tuple[Any, ...]) -> Tensor:
+    """The diagonal of ``γ M⁻¹ γᵀ`` from ``γ`` itself, ``(B,)``."""
+    pairs = zip(gradients, metric, strict=True)
+    return torch.stack([(gamma.square() * inverse).flatten(1).sum(1) for gamma, inverse in pairs]).sum(0)
 
 
 def gather(order: tuple[str, ...], *parts: tuple[tuple[str, ...], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
