@@ -23,7 +23,7 @@ CHUNK = 2**22
 ADD = 40
 """What an elementwise multiplication or addition on a large tensor costs, in multiplications of a matrix product."""
 
-GROUPED = 64
+GROUPED = 256
 """Output positions from which a grouped convolution beats unfolded patches on a CPU."""
 
 

@@ -1,0 +1,133 @@
+"""What the timing benchmarks share: the machine, interleaved timing, peak memory of a process of its own, tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PERFORMANCE = DOCS / "performance.md"
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"cpu": time.process_time, "wall": time.perf_counter}
+"""CPU time of the process is disturbed less by what else the machine does; with one thread the two agree at rest."""
+
+
+def machine(threads: int) -> str:
+    """One line: processor, cores, threads used, versions, day."""
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    processor = found.group(1) if found else platform.processor()
+    return (
+        f"{processor}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}, {date.today():%d %B %Y}"
+    )
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How long one thing takes against another, measured in turns.
+
+    Attributes:
+        base, ours: median seconds.
+        ratio: median of the pairs' ratios.
+        low, high: their quartiles.
+    """
+
+    base: float
+    ours: float
+    ratio: float
+    low: float
+    high: float
+
+
+def interleaved(
+    base: Callable[[], object], ours: Callable[[], object], pairs: int, clock: str = "cpu", warm: int = 2
+) -> Ratio:
+    """Time both in turns, after ``warm`` runs of each; the order within a pair changes from pair to pair."""
+    now = CLOCKS[clock]
+
+    def once(run: Callable[[], object]) -> float:
+        start = now()
+        run()
+        return now() - start
+
+    for _ in range(warm):
+        base(), ours()
+    first, second = [], []
+    for index in range(pairs):
+        if index % 2:
+            second.append(once(ours))
+            first.append(once(base))
+        else:
+            first.append(once(base))
+            second.append(once(ours))
+    ratios = [b / a for a, b in zip(first, second, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if pairs > 1 else ratios * 3
+    return Ratio(statistics.median(first), statistics.median(second), middle, low, high)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def resident() -> float:
+    """Resident memory of this process, MiB."""
+    return _status("VmRSS")
+
+
+def reset_peak() -> None:
+    """Begin a new peak of resident memory (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak() -> float:
+    """Peak of resident memory since :func:`reset_peak`, MiB."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> float:
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    found = re.search(rf"{key}:\s+(\d+) kB", text)
+    assert found is not None
+    return int(found.group(1)) / 1024
+
+
+def in_process(script: str, *arguments: str) -> Mapping[str, float]:
+    """Run a benchmark script again in a process of its own; it prints one JSON object as its last line."""
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    result: Mapping[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_section(name: str, text: str, path: Path = PERFORMANCE) -> None:
+    """Put a measured section into a page, between its own markers; every other part stays as it is."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    page = path.read_text(encoding="utf-8") if path.exists() else "# Performance\n"
+    block = f"{begin}\n{text.strip()}\n{end}"
+    if begin in page:
+        before, _, rest = page.partition(begin)
+        page = before + block + rest.partition(end)[2]
+    else:
+        page = f"{page.rstrip()}\n\n{block}\n"
+    path.write_text(page, encoding="utf-8")
