@@ -11,7 +11,7 @@ from gtddp_compile.algebra.derivation import Recursion
 from gtddp_compile.curvature import Curvature, resolve
 from gtddp_compile.losses import split
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Backend, Feedback, Options, Reading
+from gtddp_compile.options import Backend, Feedback, Gram, Options, Reading
 from gtddp_compile.terminal import Terminal, check_terminal
 
 
@@ -30,6 +30,7 @@ def compile_optimizer(
     backend: Backend = "fast",
     mixing: Reading = "block",
     cooperative: bool | None = None,
+    gram: Gram = "exact",
     **curvature_options: Any,
 ) -> CompiledOptimizer:
     """Derive an optimal-control optimizer for a network.
@@ -65,6 +66,8 @@ def compile_optimizer(
         cooperative: whether coalitions use the cross terms of a curvature that has them (``"kfac"``, ``"ekfac"``:
             Theorem 3, Corollary 7). By default they do, except with ``feedback=False``, which is exactly the base
             method; True there too: the cooperative base method without feedback.
+        gram: how the Gram matrices are made: ``"exact"``; ``"separable"``: a diagonal metric as a product of one of
+            outputs and one of inputs; ``Sketch(columns)``: random signs as well, where that is cheaper.
         **curvature_options: options of the named curvature.
 
     Returns:
@@ -83,6 +86,7 @@ def compile_optimizer(
         backend,
         mixing,
         cooperative,
+        gram,
     )
     base, losses = resolve(curvature, **curvature_options), split(loss)
     check_terminal(losses, options.terminal_kind)

@@ -18,6 +18,9 @@ from gtddp_compile.instructions import Buffer, Function, Instruction, Param, Pha
 from gtddp_compile.plan import Plan
 from gtddp_compile.uses import Use, describe_use, use_key
 
+METRICS = ("spherical", "diagonal")
+"""Curvatures whose Gram matrices are made player by player from parameters' own metrics."""
+
 RESERVED = frozenset(
     {"torch", "F", "operator", "m", "p", "b", "q", "b_again", "inputs", "targets", "outputs", "math", "rows"}
     | {"ones", "aim", "rank", "rows_all", "tau", "start", "phi", "loss", "step", "random_state"}
@@ -138,8 +141,13 @@ class Builder:
         if player not in self._kept:
             uses = self.uses(player)
             alone = len(uses) == 1 and uses[0].names == self.graph.player[player].parameters
-            usable = alone and not self.factored and self.plan.form.name in ("information", "block")
-            self._kept[player] = usable and choose_gram(self.graph, uses[0], self.plan.metric).kept
+            usable = (
+                alone
+                and self.plan.metric in METRICS
+                and not self.factored
+                and self.plan.form.name in ("information", "block")
+            )
+            self._kept[player] = usable and choose_gram(self.plan, uses[0]).kept
         return self._kept[player]
 
     def first_time(self, variable: str) -> bool:

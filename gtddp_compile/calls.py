@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gtddp_compile.builder import Builder
+from gtddp_compile.costs import choose_gram
 from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
 from gtddp_compile.uses import Use
@@ -59,11 +60,14 @@ def gram(b: Builder, t: int, player: Player, metric: str) -> str:
         return result
     if len(uses) == 1 and uses[0].names == player.parameters:
         use = uses[0]
+        choice = "exact" if b.factored else choose_gram(b.plan, use).approximate
+        more = {"columns": b.plan.columns, "seed": t} if choice == "sketch" else {}
+        kernel = "gram" if choice == "exact" else f"{choice}_gram"
         others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks") if b.factored else ()
-        first = [Function(name) for name in (b.kernel(use, "gram"), *others)]
+        first = [Function(name) for name in (b.kernel(use, kernel), *others)]
         b.emit("backward", t, (f"*{result}",), "factor_gram" if b.factored else "gram_blocks", *first, operands(b, use),
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
-               note="gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
+               note="gamma M^-1 gamma^T", **b.options(use), **more)  # fmt: skip
         return result
     b.emit("backward", t, (f"*{result}",), "joint_gram", Var(per_sample(b, t, player)), Var(metric), Var(b.rows),
            note="gamma M^-1 gamma^T")  # fmt: skip

@@ -11,7 +11,7 @@ from gtddp_compile.cooperation import BY_PARAMETER, MetricRules
 from gtddp_compile.curvature import Curvature, Kronecker
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
-from gtddp_compile.options import Options
+from gtddp_compile.options import Options, Sketch
 from gtddp_compile.passes import (
     augment,
     collapse,
@@ -57,6 +57,8 @@ def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *
         decay=decay,
         clip=options.feedback_clip,
         metric=curvature.metric,
+        gram="sketch" if isinstance(options.gram, Sketch) else options.gram,
+        columns=options.gram.columns if isinstance(options.gram, Sketch) else 0,
         terminal="gradient" if options.factored else str(options.terminal_kind),
     )
     lowered = lower(plan)

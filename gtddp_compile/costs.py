@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from gtddp_compile import kernels
-from gtddp_compile.graph import ControlGraph
+from gtddp_compile.plan import Plan
 from gtddp_compile.uses import Use
 
 KEEP = 2.0
@@ -25,44 +25,94 @@ class GramChoice:
 
     Attributes:
         form: ``"separable"`` (products of input and output Gram matrices), ``"pairs"``, ``"patches"``, ``"pixels"``
-            (sums over pairs of positions) or ``"per-sample"`` (``γ`` itself).
+            (sums over pairs of positions), ``"per-sample"`` (``γ`` itself) or ``"sketch"``.
         kept: whether ``γ`` is kept for the weighted gradients.
+        approximate: ``"exact"``, ``"separable"`` or ``"sketch"``: which kernels make it.
     """
 
     form: str
-    kept: bool
+    kept: bool = False
+    approximate: str = "exact"
 
     def __str__(self) -> str:
-        return f"{self.form}, kept" if self.kept else self.form
+        said = [self.form, *(["kept"] if self.kept else [])]
+        return ", ".join(said + (["metric separated"] if self.approximate == "separable" else []))
 
 
-def choose_gram(graph: ControlGraph, use: Use, metric: str) -> GramChoice:
-    """The choice for one use of a player's parameters.
-
-    Args:
-        graph: with the shapes of the example inputs.
-        use: the use.
-        metric: the curvature's kind, ``"spherical"`` or ``"diagonal"``.
-    """
-    prefix = use.rule.prefix
+def choose_gram(plan: Plan, use: Use) -> GramChoice:
+    """The choice for one use of a player's parameters."""
+    prefix, graph = use.rule.prefix, plan.graph
     if prefix == "norm":
         return GramChoice("per-sample", True)
     shapes = [graph.op(ref.name).shape for ref in use.operands if ref.name in graph.ops.position]
     output = graph.op(use.op).shape
     weight = graph.ops.parameter_info.get(use.params[0].name) if use.params and use.params[0] is not None else None
     if prefix not in ("linear", "conv") or not output or not shapes or not shapes[0] or weight is None:
-        return GramChoice("per-sample", False)
-    x, size = shapes[0], math.prod(weight.shape)
-    if prefix == "linear":
-        positions = math.prod(output[1:-1])
-        form = kernels.linear_gram_form(output[0], positions, x[-1], output[-1])
-        form = "separable" if form == "pairs" and positions == 1 else form
-    else:
-        groups = use.options["groups"]
-        positions, pixels = math.prod(output[2:]), math.prod(x[2:])
-        kernel = math.prod(weight.shape[2:])
-        form = kernels.conv_gram_form(output[0], positions, pixels, weight.shape[1], kernel, output[1] // groups)
-    if metric == "diagonal" or form == "materialised":
-        held = (math.prod(x) + math.prod(output)) // output[0]
-        return GramChoice("per-sample", size <= KEEP * held and use.wants[0])
-    return GramChoice(form, False)
+        return GramChoice("per-sample")
+    layer = _Layer(prefix, shapes[0], output, tuple(weight.shape), use.options.get("groups", 1))
+    diagonal = plan.metric == "diagonal"
+    separated = diagonal and plan.gram != "exact"
+    form = layer.form(diagonal=diagonal and not separated)
+    kept = form == "per-sample" and use.wants[0] and layer.fits and not separated
+    exact = GramChoice(form, kept, "separable" if separated else "exact")
+    if plan.gram == "sketch" and layer.sketch(plan.columns) + layer.weighted < layer.cost(exact):
+        return GramChoice(f"sketch of {plan.columns} columns", False, "sketch")
+    return exact
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Shapes of a linear layer or convolution; costs are multiplications."""
+
+    prefix: str
+    x: tuple[int, ...]
+    output: tuple[int, ...]
+    weight: tuple[int, ...]
+    groups: int
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.output[1:-1] if self.prefix == "linear" else self.output[2:])
+
+    @property
+    def patch(self) -> int:
+        return math.prod(self.weight[1:])
+
+    @property
+    def fits(self) -> bool:
+        """Whether ``γ`` is small enough to keep."""
+        return math.prod(self.weight) <= KEEP * (math.prod(self.x) + math.prod(self.output)) / self.output[0]
+
+    @property
+    def weighted(self) -> float:
+        """The weighted gradient from inputs and output gradients."""
+        return math.prod(self.output) * self.patch
+
+    def form(self, *, diagonal: bool) -> str:
+        """The exact form, as the kernels take it."""
+        batch, outputs = self.output[0], self.weight[0] // self.groups
+        if diagonal:
+            return "per-sample"
+        if self.prefix == "linear":
+            form = kernels.linear_gram_form(batch, self.positions, self.patch, outputs)
+            form = "separable" if form == "pairs" and self.positions == 1 else form
+        else:
+            pixels, kernel = math.prod(self.x[2:]), math.prod(self.weight[2:])
+            form = kernels.conv_gram_form(batch, self.positions, pixels, self.weight[1], kernel, outputs)
+        return "per-sample" if form == "materialised" else form
+
+    def cost(self, choice: GramChoice) -> float:
+        """The Gram matrix and the weighted gradient."""
+        batch, outputs = self.output[0], self.weight[0]
+        if choice.form == "per-sample":
+            build = self.weighted + batch**2 * math.prod(self.weight)
+            return build + (batch * math.prod(self.weight) if choice.kept else self.weighted)
+        pairs = (batch * self.positions) ** 2
+        inputs = self.x[1] if choice.form == "pixels" else self.patch * self.groups
+        return pairs * (inputs + outputs) / 2 + self.weighted
+
+    def sketch(self, columns: int) -> float:
+        """Projected inputs, their products with output gradients, and the Gram matrix of those."""
+        batch, outputs = self.output[0], self.weight[0]
+        projected = batch * self.positions * columns * (self.groups * self.patch + outputs)
+        return projected + batch**2 * outputs * columns

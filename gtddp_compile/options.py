@@ -16,6 +16,31 @@ Reading = Literal["block", "exact"]
 
 
 @dataclass(frozen=True)
+class Sketch:
+    """Gram matrices from gradients multiplied by random signs, where that is cheaper than the exact ones.
+
+    Unbiased over the signs, positive semidefinite, entries good to about ``√(2 / columns)``; a diagonal metric is
+    separated first (``gram="separable"``). Do not use it to compare with the dense backend, nor for layers without
+    positions and a spherical metric: their exact Gram matrix is cheaper still, and is taken.
+
+    Attributes:
+        columns: signs a layer input.
+
+    Raises:
+        CompileError: not a positive number of columns.
+    """
+
+    columns: int = 32
+
+    def __post_init__(self) -> None:
+        if isinstance(self.columns, bool) or not isinstance(self.columns, int) or self.columns < 1:
+            raise CompileError(f"Sketch has columns={self.columns!r}", "Give a number of columns of at least 1")
+
+
+Gram = Literal["exact", "separable"] | Sketch
+
+
+@dataclass(frozen=True)
 class Options:
     """What :func:`gtddp_compile.compile_optimizer` was asked for, apart from model, loss and curvature.
 
@@ -32,6 +57,7 @@ class Options:
     backend: Backend = "fast"
     mixing: Reading = "block"
     cooperative: bool | None = None
+    gram: Gram = "exact"
 
     def __post_init__(self) -> None:
         if self.feedback not in (True, False, "open"):
@@ -56,6 +82,7 @@ class Options:
             raise _unknown("coupling", self.coupling, "'full', 'block' or a group size of at least 1")
         if self.terminal not in (None, *RANK_ONE, "ggn") and not isinstance(self.terminal, MonteCarlo):
             raise _unknown("terminal", self.terminal, "'geometric', 'gradient', 'ggn' or MonteCarlo(rank)")
+        self._check_gram()
         clip = self.feedback_clip
         if clip is not None and not clip > 0:
             raise _unknown("feedback_clip", clip, "a positive number or None")
@@ -69,6 +96,17 @@ class Options:
     def factored(self) -> bool:
         """Whether the terminal factor has columns of its own, apart from the gradient."""
         return self.terminal_kind not in RANK_ONE
+
+    def _check_gram(self) -> None:
+        if self.gram == "exact":
+            return
+        if self.gram != "separable" and not isinstance(self.gram, Sketch):
+            raise _unknown("gram", self.gram, "'exact', 'separable' or Sketch(columns)")
+        if self.backend == "dense" or self.recursion != "levenberg" or self.factored:
+            raise CompileError(
+                f"gram={self.gram!r} approximates the Gram matrices of the fast backend's rank-one form",
+                "Use it with backend='fast', recursion='levenberg' and terminal 'gradient' or 'geometric'",
+            )
 
     @property
     def cooperates(self) -> bool:

@@ -88,6 +88,8 @@ class Plan:
         terminal: how the loss is expanded in the outputs.
         removed: what the pass left out and why, in words.
         metric: the curvature's kind.
+        gram: ``"exact"``, ``"separable"`` or ``"sketch"``.
+        columns: of the sketch.
     """
 
     graph: ControlGraph
@@ -99,3 +101,5 @@ class Plan:
     terminal: str
     removed: tuple[str, ...]
     metric: str = "spherical"
+    gram: str = "exact"
+    columns: int = 0

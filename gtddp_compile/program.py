@@ -195,7 +195,7 @@ class UpdateProgram:
             return "per-sample gradients, uses added" if len(uses) > 1 else "kernel, columns as samples"
         if len(uses) > 1:
             return "per-sample gradients, uses added"
-        return str(choose_gram(self.graph, uses[0], self.lowered.plan.metric))
+        return str(choose_gram(self.lowered.plan, uses[0]))
 
 
 class StageNotes(Mapping[int, str]):

@@ -34,6 +34,8 @@ def simplify(
     clip: float | None = 1.0,
     terminal: str = "geometric",
     metric: str = "spherical",
+    gram: str = "exact",
+    columns: int = 0,
 ) -> Plan:
     """Decide what lives.
 
@@ -47,6 +49,8 @@ def simplify(
         clip: bound on ``c``.
         terminal: how the loss is expanded in the outputs.
         metric: the curvature's kind, on which the form of the Gram matrices depends.
+        gram: ``"exact"``, or which approximation of the Gram matrices was asked for.
+        columns: of a sketch.
     """
     graph = derived.graph
     feeds = _contractions(graph) if feedback is True else ()
@@ -68,7 +72,19 @@ def simplify(
         for stage in graph.stages
     )
     removed = _describe(graph, stages, decay=decay, factored=form.factored)
-    return Plan(graph, form if decay else without_decay(form), coupling, stages, decay, clip, terminal, removed, metric)
+    return Plan(
+        graph,
+        form if decay else without_decay(form),
+        coupling,
+        stages,
+        decay,
+        clip,
+        terminal,
+        removed,
+        metric,
+        gram,
+        columns,
+    )
 
 
 def _moves(graph: ControlGraph, name: str) -> bool:

@@ -3,6 +3,12 @@
 The contract that layer kernels share is in ``gtddp_compile.rules.base``.
 """
 
+from gtddp_compile.kernels.approximate import (
+    conv_separable_gram,
+    conv_sketch_gram,
+    linear_separable_gram,
+    linear_sketch_gram,
+)
 from gtddp_compile.kernels.batch_norm import batch_norm
 from gtddp_compile.kernels.conv import (
     conv_directional,
@@ -129,6 +135,8 @@ __all__ = [
     "conv_gram_form",
     "conv_per_sample",
     "conv_rows",
+    "conv_separable_gram",
+    "conv_sketch_gram",
     "conv_weighted",
     "copy_like_first",
     "factor",
@@ -165,6 +173,8 @@ __all__ = [
     "linear_gram_form",
     "linear_per_sample",
     "linear_rows",
+    "linear_separable_gram",
+    "linear_sketch_gram",
     "linear_weighted",
     "loss_gradient",
     "lstm_cell",

@@ -1,0 +1,144 @@
+"""Cheaper Gram matrices, by name (theory: section 4d): a separable metric, and a random sketch of the inputs.
+
+A diagonal metric ``D`` (outputs × inputs) does not separate. ``separable`` puts ``D_ab ≈ r_a c_b`` with ``r`` its row
+means and ``c`` its column means over their mean, exact where ``D`` has rank one: then ``Γ`` is the spherical one of
+``x ∘ √c`` and ``g ∘ √r``. Entries of a convolution's kernel share their input channel's ``c``.
+
+``sketch`` multiplies every sample's gradient by the same random signs ``Ω`` (inputs × k, ``E[Ω Ωᵀ] = k I``) before the
+product: ``γ_i Ω / √k = Σ_t g_it (Ωᵀ x_it)ᵀ / √k`` needs the projected inputs alone, never ``γ_i``. ``Γ`` stays positive
+semidefinite, is unbiased over the signs, and its entries' relative error falls as ``√(2 / k)`` at worst. Signs are the
+same at every step. Biases, being small, are exact.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gtddp_compile.kernels.conv import conv_gram
+from gtddp_compile.kernels.linear import linear_gram
+
+
+def _separate(metric: Tensor | float, groups: int = 1) -> tuple[Tensor | float, Tensor | float]:
+    """``(√r, √c)`` of a weight's metric: by output ``(m,)`` and by input ``(groups · n,)``; floats if spherical."""
+    if not isinstance(metric, Tensor) or metric.dim() == 0:
+        return metric**0.5, 1.0
+    table = metric.reshape(groups, metric.shape[0] // groups, metric.shape[1], -1).mean(3)
+    rows = table.mean(2)
+    columns = table.mean(1) / rows.mean(1, keepdim=True)
+    return rows.flatten().sqrt(), columns.flatten().sqrt()
+
+
+def _along(values: Tensor, factor: Tensor | float, axis: int) -> Tensor:
+    """``values`` times a factor for each entry of one axis."""
+    if isinstance(factor, Tensor) and factor.dim():
+        factor = factor.reshape(factor.shape[0], *(1,) * (values.dim() - 1 - axis % values.dim()))
+    return values * factor
+
+
+def _signs(rows: int, columns: int, like: Tensor, seed: int) -> Tensor:
+    """Random signs over ``√columns``, the same for the same seed; the global generators are left alone."""
+    drawn = torch.randint(0, 2, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    return (drawn * 2 - 1).to(like.device, like.dtype) * columns**-0.5
+
+
+def _bias(g: Tensor, wants: tuple[bool, ...], metric: tuple[Tensor | float, ...], axis: int) -> Tensor | float:
+    """The bias's part, ``g`` summed over positions; ``axis`` is the channels'."""
+    if not wants[1]:
+        return 0.0
+    rows = g.movedim(axis, 1).flatten(2).sum(2) if g.dim() > 2 else g
+    rows = rows * metric[-1] ** 0.5
+    return rows @ rows.mT
+
+
+def linear_separable_gram(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+) -> Tensor:
+    """``γ M⁻¹ γᵀ`` with the weight's metric separated, ``(B, B)``."""
+    bias = _bias(g, wants, metric, -1)
+    if not wants[0]:
+        return g.new_zeros(g.shape[0], g.shape[0]) + bias
+    by_output, by_input = _separate(metric[0])
+    scaled = (_along(operands[0], by_input, -1),)
+    return linear_gram(scaled, _along(g, by_output, -1), params, (True, False), (1.0,)) + bias
+
+
+def linear_sketch_gram(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+    *,
+    columns: int,
+    seed: int,
+) -> Tensor:
+    """``γ M⁻¹ γᵀ`` with the weight's metric separated and its inputs projected to ``columns``, ``(B, B)``."""
+    bias = _bias(g, wants, metric, -1)
+    if not wants[0]:
+        return g.new_zeros(g.shape[0], g.shape[0]) + bias
+    by_output, by_input = _separate(metric[0])
+    x = operands[0]
+    projected = x @ _along(_signs(x.shape[-1], columns, x, seed), by_input, 0)
+    return linear_gram((projected,), _along(g, by_output, -1), params, (True, False), (1.0,)) + bias
+
+
+def conv_separable_gram(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``γ M⁻¹ γᵀ`` with the weight's metric separated, ``(B, B)``."""
+    bias = _bias(g, wants, metric, 1)
+    if not wants[0]:
+        return g.new_zeros(g.shape[0], g.shape[0]) + bias
+    by_output, by_input = _separate(metric[0], groups)
+    scaled, g = (_along(operands[0], by_input, 1),), _along(g, by_output, 1)
+    own = conv_gram(
+        scaled, g, params, (True, False), (1.0,), stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
+    return own + bias
+
+
+def conv_sketch_gram(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+    columns: int,
+    seed: int,
+) -> Tensor:
+    """``γ M⁻¹ γᵀ`` with the weight's metric separated and patches projected to ``columns``, ``(B, B)``.
+
+    The projection of the patches is a convolution with random filters: nothing is unfolded.
+    """
+    bias = _bias(g, wants, metric, 1)
+    if not wants[0]:
+        return g.new_zeros(g.shape[0], g.shape[0]) + bias
+    by_output, by_input = _separate(metric[0], groups)
+    x, shape = operands[0], params[0].shape[1:]
+    filters = _signs(groups * columns, shape.numel(), x, seed) * (shape.numel() / columns) ** 0.5
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(shape) - 1]
+    projected = function(
+        _along(x, by_input, 1), filters.reshape(-1, *shape), None, stride, padding, dilation, groups
+    )  # fmt: skip
+    samples = g.shape[0]
+    rows = _along(g, by_output, 1).reshape(samples, groups, -1, projected[0, 0].numel())
+    gamma = (rows @ projected.reshape(samples, groups, columns, -1).mT).flatten(1)
+    return gamma @ gamma.mT + bias
