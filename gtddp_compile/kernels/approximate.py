@@ -32,7 +32,8 @@ def _along(values: Tensor, factor: Tensor | float, axis: int) -> Tensor:
     """``values`` times a factor for each entry of one axis."""
     if isinstance(factor, Tensor) and factor.dim():
         factor = factor.reshape(factor.shape[0], *(1,) * (values.dim() - 1 - axis % values.dim()))
-    return values * factor
+    scaled: Tensor = values * factor
+    return scaled
 
 
 def _signs(rows: int, columns: int, like: Tensor, seed: int) -> Tensor:

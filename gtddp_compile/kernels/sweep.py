@@ -127,7 +127,8 @@ def joint_gram(gradients: tuple[Tensor, ...], metric: tuple[Any, ...], rows: Seq
 def _rows_gram(gamma: Tensor, inverse: Any) -> Tensor:
     """``γ M⁻¹ γᵀ`` of one parameter, ``γ`` ``(B, m)``; a diagonal metric is applied a bounded piece at a time."""
     if not isinstance(inverse, Tensor) or inverse.dim() == 0:
-        return (gamma @ gamma.mT) * inverse
+        scaled: Tensor = (gamma @ gamma.mT) * inverse
+        return scaled
     gram = gamma.new_zeros(gamma.shape[0], gamma.shape[0])
     step = max(1, 2**22 // gamma.shape[0])
     for part, scale in zip(gamma.split(step, 1), inverse.flatten().to(gamma.dtype).split(step), strict=True):
