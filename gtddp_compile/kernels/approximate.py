@@ -10,6 +10,8 @@ semidefinite, is unbiased over the signs, and its entries' relative error falls 
 same at every step. Biases, being small, are exact.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +41,8 @@ def _along(values: Tensor, factor: Tensor | float, axis: int) -> Tensor:
 def _signs(rows: int, columns: int, like: Tensor, seed: int) -> Tensor:
     """Random signs over ``√columns``, the same for the same seed; the global generators are left alone."""
     drawn = torch.randint(0, 2, (rows, columns), generator=torch.Generator().manual_seed(seed))
-    return (drawn * 2 - 1).to(like.device, like.dtype) * columns**-0.5
+    signs = (drawn * 2 - 1).to(like.device, like.dtype)
+    return signs / math.sqrt(columns)
 
 
 def _bias(g: Tensor, wants: tuple[bool, ...], metric: tuple[Tensor | float, ...], axis: int) -> Tensor | float:
