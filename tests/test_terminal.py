@@ -281,3 +281,10 @@ def test_refused_ranks_losses_and_mixing() -> None:
 
 def saddle(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return outputs[:, 0] ** 2 - outputs[:, 1] ** 2 + outputs[:, 2]
+
+
+@pytest.mark.parametrize("form", ["full", "groups", "block", "substituted"])
+def test_kronecker_curvature(form: str) -> None:
+    """``Γ`` over all columns in the metric of Kronecker factors, of a coalition's joint block too."""
+    options = {"terminal": "ggn", "curvature": "kfac", "lr": 0.1, "damping": 0.1}
+    assert_equal(networks.projection(), **options, **FORMS[form])  # type: ignore[arg-type]
