@@ -84,7 +84,7 @@ def main() -> None:
     lines = [
         "# Batch-norm: the per-sample reading against the exact one\n",
         f"Written by `benchmarks/batch_norm_reading.py` (torch {torch.__version__}): dense backend, sgd, terminal",
-        f"gradient, {options.steps} steps, mean of {options.seeds} seeds. Differences of parameter changes, relative to",
+        f"gradient, {options.steps} steps, mean of {options.seeds} seeds. Differences of parameter changes relative to",
         "the exact ones; losses are means over the second half of the steps.\n",
         "| batch-norm | batch | lr | first update | all steps | loss, block | loss, exact |",
         "| --- | --- | --- | --- | --- | --- | --- |",
