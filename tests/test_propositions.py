@@ -160,7 +160,8 @@ def swept(
             values |= {d.value_xx[o, p]: value_xx.get((o, p), value_xx.get((p, o))) for p in d.pattern.outputs}
         (layer,) = d.state["x", "x"].atoms(MatrixSymbol)  # with one layer beside the shortcut, a term beside I
         values[layer] = a[t]
-        values[d.control["x", "u"]], values[d.curvature["u"]] = b[t], weights[t]
+        values[d.control["x", "u"]] = b[t]
+        values |= dict.fromkeys(d.curvature.values(), weights[t])  # one player, one block
         values[d.linear["u"]] = torch.zeros(b[t].shape[1], 1).double()
         for equation in d.equations():
             values[equation.symbol] = evaluate(equation.expression, values, size)
