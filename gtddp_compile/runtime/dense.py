@@ -171,9 +171,6 @@ class DenseBackend:
                 values[d.state[o, i]] = block = torch.cat([empty, *columns], 1)
                 values.update(_without_identity(d.state[o, i], block))
                 size[d.q_x[i].symbol.shape[0]] = block.shape[1]
-                for part in d.state[o, i].args if d.state[o, i].is_MatAdd else ():
-                    if part.is_symbol:  # I + f: the derivation may have multiplied it out
-                        values[part] = block - evaluate(d.state[o, i] - part, {part: block}, size)
             for u, player in stage.controls.items():
                 block = torch.cat([jacobians.control[a, player] for a in outs])
                 values[d.control[o, u]] = block
