@@ -323,7 +323,7 @@ def _without_identity(expression: MatrixExpr, block: Tensor) -> dict[Any, Tensor
     found: dict[Any, Tensor] = {}
     (symbol,) = (term for term in expression.args if isinstance(term, MatrixSymbol))
     (identity,) = (term for term in expression.args if term != symbol)
-    found[symbol] = block - float(identity.as_coeff_matrices()[0]) * torch.eye(len(block), dtype=block.dtype)
+    found[symbol] = block - float(identity.as_coeff_mmul()[0]) * torch.eye(len(block), dtype=block.dtype)
     return found
 
 
