@@ -180,7 +180,8 @@ def _compare(before: State, ours: State, theirs: State, found: Tensor, loss: Ten
         if not value.is_floating_point():
             error = float(not torch.equal(value, ours[name]))
         else:
-            rounding = 4 * torch.finfo(value.dtype).eps * float(value.abs().max()) if value.numel() else 0.0
+            finite = value[value.isfinite()]
+            rounding = 4 * torch.finfo(value.dtype).eps * float(finite.abs().max()) if finite.numel() else 0.0
             scale = _span(value, before[name]) + 1e-3 * largest + 1e-300
             error = max(0.0, _span(value, ours[name]) - rounding) / scale
         if not error <= worst:  # a NaN is the worst
@@ -214,7 +215,8 @@ def _differs(before: State, base: State, found: State, value: Tensor, loss: Tens
 
 
 def _span(first: Tensor, second: Tensor) -> float:
-    return float((first - second).abs().max()) if first.numel() else 0.0
+    apart = torch.where(first == second, torch.zeros_like(first), first - second)  # infinities may be equal
+    return float(apart.abs().max()) if apart.numel() else 0.0
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

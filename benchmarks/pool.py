@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.1
-PATIENCE = 6
+PATIENCE = 30
 Report = dict[str, Any]
 Job = Callable[[Callable[[Report], None]], None]
 
