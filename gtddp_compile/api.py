@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from gtddp_compile.algebra.derivation import Recursion
 from gtddp_compile.curvature import Curvature, resolve
+from gtddp_compile.errors import CompileError
 from gtddp_compile.losses import split
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Backend, Feedback, Gram, Options, Reading
+from gtddp_compile.program import UpdateProgram
 from gtddp_compile.terminal import Terminal, check_terminal
 
 
@@ -19,7 +21,7 @@ def compile_optimizer(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | None = None,
     *,
-    loss: nn.Module | Callable[[Any, Any], Tensor],
+    loss: nn.Module | Callable[[Any, Any], Tensor] | None = None,
     curvature: str | Curvature = "sgd",
     feedback: Feedback = True,
     feedback_clip: float | None = 1.0,
@@ -31,6 +33,7 @@ def compile_optimizer(
     mixing: Reading = "block",
     cooperative: bool | None = None,
     gram: Gram = "exact",
+    program: UpdateProgram | None = None,
     **curvature_options: Any,
 ) -> CompiledOptimizer:
     """Derive an optimal-control optimizer for a network.
@@ -68,6 +71,8 @@ def compile_optimizer(
             method; True there too: the cooperative base method without feedback.
         gram: how the Gram matrices are made: ``"exact"``; ``"separable"``: a diagonal metric as a product of one of
             outputs and one of inputs; ``Sketch(columns)``: random signs as well, where that is cheaper.
+        program: a program from ``UpdateProgram.load``; it brings options, base method and loss with it (a loss that
+            is a function has to be given again).
         **curvature_options: options of the named curvature.
 
     Returns:
@@ -88,6 +93,44 @@ def compile_optimizer(
         cooperative,
         gram,
     )
+    if program is not None:
+        return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)
+    if loss is None:
+        raise CompileError("no loss was given", "Pass loss=torch.nn.CrossEntropyLoss(), or another")
     base, losses = resolve(curvature, **curvature_options), split(loss)
     check_terminal(losses, options.terminal_kind)
     return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options).seal()
+
+
+def _with_program(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | None,
+    program: UpdateProgram,
+    loss: nn.Module | Callable[[Any, Any], Tensor] | None,
+    options: Options,
+    curvature: str | Curvature,
+    curvature_options: Mapping[str, Any],
+) -> CompiledOptimizer:
+    """Train by a program that was loaded: everything but a function as loss comes from it."""
+    if program.setting is None:
+        raise CompileError("the program has no base method and loss", "Use one from UpdateProgram.load or opt.program")
+    if options != Options() or curvature != "sgd" or curvature_options:
+        raise CompileError(
+            "options were given beside the program, which was derived with its own",
+            "Leave them out, or leave out program= to compile with them",
+        )
+    setting = program.setting
+    losses = setting.loss if loss is None else split(loss)
+    if losses.is_absent:
+        raise CompileError(
+            f"the program came from a file that has only the name of its loss, {losses.name}",
+            "Give it: compile_optimizer(model, program=program, loss=...)",
+        )
+    if not setting.loss.is_absent and losses.reduction != setting.loss.reduction:
+        raise CompileError(
+            f"the loss {losses.name} is a {losses.reduction} over samples, the program's a {setting.loss.reduction}",
+            "Leave the loss out, or compile without program=",
+        )
+    opt = CompiledOptimizer(model, None, loss=losses, curvature=setting.curvature, options=program.options)
+    opt.adopt(program, example_inputs)
+    return opt.seal()

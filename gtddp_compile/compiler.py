@@ -7,26 +7,20 @@ from typing import Any
 
 from torch import nn
 
-from gtddp_compile.cooperation import BY_PARAMETER, MetricRules
-from gtddp_compile.curvature import Curvature, Kronecker
-from gtddp_compile.errors import CompileError
+from gtddp_compile.curvature import Curvature
 from gtddp_compile.graph import ControlGraph
-from gtddp_compile.options import Options, Sketch
+from gtddp_compile.options import Options
 from gtddp_compile.passes import (
     augment,
-    collapse,
-    derive,
     emit,
     find_players,
     find_shortcuts,
     lower,
     normalise,
     schedule,
-    simplify,
 )
 from gtddp_compile.passes.p01_normalise import still_holds
-from gtddp_compile.passes.p06_derive import Derived
-from gtddp_compile.passes.p07_collapse import form_name
+from gtddp_compile.planning import plan_program
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.dense import DenseBackend
 from gtddp_compile.runtime.fast import FastBackend
@@ -44,49 +38,9 @@ def build_graph(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> 
 
 def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool) -> UpdateProgram:
     """Passes 6 to 10: derivation to code. ``decay``: whether any group has coupled weight decay."""
-    form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))
-    derived = derive(graph, options.recursion, metric_rules(options, curvature))
-    refuse_printed(derived)
-    form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored)
-    plan = simplify(
-        derived,
-        form,
-        coupling=options.coupling,
-        feedback=options.feedback,
-        statistics=curvature.needs_statistics,
-        decay=decay,
-        clip=options.feedback_clip,
-        metric=curvature.metric,
-        gram="sketch" if isinstance(options.gram, Sketch) else options.gram,
-        columns=options.gram.columns if isinstance(options.gram, Sketch) else 0,
-        terminal="gradient" if options.factored else str(options.terminal_kind),
-    )
+    derived, plan = plan_program(graph, options, curvature, decay=decay)
     lowered = lower(plan)
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name)
-
-
-def refuse_printed(derived: Derived) -> None:
-    """Eq. 23 as printed has ``Q_uu⁻¹`` and ``Q_vv⁻¹`` of each player alone: there is no printed form with cross terms.
-
-    Raises:
-        CompileError: a coalition is coupled by its curvature.
-    """
-    for stage in derived.stages if derived.recursion == "printed" else ():
-        for block in stage.blocks:
-            if len(block.players) > 1:
-                names = ", ".join(player.name for player in block.players)
-                raise CompileError(
-                    f"recursion='printed' has no form for cross terms of {names}: Eq. 23 is printed without",
-                    "Use cooperative=False, or recursion='substituted' (the derived form)",
-                    module=block.players[0].name,
-                )
-
-
-def metric_rules(options: Options, curvature: Curvature) -> MetricRules:
-    """Which players are in one metric; with feedback off only where ``cooperative=True`` was said (Proposition 4)."""
-    if not isinstance(curvature, Kronecker):
-        return BY_PARAMETER
-    return MetricRules(True, curvature.small, options.cooperates, curvature.shares)
 
 
 class Specialisations:
@@ -101,6 +55,12 @@ class Specialisations:
         self._known: dict[tuple[int, Any], bool] = {}
         self._programs: dict[tuple[int, bool], tuple[UpdateProgram, Backend]] = {}
         self._compiled = 0
+
+    def adopt(self, program: UpdateProgram) -> None:
+        """Take a program that was made elsewhere as that of the model as it is now."""
+        backend = FastBackend(program) if self._options.backend == "fast" else DenseBackend(program)
+        self._graphs[self._view.signature()] = [program.graph]
+        self._programs[id(program.graph), program.lowered.plan.decay] = (program, backend)
 
     def program_for(self, inputs: tuple[Any, ...], *, decay: bool) -> tuple[UpdateProgram, Backend]:
         """The program for the model as it is now and these inputs, compiled if there is none yet.

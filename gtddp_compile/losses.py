@@ -53,6 +53,11 @@ class Loss:
     module: nn.Module | None = None
     function: Callable[[Any, Any], Any] | None = None
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether only its name is known (:func:`absent`)."""
+        return self.module is None and self.function is None
+
     def per_sample(self, outputs: Any, targets: Any) -> Tensor:
         """``φ``, shape (B,), differentiable in ``outputs``.
 
@@ -72,6 +77,18 @@ class Loss:
     def total(self, phi: Tensor) -> Tensor:
         """``J``, a 0-d tensor: mean or sum of ``φ``."""
         return phi.mean() if self.reduction == "mean" else phi.sum()
+
+
+def absent(name: str) -> Loss:
+    """The loss of a program that was read from a file: a function, of which the file has the name."""
+
+    def missing(outputs: Any, targets: Any) -> Tensor:
+        raise CompileError(
+            f"the program came from a file that has only the name of its loss, {name}",
+            "Give the function: compile_optimizer(model, program=program, loss=...)",
+        )
+
+    return Loss(name, "mean", missing)
 
 
 def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:

@@ -13,6 +13,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from gtddp_compile.compiler import Backend, Specialisations
 from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
+from gtddp_compile.fitting import check_fit
 from gtddp_compile.frontends import observe
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.kernels import random_state, restore_random_state
@@ -53,6 +54,25 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self._diagnostics = Diagnostics()
         self._checked = False
         super().__init__(self._view.groups(), curvature.defaults())
+        if example_inputs is not None:
+            batch = as_inputs(example_inputs)
+            check_batch(batch, None)
+            self._specialise(batch)
+
+    def adopt(self, program: UpdateProgram, example_inputs: Tensor | tuple[Any, ...] | None = None) -> None:
+        """Train by a program that was made elsewhere, with its options by parameter.
+
+        Raises:
+            CompileError: it is not a program of this model; the message says where they part.
+        """
+        check_fit(program, self._view.model)
+        stored = {group.name: group for group in program.setting.groups} if program.setting else {}
+        for group in self.param_groups:
+            if group["name"] not in stored:
+                raise CompileError(f"the program has no options for module {group['name']!r}", "Export it again")
+            group.update(stored[group["name"]].options)
+        self._specialisations.adopt(program)
+        self._current = program
         if example_inputs is not None:
             batch = as_inputs(example_inputs)
             check_batch(batch, None)

@@ -19,7 +19,7 @@ from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.columns import describe_terminal, vectorises
 from gtddp_compile.costs import choose_gram
 from gtddp_compile.errors import CompileError
-from gtddp_compile.export import Parts, no_setting, write
+from gtddp_compile.export import Parts, no_setting, read, write
 from gtddp_compile.graph import ControlGraph, Player
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
@@ -65,6 +65,28 @@ class UpdateProgram:
             CompileError: the suffix is none of these, or the program holds what the format cannot.
         """
         write(self._parts(), Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> UpdateProgram:
+        """A program from the ``.json`` that :meth:`export` wrote; nothing that is read is executed.
+
+        Use it by ``compile_optimizer(model, program=program)``.
+
+        Raises:
+            CompileError: the file is no program, was changed, cut off or written by a newer version.
+            OSError: the file cannot be read.
+        """
+        parts, emitted = read(Path(path))
+        return cls(
+            parts.graph,
+            parts.derived,
+            parts.form,
+            parts.lowered,
+            emitted,
+            parts.options,
+            parts.curvature,
+            parts.setting,
+        )
 
     def _parts(self) -> Parts:
         if self.setting is None:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.export.document import read, to_json
 from gtddp_compile.export.parts import Parts, no_setting
 from gtddp_compile.export.python import to_python
+from gtddp_compile.export.tex import to_tex
 
-__all__ = ["FORMATS", "Parts", "no_setting", "to_python", "write"]
+__all__ = ["FORMATS", "Parts", "no_setting", "read", "to_json", "to_python", "to_tex", "write"]
 
 
 def _text(make: Callable[[Parts], str]) -> Callable[[Parts, Path], None]:
@@ -24,6 +26,8 @@ def _text(make: Callable[[Parts], str]) -> Callable[[Parts, Path], None]:
 
 FORMATS: Mapping[str, Callable[[Parts, Path], None]] = {
     ".py": _text(to_python),
+    ".json": _text(to_json),
+    ".tex": _text(to_tex),
 }
 """Back ends by suffix."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from gtddp_compile.export.carry import Luggage, attributes_of, carry_function, n
 from gtddp_compile.export.layout import INDENT, WIDTH, double_quoted, lay_out
 from gtddp_compile.export.parts import Parts
 from gtddp_compile.export.values import loss_arguments, tensor_text, value_text
-from gtddp_compile.instructions import Instruction, render_instruction
+from gtddp_compile.instructions import Code, Instruction, render_instruction
 from gtddp_compile.passes.p10_emit import Style, body, draws, function_text
 from gtddp_compile.printing import Printer
 
@@ -174,7 +175,11 @@ class _Module:
                     "an exported module cannot factor the loss's Hessian, which terminal='ggn' and MonteCarlo ask for",
                     "Export with terminal='gradient'",
                 )
-            raise CompileError(f"the program asks m.{unknown[0]}, which no exported module has", "Report the options")
+            raise CompileError(
+                f"the program needs {unknown[0]} of the loss (terminal={self.parts.options.terminal!r}), which a "
+                "standalone module does not have",
+                "Export as .json, or compile with terminal='gradient'",
+            )
         for name in sorted(names_in(text) & set(kernels.__all__)):
             self.luggage.take(kernels.__name__, name)
         taken = list(self.luggage.pieces)
@@ -189,6 +194,11 @@ class _Module:
 
     def _loss(self) -> str:
         loss = self.setting.loss
+        if loss.is_absent:
+            raise CompileError(
+                f"the program came from a file that has only the name of its loss, {loss.name}",
+                "Give the loss to compile_optimizer(model, program=program, loss=...) and export that program",
+            )
         described = loss_arguments(loss)
         if described is None:
             if loss.function is None:
@@ -280,21 +290,25 @@ class _Module:
     def _show(self, instruction: Instruction) -> Sequence[str]:
         if instruction.function == "m.keep":
             return ()
-        text = double_quoted(render_instruction(instruction))
-        room = WIDTH - 3 * len(INDENT)
-        if instruction.function == "clip":
-            text = text.replace(f", {instruction.args[1]!r}, aim)", ", FEEDBACK_CLIP, aim)")
-        if instruction.function == "rows_of":
-            text = text.replace(f", {instruction.args[1]!r})", ", GROUP_SIZE)")
-        if instruction.function == "m.terminal":
-            text = text.replace("m.terminal(phi, ", f'terminal(phi, "{self.setting.loss.reduction}", ')
-        lines = lay_out(text.replace("m.losses(", "losses("), "", instruction.note, room)
+        shown = self._translated(instruction)
+        lines = lay_out(double_quoted(render_instruction(shown)), "", shown.note, WIDTH - 3 * len(INDENT))
         if instruction.function == "m.losses":
             total = "mean" if self.setting.loss.reduction == "mean" else "sum"
             lines += [f"loss = phi.detach().{total}()", "if not torch.isfinite(loss):  # nothing changes"]
             lines += ["    restore_random_state(drawn)"] if self.random else []
             lines += ["    return params, buffers, state, loss"]
         return lines
+
+    def _translated(self, instruction: Instruction) -> Instruction:
+        """Options by name, and the loss's own functions for what is asked of ``m``."""
+        function, args = instruction.function, instruction.args
+        if function in ("clip", "clip_factors") and len(args) > 1:
+            return replace(instruction, args=(args[0], Code("FEEDBACK_CLIP"), *args[2:]))
+        if function == "rows_of":
+            return replace(instruction, args=(args[0], Code("GROUP_SIZE")))
+        if function == "m.terminal":
+            return replace(instruction, function="terminal", args=(args[0], self.setting.loss.reduction, *args[1:]))
+        return replace(instruction, function="losses") if function == "m.losses" else instruction
 
 
 _INIT = '''
