@@ -18,6 +18,7 @@ NODES = (
     *(ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Expr, ast.With, ast.withitem),
     *(ast.Name, ast.Load, ast.Store, ast.Constant, ast.Tuple, ast.List, ast.Dict, ast.Slice, ast.Subscript),
     *(ast.Attribute, ast.Call, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare, ast.operator, ast.unaryop, ast.cmpop),
+    *(ast.Delete, ast.Del),
 )
 ROOTS = ("torch", "F", "operator", "math")
 PLAIN = ("enable_grad", "device", "Size", "slice")
@@ -64,9 +65,10 @@ def _check_names(statement: ast.stmt, visible: set[str]) -> None:
         return
     names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
     for name in names:
-        if isinstance(name.ctx, ast.Load) and name.id not in visible:
+        if not isinstance(name.ctx, ast.Store) and name.id not in visible:
             raise _refused(f"line {name.lineno} of its code reads {name.id!r}, which nothing before it defines")
     visible.update(name.id for name in names if isinstance(name.ctx, ast.Store))
+    visible.difference_update(name.id for name in names if isinstance(name.ctx, ast.Del))
 
 
 def _check_node(node: ast.AST) -> None:
@@ -80,7 +82,7 @@ def _check_node(node: ast.AST) -> None:
                 raise _refused(f"line {node.lineno} of its code asks for an attribute that no program needs")
         if not isinstance(function, ast.Name | ast.Attribute):
             raise _refused(f"line {node.lineno} of its code calls what is no name")
-    if isinstance(node, ast.Assign):
+    if isinstance(node, ast.Assign | ast.Delete):
         parts = [part for target in node.targets for part in ast.walk(target)]
         if any(isinstance(part, ast.Attribute | ast.Subscript) for part in parts):
             raise _refused(f"line {node.lineno} of its code assigns to a part of something")
