@@ -201,6 +201,13 @@ def test_a_loss_that_needs_more_than_torch_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "step.py").exists()
 
 
+def test_kronecker_curvatures_are_refused_by_name(tmp_path: Path) -> None:
+    case = mlp()
+    opt = compiled(Example(case.model, (case.batch(0)[0],)), curvature="kfac")
+    with pytest.raises(CompileError, match=r"\(kfac\), whose text no standalone module carries"):
+        opt.program.export(tmp_path / "step.py")
+
+
 def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
     case = mlp()
     opt = compiled(Example(case.model, (case.batch(0)[0],)))

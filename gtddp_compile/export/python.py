@@ -176,9 +176,8 @@ class _Module:
                     "Export with terminal='gradient'",
                 )
             raise CompileError(
-                f"the program needs {unknown[0]} of the loss (terminal={self.parts.options.terminal!r}), which a "
-                "standalone module does not have",
-                "Export as .json, or compile with terminal='gradient'",
+                f"the program calls m.{unknown[0]} ({self.parts.curvature}), whose text no standalone module carries yet",
+                "Export as .json, or compile with 'sgd', 'rmsprop', 'adam' or 'adamw'",
             )
         for name in sorted(names_in(text) & set(kernels.__all__)):
             self.luggage.take(kernels.__name__, name)
