@@ -204,7 +204,7 @@ def test_a_loss_that_needs_more_than_torch_is_refused(tmp_path: Path) -> None:
 def test_kronecker_curvatures_are_refused_by_name(tmp_path: Path) -> None:
     case = mlp()
     opt = compiled(Example(case.model, (case.batch(0)[0],)), curvature="kfac")
-    with pytest.raises(CompileError, match=r"\(kfac\), whose text no standalone module carries"):
+    with pytest.raises(CompileError, match=r"\(kfac\), whose text no module carries"):
         opt.program.export(tmp_path / "step.py")
 
 

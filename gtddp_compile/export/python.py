@@ -176,7 +176,7 @@ class _Module:
                     "Export with terminal='gradient'",
                 )
             raise CompileError(
-                f"the program calls m.{unknown[0]} ({self.parts.curvature}), whose text no standalone module carries yet",
+                f"the program calls m.{unknown[0]} ({self.parts.curvature}), whose text no module carries yet",
                 "Export as .json, or compile with 'sgd', 'rmsprop', 'adam' or 'adamw'",
             )
         for name in sorted(names_in(text) & set(kernels.__all__)):
