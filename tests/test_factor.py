@@ -1,0 +1,37 @@
+"""Factors of value functions stay definite against rounding, and a step on numbers that overflow changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gtddp_compile import compile_optimizer, kernels
+
+
+@pytest.mark.parametrize("noise", [1e-7, 3e-5])
+def test_rounding_does_not_make_it_indefinite(noise: float) -> None:
+    """A rank-one Gram matrix in float32, and one with more noise than rounding of one sum explains."""
+    torch.manual_seed(0)
+    gamma = torch.randn(64, 1)
+    error = torch.randn(64, 64) * noise
+    block = 1e6 * (gamma @ gamma.T + error + error.T)
+    with pytest.raises(RuntimeError):
+        torch.linalg.cholesky(block)
+    (found,) = kernels.factor((block,))
+    torch.testing.assert_close(found @ found.T, block, rtol=1e-2, atol=1e-2 * float(block.abs().max()))
+
+
+def test_a_step_whose_gram_matrices_overflow_is_skipped() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4) * 1e15, torch.randint(3, (6,))
+    with torch.no_grad():
+        model[1].weight.mul_(1e8)
+    before = copy.deepcopy(model.state_dict())
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=0.1)
+    loss = opt.step(x, y)
+    assert torch.isfinite(loss) and opt.diagnostics["skipped"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
