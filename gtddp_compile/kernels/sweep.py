@@ -188,10 +188,11 @@ def factor(blocks: Blocks) -> Blocks:
 
 def _cholesky(block: Tensor) -> Tensor:
     lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
-    factor, failed = torch.linalg.cholesky_ex(block + torch.diag(lift.expand(block.shape[0])))
+    found: Tensor
+    found, failed = torch.linalg.cholesky_ex(block + torch.diag(lift.expand(block.shape[0])))
     if failed:
-        factor = torch.linalg.cholesky(block + torch.diag((1000 * lift).expand(block.shape[0])))
-    return factor
+        found = torch.linalg.cholesky(block + torch.diag((1000 * lift).expand(block.shape[0])))
+    return found
 
 
 def solve(factors: Blocks, vector: Tensor) -> Tensor:
