@@ -5,6 +5,8 @@ Takes players and shortcuts; guarantees a :class:`Schedule` in which
 * a player decides after every player on which its input depends (by any path of operations, and through tied
   weights: a later use depends on the player's first one, at which it decides);
 * stages are numbered from 0 without gaps, each with one player or several that decide together (a coalition);
+* random numbers are drawn in the order in which the model draws them: an operation that draws (dropout) runs no
+  earlier than those before it, and players that read it decide after the players on which those depend;
 * an operation without parameters runs as early as its inputs allow: in the stage of the last player that it
   depends on, or in the prologue (-1) before the first one. So does a later use of tied weights; parameter
   expressions (``weight * scale``) run in their player's stage.
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import Player, PlayerGraph, Schedule, ShortcutGraph
@@ -41,9 +44,18 @@ def deciding(graph: PlayerGraph) -> dict[str, tuple[Player, ...]]:
 
 
 def predecessors(graph: PlayerGraph) -> dict[str, tuple[str, ...]]:
-    """What must run before each operation: its operands, and the first uses of weights it uses again."""
+    """What must run before each operation: its operands, the first uses of weights it uses again, the draw before it.
+
+    The last is an order only, no value passes: the same seed must give the masks that the model itself would draw.
+    """
+    drawing = [op.name for op in graph.ops.ops if op.random]
+    draw_before = {later: (earlier,) for earlier, later in pairwise(drawing)}
     return {
-        op.name: (*op.operands, *(p.op for p in graph.player_using.get(op.name, ()) if p.op != op.name))
+        op.name: (
+            *op.operands,
+            *(p.op for p in graph.player_using.get(op.name, ()) if p.op != op.name),
+            *draw_before.get(op.name, ()),
+        )
         for op in graph.ops.ops
     }
 
@@ -181,7 +193,7 @@ def _too_early(graph: PlayerGraph, player: Player, needed: Player, given: Mappin
     op = graph.ops.by_name[player.op]
     return CompileError(
         f"player {player.name!r} at stage {given[player.name]} depends on player {needed.name!r} at stage "
-        f"{given[needed.name]}",
+        f"{given[needed.name]} (by its input, tied weights or the order of random draws)",
         f"Give {player.name!r} a later stage than {needed.name!r}, or use schedule='asap'",
         module=op.module,
         operation=op.kind,

@@ -94,7 +94,9 @@ def _moves(graph: ControlGraph, name: str) -> bool:
 
 def _opened(graph: ControlGraph, stage: Stage) -> tuple[str, ...]:
     after = set(cut_after(graph, stage))
-    return tuple(name for name in stage.produced if name in after and not graph.value[name].control)
+    return tuple(
+        name for name in stage.produced if name in after and _moves(graph, name) and not graph.value[name].control
+    )
 
 
 def _contractions(graph: ControlGraph) -> tuple[Contraction, ...]:
