@@ -41,11 +41,6 @@ from gtddp_compile.graph import Op, OpGraph, PlayerGraph, Shortcut, ShortcutGrap
 
 ROOT, EXIT = -1, -2
 MAIN = 1
-SIZES = frozenset(
-    {"size", "shape", "stride", "dim", "ndim", "ndimension", "numel", "nelement", "len", "getattr"}
-    | {"device", "dtype", "item", "tolist", "int", "float", "bool"}
-)
-
 Pair = tuple[int, int]
 
 
@@ -81,7 +76,7 @@ class Candidate:
 
 def is_size(op: Op) -> bool:
     """Whether the value is a size or a number: gradients do not pass, and no player changes it."""
-    return not op.is_tensor and (op.kind in SIZES or op.kind.startswith(("sym_", "is_")))
+    return op.is_size
 
 
 def carriers(graph: OpGraph) -> frozenset[str]:

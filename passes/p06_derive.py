@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from sympy import Identity, Inverse, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
+from sympy import Identity, Integer, Inverse, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
 from sympy.matrices.expressions.blockmatrix import BlockMatrix
 
 from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivation
@@ -186,11 +186,12 @@ def derive_pattern(
     v_xx = BlockMatrix([[value_xx[a, b] for b in pattern.outputs] for a in pattern.outputs])
     ins, us = pattern.inputs, pattern.controls
 
-    raw_q_x = block_entries(f_x.T * v_x, len(ins), 1)
-    raw_q_u = block_entries(f_u.T * v_x, len(us), 1)
-    raw_q_uu = block_entries(f_u.T * v_xx * f_u, len(us), len(us))
-    raw_q_ux = block_entries(f_u.T * v_xx * f_x, len(us), len(ins))
-    raw_q_xx = block_entries(f_x.T * v_xx * f_x, len(ins), len(ins))
+    states, decisions, one = list(size.values()), list(dimension.values()), [Integer(1)]
+    raw_q_x = block_entries(f_x.T * v_x, states, one)
+    raw_q_u = block_entries(f_u.T * v_x, decisions, one)
+    raw_q_uu = block_entries(f_u.T * v_xx * f_u, decisions, decisions)
+    raw_q_ux = block_entries(f_u.T * v_xx * f_x, decisions, states)
+    raw_q_xx = block_entries(f_x.T * v_xx * f_x, states, states)
 
     q_x = {i: Equation(MatrixSymbol(f"Q_{i}", size[i], 1), raw_q_x[n][0], "5, 27a") for n, i in enumerate(ins)}
     q_u = {

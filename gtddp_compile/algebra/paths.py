@@ -1,8 +1,8 @@
 """Which blocks of a stage's augmented Jacobians are zero or identity by construction: read off the operations.
 
 A block is followed along every path from a value of the cut (or a player's control) to a value of the next cut:
-additions
-add, reshapes pass (a value is a flat vector in the state), anything else is dense.
+additions of equal shapes add, reshapes pass (a value is a flat vector in the state), anything else is dense. A tuple of
+tensors carries what any of its parts carries.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def stage_entries(graph: ControlGraph, stage: Stage, live_after: tuple[str, ...]
     read: set[str] = set()
     for name in stage.ops:
         op = graph.op(name)
-        if op.is_tensor and op.is_differentiable and op.kind not in NO_GRADIENT:
-            found[name] = _through(op, found)
+        carries = op.is_differentiable if op.is_tensor else not op.is_size
+        if carries and op.kind not in NO_GRADIENT:
+            found[name] = _through(graph, op, found)
             for player in (*graph.player_using.get(name, ()), *graph.expressions.get(name, ())):
                 here = player.name in stage.players
                 found[name][f"{CONTROL}{player.name}" if here else f"params:{player.name}"] = DENSE
@@ -55,14 +56,15 @@ def stage_entries(graph: ControlGraph, stage: Stage, live_after: tuple[str, ...]
     return StageEntries(state, control, frozenset(read))
 
 
-def _through(op: Op, found: dict[str, Sources]) -> Sources:
+def _through(graph: ControlGraph, op: Op, found: dict[str, Sources]) -> Sources:
     """Entries of an operation's value from those of its operands."""
     scales = _linear_scales(op)
     result: Sources = {}
     for position, leaf in enumerate(op.leaves):
         if not isinstance(leaf, Ref) or leaf.name not in found:
             continue
-        scale = scales[position] if scales else None
+        spreads = op.kind not in ALIASES and graph.op(leaf.name).shape != op.shape  # a broadcast: rectangular
+        scale = scales[position] if scales and not spreads else None
         for source, entry in found[leaf.name].items():
             moved = DENSE if scale is None else Entry(scale * entry.identity, entry.dense)
             old = result.get(source, Entry())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sympy import Expr, Integer, MatAdd, MatMul, MatrixExpr, MatrixSymbol, ZeroMatrix, sympify
 from sympy.matrices.expressions.blockmatrix import BlockMatrix, block_collapse
@@ -18,11 +18,16 @@ class SymmetricSymbol(MatrixSymbol):  # type: ignore[misc]  # sympy ships no typ
         return self
 
 
-def block_entries(expression: MatrixExpr, rows: int, columns: int) -> list[list[MatrixExpr]]:
-    """The blocks of a block matrix expression after sympy has collapsed it, zero and identity blocks resolved."""
+def block_entries(expression: MatrixExpr, rows: Sequence[Expr], columns: Sequence[Expr]) -> list[list[MatrixExpr]]:
+    """The blocks of a block matrix expression after sympy has collapsed it, zero and identity blocks resolved.
+
+    ``rows`` and ``columns`` are the sizes of the blocks: sympy forgets them where the whole matrix is zero.
+    """
     collapsed = block_collapse(expression)
     if isinstance(collapsed, BlockMatrix):
-        return [[collapsed.blocks[i, j].doit() for j in range(columns)] for i in range(rows)]
+        return [[collapsed.blocks[i, j].doit() for j in range(len(columns))] for i in range(len(rows))]
+    if isinstance(collapsed, ZeroMatrix):
+        return [[ZeroMatrix(row, column) for column in columns] for row in rows]
     return [[collapsed.doit()]]
 
 

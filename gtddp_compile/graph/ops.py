@@ -39,6 +39,12 @@ class BufferRef:
 
 Leaf = Ref | ParamRef | BufferRef
 
+SIZES = frozenset(
+    {"size", "shape", "stride", "dim", "ndim", "ndimension", "numel", "nelement", "len", "getattr"}
+    | {"device", "dtype", "item", "tolist", "int", "float", "bool"}
+)
+"""Kinds whose value is a size, a number or a description, unless it is a tensor."""
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -88,6 +94,11 @@ class Op:
     def is_tensor(self) -> bool:
         """Whether the value is one tensor (not a size, a tuple, ``None``)."""
         return self.shape is not None
+
+    @property
+    def is_size(self) -> bool:
+        """Whether the value is a size or a number; what is no tensor otherwise is a tuple of tensors."""
+        return not self.is_tensor and (self.kind in SIZES or self.kind.startswith(("sym_", "is_")))
 
     @property
     def is_differentiable(self) -> bool:

@@ -1,0 +1,182 @@
+"""What lies between the layers: tuples of tensors, broadcasting sums, and buffers that a player's function reads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sympy import Integer, MatrixSymbol, ZeroMatrix
+from sympy.matrices.expressions.blockmatrix import BlockMatrix
+from torch import Tensor, nn
+
+from gtddp_compile import compile_optimizer
+from gtddp_compile.algebra.paths import stage_entries
+from gtddp_compile.algebra.pattern import DENSE
+from gtddp_compile.algebra.symbols import block_entries
+from gtddp_compile.compiler import build_graph
+from gtddp_compile.options import Options
+from gtddp_compile.passes.p06_derive import cut_after
+
+SAMPLES, FEATURES, CLASSES = 4, 6, 3
+UNPACK = {
+    "chunk": lambda h: h.chunk(2, 1),
+    "split": lambda h: h.split(2, 1),
+    "unbind": lambda h: h.view(-1, 2, 2).unbind(1),
+    "tensor_split": lambda h: torch.tensor_split(h, 2, 1),
+}
+
+
+class Unpacked(nn.Module):
+    """ShuffleNet's unit: one part of a tuple waits while the other goes through two layers."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.e, self.o = how, nn.Linear(FEATURES, 4), nn.Linear(4, CLASSES)
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, through = UNPACK[self.how](torch.tanh(self.e(x)))
+        return self.o(torch.cat((kept, self.b(torch.tanh(self.a(through)))), 1))
+
+
+class Broadcast(nn.Module):
+    """A column added to a matrix, and one taken from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.b, self.o = nn.Linear(FEATURES, 4), nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.e(x))
+        column = h.mean(1, keepdim=True)
+        return self.o(column - (torch.tanh(self.b(h)) + column))
+
+
+class Positions(nn.Module):
+    """CLIP: a table read at positions that are a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.table, self.o = nn.Linear(FEATURES, 8), nn.Embedding(4, 2), nn.Linear(8, CLASSES)
+        self.register_buffer("positions", torch.arange(4)[None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.e(x).view(-1, 4, 2) + self.table(self.positions)).flatten(1))
+
+
+class RelativePositions(nn.Module):
+    """Swin: a table read at indices that are a buffer, then reshaped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.table, self.o = nn.Linear(FEATURES, 4), nn.Parameter(torch.randn(5, 1)), nn.Linear(4, CLASSES)
+        self.register_buffer("index", torch.arange(16) * 3 % 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.e(x)
+        bias = self.table[self.index].view(4, 4, -1).permute(2, 0, 1)
+        scores = (h[:, :, None] * h[:, None, :] + bias).softmax(-1)
+        return self.o((scores @ h[:, :, None]).squeeze(-1))
+
+
+class KeyBias(nn.Module):
+    """BEiT: a bias made of two parameters and, between them, a buffer of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.qkv, self.o = nn.Linear(FEATURES, 4), nn.Linear(4, 12, bias=False), nn.Linear(4, CLASSES)
+        self.q_bias, self.v_bias = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.register_buffer("k_bias", torch.zeros(4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        q, k, v = F.linear(torch.tanh(self.e(x)), self.qkv.weight, bias).chunk(3, -1)
+        return self.o(q * k + v)
+
+
+class Masked(nn.Module):
+    """A weight times a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.o = nn.Parameter(torch.randn(FEATURES, 4)), nn.Linear(4, CLASSES)
+        self.register_buffer("mask", (torch.arange(24) % 3 > 0).double().view(FEATURES, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(x @ (self.weight * self.mask)))
+
+
+NETWORKS = {
+    **{how: lambda how=how: Unpacked(how) for how in UNPACK},
+    **{kind.__name__: kind for kind in (Broadcast, Positions, RelativePositions, KeyBias, Masked)},
+}
+
+
+def seeded(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name]().double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(SAMPLES, FEATURES, generator=generator).double(), torch.arange(SAMPLES) % CLASSES
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def trained(name: str, **options: Any) -> Tensor:
+    model = seeded(name)
+    optimizer = compile_optimizer(model, batch(0)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.3, **options)
+    for step in range(3):
+        optimizer.step(*batch(step))
+    return flat(model)
+
+
+@pytest.mark.parametrize("coupling", ["full", "block"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_program_is_the_derivation(name: str, coupling: str) -> None:
+    fast, dense = trained(name, coupling=coupling), trained(name, coupling=coupling, backend="dense")
+    torch.testing.assert_close(fast, dense, rtol=0, atol=1e-9)
+    assert (fast - trained(name, feedback=False)).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_without_feedback_it_is_sgd(name: str) -> None:
+    model = seeded(name)
+    sgd, criterion = torch.optim.SGD(model.parameters(), lr=0.3), nn.CrossEntropyLoss()
+    for step in range(3):
+        x, y = batch(step)
+        sgd.zero_grad()
+        criterion(model(x), y).backward()
+        sgd.step()
+    torch.testing.assert_close(trained(name, feedback=False), flat(model), rtol=0, atol=1e-9)
+
+
+def test_every_part_of_a_tuple_comes_from_its_player() -> None:
+    graph = build_graph(copy.deepcopy(seeded("chunk")), (batch(0)[0],), Options())
+    stage = graph.stages[0]
+    parts = cut_after(graph, stage)
+    entries = stage_entries(graph, stage, parts)
+    assert len(parts) == 2 and all(entries.control[part] == {"e": DENSE} for part in parts)
+
+
+def test_a_broadcast_operand_is_no_identity() -> None:
+    """A column taken from itself, spread over a matrix, is not the zero that two identities would give."""
+    graph = build_graph(seeded("Broadcast"), (batch(0)[0],), Options())
+    stage = next(stage for stage in graph.stages if stage.players == ("b",))
+    (output,) = cut_after(graph, stage)
+    (column,) = (name for name in stage.live if graph.op(name).shape == (SAMPLES, 1))
+    assert stage_entries(graph, stage, (output,)).state[output][column] == DENSE
+
+
+def test_a_zero_matrix_keeps_its_blocks() -> None:
+    """sympy collapses a block matrix of zeros to one zero matrix."""
+    n, m = Integer(2), Integer(3)
+    zeros = BlockMatrix([[ZeroMatrix(n, n), ZeroMatrix(n, m)], [ZeroMatrix(m, n), ZeroMatrix(m, m)]])
+    column = BlockMatrix([[MatrixSymbol("v", n, 1)], [MatrixSymbol("w", m, 1)]])
+    assert block_entries(zeros * column, [n, m], [Integer(1)]) == [[ZeroMatrix(n, 1)], [ZeroMatrix(m, 1)]]
