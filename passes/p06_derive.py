@@ -21,8 +21,8 @@ from sympy import Identity, Integer, Inverse, MatrixExpr, MatrixSymbol, Symbol, 
 from sympy.matrices.expressions.blockmatrix import BlockMatrix
 
 from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivation
-from gtddp_compile.algebra.paths import stage_entries
-from gtddp_compile.algebra.pattern import Entry, StagePattern
+from gtddp_compile.algebra.paths import StageEntries, stage_entries
+from gtddp_compile.algebra.pattern import IDENTITY, Entry, StagePattern
 from gtddp_compile.algebra.symbols import SymmetricSymbol, block_entries
 from gtddp_compile.cooperation import BY_PARAMETER, MetricRules, metric_blocks
 from gtddp_compile.graph import ControlGraph, Stage
@@ -68,11 +68,7 @@ def derive(graph: ControlGraph, recursion: Recursion = "levenberg", rules: Metri
 def _derive_stage(graph: ControlGraph, stage: Stage, recursion: Recursion, rules: MetricRules) -> DerivedStage:
     live_after = cut_after(graph, stage)
     entries = stage_entries(graph, stage, live_after)
-    outputs = _bundle(live_after, lambda o: (tuple(entries.state[o].items()), tuple(entries.control[o].items())))
-    member = {value: i for i, bundle in enumerate(outputs) for value in bundle}
-    inputs = _bundle(
-        stage.live, lambda i: (i in entries.read_by_players, _column(entries.state, live_after, member, i))
-    )
+    inputs, outputs = _bundles(stage, entries, live_after)
     inputs, outputs = _merge_waiting(stage, inputs), _merge_waiting(stage, outputs)
     in_names = _names(inputs, lambda bundle: any(value in entries.read_by_players for value in bundle))
     in_names = in_names or {STATE_LETTERS[0]: ()}  # nothing differentiable waits (word indices): a state of size zero
@@ -114,12 +110,30 @@ def _bundle(names: Iterable[str], signature: Callable[[str], Hashable]) -> list[
     return [tuple(group) for group in groups.values()]
 
 
-def _column(
-    state: dict[str, dict[str, Entry]], live_after: tuple[str, ...], member: dict[str, int], name: str
-) -> Hashable:
-    """What an input does to each output bundle; one that arrives by an identity block stays a symbol of its own."""
-    column = tuple((member[o], state[o][name]) for o in live_after if name in state[o])
-    return (column, name) if any(entry.identity for _, entry in column) else column
+def _bundles(
+    stage: Stage, entries: StageEntries, live_after: tuple[str, ...]
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Values of the cuts before and after a stage, by role.
+
+    New values are alike if their rows are. Values before the stage are alike if the new ones read them alike and they
+    go on alike, or end alike; those that go on are the same bundle on both sides, so that its block is the identity
+    (all features of a dense block, however many). One that reaches a new value by an identity block is alone.
+    """
+    on = {v for v in stage.live if entries.state.get(v) == {v: IDENTITY} and not entries.control[v]}
+    new = _bundle(
+        (o for o in live_after if o not in on),
+        lambda o: (tuple(entries.state[o].items()), tuple(entries.control[o].items())),
+    )
+    readers = [(n, o) for n, bundle in enumerate(new) for o in bundle]
+
+    def role(name: str) -> Hashable:
+        column = tuple((n, entries.state[o][name]) for n, o in readers if name in entries.state[o])
+        alone = name if any(entry.identity for _, entry in column) else ""
+        return (name in on, name in entries.read_by_players, column, alone)
+
+    inputs = _bundle(stage.live, role)
+    first = {bundle[0]: bundle for bundle in (*new, *(bundle for bundle in inputs if bundle[0] in on))}
+    return inputs, [first[name] for name in live_after if name in first]
 
 
 def _merge_waiting(stage: Stage, bundles: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
