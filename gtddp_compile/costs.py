@@ -3,7 +3,6 @@
 The kernels take their form by the same functions from the shapes they are called with; what is decided here is whether
 the per-sample gradients, once built for the Gram matrix, are kept: the weighted gradients of the same step are then one
 product of a vector with them, and the layer's input need not be held for the second sweep.
-``benchmarks/cost_model.py`` compares the choices with measurements.
 """
 
 from __future__ import annotations

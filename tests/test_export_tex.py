@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import networks
+import pytest
 from torch import nn
 
 from gtddp_compile import compile_optimizer
@@ -36,11 +37,9 @@ def test_the_document_of_a_residual_network(tmp_path: Path) -> None:
     assert text.isascii()
 
 
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex (Debian: texlive-latex-recommended)")
 def test_pdflatex_compiles_it(tmp_path: Path) -> None:
-    """Where there is no pdflatex the text is looked at alone, in the test above."""
     exported(tmp_path / "net.tex")
-    if shutil.which("pdflatex") is None:
-        return
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "net.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
