@@ -50,9 +50,6 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """What the demo printed, and the page."""
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("typer")
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, str(DEMO), "--steps", str(STEPS), "--seeds", str(SEEDS), "--out", "out.html"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
