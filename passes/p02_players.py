@@ -45,17 +45,9 @@ def depends_on_input(graph: OpGraph) -> frozenset[str]:
     """Operations that an input's tensor reaches (its size alone does not count)."""
     found = set(graph.inputs)
     for op in graph.ops:
-        if any(name in found for name in op.operands) and not is_of_sizes(op):
+        if any(name in found for name in op.operands) and not op.is_size:
             found.add(op.name)
     return frozenset(found)
-
-
-def is_of_sizes(op: Op) -> bool:
-    """Whether the value is a size, a number, a dtype: no tensor, and none of the tuples of tensors."""
-    return not op.is_tensor and (op.kind in SIZES or op.kind.startswith("sym_"))
-
-
-SIZES = frozenset({"size", "shape", "dim", "ndimension", "numel", "len", "getattr", "item", "stride"})
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
