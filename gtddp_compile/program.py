@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
-from sympy import BlockMatrix, latex
+from sympy import latex
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
-from gtddp_compile.algebra.derivation import Equation, StageDerivation
+from gtddp_compile.algebra.derivation import Equation, StageDerivation, equation_text
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.columns import describe_terminal, vectorises
 from gtddp_compile.costs import choose_gram
+from gtddp_compile.difference import ProgramDiff, compare
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, read, write
 from gtddp_compile.graph import ControlGraph, Player
@@ -87,6 +88,14 @@ class UpdateProgram:
             parts.curvature,
             parts.setting,
         )
+
+    def diff(self, other: UpdateProgram) -> ProgramDiff:
+        """What differs between this program and another, a network with one shortcut more, say.
+
+        Operations and stages that correspond are found by what they are, so that names and stage numbers that merely
+        moved on are no differences. ``str()`` of the result is text, ``to_html()`` a page, ``save(path)`` either.
+        """
+        return compare(self, other)
 
     def _parts(self) -> Parts:
         if self.setting is None:
@@ -253,9 +262,7 @@ def _equation_lines(derivation: StageDerivation) -> tuple[str, ...]:
 
 def _line(equation: Equation) -> str:
     source = f"({equation.source})" if equation.source else ""
-    expression = equation.expression
-    text = str(expression.blocks.tolist()) if isinstance(expression, BlockMatrix) else str(expression)
-    return f"    {f'{equation.symbol} = {text}':<76} {source}".rstrip()
+    return f"    {equation_text(equation):<76} {source}".rstrip()
 
 
 def _said(form: CollapsedForm) -> list[Equation]:

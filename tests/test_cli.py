@@ -237,7 +237,9 @@ def test_error_is_printed_in_three_parts(capsys: pytest.CaptureFixture[str]) -> 
     assert lines == ["failed: module a.b, operation linear, at net.py:3", "it [is] so.", "Do that."]
 
 
-@pytest.mark.parametrize("words", [(), ("inspect",), ("derive",), ("export",), ("demo",), ("demo", "digits")])
+@pytest.mark.parametrize(
+    "words", [(), ("inspect",), ("derive",), ("export",), ("diff",), ("demo",), ("demo", "digits")]
+)
 def test_help(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "110")
     done = run(*words, "--help")
@@ -259,3 +261,40 @@ def test_in_a_process_of_its_own(here: Path) -> None:
     done = subprocess.run(command, cwd=away, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Control graph of Net") and done.stderr == ""
+
+
+def test_a_schedule_by_hand(here: Path) -> None:
+    words = ("user_net:Net", "-i", "2,4", "-o", "net.json")
+    stages = [f"--schedule={name}={stage}" for name, stage in (("first", 0), ("second", 3), ("head", 7))]
+    assert run("inspect", *words, *stages).exit_code == 0
+    data = json.loads((here / "net.json").read_text(encoding="utf-8"))
+    assert data["graph"]["schedule"] == "mapping"
+    missing = run("inspect", *words, *stages[:2])
+    assert missing.exit_code == 1 and "gives no stage to 'head'" in " ".join(missing.stderr.split())
+    for wrong in (("--schedule", "asap", "--schedule", "first=1"), ("--schedule", "first=early")):
+        assert run("inspect", *words, *wrong).exit_code == 2
+
+
+def test_diff_of_a_file_and_a_model(here: Path) -> None:
+    options = ("-i", "2,4", "--curvature", "adam")
+    assert run("export", "user_net:Net", *options, "--out", "net.json").exit_code == 0
+    same = run("diff", "net.json", "user_net.py:Net", *options)
+    assert same.exit_code == 0 and "The programs do not differ." in same.stdout, same.stderr
+    other = run("diff", "net.json", "user_net:Net", *options, "--arg", "hidden=6", "--lr", "0.5")
+    assert "≠   adam.lr" in other.stdout and "players: 3 changed, 0 the same" in other.stdout
+    page = run("diff", "net.json", "net.json", "--out", "diff.html")
+    assert page.exit_code == 0 and page.stdout == "" and "<html" in (here / "diff.html").read_text(encoding="utf-8")
+    assert run("diff", "net.json", "user_net:Net").exit_code == 2
+    assert run("diff", "net.json", "net.json", "--out", "diff.pdf").exit_code == 2
+    missing = run("diff", "net.json", "nowhere.json")
+    assert missing.exit_code == 1 and "nowhere.json cannot be read" in missing.stderr
+
+
+@pytest.mark.parametrize(("line", "wanted"), [("export x:y --curvature r", "rmsprop"), ("di", "diff")])
+def test_completion_names_commands_and_values(line: str, wanted: str) -> None:
+    """What the shell asks for when the tab key is pressed."""
+    words = f"gtddp-compile {line}"
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    environment = {"_GTDDP_COMPILE_COMPLETE": "complete_bash", **asked}
+    done = CliRunner().invoke(app, [], prog_name="gtddp-compile", env=environment)
+    assert wanted in done.stdout.split(), done.output

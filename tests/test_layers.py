@@ -41,6 +41,7 @@ LAYERS = {
     "setting": 4,
     "frontends": 5,
     "passes": 6,
+    "difference": 7,
     "export": 7,
     "planning": 7,
     "program": 8,

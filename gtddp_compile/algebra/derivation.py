@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sympy import MatrixExpr, MatrixSymbol
+from sympy import BlockMatrix, MatrixExpr, MatrixSymbol
 
 from gtddp_compile.algebra.pattern import StagePattern
 
@@ -20,6 +20,13 @@ class Equation:
     symbol: MatrixExpr
     expression: MatrixExpr
     source: str = ""
+
+
+def equation_text(equation: Equation) -> str:
+    """``"Q_u = l_u + f_u.T*V'_x"``; block matrices as lists of rows."""
+    expression = equation.expression
+    text = str(expression.blocks.tolist()) if isinstance(expression, BlockMatrix) else str(expression)
+    return f"{equation.symbol} = {text}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The command line, ``gtddp-compile``: inspect, derive, export and demo.
+"""The command line, ``gtddp-compile``: inspect, derive, export, diff and demo.
 
 Exit codes: 0, 1 (failed: the reason is on stderr, without a traceback), 2 (usage). What a command prints that is not
 its result (progress, where a file was written) goes to stderr, so that stdout can be piped.

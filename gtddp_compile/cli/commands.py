@@ -11,23 +11,31 @@ import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
-from gtddp_compile.api import compile_optimizer
-from gtddp_compile.cli.loading import (
-    FLOATS,
-    LOSSES,
-    keyword_arguments,
-    load_inputs,
-    load_loss,
-    load_model,
-    number_or_word,
+from gtddp_compile.cli.loading import number_or_word, parse_schedule
+from gtddp_compile.cli.options import (
+    Arguments,
+    Compared,
+    Coupling,
+    Curvature,
+    Dtype,
+    Feedback,
+    Inputs,
+    LossName,
+    Rate,
+    Recursion,
+    Schedule,
+    Settings,
+    Target,
+    compiled,
+    model_and_inputs,
+    program_of,
 )
-from gtddp_compile.cli.terminal import reporting, warn, working, write, written
+from gtddp_compile.cli.terminal import reporting, show, warn, working, write, written
 from gtddp_compile.compiler import build_graph, build_program
-from gtddp_compile.curvature import REGISTRY, SGD
+from gtddp_compile.curvature import SGD
 from gtddp_compile.draw import SUFFIXES
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
-from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Options
 
 app = typer.Typer(
@@ -47,140 +55,6 @@ class Format(str, Enum):
 
     text = "text"
     latex = "latex"
-
-
-# --- what the commands share ------------------------------------------------------------------------------------------
-
-MODEL, DERIVATION = "Model", "Derivation"
-
-
-def _choices(names: Any) -> Any:
-    """Complete an option from a list of names."""
-    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
-
-
-Target = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODULE:FACTORY",
-        help="[b]package.module:factory[/] or [b]path/to/file.py:factory[/]; a class or function that returns the "
-        "model, or the model itself.",
-        show_default=False,
-    ),
-]
-Inputs = Annotated[
-    list[str],
-    typer.Option(
-        "--input",
-        "-i",
-        metavar="SHAPE[:DTYPE]",
-        help="Shape of an example input, batch first: [b]2,3,224,224[/], or [b]2,16:int64[/] for indices (zeros). "
-        "Again for every further argument of the model.",
-        rich_help_panel=MODEL,
-        show_default=False,
-    ),
-]
-Arguments = Annotated[
-    list[str],
-    typer.Option(
-        "--arg", "-a", metavar="KEY=VALUE", help="Keyword argument of the factory; repeatable.", rich_help_panel=MODEL
-    ),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help=f"Precision of the model and of inputs without a type of their own: {', '.join(FLOATS)}.",
-        rich_help_panel=MODEL,
-        autocompletion=_choices(FLOATS),
-    ),
-]
-Schedule = Annotated[
-    str,
-    typer.Option(
-        help="asap, alap or sequential.",
-        rich_help_panel=DERIVATION,
-        autocompletion=_choices(("asap", "alap", "sequential")),
-    ),
-]
-Curvature = Annotated[
-    str,
-    typer.Option(
-        help=f"Base method: {', '.join(REGISTRY)}.", rich_help_panel=DERIVATION, autocompletion=_choices(REGISTRY)
-    ),
-]
-Rate = Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=DERIVATION, show_default=False)]
-Settings = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help="Further option of the base method, [b]momentum=0.9[/] say; repeatable.",
-        rich_help_panel=DERIVATION,
-    ),
-]
-LossName = Annotated[
-    str,
-    typer.Option(
-        help=f"{', '.join(LOSSES)}, a class of torch.nn, or module:callable.",
-        rich_help_panel=DERIVATION,
-        autocompletion=_choices(LOSSES),
-    ),
-]
-Coupling = Annotated[
-    str,
-    typer.Option(
-        help="full, block, or a group size.", rich_help_panel=DERIVATION, autocompletion=_choices(("full", "block"))
-    ),
-]
-Recursion = Annotated[
-    str,
-    typer.Option(
-        help="levenberg, substituted or printed (the last two with --coupling block).",
-        rich_help_panel=DERIVATION,
-        autocompletion=_choices(("levenberg", "substituted", "printed")),
-    ),
-]
-Feedback = Annotated[str, typer.Option(help="on, open or off.", rich_help_panel=DERIVATION)]
-
-
-def _compiled(
-    target: str,
-    inputs: list[str],
-    arguments: list[str],
-    dtype: str,
-    loss: str,
-    schedule: str,
-    curvature: str,
-    lr: float | None,
-    settings: list[str],
-    coupling: str,
-    recursion: str,
-    feedback: str,
-) -> CompiledOptimizer:
-    """The optimizer that the options ask for."""
-    model, examples = _model(target, inputs, arguments, dtype)
-    options = keyword_arguments(settings, "--set") | ({} if lr is None else {"lr": lr})
-    switches: dict[str, Any] = {"on": True, "open": "open", "off": False}
-    if feedback not in switches:
-        raise typer.BadParameter(f"{feedback!r}: give on, open or off", param_hint="--feedback")
-    choices: dict[str, Any] = {
-        "schedule": schedule,
-        "coupling": number_or_word(coupling),
-        "recursion": recursion,
-        "feedback": switches[feedback],
-    }
-    found = load_loss(loss)
-    with working(f"deriving the optimizer of {type(model).__name__}"):
-        return compile_optimizer(model, examples, loss=found, curvature=curvature, **choices, **options)
-
-
-def _model(target: str, inputs: list[str], arguments: list[str], dtype: str) -> Any:
-    if dtype not in FLOATS:
-        raise typer.BadParameter(f"{dtype!r}: give one of {', '.join(FLOATS)}", param_hint="--dtype")
-    examples = load_inputs(inputs, dtype)
-    with working(f"loading {target}"):
-        return load_model(target, arguments, dtype), examples
 
 
 def _version(asked: bool) -> None:
@@ -211,7 +85,7 @@ def inspect(
     ] = None,
     arguments: Arguments = [],  # noqa: B006
     dtype: Dtype = "float32",
-    schedule: Schedule = "asap",
+    schedule: Schedule = ["asap"],  # noqa: B006
     coupling: Coupling = "full",
     recursion: Recursion = "levenberg",
 ) -> None:
@@ -227,9 +101,9 @@ def inspect(
             raise typer.BadParameter(
                 f"no drawing is known by {out.suffix!r}: {', '.join(SUFFIXES)}", param_hint="--out"
             )
-        model, examples = _model(target, inputs, arguments, dtype)
+        model, examples = model_and_inputs(target, inputs, arguments, dtype)
         with working(f"tracing {type(model).__name__}"):
-            graph = build_graph(model, examples, Options(schedule=schedule))
+            graph = build_graph(model, examples, Options(schedule=parse_schedule(schedule)))
         if out is not None and out.suffix.lower() == ".html":  # only the page shows derivations
             with working("deriving the stages"):
                 graph = _with_derivations(graph, schedule, coupling, recursion)
@@ -244,9 +118,9 @@ def inspect(
         written(out)
 
 
-def _with_derivations(graph: ControlGraph, schedule: str, coupling: str, recursion: Any) -> ControlGraph:
+def _with_derivations(graph: ControlGraph, schedule: list[str], coupling: str, recursion: Any) -> ControlGraph:
     """The graph with every stage's derivation; without them, said openly, where there is no program for it."""
-    choices = Options(schedule=schedule, coupling=number_or_word(coupling), recursion=recursion)
+    choices = Options(schedule=parse_schedule(schedule), coupling=number_or_word(coupling), recursion=recursion)
     try:
         return build_program(graph, choices, SGD(), decay=False).drawn
     except CompileError as error:
@@ -266,7 +140,7 @@ def derive(
     arguments: Arguments = [],  # noqa: B006
     dtype: Dtype = "float32",
     loss: LossName = "cross_entropy",
-    schedule: Schedule = "asap",
+    schedule: Schedule = ["asap"],  # noqa: B006
     curvature: Curvature = "sgd",
     coupling: Coupling = "full",
     recursion: Recursion = "levenberg",
@@ -277,7 +151,7 @@ def derive(
     [dim]gtddp-compile derive mynet.py:Net --input 2,16 --stage 1 --format latex[/]
     """
     with reporting():
-        optimizer = _compiled(
+        optimizer = compiled(
             target, inputs, arguments, dtype, loss, schedule, curvature, None, [], coupling, recursion, feedback
         )
         with working("writing the derivation"):
@@ -311,7 +185,7 @@ def export(
     curvature: Curvature = "sgd",
     lr: Rate = None,
     settings: Settings = [],  # noqa: B006
-    schedule: Schedule = "asap",
+    schedule: Schedule = ["asap"],  # noqa: B006
     coupling: Coupling = "full",
     recursion: Recursion = "levenberg",
     feedback: Feedback = "on",
@@ -321,11 +195,68 @@ def export(
     [dim]gtddp-compile export mynet.py:Net --input 2,16 --curvature adam --lr 1e-3 --out step.py[/]
     """  # fmt: skip
     with reporting():
-        optimizer = _compiled(
+        optimizer = compiled(
             target, inputs, arguments, dtype, loss, schedule, curvature, lr, settings, coupling, recursion, feedback
         )
         with working(f"writing {out}"):
             optimizer.program.export(out)
+        written(out)
+
+
+@app.command()
+def diff(
+    first: Compared,
+    second: Compared,
+    inputs: Inputs = [],  # noqa: B006
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", dir_okay=False, help="File to write: .html or .txt.", show_default=False),
+    ] = None,
+    arguments: Arguments = [],  # noqa: B006
+    dtype: Dtype = "float32",
+    loss: LossName = "cross_entropy",
+    curvature: Curvature = "sgd",
+    lr: Rate = None,
+    settings: Settings = [],  # noqa: B006
+    schedule: Schedule = ["asap"],  # noqa: B006
+    coupling: Coupling = "full",
+    recursion: Recursion = "levenberg",
+    feedback: Feedback = "on",
+) -> None:
+    """Show what differs between two update programs: players, cuts, derivations, instructions, options.
+
+    The options under Model and Derivation are for models; a .json has its own.
+
+    [dim]gtddp-compile diff plain.json residual.json --out diff.html[/]
+
+    [dim]gtddp-compile diff mynet.py:Plain mynet.py:Residual --input 2,16[/]
+    """
+    with reporting():
+        if out is not None and out.suffix.lower() not in (".html", ".txt"):
+            raise typer.BadParameter(f"{out.suffix!r}: give .html or .txt", param_hint="--out")
+        programs = [
+            program_of(
+                target,
+                inputs,
+                arguments=arguments,
+                dtype=dtype,
+                loss=loss,
+                schedule=schedule,
+                curvature=curvature,
+                lr=lr,
+                settings=settings,
+                coupling=coupling,
+                recursion=recursion,
+                feedback=feedback,
+            )
+            for target in (first, second)
+        ]
+        with working("comparing"):
+            found = programs[0].diff(programs[1])
+        if out is None:
+            show(found)
+            return
+        write(out, found.to_html() if out.suffix.lower() == ".html" else f"{found}\n")
         written(out)
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,6 +88,21 @@ def keyword_arguments(words: Iterable[str], option: str) -> dict[str, Any]:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             found[key] = value
+    return found
+
+
+def parse_schedule(words: Sequence[str]) -> str | dict[str, int]:
+    """A schedule by its name, or ``PLAYER=STAGE`` for every player."""
+    if len(words) == 1 and "=" not in words[0]:
+        return words[0]
+    found = {}
+    for word in words:
+        player, equals, stage = word.rpartition("=")
+        if not (equals and player and stage.strip().isdecimal()):
+            raise typer.BadParameter(
+                f"{word!r}: give one name, or PLAYER=STAGE for every player (layer1.conv=3)", param_hint="--schedule"
+            )
+        found[player] = int(stage)
     return found
 
 

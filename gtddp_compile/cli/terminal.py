@@ -70,6 +70,15 @@ def report(error: CompileError) -> None:
     console.print(Padding(f"[green]{escape(error.remedy.rstrip('.'))}.[/]", (0, 0, 0, 2)))
 
 
+def show(found: object) -> None:
+    """Print a result: in colours where stdout is a terminal, else as its plain text."""
+    console = Console()
+    if console.is_terminal:
+        console.print(found)
+    else:
+        typer.echo(str(found))
+
+
 def warn(text: str) -> None:
     """Say on stderr what the result leaves out, and why."""
     stderr().print(f"[yellow]note:[/] {escape(text)}")
