@@ -33,6 +33,7 @@ from gtddp_compile.cli.options import (
 from gtddp_compile.cli.terminal import reporting, show, warn, working, write, written
 from gtddp_compile.compiler import build_graph, build_program
 from gtddp_compile.curvature import SGD
+from gtddp_compile.difference import SUFFIXES as DIFF_SUFFIXES
 from gtddp_compile.draw import SUFFIXES
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
@@ -232,8 +233,8 @@ def diff(
     [dim]gtddp-compile diff mynet.py:Plain mynet.py:Residual --input 2,16[/]
     """
     with reporting():
-        if out is not None and out.suffix.lower() not in (".html", ".txt"):
-            raise typer.BadParameter(f"{out.suffix!r}: give .html or .txt", param_hint="--out")
+        if out is not None and out.suffix.lower() not in DIFF_SUFFIXES:
+            raise typer.BadParameter(f"{out.suffix!r}: give {' or '.join(DIFF_SUFFIXES)}", param_hint="--out")
         programs = [
             program_of(
                 target,
@@ -256,7 +257,10 @@ def diff(
         if out is None:
             show(found)
             return
-        write(out, found.to_html() if out.suffix.lower() == ".html" else f"{found}\n")
+        try:
+            found.save(out)
+        except OSError as error:
+            raise CompileError(f"{out} cannot be written ({error.strerror})", "Choose another --out") from error
         written(out)
 
 

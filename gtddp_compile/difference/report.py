@@ -22,6 +22,7 @@ from gtddp_compile.graph import ControlGraph
 Sign = Literal["-", "+", "≠"]
 STYLES: dict[str, str] = {"-": "red", "+": "green", "≠": "yellow"}
 CLASSES: dict[str, str] = {"-": "gone", "+": "new", "≠": "other"}
+SUFFIXES = (".html", ".txt")
 WIDTH = 120
 
 
@@ -179,11 +180,10 @@ has them.</p></header>
         Raises:
             CompileError: another suffix; nothing is written.
         """
-        makers = {".html": self.to_html, ".txt": lambda: f"{self}\n"}
         suffix = Path(path).suffix.lower()
-        if suffix not in makers:
-            raise CompileError(f"differences are not written as {suffix!r}", f"Use one of {', '.join(makers)}")
-        Path(path).write_text(makers[suffix](), encoding="utf-8")
+        if suffix not in SUFFIXES:
+            raise CompileError(f"differences are not written as {suffix!r}", f"Use one of {', '.join(SUFFIXES)}")
+        Path(path).write_text(self.to_html() if suffix == ".html" else f"{self}\n", encoding="utf-8")
 
 
 def _listed(line: Line) -> Text:
