@@ -35,6 +35,8 @@ NAMED: Mapping[str, Any] = {"dtype": torch.dtype, "memory_format": torch.memory_
 RULE_BY_NAME: Mapping[str, Rule] = {rule.name: rule for rule in RULES}
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu|meta)(:[0-9]{1,2})?")
 TARGETS = ("function", "method", "aten")
+NON_FINITE = ("inf", "-inf", "nan")
+"""Numbers that JSON does not have, as they are tagged."""
 REMEDY = "Export the program again, with the version of gtddp_compile that reads it"
 
 
@@ -242,7 +244,7 @@ class Reader:
             return self._dict(data, at)
         if tag == "slice" and isinstance(data, list) and len(data) == 3:
             return slice(*(self.tree(item, f"{at}/{i}") for i, item in enumerate(data)))
-        if tag == "float" and data in ("inf", "-inf", "nan"):
+        if tag == "float" and data in NON_FINITE:
             return float(data)
         if tag == "ellipsis" and data is True:
             return Ellipsis

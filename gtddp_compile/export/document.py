@@ -39,6 +39,7 @@ from gtddp_compile.uses import Use
 FORMAT = "gtddp_compile update program"
 SCHEMA_VERSION = 1
 """Raised whenever a file of before could be read wrongly."""
+MOST_AXES = 64
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,11 @@ def _tensor(entry: Any, at: str) -> Tensor:
     shape = entry["shape"]
     if not isinstance(dtype, torch.dtype):
         refuse(f"{at}/dtype", "there is no such dtype")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape) or len(shape) > 64:
+    if (
+        not isinstance(shape, list)
+        or not all(type(n) is int and 0 <= n < 2**40 for n in shape)
+        or len(shape) > MOST_AXES
+    ):
         refuse(f"{at}/shape", "it is no shape")
     try:
         data = base64.b64decode(entry["data"], validate=True) if isinstance(entry["data"], str) else None
