@@ -17,6 +17,8 @@ from gtddp_compile.passes.p09_lower import Lowered
 from gtddp_compile.printing import Printer
 
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+QUOTED = re.compile(r"'[^']*'")
+"""Names of parameters and players, which often contain those of variables."""
 
 TITLES = {
     "trajectory": "sweep 1: the trajectory, cut before every stage",
@@ -110,7 +112,7 @@ def _show_and_free(lowered: Lowered) -> Callable[[Instruction], Sequence[str]]:
     """One line an instruction, and one that lets go of what nobody reads after it."""
     last: dict[str, int] = {}
     for instruction in lowered.instructions:
-        for name in (*_written(instruction), *IDENTIFIER.findall(render_instruction(instruction))):
+        for name in (*_written(instruction), *IDENTIFIER.findall(QUOTED.sub("", render_instruction(instruction)))):
             last[name] = id(instruction)
     free: dict[int, list[str]] = {}
     for name in dict.fromkeys(name for instruction in lowered.instructions for name in _written(instruction)):
