@@ -12,7 +12,7 @@ from gtddp_compile.curvature import Curvature, resolve
 from gtddp_compile.errors import CompileError
 from gtddp_compile.losses import split
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Backend, Feedback, Gram, Options, Reading
+from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.terminal import Terminal, check_terminal
 
@@ -33,6 +33,7 @@ def compile_optimizer(
     mixing: Reading = "block",
     cooperative: bool | None = None,
     gram: Gram = "exact",
+    memory: Memory = "keep",
     program: UpdateProgram | None = None,
     **curvature_options: Any,
 ) -> CompiledOptimizer:
@@ -71,6 +72,9 @@ def compile_optimizer(
             method; True there too: the cooperative base method without feedback.
         gram: how the Gram matrices are made: ``"exact"``; ``"separable"``: a diagonal metric as a product of one of
             outputs and one of inputs; ``Sketch(columns)``: random signs as well, where that is cheaper.
+        memory: ``"keep"``: the trajectory and its gradients stay until the forward sweep has passed them;
+            ``"recompute"``: only what crosses between segments of stages does, and a segment is run again in both
+            sweeps (three more passes in all, the same update). ``opt.program.cost()`` shows the segments.
         program: a program from ``UpdateProgram.load``; it brings options, base method and loss with it (a loss that
             is a function has to be given again).
         **curvature_options: options of the named curvature.
@@ -92,6 +96,7 @@ def compile_optimizer(
         mixing,
         cooperative,
         gram,
+        memory,
     )
     if program is not None:
         return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import keyword
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -82,6 +82,12 @@ class Builder:
         """Append one instruction; ``kwargs`` may have any names, ``function`` among them."""
         self.instructions.append(Instruction(phase, stage, writes, function, args, kwargs, note))
 
+    def written(self, write: Callable[[], None]) -> tuple[Instruction, ...]:
+        """The instructions that a call appends."""
+        before = len(self.instructions)
+        write()
+        return tuple(self.instructions[before:])
+
     def name(self, qualified: str) -> str:
         """The identifier of a qualified name, the same every time."""
         if qualified not in self._names:
@@ -142,7 +148,8 @@ class Builder:
             uses = self.uses(player)
             alone = len(uses) == 1 and uses[0].names == self.graph.player[player].parameters
             usable = (
-                alone
+                self.plan.segments is None
+                and alone
                 and self.plan.metric in METRICS
                 and not self.factored
                 and self.plan.form.name in ("information", "block")

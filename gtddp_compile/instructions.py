@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Phase = Literal["trajectory", "loss", "backward", "forward"]
+Phase = Literal["trajectory", "loss", "backward", "forward", "checkpoint", "recompute", "gradients"]
+"""The last three are of programs that run the trajectory again (``memory="recompute"``)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
             raise
 
     def _transaction(self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any) -> Tensor:
+        self._diagnostics = Diagnostics()  # the last step's figures hold its Gram matrices
         params = self._view.parameters()
         advancing = {name for op in program.graph.ops.ops for name in op.advances}
         buffers = {name: value.clone() if name in advancing else value for name, value in self._view.buffers().items()}

@@ -13,6 +13,7 @@ from gtddp_compile.terminal import RANK_ONE, MonteCarlo, Terminal
 Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
 Reading = Literal["block", "exact"]
+Memory = Literal["keep", "recompute"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Options:
     mixing: Reading = "block"
     cooperative: bool | None = None
     gram: Gram = "exact"
+    memory: Memory = "keep"
 
     def __post_init__(self) -> None:
         if self.feedback not in (True, False, "open"):
@@ -82,6 +84,10 @@ class Options:
             raise _unknown("coupling", self.coupling, "'full', 'block' or a group size of at least 1")
         if self.terminal not in (None, *RANK_ONE, "ggn") and not isinstance(self.terminal, MonteCarlo):
             raise _unknown("terminal", self.terminal, "'geometric', 'gradient', 'ggn' or MonteCarlo(rank)")
+        if self.memory not in ("keep", "recompute"):
+            raise _unknown("memory", self.memory, "'keep' or 'recompute'")
+        if self.memory == "recompute" and self.backend == "dense":
+            raise CompileError("memory='recompute': the dense backend keeps every matrix", "Use backend='fast' with it")
         self._check_gram()
         clip = self.feedback_clip
         if clip is not None and not clip > 0:

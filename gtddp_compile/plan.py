@@ -7,6 +7,7 @@ from typing import Literal
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.graph import ControlGraph, Player
+from gtddp_compile.segments import Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Plan:
         metric: the curvature's kind.
         gram: ``"exact"``, ``"separable"`` or ``"sketch"``.
         columns: of the sketch.
+        segments: where the trajectory is run again from; ``None`` where it is kept.
     """
 
     graph: ControlGraph
@@ -103,3 +105,4 @@ class Plan:
     metric: str = "spherical"
     gram: str = "exact"
     columns: int = 0
+    segments: Segments | None = None

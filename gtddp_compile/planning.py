@@ -30,6 +30,7 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
         metric=curvature.metric,
         gram="sketch" if isinstance(options.gram, Sketch) else options.gram,
         columns=options.gram.columns if isinstance(options.gram, Sketch) else 0,
+        memory=options.memory,
         terminal="gradient" if options.factored else str(options.terminal_kind),
     )
     return derived, plan

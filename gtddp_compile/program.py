@@ -26,6 +26,7 @@ from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
 from gtddp_compile.passes.p09_lower import Lowered
 from gtddp_compile.passes.p10_emit import Emitted
+from gtddp_compile.segments import describe_memory
 from gtddp_compile.setting import Setting
 from gtddp_compile.uses import Use
 
@@ -181,9 +182,12 @@ class UpdateProgram:
     # --- cost ---------------------------------------------------------------------------------------------------------
 
     def cost(self) -> str:
-        """A table: every player's rule, the kernels' form, and how its Gram matrix is made."""
+        """A table: every player's rule, the kernels' form, how its Gram matrix is made, and what is kept of a step."""
         shown = describe_terminal(self.graph, self.form, self.options)
-        table = Table(title=f"{self.form.name} form, coupling {self.options.coupling}, {shown}")
+        table = Table(
+            title=f"{self.form.name} form, coupling {self.options.coupling}, {shown}",
+            caption=describe_memory(self.graph, self.lowered.plan.segments, gradients=self.form.name != "base"),
+        )
         for column in ("stage", "player", "kind", "rule", "parameters", "gram", "notes"):
             table.add_column(column, overflow="fold")
         for player in self.graph.players:

@@ -21,6 +21,7 @@ from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.graph import ControlGraph, Stage, Value
 from gtddp_compile.passes.p06_derive import Derived, cut_after
 from gtddp_compile.plan import Contraction, Plan, StagePlan
+from gtddp_compile.segments import choose_segments
 
 
 def simplify(
@@ -36,6 +37,7 @@ def simplify(
     metric: str = "spherical",
     gram: str = "exact",
     columns: int = 0,
+    memory: str = "keep",
 ) -> Plan:
     """Decide what lives.
 
@@ -51,6 +53,7 @@ def simplify(
         metric: the curvature's kind, on which the form of the Gram matrices depends.
         gram: ``"exact"``, or which approximation of the Gram matrices was asked for.
         columns: of a sketch.
+        memory: ``"keep"`` or ``"recompute"``, what becomes of the trajectory.
     """
     graph = derived.graph
     feeds = _contractions(graph) if feedback is True else ()
@@ -84,6 +87,7 @@ def simplify(
         metric,
         gram,
         columns,
+        choose_segments(graph, gradients=form.name != "base") if memory == "recompute" else None,
     )
 
 

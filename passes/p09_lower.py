@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sympy import HadamardProduct, Identity, Inverse, MatrixExpr, OneMatrix
@@ -27,6 +28,7 @@ from gtddp_compile.graph import BufferRef, Ref
 from gtddp_compile.instructions import Code, Instruction, StageFunction, Var
 from gtddp_compile.passes.p08_simplify import segments
 from gtddp_compile.plan import Contraction, Plan, StagePlan
+from gtddp_compile.recompute import Sweeps, run_again
 from gtddp_compile.uses import Use
 
 GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
@@ -53,19 +55,29 @@ def lower(plan: Plan) -> Lowered:
     for op in plan.graph.ops.ops:
         b.name(op.name)
     functions = _stage_functions(b)
-    _trajectory(b, functions)
-    _loss(b)
-    for stage in reversed(plan.stages):
-        _pull_back(b, stage)
-        _gains(b, stage)
-    if plan.form.name != "base":
-        by_stage = {function.stage: function for function in functions}
-        for stage in plan.stages:
-            _decide(b, stage)
-            _run_again(b, stage, by_stage)
+    sweeps = _sweeps(b, functions)
+    instructions = sweeps.kept() if plan.segments is None else run_again(sweeps, plan.segments, plan.graph)
     uses = {player.name: b.uses(player.name) for player in plan.graph.players}
     players = tuple(_player_function(b, use) for found in uses.values() for use in found if use.function)
-    return Lowered(plan, tuple(b.instructions), (*functions, *players), uses, dict(b._names))
+    return Lowered(plan, instructions, (*functions, *players), uses, dict(b._names))
+
+
+def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
+    """Every sweep, stage by stage."""
+    trajectory, pulled, gains, forward = {}, {}, {}, {}
+    trajectory[-1] = b.written(lambda: _inputs(b))
+    for function in functions:
+        before = trajectory.get(function.stage, ())
+        trajectory[function.stage] = before + b.written(partial(_trajectory, b, function))
+    loss = b.written(lambda: _loss(b))
+    for stage in reversed(b.plan.stages):
+        pulled[stage.index] = b.written(partial(_pull_back, b, stage))
+        gains[stage.index] = b.written(partial(_gains, b, stage))
+    by_stage = {function.stage: function for function in functions}
+    for stage in b.plan.stages if b.plan.form.name != "base" else ():
+        decided = b.written(partial(_decide, b, stage))
+        forward[stage.index] = decided + b.written(partial(_run_again, b, stage, by_stage))
+    return Sweeps(trajectory, loss, pulled, gains, forward)
 
 
 def check_update(plan: Plan) -> None:
@@ -124,19 +136,18 @@ def _player_function(b: Builder, use: Use) -> StageFunction:
     )
 
 
-def _trajectory(b: Builder, functions: tuple[StageFunction, ...]) -> None:
-    graph = b.graph
-    b.emit("trajectory", -1, tuple(b.name(name) for name in graph.ops.inputs), "=", Code("inputs"), note="x_0")
-    for function in functions:
-        pulled = b.plan.stages[function.stage].pulled if function.stage >= 0 else ()
-        for value in pulled:
-            b.emit("trajectory", function.stage, (f"*{b.leaf(value, function.stage)}",), "leaf", Var(b.name(value)))
-        arguments = [
-            Var(b.leaf(value, function.stage) if value in pulled else b.name(value)) for value in function.inputs
-        ]
-        writes = tuple(b.name(name) for name in function.returns)
-        note = f"f_{function.stage}" if function.stage >= 0 else "constant through the step"
-        b.emit("trajectory", function.stage, writes, function.name, Var("p"), Var("b"), *arguments, note=note)
+def _inputs(b: Builder) -> None:
+    b.emit("trajectory", -1, tuple(b.name(name) for name in b.graph.ops.inputs), "=", Code("inputs"), note="x_0")
+
+
+def _trajectory(b: Builder, function: StageFunction) -> None:
+    pulled = b.plan.stages[function.stage].pulled if function.stage >= 0 else ()
+    for value in pulled:
+        b.emit("trajectory", function.stage, (f"*{b.leaf(value, function.stage)}",), "leaf", Var(b.name(value)))
+    arguments = [Var(b.leaf(value, function.stage) if value in pulled else b.name(value)) for value in function.inputs]
+    writes = tuple(b.name(name) for name in function.returns)
+    note = f"f_{function.stage}" if function.stage >= 0 else "constant through the step"
+    b.emit("trajectory", function.stage, writes, function.name, Var("p"), Var("b"), *arguments, note=note)
 
 
 def _moved_outputs(b: Builder) -> tuple[str, ...]:

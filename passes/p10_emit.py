@@ -25,6 +25,9 @@ TITLES = {
     "loss": "the end of the trajectory: losses and the terminal value function",
     "backward": "backward sweep: gradients and gains",
     "forward": "sweep 2: every stage decides and moves on",
+    "checkpoint": "sweep 1: the trajectory, of which only the beginning of every segment is kept",
+    "recompute": "a segment again, from its beginning",
+    "gradients": "its gradients again",
 }
 
 
@@ -85,16 +88,21 @@ def draws(lowered: Lowered) -> bool:
     return any(op.random for op in lowered.plan.graph.ops.ops)
 
 
+def _rewinds(lowered: Lowered) -> bool:
+    """Whether the random state is handled here: programs that run segments again say themselves when they rewind."""
+    return draws(lowered) and all(instruction.function != "m.mark" for instruction in lowered.instructions)
+
+
 def body(lowered: Lowered, style: Style) -> list[str]:
     """Lines of ``step``: both sweeps, first with gradients of values, never of parameters."""
-    random = draws(lowered)
+    random = _rewinds(lowered)
     lines: list[str] = []
     for phase, group in groupby(lowered.instructions, key=lambda instruction: instruction.phase):
         lines.append(f"# ---- {TITLES[phase]}")
         again = random and phase == "forward"
         lines += style.rewind if again else ()
         inner = list(_lines(group, style, mark=random and phase == "trajectory"))
-        if phase in ("trajectory", "loss"):
+        if phase in ("trajectory", "loss", "recompute"):
             lines.append("with torch.enable_grad():")
             inner = [f"    {line}" if line else "" for line in inner]
         lines += inner + list(style.settle if again else ())

@@ -37,6 +37,8 @@ LAYERS = {
     "metrics": 4,
     "plan": 4,
     "printing": 4,
+    "recompute": 4,
+    "segments": 4,
     "uses": 4,
     "setting": 4,
     "frontends": 5,

@@ -26,8 +26,8 @@ from gtddp_compile.passes.p10_emit import Style, body, draws, function_text
 from gtddp_compile.printing import Printer
 
 RULE = "# " + "-" * (WIDTH - 2)
-RUNTIME = frozenset({"keep", "losses", "terminal"})
-"""Methods of ``m`` that serve diagnostics or stand for the loss; every other one is carried."""
+RUNTIME = frozenset({"keep", "losses", "terminal", "mark", "rewind", "settle"})
+"""Methods of ``m`` that serve diagnostics, stand for the loss or keep random numbers; every other one is carried."""
 
 CLASSES = ("CrossEntropyLoss", "NLLLoss")
 
@@ -282,13 +282,15 @@ class _Module:
         players = ", ".join(self.graph.stages[index].players)
         return (
             ("", f"# stage {index}: {players}")
-            if instruction.phase != "trajectory"
+            if instruction.phase not in ("trajectory", "checkpoint", "recompute")
             else (f"# stage {index}: {players}",)
         )
 
     def _show(self, instruction: Instruction) -> Sequence[str]:
         if instruction.function == "m.keep":
             return ()
+        if instruction.function in ("m.mark", "m.rewind", "m.settle"):
+            return self._random_state(instruction)
         shown = self._translated(instruction)
         lines = lay_out(double_quoted(render_instruction(shown)), "", shown.note, WIDTH - 3 * len(INDENT))
         if instruction.function == "m.losses":
@@ -297,6 +299,16 @@ class _Module:
             lines += ["    restore_random_state(drawn)"] if self.random else []
             lines += ["    return params, buffers, state, loss"]
         return lines
+
+    def _random_state(self, instruction: Instruction) -> Sequence[str]:
+        """What ``m`` does about random numbers where segments are run again."""
+        if instruction.function == "m.settle":
+            return ("restore_random_state(after)",)
+        (segment,) = instruction.args
+        if instruction.function == "m.mark":
+            return (f"first_{segment} = random_state()",)
+        first = ("after = random_state()  # the same random numbers every time",) if instruction.note else ()
+        return (*first, f"restore_random_state(first_{segment})")
 
     def _translated(self, instruction: Instruction) -> Instruction:
         """Options by name, and the loss's own functions for what is asked of ``m``."""

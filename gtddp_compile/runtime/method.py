@@ -55,7 +55,8 @@ class BaseMethod(BlockMethods, ParameterUpdates):
         self._loss, self._first, self._terminal = loss, first, terminal
         self.figures: dict[int, dict[str, Any]] = {}
         self.loss: Tensor | None = None
-        self._random: list[list[Tensor]] = []
+        self._random: dict[int, list[Tensor]] = {}
+        self._settled: list[Tensor] | None = None
 
     # --- losses -------------------------------------------------------------------------------------------------------
 
@@ -109,15 +110,17 @@ class BaseMethod(BlockMethods, ParameterUpdates):
         grams = [gram for stage in self.figures.values() for gram in stage.get("gammas", {}).values()]
         return not all(bool(block.isfinite().all()) for gram in grams for block in gram)
 
-    def mark(self) -> None:
-        """The random state at the beginning of the first stage."""
-        self._random = [kernels.random_state()]
+    def mark(self, segment: int = 0) -> None:
+        """The random state at the beginning of a segment (of the first stage, where the trajectory is kept)."""
+        self._random[segment] = kernels.random_state()
 
-    def rewind(self) -> None:
-        """Draw the same random numbers again in the second sweep."""
-        self._random.append(kernels.random_state())
-        kernels.restore_random_state(self._random[0])
+    def rewind(self, segment: int = 0) -> None:
+        """Draw the same random numbers again."""
+        if self._settled is None:
+            self._settled = kernels.random_state()
+        kernels.restore_random_state(self._random[segment])
 
     def settle(self) -> None:
         """The random state after one sweep: a step draws as much as one forward pass."""
-        kernels.restore_random_state(self._random[1])
+        if self._settled is not None:
+            kernels.restore_random_state(self._settled)
