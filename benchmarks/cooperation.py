@@ -1,32 +1,85 @@
 """gt-ekfac against ekfac on the architecture of Fig. 7a, on scikit-learn's digits: writes docs/cooperation.md.
 
-Three convolution modules of two parallel players each, a fully connected one, a last layer; tanh, batches of 12. Both
-run without feedback and with it; the learning rate of each is the best of a small grid on seeds of its own.
+Three convolution modules of two parallel players each, a fully connected one, a last layer; tanh, batches of 12. All
+methods run without feedback and with it; learning rate and damping of each are the best of a grid, on seeds of their
+own.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
+from digit_images import CACHE
 from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from gtddp_compile import compile_optimizer
+from gtddp_compile import EKFAC, SGD, Curvature, compile_optimizer
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "cooperation.md"
-METHODS: dict[str, dict[str, Any]] = {
-    "ekfac": {"feedback": False, "cooperative": False},
-    "gt-ekfac": {"feedback": False, "cooperative": True},
-    "gt-ddp-ekfac": {"feedback": True, "cooperative": False},
-    "gt-ddp-gt-ekfac": {"feedback": True, "cooperative": True},
+BATCH = 12
+RATES, DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.01, 0.1, 1.0)
+SCREENED, TUNED, KEPT = 100, (101, 102), 4
+"""Every candidate runs on the seed ``SCREENED``, the best ``KEPT`` of them on ``TUNED`` too."""
+
+Metric = tuple[Tensor | float, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Rescaled(EKFAC):
+    """Corollary 7 read as a rescaling alone: ``Q̃⁻¹ Q_u``, without the others' ``Q_uv Q_vv⁻¹ Q_v`` of Eq. 16."""
+
+    def scales(self, kind: Any, state: Any, group: Any, players: int) -> Metric:
+        """``1 / (λ̃ + γ)`` for players of the same rows, and nothing between them."""
+        if kind != "shared":
+            return super().scales(kind, state, group, players)
+        damping, moment = group["damping"], state["moment"]
+        shrunk = damping * moment / (damping + (players - 1) * moment)
+        return (shrunk + damping).reciprocal(), torch.zeros_like(moment)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A base method and whether its layers cooperate and answer; one candidate a setting of its grid."""
+
+    says: str
+    build: Callable[[float, float], Curvature]
+    feedback: bool = False
+    cooperative: bool = False
+    dampings: tuple[float, ...] = DAMPINGS
+    rates: tuple[float, ...] = RATES
+
+    @property
+    def candidates(self) -> list[tuple[float, float]]:
+        """Learning rates with dampings."""
+        return [(rate, damping) for damping in self.dampings for rate in self.rates]
+
+
+def ekfac(rate: float, damping: float) -> Curvature:
+    return EKFAC(lr=rate, damping=damping)
+
+
+def rescaled(rate: float, damping: float) -> Curvature:
+    return Rescaled(lr=rate, damping=damping)
+
+
+METHODS: dict[str, Method] = {
+    "sgd": Method("no curvature", lambda rate, _: SGD(lr=rate), dampings=(1.0,), rates=(0.03, 0.1, 0.3, 1.0, 3.0)),
+    "ekfac": Method("every layer alone", ekfac),
+    "gt-ekfac": Method("Corollary 7 with the gain of Eq. 16", ekfac, cooperative=True),
+    "gt-ekfac, rescaling": Method("Corollary 7 as a rescaling alone", rescaled, cooperative=True),
+    "gt-ddp-ekfac": Method("ekfac, feedback", ekfac, feedback=True),
+    "gt-ddp-gt-ekfac": Method("gt-ekfac, feedback", ekfac, feedback=True, cooperative=True),
 }
-BATCH, DAMPING, RATES, TUNED = 12, 0.1, (0.01, 0.03, 0.1, 0.3), (100,)
+PAIRS = (("ekfac", "gt-ekfac"), ("ekfac", "gt-ekfac, rescaling"), ("gt-ddp-ekfac", "gt-ddp-gt-ekfac"))
 
 
 class Module(nn.Module):
@@ -62,62 +115,94 @@ def data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (x[:1500], y[:1500]), (x[1500:], y[1500:])
 
 
-def train(method: str, rate: float, seed: int, steps: int) -> tuple[list[float], float, float]:
-    """Training loss (all images) at four points on the way, test accuracy, seconds."""
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+Run = tuple[list[float], float, float]
+
+
+def train(method: Method, rate: float, damping: float, seed: int, steps: int) -> Run:
+    """Training loss (all images) at four points on the way, test accuracy, CPU seconds."""
     (x, y), (test_x, test_y) = data()
     model, loss = network(seed), nn.CrossEntropyLoss()
-    opt = compile_optimizer(model, x[:BATCH], loss=loss, curvature="ekfac", lr=rate, damping=DAMPING, **METHODS[method])
-    source, curve, begin = torch.Generator().manual_seed(seed), [], time.perf_counter()
+    opt = compile_optimizer(model, x[:BATCH], loss=loss, curvature=method.build(rate, damping),
+                            feedback=method.feedback, cooperative=method.cooperative)  # fmt: skip
+    source, curve, begin = torch.Generator().manual_seed(seed), [], time.process_time()
     for step in range(1, steps + 1):
         batch = torch.randint(len(x), (BATCH,), generator=source)
         opt.step(x[batch], y[batch])
         if step % (steps // 4) == 0:
             with torch.no_grad():
                 curve.append(float(loss(model(x), y)))
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     with torch.no_grad():
         accuracy = float((model(test_x).argmax(1) == test_y).float().mean())
     return [value if value == value else float("inf") for value in curve], accuracy, seconds
+
+
+class Runs:
+    """Runs by method, setting and seed, kept in a file: what it holds is not run again."""
+
+    def __init__(self, steps: int, raw: Path) -> None:
+        self.steps, self._raw = steps, raw
+        self._found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
+
+    def __call__(self, name: str, setting: tuple[float, float], seed: int) -> Run:
+        key = json.dumps([self.steps, name, *setting, seed])
+        if key not in self._found:
+            self._found[key] = train(METHODS[name], *setting, seed, self.steps)
+            self._raw.parent.mkdir(exist_ok=True)
+            self._raw.write_text(json.dumps(self._found), encoding="utf-8")
+        curve, accuracy, seconds = self._found[key]
+        return curve, accuracy, seconds
+
+    def speed(self, name: str, setting: tuple[float, float], *seeds: int) -> float:
+        """The mean of the four losses, over seeds: how fast it trains."""
+        return statistics.mean(statistics.mean(self(name, setting, seed)[0]) for seed in seeds)
+
+
+def best(runs: Runs, name: str) -> tuple[float, float]:
+    """The setting that trains fastest, on seeds that are not among the reported ones."""
+    screened = sorted(METHODS[name].candidates, key=lambda setting: runs.speed(name, setting, SCREENED))
+    return min(screened[:KEPT], key=lambda setting: runs.speed(name, setting, SCREENED, *TUNED))
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
 
 
 def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
-def best_rate(method: str, steps: int) -> tuple[float, str]:
-    """The rate with the lowest mean final loss on seeds that are not among the reported ones."""
-    final = {rate: statistics.mean(train(method, rate, seed, steps)[0][-1] for seed in TUNED) for rate in RATES}
-    shown = ", ".join(f"{rate:g}: {value:.3f}" for rate, value in final.items())
-    return min(final, key=lambda rate: final[rate]), shown
+def table(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
-def report(methods: list[str], seeds: int, steps: int) -> str:
-    rows, found = [], {}
-    for method in track(methods, description="methods"):
-        rate, grid = best_rate(method, steps)
-        runs = [train(method, rate, seed, steps) for seed in range(seeds)]
-        found[method] = runs
-        losses = [spread([run[0][k] for run in runs]) for k in range(4)]
-        accuracy, seconds = spread([100 * run[1] for run in runs]), statistics.mean(run[2] for run in runs)
-        rows.append((method, f"{rate:g}", *losses, accuracy, f"{1000 * seconds / steps:.1f}", grid))
-    points = [steps * k // 4 for k in (1, 2, 3, 4)]
-    heading = [
-        "method",
-        "lr",
-        *(f"loss at {p}" for p in points),
-        "test %",
-        "ms a step",
-        "final loss by lr (another seed)",
-    ]
-    table = [heading, ["---"] * len(heading), *rows]
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    pairs = [("ekfac", "gt-ekfac"), ("gt-ddp-ekfac", "gt-ddp-gt-ekfac")]
-    verdicts = [verdict(found, base, other) for base, other in pairs if base in found and other in found]
-    return TEXT.format(seeds=seeds, steps=steps, damping=DAMPING, batch=BATCH, table="\n".join(lines),
-                       verdicts="\n".join(f"- {line}" for line in verdicts))  # fmt: skip
+def report(runs: Runs, seeds: int) -> str:
+    found, rows = {}, []
+    for name, method in track(METHODS.items(), description="methods"):
+        setting = best(runs, name)
+        found[name] = [runs(name, setting, seed) for seed in range(seeds)]
+        losses = [spread([run[0][k] for run in found[name]]) for k in range(4)]
+        accuracy = spread([100 * run[1] for run in found[name]])
+        cost = 1000 * statistics.median(run[2] for run in found[name]) / runs.steps
+        shown = f"{setting[1]:g}" if len(method.dampings) > 1 else "-"
+        rows.append([name, method.says, f"{setting[0]:g}", shown, *losses, accuracy, f"{cost:.1f}"])
+    points = [runs.steps * k // 4 for k in (1, 2, 3, 4)]
+    heading = ["method", "what it is", "lr", "damping", *(f"loss at {p}" for p in points), "test %", "CPU ms a step"]
+    text = (Path(__file__).parent / "cooperation.md.in").read_text(encoding="utf-8")
+    made = {
+        "{made}": f"Written by benchmarks/cooperation.py in one run: batches of {BATCH}, {runs.steps} steps, {seeds} "
+        f"seeds, mean ± standard deviation, torch {torch.__version__}, one thread.",
+        "{table}": table([heading, *rows]),
+        "{verdicts}": "\n".join(f"- {verdict(found, base, other)}" for base, other in PAIRS),
+        "{grids}": "\n\n".join(grid(runs, name) for name in METHODS),
+    }
+    for mark, value in made.items():
+        text = text.replace(mark, value)
+    return text
 
 
-def verdict(found: dict[str, Any], base: str, other: str) -> str:
+def verdict(found: dict[str, list[Run]], base: str, other: str) -> str:
     """How often, seed by seed, the cooperative method is ahead, early and at the end."""
     pairs = list(zip(found[base], found[other], strict=True))
     ahead = [sum(theirs[0][k] <= mine[0][k] for mine, theirs in pairs) for k in (0, 3)]
@@ -127,26 +212,28 @@ def verdict(found: dict[str, Any], base: str, other: str) -> str:
     )
 
 
-TEXT = """# Cooperation: Corollary 7 on the architecture of Fig. 7a
+def grid(runs: Runs, name: str) -> str:
+    """Mean of the four losses over the grid, on the seed that screens."""
+    method = METHODS[name]
+    rows = [[f"{name}: damping", *(f"lr {rate:g}" for rate in method.rates)]]
+    for damping in method.dampings:
+        values = [runs.speed(name, (rate, damping), SCREENED) for rate in method.rates]
+        shown = f"{damping:g}" if len(method.dampings) > 1 else "-"
+        rows.append([shown, *(f"{value:.3f}" for value in values)])
+    return table(rows)
 
-Written by `benchmarks/cooperation.py`. Three convolution modules of two parallel players, a fully connected one, a last
-layer; tanh; batches of {batch}; scikit-learn's digits (1,500 images to train, 297 to test); {steps} steps; {seeds}
-seeds, mean ± standard deviation; damping {damping:g}. The learning rate is each method's best of a grid on another
-seed. `ekfac` and `gt-ekfac` have no feedback, `gt-ddp-` has.
 
-{table}
-
-{verdicts}
-"""
+def main(
+    seeds: Annotated[int, typer.Option(min=1)] = 10,
+    steps: Annotated[int, typer.Option(min=4, help="A multiple of 4.")] = 240,
+    raw: Annotated[Path, typer.Option(dir_okay=False, help="Raw results, kept and resumed.")] = CACHE
+    / "cooperation.json",
+    out: Annotated[Path, typer.Option(dir_okay=False)] = OUT,
+) -> None:
+    """Compare methods; write docs/cooperation.md."""
+    torch.set_num_threads(1)
+    out.write_text(report(Runs(steps, raw), seeds), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--out", type=Path, default=OUT)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    arguments.out.write_text(report(arguments.methods, arguments.seeds, arguments.steps), encoding="utf-8")
-    print(arguments.out.read_text(encoding="utf-8"))
+    typer.run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from sympy import HadamardProduct, Inverse, MatrixExpr
@@ -44,6 +45,7 @@ def terminal_columns(b: Builder, end: int) -> None:
                note="P_T = root root^T")  # fmt: skip
 
 
+@cache
 def environment() -> dict[MatrixExpr, str]:
     """Variables of what the derived formulas mention beside the names of rank one; ``{t}`` stands for the stage."""
     pulled = a.GRADIENTS.T * Inverse(a.CURVATURE)

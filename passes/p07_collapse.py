@@ -55,8 +55,13 @@ def collapse(
     for stage in derived.stages:
         claims.update((claim.statement, claim) for claim in prove_span(stage.derivation, factored))
     claims.update((claim.statement, claim) for claim in prove_update(derived.recursion, factored))
-    backward, forward = (FACTORED_FORMS if factored else FORMS)[name](coupling)
+    backward, forward = _form(name, coupling, factored)
     return CollapsedForm(name, backward, forward, tuple(claims.values()), factored)
+
+
+@cache
+def _form(name: FormName, coupling: Coupling, factored: bool) -> Equations:
+    return (FACTORED_FORMS if factored else FORMS)[name](coupling)
 
 
 def form_name(recursion: Recursion, coupling: Coupling, *, feedback: bool) -> FormName:

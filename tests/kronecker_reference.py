@@ -110,7 +110,8 @@ class Reference:
                 (values_a, basis_a), (values_b, basis_b) = torch.linalg.eigh(a), torch.linalg.eigh(b)
                 basis = torch.kron(basis_b, basis_a)
                 old = memory["moment"][k] if "moment" in memory else torch.kron(values_b, values_a)
-                moments.append(keep * old + (1 - keep) * (gamma[:, piece] @ basis).square().mean(0))
+                seen = (gamma[:, piece] @ basis).square().mean(0).reshape(len(b), len(a))
+                moments.append(keep * old + (1 - keep) * mean_over_null_spaces(seen, values_b, values_a).flatten())
                 matrix = basis @ torch.diag(moments[-1] + o["damping"]) @ basis.T
             found.append(torch.linalg.solve(matrix, flat[piece]))
         memory["moment"] = moments
@@ -123,6 +124,15 @@ class Reference:
             slot[key] = self.options["momentum"] * slot.get(key, 0.0) + piece.reshape(p[key].shape)
             found[key] = -self.options["lr"] * slot[key]
         return found
+
+
+def mean_over_null_spaces(seen: Tensor, values_b: Tensor, values_a: Tensor) -> Tensor:
+    """By projectors of averages: no published rule says which basis of a null space to take."""
+    for values, axis in ((values_b, 0), (values_a, 1)):
+        null = (values < len(values) * torch.finfo(values.dtype).eps * values.max()).to(seen.dtype)
+        average = torch.diag(1 - null) + torch.outer(null, null) / null.sum().clamp_min(1)
+        seen = average @ seen if axis == 0 else seen @ average
+    return seen
 
 
 def unfolded(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,11 @@ class EKFAC(Kronecker):
     authors' variant "ra"; ``stat_decay=0``: of the batch alone). With feedback off it is EK-FAC as published
     (Proposition 4).
 
+    Where a factor is rank-deficient (fewer rows than it is wide) the eigenvectors of its null space are arbitrary, and
+    until the next refresh rows have components in it. ``s`` is therefore the mean over a null space (eigenvalues up to
+    ``n · eps`` of the largest, as torch.linalg.matrix_rank has it): the same in every basis, and the published
+    method wherever that is defined. Eigenvalues above that which are equal are left as they come.
+
     Players that decide together have the eigenbases of the joint factors (Eq. 50). Where they share input and output
     derivative the compiler uses Corollary 7 instead: with ``n`` players ``Q̃_uu = U (λ̃ + γ I) Uᵀ``, ``λ̃ = γ s / (γ +
     (n - 1) s)``, Eq. 24 for two, ``γ`` being the damping. Its steps go up to ``1/γ`` in every direction of large
@@ -55,13 +60,14 @@ class EKFAC(Kronecker):
         """Eigenbases, and ``s`` from the eigenvalues."""
         values_x, basis_x = torch.linalg.eigh(state["factor_x"])
         values_g, basis_g = torch.linalg.eigh(state["factor_g"])
+        found = {"map_x": basis_x, "map_g": basis_g, "null_x": null_space(values_x), "null_g": null_space(values_g)}
         products = values_g.clamp_min(0).unsqueeze(2) * values_x.clamp_min(0).unsqueeze(1)
-        return {"map_x": basis_x, "map_g": basis_g, "moment": products}
+        return {**found, "moment": even_out(products, found)}
 
     def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
         """``s`` after this batch."""
         maps = split_maps(state, kernels.kronecker_widths(layers))
-        moment = kernels.kronecker_moment(layers, start, maps)
+        moment = even_out(kernels.kronecker_moment(layers, start, maps), state)
         return {"moment": self._average(state["moment"], moment, state["averaged"], group)}
 
     def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:
@@ -71,3 +77,18 @@ class EKFAC(Kronecker):
             return (moment + damping).reciprocal(), None
         whole = damping * (damping + players * moment)
         return (damping + (players - 2) * moment) / whole, moment / whole
+
+
+def null_space(values: Tensor) -> Tensor:
+    """1 where an eigenvalue ``(G, n)``, ascending, is zero up to rounding, else 0."""
+    tolerance = values.shape[1] * torch.finfo(values.dtype).eps * values[:, -1:]
+    return (values <= tolerance).to(values.dtype)
+
+
+def even_out(moment: Tensor, state: State) -> Tensor:
+    """``s`` ``(G, M, N)`` with its mean over each null space in place of what an arbitrary basis of it says."""
+    for axis, key in ((1, "null_g"), (2, "null_x")):
+        null = state[key].unsqueeze(3 - axis)
+        mean = (moment * null).sum(axis, keepdim=True) / null.sum(axis, keepdim=True).clamp_min(1)
+        moment = torch.where(null > 0, mean, moment)
+    return moment

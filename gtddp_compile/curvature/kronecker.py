@@ -38,7 +38,7 @@ from gtddp_compile.kernels.kronecker import Layer, Maps, Metric
 
 BlockKind = Literal["kronecker", "shared", "exact"]
 
-FACTORS = ("factor_x", "factor_g", "map_x", "map_g", "moment")
+FACTORS = ("factor_x", "factor_g", "map_x", "map_g", "null_x", "null_g", "moment")
 """Keys of a block's state that hold its factors."""
 
 

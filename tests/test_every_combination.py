@@ -1,0 +1,125 @@
+"""curvature × terminal × coupling × recursion × schedule, on coalitions of 2, 3 and 4 players: equal, or refused by name.
+
+The whole product is enumerated. A combination has one of two outcomes: the generated program equals the derivation
+executed with explicit matrices to 1e-9, or both backends refuse it with a CompileError that names the options.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from networks import Case, make
+from torch import Tensor, nn
+
+from gtddp_compile import CompileError, MonteCarlo, compile_optimizer
+
+CURVATURES: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.05},
+    "rmsprop": {"lr": 2e-2},
+    "adam": {"lr": 2e-2},
+    "kfac": {"lr": 0.1, "damping": 1e-2},
+    "ekfac": {"lr": 0.1, "damping": 5e-2},
+}
+TERMINALS: dict[str, Any] = {"geometric": "geometric", "gradient": "gradient", "ggn": "ggn", "mc": MonteCarlo(1)}
+COUPLINGS: tuple[Any, ...] = ("full", 3, "block")
+RECURSIONS = ("levenberg", "substituted", "printed")
+PLAYERS = (2, 3, 4)
+
+
+def beside(players: int) -> Case:
+    """``b(tanh(a(x)))`` beside ``players - 1`` mappings of x, which decide with a ("asap"), with b ("alap") or alone.
+
+    One mapping is a gate (Theorem 3); three mappings are a gate and two that are added (Corollary 7), two are added.
+    """
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        parts = [getattr(net, f"p{k}")(x) for k in range(players - 1)]
+        y: Tensor = net.b(torch.tanh(net.a(x)))
+        if players != 2:
+            y = y + parts[-1] + parts[-2]
+        return y if players == 3 else y * torch.sigmoid(parts[0])
+
+    mappings: dict[str, Any] = {f"p{k}": (2, 3) for k in range(players - 1)}
+    return Case(make(forward, a=(2, 2, players != 2), b=(2, 3), **mappings), (2,), {})
+
+
+def schedules(players: int) -> list[Any]:
+    """Those that differ: one player a stage whatever their number, a mapping where it splits the coalition in two."""
+    split = {"a": 0, "p0": 0, "b": 1, "p1": 1, "p2": 1}
+    return ["asap", "alap", *({2: ["sequential"], 4: [split]}.get(players, []))]
+
+
+def refusal(players: int, curvature: str, coupling: Any, recursion: str, schedule: Any) -> str | None:
+    """What the refusal of a combination has to say; ``None``: it is allowed."""
+    if recursion != "levenberg" and coupling != "block":
+        return rf"recursion '{recursion}'.*coupling '(full|groups)'"
+    together = any(len(names) > 1 for names in coalitions(players, schedule))
+    if recursion == "printed" and curvature in ("kfac", "ekfac") and together:
+        return "recursion='printed'.*cross terms of .*cooperative=False"
+    return None
+
+
+def coalitions(players: int, schedule: Any) -> list[frozenset[str]]:
+    """Who decides with a and who with b, by hand."""
+    mappings = [f"p{k}" for k in range(players - 1)]
+    early = {"asap": mappings, "alap": [], "sequential": []}.get(str(schedule), mappings[:1])
+    late = [] if schedule == "sequential" else [name for name in mappings if name not in early]
+    return [frozenset(["a", *early]), frozenset(["b", *late])]
+
+
+def trained(case: Case, backend: Any, options: dict[str, Any]) -> tuple[Tensor, Any]:
+    """All parameters after a step with a batch of 4."""
+    model = copy.deepcopy(case.model)
+    opt = compile_optimizer(model, case.batch(0, 4)[0], loss=nn.CrossEntropyLoss(), backend=backend, **options)
+    torch.manual_seed(3)
+    opt.step(*case.batch(0, 4))
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), opt
+
+
+@pytest.mark.parametrize("players", PLAYERS)
+@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_every_combination(curvature: str, terminal: str, players: int) -> None:
+    case = beside(players)
+    start = torch.cat([p.detach().flatten() for p in case.model.parameters()])
+    equal = refused = 0
+    for coupling, recursion, schedule in itertools.product(COUPLINGS, RECURSIONS, schedules(players)):
+        options = {"curvature": curvature, "terminal": TERMINALS[terminal], "coupling": coupling,
+                   "recursion": recursion, "schedule": schedule, **CURVATURES[curvature]}  # fmt: skip
+        said = refusal(players, curvature, coupling, recursion, schedule)
+        if said is not None:
+            for backend in ("fast", "dense"):
+                with pytest.raises(CompileError, match=said):
+                    trained(case, backend, options)
+            refused += 1
+            continue
+        fast, opt = trained(case, "fast", options)
+        dense, _ = trained(case, "dense", options)
+        found = {frozenset(stage.players) for stage in opt.graph.stages if len(stage.players) > 1}
+        assert found == {names for names in coalitions(players, schedule) if len(names) > 1}
+        assert (fast - start).abs().max() > 1e-4, options
+        assert (fast - dense).abs().max() < 1e-9, options
+        equal += 1
+    kronecker = curvature in ("kfac", "ekfac")
+    count, alone = len(schedules(players)), int(players == 2)
+    assert (equal, refused) == ((4 * count + alone, 5 * count - alone) if kronecker else (5 * count, 4 * count))
+
+
+def test_the_product_has_coalitions_of_every_size_and_both_kinds_of_cross_terms() -> None:
+    """What the enumeration covers: one shared block, one joint block, and both in the same stage."""
+    found = {}
+    for players in PLAYERS:
+        case = beside(players)
+        opt = compile_optimizer(case.model, case.batch(0, 4)[0], loss=nn.CrossEntropyLoss(), curvature="ekfac")
+        found[players] = [
+            sorted((b.kind, len(b.players)) for b in stage.blocks) for stage in opt.program.derived.stages
+        ]
+    assert found == {
+        2: [[("kronecker", 2)], [("kronecker", 1)]],
+        3: [[("kronecker", 1), ("shared", 2)], [("kronecker", 1)]],
+        4: [[("kronecker", 2), ("shared", 2)], [("kronecker", 1)]],
+    }
