@@ -1,4 +1,4 @@
-"""curvature × terminal × coupling × recursion × schedule, on coalitions of 2, 3 and 4 players: equal, or refused by name.
+"""curvature × terminal × coupling × recursion × schedule on coalitions of 2, 3 and 4 players: equal, or refused.
 
 The whole product is enumerated. A combination has one of two outcomes: the generated program equals the derivation
 executed with explicit matrices to 1e-9, or both backends refuse it with a CompileError that names the options.
