@@ -122,6 +122,11 @@ class Builder:
         """``g`` of a player's output."""
         return f"gh_{self.name(op)}"
 
+    def g_as_it_lies(self, op: str) -> str:
+        """``g`` of a player's output as it is pulled back, before samples are brought to the leading axis."""
+        arranged = any(use.layouts for _, use in self.uses_at(op))
+        return f"{self.g_output(op)}_lying" if arranged else self.g_output(op)
+
     def contraction(self, value: str, reader: int) -> str:
         """``⟨g_v, δv⟩``."""
         return f"d_{self.name(value)}_at{reader}"
@@ -188,8 +193,10 @@ class Builder:
         if use.function is None:
             return options
         function = f"player_{self.name(use.key)}"
-        extras = tuple(Var(self.name(extra)) for extra in use.extras)
-        options["function"] = (
-            Function(f"bind({', '.join([function, *(e.name for e in extras)])})") if extras else Function(function)
-        )
+        if use.extras:
+            function = f"bind({', '.join([function, *(self.name(extra) for extra in use.extras)])})"
+        if use.layouts:
+            output, *rest = use.arrangement
+            function = f"arranged({function}, phi.shape[0], {output!r}, {tuple(rest)!r})"
+        options["function"] = Function(function)
         return options

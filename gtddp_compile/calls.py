@@ -10,10 +10,32 @@ from gtddp_compile.uses import Use
 
 
 def operands(b: Builder, use: Use) -> Var | tuple[Var, ...]:
-    """What a use's kernels take besides the gradient: prepared where the rule prepares."""
+    """What a use's kernels take besides the gradient: prepared where the rule prepares, samples leading."""
+    if use.layouts:
+        return Var(f"o_{b.name(use.key)}_apart")
     if use.rule.prepare:
         return Var(f"o_{b.name(use.op)}")
     return tuple(b.operand(ref) for ref in use.operands)
+
+
+SAMPLES = Code("phi.shape[0]")
+
+
+def prepare(b: Builder, t: int, tap: str) -> None:
+    """Once a stage: what the kernels of a player's operation take, and ``g`` of its value, with samples leading."""
+    uses = [use for _, use in b.uses_at(tap)]
+    for use in [use for use in uses if use.rule.prepare][:1]:
+        whole = tuple(b.operand(ref) for ref in use.operands)
+        b.emit("backward", t, (f"*o_{b.name(tap)}",), f"{use.rule.prefix}_prepare", whole, **b.options(use))
+    for use in [use for use in uses if use.layouts]:
+        _, *rest = use.arrangement
+        found = Var(f"o_{b.name(tap)}") if use.rule.prepare else tuple(b.operand(ref) for ref in use.operands)
+        b.emit("backward", t, (f"*o_{b.name(use.key)}_apart",), "apart_all", found, SAMPLES, tuple(rest),
+               note="samples leading")  # fmt: skip
+    for use in [use for use in uses if use.layouts][:1]:
+        columns = {"columns": 1} if b.factored else {}
+        b.emit("backward", t, (f"*{b.g_output(tap)}",), "apart", Var(b.g_as_it_lies(tap)), SAMPLES,
+               *(use.arrangement[0] or ()), note="samples leading", **columns)  # fmt: skip
 
 
 def params(b: Builder, use: Use) -> tuple[object, ...]:

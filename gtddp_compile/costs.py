@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from gtddp_compile import kernels
+from gtddp_compile.graph import ControlGraph
 from gtddp_compile.plan import Plan
 from gtddp_compile.uses import Use
 
@@ -43,12 +44,13 @@ def choose_gram(plan: Plan, use: Use) -> GramChoice:
     prefix, graph = use.rule.prefix, plan.graph
     if prefix == "norm":
         return GramChoice("per-sample", True)
-    shapes = [graph.op(ref.name).shape for ref in use.operands if ref.name in graph.ops.position]
-    output = graph.op(use.op).shape
+    shapes = [_arranged(graph, use, ref.name) for ref in use.operands if ref.name in graph.ops.position]
+    output = _arranged(graph, use, use.op)
     weight = graph.ops.parameter_info.get(use.params[0].name) if use.params and use.params[0] is not None else None
     if prefix not in ("linear", "conv") or not output or not shapes or not shapes[0] or weight is None:
         return GramChoice("per-sample")
-    layer = _Layer(prefix, shapes[0], output, tuple(weight.shape), use.options.get("groups", 1))
+    folded = prefix == "conv" and len(output) > len(weight.shape)
+    layer = _Layer(prefix, shapes[0], output, tuple(weight.shape), use.options.get("groups", 1), folded)
     diagonal = plan.metric == "diagonal"
     separated = diagonal and plan.gram != "exact"
     form = layer.form(diagonal=diagonal and not separated)
@@ -57,6 +59,18 @@ def choose_gram(plan: Plan, use: Use) -> GramChoice:
     if plan.gram == "sketch" and layer.sketch(plan.columns) + layer.weighted < layer.cost(exact):
         return GramChoice(f"sketch of {plan.columns} columns", False, "sketch")
     return exact
+
+
+def _arranged(graph: ControlGraph, use: Use, name: str) -> tuple[int, ...] | None:
+    """Shape of a value as the kernels see it: samples leading; what a convolution has of each beside it last."""
+    op = graph.op(name)
+    if not use.layouts or not op.shape:
+        return op.shape
+    batch = graph.ops.batch or op.shape[0]
+    shape = op.samples.sample_shape(op.shape, batch)
+    if use.rule.prefix == "conv" and op.samples.fold:
+        shape = (*shape[1:], shape[0])
+    return (batch, *shape)
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ class _Layer:
     output: tuple[int, ...]
     weight: tuple[int, ...]
     groups: int
+    folded: bool = False
 
     @property
     def positions(self) -> int:
@@ -97,7 +112,8 @@ class _Layer:
             form = "separable" if form == "pairs" and self.positions == 1 else form
         else:
             pixels, kernel = math.prod(self.x[2:]), math.prod(self.weight[2:])
-            form = kernels.conv_gram_form(batch, self.positions, pixels, self.weight[1], kernel, outputs)
+            shape = (self.weight[1] * kernel, 1) if self.folded else (self.weight[1], kernel)
+            form = kernels.conv_gram_form(batch, self.positions, pixels, *shape, outputs)
         return "per-sample" if form == "materialised" else form
 
     def cost(self, choice: GramChoice) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gtddp_compile import kernels
-from gtddp_compile.graph import BufferRef, ControlGraph, Op, ParamRef, Player, Ref, map_leaves
+from gtddp_compile.graph import LEADING, BufferRef, ControlGraph, Layout, Op, ParamRef, Player, Ref, map_leaves
 from gtddp_compile.rules import Rule, choose
 from gtddp_compile.rules.generic import GenericRule
 
@@ -32,6 +32,9 @@ class Use:
         function: for the generic rule, name of the generated function; else ``None``.
         extras: values that function takes first (sizes).
         ops: for the generic rule, the operations it evaluates.
+        layouts: where samples lie in the value and in each operand (``None``: all samples share it); empty if along the
+            leading axis everywhere.
+        behind: axis behind which the kernels want what a sample has of a folded axis: 1, or 2 after channels.
     """
 
     op: str
@@ -45,6 +48,13 @@ class Use:
     function: str | None = None
     extras: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
+    layouts: tuple[Layout | None, ...] = ()
+    behind: int = 1
+
+    @property
+    def arrangement(self) -> tuple[tuple[int, str, int] | None, ...]:
+        """``layouts`` as kernels take them."""
+        return tuple(None if layout is None else (layout.axis, layout.fold, self.behind) for layout in self.layouts)
 
 
 def describe_use(graph: ControlGraph, player: Player, op: Op) -> Use:
@@ -60,7 +70,27 @@ def describe_use(graph: ControlGraph, player: Player, op: Op) -> Use:
     wants = tuple(isinstance(param, ParamRef) and param.name in owned for param in params)
     names = tuple(param.name for param, want in zip(params, wants, strict=True) if want and param is not None)
     key = use_key(graph, player, op.name)
-    return Use(op.name, key, rule, tuple(rule.operands(op)), params, wants, names, dict(rule.options(op)))
+    use = Use(op.name, key, rule, tuple(rule.operands(op)), params, wants, names, dict(rule.options(op)))
+    return _with_layouts(graph, use, (True,) * (1 if rule.prepare else len(use.operands)))
+
+
+CHANNELS_FIRST = frozenset({"batch_norm", "group_norm", "instance_norm"})
+"""Kinds whose parameters lie along axis 1."""
+
+
+def _with_layouts(graph: ControlGraph, use: Use, batched: tuple[bool, ...]) -> Use:
+    """The use with the layouts of its value and operands, where they are not all plain.
+
+    What a rule prepares (a normalised input) lies as the value does.
+    """
+    refs = (Ref(use.op), *((Ref(use.op),) if use.rule.prepare else use.operands))
+    layouts = tuple(
+        graph.op(ref.name).samples if split and isinstance(ref, Ref) else None
+        for ref, split in zip(refs, (True, *batched), strict=True)
+    )
+    if all(layout in (None, LEADING) for layout in layouts):
+        return use
+    return replace(use, layouts=layouts, behind=2 if graph.op(use.op).kind in CHANNELS_FIRST else 1)
 
 
 def use_key(graph: ControlGraph, player: Player, op: str) -> str:
@@ -94,12 +124,17 @@ def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str
     owned = set(player.parameters)
     wants = tuple(param.name in owned for param in params)
     names = tuple(param.name for param in params if param.name in owned)
-    batch = op.shape[0] if op.shape else 0
-    batched = tuple(isinstance(ref, Ref) and (graph.op(ref.name).shape or (0,))[:1] == (batch,) for ref in operands)
+    batch = graph.ops.batch or (op.shape[0] if op.shape else 0)
+    batched = tuple(isinstance(ref, Ref) and _has_samples(graph.op(ref.name), batch) for ref in operands)
     options: dict[str, Any] = {"batched": batched, "mixes": op.mixes_samples or bool(extras) or not any(batched)}
     key = use_key(graph, player, op.name)
     use = Use(op.name, key, GenericRule(), operands, params, wants, names, options, "player", extras, ops)
+    use = _with_layouts(graph, use, batched)
     return replace(use, options=probe_generic(graph, use))
+
+
+def _has_samples(op: Op, batch: int) -> bool:
+    return bool(op.shape) and op.samples.fits(op.shape or (), batch)
 
 
 def _evaluate(graph: ControlGraph, use: Use, params: tuple[torch.Tensor, ...], *operands: torch.Tensor) -> Any:
@@ -123,7 +158,7 @@ def probe_generic(graph: ControlGraph, use: Use) -> Mapping[str, Any]:
 
     Players that read buffers or sizes (unknown to the graph), and very large ones, are not tried.
     """
-    samples = (graph.op(use.op).shape or (1,))[0]
+    samples = graph.ops.batch or (graph.op(use.op).shape or (1,))[0]
     sizes = sum(math.prod(graph.ops.parameter_info[name].shape) for name in use.names)
     untried = use.extras or any(isinstance(ref, BufferRef) for ref in (*use.operands, *use.params))
     if untried or samples * sizes > LARGEST_TRIAL:
@@ -140,12 +175,13 @@ def probe_generic(graph: ControlGraph, use: Use) -> Mapping[str, Any]:
     operands = tuple(sample(value.shape or (), value.dtype) for value in values)
     params = tuple(sample(parameter.shape, parameter.dtype) for parameter in info)
     op = graph.op(use.op)
-    found = kernels.generic_probe(
-        operands,
-        sample(op.shape or (), op.dtype),
-        params,
-        use.wants,
-        function=partial(_evaluate, graph, use),
-        **use.options,
-    )
+    g = sample(op.shape or (), op.dtype)
+    function: Callable[..., torch.Tensor] = partial(_evaluate, graph, use)
+    if use.layouts:
+        output, *rest = use.arrangement
+        assert output is not None
+        function = kernels.arranged(function, samples, output, tuple(rest))
+        operands = kernels.apart_all(operands, samples, tuple(rest))
+        g = kernels.apart(g, samples, *output)
+    found = kernels.generic_probe(operands, g, params, use.wants, function=function, **use.options)
     return {**use.options, **found}

@@ -2,7 +2,8 @@
 
 Takes a module and example inputs; guarantees an :class:`OpGraph` in which every operation is a function of values,
 parameters, buffers and literals, without side effects but those of a training batch-norm (``advances``), in topological
-order, nothing dead, every value named after the module that computes it, with its shape for the example inputs.
+order, nothing dead, every value named after the module that computes it, with its shape for the example inputs and
+where its samples lie.
 
 torch.fx comes first, then torch.export, then torch.export functionalised. A recording is not trusted: it is run
 beside the model on the example inputs, and outputs and parameter gradients must agree. What torch.fx gets wrong without
@@ -26,6 +27,7 @@ from gtddp_compile.frontends import Traced, Untraceable, trace_export, trace_fun
 from gtddp_compile.frontends.canonical import is_identity, is_random
 from gtddp_compile.frontends.functional import Clean, functionalise
 from gtddp_compile.frontends.reference import Reference, agrees, observe, run
+from gtddp_compile.frontends.samples import find_layouts
 from gtddp_compile.frontends.traced import argument_names, parameter_infos, untouched
 from gtddp_compile.graph import BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
 
@@ -63,7 +65,7 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
             refusals.append(refusal)
             continue
         if agrees(graph, output, reference):
-            return graph
+            return find_layouts(graph, model, inputs)
         refusals.append(Untraceable("what was recorded computes something else than the model"))
     raise _cannot(refusals, reference)
 

@@ -85,16 +85,16 @@ def _packed(op: Op, *, returned: bool) -> CompileError:
 
 
 def check_batch_axes(players: PlayerGraph, values: tuple[Value, ...]) -> None:
-    """The state is one a sample: whatever players decide on, and what moves across a cut, has the batch leading."""
+    """The state is one a sample: whose the entries of what players decide on, and of what moves, are is known."""
     ops = players.ops
-    sizes = [shape[0] for shape in (ops.by_name[name].shape for name in ops.inputs) if shape]
     moving = [value.name for value in values if not value.fixed and value.control is None]
     for name in sorted({*players.player_using, *moving}, key=ops.position.__getitem__):
         op = ops.by_name[name]
-        if op.shape is not None and sizes and op.shape[:1] != (sizes[0],):
+        if op.shape is not None and ops.batch and not op.samples.fits(op.shape, ops.batch):
             raise CompileError(
-                f"its value has shape {op.shape}, so its leading axis is not the batch of {sizes[0]} samples",
-                "Keep samples apart along the leading axis: (B, T, n) instead of (B T, n) or (T, B, n)",
+                f"its value has shape {op.shape}, and which of its elements belong to which of the {ops.batch} samples "
+                "is no matter of axes",
+                "Keep samples along an axis of their own, (B, T, n), or in order along one with others, (B T, n)",
                 module=op.module,
                 operation=op.kind,
                 source=op.source or None,
@@ -115,8 +115,8 @@ def augment(schedule: Schedule, name: str = "model") -> ControlGraph:
         The control graph.
 
     Raises:
-        CompileError: if a tuple of tensors would have to wait between two stages, or samples do not lie along the
-            leading axis.
+        CompileError: if a tuple of tensors would have to wait between two stages, or samples cannot be told
+            apart.
     """
     players = schedule.base.base
     ops = players.ops
@@ -143,7 +143,7 @@ def augment(schedule: Schedule, name: str = "model") -> ControlGraph:
 
 def find_values(schedule: Schedule, lives: Lives, moved: frozenset[str]) -> tuple[Value, ...]:
     """Values that cross a cut, in trace order; a tied player's control follows the value it computes."""
-    players = schedule.base.base
+    players, ops = schedule.base.base, schedule.base.base.ops
     expressions = {name for player in players.players for name in player.expressions}
     tied: dict[str, list[Value]] = {}
     for player in schedule.players:
@@ -152,13 +152,14 @@ def find_values(schedule: Schedule, lives: Lives, moved: frozenset[str]) -> tupl
             control = Value(f"params:{player.name}", (), player.stage, later[-1], later, control=player.name)
             tied.setdefault(player.op, []).append(control)
     found = []
-    for op in players.ops.ops:
+    for op in ops.ops:
         born = schedule.stage_of[op.name]
         waits = op.name not in expressions or op.name in lives.returned
         if op.is_tensor and op.is_differentiable and waits and is_live_after(op.name, born, lives):
             readers = lives.readers[op.name]
             dies = lives.end if op.name in lives.returned else readers[-1]
-            found.append(Value(op.name, (op.shape or ())[1:], born, dies, readers, fixed=op.name not in moved))
+            shape = op.samples.sample_shape(op.shape, ops.batch or 1) if op.shape else ()
+            found.append(Value(op.name, shape, born, dies, readers, fixed=op.name not in moved))
         found += tied.get(op.name, ())
     return tuple(found)
 

@@ -20,12 +20,12 @@ from sympy import HadamardProduct, Identity, Inverse, MatrixExpr, OneMatrix
 from gtddp_compile import metrics
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.builder import Builder
-from gtddp_compile.calls import directional, weighted
+from gtddp_compile.calls import SAMPLES, directional, prepare, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
 from gtddp_compile.errors import CompileError
 from gtddp_compile.formulas import print_formula
-from gtddp_compile.graph import BufferRef, Ref
-from gtddp_compile.instructions import Code, Instruction, StageFunction, Var
+from gtddp_compile.graph import LEADING, BufferRef, Ref
+from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, Var
 from gtddp_compile.passes.p08_simplify import segments
 from gtddp_compile.plan import Contraction, Plan, StagePlan
 from gtddp_compile.recompute import Sweeps, run_again
@@ -203,7 +203,7 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
     outputs = [Var(b.name(name)) for name in opened]
     gradients = [Var(b.g(name, segments(graph, graph.value[name])[0])) for name in opened]
     inputs = [Var(b.leaf(name, t)) for name in stage.pulled] + [Var(b.name(tap)) for tap in taps]
-    writes = tuple(b.g(name, t) for name in stage.pulled) + tuple(b.g_output(tap) for tap in taps)
+    writes = tuple(b.g(name, t) for name in stage.pulled) + tuple(b.g_as_it_lies(tap) for tap in taps)
     options = {"vectorised": vectorises(graph, t)} if b.factored else {}
     b.emit("backward", t, writes, "pull_back_factors" if b.factored else "pull_back", outputs, inputs, gradients,
            note="Q_x = f_x^T V_x; g of the players", **options)  # fmt: skip
@@ -213,9 +213,7 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
             total = Code(f"{b.g(name, t)} + {b.g(name, later[0])}")
             b.emit("backward", t, (f"*{b.g(name, t)}",), "=", total, note=f"identity block: {name} waits on")
     for tap in taps:
-        for use in [use for _, use in b.uses_at(tap) if use.rule.prepare][:1]:
-            operands = tuple(b.operand(ref) for ref in use.operands)
-            b.emit("backward", t, (f"*o_{b.name(tap)}",), f"{use.rule.prefix}_prepare", operands, **b.options(use))
+        prepare(b, t, tap)
 
 
 def _gains(b: Builder, stage: StagePlan) -> None:
@@ -378,8 +376,12 @@ def _contract(b: Builder, t: int, contraction: Contraction) -> None:
     result = b.contraction(value, reader)
     control = b.graph.value[value].control
     if control is None:
-        b.emit("forward", t, (f"*{result}",), "contract_factors" if b.factored else "contract",
-               Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)), note=f"<g, delta {value}>")  # fmt: skip
+        kernel, layout = "contract_factors" if b.factored else "contract", b.graph.op(value).samples
+        call, more = ((kernel,), ()) if layout == LEADING else (
+            ("contract_arranged", Function(kernel)), (SAMPLES, layout.axis, layout.fold, int(b.factored))
+        )  # fmt: skip
+        b.emit("forward", t, (f"*{result}",), *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
+               *more, note=f"<g, delta {value}>")  # fmt: skip
         return
     player = b.graph.player[control]
     here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)

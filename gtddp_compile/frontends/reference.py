@@ -44,7 +44,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
     Raises:
         CompileError: it raises, assigns a buffer, or returns no differentiable tensor.
     """
-    params, buffers = _leaves(model)
+    params, buffers = leaves(model)
     before = tensor_attributes(model)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
@@ -110,14 +110,14 @@ def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Re
     Raises:
         Untraceable: it raises.
     """
-    params, buffers = _leaves(model)
+    params, buffers = leaves(model)
     values: dict[str, Any] = dict(zip(graph.inputs, copy.deepcopy(inputs), strict=True))
     ops: list[Op] = []
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
         for op in graph.ops:
             if op.target is not None:
-                values[op.name] = _evaluate(op, values, params, buffers)
+                values[op.name] = evaluate(op, values, params, buffers)
             ops.append(_with_shape(op, values[op.name]))
         output = map_leaves(graph.output, lambda leaf: _value(leaf, values, params, buffers))
         found = tuple(tensors(output))
@@ -160,7 +160,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
 
 
-def _leaves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def leaves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters, and copies of the buffers."""
     params = {name: p.detach().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
     return params, {name: b.detach().clone() for name, b in model.named_buffers()}
 
@@ -182,7 +183,12 @@ def _value(leaf: Any, values: Mapping[str, Any], params: Mapping[str, Tensor], b
     return buffers[leaf.name] if isinstance(leaf, BufferRef) else values[leaf.name]
 
 
-def _evaluate(op: Op, values: Mapping[str, Any], params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
+def evaluate(op: Op, values: Mapping[str, Any], params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
+    """The value of one operation.
+
+    Raises:
+        Untraceable: it raises.
+    """
     args, kwargs = map_leaves((op.args, dict(op.kwargs)), lambda leaf: _value(leaf, values, params, buffers))
     assert op.target is not None
     try:

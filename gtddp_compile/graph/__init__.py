@@ -11,6 +11,7 @@ from gtddp_compile.graph.control import (
     Stage,
     Value,
 )
+from gtddp_compile.graph.layouts import LEADING, Layout
 from gtddp_compile.graph.ops import (
     BufferRef,
     Leaf,
@@ -25,8 +26,10 @@ from gtddp_compile.graph.ops import (
 )
 
 __all__ = [
+    "LEADING",
     "BufferRef",
     "ControlGraph",
+    "Layout",
     "Leaf",
     "Method",
     "Op",

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gtddp_compile.graph.layouts import LEADING, Layout
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -75,6 +77,7 @@ class Op:
         advances: buffers that the operation writes (running statistics of a batch-norm in training mode).
         random: whether it draws random numbers (dropout in training mode).
         mixes_samples: whether output sample i may depend on input sample j ≠ i (batch-norm in training mode).
+        layout: where the samples of its value lie; ``None``: along the leading axis, if it has any of its own.
     """
 
     name: str
@@ -89,6 +92,12 @@ class Op:
     advances: tuple[str, ...] = ()
     random: bool = False
     mixes_samples: bool = False
+    layout: Layout | None = None
+
+    @property
+    def samples(self) -> Layout:
+        """Where the samples of its value lie."""
+        return self.layout or LEADING
 
     @property
     def is_tensor(self) -> bool:
@@ -157,6 +166,12 @@ class OpGraph:
     def by_name(self) -> dict[str, Op]:
         """Operations by name."""
         return {op.name: op for op in self.ops}
+
+    @cached_property
+    def batch(self) -> int | None:
+        """Samples of the example inputs; ``None`` where they have no axis."""
+        shapes = (self.by_name[name].shape for name in self.inputs)
+        return next((shape[0] for shape in shapes if shape), None)
 
     @cached_property
     def position(self) -> dict[str, int]:

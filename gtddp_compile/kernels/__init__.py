@@ -9,6 +9,7 @@ from gtddp_compile.kernels.approximate import (
     linear_separable_gram,
     linear_sketch_gram,
 )
+from gtddp_compile.kernels.arrange import apart, apart_all, arranged, contract_arranged, together
 from gtddp_compile.kernels.batch_norm import batch_norm
 from gtddp_compile.kernels.conv import (
     conv_directional,
@@ -115,6 +116,9 @@ from gtddp_compile.kernels.sweep import (
 )
 
 __all__ = [
+    "apart",
+    "apart_all",
+    "arranged",
     "attention_mask",
     "batch_norm",
     "bernoulli_like_first",
@@ -128,6 +132,7 @@ __all__ = [
     "clip_radicand",
     "combine",
     "contract",
+    "contract_arranged",
     "contract_factors",
     "conv_directional",
     "conv_gram",
@@ -211,6 +216,7 @@ __all__ = [
     "tap",
     "terminal",
     "time_first",
+    "together",
     "uniform_like_first",
     "wide",
     "zero_like_first",

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.conv import conv_gram
+from gtddp_compile.kernels.conv import _conv_images, _conv_samples, conv_gram
 from gtddp_compile.kernels.linear import linear_gram
 
 
@@ -103,11 +103,12 @@ def conv_separable_gram(
     groups: int,
 ) -> Tensor:
     """``γ M⁻¹ γᵀ`` with the weight's metric separated, ``(B, B)``."""
-    bias = _bias(g, wants, metric, 1)
+    channels = g.dim() - params[0].dim() + 1  # behind a sample's images, where it has several
+    bias = _bias(g, wants, metric, channels)
     if not wants[0]:
         return g.new_zeros(g.shape[0], g.shape[0]) + bias
     by_output, by_input = _separate(metric[0], groups)
-    scaled, g = (_along(operands[0], by_input, 1),), _along(g, by_output, 1)
+    scaled, g = (_along(operands[0], by_input, channels),), _along(g, by_output, channels)
     own = conv_gram(
         scaled, g, params, (True, False), (1.0,), stride=stride, padding=padding, dilation=dilation, groups=groups
     )
@@ -132,17 +133,18 @@ def conv_sketch_gram(
 
     The projection of the patches is a convolution with random filters: nothing is unfolded.
     """
-    bias = _bias(g, wants, metric, 1)
+    channels = g.dim() - params[0].dim() + 1  # behind a sample's images, where it has several
+    bias = _bias(g, wants, metric, channels)
     if not wants[0]:
         return g.new_zeros(g.shape[0], g.shape[0]) + bias
     by_output, by_input = _separate(metric[0], groups)
-    x, shape = operands[0], params[0].shape[1:]
+    samples, shape = g.shape[0], params[0].shape[1:]
+    x, g = _conv_images(operands, g, params)
     filters = _signs(groups * columns, shape.numel(), x, seed) * (shape.numel() / columns) ** 0.5
     function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(shape) - 1]
     projected = function(
         _along(x, by_input, 1), filters.reshape(-1, *shape), None, stride, padding, dilation, groups
     )  # fmt: skip
-    samples = g.shape[0]
-    rows = _along(g, by_output, 1).reshape(samples, groups, -1, projected[0, 0].numel())
-    gamma = (rows @ projected.reshape(samples, groups, columns, -1).mT).flatten(1)
+    rows = _along(g, by_output, 1).reshape(len(g), groups, -1, projected[0, 0].numel())
+    gamma = _conv_samples(rows @ projected.reshape(len(g), groups, columns, -1).mT, samples).flatten(1)
     return gamma @ gamma.mT + bias

@@ -5,6 +5,9 @@ becomes ``(B, G, n, T)`` with ``n = (channels / G) · kernel``, ``g`` is ``(B, G
 G``, and ``γ_i = Σ_t g_it x_itᵀ``. Patches are unfolded a bounded piece at a time (``CHUNK`` elements), each
 at most once a call.
 
+A sample may have several images (frames, windows): ``x`` is ``(B, k, channels, …)`` and ``g`` likewise, and ``γ_i``
+sums over them as over positions.
+
 Options of every kernel: ``stride``, ``padding``, ``dilation`` (tuples, one entry an axis; ``padding`` may be
 ``"same"``) and ``groups``. Transposed convolutions go through the generic rule.
 """
@@ -200,6 +203,22 @@ def _conv_metric(metric: Tensor, channels: slice, groups: int) -> Tensor:
     return metric.reshape(groups, shape[0] // groups, *shape[1:])[:, :, channels].flatten(2)
 
 
+def _conv_images(operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """``x`` and ``g`` image by image: ``(B k, channels, …)``."""
+    x = operands[0]
+    return (x.flatten(0, 1), g.flatten(0, 1)) if g.dim() > params[0].dim() else (x, g)
+
+
+def _conv_samples(rows: Tensor, samples: int) -> Tensor:
+    """Rows of images ``(B k, …)`` added up sample by sample: ``(B, …)``."""
+    return rows if rows.shape[0] == samples else rows.unflatten(0, (samples, -1)).sum(1)
+
+
+def _conv_beside(rows: Tensor, samples: int) -> Tensor:
+    """Positions of all images of a sample side by side: ``(B k, G, n, T)`` as ``(B, G, n, k T)``."""
+    return rows if rows.shape[0] == samples else rows.unflatten(0, (samples, -1)).movedim(1, 3).flatten(3)
+
+
 def conv_weighted(
     operands: tuple[Tensor, ...],
     g: Tensor,
@@ -212,10 +231,11 @@ def conv_weighted(
     groups: int,
 ) -> tuple[Tensor, ...]:
     """``γᵀ 1``: the weight's and the bias's shape."""
+    x, g = _conv_images(operands, g, params)
     bias = (g.flatten(2).sum((0, 2)),) if wants[1] else ()
     if not wants[0]:
         return bias
-    x, widths = _conv_symmetric(operands[0], params[0], padding, dilation)
+    x, widths = _conv_symmetric(x, params[0], padding, dilation)
     zeros, only_weight = [0 for _ in stride], [False, True, False]
     weight: Tensor = torch.ops.aten.convolution_backward(
         g, x, params[0], None, stride, widths, dilation, False, zeros, groups, only_weight
@@ -238,28 +258,32 @@ def conv_gram(
     """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape."""
     samples = g.shape[0]
     gram = g.new_zeros(samples, samples)
+    x, g = _conv_images(operands, g, params)
     if wants[0]:
         weight, kernel = metric[0], tuple(params[0].shape[2:])
         spherical = not isinstance(weight, Tensor) or weight.dim() == 0
-        margins, rows = _conv_margins(kernel, padding, dilation), _conv_groups(g, groups)
-        x = operands[0]
+        margins, rows, images = _conv_margins(kernel, padding, dilation), _conv_groups(g, groups), len(g) // samples
+        sizes = (params[0].shape[1], math.prod(kernel))  # with several images a patch is no sum over pixels of one
         form = conv_gram_form(
-            samples, rows[0, 0, 0].numel(), x[0, 0].numel(), params[0].shape[1], math.prod(kernel), rows.shape[2]
-        )
+            samples, images * rows[0, 0, 0].numel(), images * x[0, 0].numel(),
+            *(sizes if images == 1 else (math.prod(sizes), 1)), rows.shape[2],
+        )  # fmt: skip
         if spherical and form == "pixels":
             gram = _conv_pixel_pairs(_conv_groups(x, groups), rows, kernel, stride, dilation, margins) * weight
         elif spherical and form == "patches":
             patches = _conv_patches(_conv_padded(x, margins), kernel, stride, dilation, groups)
-            gram = _conv_pairs(patches, rows.flatten(3)) * weight
+            pairs = (_conv_beside(part, samples) for part in (patches, rows.flatten(3)))
+            gram = _conv_pairs(*pairs) * weight
         else:
             split = _conv_groups(_conv_padded(x, margins), groups)
-            for channels, block in _conv_blocks(split, rows, kernel, stride, dilation):
+            for channels, gradients in _conv_blocks(split, rows, kernel, stride, dilation):
+                block = _conv_samples(gradients, samples)
                 scale = 1.0 if spherical else _conv_metric(weight, channels, groups) ** 0.5  # type: ignore[arg-type]
                 flat = (block if spherical else block * scale).flatten(1)
                 gram.addmm_(flat, flat.mT)
             gram = gram * weight if spherical else gram
     if wants[1]:
-        bias = g.flatten(2).sum(2) * metric[-1] ** 0.5
+        bias = _conv_samples(g.flatten(2).sum(2), samples) * metric[-1] ** 0.5
         gram = gram + bias @ bias.mT
     return gram
 
@@ -279,16 +303,18 @@ def conv_gram_diagonal(
     """The diagonal of ``γ M⁻¹ γᵀ``, ``(B,)``."""
     samples = g.shape[0]
     diagonal = g.new_zeros(samples)
+    x, g = _conv_images(operands, g, params)
     if wants[0]:
         weight, kernel = metric[0], tuple(params[0].shape[2:])
-        x = _conv_groups(_conv_padded(operands[0], _conv_margins(kernel, padding, dilation)), groups)
+        x = _conv_groups(_conv_padded(x, _conv_margins(kernel, padding, dilation)), groups)
         rows = _conv_groups(g, groups)
-        for channels, block in _conv_blocks(x, rows, kernel, stride, dilation):
+        for channels, gradients in _conv_blocks(x, rows, kernel, stride, dilation):
+            block = _conv_samples(gradients, samples)
             diagonal_metric = isinstance(weight, Tensor) and weight.dim() > 0
             scale = _conv_metric(weight, channels, groups) if diagonal_metric else weight  # type: ignore[arg-type]
             diagonal = diagonal + (block.square() * scale).flatten(1).sum(1)
     if wants[1]:
-        diagonal = diagonal + (g.flatten(2).sum(2).square() * metric[-1]).sum(1)
+        diagonal = diagonal + (_conv_samples(g.flatten(2).sum(2), samples).square() * metric[-1]).sum(1)
     return diagonal
 
 
@@ -305,12 +331,14 @@ def conv_directional(
     groups: int,
 ) -> Tensor:
     """``⟨γ_i, v⟩ = Σ_t g_it · (V * x_i + v_b)_t``, ``(B,)``."""
+    samples = g.shape[0]
+    x, g = _conv_images(operands, g, params)
     if not wants[0]:
-        return g.flatten(2).sum(2) @ direction[0]
-    x, widths = _conv_symmetric(operands[0], params[0], padding, dilation)
+        return _conv_samples(g.flatten(2).sum(2), samples) @ direction[0]
+    x, widths = _conv_symmetric(x, params[0], padding, dilation)
     bias, zeros = direction[1] if wants[1] else None, [0 for _ in stride]
     change = torch.convolution(x, direction[0], bias, stride, widths, dilation, False, zeros, groups)
-    return (g * change).flatten(1).sum(1)
+    return _conv_samples((g * change).flatten(1).sum(1), samples)
 
 
 def conv_per_sample(
@@ -326,13 +354,14 @@ def conv_per_sample(
 ) -> tuple[Tensor, ...]:
     """``γ``, ``(B, *shape)`` for each wanted parameter."""
     samples, result = g.shape[0], []
+    x, g = _conv_images(operands, g, params)
     if wants[0]:
         kernel = tuple(params[0].shape[2:])
-        x = _conv_groups(_conv_padded(operands[0], _conv_margins(kernel, padding, dilation)), groups)
-        rows = _conv_groups(g, groups)
-        result.append(_conv_gradients(x, rows, kernel, stride, dilation).reshape(samples, *params[0].shape))
+        x = _conv_groups(_conv_padded(x, _conv_margins(kernel, padding, dilation)), groups)
+        gradients = _conv_gradients(x, _conv_groups(g, groups), kernel, stride, dilation)
+        result.append(_conv_samples(gradients, samples).reshape(samples, *params[0].shape))
     if wants[1]:
-        result.append(g.flatten(2).sum(2))
+        result.append(_conv_samples(g.flatten(2).sum(2), samples))
     return tuple(result)
 
 
@@ -348,8 +377,9 @@ def conv_rows(
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     """Homogeneous patches ``(B, G, T, n)`` and output gradients ``(B, G, T, m)`` (kernels of ``kronecker``)."""
-    kernel = tuple(params[0].shape[2:])
-    x = _conv_padded(operands[0], _conv_margins(kernel, padding, dilation))
-    patches = _conv_patches(x, kernel, stride, dilation, groups).mT
+    kernel, samples = tuple(params[0].shape[2:]), g.shape[0]
+    x, g = _conv_images(operands, g, params)
+    x = _conv_padded(x, _conv_margins(kernel, padding, dilation))
+    patches = _conv_beside(_conv_patches(x, kernel, stride, dilation, groups), samples).mT
     patches = F.pad(patches, (0, 1), value=1.0) if wants[1] else patches
-    return patches, _conv_groups(g, groups).flatten(3).mT
+    return patches, _conv_beside(_conv_groups(g, groups).flatten(3), samples).mT

@@ -81,12 +81,16 @@ class DenseMetric:
             x, v_h = v_u.new_ones(len(v_u), 1, 1, 1), v_u[:, None, None]
         else:
             use = describe_use(self._graph, player, self._graph.op(player.op))
-            values = seen.trajectory.values
             parts = [part.T @ value_x[o] for (o, name), part in seen.blocks.outputs.items() if name == use.op]
-            total = torch.stack(parts).sum(0).reshape(values[use.op].shape)
             (operand,) = use.operands
-            x, v_h = _explicit(values[operand.name], total, use.options, use.params, seen.trajectory.p,
-                               bias=use.wants[1])  # fmt: skip
+            x, v_h = (
+                flat.reshape(seen.trajectory.batch, *seen.trajectory.sample_shape(name))
+                for name, flat in (
+                    (operand.name, seen.trajectory.by_sample(operand.name, seen.trajectory.values[operand.name])),
+                    (use.op, torch.stack(parts).sum(0)),
+                )
+            )
+            x, v_h = _explicit(x, v_h, use.options, use.params, seen.trajectory.p, bias=use.wants[1])
         return kernels.kronecker_layer(lambda operands, g, params, wants: (operands[0], g), (x,), v_h, (), ())
 
     def apply(self, consumed: Tensor) -> None:
@@ -178,7 +182,8 @@ def _explicit(x: Tensor, v_h: Tensor, options: Mapping[str, Any], params: Sequen
         rows, columns = x.reshape(len(x), 1, -1, x.shape[-1]), v_h.reshape(len(x), 1, -1, v_h.shape[-1])
     else:
         weight, groups = p[params[0].name], options["groups"]
-        columns = v_h.reshape(len(x), groups, v_h.shape[1] // groups, -1).transpose(2, 3)
+        x = x.reshape(-1, *x.shape[-weight.dim() + 1 :])  # every image of every sample
+        columns = v_h.reshape(len(x), groups, v_h.shape[-weight.dim() + 1] // groups, -1).transpose(2, 3)
         # The derivative of a convolution in its weights, one weight at a time: no unfolding rule to get wrong.
         entries = weight[0].numel()
         basis = torch.eye(entries, dtype=x.dtype).reshape(entries, *weight.shape[1:])
@@ -186,4 +191,5 @@ def _explicit(x: Tensor, v_h: Tensor, options: Mapping[str, Any], params: Sequen
         settings = {name: options[name] for name in ("stride", "padding", "dilation")}
         parts = [convolve(part, basis, **settings) for part in x.chunk(groups, 1)]
         rows = torch.stack([part.flatten(2).transpose(1, 2) for part in parts], 1)
+        rows, columns = (part.unflatten(0, (len(v_h), -1)).transpose(1, 2).flatten(2, 3) for part in (rows, columns))
     return (F.pad(rows, (0, 1), value=1.0) if bias else rows), columns

@@ -153,7 +153,7 @@ class Trajectory:
         """Evaluate a stage in place; ``shift`` is added to the outputs of the named operations."""
         for name in self._ops(stage):
             value = evaluate_op(self.graph, name, values, p, b)
-            values[name] = value + shift[name].reshape(value.shape) if shift and name in shift else value
+            values[name] = value + self.as_it_lies(name, shift[name]) if shift and name in shift else value
 
     def terminal(self, m: BaseMethod, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """``φ`` and its gradient in every output that players move, ``(B, n)`` each."""
@@ -164,7 +164,8 @@ class Trajectory:
             phi = m.losses(outputs, targets)
             g = torch.autograd.grad(phi.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         batch = phi.shape[0]
-        return phi.detach(), {name: part.reshape(batch, -1) for name, part in zip(leaves, g, strict=True)}
+        parts = zip(leaves, g, strict=True)
+        return phi.detach(), {name: self.by_sample(name, part).reshape(batch, -1) for name, part in parts}
 
     def terminal_hessian(self, m: BaseMethod, targets: Any) -> Pairs:
         """``H_i`` of every sample in every output that players move, block-diagonal; sampled where it is asked for."""
@@ -177,6 +178,34 @@ class Trajectory:
         tiles = [row.split(sizes, 2) for row in hessian.split(sizes, 1)]
         return {(a, c): torch.block_diag(*tiles[i][j]) for i, a in enumerate(leaves) for j, c in enumerate(leaves)}
 
+    # --- samples ----------------------------------------------------------------------------------------------------
+
+    def by_sample(self, name: str, value: Tensor) -> Tensor:
+        """Every entry of a value (of a tied control: of its copies), sample by sample: sample 0's first."""
+        order = self._order(name, value.shape)
+        return value.reshape(-1) if order is None else value.reshape(-1)[order]
+
+    def as_it_lies(self, name: str, flat: Tensor) -> Tensor:
+        """The inverse of :meth:`by_sample`."""
+        shape = self.values[name].shape
+        order = self._order(name, shape)
+        return (flat if order is None else flat[order.argsort()]).reshape(shape)
+
+    def sample_shape(self, name: str) -> tuple[int, ...]:
+        """What of an operation's value belongs to one sample."""
+        return self.graph.op(name).samples.sample_shape(tuple(self.values[name].shape), self.batch)
+
+    def _order(self, name: str, shape: torch.Size) -> Tensor | None:
+        """Entries sorted by the sample they belong to, which is told from their index along one axis."""
+        layout = self.graph.op(name).layout if name in self.graph.ops.by_name else None
+        if layout is None:
+            return None
+        along, size = torch.arange(shape[layout.axis]), shape[layout.axis]
+        owner = {"": along, "inner": along * self.batch // size, "outer": along % self.batch}[layout.fold]
+        table = owner.reshape([-1 if axis == layout.axis else 1 for axis in range(len(shape))]).expand(shape)
+        order: Tensor = table.reshape(-1).argsort(stable=True)
+        return order
+
     # --- Jacobians ----------------------------------------------------------------------------------------------------
 
     def blocks(self, t: int) -> Blocks:
@@ -185,17 +214,17 @@ class Trajectory:
         live = [name for name in stage.live if self.graph.value[name].control is None and not self._is_constant(name)]
         computed = [name for name in cut_after(self.graph, stage) if name in stage.produced and name in self.values]
         uses = self.graph.uses_in(stage.ops)
-        points = [self.values[name].reshape(-1) for name in live]
+        points = [self.by_sample(name, self.values[name]) for name in live]
         points += [torch.zeros_like(self.values[use]).reshape(-1) for use in uses]
 
         def dynamics(*arguments: Tensor) -> tuple[Tensor, ...]:
             values = dict(self.values)
             for name, flat in zip(live, arguments, strict=False):
-                values[name] = flat.reshape(self.values[name].shape)
+                values[name] = self.as_it_lies(name, flat)
             shift = dict(zip(uses, arguments[len(live) :], strict=True))
             restore_random_state(self._random[t])
             self._run(t, values, self.p, self._still, shift)
-            return tuple(values[name].reshape(-1) for name in computed)
+            return tuple(self.by_sample(name, values[name]) for name in computed)
 
         found = _jacobian(dynamics, tuple(points)) if computed else ()
         columns = [*live, *uses]
@@ -258,7 +287,7 @@ class Trajectory:
             p, values = {**self.p, **moved}, dict(self.values)
             for name in reads:
                 values[name] = evaluate_op(self.graph, name, values, p, self._still)
-            return (values[use].reshape(-1),)
+            return (self.by_sample(use, values[use]),)
 
         return _jacobian(layer, (self._flat(self.p, player),))[0][0]
 
@@ -295,7 +324,7 @@ class Trajectory:
                 found[name] = torch.zeros(self.batch, self.values[name].numel(), dtype=self.dtype)
                 continue
             delta = moved[name] - self.values[name]
-            found[name] = delta.reshape(delta.shape[0], -1)
+            found[name] = self.by_sample(name, delta).reshape(self.batch, -1)
         return found
 
 

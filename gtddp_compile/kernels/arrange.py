@@ -1,0 +1,79 @@
+"""Values whose samples do not lie along the leading axis, brought to ``(B, …)`` and back.
+
+A layout is ``(axis, fold, to)``: samples lie along ``axis``, alone (``""``), as ``B·k`` (``"inner"``) or as ``k·B``
+(``"outer"``); ``k`` becomes axis ``to`` of the arranged value (1, or 2 behind the channels that a normalisation has
+first). What is moved is a view wherever torch can make one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def apart(value: Tensor, batch: int, axis: int = 0, fold: str = "", to: int = 1, columns: int = 0) -> Tensor:
+    """The value as ``(B, …)``, every sample's elements under its own index.
+
+    ``columns``: leading axes that are no part of the value (the columns of a factor), kept in front.
+    """
+    value = value.movedim(columns + axis, columns)
+    if fold == "inner":
+        value = value.unflatten(columns, (batch, -1))
+    elif fold == "outer":
+        value = value.unflatten(columns, (-1, batch)).transpose(columns, columns + 1)
+    return value.movedim(columns + 1, columns + to) if fold and to != 1 else value
+
+
+def together(value: Tensor, axis: int = 0, fold: str = "", to: int = 1) -> Tensor:
+    """The inverse of :func:`apart`: from ``(B, …)`` to the value as the model has it."""
+    if fold and to != 1:
+        value = value.movedim(to, 1)
+    if fold == "outer":
+        value = value.transpose(0, 1)
+    if fold:
+        value = value.flatten(0, 1)
+    return value.movedim(0, axis)
+
+
+def apart_all(
+    operands: tuple[Tensor, ...], batch: int, layouts: tuple[tuple[int, str, int] | None, ...]
+) -> tuple[Tensor, ...]:
+    """Every operand as ``(B, …)``; those without a layout, which all samples share, stay."""
+    pairs = zip(operands, layouts, strict=True)
+    return tuple(value if layout is None else apart(value, batch, *layout) for value, layout in pairs)
+
+
+def arranged(
+    function: Callable[..., Tensor],
+    batch: int,
+    output: tuple[int, str, int],
+    operands: tuple[tuple[int, str, int] | None, ...],
+) -> Callable[..., Tensor]:
+    """``function(params, *operands)`` with its value and its operands as ``(B, …)``.
+
+    The number of samples is that of the operands it is called with (one, where a kernel takes samples one by one).
+    """
+
+    def of_samples(params: Any, *values: Tensor) -> Tensor:
+        pairs = list(zip(values, operands, strict=True))
+        count = next((value.shape[0] for value, layout in pairs if layout is not None), batch)
+        joined = [value if layout is None else together(value, *layout) for value, layout in pairs]
+        return apart(function(params, *joined), count, *output)
+
+    return of_samples
+
+
+def contract_arranged(
+    contract: Callable[..., Tensor],
+    g: Tensor,
+    after: Tensor,
+    before: Tensor,
+    batch: int,
+    axis: int,
+    fold: str,
+    columns: int = 0,
+) -> Tensor:
+    """``⟨g_i, δx_i⟩`` of a value in another layout; ``contract`` is the kernel for ``(B, …)``."""
+    rows = [apart(value, batch, axis, fold) for value in (after, before)]
+    result: Tensor = contract(apart(g, batch, axis, fold, columns=columns), *rows)
+    return result
