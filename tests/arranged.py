@@ -60,7 +60,7 @@ def experts() -> dict[str, nn.Module]:
 def mixture(net: Any, x: Tensor) -> Tensor:
     """Dense masks of the two best experts; works on any leading axes."""
     scores = net.router(x).softmax(-1)
-    mask = torch.zeros_like(scores).scatter(-1, scores.topk(2, -1).indices, 1.0)
+    mask = torch.zeros_like(scores).scatter(-1, scores.topk(2, -1)[1], 1.0)
     weights = scores * mask
     return sum(weights[..., i : i + 1] * torch.tanh(getattr(net, f"expert_{i}")(x)) for i in range(3))
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from arranged import NETWORKS, Arranged
+from exported import largest, load_module, named
 from torch import Tensor, nn
 
-from gtddp_compile import compile_optimizer
+from gtddp_compile import UpdateProgram, compile_optimizer
 from gtddp_compile.passes import p01_normalise as normalisation
 from gtddp_compile.passes.p01_normalise import FRONT_ENDS
 
@@ -163,3 +165,29 @@ def test_attention_with_time_first() -> None:
         opt.step(*case.batch(step))
     assert (parameters(turned) - before).abs().max() > 1e-3
     torch.testing.assert_close(parameters(turned), fast, rtol=0, atol=1e-9)
+
+
+# --- exported programs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["experts", "time first", "frames", "views", "layers by the generic rule"])
+def test_exported(name: str, tmp_path: Path) -> None:
+    """The module and the stored program take the steps that the optimizer takes; a batch of another size included."""
+    case = NETWORKS[name]
+    model, again = case.models()[0], case.models()[0]
+    options: dict[str, Any] = {"curvature": "sgd", "lr": 0.1}
+    opt = compile_optimizer(model, case.batch(0)[0], loss=nn.CrossEntropyLoss(), **options)
+    opt.program.export(tmp_path / "step.py")
+    opt.program.export(tmp_path / "program.json")
+    stored = UpdateProgram.load(tmp_path / "program.json")
+    assert stored.code == opt.program.code and stored.graph.ops == opt.graph.ops
+    other = compile_optimizer(again, program=stored)
+    module, (params, buffers) = load_module(tmp_path / "step.py"), named(model)
+    state = module.init_state(params)
+    for step, size in enumerate((4, 3)):
+        x, y = case.batch(step, size)
+        opt.step(x, y)
+        other.step(x, y)
+        params, buffers, state, _ = module.step(params, buffers, state, x, y)
+    assert largest(named(model)[0], params) < 1e-12
+    assert largest(named(model)[0], named(again)[0]) == 0
