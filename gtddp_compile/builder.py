@@ -162,6 +162,12 @@ class Builder:
             self._kept[player] = usable and choose_gram(self.plan, uses[0]).kept
         return self._kept[player]
 
+    @cached_property
+    def watched(self) -> frozenset[str]:
+        """Players whose ``δu`` itself is read: later uses of tied parameters."""
+        values = (self.graph.value[c.value] for stage in self.plan.stages for c in stage.contracts)
+        return frozenset(value.control for value in values if value.control is not None)
+
     def first_time(self, variable: str) -> bool:
         """Whether this is the first time that somebody asks for the variable."""
         new = variable not in self._written

@@ -34,11 +34,14 @@ class Observed:
 
 def base_update(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
     """Feedback off: statistics and update of a block in the backward sweep (Proposition 4)."""
+    note = "delta_u = -M^-1 Q_u (Prop. 4)"
     gradients = {}
-    for player in block.players:
-        gradients[player.name] = weighted(b, "backward", t, player, alpha, "grad", "Q_u")
+    if b.plan.stages[t].statistics or block.kind != "parameters" or not _descends(b, "backward", t, block, alpha, note):
+        for player in block.players:
+            gradients[player.name] = weighted(b, "backward", t, player, alpha, "grad", "Q_u")
     _statistics(b, t, block, alpha, gradients)
-    update(b, "backward", t, block, gradients, "delta_u = -M^-1 Q_u (Prop. 4)")
+    if gradients:
+        update(b, "backward", t, block, gradients, note)
 
 
 def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str]) -> Observed:
@@ -107,15 +110,41 @@ def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dic
     return names
 
 
+def decide(b: Builder, t: int, block: MetricBlock, weights: str) -> None:
+    """The weighted gradients of a block and what the base method makes of them."""
+    note = "delta_u = -M^-1 (C w + l)"
+    if not _descends(b, "forward", t, block, weights, note):
+        gradients = {p.name: weighted(b, "forward", t, p, weights, "grad", "C w") for p in block.players}
+        update(b, "forward", t, block, gradients, note)
+
+
+def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str, note: str) -> bool:
+    """Fold the update into the layer's own product, where there is one and nobody reads ``δu``."""
+    if block.kind != "parameters" or b.plan.metric != "spherical":
+        return False
+    (player,) = block.players
+    uses = b.uses(player.name)
+    if player.name in b.watched or len(uses) > 1 or not uses[0].rule.subtracts or b.keeps(player.name):
+        return False
+    (use,) = uses
+    functions = [Function(b.kernel(use, name)) for name in ("weighted", "subtract")]
+    b.emit(phase, t, (), "m.descend_by", use.names, *functions, operands(b, use), output_gradient(b, use, weights),
+           params(b, use), use.wants, note=note, **b.options(use))  # fmt: skip
+    return True
+
+
 def update(b: Builder, phase: Phase, t: int, block: MetricBlock, gradients: dict[str, str], note: str) -> None:
-    """The base method consumes the gradients of a block."""
-    deltas = tuple(f"delta_{b.identity(player)}" for player in block.players)
+    """The base method consumes the gradients of a block; ``δu`` is written down where somebody reads it."""
+    watched = any(player.name in b.watched for player in block.players)
+    deltas = tuple(f"delta_{b.identity(player)}" for player in block.players) if watched else ()
+    verb = "apply" if watched else "descend"
     if block.kind in OF_PLAYERS:
         found = tuple(Var(gradients[player.name]) for player in block.players)
-        b.emit(phase, t, deltas, "m.apply_block", block.kind, _names(block), found, note=note)
+        b.emit(phase, t, deltas, f"m.{verb}_block", block.kind, _names(block), found, note=note)
     else:
         (player,) = block.players
-        b.emit(phase, t, (f"*{deltas[0]}",), "m.apply", player.parameters, Var(gradients[player.name]), note=note)
+        writes = (f"*{deltas[0]}",) if watched else ()
+        b.emit(phase, t, writes, f"m.{verb}", player.parameters, Var(gradients[player.name]), note=note)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

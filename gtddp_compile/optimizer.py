@@ -53,6 +53,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self._current: UpdateProgram | None = None
         self._diagnostics = Diagnostics()
         self._checked = False
+        self._aside: dict[str, Tensor] = {}
         super().__init__(self._view.groups(), curvature.defaults())
         if example_inputs is not None:
             batch = as_inputs(example_inputs)
@@ -153,7 +154,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
     def _transaction(self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any) -> Tensor:
         self._diagnostics = Diagnostics()  # the last step's figures hold its Gram matrices
-        params = self._view.parameters()
+        originals = self._view.parameters()
+        params = dict(originals)
         advancing = {name for op in program.graph.ops.ops for name in op.advances}
         buffers = {name: value.clone() if name in advancing else value for name, value in self._view.buffers().items()}
         new = dict(params)
@@ -162,18 +164,24 @@ class CompiledOptimizer(torch.optim.Optimizer):
         try:
             backend.run(m, params, buffers, new, inputs, targets)
         except (NonFiniteLoss, LinAlgError) as stop:
+            m.undo()
             if m.loss is None or not (isinstance(stop, NonFiniteLoss) or m.overflowed()):
                 raise
             restore_random_state(before)
             self._diagnostics = Diagnostics(loss=m.loss, skipped=True)
             return m.loss
         except CompileError:
+            m.undo()
             raise
         except Exception:
+            m.undo()
             restore_random_state(before)
             observe(self._view.model, inputs)  # if it is the model that refuses them, this says so in its words
             raise
-        self._commit(m, new, {name: buffers[name] for name in advancing})
+        except BaseException:
+            m.undo()
+            raise
+        self._commit(m, originals, {name: buffers[name] for name in advancing})
         self._checked = True
         assert m.loss is not None
         self._diagnostics = Diagnostics(m.loss, m.figures, program)
@@ -191,14 +199,14 @@ class CompiledOptimizer(torch.optim.Optimizer):
         loss = self._loss.after(program.graph.ops.as_returned)
         return BaseMethod(
             self._curvature, params, new, states, groups, loss,
-            first=not self._checked, terminal=self._options.terminal_kind,
+            first=not self._checked, terminal=self._options.terminal_kind, aside=self._aside,
         )  # fmt: skip
 
-    def _commit(self, m: BaseMethod, new: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+    def _commit(self, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+        m.commit(originals)
+        for name, state in m.states.items():
+            self.state[self._view.named[name]] = dict(state)
         with torch.no_grad():
-            for name, state in m.states.items():
-                self._view.named[name].copy_(new[name])
-                self.state[self._view.named[name]] = dict(state)
             for name, value in buffers.items():
                 self._view.buffer(name).copy_(value)
 
@@ -245,5 +253,5 @@ class CompiledOptimizer(torch.optim.Optimizer):
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature)
-        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics())
+        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _aside={})
         return state

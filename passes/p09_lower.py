@@ -341,8 +341,7 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     b.emit("forward", t, (f"*w_{t}",), "=", _formula(b, t, expression), note=f"w ({source})")
     b.emit("forward", t, (), "m.keep", t, weights=Var(f"w_{t}"))
     for block in stage.blocks:
-        gradients = {p.name: weighted(b, "forward", t, p, f"w_{t}", "grad", "C w") for p in block.players}
-        metrics.update(b, "forward", t, block, gradients, "delta_u = -M^-1 (C w + l)")
+        metrics.decide(b, t, block, f"w_{t}")
 
 
 def _run_again(b: Builder, stage: StagePlan, functions: Mapping[int, StageFunction]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, RMSprop, compile_optimizer
+from gtddp_compile.runtime.method import BaseMethod
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -95,23 +96,28 @@ def test_bad_targets_are_named_and_change_nothing(targets: Tensor) -> None:
     assert_unchanged(before, model, opt)
 
 
-def test_exception_in_the_second_sweep_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("curvature", "verb"), [("sgd", "descend_by"), ("adam", "descend"), ("kfac", "descend_block")])
+def test_exception_in_the_second_sweep_changes_nothing(
+    curvature: str, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters are written in place while the second sweep runs: one has been when it stops."""
     model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="adam")
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature=curvature)
     opt.step(*batch())
     before = snapshot(model, opt)
-    calls = []
+    original = getattr(BaseMethod, verb)
+    written: list[bool] = []
 
-    def broken(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
+    def broken(self: BaseMethod, *args: Any) -> None:
+        if self._written:
+            written.append(any(not torch.equal(self._aside[name], now) for name, now in self._written.items()))
             raise KeyboardInterrupt
-        return original(*args)
+        original(self, *args)
 
-    original = type(opt._curvature).apply.__get__(opt._curvature)
-    monkeypatch.setattr(type(opt._curvature), "apply", lambda self, *args: broken(*args))
+    monkeypatch.setattr(BaseMethod, verb, broken)
     with pytest.raises(KeyboardInterrupt):
         opt.step(*batch(1))
+    assert written == [True]
     assert_unchanged(before, model, opt)
 
 

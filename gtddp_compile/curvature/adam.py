@@ -98,7 +98,7 @@ class Adam:
             new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], new["exp_avg_sq"])
         return new
 
-    def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor | float:
+    def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor:
         """``lr / (√v̂ + eps)``, shape of the parameter."""
         return _denominator(param, state, group).reciprocal_().mul_(scalar(group["lr"], param))
 
@@ -112,6 +112,27 @@ class Adam:
             factor = scalar(-lr * decay, param)
             delta = delta.addcmul_(param, factor) if isinstance(factor, Tensor) else delta.add_(param, alpha=factor)
         return delta, {**state, "exp_avg": mean}
+
+    def descend(
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group, inverse: Tensor | None = None
+    ) -> dict[str, Any]:
+        """As :meth:`apply`, added to the parameter in place."""
+        beta1, decay = group["betas"][0], group["weight_decay"]
+        mean = torch.lerp(state["exp_avg"], g_hat, 1 - beta1)
+        if decay != 0 and group["decoupled_weight_decay"]:
+            param.mul_(1 - scalar(group["lr"], param) * decay)
+        if inverse is None:
+            inverse = self.inverse_metric(param, state, group)
+        correction = _bias_correction(beta1, state["step"])
+        if isinstance(correction, Tensor):
+            param.sub_(mean * inverse / correction.to(param.dtype))
+        else:
+            param.addcmul_(mean, inverse, value=-1 / correction)
+        return {**state, "exp_avg": mean}
+
+    def rate(self, group: Group) -> float | None:
+        """None: the metric is diagonal."""
+        return None
 
 
 @dataclass(frozen=True)

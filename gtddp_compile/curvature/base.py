@@ -74,3 +74,13 @@ class Curvature(Protocol):
     def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """The change of the parameter, ``δu``, and the state after the first moment consumed ``ĝ``."""
         ...
+
+    def descend(
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group, inverse: Tensor | None = None
+    ) -> dict[str, Any]:
+        """As :meth:`apply`, ``δu`` added to ``param`` in place; the state. ``inverse``: ``M⁻¹`` where it is known."""
+        ...
+
+    def rate(self, group: Group) -> float | None:
+        """``η`` where ``δu = -η ĝ`` with no state and no ``ℓ_u``, so that a product may add it up; else ``None``."""
+        ...

@@ -58,6 +58,14 @@ def scalar(value: Scalar, param: Tensor) -> Scalar:
     return value.to(param.dtype) if param.dim() == 0 else value
 
 
+def subtract(param: Tensor, direction: Tensor, rate: Scalar) -> None:
+    """``param -= rate · direction`` in place, in one pass where the rate is a number."""
+    if isinstance(rate, Tensor):
+        param.sub_(direction * scalar(rate, param))
+    else:
+        param.sub_(direction, alpha=rate)
+
+
 def first_step() -> Tensor:
     """torch.optim's ``"step"`` before the first step: a 0-d float tensor on the CPU."""
     wide = torch.get_default_dtype() == torch.float64

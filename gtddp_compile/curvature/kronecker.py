@@ -33,6 +33,7 @@ from gtddp_compile.curvature.checks import (
     out_of_range,
     scalar,
     statistics_gradient,
+    subtract,
 )
 from gtddp_compile.kernels.kronecker import Layer, Maps, Metric
 
@@ -123,12 +124,34 @@ class Kronecker(ABC):
 
     def consume(self, param: Tensor, direction: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """``δu = -lr · b``, ``b ← momentum · b + direction`` (torch.optim.SGD's), ``direction = M⁻¹ ĝ / lr``."""
-        step = -scalar(group["lr"], param)
+        moved, new = self._moved(param, direction, state, group)
+        return moved * -scalar(group["lr"], param), new
+
+    def descend(
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group, inverse: Tensor | None = None
+    ) -> dict[str, Any]:
+        """As :meth:`apply`, added to the parameter in place."""
+        return self.advance(param, g_hat / (state["second_moment"] + group["damping"]), state, group)
+
+    def advance(self, param: Tensor, direction: Tensor, state: State, group: Group) -> dict[str, Any]:
+        """As :meth:`consume`, added to the parameter in place."""
+        moved, new = self._moved(param, direction, state, group)
+        subtract(param, moved, group["lr"])
+        return new
+
+    def rate(self, group: Group) -> float | None:
+        """None: the metric is a matrix."""
+        return None
+
+    def _moved(
+        self, param: Tensor, direction: Tensor, state: State, group: Group
+    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+        """``b`` and the state with it."""
         if group["momentum"] == 0:
-            return direction * step, dict(state)
+            return direction, dict(state)
         old = state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(param)
         buffer = old * group["momentum"] + direction
-        return buffer * step, {**state, "momentum_buffer": buffer}
+        return buffer, {**state, "momentum_buffer": buffer}
 
     # --- block by block -----------------------------------------------------------------------------------------------
 

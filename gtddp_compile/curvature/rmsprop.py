@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.curvature.base import Group, MetricKind, State
-from gtddp_compile.curvature.checks import Scalar, check_ranges, first_step, scalar, statistics_gradient
+from gtddp_compile.curvature.checks import Scalar, check_ranges, first_step, scalar, statistics_gradient, subtract
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class RMSprop:
             new["grad_avg"] = torch.lerp(state["grad_avg"], g, 1 - alpha)
         return new
 
-    def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor | float:
+    def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor:
         """``lr / (√v + eps)``, shape of the parameter."""
         return _denominator(state, group).reciprocal_().mul_(scalar(group["lr"], param))
 
@@ -107,6 +107,24 @@ class RMSprop:
             new["momentum_buffer"] = torch.mul(state["momentum_buffer"], momentum).addcdiv_(g_hat, denominator)
             return new["momentum_buffer"] * step, new
         return torch.div(g_hat, denominator).mul_(step), new
+
+    def descend(
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group, inverse: Tensor | None = None
+    ) -> dict[str, Any]:
+        """As :meth:`apply`, added to the parameter in place."""
+        momentum = group["momentum"]
+        if momentum > 0:
+            buffer = torch.mul(state["momentum_buffer"], momentum).addcdiv_(g_hat, _denominator(state, group))
+            subtract(param, buffer, group["lr"])
+            return {**state, "momentum_buffer": buffer}
+        if inverse is None:
+            inverse = self.inverse_metric(param, state, group)
+        param.addcmul_(g_hat, inverse, value=-1)
+        return dict(state)
+
+    def rate(self, group: Group) -> float | None:
+        """None: the metric is diagonal."""
+        return None
 
 
 def _denominator(state: State, group: Group) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.curvature.base import Group, MetricKind, State
-from gtddp_compile.curvature.checks import Scalar, check_ranges, scalar
+from gtddp_compile.curvature.checks import Scalar, check_ranges, scalar, subtract
 from gtddp_compile.errors import CompileError
 
 
@@ -87,6 +87,24 @@ class SGD:
 
     def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """``δu`` and the state with the new momentum buffer; both of the parameter's shape."""
+        direction, new = self._direction(g_hat, state, group)
+        return direction * -scalar(group["lr"], param), new
+
+    def descend(
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group, inverse: Tensor | None = None
+    ) -> dict[str, Any]:
+        """As :meth:`apply`, added to the parameter in place."""
+        direction, new = self._direction(g_hat, state, group)
+        subtract(param, direction, group["lr"])
+        return new
+
+    def rate(self, group: Group) -> float | None:
+        """``lr`` without momentum and decay."""
+        plain = group["momentum"] == 0 and group["weight_decay"] == 0 and not isinstance(group["lr"], Tensor)
+        return float(group["lr"]) if plain else None
+
+    def _direction(self, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
+        """``-δu / lr`` and the new state."""
         new, momentum, direction = dict(state), group["momentum"], g_hat
         if momentum != 0:
             buffer = state.get("momentum_buffer")
@@ -96,7 +114,7 @@ class SGD:
                 buffer = torch.mul(buffer, momentum).add_(g_hat, alpha=1 - group["dampening"])
             new["momentum_buffer"] = buffer
             direction = torch.add(g_hat, buffer, alpha=momentum) if group["nesterov"] else buffer
-        return direction * -scalar(group["lr"], param), new
+        return direction, new
 
 
 def _check(options: Group) -> None:

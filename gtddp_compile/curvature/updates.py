@@ -5,7 +5,7 @@ Exported programs carry this text with them (``gtddp_compile.export``), so it ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ class ParameterUpdates:
     def __init__(
         self,
         curvature: Curvature,
-        params: Mapping[str, Tensor],
+        params: dict[str, Tensor],
         new: dict[str, Tensor],
         states: Mapping[str, Mapping[str, Any]],
         groups: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self._curvature, self._params, self._new, self._groups = curvature, params, new, groups
         self.states: dict[str, Mapping[str, Any]] = dict(states)
+        self._metrics: dict[str, Tensor] = {}
 
     def observe(self, names: tuple[str, ...], gradients: tuple[Tensor, ...] | None) -> None:
         """Statistics from ``Q_u = γᵀ α + ℓ_u`` (``gradients`` without ``ℓ_u``), and the step count."""
@@ -43,10 +44,14 @@ class ParameterUpdates:
             self.states[name] = self._curvature.observe(self._params[name], g, self.states[name], self._groups[name])
 
     def metric(self, names: tuple[str, ...]) -> tuple[Tensor | float, ...]:
-        """``M⁻¹`` of each parameter."""
-        return tuple(
-            self._curvature.inverse_metric(self._params[name], self.states[name], self._groups[name]) for name in names
-        )
+        """``M⁻¹`` of each parameter; a diagonal one is kept until the parameter has moved."""
+        found = []
+        for name in names:
+            inverse = self._curvature.inverse_metric(self._params[name], self.states[name], self._groups[name])
+            if isinstance(inverse, Tensor) and inverse.dim():
+                self._metrics[name] = inverse
+            found.append(inverse)
+        return tuple(found)
 
     def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """``M⁻¹ ℓ_u`` of each parameter."""
@@ -72,6 +77,38 @@ class ParameterUpdates:
             self._new[name] = param + delta
             found.append(delta)
         return tuple(found)
+
+    def descend(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> None:
+        """As :meth:`apply` where nobody reads ``δu``: one pass over the new parameter."""
+        for name, gradient in zip(names, gradients, strict=True):
+            g_hat = self._with_decay(name, gradient)
+            target = self._writable(name)
+            self.states[name] = self._curvature.descend(
+                target, g_hat, self.states[name], self._groups[name], self._metrics.pop(name, None)
+            )
+
+    def descend_by(
+        self,
+        names: tuple[str, ...],
+        weighted: Callable[..., tuple[Tensor, ...]],
+        subtract: Callable[..., None],
+        operands: tuple[Tensor, ...],
+        g: Tensor,
+        params: tuple[Tensor | None, ...],
+        wants: tuple[bool, ...],
+        **options: Any,
+    ) -> None:
+        """:meth:`descend` with the layer's gradient; where ``δu = -η ĝ``, its product writes the parameter itself."""
+        rates = tuple(self._curvature.rate(self._groups[name]) for name in names)
+        if None in rates:
+            self.descend(names, weighted(operands, g, params, wants, **options))
+        else:
+            subtract(operands, g, tuple(self._writable(name) for name in names), wants, rates, **options)
+
+    def _writable(self, name: str) -> Tensor:
+        """The new parameter, equal to the old one, to be written in place."""
+        self._new[name] = self._params[name].clone()
+        return self._new[name]
 
     def _with_decay(self, name: str, gradient: Tensor) -> Tensor:
         linear = self._curvature.linear_term(self._params[name], self._groups[name])

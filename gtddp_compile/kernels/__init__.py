@@ -77,6 +77,7 @@ from gtddp_compile.kernels.linear import (
     linear_gram_form,
     linear_per_sample,
     linear_rows,
+    linear_subtract,
     linear_weighted,
 )
 from gtddp_compile.kernels.loss import class_mean_scale, sample_means, sample_sums, terminal
@@ -180,6 +181,7 @@ __all__ = [
     "linear_rows",
     "linear_separable_gram",
     "linear_sketch_gram",
+    "linear_subtract",
     "linear_weighted",
     "loss_gradient",
     "lstm_cell",

@@ -99,6 +99,21 @@ def linear_weighted(
     return tuple(result)
 
 
+def linear_subtract(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    targets: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    rates: tuple[float, ...],
+) -> None:
+    """``target -= rate · γᵀ 1`` for each wanted parameter, in place: the weight's by one product."""
+    flat = g.flatten(0, -2)
+    if wants[0]:
+        targets[0].addmm_(flat.mT, operands[0].flatten(0, -2), alpha=-rates[0])
+    if wants[1]:
+        targets[-1].sub_(flat.sum(0), alpha=rates[-1])
+
+
 def linear_gram(
     operands: tuple[Tensor, ...],
     g: Tensor,

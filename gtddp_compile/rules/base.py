@@ -37,6 +37,9 @@ alone, so that an exported program can carry their text with it. They are called
 Where :attr:`Rule.rows` is set there is also ``PREFIX_rows(operands, g, params, wants, **options)``: homogeneous inputs
 ``(B, G, T, n)`` and output gradients ``(B, G, T, m)``, what Kronecker factors are made of (``kernels/kronecker.py``).
 
+Where :attr:`Rule.subtracts` is set there is also ``PREFIX_subtract(operands, g, targets, wants, rates, **options)``:
+``target -= rate · γᵀ 1`` of every wanted parameter, in place.
+
 Where :attr:`Rule.prepare` is set, ``operands = PREFIX_prepare(operands, **options)`` comes first, once a
 stage and on the whole batch; all the kernels above take the prepared operands (a normalisation's ``x̂``).
 
@@ -69,6 +72,9 @@ class Rule(Protocol):
 
     rows: bool
     """Whether there is a kernel ``PREFIX_rows``: the layer is a sum of outer products ``g xᵀ`` over positions."""
+
+    subtracts: bool
+    """Whether there is a kernel ``PREFIX_subtract``: the weighted gradient's product can write the parameter."""
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """Whether this rule is exact for ``op`` when the parameters ``trainable`` are trained."""

@@ -24,6 +24,7 @@ class ConvRule:
     prefix = "conv"
     prepare = False
     rows = True
+    subtracts = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A convolution of a value with a batch axis, its weight and bias parameters themselves."""

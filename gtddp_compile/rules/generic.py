@@ -20,6 +20,7 @@ class GenericRule:
     prefix = "generic"
     prepare = False
     rows = False
+    subtracts = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """Every operation whose value is one differentiable tensor, that draws and writes nothing."""

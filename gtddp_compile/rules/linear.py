@@ -16,6 +16,7 @@ class LinearRule:
     prefix = "linear"
     prepare = False
     rows = True
+    subtracts = True
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """``F.linear`` of a value with a batch axis, its weight and bias parameters themselves."""

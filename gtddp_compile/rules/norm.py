@@ -31,6 +31,7 @@ class NormRule:
     prefix = "norm"
     prepare = True
     rows = False
+    subtracts = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A normalisation of a value with a batch axis, its weight and bias parameters themselves."""

@@ -70,6 +70,14 @@ class BlockMethods:
         """``k = -M⁻¹ (γᵀ α + ℓ_u)`` of every player (Eq. 4; of a coalition Eq. 18, 53)."""
         return self._scaled(kind, names, self._directions(kind, names, self._with_decays(names, gradients)), -1)
 
+    def descend_block(self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]) -> None:
+        """As :meth:`apply_block` where nobody reads ``δu``: one pass over every new parameter."""
+        directions = self._directions(kind, names, self._with_decays(names, gradients))
+        for player, parts in zip(names, directions, strict=True):
+            for name, direction in zip(player, parts, strict=True):
+                target = self._writable(name)
+                self.states[name] = self._kronecker.advance(target, direction, self.states[name], self._groups[name])
+
     def apply_block(
         self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
     ) -> tuple[tuple[Tensor, ...], ...]:
@@ -133,6 +141,10 @@ class BlockMethods:
 
     def _linear(self, name: str) -> Tensor | None:
         return self._curvature.linear_term(self._params[name], self._groups[name])
+
+    def _writable(self, name: str) -> Tensor:
+        """The new parameter, equal to the old one, to be written in place."""
+        raise NotImplementedError
 
     def keep(self, stage: int, **figures: Any) -> None:
         """Figures of a stage for ``diagnostics``."""

@@ -1,5 +1,8 @@
-"""The base method's side of one step: losses, statistics, metric, update. Everything is kept aside until the
-step is done.
+"""The base method's side of one step: losses, statistics, metric, update; and how to take it all back.
+
+States, buffers and what the dense backend computes are kept aside until the step is done. A parameter is written where
+it is, so that it is read and written once, and its old value goes to memory that is kept from step to step; a step that
+fails copies it back.
 """
 
 from __future__ import annotations
@@ -30,19 +33,21 @@ class BaseMethod(BlockMethods, ParameterUpdates):
 
     Args:
         curvature: the base method.
-        params: parameters before the step, by name.
+        params: parameters before the step, by name; shares the model's memory. An entry is replaced by ``aside``'s
+            as soon as its parameter is written.
         new: dictionary that receives the parameters after it; starts as a copy of ``params``.
         states: optimizer state of every parameter, by name; read, never written.
         groups: options of every parameter's group, by name.
         loss: the per-sample losses.
         first: compare them with the user's own loss (until a step has succeeded).
         terminal: which terminal Hessian.
+        aside: memory for the old values of parameters, by name, kept by the caller from step to step.
     """
 
     def __init__(
         self,
         curvature: Curvature,
-        params: Mapping[str, Tensor],
+        params: dict[str, Tensor],
         new: dict[str, Tensor],
         states: Mapping[str, Mapping[str, Any]],
         groups: Mapping[str, Mapping[str, Any]],
@@ -50,6 +55,7 @@ class BaseMethod(BlockMethods, ParameterUpdates):
         *,
         first: bool = True,
         terminal: Terminal = "gradient",
+        aside: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__(curvature, params, new, states, groups)
         self._loss, self._first, self._terminal = loss, first, terminal
@@ -57,6 +63,35 @@ class BaseMethod(BlockMethods, ParameterUpdates):
         self.loss: Tensor | None = None
         self._random: dict[int, list[Tensor]] = {}
         self._settled: list[Tensor] | None = None
+        self._aside = {} if aside is None else aside
+        self._written: dict[str, Tensor] = {}
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    def _writable(self, name: str) -> Tensor:
+        """The parameter itself; its old value is put aside, where everybody else reads it from now on."""
+        param = self._params[name]
+        old = self._aside.get(name)
+        if old is None or old.shape != param.shape or old.dtype != param.dtype or old.device != param.device:
+            old = self._aside[name] = torch.empty_like(param)
+        old.copy_(param)
+        self._written[name] = param
+        self._params[name] = old
+        return param
+
+    def undo(self) -> None:
+        """Every parameter is what it was before the step."""
+        with torch.no_grad():
+            for name, param in self._written.items():
+                param.copy_(self._aside[name])
+        self._written.clear()
+
+    def commit(self, originals: Mapping[str, Tensor]) -> None:
+        """Write those new parameters that are not written yet into the model's own."""
+        apart = [name for name in self.states if name not in self._written and self._new[name] is not originals[name]]
+        if apart:
+            with torch.no_grad():
+                torch._foreach_copy_([originals[name] for name in apart], [self._new[name] for name in apart])
 
     # --- losses -------------------------------------------------------------------------------------------------------
 
