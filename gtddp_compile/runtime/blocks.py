@@ -24,7 +24,7 @@ class BlockMethods:
     """What generated programs call ``m`` for Kronecker-factored curvatures."""
 
     _curvature: Curvature
-    _params: Mapping[str, Tensor]
+    _params: dict[str, Tensor]
     _new: dict[str, Tensor]
     _groups: Mapping[str, Mapping[str, Any]]
     states: dict[str, Mapping[str, Any]]
