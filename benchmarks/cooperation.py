@@ -195,6 +195,7 @@ def report(runs: Runs, seeds: int) -> str:
         f"seeds, mean ± standard deviation, torch {torch.__version__}, one thread.",
         "{table}": table([heading, *rows]),
         "{verdicts}": "\n".join(f"- {verdict(found, base, other)}" for base, other in PAIRS),
+        "{ahead}": ahead(runs),
         "{grids}": "\n\n".join(grid(runs, name) for name in METHODS),
     }
     for mark, value in made.items():
@@ -205,11 +206,24 @@ def report(runs: Runs, seeds: int) -> str:
 def verdict(found: dict[str, list[Run]], base: str, other: str) -> str:
     """How often, seed by seed, the cooperative method is ahead, early and at the end."""
     pairs = list(zip(found[base], found[other], strict=True))
-    ahead = [sum(theirs[0][k] <= mine[0][k] for mine, theirs in pairs) for k in (0, 3)]
+    first, last = [sum(theirs[0][k] <= mine[0][k] for mine, theirs in pairs) for k in (0, 3)]
     return (
-        f"`{other}` has a training loss at most that of `{base}` on {ahead[0]} of {len(pairs)} seeds after a quarter of"
-        f" the steps, on {ahead[1]} of {len(pairs)} at the end."
+        f"`{other}` has a training loss at most that of `{base}` on {first} of {len(pairs)} seeds after a quarter of"
+        f" the steps, on {last} of {len(pairs)} at the end."
     )
+
+
+def ahead(runs: Runs) -> str:
+    """At how many settings with a learning rate below the best one gt-ekfac is ahead of ekfac, and above it."""
+    counts = {"below": [0, 0], "above": [0, 0]}
+    for damping in DAMPINGS:
+        own = {rate: runs.speed("ekfac", (rate, damping), SCREENED) for rate in RATES}
+        top = min(own, key=lambda rate: own[rate])
+        for rate in (rate for rate in RATES if rate != top):
+            found = counts["below" if rate < top else "above"]
+            found[0] += runs.speed("gt-ekfac", (rate, damping), SCREENED) < own[rate]
+            found[1] += 1
+    return ", ".join(f"at {got} of {of} settings {where} ekfac's best rate" for where, (got, of) in counts.items())
 
 
 def grid(runs: Runs, name: str) -> str:

@@ -256,6 +256,24 @@ def test_corollary_7(players: int) -> None:
         torch.testing.assert_close(part, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("damping", [1e-3, 0.1])
+def test_corollary_7_with_the_gain_of_equation_16_is_gradient_descent(damping: float) -> None:
+    """Two players have one gradient, so the ``λ`` of each cancels that of the other: ``k̃ = -∇/γ`` in every direction.
+
+    ``(q + λ/(γ+λ) q) / (γ + λ̃) = q/γ``. A rescaling alone, ``Q̃⁻¹ q``, is within a factor of two of it.
+    """
+    case, lr = sums(2), 0.3
+    model, (x, y) = copy.deepcopy(case.model), case.batch(0, 9)
+    F.cross_entropy(model(x), y).backward()
+    for name, found in zip(("p0", "p1"), moved(case, ["p0", "p1"], "ekfac", lr=lr, damping=damping), strict=True):
+        layer = model.get_submodule(name)
+        gradient = torch.cat([layer.weight.grad, layer.bias.grad.unsqueeze(1)], 1)  # type: ignore[operator,union-attr]
+        torch.testing.assert_close(found, -lr / damping * gradient, rtol=1e-9, atol=1e-9)
+    q, value = torch.tensor(1.0).double(), torch.logspace(-6, 6, 25).double()
+    rescaled = q / (damping + damping * value / (damping + value))
+    assert (rescaled <= q / damping).all() and (rescaled >= q / (2 * damping)).all()
+
+
 def test_the_compiler_recognises_corollary_7() -> None:
     def blocks(case: Case, curvature: str = "ekfac", **options: Any) -> list[tuple[str, int]]:
         opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature=curvature, **options)
