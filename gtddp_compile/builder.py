@@ -26,6 +26,7 @@ RESERVED = frozenset(
     | {"ones", "aim", "rank", "rows_all", "tau", "start", "phi", "loss", "step", "random_state"}
     # local names and functions of an exported module (gtddp_compile.export.python)
     | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
+    | {"factors", "refuse_negative", "BlockUpdates", "LOSS", "RANK"}
 )
 
 

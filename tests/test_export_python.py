@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import ast
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from architectures import EXAMPLES, Example
 from exported import largest, load_module, named, run_alone, targets_for, torch_only
-from networks import make, mlp
+from networks import conv, make, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
-from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
+from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo, compile_optimizer
 
 STEPS = 10
-ALONE = {"resnet18_like": "sgd", "densenet_like": "adamw", "unet_like": "rmsprop", "attention_block": "adam"}
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 SCRIPT = """
@@ -44,15 +46,45 @@ def state_by_name(opt: CompiledOptimizer, model: nn.Module) -> dict[str, dict[st
     return {name: dict(opt.state[parameter]) for name, parameter in model.named_parameters() if parameter in opt.state}
 
 
+def mixed() -> Example:
+    """A convolution, a norm, two players with the same rows, a linear layer."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        h = net.norm(torch.relu(net.conv(x)).flatten(1))
+        return net.head(torch.tanh(net.a(h) + net.b(h)))
+
+    layers = {"conv": conv(1, 2), "norm": lambda: nn.LayerNorm(8), "a": (8, 5), "b": (8, 5), "head": (5, 3)}
+    return Example(make(forward, **layers), (torch.randn(4, 1, 2, 2, dtype=torch.float64),))
+
+
+ALONE: dict[str, tuple[Callable[[], Example], str]] = {
+    "resnet18_like": (EXAMPLES["resnet18_like"], "sgd"),
+    "densenet_like": (EXAMPLES["densenet_like"], "adamw"),
+    "unet_like": (EXAMPLES["unet_like"], "rmsprop"),
+    "attention_block": (EXAMPLES["attention_block"], "adam"),
+    "mixed_kfac": (mixed, "kfac"),
+    "mixed_ekfac": (mixed, "ekfac"),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Packages that a module imports, the standard library's left out."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+
 def test_ten_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases, optimizers = {}, {}
     for dtype in BOUNDS:
-        for architecture, curvature in ALONE.items():
-            example = EXAMPLES[architecture]()
+        for architecture, (build, curvature) in ALONE.items():
+            example = build()
             model, inputs = example.model.to(dtype), tuple(x.to(dtype) for x in example.inputs)
             opt = compiled(Example(model, inputs), curvature=curvature, lr=0.01, weight_decay=1e-3)
             name = f"{architecture}_{str(dtype)[6:]}"
             opt.program.export(tmp_path / f"{name}.py")
+            assert imported(tmp_path / f"{name}.py") == {"torch"}
             params, buffers = named(model)
             targets = targets_for(3, 4)
             losses = [opt.step(inputs, targets).item() for _ in range(STEPS)]
@@ -90,6 +122,7 @@ def follow(opt: CompiledOptimizer, example: Example, path: Path, targets: Tensor
     """The optimizer and the module it was exported to, side by side."""
     params, buffers = named(example.model)
     opt.program.export(path)
+    assert imported(path) == {"torch"}
     module = load_module(path)
     state = module.init_state(params)
     for seed in range(steps):
@@ -201,11 +234,97 @@ def test_a_loss_that_needs_more_than_torch_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "step.py").exists()
 
 
-def test_kronecker_curvatures_are_refused_by_name(tmp_path: Path) -> None:
+KRONECKER: dict[str, dict[str, Any]] = {
+    "kfac": {"curvature": "kfac", "refresh": 2, "momentum": 0.5, "weight_decay": 0.01, "small": 20},
+    "ekfac": {"curvature": "ekfac", "damping": 0.1, "refresh": 2},
+    "ekfac alone": {"curvature": "ekfac", "damping": 0.1, "stat_decay": 0.0, "feedback": False, "cooperative": True},
+    "kfac, sampled": {"curvature": "kfac", "damping": 0.1, "terminal": MonteCarlo(2), "small": 4},
+    "kfac, block": {"curvature": "kfac", "damping": 0.1, "coupling": "block"},
+}
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+def test_kronecker_curvatures(name: str, tmp_path: Path) -> None:
+    """Every kind of block: Kronecker, shared, exact, diagonal; refreshed within the steps."""
+    example = mixed()
+    follow(compiled(example, **KRONECKER[name]), example, tmp_path / "step.py", targets_for(3, 4))
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    rest: dict[str, Tensor]
+
+
+def of_pair(outputs: Any, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.logits, targets, reduction="none") + outputs.rest["value"].square().sum(1)
+
+
+def squares(outputs: Any, targets: Tensor) -> Tensor:
+    return (outputs - F.one_hot(targets, 3)).square().sum(1)
+
+
+FACTORS: dict[str, dict[str, Any]] = {
+    "ggn": {"terminal": "ggn", "curvature": "adam"},
+    "sampled": {"terminal": MonteCarlo(2)},
+    "ggn, block": {"terminal": "ggn", "coupling": "block"},
+    "ggn, groups": {"terminal": "ggn", "coupling": 2, "weight_decay": 0.1},
+    "elementwise": {"terminal": "ggn", "loss": nn.BCEWithLogitsLoss()},
+    "explicit": {"terminal": "ggn", "loss": squares},
+    "explicit, sampled": {"terminal": MonteCarlo(1), "loss": squares},
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_terminal_factors(name: str, tmp_path: Path) -> None:
     case = mlp()
-    opt = compiled(Example(case.model, (case.batch(0)[0],)), curvature="kfac")
-    with pytest.raises(CompileError, match=r"\(kfac\), whose text no module carries"):
+    example = Example(case.model, (case.batch(0)[0],))
+    targets = case.batch(0)[1]
+    if name == "elementwise":
+        targets = F.one_hot(targets, 3).double()
+    follow(compiled(example, **FACTORS[name]), example, tmp_path / "step.py", targets)
+
+
+@pytest.mark.parametrize("terminal", ["geometric", "ggn"])
+def test_named_tuples_reach_the_loss(terminal: Any, tmp_path: Path) -> None:
+    model = make(lambda net, x: Pair(net.b(torch.tanh(net.a(x))), {"value": net.v(x)}), a=(4, 5), b=(5, 3), v=(4, 1))
+    example = Example(model, (torch.randn(4, 4, dtype=torch.float64),))
+    opt = compiled(example, loss=of_pair, terminal=terminal)
+    follow(opt, example, tmp_path / "step.py", targets_for(3, 4))
+
+
+def test_a_concave_loss_is_refused_by_the_module_too(tmp_path: Path) -> None:
+    case = mlp()
+    x, y = case.batch(0)
+    opt = compiled(Example(case.model, (x,)), loss=concave, terminal="ggn")
+    opt.program.export(tmp_path / "step.py")
+    module = load_module(tmp_path / "step.py")
+    params, buffers = named(case.model)
+    with pytest.raises(ValueError, match="not convex in the network's outputs here: eigenvalue -2"):
+        module.step(params, buffers, module.init_state(params), x, y)
+
+
+def concave(outputs: Tensor, targets: Tensor) -> Tensor:
+    return 10 - outputs.square().sum(1)
+
+
+class Box(dict[str, Tensor]):
+    """A class of one's own, which torch's pytree knows."""
+
+
+pytree.register_pytree_node(
+    Box, lambda box: (list(box.values()), list(box)), lambda values, keys: Box(zip(keys, values, strict=True))
+)
+
+
+def test_an_output_of_a_class_of_ones_own_is_refused(tmp_path: Path) -> None:
+    model = make(lambda net, x: Box(logits=net.a(x)), a=(4, 3))
+    opt = compiled(Example(model, (torch.randn(4, 4, dtype=torch.float64),)), loss=of_box)
+    with pytest.raises(CompileError, match="the model returns a Box, a class that a module"):
         opt.program.export(tmp_path / "step.py")
+
+
+def of_box(outputs: Any, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs["logits"], targets, reduction="none")
 
 
 def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:

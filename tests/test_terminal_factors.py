@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import hessian
 
-from gtddp_compile import CompileError, MonteCarlo, compile_optimizer, terminal
+from gtddp_compile import CompileError, MonteCarlo, compile_optimizer
+from gtddp_compile.kernels import hessian as factors
 from gtddp_compile.losses import split
 from gtddp_compile.terminal import check_terminal, terminal_factors
 
@@ -98,7 +99,7 @@ def test_sampling_is_unbiased(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         def fixed(shape: tuple[int, ...], like: Tensor, drawn: Tensor = drawn) -> Tensor:
             return drawn.expand(2, B, C) if shape[0] == 2 else drawn[:, 0].T.expand(B, C, 2)
 
-        monkeypatch.setattr(terminal, "signs", fixed)
+        monkeypatch.setattr(factors, "signs", fixed)
         (columns,) = terminal_factors(split(loss), leaf, targets, (leaf,), MonteCarlo(2))
         assert columns.shape == (2, B, C)
         total += products(columns) / len(patterns)
@@ -107,7 +108,7 @@ def test_sampling_is_unbiased(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_signs_are_fair_and_independent() -> None:
     torch.manual_seed(0)
-    drawn = terminal.signs((4000, 2, 2), torch.zeros((), dtype=torch.float64)).flatten(1)
+    drawn = factors.signs((4000, 2, 2), torch.zeros((), dtype=torch.float64)).flatten(1)
     assert set(drawn.unique().tolist()) == {-1.0, 1.0}
     covariance = drawn.T @ drawn / len(drawn)
     assert (covariance - torch.eye(4)).abs().max() < 6 / 4000**0.5 and drawn.mean(0).abs().max() < 6 / 4000**0.5

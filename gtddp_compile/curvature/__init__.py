@@ -7,6 +7,7 @@ from typing import Any
 
 from gtddp_compile.curvature.adam import Adam, AdamW
 from gtddp_compile.curvature.base import Curvature, Group, MetricKind, State
+from gtddp_compile.curvature.blocks import BlockUpdates
 from gtddp_compile.curvature.ekfac import EKFAC
 from gtddp_compile.curvature.kfac import KFAC
 from gtddp_compile.curvature.kronecker import Kronecker
@@ -21,6 +22,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "BlockUpdates",
     "Curvature",
     "Group",
     "Kronecker",

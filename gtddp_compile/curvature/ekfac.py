@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile import kernels
 from gtddp_compile.curvature.base import Group, State
 from gtddp_compile.curvature.checks import out_of_range
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker, split_maps
-from gtddp_compile.kernels.kronecker import Layer
+from gtddp_compile.kernels.kronecker import Layer, kronecker_moment, kronecker_widths
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class EKFAC(Kronecker):
 
     def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
         """``s`` after this batch."""
-        maps = split_maps(state, kernels.kronecker_widths(layers))
-        moment = even_out(kernels.kronecker_moment(layers, start, maps), state)
+        maps = split_maps(state, kronecker_widths(layers))
+        moment = even_out(kronecker_moment(layers, start, maps), state)
         return {"moment": self._average(state["moment"], moment, state["averaged"], group)}
 
     def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:

@@ -23,7 +23,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gtddp_compile import kernels
 from gtddp_compile.curvature.base import Group, MetricKind, State
 from gtddp_compile.curvature.checks import (
     Scalar,
@@ -35,7 +34,7 @@ from gtddp_compile.curvature.checks import (
     statistics_gradient,
     subtract,
 )
-from gtddp_compile.kernels.kronecker import Layer, Maps, Metric
+from gtddp_compile.kernels.kronecker import Layer, Maps, Metric, kronecker_factors
 
 BlockKind = Literal["kronecker", "shared", "exact"]
 
@@ -173,7 +172,7 @@ class Kronecker(ABC):
             states: of every parameter, the block's first one first.
             group: options of the block's first player.
         """
-        x, g = kernels.kronecker_factors(layers, start)
+        x, g = kronecker_factors(layers, start)
         found = [self._stepped(state) for state in states]
         # load_state_dict casts a state to the parameter's own precision; factors are at least float32.
         found[0].update((key, found[0][key].to(x.dtype)) for key in FACTORS if key in found[0])

@@ -18,8 +18,8 @@ from types import ModuleType
 from gtddp_compile.errors import CompileError
 
 COMMENT = re.compile(r"\s*#\s*(type: ignore|noqa|fmt: skip|pragma).*$", re.MULTILINE)
-CHECKS = ("_check", "check_")
-"""Calls of these validate options when a program is compiled; a bare call of one is left out."""
+CHECKS, CHECK = ("_check", "check_"), "check"
+"""Functions and a method that validate options when a program is compiled; bare calls of them are left out."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,14 @@ class Luggage:
         aliases: names replaced in what is carried (a protocol by the class that implements it).
         imports: import statements that the text needs.
         pieces: text of every definition by its exported name, dependencies first.
+        origins: the module that each of them comes from.
     """
 
     package: str = "gtddp_compile"
     aliases: dict[str, str] = field(default_factory=dict)
     imports: set[str] = field(default_factory=set)
     pieces: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
     _taken: dict[tuple[str, str], str] = field(default_factory=dict)
     _written: dict[str, str] = field(default_factory=dict)
 
@@ -88,39 +90,50 @@ class Luggage:
         text = _without_checks(source, statements)
         exported = self._name(module, name, text)
         renamed = self._dependencies(source, statements, text)
-        self.pieces[exported] = _rename(text, {**renamed, name: exported})
+        self._put(source, exported, _rename(text, {**renamed, name: exported}))
         return exported
 
     def take_class(self, module: str, name: str, members: frozenset[str]) -> str:
-        """Carry a class with ``__init__`` and the members asked for, and those of its own that they call."""
-        module, name = self._home(module, name)
+        """Carry a class and its bases with ``__init__``, the members asked for, and those of its own that they call."""
+        chain = self._chain(*self._home(module, name))
+        wanted = _reachable([node for _, node in chain], members | {"__init__"})
+        for position in reversed(range(len(chain))):
+            self._class(*chain[position], [node.name for _, node in chain[position + 1 : position + 2]], wanted)
+        return name
+
+    def _chain(self, module: str, name: str) -> list[tuple[Source, ast.ClassDef]]:
+        """A class and its bases of ours, one after the other."""
         source = source_of(module)
         (node,) = source.definitions[name]
         assert isinstance(node, ast.ClassDef)
-        bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-        ours = [base for base in bases if self._is_ours(*self._home(module, base))]
-        wanted = _reachable(node, members | {"__init__"})
-        inherited = frozenset(members - {m.name for m in wanted}) | _called(wanted)
-        for base in ours:
-            self.take_class(module, base, inherited)
-        fields_used = _called(wanted)
+        homes = [self._home(module, base.id) for base in node.bases if isinstance(base, ast.Name)]
+        ours = [home for home in homes if self._is_ours(*home)]
+        assert len(ours) < 2, f"{name} has several bases"  # classes that are carried are written so
+        return [(source, node), *(self._chain(*ours[0]) if ours else [])]
+
+    def _class(self, source: Source, node: ast.ClassDef, bases: list[str], wanted: list[ast.FunctionDef]) -> None:
+        """Carry one class with those methods of its own that are wanted."""
+        used = _called(wanted)
+        methods = [method for method in wanted if method in node.body]
         kept: list[ast.stmt] = [
             n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-            and n.target.id in fields_used
+            and n.target.id in used
         ]  # fmt: skip
-        head = f"class {name}({', '.join(ours)}):" if ours else f"class {name}:"
+        head = f"class {node.name}({', '.join(bases)}):" if bases else f"class {node.name}:"
         if kept:
             head = f"@dataclass(frozen=True)\n{head}"
             self.imports.add("from dataclasses import dataclass")
         parts = [_documentation(node), *(source.text(n) for n in kept)]
-        parts += [_without_checks(source, (method,)) for method in wanted]
+        parts += [_without_checks(source, (method,)) for method in methods]
         text = head + "\n" + "\n\n".join(part for part in parts if part)
         if len(parts) == 1 and not parts[0]:
             text += "\n    pass"
-        renamed = self._dependencies(source, (*wanted, *kept), text)
-        self._taken[module, name] = name
-        self.pieces[name] = _rename(text, renamed)
-        return name
+        renamed = self._dependencies(source, (*methods, *kept), text)
+        self._taken[source.name, node.name] = node.name
+        self._put(source, node.name, _rename(text, renamed))
+
+    def _put(self, source: Source, exported: str, text: str) -> None:
+        self.pieces[exported], self.origins[exported] = text, source.name
 
     def _is_ours(self, module: str, name: str) -> bool:
         return module.startswith(self.package) and name in source_of(module).definitions
@@ -190,7 +203,7 @@ def carry_function(function: object, luggage: Luggage) -> str:
     if name not in source.definitions:
         raise _not_carried(name, "it is not defined at the top of its module")
     own = Luggage(module.__name__)
-    own.pieces, own.imports = luggage.pieces, luggage.imports
+    own.pieces, own.origins, own.imports = luggage.pieces, luggage.origins, luggage.imports
     found = own.take(module.__name__, name)
     known = {"torch", "math", "typing", "collections", "functools", "operator", "__future__"}
     for line in own.imports:
@@ -221,20 +234,27 @@ def _called(methods: list[ast.FunctionDef]) -> frozenset[str]:
         for node in ast.walk(method):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
                 found.add(node.attr)
-    return frozenset(found)
+    return frozenset(found - {CHECK})
 
 
-def _reachable(node: ast.ClassDef, members: frozenset[str]) -> list[ast.FunctionDef]:
-    """Methods asked for and those they call on ``self``, in the order they are written."""
-    methods = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
+def _reachable(chain: list[ast.ClassDef], members: frozenset[str]) -> list[ast.FunctionDef]:
+    """Methods asked for and those they call on ``self``, of a class and its bases, in the order they are written.
+
+    Abstract ones are left out: a class down the chain has them.
+    """
+    methods = [n for node in chain for n in node.body if isinstance(n, ast.FunctionDef) and not _is_abstract(n)]
     found: set[str] = set()
-    pending = [name for name in members if name in methods]
+    pending = sorted(members)
     while pending:
         name = pending.pop()
         if name not in found:
             found.add(name)
-            pending += [called for called in _called([methods[name]]) if called in methods]
-    return [method for name, method in methods.items() if name in found]
+            pending += sorted(_called([method for method in methods if method.name == name]))
+    return [method for method in methods if method.name in found]
+
+
+def _is_abstract(method: ast.FunctionDef) -> bool:
+    return any(isinstance(d, ast.Name) and d.id == "abstractmethod" for d in method.decorator_list)
 
 
 def attributes_of(text: str, receiver: str) -> frozenset[str]:
@@ -271,7 +291,8 @@ def _bare_calls(statement: ast.stmt) -> Iterator[ast.stmt]:
     for node in ast.walk(statement):
         call = node.value if isinstance(node, ast.Expr) else None
         function = call.func if isinstance(call, ast.Call) else None
-        if isinstance(node, ast.Expr) and isinstance(function, ast.Name) and function.id.startswith(CHECKS):
+        checks = isinstance(function, ast.Name) and function.id.startswith(CHECKS)
+        if isinstance(node, ast.Expr) and (checks or (isinstance(function, ast.Attribute) and function.attr == CHECK)):
             yield node
 
 

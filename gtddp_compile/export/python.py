@@ -15,21 +15,25 @@ import torch
 
 from gtddp_compile import kernels
 from gtddp_compile.algebra.derivation import Equation
-from gtddp_compile.curvature import ParameterUpdates
+from gtddp_compile.curvature import BlockUpdates, Kronecker, ParameterUpdates
 from gtddp_compile.errors import CompileError
-from gtddp_compile.export.carry import Luggage, attributes_of, carry_function, names_in
+from gtddp_compile.export.carry import Luggage, attributes_of, names_in
 from gtddp_compile.export.layout import INDENT, WIDTH, double_quoted, lay_out
+from gtddp_compile.export.losses import as_returned, loss_text
 from gtddp_compile.export.parts import Parts
-from gtddp_compile.export.values import loss_arguments, tensor_text, value_text
+from gtddp_compile.export.values import tensor_text, value_text
 from gtddp_compile.instructions import Code, Instruction, render_instruction
 from gtddp_compile.passes.p10_emit import Style, body, draws, function_text
 from gtddp_compile.printing import Printer
 
 RULE = "# " + "-" * (WIDTH - 2)
-RUNTIME = frozenset({"keep", "losses", "terminal", "mark", "rewind", "settle"})
+LOSS_CALLS = {"m.losses": 0, "m.factors": 1}
+"""What the loss's section defines, and which argument is the model's output."""
+RUNTIME = frozenset({"keep", "losses", "factors", "terminal", "mark", "rewind", "settle"})
 """Methods of ``m`` that serve diagnostics, stand for the loss or keep random numbers; every other one is carried."""
 
-CLASSES = ("CrossEntropyLoss", "NLLLoss")
+RECEIVERS = ("self._curvature", "self._kronecker")
+"""What the base method is called in the class of ``m``."""
 
 
 def to_python(parts: Parts) -> str:
@@ -53,7 +57,7 @@ class _Module:
         self.constants: dict[str, Any] = {}
 
     def text(self) -> str:
-        loss = self._loss()
+        loss = loss_text(self.parts, self.luggage)
         step = self._step()
         stages = self._stages()
         carried = self._carried(f"{stages}\n{step}\n{loss}")
@@ -132,7 +136,7 @@ class _Module:
             lines += lay_out(f"{group.name!r}: ({value_text(group.parameters)}, {value_text(own)}),", INDENT)
         lines += ["}", '"""Parameters of every module, and the options in which it differs."""', ""]
         plan = self.lowered.plan
-        if any(i.function == "clip" for i in self.lowered.instructions):
+        if any(i.function in ("clip", "clip_factors") for i in self.lowered.instructions):
             lines += [f"FEEDBACK_CLIP = {value_text(plan.clip)}"]
             lines += [
                 '"""Predicted changes of a sample\'s loss are believed up to here (4a); None: without bound."""',
@@ -161,74 +165,38 @@ class _Module:
 
     # --- carried text -------------------------------------------------------------------------------------------------
 
+    @property
+    def _updates(self) -> type[ParameterUpdates]:
+        """The class of ``m``."""
+        return BlockUpdates if isinstance(self.setting.curvature, Kronecker) else ParameterUpdates
+
     def _carried(self, text: str) -> tuple[str, str]:
         """The base method's text and the kernels'."""
         called = {instruction.function for instruction in self.lowered.instructions}
         names = frozenset(name[2:] for name in called if name.startswith("m.")) - RUNTIME
-        method = type(self.setting.curvature)
-        self.luggage.aliases = {"Curvature": method.__name__}
-        updates = ParameterUpdates
+        method, updates, luggage = type(self.setting.curvature), self._updates, self.luggage
         unknown = sorted(name for name in names if not hasattr(updates, name))
         if unknown:
-            if "factors" in unknown:
-                raise CompileError(
-                    "an exported module cannot factor the loss's Hessian, which terminal='ggn' and MonteCarlo ask for",
-                    "Export with terminal='gradient'",
-                )
             raise CompileError(
-                f"the program calls m.{unknown[0]} ({self.parts.curvature}), whose text no module carries yet",
-                "Export as .json, or compile with 'sgd', 'rmsprop', 'adam' or 'adamw'",
+                f"the program calls m.{unknown[0]} ({self.parts.curvature}), whose text no module carries",
+                "Export as .json, or use one of the package's own base methods",
             )
         for name in sorted(names_in(text) & set(kernels.__all__)):
-            self.luggage.take(kernels.__name__, name)
-        taken = list(self.luggage.pieces)
-        self.luggage.take_class(updates.__module__, updates.__name__, names)
-        asked = attributes_of(self.luggage.pieces[updates.__name__], "self._curvature") | {"init_state"}
-        last = self.luggage.pieces.pop(updates.__name__)
-        self.luggage.take_class(method.__module__, method.__name__, asked)
-        self.luggage.pieces[updates.__name__] = last
-        pieces = self.luggage.pieces
-        own = "\n\n\n".join(text.strip("\n") for name, text in pieces.items() if name not in taken)
-        return own, "\n\n\n".join(pieces[name].strip("\n") for name in taken)
+            luggage.take(kernels.__name__, name)
+        luggage.aliases = {"Curvature": method.__name__, "Kronecker": method.__name__}
+        luggage.take_class(updates.__module__, updates.__name__, names)
+        luggage.aliases = {}
+        classes = [kind.__name__ for kind in updates.__mro__ if kind.__name__ in luggage.pieces]
+        asked = [attributes_of(luggage.pieces[kind], receiver) for kind in classes for receiver in RECEIVERS]
+        luggage.take_class(method.__module__, method.__name__, frozenset({"init_state"}).union(*asked))
+        last = {kind: luggage.pieces.pop(kind) for kind in reversed(classes)}
+        luggage.pieces.update(last)
+        theirs = [name for name, origin in luggage.origins.items() if origin.startswith(kernels.__name__)]
+        own = [name for name in luggage.pieces if name not in theirs]
+        return self._joined(own), self._joined([name for name in luggage.pieces if name in theirs])
 
-    def _loss(self) -> str:
-        loss = self.setting.loss
-        if loss.is_absent:
-            raise CompileError(
-                f"the program came from a file that has only the name of its loss, {loss.name}",
-                "Give the loss to compile_optimizer(model, program=program, loss=...) and export that program",
-            )
-        described = loss_arguments(loss)
-        if described is None:
-            if loss.function is None:
-                raise CompileError(
-                    f"the loss {loss.name} is a module of its own, which cannot be written down",
-                    "Use one of torch's own losses, or a function in terms of torch",
-                )
-            name = carry_function(loss.function, self.luggage)
-            own = self.luggage.pieces.pop(name)
-            doc = f'    """phi_i, shape (B,): {loss.name}."""'
-            called = f"def losses(outputs, targets):\n{doc}\n    return {name}(outputs, targets)"
-            return f"{own}\n\n\n{called}"
-        name, arguments = described
-        arguments = {**arguments, "reduction": "none"}
-        call = ", ".join(f"{key}={value_text(value)}" for key, value in arguments.items())
-        lines = [*lay_out(double_quoted(f"LOSS = nn.{name}({call})")), "", ""]
-        given = "outputs[0], targets, outputs[1]" if name == "GaussianNLLLoss" else "outputs, targets"
-        lines += [
-            "def losses(outputs, targets):",
-            f'    """phi_i, shape (B,), of nn.{name} with {loss.reduction} over samples."""',
-        ]
-        lines += [f"    elements = LOSS({given})"]
-        if loss.reduction != "mean" or loss.module.reduction == "batchmean":  # type: ignore[union-attr]
-            lines += ["    return sample_sums(elements)"]
-        elif name in CLASSES:
-            lines += [
-                "    return sample_sums(elements) * class_mean_scale(outputs, targets, LOSS.weight, LOSS.ignore_index)"
-            ]
-        else:
-            lines += ["    return sample_means(elements)"]
-        return "\n".join(lines)
+    def _joined(self, names: Sequence[str]) -> str:
+        return "\n\n\n".join(self.luggage.pieces[name].strip("\n") for name in names)
 
     # --- stages and step ----------------------------------------------------------------------------------------------
 
@@ -262,7 +230,7 @@ class _Module:
             lines += ["    b_again = {**b, **dict.fromkeys(advancing)}  # statistics advance once, in the first sweep"]
         else:
             lines += [f"    b = {{{constants}**buffers}}", "    b_again = b"]
-        lines += [f"    m = ParameterUpdates({self._method()}, p, q, state, options)"]
+        lines += [f"    m = {self._updates.__name__}({self._method()}, p, q, state, options)"]
         lines += ["    drawn = random_state()"] if self.random else []
         lines += ["    with torch.no_grad():"]
         lines += [f"{INDENT * 2}{line}" if line else "" for line in _spaced(body(self.lowered, style))]
@@ -316,10 +284,15 @@ class _Module:
         if function in ("clip", "clip_factors") and len(args) > 1:
             return replace(instruction, args=(args[0], Code("FEEDBACK_CLIP"), *args[2:]))
         if function == "rows_of":
-            return replace(instruction, args=(args[0], Code("GROUP_SIZE")))
+            columns = args[1].text.partition(" * ")[2] if isinstance(args[1], Code) else ""
+            return replace(instruction, args=(args[0], Code(_group_size(columns))))
+        if function in LOSS_CALLS:
+            at = LOSS_CALLS[function]
+            given = as_returned(self.graph.ops.output, args[at])
+            return replace(instruction, function=function[2:], args=(*args[:at], given, *args[at + 1 :]))
         if function == "m.terminal":
             return replace(instruction, function="terminal", args=(args[0], self.setting.loss.reduction, *args[1:]))
-        return replace(instruction, function="losses") if function == "m.losses" else instruction
+        return instruction
 
 
 _INIT = '''
@@ -353,6 +326,11 @@ def step(params, buffers, state, inputs, targets):
     p = {name: value.detach() for name, value in params.items()}
     q = dict(p)  # the new parameters
 '''.strip("\n")
+
+
+def _group_size(columns: str) -> str:
+    """Rows of a group in a Gram matrix, with so many columns a sample."""
+    return f"GROUP_SIZE and GROUP_SIZE * {columns}" if columns else "GROUP_SIZE"
 
 
 def _equation(equation: Equation) -> str:

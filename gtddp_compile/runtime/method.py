@@ -7,16 +7,18 @@ fails copies it back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gtddp_compile import kernels
-from gtddp_compile.curvature import Curvature, ParameterUpdates
+from gtddp_compile.curvature import BlockUpdates, Curvature
+from gtddp_compile.curvature.blocks import Names
+from gtddp_compile.curvature.kronecker import BlockKind
+from gtddp_compile.kernels.kronecker import Layer
 from gtddp_compile.losses import Loss, check
-from gtddp_compile.runtime.blocks import BlockMethods
 from gtddp_compile.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 
 
@@ -28,7 +30,7 @@ class NonFiniteLoss(Exception):
         self.loss = loss
 
 
-class BaseMethod(BlockMethods, ParameterUpdates):
+class BaseMethod(BlockUpdates):
     """What generated programs call ``m``: the base method, losses, figures and random state of one step.
 
     Args:
@@ -139,6 +141,13 @@ class BaseMethod(BlockMethods, ParameterUpdates):
     def keep(self, stage: int, **figures: Any) -> None:
         """Figures of a stage for ``diagnostics``, evaluated only when asked for."""
         self.figures.setdefault(stage, {}).update(figures)
+
+    def observe_block(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float) -> None:
+        """The block's factors; how many of their inversions failed is a figure of the stage."""
+        first = names[0][0]
+        before = self.states[first].get("fallbacks", 0)
+        super().observe_block(stage, kind, names, layers, start)
+        self.keep(stage, **{f"fallbacks {first}": self.states[first].get("fallbacks", 0) - before})
 
     def overflowed(self) -> bool:
         """Whether a Gram matrix kept so far is not finite: no factorisation of it can succeed."""

@@ -6,28 +6,20 @@ A block is named by its players' parameters: ``(("a.weight", "a.bias"), ("b.weig
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gtddp_compile import kernels
-from gtddp_compile.curvature import Curvature, Kronecker
-from gtddp_compile.curvature.kronecker import BlockKind
-from gtddp_compile.kernels.kronecker import Layer, Metric
+from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
+from gtddp_compile.curvature.updates import ParameterUpdates
+from gtddp_compile.kernels.kronecker import Layer, Metric, kronecker_precondition
 
 Names = tuple[tuple[str, ...], ...]
 
 
-class BlockMethods:
+class BlockUpdates(ParameterUpdates):
     """What generated programs call ``m`` for Kronecker-factored curvatures."""
-
-    _curvature: Curvature
-    _params: dict[str, Tensor]
-    _new: dict[str, Tensor]
-    _groups: Mapping[str, Mapping[str, Any]]
-    states: dict[str, Mapping[str, Any]]
 
     @property
     def _kronecker(self) -> Kronecker:
@@ -35,13 +27,11 @@ class BlockMethods:
         return self._curvature
 
     def observe_block(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float) -> None:
-        """Factors of a block from its layers' inputs and ``V_h = α g_h`` (Eq. 43, 44, 50)."""
+        """Factors of a block of a stage from its layers' inputs and ``V_h = α g_h`` (Eq. 43, 44, 50)."""
         flat = [name for player in names for name in player]
-        before = self.states[flat[0]].get("fallbacks", 0)
         states = [self.states[name] for name in flat]
         found = self._kronecker.observe_block(kind, layers, start, states, self._groups[flat[0]])
         self.states.update(zip(flat, found, strict=True))
-        self.keep(stage, **{f"fallbacks {flat[0]}": found[0].get("fallbacks", 0) - before})
 
     def observe_moment(self, names: tuple[str, ...], moments: tuple[Tensor, ...]) -> None:
         """Running ``E[γ²]`` of parameters with the diagonal rule."""
@@ -103,7 +93,7 @@ class BlockMethods:
     ) -> list[tuple[Tensor, ...]]:
         """``(M⁻¹ ĝ)_p / η_p``."""
         folded = [self._fold(kind, player, parts) for player, parts in zip(names, gradients, strict=True)]
-        found = kernels.kronecker_precondition(folded, self.block_metric(kind, names))
+        found = kronecker_precondition(folded, self.block_metric(kind, names))
         return [self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True)]
 
     def _fold(self, kind: BlockKind, names: tuple[str, ...], gradients: tuple[Tensor, ...] | None) -> Tensor:
@@ -141,11 +131,3 @@ class BlockMethods:
 
     def _linear(self, name: str) -> Tensor | None:
         return self._curvature.linear_term(self._params[name], self._groups[name])
-
-    def _writable(self, name: str) -> Tensor:
-        """The new parameter, equal to the old one, to be written in place."""
-        raise NotImplementedError
-
-    def keep(self, stage: int, **figures: Any) -> None:
-        """Figures of a stage for ``diagnostics``."""
-        raise NotImplementedError
