@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -20,9 +21,12 @@ from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.losses import Loss
 from gtddp_compile.options import Options
 from gtddp_compile.program import UpdateProgram
+from gtddp_compile.runtime.accumulated import Accumulated
 from gtddp_compile.runtime.diagnostics import Diagnostics
+from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
+from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.setting import Group, Setting, options_of
 
 
@@ -54,6 +58,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self._diagnostics = Diagnostics()
         self._checked = False
         self._aside: dict[str, Tensor] = {}
+        self._pending: Accumulated | None = None
         super().__init__(self._view.groups(), curvature.defaults())
         if example_inputs is not None:
             batch = as_inputs(example_inputs)
@@ -122,70 +127,177 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def step(self, inputs: Any = None, targets: Any = None) -> Tensor:  # type: ignore[override]
-        """One update from one batch; a transaction.
+    def accumulate(self, inputs: Any, targets: Any) -> Tensor:
+        """Take in a micro-batch of the next update; nothing is updated before ``step``.
+
+        The update is that of all micro-batches since the last one and of the step's own: their mean over samples (or
+        their sum, as the loss reduces), and with feedback each micro-batch a group of samples, as ``coupling`` set to
+        their size couples them (theory: 4a). Batch-norms see a micro-batch at a time. ``zero_grad`` drops what was
+        accumulated; ``state_dict`` and pickles do not have it.
 
         Args:
-            inputs: a tensor or a tuple of them, batch on the leading axis.
+            inputs, targets: as ``step`` takes them; not to be overwritten before the step.
+
+        Returns:
+            The micro-batch's loss, detached. If it is not finite, the micro-batch was left out and
+            ``diagnostics["skipped"]`` is True.
+
+        Raises:
+            CompileError: as ``step``; or the coupling is ``"block"``, the micro-batch needs another program, or
+                parameters changed since the first one. On any exception nothing was taken in.
+        """
+        self._demand_batch(inputs, targets)
+        batch, before = as_inputs(inputs), random_state()
+        try:
+            check_batch(batch, targets)
+            program, backend = self._specialise(batch)
+            pending = self._pending or self._accumulated(program, backend)
+            with self._in_the_model_s_words(batch):
+                loss = pending.add(batch, targets, program)
+        except NonFiniteLoss as stop:
+            restore_random_state(before)
+            self._diagnostics = Diagnostics(loss=stop.loss, skipped=True)
+            return stop.loss
+        except BaseException:
+            restore_random_state(before)
+            raise
+        self._pending = pending
+        return loss
+
+    def step(self, inputs: Any = None, targets: Any = None) -> Tensor:  # type: ignore[override]
+        """One update from one batch, and from the micro-batches accumulated before it; a transaction.
+
+        Args:
+            inputs: a tensor or a tuple of them, batch on the leading axis. It and the targets may be left out where
+                there are accumulated micro-batches.
             targets: what the loss takes.
 
         Returns:
-            The loss before the update (mean or sum, as the loss reduces), detached. If it or a Gram matrix is not
-            finite, nothing has changed and ``diagnostics["skipped"]`` is True.
+            The loss before the update (mean or sum over all its samples, as the loss reduces), detached. If it or a
+            Gram matrix is not finite, nothing has changed and ``diagnostics["skipped"]`` is True; what was accumulated
+            is dropped.
 
         Raises:
             CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
-                exception parameters, buffers, optimizer state and random state are what they were.
+                exception parameters, buffers, optimizer state, random state and what was accumulated are what they
+                were.
         """
-        if inputs is None or targets is None or callable(inputs):
-            raise CompileError(
-                "step() needs the batch itself: the program runs forward and backward passes",
-                "Call opt.step(inputs, targets); a closure is not used",
-            )
-        batch = as_inputs(inputs)
+        if inputs is not None or targets is not None or self._pending is None:
+            self._demand_batch(inputs, targets)
         before = random_state()
         try:
+            if inputs is None:
+                return self._union_step((), None)
+            batch = as_inputs(inputs)
             check_batch(batch, targets)
+            if self._pending is not None:
+                return self._union_step(batch, targets)
             program, backend = self._specialise(batch)
             return self._transaction(program, backend, batch, targets)
         except BaseException:
             restore_random_state(before)
             raise
 
+    def _demand_batch(self, inputs: Any, targets: Any) -> None:
+        if inputs is None or targets is None or callable(inputs):
+            raise CompileError(
+                "the batch itself is needed: the program runs forward and backward passes",
+                "Call opt.step(inputs, targets); a closure is not used",
+            )
+
     def _transaction(self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any) -> Tensor:
         self._diagnostics = Diagnostics()  # the last step's figures hold its Gram matrices
-        originals = self._view.parameters()
-        params = dict(originals)
-        advancing = {name for op in program.graph.ops.ops for name in op.advances}
-        buffers = {name: value.clone() if name in advancing else value for name, value in self._view.buffers().items()}
-        new = dict(params)
+        originals, buffers, advancing = self._working_copy(program)
+        params, new = dict(originals), dict(originals)
         m = self._base_method(program, params, new)
         before = random_state()
-        try:
-            backend.run(m, params, buffers, new, inputs, targets)
-        except (NonFiniteLoss, LinAlgError) as stop:
-            m.undo()
-            if m.loss is None or not (isinstance(stop, NonFiniteLoss) or m.overflowed()):
+        with self._in_the_model_s_words(inputs):
+            try:
+                backend.run(m, params, buffers, new, inputs, targets)
+            except (NonFiniteLoss, LinAlgError) as stop:
+                m.undo()
+                if m.loss is None or not (isinstance(stop, NonFiniteLoss) or m.overflowed()):
+                    raise
+                restore_random_state(before)
+                self._diagnostics = Diagnostics(loss=m.loss, skipped=True)
+                return m.loss
+            except BaseException:
+                m.undo()
                 raise
-            restore_random_state(before)
-            self._diagnostics = Diagnostics(loss=m.loss, skipped=True)
-            return m.loss
-        except CompileError:
-            m.undo()
-            raise
-        except Exception:
-            m.undo()
-            restore_random_state(before)
-            observe(self._view.model, inputs)  # if it is the model that refuses them, this says so in its words
-            raise
-        except BaseException:
-            m.undo()
-            raise
-        self._commit(m, originals, {name: buffers[name] for name in advancing})
+        return self._done(program, m, originals, {name: buffers[name] for name in advancing})
+
+    def _done(
+        self, program: UpdateProgram, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]
+    ) -> Tensor:
+        self._commit(m, originals, buffers)
         self._checked = True
         assert m.loss is not None
         self._diagnostics = Diagnostics(m.loss, m.figures, program)
         return m.loss
+
+    @contextmanager
+    def _in_the_model_s_words(self, inputs: tuple[Any, ...]) -> Iterator[None]:
+        """If it is the model that refuses the inputs, its own error says so."""
+        before = random_state()
+        try:
+            yield
+        except (CompileError, NonFiniteLoss, LinAlgError):
+            raise
+        except Exception:
+            restore_random_state(before)
+            observe(self._view.model, inputs)
+            raise
+
+    def _working_copy(self, program: UpdateProgram) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+        """Parameters, buffers, and the names of those that advance, which are copies."""
+        advancing = {name for op in program.graph.ops.ops for name in op.advances}
+        buffers = {name: value.clone() if name in advancing else value for name, value in self._view.buffers().items()}
+        return self._view.parameters(), buffers, advancing
+
+    # --- several micro-batches ----------------------------------------------------------------------------------------
+
+    def _accumulated(self, program: UpdateProgram, backend: Backend) -> Accumulated:
+        check_form(program)
+        assert isinstance(backend, FastBackend)
+
+        def begin() -> Union:
+            originals, buffers, _ = self._working_copy(program)
+            params, new = dict(originals), dict(originals)
+            return Union(backend, self._base_method(program, params, new), params, buffers, new)
+
+        return Accumulated(program, begin, self._view.named, lambda: [options_of(g) for g in self.param_groups])
+
+    def _union_step(self, inputs: tuple[Any, ...], targets: Any) -> Tensor:
+        pending, before = self._pending, random_state()
+        assert pending is not None
+        count = len(pending)
+        self._diagnostics = Diagnostics()
+        try:
+            if inputs:
+                program, _ = self._specialise(inputs)
+                with self._in_the_model_s_words(inputs):
+                    pending.add(inputs, targets, program)
+            union = pending.finish()
+        except NonFiniteLoss as stop:
+            restore_random_state(before)
+            self._pending, self._diagnostics = None, Diagnostics(loss=stop.loss, skipped=True)
+            return stop.loss
+        except BaseException:
+            pending.again(count)
+            raise
+        self._pending = None
+        return self._done(pending.program, union.method, union.originals, union.advancing())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop accumulated micro-batches, and the parameters' ``grad``, which a step neither reads nor writes."""
+        self._pending = None
+        super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's; accumulated micro-batches stay, and are run again with the new state."""
+        super().load_state_dict(state_dict)
+        if self._pending is not None:
+            self._pending.again()
 
     def _base_method(self, program: UpdateProgram, params: dict[str, Tensor], new: dict[str, Tensor]) -> BaseMethod:
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -253,5 +365,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature)
-        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _aside={})
+        state.update(
+            _specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _aside={}, _pending=None,
+        )  # fmt: skip
         return state

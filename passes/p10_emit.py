@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from gtddp_compile.instructions import Instruction, StageFunction, render_instruction
+from gtddp_compile.instructions import Code, Instruction, StageFunction, render, render_instruction
 from gtddp_compile.passes.p09_lower import Lowered
 from gtddp_compile.printing import Printer
 
@@ -116,7 +116,39 @@ def _step(lowered: Lowered) -> str:
     return f"def step(m, p, b, q, b_again, inputs, targets):\n    {doc}\n    {text}"
 
 
-def _show_and_free(lowered: Lowered) -> Callable[[Instruction], Sequence[str]]:
+SHARED = frozenset(f"m.{name}" for name in (
+    "terminal", "observe", "observe_block", "observe_moment", "apply", "apply_block", "descend", "descend_block",
+))  # fmt: skip
+"""What micro-batches of one update have in common: statistics, updates, and the weight of a batch in them."""
+
+
+def emit_micro(lowered: Lowered) -> str:
+    """The same steps for one micro-batch of an update, as a generator.
+
+    What belongs to the whole update is asked for by ``yield name, arguments``, the method of ``m`` and what this
+    micro-batch would call it with; the answer comes back by ``send``.
+    """
+
+    def asked(instruction: Instruction) -> Instruction:
+        if instruction.function == "m.descend_by":  # a gradient of its own, that can be added to the others'
+            names, weighted, _subtract, *args = instruction.args
+            gradient = Instruction("forward", 0, (), render(weighted), tuple(args), instruction.kwargs)
+            return replace(instruction, function="=", args=(
+                Code(f"yield 'descend', ({render(names)}, {render_instruction(gradient)})"),
+            ), kwargs=None)  # fmt: skip
+        if instruction.function not in SHARED:
+            return instruction
+        request = f"yield {instruction.function.removeprefix('m.')!r}, {render(instruction.args)}"
+        return replace(instruction, function="=", args=(Code(request),))
+
+    text = "\n    ".join([*body(lowered, Style(_show_and_free(lowered, asked), _heading)), "return phi"])
+    doc = '"""One micro-batch of a step."""'
+    return f"def micro_step(m, p, b, q, b_again, inputs, targets):\n    {doc}\n    {text}\n"
+
+
+def _show_and_free(
+    lowered: Lowered, asked: Callable[[Instruction], Instruction] = lambda instruction: instruction
+) -> Callable[[Instruction], Sequence[str]]:
     """One line an instruction, and one that lets go of what nobody reads after it."""
     last: dict[str, int] = {}
     for instruction in lowered.instructions:
@@ -131,7 +163,7 @@ def _show_and_free(lowered: Lowered) -> Callable[[Instruction], Sequence[str]]:
             free.setdefault(id(instruction), []).append("_")
 
     def show(instruction: Instruction) -> Sequence[str]:
-        text = render_instruction(instruction)
+        text = render_instruction(asked(instruction))
         lines = [f"{text}  # {instruction.note}" if instruction.note else text]
         if id(instruction) in free:
             lines.append(f"del {', '.join(free[id(instruction)])}")

@@ -7,6 +7,7 @@ fails copies it back.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ class BaseMethod(BlockUpdates):
         aside: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__(curvature, params, new, states, groups)
+        self.reduction = loss.reduction
         self._loss, self._first, self._terminal = loss, first, terminal
         self.figures: dict[int, dict[str, Any]] = {}
         self.loss: Tensor | None = None
@@ -94,6 +96,12 @@ class BaseMethod(BlockUpdates):
         if apart:
             with torch.no_grad():
                 torch._foreach_copy_([originals[name] for name in apart], [self._new[name] for name in apart])
+
+    def beside(self) -> BaseMethod:
+        """For one micro-batch: losses, figures and random numbers of its own, parameters and states of the update."""
+        twin = copy.copy(self)
+        twin.figures, twin.loss, twin._random, twin._settled = {}, None, {}, None
+        return twin
 
     # --- losses -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,126 @@
+"""What ``opt.accumulate`` has taken in: the micro-batches of the next update, able to be run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.kernels import random_state, restore_random_state
+from gtddp_compile.program import UpdateProgram
+from gtddp_compile.runtime.union import Union, check_form
+from gtddp_compile.setting import same
+
+REMEDY = "Call opt.zero_grad() to drop what was accumulated, or make the step first"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch, the random numbers it began with, and the version of its inputs."""
+
+    inputs: tuple[Any, ...]
+    targets: Any
+    random: list[Tensor]
+    versions: tuple[int, ...]
+
+
+class Accumulated:
+    """The micro-batches of the next update.
+
+    They are run as far as they go when they come. They are run again, with the same random numbers, if options or
+    state of the base method change before the update, or a step failed on the way.
+
+    Args:
+        program: of all of them.
+        begin: a union without micro-batches, made of parameters, state and buffers as they are.
+        named: the model's parameters.
+        options: of every parameter group, as they are.
+    """
+
+    def __init__(
+        self,
+        program: UpdateProgram,
+        begin: Callable[[], Union],
+        named: Mapping[str, Tensor],
+        options: Callable[[], list[dict[str, Any]]],
+    ) -> None:
+        check_form(program)
+        self.program, self._begin, self._named, self._options = program, begin, named, options
+        self._versions = self._parameter_versions()
+        self._batches: list[MicroBatch] = []
+        self._union: Union | None = None
+        self._seen: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def add(self, inputs: tuple[Any, ...], targets: Any, program: UpdateProgram) -> Tensor:
+        """Take a micro-batch in; its loss. On any exception nothing was taken in.
+
+        Raises:
+            CompileError: it needs another program, or parameters or earlier inputs were changed.
+            NonFiniteLoss: its loss is not finite.
+        """
+        if program is not self.program:
+            raise CompileError(
+                "this micro-batch needs another program than those before it: modules changed mode or attributes, or "
+                "the recording has sizes built in and this one is of another size",
+                f"Give an update micro-batches of one size, between which the model does not change. {REMEDY}",
+            )
+        union, random = self._current(), random_state()
+        versions = tuple(_version(value) for value in inputs)
+        loss = union.add(inputs, targets)
+        self._batches.append(MicroBatch(inputs, targets, random, versions))
+        return loss
+
+    def finish(self) -> Union:
+        """The update; the union with its results."""
+        union = self._current()
+        union.finish()
+        return union
+
+    def again(self, count: int | None = None) -> None:
+        """Run the micro-batches (the first ``count``) again when they are needed next."""
+        del self._batches[len(self._batches) if count is None else count :]
+        self._union = None
+        self._versions = self._parameter_versions()  # a step that failed wrote parameters and put them back
+
+    def _parameter_versions(self) -> dict[str, int]:
+        return {name: _version(parameter) for name, parameter in self._named.items()}
+
+    def _current(self) -> Union:
+        for name, version in self._parameter_versions().items():
+            if version != self._versions[name]:
+                raise CompileError(f"parameter {name!r} changed since a micro-batch was accumulated", REMEDY)
+        options = self._options()
+        if self._union is None or not _same_options(options, self._seen):
+            self._union, self._seen = self._run(), options
+        return self._union
+
+    def _run(self) -> Union:
+        union, after = self._begin(), random_state()
+        for index, batch in enumerate(self._batches):
+            if batch.versions != tuple(_version(value) for value in batch.inputs):
+                raise CompileError(
+                    f"the inputs of accumulated micro-batch {index} were overwritten, and it has to be run again "
+                    "because options or state changed, or a step failed",
+                    f"Leave inputs as they are until the step. {REMEDY}",
+                )
+            restore_random_state(batch.random)
+            union.add(batch.inputs, batch.targets)
+        restore_random_state(after)
+        return union
+
+
+def _same_options(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> bool:
+    return len(left) == len(right) and all(
+        a.keys() == b.keys() and all(same(a[key], b[key]) for key in a) for a, b in zip(left, right, strict=True)
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    """The counter that an in-place change raises."""
+    return 0 if tensor.is_inference() else tensor._version
