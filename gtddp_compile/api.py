@@ -58,6 +58,7 @@ def compile_optimizer(
         recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``).
         terminal: how a sample's loss is expanded in the outputs. ``"geometric"``: ``∇φ ∇φᵀ / φ``, as if its logarithm
             were linear there (the aim is the loss itself, so the model does not depend on the loss's scale);
+            ``Geometric(aim, own)``: the same with another aim, also one that depends on the batch's size;
             ``"gradient"``: ``∇φ ∇φᵀ``, the paper's Proposition 5 (the aim is a fall by 1); ``"ggn"``: the loss's exact
             Hessian in the outputs, as many columns as outputs; ``MonteCarlo(rank)``: sampled columns of it, unbiased.
             With several columns, ``feedback_clip`` bounds the norm of a sample's predicted change of its outputs,

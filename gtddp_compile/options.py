@@ -8,7 +8,7 @@ from typing import Literal
 
 from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.errors import CompileError
-from gtddp_compile.terminal import RANK_ONE, MonteCarlo, Terminal
+from gtddp_compile.terminal import Geometric, MonteCarlo, Terminal, is_rank_one
 
 Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
@@ -82,8 +82,11 @@ class Options:
             self.coupling in ("full", "block") or (isinstance(self.coupling, int) and self.coupling >= 1)
         ):
             raise _unknown("coupling", self.coupling, "'full', 'block' or a group size of at least 1")
-        if self.terminal not in (None, *RANK_ONE, "ggn") and not isinstance(self.terminal, MonteCarlo):
-            raise _unknown("terminal", self.terminal, "'geometric', 'gradient', 'ggn' or MonteCarlo(rank)")
+        if self.terminal not in (None, "geometric", "gradient", "ggn") and not isinstance(
+            self.terminal, MonteCarlo | Geometric
+        ):
+            known = "'geometric', Geometric(aim, own), 'gradient', 'ggn' or MonteCarlo(rank)"
+            raise _unknown("terminal", self.terminal, known)
         if self.memory not in ("keep", "recompute"):
             raise _unknown("memory", self.memory, "'keep' or 'recompute'")
         if self.memory == "recompute" and self.backend == "dense":
@@ -101,7 +104,7 @@ class Options:
     @property
     def factored(self) -> bool:
         """Whether the terminal factor has columns of its own, apart from the gradient."""
-        return self.terminal_kind not in RANK_ONE
+        return not is_rank_one(self.terminal_kind)
 
     def _check_gram(self) -> None:
         if self.gram == "exact":

@@ -86,7 +86,7 @@ class Plan:
         stages: in forward order.
         decay: whether ``ℓ_u`` is present.
         clip: bound on ``c``, in units of the aim; ``None`` for none.
-        terminal: how the loss is expanded in the outputs.
+        terminal: how the loss is expanded in the outputs: kind, aim and what of it counts one over the batch.
         removed: what the pass left out and why, in words.
         metric: the curvature's kind.
         gram: ``"exact"``, ``"separable"`` or ``"sketch"``.
@@ -100,7 +100,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     decay: bool
     clip: float | None
-    terminal: str
+    terminal: tuple[str, float, float]
     removed: tuple[str, ...]
     metric: str = "spherical"
     gram: str = "exact"

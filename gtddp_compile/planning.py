@@ -11,6 +11,7 @@ from gtddp_compile.passes import collapse, derive, simplify
 from gtddp_compile.passes.p06_derive import Derived
 from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.plan import Plan
+from gtddp_compile.terminal import terminal_weight
 
 
 def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool) -> tuple[Derived, Plan]:
@@ -31,7 +32,7 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
         gram="sketch" if isinstance(options.gram, Sketch) else options.gram,
         columns=options.gram.columns if isinstance(options.gram, Sketch) else 0,
         memory=options.memory,
-        terminal="gradient" if options.factored else str(options.terminal_kind),
+        terminal=terminal_weight(options.terminal_kind),
     )
     return derived, plan
 

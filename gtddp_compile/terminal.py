@@ -63,10 +63,52 @@ class MonteCarlo:
             raise CompileError(f"MonteCarlo rank {self.rank!r} is not a positive integer", "Give a number of columns")
 
 
-Terminal = Literal["geometric", "gradient", "ggn"] | MonteCarlo
 FactorKind = Literal["cross_entropy", "elementwise", "explicit"]
-RANK_ONE = ("geometric", "gradient")
-"""Terminal factors along the gradient itself; they differ in its weight (``gtddp_compile.kernels.terminal``)."""
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """``"geometric"`` with another aim: ``H = ∇φ ∇φᵀ / (κ φ)``, ``κ = aim + own / b`` for b samples that are coupled.
+
+    The model of a sample's loss is least where it has fallen by ``κ φ``, and ``feedback_clip`` is in units of that. A
+    greater κ holds a step back less. Up to 2 the model never promises a negative loss; ``aim=2`` is Gauss-Newton on the
+    residual ``√(2φ)``, exact for squared error. ``own`` answers to small batches: of the B² entries of a Gram matrix B
+    are of a sample with itself, which in a large batch do not count; where a sample's gradient is ``1 + own`` times as
+    much like itself as like another's, ``κ = 1 + own / b`` leaves the batch's own direction as it is in a large batch.
+
+    Do not use a κ above 1 at learning rates that the base method does not bear: nothing else holds the step back
+    (docs/robustness.md has the figures).
+
+    Args:
+        aim: part of κ for every batch.
+        own: part of κ that counts one over the size of the batch, or of the groups of ``coupling``.
+
+    Raises:
+        CompileError: the aim is not positive, or ``own`` is negative.
+    """
+
+    aim: float = 1.0
+    own: float = 0.0
+
+    def __post_init__(self) -> None:
+        for option, value, ok in (("aim", self.aim, self.aim > 0), ("own", self.own, self.own >= 0)):
+            if isinstance(value, bool) or not ok or math.isinf(value):
+                raise CompileError(f"Geometric has {option}={value!r}", "Give aim > 0 and own >= 0, both finite")
+
+
+Terminal = Literal["geometric", "gradient", "ggn"] | MonteCarlo | Geometric
+
+
+def is_rank_one(terminal: Terminal) -> bool:
+    """Whether the factor is along the gradient itself, with a weight (``gtddp_compile.kernels.terminal``)."""
+    return isinstance(terminal, Geometric) or terminal in ("geometric", "gradient")
+
+
+def terminal_weight(terminal: Terminal) -> tuple[str, float, float]:
+    """What the weight of a sample's gradient is made of: its kind, and ``aim`` and ``own`` of :class:`Geometric`."""
+    if isinstance(terminal, Geometric):
+        return "geometric", terminal.aim, terminal.own
+    return ("geometric" if terminal == "geometric" else "gradient"), 1.0, 0.0
 
 
 def check_terminal(loss: Loss, terminal: Terminal) -> None:
@@ -77,7 +119,7 @@ def check_terminal(loss: Loss, terminal: Terminal) -> None:
     """
     module = loss.module
     margin = module is not None and is_kind(module, nn.MultiMarginLoss) and module.p == 1
-    if terminal not in RANK_ONE and module is not None and (is_kind(module, *_PIECEWISE_LINEAR) or margin):
+    if not is_rank_one(terminal) and module is not None and (is_kind(module, *_PIECEWISE_LINEAR) or margin):
         raise CompileError(
             f"the loss {loss.name} is (piecewise) linear in the network's outputs: its Hessian, which"
             f" terminal={terminal!r} asks for, is zero",

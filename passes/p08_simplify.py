@@ -33,7 +33,7 @@ def simplify(
     statistics: bool = False,
     decay: bool = False,
     clip: float | None = 1.0,
-    terminal: str = "geometric",
+    terminal: tuple[str, float, float] = ("geometric", 1.0, 0.0),
     metric: str = "spherical",
     gram: str = "exact",
     columns: int = 0,
@@ -49,7 +49,7 @@ def simplify(
         statistics: whether the curvature learns from ``Q_u``.
         decay: whether any parameter has coupled weight decay.
         clip: bound on ``c``.
-        terminal: how the loss is expanded in the outputs.
+        terminal: how the loss is expanded in the outputs, see :class:`gtddp_compile.plan.Plan`.
         metric: the curvature's kind, on which the form of the Gram matrices depends.
         gram: ``"exact"``, or which approximation of the Gram matrices was asked for.
         columns: of a sketch.

@@ -18,7 +18,7 @@ from exported import largest, named, targets_for
 from networks import make, mlp
 from torch import Tensor, nn
 
-from gtddp_compile import CompileError, MonteCarlo, UpdateProgram, compile_optimizer
+from gtddp_compile import CompileError, Geometric, MonteCarlo, UpdateProgram, compile_optimizer
 from gtddp_compile.export import document, targets
 from gtddp_compile.export.document import FORMAT, from_json
 
@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "base": {"feedback": False, "curvature": "adamw"},
     "schedule": {"schedule": {"a": 0, "b": 1, "c": 2}},
     "sampled": {"terminal": MonteCarlo(2)},
+    "aimed": {"terminal": Geometric(2.0, own=4.0)},
     "loss": {"loss": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]).double(), label_smoothing=0.1)},
     "tensor lr": {"curvature": "sgd", "lr": torch.tensor(0.1)},
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo, compile_optimizer
+from gtddp_compile import CompiledOptimizer, CompileError, Geometric, MonteCarlo, compile_optimizer
 
 STEPS = 10
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -107,7 +107,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     "centered": {"curvature": "rmsprop", "centered": True, "momentum": 0.5},
     "amsgrad": {"curvature": "adam", "amsgrad": True, "weight_decay": 0.1},
-    "groups": {"coupling": 3, "feedback_clip": 0.01},
+    "groups": {"coupling": 3, "feedback_clip": 0.01, "terminal": Geometric(2.0, own=4.0)},
     "block": {"coupling": "block", "curvature": "rmsprop"},
     "substituted": {"coupling": "block", "recursion": "substituted", "curvature": "rmsprop"},
     "printed": {"coupling": "block", "recursion": "printed", "lr": 1e-3},

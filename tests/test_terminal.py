@@ -12,7 +12,7 @@ from networks import Case
 from oracle import flat, pack, sample_gradients, terminal_gradient, trajectory, unpack
 from torch import nn
 
-from gtddp_compile import CompileError, MonteCarlo, compile_optimizer
+from gtddp_compile import CompileError, Geometric, MonteCarlo, compile_optimizer
 
 CASES = {
     "residual": networks.residual,
@@ -66,6 +66,44 @@ def assert_equal(case: Case, loss: nn.Module | None = None, **options: Any) -> l
 @pytest.mark.parametrize("network", CASES)
 def test_fast_equals_dense(network: str, curvature: str, terminal: str, form: str) -> None:
     assert_equal(CASES[network](), terminal=TERMINALS[terminal], **CURVATURES[curvature], **FORMS[form])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_geometric_with_another_aim(curvature: str, form: str) -> None:
+    assert_equal(networks.projection(), terminal=Geometric(2.5, own=3), **CURVATURES[curvature], **FORMS[form])
+
+
+@pytest.mark.parametrize(("coupling", "share"), [("full", 6), (2, 2)])
+def test_the_aim_is_a_multiple_of_the_loss(coupling: Any, share: int) -> None:
+    """One layer and sgd: ``δu = -η γᵀ w``, ``w = (B κ diag(φ) + (B/b) Γ)⁻¹ κ φ`` in groups of b, by autograd."""
+    model = networks.make(lambda net, x: net.a(x), a=(4, 3))
+    x, y = networks.mlp().batch(0, 6)
+    parameters, lr, kappa = list(model.parameters()), 0.7, 1.5 + 2.0 / share
+    phi = nn.functional.cross_entropy(model(x), y, reduction="none")
+    gamma = torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(one, parameters, retain_graph=True)]) for one in phi]
+    )
+    change = torch.zeros(len(gamma[0])).double()
+    for rows in torch.arange(6).split(share):
+        aim, mine = kappa * phi.detach()[rows], gamma[rows]
+        change -= lr * mine.T @ torch.linalg.solve(torch.diag(6 * aim) + 6 / share * lr * mine @ mine.T, aim)
+    start = torch.cat([p.detach().flatten() for p in parameters])
+    opt = compile_optimizer(
+        model, x, loss=nn.CrossEntropyLoss(), lr=lr, coupling=coupling, terminal=Geometric(1.5, 2.0)
+    )
+    opt.step(x, y)
+    found = torch.cat([p.detach().flatten() for p in parameters]) - start
+    torch.testing.assert_close(found, change, rtol=0, atol=1e-12)
+
+
+def test_geometric_by_name_and_aims_that_are_refused() -> None:
+    found = [trained(networks.residual(), nn.CrossEntropyLoss(), lr=0.5, terminal=t)[0]
+             for t in ("geometric", Geometric(), Geometric(2.0))]  # fmt: skip
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    for options in ({"aim": 0.0}, {"aim": float("inf")}, {"own": -1.0}, {"aim": float("nan")}):
+        with pytest.raises(CompileError, match="Give aim > 0 and own >= 0"):
+            Geometric(**options)
 
 
 @pytest.mark.parametrize("form", ["full", "block"])

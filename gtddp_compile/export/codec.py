@@ -180,9 +180,9 @@ class Reader:
             return self.tree(data, at)
         if hint is Rule:
             return RULE_BY_NAME.get(data) if isinstance(data, str) and data in RULE_BY_NAME else refuse(at, "no rule")
-        for option in options_of(hint):
-            if self._fits(data, option):
-                return self._typed(data, option, at)
+        fitting = [option for option in options_of(hint) if self._fits(data, option)]
+        if fitting:  # of several records the one that has these fields
+            return self._typed(data, next((o for o in fitting if _has_fields(o, data)), fitting[0]), at)
         refuse(at, f"{_shown(data)} is not {hint if not isinstance(hint, type) else hint.__name__}")
 
     def _fits(self, data: Any, hint: Any) -> bool:
@@ -293,6 +293,11 @@ def is_instance(value: Any, hint: Any) -> bool:
         if option is None and value is None:
             return True
     return False
+
+
+def _has_fields(option: Any, data: Any) -> bool:
+    """Whether every key is a field of the record; true of what is no record."""
+    return not dataclasses.is_dataclass(option) or set(data) <= set(fields_of(option))
 
 
 def _tag(kind: Any) -> str:

@@ -30,14 +30,17 @@ def class_mean_scale(outputs: Tensor, targets: Tensor, weight: Tensor | None, ig
     return torch.where(counts, chosen, 0.0).sum().reciprocal() * batch
 
 
-def terminal(phi: Tensor, reduction: str, kind: str) -> tuple[Tensor, Tensor, float]:
+def terminal(
+    phi: Tensor, reduction: str, kind: str, aim: float = 1.0, own: float = 0.0, group: int | None = None
+) -> tuple[Tensor, Tensor, float]:
     """Ones and the aim, ``(B,)`` each, and ``α_T``: 1/B for a mean loss, 1 for a sum.
 
     ``V_xx = α_T ∇φ ∇φᵀ / aim``: the quadratic model of a sample's loss is least where it has fallen by the aim. For
     ``"gradient"`` (Proposition 5) that is 1, whatever the loss; for ``"geometric"`` it is the loss itself: the
     second-order expansion of a loss whose logarithm is linear in the outputs, which cross-entropy tends to where a
-    sample is nearly fitted. A loss that is not positive has no logarithm: its aim is 1. Aims below 10⁻⁴ of the mean
-    are held there, so that fitted samples do not make the value function singular.
+    sample is nearly fitted; or it is ``aim + own / b`` times the loss in groups of b samples (``None``: all of them). A
+    loss that is not positive has no logarithm: it counts as 1. Losses below 10⁻⁴ of the mean are held there, so that
+    fitted samples do not make the value function singular.
     """
     dtype = phi.dtype if phi.dtype in (torch.float32, torch.float64) else torch.float32
     ones = torch.ones(phi.shape[0], dtype=dtype, device=phi.device)
@@ -46,4 +49,8 @@ def terminal(phi: Tensor, reduction: str, kind: str) -> tuple[Tensor, Tensor, fl
         return ones, ones, start
     values = phi.detach().to(dtype)
     floor = (1e-4 * values.abs().mean()).clamp_min(torch.finfo(dtype).tiny)
-    return ones, torch.where(values > 0, values, ones).clamp_min(floor), start
+    aims = torch.where(values > 0, values, ones).clamp_min(floor)
+    if aim == 1.0 and own == 0.0:
+        return ones, aims, start
+    together = min(group or phi.shape[0], phi.shape[0])
+    return ones, aims * (aim + own / together), start

@@ -22,6 +22,7 @@ from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.dense_metric import DenseMetric, Seen
 from gtddp_compile.runtime.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.method import BaseMethod
+from gtddp_compile.terminal import terminal_weight
 
 
 @dataclass
@@ -77,7 +78,11 @@ class DenseBackend:
         graph, options = self.program.graph, self.program.options
         trajectory = Trajectory(graph, p, b, inputs)
         phi, g = trajectory.terminal(m, targets)
-        _, aim, start = m.terminal(phi, "gradient" if self._factored else str(options.terminal_kind))
+        _, aim, start = m.terminal(
+            phi,
+            *terminal_weight(options.terminal_kind),
+            options.coupling if isinstance(options.coupling, int) else None,
+        )
         batch = phi.shape[0]
         hessian = trajectory.terminal_hessian(m, targets) if self._factored else outer_products(g)
         groups = [self._terminal(rows, g, hessian, start, aim, batch) for rows in self._rows(batch)]
