@@ -14,6 +14,7 @@ Three kinds of losses, found by what they are:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
