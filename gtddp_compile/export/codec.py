@@ -297,7 +297,7 @@ def is_instance(value: Any, hint: Any) -> bool:
 
 def _has_fields(option: Any, data: Any) -> bool:
     """Whether every key is a field of the record; true of what is no record."""
-    return not dataclasses.is_dataclass(option) or set(data) <= set(fields_of(option))
+    return not dataclasses.is_dataclass(option) or set(data) <= {field.name for field in dataclasses.fields(option)}
 
 
 def _tag(kind: Any) -> str:
