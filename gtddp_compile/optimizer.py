@@ -26,6 +26,7 @@ from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
+from gtddp_compile.runtime.precision import LOW, lift
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.setting import Group, Setting, options_of
 
@@ -296,6 +297,13 @@ class CompiledOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's; accumulated micro-batches stay, and are run again with the new state."""
         super().load_state_dict(state_dict)
+        loaded = state_dict["state"]
+        for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+            if parameter.dtype in LOW and index in loaded:  # torch rounds states to the parameter's precision
+                self.state[parameter] = {
+                    key: value.to(parameter.device) if isinstance(value, Tensor) and value.dim() else value
+                    for key, value in loaded[index].items()
+                }
         if self._pending is not None:
             self._pending.again()
 
@@ -307,7 +315,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         states = {}
         for name in trained:
             state = self.state.get(owner[name])
-            states[name] = state if state else self._curvature.init_state(params[name], groups[name])
+            states[name] = state if state else self._curvature.init_state(lift(params[name]), groups[name])
         loss = self._loss.after(program.graph.ops.as_returned)
         return BaseMethod(
             self._curvature, params, new, states, groups, loss,

@@ -81,7 +81,7 @@ class BlockUpdates(ParameterUpdates):
                 delta, self.states[name] = self._kronecker.consume(
                     param, direction, self.states[name], self._groups[name]
                 )
-                self._new[name] = param + delta
+                self._new[name] = (param + delta).to(param.dtype)
                 deltas.append(delta)
             found.append(tuple(deltas))
         return tuple(found)

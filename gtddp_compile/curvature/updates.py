@@ -74,7 +74,7 @@ class ParameterUpdates:
             delta, self.states[name] = self._curvature.apply(
                 param, self._with_decay(name, gradient), self.states[name], self._groups[name]
             )
-            self._new[name] = param + delta
+            self._new[name] = (param + delta).to(param.dtype)
             found.append(delta)
         return tuple(found)
 
@@ -100,7 +100,8 @@ class ParameterUpdates:
     ) -> None:
         """:meth:`descend` with the layer's gradient; where ``δu = -η ĝ``, its product writes the parameter itself."""
         rates = tuple(self._curvature.rate(self._groups[name]) for name in names)
-        if None in rates:
+        narrow = any(self._params[name].dtype in (torch.bfloat16, torch.float16) for name in names)
+        if None in rates or narrow:  # a product in float32 cannot write a narrower parameter
             self.descend(names, weighted(operands, g, params, wants, **options))
         else:
             subtract(operands, g, tuple(self._writable(name) for name in names), wants, rates, **options)
@@ -112,6 +113,8 @@ class ParameterUpdates:
 
     def _with_decay(self, name: str, gradient: Tensor) -> Tensor:
         linear = self._curvature.linear_term(self._params[name], self._groups[name])
+        if gradient.dtype in (torch.bfloat16, torch.float16):  # states are float32 at least
+            gradient = gradient.float()
         return gradient if linear is None else gradient + linear
 
     # --- for the dense backend ----------------------------------------------------------------------------------------

@@ -57,6 +57,12 @@ class _Module:
         self.constants: dict[str, Any] = {}
 
     def text(self) -> str:
+        low = {info.dtype for info in self.graph.ops.parameter_info.values()} & {torch.bfloat16, torch.float16}
+        if low:
+            raise CompileError(
+                f"parameters are {', '.join(map(str, low))}, and an exported module has no kernels of two precisions",
+                "Export the program of the model in float32, or as .json",
+            )
         loss = loss_text(self.parts, self.luggage)
         step = self._step()
         stages = self._stages()

@@ -22,6 +22,7 @@ from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.dense_metric import DenseMetric, Seen
 from gtddp_compile.runtime.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.method import BaseMethod
+from gtddp_compile.runtime.precision import Precision
 from gtddp_compile.terminal import terminal_weight
 
 
@@ -74,7 +75,16 @@ class DenseBackend:
         inputs: tuple[Any, ...],
         targets: Any,
     ) -> Tensor:
-        """Both sweeps; same contract as the fast backend's ``run``."""
+        """Both sweeps; same contract as the fast backend's ``run``.
+
+        Raises:
+            CompileError: under ``torch.autocast``: a reference is of one precision.
+        """
+        if Precision.around(p.values()).autocast:
+            raise CompileError(
+                "the dense backend was called under torch.autocast, and is a reference of one precision",
+                "Call it outside, or use backend='fast'",
+            )
         graph, options = self.program.graph, self.program.options
         trajectory = Trajectory(graph, p, b, inputs)
         phi, g = trajectory.terminal(m, targets)

@@ -6,7 +6,6 @@ import linecache
 import math
 import operator
 from collections.abc import Callable, Generator
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from gtddp_compile import kernels
 from gtddp_compile.passes.p10_emit import emit_micro
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.method import BaseMethod
+from gtddp_compile.runtime.precision import Precision
 
 Step = Callable[..., Tensor]
 Request = tuple[str, tuple[Any, ...]]
@@ -31,6 +31,7 @@ class FastBackend:
     def __init__(self, program: UpdateProgram) -> None:
         self.program = program
         self._step: Step = _load(program, program.code, "step")
+        self._others: dict[tuple[str, Precision], Callable[..., Any]] = {}
 
     def run(
         self,
@@ -42,8 +43,10 @@ class FastBackend:
         targets: Any,
     ) -> Tensor:
         """Both sweeps: fills ``q`` and advances ``b``'s running statistics; returns the per-sample losses."""
-        with torch.no_grad():
-            return self._step(m, p, b, q, self._again(b), inputs, targets)
+        precision = m.precision = Precision.around(p.values())
+        step = self._function("step", precision) if precision.mixed else self._step
+        with torch.no_grad(), precision.outside():
+            return step(m, p, b, q, self._again(b), inputs, targets)
 
     def micro(
         self,
@@ -55,14 +58,16 @@ class FastBackend:
         targets: Any,
     ) -> Micro:
         """The same for one micro-batch of an update; asks for what the update's micro-batches have in common."""
-        found: Micro = self._micro_step(m, p, b, q, self._again(b), inputs, targets)
+        m.precision = Precision.around(p.values())
+        found: Micro = self._function("micro_step", m.precision)(m, p, b, q, self._again(b), inputs, targets)
         return found
 
-    @cached_property
-    def _micro_step(self) -> Callable[..., Micro]:
-        code = self.program.code + "\n\n" + emit_micro(self.program.lowered)
-        found: Callable[..., Micro] = _load(self.program, code, "micro_step")
-        return found
+    def _function(self, name: str, precision: Precision) -> Callable[..., Any]:
+        """The program, or its form for micro-batches, in a precision; loaded when it is first asked for."""
+        if (name, precision) not in self._others:
+            code = self.program.code + ("" if name == "step" else "\n\n" + emit_micro(self.program.lowered))
+            self._others[name, precision] = _load(self.program, code, name, precision)
+        return self._others[name, precision]
 
     def _again(self, buffers: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """Buffers as everything but the first sweep sees them: those that advance are not there."""
@@ -70,11 +75,13 @@ class FastBackend:
         return {name: None if name in advancing else value for name, value in buffers.items()}
 
 
-def _load(program: UpdateProgram, code: str, name: str) -> Any:
+def _load(program: UpdateProgram, code: str, name: str, precision: Precision | None = None) -> Any:
     filename = f"<gtddp_compile {program.graph.name} {name} {id(program):x}>"
     namespace: dict[str, Any] = {"torch": torch, "F": F, "operator": operator, "math": math}
     namespace.update((name, getattr(kernels, name)) for name in kernels.__all__)
     namespace.update(program.emitted.constants)
     linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
     exec(compile(code, filename, "exec"), namespace)
+    if precision is not None and precision.mixed:
+        namespace.update({key: precision.function(key, value) for key, value in namespace.items()})
     return namespace[name]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from gtddp_compile import kernels
 from gtddp_compile.curvature import BlockUpdates, Curvature
@@ -20,6 +21,7 @@ from gtddp_compile.curvature.blocks import Names
 from gtddp_compile.curvature.kronecker import BlockKind
 from gtddp_compile.kernels.kronecker import Layer
 from gtddp_compile.losses import Loss, check
+from gtddp_compile.runtime.precision import Precision, lift
 from gtddp_compile.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 
 
@@ -29,6 +31,12 @@ class NonFiniteLoss(Exception):
     def __init__(self, loss: Tensor) -> None:
         super().__init__(f"the loss is {float(loss)}")
         self.loss = loss
+
+
+def _replaced(outputs: Any, leaves: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
+    """The outputs' structure with other tensors for some of them, and no bfloat16 or half."""
+    by_leaf = {id(leaf): other for leaf, other in zip(leaves, others, strict=True)}
+    return tree_map(lambda value: by_leaf.get(id(value), lift(value)), outputs)
 
 
 class BaseMethod(BlockUpdates):
@@ -67,6 +75,7 @@ class BaseMethod(BlockUpdates):
         self.loss: Tensor | None = None
         self._random: dict[int, list[Tensor]] = {}
         self._settled: list[Tensor] | None = None
+        self.precision = Precision()
         self._aside = {} if aside is None else aside
         self._written: dict[str, Tensor] = {}
 
@@ -107,10 +116,13 @@ class BaseMethod(BlockUpdates):
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """``φ``, shape (B,); gives the step up if their total is not finite."""
+        if self.precision.mixed:
+            outputs, targets = lift((outputs, targets))
         if self._first:
             self._check(outputs, targets)
         try:
-            phi = self._loss.per_sample(outputs, targets)
+            with self.precision.inside():
+                phi = self._loss.per_sample(outputs, targets)
         except (IndexError, RuntimeError, TypeError, ValueError):
             self._check(outputs, targets)  # says what is wrong with the targets, if it is they
             raise
@@ -120,12 +132,18 @@ class BaseMethod(BlockUpdates):
         return phi
 
     def _check(self, outputs: Any, targets: Any) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), self.precision.inside():
             check(self._loss, outputs, targets)
 
     def factors(self, phi: Tensor, outputs: Any, targets: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
         """``∇φ_i`` and after it the columns of the terminal factor, for every output: ``(1 + r, B, …)``."""
-        columns = terminal_factors(self._loss, outputs, targets, tuple(leaves), self._terminal)
+        exact = tuple(leaves)
+        if self.precision.mixed:  # the Hessian in float32: outputs as other leaves, of the same values
+            exact = tuple(lift(leaf.detach()).requires_grad_() for leaf in leaves)
+            outputs, targets = _replaced(outputs, leaves, exact), lift(targets)
+        with self.precision.inside():
+            columns = terminal_factors(self._loss, outputs, targets, exact, self._terminal)
+        columns = tuple(z.to(leaf.dtype) for z, leaf in zip(columns, leaves, strict=True))
         gradients = kernels.loss_gradient(phi, leaves)
         return tuple(torch.cat([g.unsqueeze(0), z.detach()]) for g, z in zip(gradients, columns, strict=True))
 

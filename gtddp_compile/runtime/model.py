@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.runtime.precision import Precision
 
 
 def as_inputs(inputs: Any) -> tuple[Any, ...]:
@@ -126,7 +127,7 @@ class ModelView:
                     module=name.rpartition(".")[0],
                 )
         modules = tuple((id(module), *_plain(module)) for module in self.model.modules())
-        return modules, tuple(p.requires_grad for p in current.values()), torch.is_autocast_enabled()
+        return modules, tuple(p.requires_grad for p in current.values()), Precision.around(current.values())
 
 
 def _plain(module: nn.Module) -> tuple[object, ...]:
