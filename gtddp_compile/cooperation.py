@@ -25,12 +25,14 @@ class MetricRules:
         small: largest exact block, in parameters.
         cooperative: whether a coalition uses cross terms.
         shares: whether the curvature has Corollary 7's form.
+        printed: whether the value Hessian reads each player's own curvature beside the coalition's (Eq. 23).
     """
 
     kronecker: bool = False
     small: int = 0
     cooperative: bool = True
     shares: bool = False
+    printed: bool = False
 
 
 BY_PARAMETER = MetricRules()
@@ -54,7 +56,8 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
                 remaining = [player for player in remaining if player not in group]
     for group in _grouped(remaining, lambda p: _joint_key(graph, p, factored[p.name], rules)):
         why = "Theorem 3: cross terms A_uv, B_uv" if len(group) > 1 else ""
-        blocks.append(MetricBlock("kronecker", tuple(group), why))
+        kind = "printed" if rules.printed and len(group) > 1 else "kronecker"
+        blocks.append(MetricBlock(kind, tuple(group), why))
     order = {player.name: index for index, player in enumerate(players)}
     return tuple(sorted(blocks, key=lambda block: order[block.players[0].name]))
 

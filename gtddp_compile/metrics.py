@@ -15,16 +15,20 @@ from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
 from gtddp_compile.plan import MetricBlock
 
-OF_PLAYERS = ("kronecker", "shared", "exact")
+OF_PLAYERS = ("kronecker", "printed", "shared", "exact")
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A block after its statistics: the variables of its metric and of its layers' rows."""
+    """A block after its statistics: the variables of its metric, of its layers' rows, of what ``ρ`` shrinks by.
+
+    The last is the metric too, but for a coalition under recursion ``"printed"`` (Eq. 23: the players' own).
+    """
 
     block: MetricBlock
     metric: str
     layers: tuple[Var, ...]
+    own: str
 
     @property
     def of_players(self) -> bool:
@@ -52,7 +56,11 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
         b.emit("backward", t, (f"*{metric}",), "m.block_metric", block.kind, _names(block), note="M^-1")
     else:
         b.emit("backward", t, (f"*{metric}",), "m.metric", block.players[0].parameters, note="M^-1")
-    return Observed(block, metric, layers)
+    own = metric
+    if b.plan.form.name == "printed" and len(block.players) > 1:
+        own = f"own_{metric}"
+        b.emit("backward", t, (f"*{own}",), "m.own_metric", block.kind, _names(block), note="Q_uu^-1, Q_vv^-1 (23)")
+    return Observed(block, metric, layers, own)
 
 
 def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
@@ -81,7 +89,7 @@ def block_diagonal(b: Builder, t: int, found: Observed) -> str:
     """The diagonal of a block's ``Γ``."""
     result = f"diagonal_{t}_{_identity(b, found.block)}"
     if found.of_players:
-        b.emit("backward", t, (f"*{result}",), "kronecker_gram_diagonal", found.layers, Var(found.metric))
+        b.emit("backward", t, (f"*{result}",), "kronecker_gram_diagonal", found.layers, Var(found.own))
     else:
         gram_diagonal(b, t, found.block.players[0], found.metric, result)
     return result
@@ -92,7 +100,7 @@ def block_sample_gram(b: Builder, t: int, found: Observed) -> str:
     if not found.of_players:
         return sample_gram(b, t, found.block.players[0], found.metric)
     result = f"gamma_{t}_{_identity(b, found.block)}"
-    b.emit("backward", t, (f"*{result}",), "kronecker_sample_grams", found.layers, Var(found.metric), Var("rank"))
+    b.emit("backward", t, (f"*{result}",), "kronecker_sample_grams", found.layers, Var(found.own), Var("rank"))
     return result
 
 

@@ -28,7 +28,7 @@ class Contraction:
     born: int
 
 
-BlockKind = Literal["parameters", "diagonal", "exact", "kronecker", "shared"]
+BlockKind = Literal["parameters", "diagonal", "exact", "kronecker", "printed", "shared"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class MetricBlock:
 
     Attributes:
         kind: ``"parameters"`` (spherical or diagonal, parameter by parameter); for Kronecker-factored curvatures
-            ``"kronecker"`` (one player, or a coalition with cross terms: Theorem 3), ``"shared"`` (Corollary 7),
+            ``"kronecker"`` (one player, or a coalition with cross terms: Theorem 3), ``"printed"``
+            (such a coalition, each player's own curvature kept beside: Eq. 23), ``"shared"`` (Corollary 7),
             ``"exact"`` (``E[γ γᵀ]``) or ``"diagonal"`` (``E[γ²]``).
         players: in order.
         why: one line for the reader, where the choice needs words.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from gtddp_compile.cooperation import BY_PARAMETER, MetricRules
 from gtddp_compile.curvature import Curvature, Kronecker
-from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.options import Options, Sketch
 from gtddp_compile.passes import collapse, derive, simplify
@@ -18,7 +17,6 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
     """Passes 6 to 8: derivation, collapse, plan. ``decay``: whether any group has coupled weight decay."""
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))
     derived = derive(graph, options.recursion, metric_rules(options, curvature))
-    refuse_printed(derived)
     form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored)
     plan = simplify(
         derived,
@@ -37,25 +35,8 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
     return derived, plan
 
 
-def refuse_printed(derived: Derived) -> None:
-    """Eq. 23 as printed has ``Q_uu⁻¹`` and ``Q_vv⁻¹`` of each player alone: there is no printed form with cross terms.
-
-    Raises:
-        CompileError: a coalition is coupled by its curvature.
-    """
-    for stage in derived.stages if derived.recursion == "printed" else ():
-        for block in stage.blocks:
-            if len(block.players) > 1:
-                names = ", ".join(player.name for player in block.players)
-                raise CompileError(
-                    f"recursion='printed' has no form for cross terms of {names}: Eq. 23 is printed without",
-                    "Use cooperative=False, or recursion='substituted' (the derived form)",
-                    module=block.players[0].name,
-                )
-
-
 def metric_rules(options: Options, curvature: Curvature) -> MetricRules:
     """Which players are in one metric; with feedback off only where ``cooperative=True`` was said (Proposition 4)."""
     if not isinstance(curvature, Kronecker):
         return BY_PARAMETER
-    return MetricRules(True, curvature.small, options.cooperates, curvature.shares)
+    return MetricRules(True, curvature.small, options.cooperates, curvature.shares, options.recursion == "printed")

@@ -181,7 +181,8 @@ def derive_pattern(
     ``recursion`` decides ``Q_uu``: ``f_uᵀ V_xx f_u + M`` ("levenberg"), or ``M`` alone (Table 1 read literally), and,
     for
     "printed", the sign with which ``Q_xu Q_uu⁻¹ Q_ux`` enters the value Hessian (Eq. 21-23 print a plus). ``coupled``
-    are the pairs of controls that ``M`` itself couples (Theorem 3).
+    are the pairs of controls that ``M`` itself couples (Theorem 3); Eq. 23 as printed then has each player's own
+    curvature, ``N_p``, in the value Hessian.
     """
     size = {name: Symbol(f"n_{name}", integer=True, positive=True) for name in pattern.inputs}
     size_after = {name: Symbol(f"n'_{name}", integer=True, positive=True) for name in pattern.outputs}
@@ -232,9 +233,13 @@ def derive_pattern(
     joint_u, joint_uu, joint_ux = _joint(pattern, q_u, q_uu, q_ux, size)
     k, gains = _gains(pattern, joint_u, joint_uu, joint_ux)
     new_x, new_xx = _recursion(pattern, recursion, q_x, q_xx, joint_ux, joint_uu, k, gains)
+    own = {}
+    if recursion == "printed" and coupled:
+        own = {p: SymmetricSymbol(f"N_{p}", dimension[p], dimension[p]) for p in us}
+        new_xx = _printed_coalition(new_xx, q_xx, q_ux, own)
     return StageDerivation(
         pattern, recursion, state, control, value_x, value_xx, linear, curvature,
-        q_x, q_u, q_uu, q_ux, q_xx, joint_u, joint_uu, joint_ux, k, gains, new_x, new_xx,
+        q_x, q_u, q_uu, q_ux, q_xx, joint_u, joint_uu, joint_ux, k, gains, new_x, new_xx, own,
     )  # fmt: skip
 
 
@@ -363,3 +368,19 @@ def _recursion(
                 "21-23, sign as printed" if recursion == "printed" else "6, 10, 30",
             )
     return new_x, new_xx
+
+
+def _printed_coalition(
+    new_xx: dict[tuple[str, str], Equation],
+    q_xx: dict[tuple[str, str], Equation],
+    q_ux: dict[tuple[str, str], Equation],
+    own: dict[str, SymmetricSymbol],
+) -> dict[tuple[str, str], Equation]:
+    """``V_xx = Q_xx + Σ_p Q_xp N_p⁻¹ Q_px``: the cooperative factors as printed, players one by one (Eq. 23)."""
+    found = {}
+    for (i, j), equation in new_xx.items():
+        total: MatrixExpr = q_xx[i, j].symbol
+        for p, alone in own.items():
+            total = total + q_ux[p, i].symbol.T * Inverse(alone) * q_ux[p, j].symbol
+        found[i, j] = Equation(equation.symbol, total, "23 as printed")
+    return found

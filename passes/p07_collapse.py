@@ -149,10 +149,29 @@ def _prove_recursion(d: StageDerivation, factored: bool) -> list[Claim]:
                apart[i] + g[i] * (a.ALPHA_NEXT + variance * joint.T * d.k.symbol))
         for i, equation in d.new_value_x.items()
     ]  # fmt: skip
+    if d.own:
+        return claims + _prove_printed_coalition(d, g)
     for (i, j), equation in d.new_value_xx.items():
         opened = Equation(equation.symbol, equation.expression.subs(gains).doit())
         claims.append(_claim(f"V_{i}{j} = G_{i} P G_{j}^T", opened, known, g[i] * shrunk * g[j].T))
     return claims
+
+
+def _prove_printed_coalition(d: StageDerivation, g: dict[str, MatrixExpr]) -> list[Claim]:
+    """Eq. 23 as printed with cross terms: the same with ``Σ_p C_pᵀ N_p⁻¹ C_p`` in place of ``Γ``."""
+    variance = a.VARIANCE_NEXT
+    c = {p: MatrixSymbol(f"C_{p}", own.shape[0], a.BATCH) for p, own in d.own.items()}
+    known: dict[MatrixExpr, MatrixExpr] = {d.q_ux[p, i].symbol: c[p] * variance * g[i].T for p in c for i in g}
+    known.update((d.q_xx[i, j].symbol, g[i] * variance * g[j].T) for i, j in d.q_xx)
+    grown: MatrixExpr = variance
+    for p, own in d.own.items():
+        grown = grown + variance * c[p].T * Inverse(own) * c[p] * variance
+    return [
+        _claim(
+            f"V_{i}{j} = G_{i} P G_{j}^T, P = P' + P' sum_p C_p^T N_p^-1 C_p P'", equation, known, g[i] * grown * g[j].T
+        )
+        for (i, j), equation in d.new_value_xx.items()
+    ]
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sympy import BlockMatrix, MatrixExpr, MatrixSymbol
@@ -49,6 +49,7 @@ class StageDerivation:
         player).
         k: the open gain. gains: the feedback gains by input: ``K``, ``G`` (Eq. 9), …
         new_value_x, new_value_xx: the recursion (Eq. 6, 10, 29, 30).
+        own: symbols of every player's own curvature, where Eq. 23 as printed reads it beside ``M``; else empty.
     """
 
     pattern: StagePattern
@@ -71,6 +72,7 @@ class StageDerivation:
     gains: dict[str, Equation]
     new_value_x: dict[str, Equation]
     new_value_xx: dict[tuple[str, str], Equation]
+    own: dict[str, MatrixExpr] = field(default_factory=dict)
 
     def equations(self) -> list[Equation]:
         """All equations in the order in which they can be evaluated."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gtddp_compile.curvature.base import Group
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.curvature.updates import ParameterUpdates
 from gtddp_compile.kernels.kronecker import Layer, Metric, kronecker_precondition
@@ -42,9 +43,16 @@ class BlockUpdates(ParameterUpdates):
 
     def block_metric(self, kind: BlockKind, names: Names) -> Metric:
         """``M⁻¹`` of a block, as the kernels take it."""
-        widths = [tuple(self._fold(kind, player, None).shape[:0:-1]) for player in names]
-        groups = [self._groups[player[0]] for player in names]
-        return self._kronecker.block_metric(kind, self.states[names[0][0]], widths, groups)  # type: ignore[arg-type]
+        return self._kronecker.block_metric(kind, self.states[names[0][0]], *self._widths_and_groups(kind, names))
+
+    def own_metric(self, kind: BlockKind, names: Names) -> Metric:
+        """The players' ``M⁻¹`` without cross terms (Eq. 23)."""
+        return self._kronecker.own_metric(kind, self.states[names[0][0]], *self._widths_and_groups(kind, names))
+
+    def _widths_and_groups(self, kind: BlockKind, names: Names) -> tuple[list[tuple[int, int]], list[Group]]:
+        """``(n, m)`` and options of every player."""
+        shapes = [self._fold(kind, player, None).shape for player in names]
+        return [(shape[2], shape[1]) for shape in shapes], [self._groups[player[0]] for player in names]
 
     def drift_block(self, kind: BlockKind, names: Names) -> tuple[tuple[Tensor, ...], ...]:
         """``M⁻¹ ℓ_u`` of every player."""

@@ -4,6 +4,7 @@ The curvature belongs to a *block*: one player, its weight and bias jointly, or 
 A block is
 
 * ``"kronecker"``: linear and convolution layers, from their homogeneous inputs and ``V_h``;
+* ``"printed"``: the same of a coalition, with each player's own factors beside the joint ones (Eq. 23 reads them);
 * ``"shared"``: players with the same rows (Corollary 7; EK-FAC alone);
 * ``"exact"``: any other player of at most ``small`` parameters, the ``E[γ γᵀ]`` of its per-sample gradients (the same
   algebra with the input 1);
@@ -34,11 +35,12 @@ from gtddp_compile.curvature.checks import (
     statistics_gradient,
     subtract,
 )
-from gtddp_compile.kernels.kronecker import Layer, Maps, Metric, kronecker_factors
+from gtddp_compile.kernels.kronecker import Layer, Maps, Metric, kronecker_factors, kronecker_widths
 
-BlockKind = Literal["kronecker", "shared", "exact"]
+BlockKind = Literal["kronecker", "printed", "shared", "exact"]
 
-FACTORS = ("factor_x", "factor_g", "map_x", "map_g", "null_x", "null_g", "moment")
+MAPS = ("map_x", "map_g", "null_x", "null_g", "moment")
+FACTORS = ("factor_x", "factor_g", *MAPS, *(f"own_{key}" for key in MAPS))
 """Keys of a block's state that hold its factors."""
 
 
@@ -184,10 +186,30 @@ class Kronecker(ABC):
         count = lead["averaged"]
         lead["factor_x"] = self._average(None if fresh else old["factor_x"], x, count, group)
         lead["factor_g"] = self._average(None if fresh else old["factor_g"], g, count, group)
-        if fresh or (int(count) - 1) % group["refresh"] == 0:
+        due = fresh or (int(count) - 1) % group["refresh"] == 0
+        if due:
             lead.update(self.refreshed(kind, lead, group))
         lead.update(self.moments(layers, start, lead, group))
+        if kind == "printed":
+            lead.update(self._own(layers, start, lead, group, due=due or "own_map_x" not in lead))
         return found
+
+    def _own(self, layers: Sequence[Layer], start: float, lead: State, group: Group, *, due: bool) -> dict[str, Tensor]:
+        """What every player's curvature would be alone, side by side in coordinates of its own."""
+        widths = kronecker_widths(layers)
+        found: list[dict[str, Any]] = []
+        for layer, x, g in zip(layers, *spans(widths), strict=True):
+            own: dict[str, Any] = {"averaged": lead["averaged"]}
+            if due:
+                own |= {"factor_x": lead["factor_x"][:, x, x], "factor_g": lead["factor_g"][:, g, g]}
+                own |= self.refreshed("kronecker", own, group)
+            else:
+                places = {"map_x": (x, x), "map_g": (g, g), "null_x": (x,), "null_g": (g,), "moment": (g, x)}
+                own |= {
+                    key: lead[f"own_{key}"][(slice(None), *at)] for key, at in places.items() if f"own_{key}" in lead
+                }
+            found.append(own | self.moments((layer,), start, own, group))
+        return {f"own_{key}": side_by_side([own[key] for own in found]) for key in MAPS if key in found[0]}
 
     def block_metric(
         self, kind: BlockKind, state: State, widths: Sequence[tuple[int, int]], groups: Sequence[Group]
@@ -205,6 +227,18 @@ class Kronecker(ABC):
         if kind == "shared":
             return ((state["map_x"], state["map_g"]),) * len(widths), scale, cross, rates
         return split_maps(state, widths), scale, cross, rates
+
+    def own_metric(
+        self, kind: BlockKind, state: State, widths: Sequence[tuple[int, int]], groups: Sequence[Group]
+    ) -> Metric:
+        """The metric without cross terms: ``Q_uu⁻¹`` and ``Q_vv⁻¹`` of Eq. 23; arguments as :meth:`block_metric`."""
+        rates = tuple(float(group["lr"]) for group in groups)
+        if kind == "shared":
+            scale, _ = self.scales("kronecker", state, groups[0], 1)
+            return ((state["map_x"], state["map_g"]),) * len(widths), scale, torch.zeros_like(state["moment"]), rates
+        own = {key: state[f"own_{key}"] for key in MAPS if f"own_{key}" in state}
+        scale, _ = self.scales("kronecker", own, groups[0], 1)
+        return split_maps(own, widths), scale, None, rates
 
     @abstractmethod
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
@@ -234,3 +268,21 @@ def split_maps(state: State, widths: Sequence[tuple[int, int]]) -> Maps:
     xs = state["map_x"].split([n for n, _ in widths], 1)
     gs = state["map_g"].split([m for _, m in widths], 1)
     return tuple(zip(xs, gs, strict=True))
+
+
+def spans(widths: Sequence[tuple[int, int]]) -> tuple[list[slice], list[slice]]:
+    """Where every player's inputs and outputs are among those of the block."""
+    found: tuple[list[slice], list[slice]] = ([], [])
+    for axis, places in enumerate(found):
+        end = 0
+        for width in widths:
+            places.append(slice(end, end + width[axis]))
+            end += width[axis]
+    return found
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Vectors ``(G, n)`` one after the other, matrices ``(G, m, n)`` as blocks along the diagonal."""
+    if parts[0].dim() == 2:
+        return torch.cat(list(parts), 1)
+    return torch.stack([torch.block_diag(*blocks) for blocks in zip(*parts, strict=True)])

@@ -164,6 +164,9 @@ class DenseBackend:
         whole = {name: torch.cat([group.value_x[name] for group in groups]) for name in groups[0].value_x}
         metric.observe(seen, whole, gradients)
         matrices = metric.matrices()
+        if stage.derivation.own:
+            for values, _ in opened:
+                values.update(zip(stage.derivation.own.values(), metric.own_matrices(), strict=True))
         return [
             self._group_gains(m, stage, group, values, size, (*matrices, metric.sizes))
             for group, (values, size) in zip(groups, opened, strict=True)

@@ -111,12 +111,18 @@ class DenseMetric:
         linear = torch.cat([self._m.linear_flat(player.parameters) for player in self._players])
         return torch.linalg.inv(self._inverse()), linear.unsqueeze(1)
 
+    def own_matrices(self) -> list[Tensor]:
+        """Every player's curvature without cross terms: what Eq. 23 as printed reads."""
+        inverse = self._inverse(own=True)
+        blocks = [row.split(self.sizes, 1)[n] for n, row in enumerate(inverse.split(self.sizes))]
+        return [torch.linalg.inv(block) for block in blocks]
+
     @property
     def sizes(self) -> list[int]:
         """Number of parameters of every player."""
         return [sum(self._m.shape(name).numel() for name in player.parameters) for player in self._players]
 
-    def _inverse(self) -> Tensor:
+    def _inverse(self, *, own: bool = False) -> Tensor:
         ends = list(accumulate(self.sizes))
         pairs = zip(self._players, self.sizes, ends, strict=True)
         offsets = {player.name: slice(end - size, end) for player, size, end in pairs}
@@ -124,16 +130,17 @@ class DenseMetric:
         inverse = like.new_zeros(ends[-1], ends[-1])
         for block in self._blocks:
             if block.kind in OF_PLAYERS:
-                self._fill(inverse, offsets, block)
+                self._fill(inverse, offsets, block, own=own and len(block.players) > 1)
             else:
                 (player,) = block.players
                 inverse[offsets[player.name], offsets[player.name]] = self._m.dense_inverse(player.parameters)
         return inverse
 
-    def _fill(self, inverse: Tensor, offsets: Mapping[str, slice], block: MetricBlock) -> None:
+    def _fill(self, inverse: Tensor, offsets: Mapping[str, slice], block: MetricBlock, *, own: bool) -> None:
         """``M⁻¹_pq = √(η_p η_q) Σ_kl (X_p Y_p)_kl scale_kl (X_q Y_q)_kl``, columns in the parameters' order."""
         names = tuple(player.parameters for player in block.players)
-        maps, scale, cross, rates = self._m.block_metric(block.kind, names)  # type: ignore[arg-type]
+        metric = self._m.own_metric if own else self._m.block_metric
+        maps, scale, cross, rates = metric(block.kind, names)  # type: ignore[arg-type]
         for p, left in enumerate(block.players):
             for q, right in enumerate(block.players):
                 weights = _weights(scale, cross, same=p == q)
