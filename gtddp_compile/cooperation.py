@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from gtddp_compile.graph import ControlGraph, Op, Player, Ref, Stage
-from gtddp_compile.plan import MetricBlock
+from gtddp_compile.plan import BlockKind, MetricBlock
 from gtddp_compile.uses import Use, describe_use
 
 
@@ -56,7 +56,7 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
                 remaining = [player for player in remaining if player not in group]
     for group in _grouped(remaining, lambda p: _joint_key(graph, p, factored[p.name], rules)):
         why = "Theorem 3: cross terms A_uv, B_uv" if len(group) > 1 else ""
-        kind = "printed" if rules.printed and len(group) > 1 else "kronecker"
+        kind: BlockKind = "printed" if rules.printed and len(group) > 1 else "kronecker"
         blocks.append(MetricBlock(kind, tuple(group), why))
     order = {player.name: index for index, player in enumerate(players)}
     return tuple(sorted(blocks, key=lambda block: order[block.players[0].name]))
