@@ -14,7 +14,7 @@ from sympy import MatrixExpr
 from gtddp_compile import kernels
 from gtddp_compile.costs import choose_gram
 from gtddp_compile.graph import BufferRef, ControlGraph, ParamRef, Player, Ref, map_leaves
-from gtddp_compile.instructions import Buffer, Function, Instruction, Param, Phase, Var, identifier
+from gtddp_compile.instructions import Buffer, Function, Instruction, Param, Phase, Var, identifier, render
 from gtddp_compile.plan import Plan
 from gtddp_compile.uses import Use, describe_use, use_key
 
@@ -194,6 +194,18 @@ class Builder:
         """Name of a kernel of the use's rule."""
         return f"{use.rule.prefix}_{suffix}"
 
+    def arrangement(self, use: Use) -> tuple[tuple[Any, ...] | None, ...]:
+        """Where samples lie in a use's value and operands, as kernels take it, orders as variables."""
+        return tuple(
+            found and (*found, *((Var(self.name(layout.order)),) if layout and layout.order else ()))
+            for found, layout in zip(use.arrangement, use.layouts, strict=True)
+        )
+
+    @cached_property
+    def orders(self) -> frozenset[str]:
+        """Operations that say in which order samples lie."""
+        return frozenset(op.layout.order for op in self.graph.ops.ops if op.layout and op.layout.order)
+
     def options(self, use: Use) -> dict[str, Any]:
         """Keyword arguments of the use's kernels."""
         options = dict(use.options)
@@ -203,7 +215,7 @@ class Builder:
         if use.extras:
             function = f"bind({', '.join([function, *(self.name(extra) for extra in use.extras)])})"
         if use.layouts:
-            output, *rest = use.arrangement
-            function = f"arranged({function}, phi.shape[0], {output!r}, {tuple(rest)!r})"
+            output, *rest = self.arrangement(use)
+            function = f"arranged({function}, phi.shape[0], {render(output)}, {render(tuple(rest))})"
         options["function"] = Function(function)
         return options

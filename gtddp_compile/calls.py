@@ -28,14 +28,14 @@ def prepare(b: Builder, t: int, tap: str) -> None:
         whole = tuple(b.operand(ref) for ref in use.operands)
         b.emit("backward", t, (f"*o_{b.name(tap)}",), f"{use.rule.prefix}_prepare", whole, **b.options(use))
     for use in [use for use in uses if use.layouts]:
-        _, *rest = use.arrangement
+        _, *rest = b.arrangement(use)
         found = Var(f"o_{b.name(tap)}") if use.rule.prepare else tuple(b.operand(ref) for ref in use.operands)
         b.emit("backward", t, (f"*o_{b.name(use.key)}_apart",), "apart_all", found, SAMPLES, tuple(rest),
                note="samples leading")  # fmt: skip
     for use in [use for use in uses if use.layouts][:1]:
         columns = {"columns": 1} if b.factored else {}
         b.emit("backward", t, (f"*{b.g_output(tap)}",), "apart", Var(b.g_as_it_lies(tap)), SAMPLES,
-               *(use.arrangement[0] or ()), note="samples leading", **columns)  # fmt: skip
+               *(b.arrangement(use)[0] or ()), note="samples leading", **columns)  # fmt: skip
 
 
 def params(b: Builder, use: Use) -> tuple[object, ...]:

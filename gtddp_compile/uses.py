@@ -53,7 +53,7 @@ class Use:
 
     @property
     def arrangement(self) -> tuple[tuple[int, str, int] | None, ...]:
-        """``layouts`` as kernels take them."""
+        """``layouts`` as kernels take them, their orders left out."""
         return tuple(None if layout is None else (layout.axis, layout.fold, self.behind) for layout in self.layouts)
 
 
@@ -126,7 +126,9 @@ def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str
     names = tuple(param.name for param in params if param.name in owned)
     batch = graph.ops.batch or (op.shape[0] if op.shape else 0)
     batched = tuple(isinstance(ref, Ref) and _has_samples(graph.op(ref.name), batch) for ref in operands)
-    options: dict[str, Any] = {"batched": batched, "mixes": op.mixes_samples or bool(extras) or not any(batched)}
+    routed = any(isinstance(ref, Ref) and graph.op(ref.name).samples.order for ref in operands)
+    whole = op.mixes_samples or bool(extras) or not any(batched) or routed
+    options: dict[str, Any] = {"batched": batched, "mixes": whole}
     key = use_key(graph, player, op.name)
     use = Use(op.name, key, GenericRule(), operands, params, wants, names, options, "player", extras, ops)
     use = _with_layouts(graph, use, batched)
@@ -134,7 +136,8 @@ def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str
 
 
 def _has_samples(op: Op, batch: int) -> bool:
-    return bool(op.shape) and op.samples.fits(op.shape or (), batch)
+    """Whether the operation can be evaluated on some samples of this operand alone."""
+    return bool(op.shape) and op.samples.order is None and op.samples.fits(op.shape or (), batch)
 
 
 def _evaluate(graph: ControlGraph, use: Use, params: tuple[torch.Tensor, ...], *operands: torch.Tensor) -> Any:

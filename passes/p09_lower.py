@@ -112,6 +112,7 @@ def _function(b: Builder, name: str, stage: int, ops: tuple[str, ...], taps: tup
         for op in ops
         if (op in outputs and graph.stage_of[op] == stage)
         or (op not in graph.expressions and any(user not in inside for user in graph.ops.users[op]))
+        or op in b.orders
     ]
     operands = [
         ref.name
@@ -369,7 +370,9 @@ def _read_again(b: Builder, t: int) -> set[str]:
     return {
         name
         for name in b.graph.stages[t].ops
-        if name in contracted or any(stage_of[user] > t and stages[stage_of[user]].rerun for user in users[name])
+        if name in contracted
+        or name in b.orders
+        or any(stage_of[user] > t and stages[stage_of[user]].rerun for user in users[name])
     }
 
 
@@ -379,11 +382,14 @@ def _contract(b: Builder, t: int, contraction: Contraction) -> None:
     control = b.graph.value[value].control
     if control is None:
         kernel, layout = "contract_factors" if b.factored else "contract", b.graph.op(value).samples
-        call, more = ((kernel,), ()) if layout == LEADING else (
-            ("contract_arranged", Function(kernel)), (SAMPLES, layout.axis, layout.fold, int(b.factored))
+        call, where = ((kernel,), ()) if layout == LEADING else (
+            ("contract_arranged", Function(kernel)), (SAMPLES, layout.axis, layout.fold)
         )  # fmt: skip
+        more: dict[str, Any] = {"columns": 1} if where and b.factored else {}
+        if layout.order:
+            more.update(order=Var(b.name(layout.order)), order_after=Var(b.new(layout.order)))
         b.emit("forward", t, (f"*{result}",), *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
-               *more, note=f"<g, delta {value}>")  # fmt: skip
+               *where, note=f"<g, delta {value}>", **more)  # fmt: skip
         return
     player = b.graph.player[control]
     here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)

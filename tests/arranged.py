@@ -82,6 +82,34 @@ def words_in_one_list(net: Any, x: Tensor) -> Tensor:
     return net.head(y.reshape(x.shape[0], -1, 3).sum(1))
 
 
+def sorted_experts() -> dict[str, nn.Module]:
+    return {
+        "embed": nn.Embedding(6, 3), "router": nn.Linear(3, 3), "norm": nn.LayerNorm(3), "up": nn.Bilinear(3, 3, 3),
+        "bias": nn.Embedding(3, 3), "down": nn.Linear(3, 3), "head": nn.Linear(3, 3),
+    }  # fmt: skip
+
+
+def tokens_sorted_by_expert(net: Any, x: Tensor) -> Tensor:
+    """Two experts a token, all rows of one expert together; their matrices are ``up.weight``, one each."""
+    h = net.embed(x)
+    rows = net.norm(h).reshape(-1, 3)
+    scores, chosen = net.router(rows).softmax(-1).topk(2, -1)
+    expert, perm = torch.sort(chosen.reshape(-1), stable=True)
+    y = torch.bmm(net.up.weight[expert], rows[perm // 2].unsqueeze(-1)).squeeze(-1) + net.bias(expert)
+    y = net.down(torch.tanh(y)) * scores.reshape(-1)[perm].unsqueeze(-1)
+    back = torch.zeros_like(perm).scatter(0, perm, torch.arange(perm.shape[0]))
+    return net.head((h + y[back].reshape(h.shape[0], -1, 2, 3).sum(2)).sum(1))
+
+
+def tokens_with_their_experts(net: Any, x: Tensor) -> Tensor:
+    h = net.embed(x)
+    rows = net.norm(h)
+    scores, chosen = net.router(rows).softmax(-1).topk(2, -1)
+    y = (net.up.weight[chosen] @ rows[:, :, None, :, None]).squeeze(-1) + net.bias(chosen)
+    y = net.down(torch.tanh(y)) * scores.unsqueeze(-1)
+    return net.head((h + y.sum(2)).sum(1))
+
+
 # --- time first, heads with samples -----------------------------------------------------------------------------------
 
 
@@ -210,6 +238,9 @@ INNER, OUTER, SECOND = "axis 0, B*k", "axis 0, k*B", "axis 1"
 NETWORKS = {
     "experts": Arranged(experts, tokens_in_one_list, tokens_apart, (3,), frozenset({INNER}), 6),
     "words": Arranged(experts, words_in_one_list, tokens_apart, (3,), frozenset({INNER}), 6),
+    "rows sorted by expert": Arranged(
+        sorted_experts, tokens_sorted_by_expert, tokens_with_their_experts, (3,), frozenset({"in the order of"}), 6
+    ),
     "time first": Arranged(attention, time_first, time_second, (3, 2), frozenset({SECOND})),
     "time first, as long as the batch": Arranged(attention, time_first, time_second, (4, 2), frozenset({SECOND})),
     "heads": Arranged(heads, heads_with_samples, heads_apart, (3, 4), frozenset({INNER})),

@@ -84,7 +84,7 @@ def test_layouts_are_found(name: str) -> None:
 
 # --- curvatures of players, other batches, other front ends -----------------------------------------------------------
 
-RECORDED = ("time first", "heads", "frames", "views")
+RECORDED = ("rows sorted by expert", "time first", "heads", "frames", "views")
 
 
 @pytest.mark.parametrize("name", ["experts", "time first", "frames", "views"])
@@ -170,7 +170,9 @@ def test_attention_with_time_first() -> None:
 # --- exported programs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["experts", "time first", "frames", "views", "layers by the generic rule"])
+@pytest.mark.parametrize(
+    "name", ["experts", "rows sorted by expert", "time first", "frames", "views", "layers by the generic rule"]
+)
 def test_exported(name: str, tmp_path: Path) -> None:
     """The module and the stored program take the steps that the optimizer takes; a batch of another size included."""
     case = NETWORKS[name]

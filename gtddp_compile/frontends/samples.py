@@ -3,7 +3,8 @@
 Most models keep samples along the leading axis throughout, and where shapes say so nothing is tried. Otherwise the
 recording is run three times side by side, without gradients: on the example inputs, and with their first and their last
 sample changed. A layout holds for a value if nothing outside its sample changed. Operations that mix samples
-(batch-norm in training mode) are passed over: their value has the layout of what they normalise.
+(batch-norm in training mode) are passed over: their value has the layout of what they normalise. Rows that are taken by
+an index which depends on the data (tokens sorted by expert) are put back in order first, by an operation added for it.
 """
 
 from __future__ import annotations
@@ -15,15 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gtddp_compile import kernels
 from gtddp_compile.frontends.reference import SEED, evaluate, leaves
 from gtddp_compile.frontends.traced import Untraceable
-from gtddp_compile.graph import Op, OpGraph, Ref
+from gtddp_compile.graph import Method, Op, OpGraph, Ref
 from gtddp_compile.graph.layouts import LEADING, Layout, candidates
 
 REORDERING = frozenset(
     {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT", "einsum", "rearrange"}
 )
 """Kinds that may bring another axis of the batch's size to the front."""
+
+ORDER = ".order"
+"""Suffix of the operation that says in which order the rows that an operation takes lie sample by sample."""
+
+ROUNDING = 1000
+"""Units of rounding within which two values are the same."""
+
+STEPS = 6
+"""How far indices are followed back."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,37 @@ def _is_doubtful(op: Op, batch: int) -> bool:
 
 
 def _with_layouts(graph: OpGraph, found: dict[str, Layout | None]) -> OpGraph:
+    """The graph with layouts, and with an operation for every order that one of them names."""
     layouts = {name: layout for name, layout in found.items() if layout not in (None, LEADING)}
-    return replace(graph, ops=tuple(replace(op, layout=layouts.get(op.name)) for op in graph.ops))
+    orders = {layout.order for layout in layouts.values() if layout is not None and layout.order is not None}
+    ops: list[Op] = []
+    for op in graph.ops:
+        ops.append(replace(op, layout=layouts.get(op.name)))
+        if f"{op.name}{ORDER}" in orders:
+            index, source = _taken_by(op, graph) or ("", "")
+            sizes = [
+                Op(f"{op.name}.{word}", "size", Method("size"), (Ref(name), 0), module=op.module, source=op.source)
+                for word, name in (("rows", source), ("samples", graph.inputs[0]))
+            ]
+            arguments = (Ref(index), *(Ref(size.name) for size in sizes))
+            shape, dtype = graph.by_name[index].shape, torch.int64
+            order = Op(f"{op.name}{ORDER}", "order_of_rows", kernels.order_of_rows, arguments, module=op.module)
+            ops += [*sizes, replace(order, source=op.source, shape=shape, dtype=dtype)]
+    return replace(graph, ops=tuple(ops))
+
+
+def _taken_by(op: Op, graph: OpGraph) -> tuple[str, str] | None:
+    """The index by which an operation takes rows of a value, and that value: ``value[index]``."""
+    if op.kind not in ("index", "getitem", "index_select") or len(op.args) < 2 or not isinstance(op.args[0], Ref):
+        return None
+    picked = op.args[2] if op.kind == "index_select" and op.args[1] == 0 else op.args[1]
+    if isinstance(picked, list | tuple) and len(picked) == 1:
+        picked = picked[0]
+    if not isinstance(picked, Ref):
+        return None
+    index = graph.by_name[picked.name]
+    whole = index.dtype in (torch.int64, torch.int32) and len(index.shape or ()) == 1
+    return (index.name, op.args[0].name) if whole else None
 
 
 def _of_one(op: Op) -> Layout | None:
@@ -136,16 +176,78 @@ def _other(value: Any, sample: int, donor: int, batch: int, *, bold: bool) -> An
 
 def _found(graph: OpGraph, model: nn.Module, trial: Trial, moving: frozenset[str]) -> dict[str, Layout | None]:
     found: dict[str, Layout | None] = {name: LEADING for name in graph.inputs}
-    for op, value, others in _side_by_side(graph, model, trial):
-        if op.name in moving and isinstance(value, Tensor):
-            masks = [_differs(value, other) for other in others]
-            implied = [found[name] for name in op.operands if found.get(name) is not None]
-            found[op.name] = _decide(tuple(value.shape), masks, trial, implied)
-    return found
+    orders = _Orders(graph)
+    for op, values in _side_by_side(graph, model, trial):
+        if op.name not in moving or not isinstance(values[0], Tensor):
+            continue
+        implied = [found[name] for name in op.operands if found.get(name) is not None]
+        shape = tuple(values[0].shape)
+        layout = _decide(candidates(shape, trial.batch), [_differs(values[0], v) for v in values[1:]], trial, implied)
+        if layout is None:
+            layout = next((o for o in orders.likely(op, implied) if orders.holds(o, values, trial)), None)
+        found[op.name] = layout
+        orders.note(op, values)
+    return {name: layout if _is_sound(layout, graph, found) else None for name, layout in found.items()}
 
 
-def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tuple[Op, Any, list[Any]]]:
-    """Every operation with its value for the inputs and for each variant; values are let go after their last reader."""
+def _is_sound(layout: Layout | None, graph: OpGraph, found: dict[str, Layout | None]) -> bool:
+    """An order is one of samples if the rows that are taken lie sample by sample."""
+    if layout is None or layout.order is None:
+        return True
+    taken = _taken_by(graph.by_name[layout.order.removesuffix(ORDER)], graph)
+    return taken is not None and found.get(taken[1]) in (LEADING, Layout(0, "inner"))
+
+
+class _Orders:
+    """Orders in which rows may have to be taken, with their values in every run."""
+
+    def __init__(self, graph: OpGraph) -> None:
+        self._graph = graph
+        self._known: dict[str, list[Tensor]] = {}
+        self._roots: dict[str, frozenset[str]] = {}
+        self._taking: dict[str, list[str]] = {}
+        for op in graph.ops:
+            for index, _ in filter(None, [_taken_by(op, graph)]):
+                self._taking.setdefault(index, []).append(op.name)
+
+    def note(self, op: Op, values: Sequence[Any]) -> None:
+        """An index by which rows are taken: the order that undoes it."""
+        for name in self._taking.get(op.name, ()):
+            self._known[f"{name}{ORDER}"] = [torch.argsort(value, stable=True) for value in values]
+            self._roots[f"{name}{ORDER}"] = self._ancestors(op.name)
+
+    def likely(self, op: Op, implied: Sequence[Layout | None]) -> Iterator[Layout]:
+        """Those of the operands, then those that go back to the same indices."""
+        yield from (o for o in implied if o is not None and o.order is not None)
+        roots = frozenset().union(*(self._ancestors(name) for name in op.operands))
+        yield from (Layout(0, "inner", name) for name, known in self._roots.items() if roots & known)
+
+    def holds(self, layout: Layout, values: Sequence[Any], trial: Trial) -> bool:
+        """Whether the samples of a value lie so, once its rows are put in order, and something changed at all."""
+        orders, count = self._known[layout.order or ""], len(values[0]) if values[0].dim() else 0
+        if count != len(orders[0]) or count % trial.batch:
+            return False
+        rows = [value[order] for value, order in zip(values, orders, strict=True)]
+        pairs = zip((_differs(rows[0], other) for other in rows[1:]), trial.changed, strict=True)
+        seen = [(mask, sample) for mask, sample in pairs if mask is not None and bool(mask.any())]
+        return bool(seen) and all(_within(mask, Layout(0, "inner"), sample, trial.batch) for mask, sample in seen)
+
+    def _ancestors(self, name: str) -> frozenset[str]:
+        """Whole numbers that an operation computes or goes back to by a few steps."""
+        found: set[str] = set()
+        pending = [(name, 0)]
+        while pending:
+            current, depth = pending.pop()
+            op = self._graph.by_name[current]
+            if current in found or op.is_differentiable or op.is_size or op.kind == "input" or depth > STEPS:
+                continue
+            found.add(current)
+            pending += [(operand, depth + 1) for operand in op.operands]
+        return frozenset(found)
+
+
+def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tuple[Op, list[Any]]]:
+    """Every operation with its values, for the inputs and for each variant; values are let go after their last reader."""
     last = {name: op.name for op in graph.ops for name in op.operands}
     runs = []
     for inputs in (trial.inputs, *trial.variants):
@@ -155,8 +257,7 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
             for values, params, buffers in runs:
                 if op.target is not None:
                     values[op.name] = _evaluate(op, values, params, buffers)
-            first, *rest = (values[op.name] for values, _, _ in runs)
-            yield op, first, rest
+            yield op, [values[op.name] for values, _, _ in runs]
             for name in {*op.operands, op.name}:
                 if last.get(name, name) == op.name:
                     for values, _, _ in runs:
@@ -175,21 +276,22 @@ def _differs(value: Tensor, other: Any) -> Tensor | None:
     """Where two values differ; ``None`` if they cannot be compared."""
     if not isinstance(other, Tensor) or other.shape != value.shape:
         return None
-    same = value == other
-    if value.is_floating_point() or value.is_complex():
-        same |= value.isnan() & other.isnan()
-    return ~same
+    if not (value.is_floating_point() or value.is_complex()):
+        return value != other
+    # The same row may be rounded otherwise beside other rows: what is far below the value's size is no change.
+    size = value.abs().nan_to_num(0, 0, 0).max() if value.numel() else 0.0
+    near = (value - other).abs() <= ROUNDING * torch.finfo(value.dtype).eps * size
+    return ~(near | (value == other) | (value.isnan() & other.isnan()))
 
 
 # --- decision ---------------------------------------------------------------------------------------------------------
 
 
 def _decide(
-    shape: tuple[int, ...], masks: Sequence[Tensor | None], trial: Trial, implied: Sequence[Layout | None]
+    options: Sequence[Layout], masks: Sequence[Tensor | None], trial: Trial, implied: Sequence[Layout | None]
 ) -> Layout | None:
     """The layout that the trial allows; where it allows several, what the operands have, then the plain one."""
     seen = [(mask, s) for mask, s in zip(masks, trial.changed, strict=True) if mask is not None and bool(mask.any())]
-    options = candidates(shape, trial.batch)
     allowed = [o for o in options if all(_within(mask, o, s, trial.batch) for mask, s in seen)]
     likely = [o for o in allowed if o in implied]
     return next(iter(likely or [o for o in allowed if seen or o == LEADING]), None)

@@ -3,7 +3,8 @@
 Theory needs of a value only its part for each sample (``g^(i)``, ``δx^(i)``); how a model arranges them is layout. Most
 values have samples along their leading axis. Others have them along another one (``(T, B, n)``, attention that takes
 time first), or together with something else along one axis: ``(B·k, n)``, tokens of all samples in one list, windows or
-heads or frames of all images; ``(k·B, n)``, two views of a batch one after the other.
+heads or frames of all images; ``(k·B, n)``, two views of a batch one after the other. Where tokens are sorted by the
+expert that serves them, their order depends on the data; then an operation of the graph computes it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ class Layout:
         fold: ``""``: entry i is sample i; ``"inner"``: the axis is ``B·k``, k entries of sample 0 come first;
             ``"outer"``: it is ``k·B``, entry j belongs to sample ``j mod B``. k is whatever the axis has room for, so a
             layout holds for every size of the batch.
+        order: name of the operation whose value says in which order the entries of the axis have to be taken first;
+            ``None``: in their own.
     """
 
     axis: int = 0
     fold: Fold = ""
+    order: str | None = None
 
     def fits(self, shape: tuple[int, ...], batch: int) -> bool:
         """Whether a value of this shape can have ``batch`` samples there."""
@@ -41,7 +45,8 @@ class Layout:
         return (shape[self.axis] // batch, *rest) if self.fold else rest
 
     def __str__(self) -> str:
-        return f"samples along axis {self.axis}" + {"": "", "inner": ", B*k", "outer": ", k*B"}[self.fold]
+        fold = {"": "", "inner": ", B*k", "outer": ", k*B"}[self.fold]
+        return f"samples along axis {self.axis}{fold}" + (f", in the order of {self.order}" if self.order else "")
 
 
 LEADING = Layout()

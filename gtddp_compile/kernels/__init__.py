@@ -9,7 +9,7 @@ from gtddp_compile.kernels.approximate import (
     linear_separable_gram,
     linear_sketch_gram,
 )
-from gtddp_compile.kernels.arrange import apart, apart_all, arranged, contract_arranged, together
+from gtddp_compile.kernels.arrange import apart, apart_all, arranged, contract_arranged, order_of_rows, together
 from gtddp_compile.kernels.batch_norm import batch_norm
 from gtddp_compile.kernels.conv import (
     conv_directional,
@@ -192,6 +192,7 @@ __all__ = [
     "norm_prepare",
     "norm_weighted",
     "normal_like_first",
+    "order_of_rows",
     "pull_back",
     "pull_back_factors",
     "random_state",

@@ -241,7 +241,9 @@ def generic_probe(
         except Exception:  # an unsupported operation may raise anything; the slow way remains
             return False
         pairs = zip(found, reference, strict=True)
-        return all(a.shape == b.shape and torch.allclose(a, b, 1e-2, precision) for a, b in pairs)
+        return all(
+            a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, 1e-2, precision) for a, b in pairs
+        )
 
     def gamma(**options: Any) -> tuple[Tensor, ...]:
         return generic_per_sample(operands, g, params, wants, **{**common, **options})

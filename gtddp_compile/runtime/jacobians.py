@@ -180,29 +180,34 @@ class Trajectory:
 
     # --- samples ----------------------------------------------------------------------------------------------------
 
-    def by_sample(self, name: str, value: Tensor) -> Tensor:
-        """Every entry of a value (of a tied control: of its copies), sample by sample: sample 0's first."""
-        order = self._order(name, value.shape)
+    def by_sample(self, name: str, value: Tensor, values: Mapping[str, Any] | None = None) -> Tensor:
+        """Every entry of a value (of a tied control: of its copies), sample by sample: sample 0's first.
+
+        ``values`` of the sweep in which it was computed, where it is not the first: they say in which order it lies.
+        """
+        order = self._order(name, value.shape, self.values if values is None else values)
         return value.reshape(-1) if order is None else value.reshape(-1)[order]
 
     def as_it_lies(self, name: str, flat: Tensor) -> Tensor:
         """The inverse of :meth:`by_sample`."""
         shape = self.values[name].shape
-        order = self._order(name, shape)
+        order = self._order(name, shape, self.values)
         return (flat if order is None else flat[order.argsort()]).reshape(shape)
 
     def sample_shape(self, name: str) -> tuple[int, ...]:
         """What of an operation's value belongs to one sample."""
         return self.graph.op(name).samples.sample_shape(tuple(self.values[name].shape), self.batch)
 
-    def _order(self, name: str, shape: torch.Size) -> Tensor | None:
+    def _order(self, name: str, shape: torch.Size, values: Mapping[str, Any]) -> Tensor | None:
         """Entries sorted by the sample they belong to, which is told from their index along one axis."""
         layout = self.graph.op(name).layout if name in self.graph.ops.by_name else None
         if layout is None:
             return None
         along, size = torch.arange(shape[layout.axis]), shape[layout.axis]
-        owner = {"": along, "inner": along * self.batch // size, "outer": along % self.batch}[layout.fold]
-        table = owner.reshape([-1 if axis == layout.axis else 1 for axis in range(len(shape))]).expand(shape)
+        rank = along if layout.order is None else torch.argsort(values[layout.order])  # where each entry belongs
+        owner = {"": rank, "inner": rank * self.batch // size, "outer": rank % self.batch}[layout.fold]
+        key = owner if layout.order is None else rank  # within a sample as they lie, unless their order may change
+        table = key.reshape([-1 if axis == layout.axis else 1 for axis in range(len(shape))]).expand(shape)
         order: Tensor = table.reshape(-1).argsort(stable=True)
         return order
 
@@ -323,8 +328,8 @@ class Trajectory:
             if self._is_constant(name):
                 found[name] = torch.zeros(self.batch, self.values[name].numel(), dtype=self.dtype)
                 continue
-            delta = moved[name] - self.values[name]
-            found[name] = self.by_sample(name, delta).reshape(self.batch, -1)
+            delta = self.by_sample(name, moved[name], moved) - self.by_sample(name, self.values[name])
+            found[name] = delta.reshape(self.batch, -1)
         return found
 
 
