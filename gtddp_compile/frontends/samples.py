@@ -93,7 +93,7 @@ def _with_layouts(graph: OpGraph, found: dict[str, Layout | None]) -> OpGraph:
     orders = {layout.order for layout in layouts.values() if layout is not None and layout.order is not None}
     ops: list[Op] = []
     for op in graph.ops:
-        ops.append(replace(op, layout=layouts.get(op.name)))
+        ops.append(replace(op, layout=layouts.get(op.name) if op.is_tensor else None))
         if f"{op.name}{ORDER}" in orders:
             index, source = _taken_by(op, graph) or ("", "")
             sizes = [
@@ -122,7 +122,7 @@ def _taken_by(op: Op, graph: OpGraph) -> tuple[str, str] | None:
 
 
 def _of_one(op: Op) -> Layout | None:
-    """All there is belongs to the only sample."""
+    """All there is belongs to the only sample; its rows are compared as they lie, whatever order a router brings."""
     return Layout(0, "inner") if op.shape and op.shape[0] != 1 else None
 
 
@@ -178,9 +178,10 @@ def _found(graph: OpGraph, model: nn.Module, trial: Trial, moving: frozenset[str
     found: dict[str, Layout | None] = {name: LEADING for name in graph.inputs}
     orders = _Orders(graph)
     for op, values in _side_by_side(graph, model, trial):
-        if op.name not in moving or not isinstance(values[0], Tensor):
-            continue
         implied = [found[name] for name in op.operands if found.get(name) is not None]
+        if op.name not in moving or not isinstance(values[0], Tensor):
+            found[op.name] = implied[0] if implied and not op.is_size else None  # parts of a tuple lie as a rule as it
+            continue
         shape = tuple(values[0].shape)
         layout = _decide(candidates(shape, trial.batch), [_differs(values[0], v) for v in values[1:]], trial, implied)
         if layout is None:
@@ -247,7 +248,7 @@ class _Orders:
 
 
 def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tuple[Op, list[Any]]]:
-    """Every operation with its values, for the inputs and for each variant; values are let go after their last reader."""
+    """Every operation with its values, for the inputs and each variant; they are let go after their last reader."""
     last = {name: op.name for op in graph.ops for name in op.operands}
     runs = []
     for inputs in (trial.inputs, *trial.variants):

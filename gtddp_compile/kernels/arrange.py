@@ -2,8 +2,8 @@
 
 A layout is ``(axis, fold, to)`` or ``(axis, fold, to, order)``: samples lie along ``axis``, alone (``""``), as ``B·k``
 (``"inner"``) or as ``k·B`` (``"outer"``); ``k`` becomes axis ``to`` of the arranged value (1, or 2 behind the channels
-that a normalisation has first); entries of the axis are taken in ``order`` first, where there is one. What is moved is a
-view wherever torch can make one.
+that a normalisation has first); entries of the axis are taken in ``order`` first, where there is one. What is moved is
+a view wherever torch can make one.
 """
 
 from collections.abc import Callable
