@@ -12,7 +12,8 @@ from arranged import NETWORKS, Arranged
 from exported import largest, load_module, named
 from torch import Tensor, nn
 
-from gtddp_compile import UpdateProgram, compile_optimizer
+from gtddp_compile import UpdateProgram, compile_optimizer, kernels
+from gtddp_compile.graph import Layout
 from gtddp_compile.passes import p01_normalise as normalisation
 from gtddp_compile.passes.p01_normalise import FRONT_ENDS
 
@@ -80,6 +81,34 @@ def test_layouts_are_found(name: str) -> None:
     graph = compile_optimizer(case.models()[0], case.batch(0)[0], loss=nn.CrossEntropyLoss()).graph
     found = {str(op.layout) for op in graph.ops.ops if op.layout is not None and (op.shape or ())[1:]}
     assert all(any(word in text for text in found) for word in case.layouts), found
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(1), Layout(0, "inner"), Layout(0, "outer"), Layout(2, "inner"), Layout(1, "outer")], ids=str
+)
+@pytest.mark.parametrize("behind", [1, 2])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_apart_and_together(layout: Layout, behind: int, ordered: bool) -> None:
+    """Entry by entry: sample i gets what the layout says is its own; the way back is the inverse."""
+    shape = [5, 2, 3]
+    shape[layout.axis] = 12 if layout.fold else 4
+    value = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    order = torch.randperm(shape[layout.axis], generator=torch.Generator().manual_seed(0)) if ordered else None
+    found = kernels.apart(value, 4, layout.axis, layout.fold, behind, order)
+    rank = torch.arange(shape[layout.axis]) if order is None else torch.argsort(order)
+    for position in range(shape[layout.axis]):
+        place = int(rank[position])
+        owner = {"": place, "inner": place // 3, "outer": place % 4}[layout.fold]
+        assert set(value.select(layout.axis, position).flatten().tolist()) <= set(found[owner].flatten().tolist())
+    assert torch.equal(kernels.together(found, layout.axis, layout.fold, behind, order), value)
+    assert tuple(found.shape[1:]) == layout.sample_shape(tuple(shape), 4) or (behind == 2 and layout.fold)
+
+
+def test_samples_with_different_numbers_of_rows_are_refused() -> None:
+    index = torch.tensor([0, 3, 1, 2])
+    assert kernels.order_of_rows(index, 4, 2).tolist() == [0, 2, 3, 1]
+    with pytest.raises(ValueError, match="no equal number for each of 2 samples"):
+        kernels.order_of_rows(torch.tensor([0, 3, 1, 1]), 4, 2)
 
 
 # --- curvatures of players, other batches, other front ends -----------------------------------------------------------

@@ -1,8 +1,8 @@
 """Where the samples of every value lie, found by trial: change one sample of the inputs and see which elements change.
 
 Most models keep samples along the leading axis throughout, and where shapes say so nothing is tried. Otherwise the
-recording is run three times side by side, without gradients: on the example inputs, and with their first and their last
-sample changed. A layout holds for a value if nothing outside its sample changed. Operations that mix samples
+recording is run five times side by side, without gradients: on the example inputs, and with their first or last sample
+changed, twice each. A layout holds for a value if nothing outside its sample changed. Operations that mix samples
 (batch-norm in training mode) are passed over: their value has the layout of what they normalise. Rows that are taken by
 an index which depends on the data (tokens sorted by expert) are put back in order first, by an operation added for it.
 """
@@ -32,6 +32,9 @@ ORDER = ".order"
 
 ROUNDING = 1000
 """Units of rounding within which two values are the same."""
+
+REPEATS, COPIES = 2, 3
+"""How often a sample is changed, and of how many samples one is made if there is no other."""
 
 STEPS = 6
 """How far indices are followed back."""
@@ -131,44 +134,47 @@ def _of_one(op: Op) -> Layout | None:
 
 def _trials(graph: OpGraph, inputs: tuple[Any, ...], batch: int) -> Iterator[Trial]:
     """What to try, in order: whole numbers are changed boldly first, then only to what other samples have."""
-    if batch == 1:
-        if graph.frontend != "fx":
-            return
-        inputs = tuple(_twice(value) for value in inputs)
-    count = max(batch, 2)
+    if batch == 1 and graph.frontend != "fx":
+        return
     for bold in (True, False):
-        yield Trial(
-            count,
-            inputs,
-            tuple(
-                tuple(_other(value, sample, count - 1 - sample, count, bold=bold) for value in inputs)
-                for sample in (0, count - 1)
-            ),
-            (0, count - 1),
-        )
+        base = inputs if batch > 1 else tuple(_several(value, bold=bold) for value in inputs)
+        count = batch if batch > 1 else COPIES
+        changes = [(sample, seed) for sample in (0, count - 1) for seed in range(REPEATS)]
+        variants = [tuple(_other(value, sample, count, seed, bold=bold) for value in base) for sample, seed in changes]
+        yield Trial(count, base, tuple(variants), tuple(sample for sample, _ in changes))
 
 
-def _twice(value: Any) -> Any:
-    return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() and len(value) == 1 else value
+def _several(value: Any, *, bold: bool) -> Any:
+    """An input of one sample as one of several, all different."""
+    if not isinstance(value, Tensor) or not value.dim() or len(value) != 1:
+        return value
+    return torch.cat([value, *(_like(value[0], value, seed, bold=bold)[None] for seed in range(1, COPIES))])
 
 
-def _other(value: Any, sample: int, donor: int, batch: int, *, bold: bool) -> Any:
-    """The input with one sample replaced by another of the batch, or by one that looks like them."""
+def _other(value: Any, sample: int, batch: int, seed: int, *, bold: bool) -> Any:
+    """The input with one sample replaced: by another of the batch, then by ones that look like them."""
     if not isinstance(value, Tensor) or not value.dim() or len(value) != batch or not value.numel():
         return value
     changed, own = value.detach().clone(), value.detach()[sample]
-    changed[sample] = value.detach()[donor]
-    if not torch.equal(changed[sample], own):
-        return changed
-    if own.is_floating_point() or own.is_complex():
-        noise = torch.rand(own.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
-        changed[sample] = own + (0.5 + noise).to(own.device, own.dtype)
-    elif own.dtype == torch.bool:
-        changed[sample] = ~own
-    else:
-        low, high = int(value.min()), int(value.max())
-        changed[sample] = low + high - own if low < high else own + (1 if low == 0 else -1) * int(bold)
+    changed[sample] = value.detach()[batch - 1 - sample]
+    if seed or torch.equal(changed[sample], own):
+        changed[sample] = _like(own, value.detach(), 1 + seed, bold=bold)
     return changed
+
+
+def _like(own: Tensor, value: Tensor, seed: int, *, bold: bool) -> Tensor:
+    """Another sample, such as the input could hold: a little beside it, or of words that the input has."""
+    source = torch.Generator().manual_seed(seed)
+    if own.is_floating_point() or own.is_complex():
+        noise = torch.rand(own.shape, generator=source, dtype=torch.float64)
+        return own + (0.5 + noise).to(own.device, own.dtype)
+    if own.dtype == torch.bool:
+        return ~own
+    picked = torch.randint(value.numel(), own.shape, generator=source)
+    found = value.flatten()[picked.to(value.device)]
+    if torch.equal(found, own):
+        found = own + (1 if int(value.min()) == 0 else -1) * int(bold)
+    return found
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
