@@ -28,7 +28,7 @@ from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
 from gtddp_compile.runtime.precision import LOW, lift
 from gtddp_compile.runtime.union import Union, check_form
-from gtddp_compile.setting import Group, Setting, options_of
+from gtddp_compile.setting import Group, Setting, buffer_infos, options_of
 
 
 class CompiledOptimizer(torch.optim.Optimizer):
@@ -111,7 +111,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
             Group(group["name"], tuple(names[id(p)] for p in group["params"]), options_of(group))
             for group in self.param_groups
         )
-        return Setting(self._curvature, groups, self._loss, self._view.constants())
+        view = self._view
+        return Setting(self._curvature, groups, self._loss, view.constants(), buffer_infos(view.model))
 
     @property
     def graph(self) -> ControlGraph:

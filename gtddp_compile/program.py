@@ -56,17 +56,21 @@ class UpdateProgram:
         """The generated Python source."""
         return self.emitted.code
 
-    def export(self, path: str | Path) -> None:
+    def export(self, path: str | Path, *, targets: Any = None) -> None:
         """Write the program to a file, in the format of its suffix.
 
         ``.py``: a module that needs torch alone, ``init_state(params)`` and ``step(params, buffers, state, inputs,
         targets) -> (params, buffers, state, loss)``. ``.json``: the program as data, for :meth:`load`. ``.tex``: the
         derivation as a document. ``.pt2``: the step as one graph, for ``torch.export.load``.
 
+        Args:
+            path: the file.
+            targets: for ``.pt2`` with a loss of one's own, targets of the batch size that the program was compiled for.
+
         Raises:
             CompileError: the suffix is none of these, or the program holds what the format cannot.
         """
-        write(self._parts(), Path(path))
+        write(replace(self._parts(), targets=targets), Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> UpdateProgram:

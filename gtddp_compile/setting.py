@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gtddp_compile.curvature import Curvature
 from gtddp_compile.losses import Loss
@@ -27,6 +28,14 @@ class Group:
     options: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class BufferInfo:
+    """Shape and dtype of a buffer of the model."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True, eq=False)
 class Setting:
     """What leaves with an exported program.
@@ -37,12 +46,14 @@ class Setting:
         loss: the per-sample losses.
         constants: tensors that the model keeps as plain attributes, by qualified name: they are no buffers, so a
             caller of the exported step does not have them.
+        buffers: the model's buffers by torch's own names.
     """
 
     curvature: Curvature
     groups: tuple[Group, ...]
     loss: Loss
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, BufferInfo] = field(default_factory=dict)
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -53,6 +64,11 @@ class Setting:
             for name, value in first.items()
             if all(same(group.options.get(name), value) for group in self.groups)
         }
+
+
+def buffer_infos(model: nn.Module) -> dict[str, BufferInfo]:
+    """What buffers a model has."""
+    return {name: BufferInfo(tuple(value.shape), value.dtype) for name, value in model.named_buffers()}
 
 
 def same(left: object, right: object) -> bool:

@@ -32,7 +32,7 @@ from gtddp_compile.kernels.hessian import (
 )
 from gtddp_compile.losses import Loss, is_kind
 
-_ELEMENTWISE = (
+ELEMENTWISE = (
     nn.MSELoss,
     nn.BCEWithLogitsLoss,
     nn.BCELoss,
@@ -164,7 +164,7 @@ def factor_kind(loss: Loss, *, one_output: bool) -> FactorKind:
     if loss.module is not None and one_output:
         if is_kind(loss.module, nn.CrossEntropyLoss):
             return "cross_entropy"
-        if is_kind(loss.module, *_ELEMENTWISE):
+        if is_kind(loss.module, *ELEMENTWISE):
             return "elementwise"
     return "explicit"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export.document import read, to_json
+from gtddp_compile.export.graph import save_graph
 from gtddp_compile.export.parts import Parts, no_setting
 from gtddp_compile.export.python import to_python
 from gtddp_compile.export.tex import to_tex
@@ -28,6 +29,7 @@ FORMATS: Mapping[str, Callable[[Parts, Path], None]] = {
     ".py": _text(to_python),
     ".json": _text(to_json),
     ".tex": _text(to_tex),
+    ".pt2": save_graph,
 }
 """Back ends by suffix."""
 

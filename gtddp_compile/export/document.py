@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from gtddp_compile.options import Options
 from gtddp_compile.passes.p09_lower import Lowered
 from gtddp_compile.passes.p10_emit import Emitted, emit
 from gtddp_compile.planning import plan_program
-from gtddp_compile.setting import Group, Setting
+from gtddp_compile.setting import BufferInfo, Group, Setting
 from gtddp_compile.uses import Use
 
 FORMAT = "gtddp_compile update program"
@@ -83,6 +83,7 @@ class Stored:
     uses: Mapping[str, tuple[Use, ...]]
     names: Mapping[str, str]
     attributes: Mapping[str, Any]
+    buffers: Mapping[str, BufferInfo] = field(default_factory=dict)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -116,6 +117,7 @@ def _stored(parts: Parts) -> Stored:
         uses=lowered.uses,
         names=lowered.names,
         attributes=setting.constants,
+        buffers=setting.buffers,
     )
 
 
@@ -255,7 +257,7 @@ def _parts(stored: Stored) -> tuple[Parts, Emitted]:
         uses=dict(stored.uses),
         names=dict(stored.names),
     )
-    setting = Setting(curvature, stored.groups, _loss(stored.loss), dict(stored.attributes))
+    setting = Setting(curvature, stored.groups, _loss(stored.loss), dict(stored.attributes), stored.buffers)
     _check_groups(setting)
     parts = Parts(stored.graph, derived, plan.form, lowered, stored.options, setting)
     if (plan.form.name, _equations(parts)) != (stored.form.name, stored.form.equations):

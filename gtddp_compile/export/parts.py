@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
@@ -25,6 +26,7 @@ class Parts:
         graph, derived, form, lowered, options: what the passes made.
         setting: base method, options by parameter, loss.
         version: of the package.
+        targets: example targets, for a back end that traces the step; ``None``: made up for the loss.
     """
 
     graph: ControlGraph
@@ -34,6 +36,7 @@ class Parts:
     options: Options
     setting: Setting
     version: str = VERSION
+    targets: Any = None
 
     @property
     def curvature(self) -> str:

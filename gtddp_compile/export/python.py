@@ -36,20 +36,24 @@ RECEIVERS = ("self._curvature", "self._kronecker")
 """What the base method is called in the class of ``m``."""
 
 
-def to_python(parts: Parts) -> str:
+def to_python(parts: Parts, *, guarded: bool = True) -> str:
     """Source text of the module.
+
+    Args:
+        parts: the program.
+        guarded: nothing changes where the loss is not finite; without, the caller sees to it.
 
     Raises:
         CompileError: the loss or a constant is Python code that needs more than torch.
     """
-    return _Module(parts).text()
+    return _Module(parts, guarded).text()
 
 
 class _Module:
     """Collects the sections of one exported module."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, parts: Parts, guarded: bool) -> None:
+        self.parts, self.guarded = parts, guarded
         self.lowered, self.graph, self.setting = parts.lowered, parts.graph, parts.setting
         self.luggage = Luggage()
         self.luggage.imports |= {"import torch", "import torch.nn.functional as F"}
@@ -269,10 +273,14 @@ class _Module:
         lines = lay_out(double_quoted(render_instruction(shown)), "", shown.note, WIDTH - 3 * len(INDENT))
         if instruction.function == "m.losses":
             total = "mean" if self.setting.loss.reduction == "mean" else "sum"
-            lines += [f"loss = phi.detach().{total}()", "if not torch.isfinite(loss):  # nothing changes"]
-            lines += ["    restore_random_state(drawn)"] if self.random else []
-            lines += ["    return params, buffers, state, loss"]
+            lines += [f"loss = phi.detach().{total}()"]
+            lines += self._guard() if self.guarded else ()
         return lines
+
+    def _guard(self) -> Sequence[str]:
+        restored = ("    restore_random_state(drawn)",) if self.random else ()
+        head = "if not torch.isfinite(loss):  # nothing changes"
+        return (head, *restored, "    return params, buffers, state, loss")
 
     def _random_state(self, instruction: Instruction) -> Sequence[str]:
         """What ``m`` does about random numbers where segments are run again."""
