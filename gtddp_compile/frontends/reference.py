@@ -153,8 +153,10 @@ def tensors(output: Any) -> Iterator[Tensor]:
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if torch.equal(a, b):  # the rule, and one pass over large tables
+        return True
     if not (a.is_floating_point() or a.is_complex()):
-        return torch.equal(a, b)
+        return False
     size = float(b.abs().nan_to_num(0, 0, 0).max()) if b.numel() else 0.0
     tolerance = TOLERANCE.get(b.dtype, 5e-2)
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
