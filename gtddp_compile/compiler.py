@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from gtddp_compile.curvature import Curvature
+from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.options import Options
 from gtddp_compile.passes import (
@@ -28,6 +29,8 @@ from gtddp_compile.runtime.model import ModelView
 
 Backend = FastBackend | DenseBackend
 KEPT = 8
+PATHS = 8
+"""Paths through a model that decides on values."""
 
 
 def build_graph(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> ControlGraph:
@@ -41,6 +44,16 @@ def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *
     derived, plan = plan_program(graph, options, curvature, decay=decay)
     lowered = lower(plan)
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name)
+
+
+def _say_guarded(graph: ControlGraph) -> None:
+    """A model that decides on values is compiled for the path that its example inputs take: not in silence."""
+    where = ", ".join(dict.fromkeys(f"{op.source or op.module or graph.name}" for op in graph.guards))
+    warnings.warn(
+        f"the path through the model depends on values (at {where}); the program takes that of the example inputs and "
+        f"checks it at every step; a batch that leads elsewhere is compiled again, up to {PATHS} paths",
+        stacklevel=2,
+    )
 
 
 class Specialisations:
@@ -62,25 +75,43 @@ class Specialisations:
         self._graphs[self._view.signature()] = [program.graph]
         self._programs[id(program.graph), program.lowered.plan.decay] = (program, backend)
 
-    def program_for(self, inputs: tuple[Any, ...], *, decay: bool) -> tuple[UpdateProgram, Backend]:
+    def program_for(
+        self, inputs: tuple[Any, ...], *, decay: bool, left: tuple[ControlGraph, ...] = ()
+    ) -> tuple[UpdateProgram, Backend]:
         """The program for the model as it is now and these inputs, compiled if there is none yet.
+
+        Args:
+            inputs: the batch.
+            decay: whether any group has coupled weight decay.
+            left: graphs along whose path these inputs do not lead.
 
         Raises:
             CompileError: the model cannot be compiled, or refuses the inputs.
         """
-        graph = self._graph_for(inputs)
+        graph = self._graph_for(inputs, left)
         if (id(graph), decay) not in self._programs:
             program = build_program(graph, self._options, self._curvature, decay=decay)
             backend = FastBackend(program) if self._options.backend == "fast" else DenseBackend(program)
             self._programs[id(graph), decay] = (program, backend)  # holds the graph, so its id stays its own
         return self._programs[id(graph), decay]
 
-    def _graph_for(self, inputs: tuple[Any, ...]) -> ControlGraph:
+    def _graph_for(self, inputs: tuple[Any, ...], left: tuple[ControlGraph, ...]) -> ControlGraph:
         structure = self._view.signature()
+        gone = {id(graph) for graph in left}
         for graph in self._graphs.get(structure, ()):
-            if self._holds(graph, inputs):
+            if id(graph) not in gone and self._holds(graph, inputs):
                 return graph
+        if len(gone) >= PATHS:
+            (read, *_) = left[-1].guards
+            raise CompileError(
+                f"the path through the model depends on values, and {PATHS} batches took another one each",
+                "Replace the decision by torch.where",
+                module=read.module,
+                source=read.source or None,
+            )
         graph = build_graph(self._view.model, inputs, self._options)
+        if graph.guards and not gone:
+            _say_guarded(graph)
         if structure not in self._graphs:
             self._forget()
         self._graphs.setdefault(structure, []).append(graph)
@@ -91,7 +122,10 @@ class Specialisations:
             return still_holds(graph.ops, self._view.model, inputs)
         key = (id(graph), tuple((value.shape, value.dtype) for value in inputs))
         if key not in self._known:
-            self._known[key] = still_holds(graph.ops, self._view.model, inputs)
+            holds = still_holds(graph.ops, self._view.model, inputs)
+            if graph.guards and not holds:  # others of this shape may take its path
+                return False
+            self._known[key] = holds
         return self._known[key]
 
     def _forget(self) -> None:

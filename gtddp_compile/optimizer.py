@@ -17,7 +17,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.fitting import check_fit
 from gtddp_compile.frontends import observe
 from gtddp_compile.graph import ControlGraph
-from gtddp_compile.kernels import random_state, restore_random_state
+from gtddp_compile.kernels import OtherPath, random_state, restore_random_state
 from gtddp_compile.losses import Loss
 from gtddp_compile.options import Options
 from gtddp_compile.program import UpdateProgram
@@ -154,8 +154,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
             check_batch(batch, targets)
             program, backend = self._specialise(batch)
             pending = self._pending or self._accumulated(program, backend)
-            with self._in_the_model_s_words(batch):
-                loss = pending.add(batch, targets, program)
+            loss = self._take_in(pending, batch, targets, program)
         except NonFiniteLoss as stop:
             restore_random_state(before)
             self._diagnostics = Diagnostics(loss=stop.loss, skipped=True)
@@ -194,8 +193,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
             check_batch(batch, targets)
             if self._pending is not None:
                 return self._union_step(batch, targets)
-            program, backend = self._specialise(batch)
-            return self._transaction(program, backend, batch, targets)
+            return self._follow(batch, targets, before)
         except BaseException:
             restore_random_state(before)
             raise
@@ -206,6 +204,17 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 "the batch itself is needed: the program runs forward and backward passes",
                 "Call opt.step(inputs, targets); a closure is not used",
             )
+
+    def _follow(self, inputs: tuple[Any, ...], targets: Any, before: Any) -> Tensor:
+        """One transaction, along the path that these inputs take through a model that decides on values."""
+        left: tuple[ControlGraph, ...] = ()
+        while True:
+            program, backend = self._specialise(inputs, left)
+            try:
+                return self._transaction(program, backend, inputs, targets)
+            except OtherPath:
+                restore_random_state(before)
+                left = (*left, program.graph)
 
     def _transaction(self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any) -> Tensor:
         self._diagnostics = Diagnostics()  # the last step's figures hold its Gram matrices
@@ -243,7 +252,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         before = random_state()
         try:
             yield
-        except (CompileError, NonFiniteLoss, LinAlgError):
+        except (CompileError, OtherPath, NonFiniteLoss, LinAlgError):
             raise
         except Exception:
             restore_random_state(before)
@@ -269,6 +278,18 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
         return Accumulated(program, begin, self._view.named, lambda: [options_of(g) for g in self.param_groups])
 
+    def _take_in(self, pending: Accumulated, inputs: tuple[Any, ...], targets: Any, program: UpdateProgram) -> Tensor:
+        with self._in_the_model_s_words(inputs):
+            try:
+                return pending.add(inputs, targets, program)
+            except OtherPath as other:
+                raise CompileError(
+                    "the path through the model depends on values, and this micro-batch takes another one",
+                    "Accumulate batches that take the same path, or replace the decision by torch.where",
+                    module=other.module,
+                    source=other.source or None,
+                ) from None
+
     def _union_step(self, inputs: tuple[Any, ...], targets: Any) -> Tensor:
         pending, before = self._pending, random_state()
         assert pending is not None
@@ -277,8 +298,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         try:
             if inputs:
                 program, _ = self._specialise(inputs)
-                with self._in_the_model_s_words(inputs):
-                    pending.add(inputs, targets, program)
+                self._take_in(pending, inputs, targets, program)
             union = pending.finish()
         except NonFiniteLoss as stop:
             restore_random_state(before)
@@ -333,9 +353,11 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
     # --- specialisation -----------------------------------------------------------------------------------------------
 
-    def _specialise(self, inputs: tuple[Any, ...]) -> tuple[UpdateProgram, Backend]:
+    def _specialise(
+        self, inputs: tuple[Any, ...], left: tuple[ControlGraph, ...] = ()
+    ) -> tuple[UpdateProgram, Backend]:
         decay = any(group.get("weight_decay", 0) != 0 for group in self.param_groups) and self._couples_decay()
-        found = self._specialisations.program_for(inputs, decay=decay)
+        found = self._specialisations.program_for(inputs, decay=decay, left=left)
         self._current = found[0]
         return found
 

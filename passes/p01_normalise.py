@@ -12,7 +12,7 @@ saying so (values read into Python while it traces) is found here and left to th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +22,16 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends import Traced, Untraceable, trace_export, trace_functional, trace_symbolically
+from gtddp_compile.frontends import (
+    Traced,
+    Untraceable,
+    trace_export,
+    trace_functional,
+    trace_symbolically,
+    trace_values,
+)
 from gtddp_compile.frontends.canonical import is_identity, is_random
 from gtddp_compile.frontends.functional import Clean, functionalise
 from gtddp_compile.frontends.reference import Reference, agrees, observe, run
@@ -32,9 +40,13 @@ from gtddp_compile.frontends.traced import argument_names, parameter_infos, unto
 from gtddp_compile.graph import BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
-FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional)
+FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_values)
 DETACHED = "detach"
 ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range"})
+DECISION = "_assert_scalar"
+GUARD = "guard"
+READS = frozenset({"item", "_local_scalar_dense"})
+"""Kinds that make a number of a tensor's value."""
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -55,6 +67,8 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
         _check_numbers(numbers, _numbers(model))
     refusals: list[Untraceable] = []
     for front_end in front_ends:
+        if front_end is trace_functional and any(r.why.startswith("torch.export:") for r in refusals):
+            continue  # it starts from torch.export's own recording
         try:
             with untouched(model):
                 traced = front_end(model, inputs)
@@ -166,10 +180,13 @@ def _normal_form(traced: Traced, model: nn.Module) -> OpGraph:
     def resolve(leaf: Any) -> Any:
         return value[leaf.name] if isinstance(leaf, Ref) else leaf
 
+    decisions = _Decisions()
     for clean in cleaned:
         form = replace(
             clean.form, args=map_leaves(clean.form.args, resolve), kwargs=map_leaves(clean.form.kwargs, resolve)
         )
+        if form.kind == DECISION:
+            decisions.note(form.args)
         if form.kind in ASSERTIONS:
             continue
         if is_identity(form.kind, form.args, form.kwargs):
@@ -183,6 +200,7 @@ def _normal_form(traced: Traced, model: nn.Module) -> OpGraph:
             ops.append(Op(name, DETACHED, torch.detach, (Ref(op.name),), module=op.module, source=op.source))
             value[clean.call.name] = Ref(name)
     returned = pytree.tree_map(resolve, output)
+    ops += decisions.guards(names, ops)
     kept = _alive(ops, returned)
     return OpGraph(
         tuple(op for op in ops if op.kind == "input" or op.name in kept),
@@ -252,11 +270,47 @@ def _is_torch_layer(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules") and next(module.children(), None) is None
 
 
+class _Decisions:
+    """What a front end asserts of numbers that the model reads from values: where its path depends on them."""
+
+    def __init__(self) -> None:
+        self._conditions: list[str] = []
+
+    def note(self, args: tuple[Any, ...]) -> None:
+        """Keep the condition of one assertion."""
+        if args and isinstance(args[0], Ref):
+            self._conditions.append(args[0].name)
+
+    def guards(self, names: _Names, ops: list[Op]) -> Iterator[Op]:
+        """One operation for every condition that depends on a tensor's value, at the line that reads it."""
+        reads: dict[str, Op] = {}
+        conditions = dict.fromkeys(self._conditions)
+        by_name = {}
+        for op in ops:
+            found = op if op.kind in READS else next((reads[name] for name in op.operands if name in reads), None)
+            if found is not None:
+                reads[op.name] = found
+            if op.name in conditions and found is not None:
+                by_name[op.name] = op
+        exact = {op.args for op in by_name.values() if op.kind == "eq"}
+        for found, number in exact:
+            if isinstance(number, float):
+                read = reads[found.name]
+                raise Untraceable("a number read from values is built in", module=read.module, source=read.source)
+        for condition, op in by_name.items():
+            if op.kind in ("ge", "le") and op.args in exact:  # torch.export says the range of a number first
+                continue
+            read = reads[condition]
+            args = (Ref(condition), read.module, read.source)
+            name = names.new(read.module, GUARD, set())
+            yield Op(name, GUARD, kernels.guard, args, module=read.module, source=read.source)
+
+
 def _alive(ops: list[Op], output: Any) -> frozenset[str]:
-    """Operations that the output depends on; batch-norms in training mode live for their buffers."""
+    """Operations that the output depends on; batch-norms in training mode live for their buffers, guards to check."""
     wanted = {leaf.name for leaf in iter_leaves(output) if isinstance(leaf, Ref)}
     for op in reversed(ops):
-        if op.name in wanted or op.advances:
+        if op.name in wanted or op.advances or op.kind == GUARD:
             wanted.add(op.name)
             wanted.update(op.operands)
     return frozenset(wanted)

@@ -94,7 +94,7 @@ def check_update(plan: Plan) -> None:
 
 def _stage_functions(b: Builder) -> tuple[StageFunction, ...]:
     graph = b.graph
-    inner = tuple(name for name in graph.prologue if graph.op(name).kind != "input")
+    inner = tuple(name for name in graph.prologue if graph.op(name).kind not in ("input", "guard"))
     found = [_function(b, "prologue", -1, inner, ())] if inner else []
     for stage in graph.stages:
         ordered = graph.with_expressions(stage.ops)
@@ -103,8 +103,10 @@ def _stage_functions(b: Builder) -> tuple[StageFunction, ...]:
 
 
 def _function(b: Builder, name: str, stage: int, ops: tuple[str, ...], taps: tuple[str, ...]) -> StageFunction:
-    """Inputs are what the operations read from outside, returns what anybody outside reads."""
-    graph, inside = b.graph, set(ops)
+    """Inputs are what the operations read from outside, returns what anybody outside reads: guards are outside."""
+    graph = b.graph
+    ops = tuple(op for op in ops if graph.op(op).kind != "guard")
+    inside = set(ops)
     inputs = tuple(dict.fromkeys(o for op in ops for o in graph.op(op).operands if o not in inside))
     outputs = b.outputs
     returns = [
@@ -149,6 +151,9 @@ def _trajectory(b: Builder, function: StageFunction) -> None:
     writes = tuple(b.name(name) for name in function.returns)
     note = f"f_{function.stage}" if function.stage >= 0 else "constant through the step"
     b.emit("trajectory", function.stage, writes, function.name, Var("p"), Var("b"), *arguments, note=note)
+    for guard in (op for op in b.graph.guards if b.graph.stage_of[op.name] == function.stage):
+        condition, *where = guard.args
+        b.emit("trajectory", function.stage, (), "guard", Var(b.name(condition.name)), *where, note="the same path")
 
 
 def _moved_outputs(b: Builder) -> tuple[str, ...]:

@@ -310,7 +310,7 @@ def test_the_model_is_not_changed_by_a_refusal() -> None:
     class Refused(Remembering):
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
-            return y if y.sum() > 0 else -y
+            return y * float(y.detach().max())
 
     model = seeded(Refused)
     before = list(state(model))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import config as functorch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
@@ -44,9 +45,48 @@ def trace_export(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
 
 def trace_functional(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     """The same after torch's own functionalisation: for in-place operations seen through several views."""
-    with _quiet():
-        program = _export(model, inputs).run_decompositions({})
+    return _read(_functional(_export(model, inputs)), model)
+
+
+def trace_values(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
+    """The same beside the example values: where the path depends on them, theirs is taken and asserted in the graph."""
+    with torch.random.fork_rng(), functorch.patch(fake_tensor_propagate_real_tensors=True), _plain(model):
+        program = _export(model, inputs)
+        if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in program.graph.nodes):
+            program = _functional(program)
     return _read(program, model)
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    try:
+        with _quiet():
+            found: ExportedProgram = program.run_decompositions({})
+    except Exception as error:  # it runs the operations of the user's model, which may raise anything
+        raise Untraceable(f"torch.export: {_said(error)}") from error
+    return found
+
+
+def _said(error: Exception) -> str:
+    """The first line of what torch says."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Parameters as plain tensors marked as parameters: torch.export takes the values of plain ones alone along."""
+    known: dict[int, Tensor] = {}
+    before = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        for module, parameters in before:
+            for name, p in parameters.items():
+                if p is not None:
+                    plain = known.setdefault(id(p), p.detach().requires_grad_(p.requires_grad))
+                    plain._is_param = True
+                    module._parameters[name] = plain  # type: ignore[assignment]
+        yield
+    finally:
+        for module, parameters in before:
+            module._parameters.update(parameters)
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
@@ -56,9 +96,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
         with _quiet(), torch.enable_grad():
             return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the user's own code runs here and may raise anything
-        text = str(error).strip().split("\n")[0][:300]
-        source = raised_at(error.__traceback__)
-        raise Untraceable(f"torch.export: {type(error).__name__}: {text}", source=source) from error
+        raise Untraceable(f"torch.export: {_said(error)}", source=raised_at(error.__traceback__)) from error
 
 
 @contextmanager

@@ -225,6 +225,11 @@ class ControlGraph:
         return {value.name: value for value in self.values}
 
     @cached_property
+    def guards(self) -> tuple[Op, ...]:
+        """Decisions on values, as :attr:`OpGraph.guards`."""
+        return self.ops.guards
+
+    @cached_property
     def stage_of(self) -> dict[str, int]:
         """Stage of every operation; -1 for the prologue."""
         found = dict.fromkeys(self.prologue, -1)

@@ -43,7 +43,7 @@ Leaf = Ref | ParamRef | BufferRef
 
 SIZES = frozenset(
     {"size", "shape", "stride", "dim", "ndim", "ndimension", "numel", "nelement", "len", "getattr"}
-    | {"device", "dtype", "item", "tolist", "int", "float", "bool"}
+    | {"device", "dtype", "item", "tolist", "int", "float", "bool", "guard"}
 )
 """Kinds whose value is a size, a number or a description, unless it is a tensor."""
 
@@ -172,6 +172,11 @@ class OpGraph:
         """Samples of the example inputs; ``None`` where they have no axis."""
         shapes = (self.by_name[name].shape for name in self.inputs)
         return next((shape[0] for shape in shapes if shape), None)
+
+    @cached_property
+    def guards(self) -> tuple[Op, ...]:
+        """Decisions on values along whose outcome the model was recorded, each checked at every step."""
+        return tuple(op for op in self.ops if op.kind == "guard")
 
     @cached_property
     def position(self) -> dict[str, int]:

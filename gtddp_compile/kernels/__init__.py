@@ -47,6 +47,7 @@ from gtddp_compile.kernels.generic import (
     generic_probe,
     generic_weighted,
 )
+from gtddp_compile.kernels.guard import OtherPath, guard
 from gtddp_compile.kernels.inplace import (
     bernoulli_like_first,
     copy_like_first,
@@ -117,6 +118,7 @@ from gtddp_compile.kernels.sweep import (
 )
 
 __all__ = [
+    "OtherPath",
     "apart",
     "apart_all",
     "arranged",
@@ -161,6 +163,7 @@ __all__ = [
     "generic_weighted",
     "gram_blocks",
     "group_scale",
+    "guard",
     "inverse_diagonal",
     "joint_gram",
     "joint_sample_grams",

@@ -152,6 +152,8 @@ class Trajectory:
     ) -> None:
         """Evaluate a stage in place; ``shift`` is added to the outputs of the named operations."""
         for name in self._ops(stage):
+            if self.graph.op(name).kind == "guard" and values is not self.values:
+                continue  # the model decides on the trajectory
             value = evaluate_op(self.graph, name, values, p, b)
             values[name] = value + self.as_it_lies(name, shift[name]) if shift and name in shift else value
 
