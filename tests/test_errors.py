@@ -243,7 +243,7 @@ def test_malformed_inputs(name: str, when: str) -> None:
 def test_a_step_without_its_batch() -> None:
     opt = compiled(model())
     for arguments in ((), (batch(6),), (lambda: 0.0,)):
-        refused(lambda given=arguments: opt.step(*given), "step() needs the batch itself")
+        refused(lambda given=arguments: opt.step(*given), "the batch itself is needed")
 
 
 WRONG_TARGETS: dict[str, tuple[Any, str]] = {
