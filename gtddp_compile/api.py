@@ -13,6 +13,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.losses import split
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading
+from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.terminal import Terminal, check_terminal
 
@@ -105,6 +106,7 @@ def compile_optimizer(
         raise CompileError("no loss was given", "Pass loss=torch.nn.CrossEntropyLoss(), or another")
     base, losses = resolve(curvature, **curvature_options), split(loss)
     check_terminal(losses, options.terminal_kind)
+    form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))  # refuses before it traces
     return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options).seal()
 
 

@@ -8,14 +8,12 @@ from gtddp_compile.graph import ControlGraph
 from gtddp_compile.options import Options, Sketch
 from gtddp_compile.passes import collapse, derive, simplify
 from gtddp_compile.passes.p06_derive import Derived
-from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.plan import Plan
 from gtddp_compile.terminal import terminal_weight
 
 
 def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool) -> tuple[Derived, Plan]:
     """Passes 6 to 8: derivation, collapse, plan. ``decay``: whether any group has coupled weight decay."""
-    form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))
     derived = derive(graph, options.recursion, metric_rules(options, curvature))
     form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored)
     plan = simplify(

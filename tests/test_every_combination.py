@@ -50,9 +50,9 @@ def beside(players: int) -> Case:
 
 
 def schedules(players: int) -> list[Any]:
-    """Those that differ: one player a stage whatever their number, a mapping where it splits the coalition in two."""
+    """Every schedule, with coalitions of 2, 3 and 4 early or late, split in two, or one player a stage."""
     split = {"stem": 0, "a": 1, "p0": 1, "b": 2, "p1": 2, "p2": 2}
-    return ["asap", "alap", *({2: ["sequential"], 4: [split]}.get(players, []))]
+    return {2: ["asap", "alap", "sequential"], 3: ["alap"], 4: ["asap", split]}[players]
 
 
 def refusal(coupling: Any, recursion: str) -> str | None:
