@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -165,13 +165,16 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self._pending = pending
         return loss
 
-    def step(self, inputs: Any = None, targets: Any = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, inputs: Any = None, targets: Any = None, *, closure: Callable[[], Any] | None = None
+    ) -> Tensor:
         """One update from one batch, and from the micro-batches accumulated before it; a transaction.
 
         Args:
             inputs: a tensor or a tuple of them, batch on the leading axis. It and the targets may be left out where
                 there are accumulated micro-batches.
             targets: what the loss takes.
+            closure: called before the step, whatever it returns: training loops (Lightning's) hang their hooks on it.
 
         Returns:
             The loss before the update (mean or sum over all its samples, as the loss reduces), detached. If it or a
@@ -187,6 +190,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
             self._demand_batch(inputs, targets)
         before = random_state()
         try:
+            if closure is not None:
+                closure()
             if inputs is None:
                 return self._union_step((), None)
             batch = as_inputs(inputs)
@@ -202,7 +207,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         if inputs is None or targets is None or callable(inputs):
             raise CompileError(
                 "the batch itself is needed: the program runs forward and backward passes",
-                "Call opt.step(inputs, targets); a closure is not used",
+                "Call opt.step(inputs, targets); a closure does not stand for it",
             )
 
     def _follow(self, inputs: tuple[Any, ...], targets: Any, before: Any) -> Tensor:
