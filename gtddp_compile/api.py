@@ -33,7 +33,7 @@ def compile_optimizer(
     backend: Backend = "fast",
     mixing: Reading = "block",
     cooperative: bool | None = None,
-    gram: Gram = "exact",
+    gram: Gram = "auto",
     memory: Memory = "keep",
     program: UpdateProgram | None = None,
     **curvature_options: Any,
@@ -72,8 +72,12 @@ def compile_optimizer(
         cooperative: whether coalitions use the cross terms of a curvature that has them (``"kfac"``, ``"ekfac"``:
             Theorem 3, Corollary 7). By default they do, except with ``feedback=False``, which is exactly the base
             method; True there too: the cooperative base method without feedback.
-        gram: how the Gram matrices are made: ``"exact"``; ``"separable"``: a diagonal metric as a product of one of
-            outputs and one of inputs; ``Sketch(columns)``: random signs as well, where that is cheaper.
+        gram: how the Gram matrices are made. ``"auto"``: exactly, but for layers whose exact one would cost more than
+            half of their own training step because the metric is diagonal: those have it separated. ``"exact"``.
+            ``"separable"``: every diagonal metric as a product of one of outputs and one of inputs.
+            ``Sketch(columns)``: random signs as well, where that is cheaper. ``"coarse"``: the cheapest of these a
+            layer, and of a convolution's kernel the central element for all. ``opt.program.cost()`` shows what was
+            taken, docs/performance.md what each does to the update.
         memory: ``"keep"``: the trajectory and its gradients stay until the forward sweep has passed them;
             ``"recompute"``: only what crosses between segments of stages does, and a segment is run again in both
             sweeps (three more passes in all, the same update). ``opt.program.cost()`` shows the segments.

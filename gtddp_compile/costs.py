@@ -19,15 +19,23 @@ KEEP = 2.0
 """Per-sample gradients are kept up to so many times the elements of the layer's input and output."""
 
 
+FRACTION = 0.5
+"""``gram="auto"`` makes a layer's Gram matrix exactly where that costs at most this part of the layer's own training
+step (forward, gradient of the input, gradient of the weight)."""
+
+NEGLIGIBLE = 2.0**20
+"""Multiplications of a Gram matrix that nobody would notice: always exact."""
+
+
 @dataclass(frozen=True)
 class GramChoice:
     """Form of a Gram matrix.
 
     Attributes:
         form: ``"separable"`` (products of input and output Gram matrices), ``"pairs"``, ``"patches"``, ``"pixels"``
-            (sums over pairs of positions), ``"per-sample"`` (``γ`` itself) or ``"sketch"``.
+            (sums over pairs of positions), ``"per-sample"`` (``γ`` itself), ``"sketch"`` or ``"centre"``.
         kept: whether ``γ`` is kept for the weighted gradients.
-        approximate: ``"exact"``, ``"separable"`` or ``"sketch"``: which kernels make it.
+        approximate: ``"exact"``, ``"separable"``, ``"sketch"`` or ``"centre"``: which kernels make it.
     """
 
     form: str
@@ -51,14 +59,7 @@ def choose_gram(plan: Plan, use: Use) -> GramChoice:
         return GramChoice("per-sample")
     folded = prefix == "conv" and len(output) > len(weight.shape)
     layer = _Layer(prefix, shapes[0], output, tuple(weight.shape), use.options.get("groups", 1), folded)
-    diagonal = plan.metric == "diagonal"
-    separated = diagonal and plan.gram != "exact"
-    form = layer.form(diagonal=diagonal and not separated)
-    kept = form == "per-sample" and use.wants[0] and layer.fits and not separated
-    exact = GramChoice(form, kept, "separable" if separated else "exact")
-    if plan.gram == "sketch" and layer.sketch(plan.columns) + layer.weighted < layer.cost(exact):
-        return GramChoice(f"sketch of {plan.columns} columns", False, "sketch")
-    return exact
+    return layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0])
 
 
 def _arranged(graph: ControlGraph, use: Use, name: str) -> tuple[int, ...] | None:
@@ -83,6 +84,33 @@ class _Layer:
     weight: tuple[int, ...]
     groups: int
     folded: bool = False
+
+    def choice(self, gram: str, columns: int, *, diagonal: bool, weight: bool) -> GramChoice:
+        """The form of the Gram matrix that the option ``gram`` asks for."""
+        exact = self._exact(diagonal=diagonal, separated=False, weight=weight)
+        if gram == "exact":
+            return exact
+        separated = self._exact(diagonal=False, separated=diagonal, weight=weight)
+        if gram == "auto":
+            own, gain = self.gram(exact), self.gram(separated)
+            return exact if own <= max(NEGLIGIBLE, FRACTION * 3 * self.weighted, gain) else separated
+        found = separated
+        if gram in ("sketch", "coarse") and self.sketch(columns) + self.weighted < self.cost(found):
+            found = GramChoice(f"sketch of {columns} columns", False, "sketch")
+        if gram == "coarse" and self.overlaps:
+            found = GramChoice("kernel's centre for all", False, "centre")
+        return exact if gram == "coarse" and self.gram(exact) <= NEGLIGIBLE else found
+
+    def _exact(self, *, diagonal: bool, separated: bool, weight: bool) -> GramChoice:
+        """The best form for a metric that does not (``diagonal``) or does separate, by nature or ``separated``."""
+        form = self.form(diagonal=diagonal)
+        kept = form == "per-sample" and weight and self.fits and not separated
+        return GramChoice(form, kept, "separable" if separated else "exact")
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a convolution's patches overlap, so that the elements of its kernel see the same pixels."""
+        return self.prefix == "conv" and self.positions * math.prod(self.weight[2:]) >= 2 * math.prod(self.x[2:])
 
     @property
     def positions(self) -> int:
@@ -115,6 +143,12 @@ class _Layer:
             shape = (self.weight[1] * kernel, 1) if self.folded else (self.weight[1], kernel)
             form = kernels.conv_gram_form(batch, self.positions, pixels, *shape, outputs)
         return "per-sample" if form == "materialised" else form
+
+    def gram(self, choice: GramChoice) -> float:
+        """The Gram matrix alone; of a diagonal metric without positions, sums over pairs of samples."""
+        if self.positions == 1 and choice.form == "per-sample":
+            return self.output[0] ** 2 * math.prod(self.weight) / 2
+        return self.cost(choice) - (0.0 if choice.kept else self.weighted)
 
     def cost(self, choice: GramChoice) -> float:
         """The Gram matrix and the weighted gradient."""

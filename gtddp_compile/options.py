@@ -38,7 +38,7 @@ class Sketch:
             raise CompileError(f"Sketch has columns={self.columns!r}", "Give a number of columns of at least 1")
 
 
-Gram = Literal["exact", "separable"] | Sketch
+Gram = Literal["auto", "exact", "separable", "coarse"] | Sketch
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Options:
     backend: Backend = "fast"
     mixing: Reading = "block"
     cooperative: bool | None = None
-    gram: Gram = "exact"
+    gram: Gram = "auto"
     memory: Memory = "keep"
 
     def __post_init__(self) -> None:
@@ -106,11 +106,18 @@ class Options:
         """Whether the terminal factor has columns of its own, apart from the gradient."""
         return not is_rank_one(self.terminal_kind)
 
+    @property
+    def gram_kind(self) -> str:
+        """Which Gram matrices the cost model may choose from: those of the rank-one form can be approximated."""
+        if isinstance(self.gram, Sketch):
+            return "sketch"
+        return "exact" if self.gram == "auto" and (self.factored or self.recursion != "levenberg") else self.gram
+
     def _check_gram(self) -> None:
-        if self.gram == "exact":
+        if self.gram in ("auto", "exact"):
             return
-        if self.gram != "separable" and not isinstance(self.gram, Sketch):
-            raise _unknown("gram", self.gram, "'exact', 'separable' or Sketch(columns)")
+        if self.gram not in ("separable", "coarse") and not isinstance(self.gram, Sketch):
+            raise _unknown("gram", self.gram, "'auto', 'exact', 'separable', 'coarse' or Sketch(columns)")
         if self.backend == "dense" or self.recursion != "levenberg" or self.factored:
             raise CompileError(
                 f"gram={self.gram!r} approximates the Gram matrices of the fast backend's rank-one form",

@@ -65,6 +65,29 @@ def test_a_sketch_with_orthogonal_columns_is_exact(layer: str, diagonal: bool, m
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
+def test_the_centre_of_a_kernel_stands_for_all() -> None:
+    _, (x,), g, weight, options, _ = LAYERS["conv"]
+    arguments = ((x,), g, (weight, draw(weight.shape[0])), (True, True))
+    gradient, bias = kernels.conv_per_sample(*arguments, **options)
+    where = {name: options[name] for name in ("stride", "padding")}
+    ones = torch.ones(1, 1, *x.shape[2:], dtype=torch.float64)
+    inside = F.conv2d(ones, torch.ones(1, 1, 3, 3, dtype=torch.float64), **where).mean()  # elements inside the image
+    centre = gradient[..., 1, 1].flatten(1)
+    expected = 0.3 * inside * (centre @ centre.T) + 0.2 * (bias @ bias.T)
+    found = kernels.conv_centre_gram(*arguments, (0.3, 0.2), **options)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_parameters_without_a_gradient_do_not_spoil_a_separated_metric() -> None:
+    """Inputs that are always zero have second moments of zero, and a metric of ``lr / eps``."""
+    x, g = draw(6, 8), draw(6, 5)
+    x[:, :3] = 0
+    metric = 1 / ((g.square().mT @ x.square()).sqrt() + 1e-8)
+    exact = kernels.linear_gram((x,), g, (None,), (True, False), (metric,))
+    found = kernels.linear_separable_gram((x,), g, (None,), (True, False), (metric,))
+    assert (found - exact).norm() < 0.2 * exact.norm()
+
+
 def test_signs_are_white_and_leave_the_generator_alone() -> None:
     state = torch.get_rng_state()
     like = torch.zeros((), dtype=torch.float64)
@@ -138,6 +161,29 @@ def test_approximations_are_taken_and_shown() -> None:
     assert "sketch of 4 columns" in optimizer.program.cost() and "linear_sketch_gram" in optimizer.program.code
     loss = float(optimizer.step(torch.randn(8, 32, 64), y))
     assert loss == pytest.approx(float(F.cross_entropy(torch.zeros(8, 3), y)), abs=1.0)
+
+
+def choices(model: nn.Module, x: Tensor, **options: Any) -> list[str]:
+    program = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), **options).program
+    uses = [program.lowered.uses[player.name][0] for player in program.graph.players]
+    return [costs.choose_gram(program.lowered.plan, use).approximate for use in uses]
+
+
+def test_auto_is_exact_where_that_is_cheap() -> None:
+    wide, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)), torch.randn(64, 64)
+    assert choices(wide, x, curvature="adam") == ["separable", "exact"]  # 8 million multiplications, half a million
+    assert choices(wide, x[:4], curvature="adam") == ["exact", "exact"]
+    assert choices(wide, x, curvature="sgd") == ["exact", "exact"]
+    assert choices(wide, x, curvature="adam", terminal="ggn") == ["exact", "exact"]
+    assert choices(wide, x, curvature="adam", gram="exact") == ["exact", "exact"]
+
+
+def test_coarse_takes_the_cheapest_form_of_each_layer() -> None:
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 4, 4), nn.ReLU(), nn.Flatten(2)]
+    model = nn.Sequential(*layers, nn.Linear(64, 128), nn.Flatten(), nn.Linear(16 * 128, 3))
+    assert choices(model, torch.randn(8, 3, 32, 32), curvature="sgd", gram="coarse") == [
+        "centre", "exact", "sketch", "exact",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

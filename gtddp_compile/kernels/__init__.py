@@ -4,6 +4,7 @@ The contract that layer kernels share is in ``gtddp_compile.rules.base``.
 """
 
 from gtddp_compile.kernels.approximate import (
+    conv_centre_gram,
     conv_separable_gram,
     conv_sketch_gram,
     linear_separable_gram,
@@ -137,6 +138,7 @@ __all__ = [
     "contract",
     "contract_arranged",
     "contract_factors",
+    "conv_centre_gram",
     "conv_directional",
     "conv_gram",
     "conv_gram_diagonal",

@@ -1,13 +1,14 @@
 """Cheaper Gram matrices, by name (theory: section 4d): a separable metric, and a random sketch of the inputs.
 
-A diagonal metric ``D`` (outputs × inputs) does not separate. ``separable`` puts ``D_ab ≈ r_a c_b`` with ``r`` its row
-means and ``c`` its column means over their mean, exact where ``D`` has rank one: then ``Γ`` is the spherical one of
-``x ∘ √c`` and ``g ∘ √r``. Entries of a convolution's kernel share their input channel's ``c``.
+A diagonal metric ``M⁻¹`` (outputs × inputs) does not separate. ``separable`` puts ``M_ab ≈ r_a c_b`` with ``r`` the row
+means of ``M`` and ``c`` its column means over their mean, exact where ``M`` has rank one: then ``Γ`` is the spherical
+one of ``x ∘ √(1/c)`` and ``g ∘ √(1/r)``. Means of ``M⁻¹`` itself will not do: they are those of its largest entries, which
+belong to parameters that have no gradient. Elements of a convolution's kernel share their input channel's ``c``.
 
 ``sketch`` multiplies every sample's gradient by the same random signs ``Ω`` (inputs × k, ``E[Ω Ωᵀ] = k I``) before the
 product: ``γ_i Ω / √k = Σ_t g_it (Ωᵀ x_it)ᵀ / √k`` needs the projected inputs alone, never ``γ_i``. ``Γ`` stays positive
 semidefinite, is unbiased over the signs, and its entries' relative error falls as ``√(2 / k)`` at worst. Signs are the
-same at every step. Biases, being small, are exact.
+same at every step. ``centre`` is for convolutions, see there. Biases, being small, are exact.
 """
 
 import math
@@ -16,18 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.conv import _conv_images, _conv_samples, conv_gram
+from gtddp_compile.kernels.conv import _conv_images, _conv_margins, _conv_padded, _conv_samples, conv_gram
 from gtddp_compile.kernels.linear import linear_gram
+
+SMALLEST = 1e-30
+"""A metric below this (a learning rate of 0) is no metric: entries are held there so that means stay finite."""
 
 
 def _separate(metric: Tensor | float, groups: int = 1) -> tuple[Tensor | float, Tensor | float]:
     """``(√r, √c)`` of a weight's metric: by output ``(m,)`` and by input ``(groups · n,)``; floats if spherical."""
     if not isinstance(metric, Tensor) or metric.dim() == 0:
         return metric**0.5, 1.0
-    table = metric.reshape(groups, metric.shape[0] // groups, metric.shape[1], -1).mean(3)
+    table = metric.reshape(groups, metric.shape[0] // groups, metric.shape[1], -1)
+    table = (table if table.dtype == torch.float64 else table.float()).clamp_min(SMALLEST).reciprocal_().mean(3)
     rows = table.mean(2)
     columns = table.mean(1) / rows.mean(1, keepdim=True)
-    return rows.flatten().sqrt(), columns.flatten().sqrt()
+    return rows.flatten().rsqrt().to(metric.dtype), columns.flatten().rsqrt().to(metric.dtype)
 
 
 def _along(values: Tensor, factor: Tensor | float, axis: int) -> Tensor:
@@ -148,3 +153,45 @@ def conv_sketch_gram(
     rows = _along(g, by_output, 1).reshape(len(g), groups, -1, projected[0, 0].numel())
     gamma = _conv_samples(rows @ projected.reshape(len(g), groups, columns, -1).mT, samples).flatten(1)
     return gamma @ gamma.mT + bias
+
+
+def conv_centre_gram(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    metric: tuple[Tensor | float, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``γ M⁻¹ γᵀ`` with the weight's metric separated and the kernel's central element in place of all, ``(B, B)``.
+
+    The gradients of a kernel's elements are those of the same pixels, moved: each element's Gram matrix is taken to be
+    the central one's, times the share of output positions whose pixel is inside the image. Nothing is unfolded, and an
+    element costs what a 1×1 convolution does.
+    """
+    channels = g.dim() - params[0].dim() + 1  # behind a sample's images, where it has several
+    bias = _bias(g, wants, metric, channels)
+    if not wants[0]:
+        return g.new_zeros(g.shape[0], g.shape[0]) + bias
+    by_output, by_input = _separate(metric[0], groups)
+    x, kernel, weight = operands[0], params[0].shape[2:], 1.0
+    margins = _conv_margins(tuple(kernel), padding, dilation)
+    crop: list[slice] = []
+    for axis, (size, gap, step, margin) in enumerate(zip(kernel, dilation, stride, margins, strict=True)):
+        pixels, positions = x.shape[axis - len(kernel)], g.shape[axis - len(kernel)]
+        shifts = [index * gap - margin[0] for index in range(size)]
+        seen = [sum(0 <= at * step + shift < pixels for at in range(positions)) for shift in shifts]
+        weight *= sum(seen) / max(1, seen[size // 2])
+        start = size // 2 * gap
+        crop.append(slice(start, start + (positions - 1) * step + 1, step))
+    centre = _along(_conv_padded(x, margins)[(..., *crop)], by_input, channels)
+    ones, zeros = tuple(1 for _ in kernel), tuple(0 for _ in kernel)
+    own = conv_gram(
+        (centre,), _along(g, by_output, channels), (params[0][(..., *(slice(1) for _ in kernel))],), (True, False),
+        (weight,), stride=ones, padding=zeros, dilation=ones, groups=groups,
+    )  # fmt: skip
+    return own + bias
