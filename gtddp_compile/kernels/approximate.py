@@ -1,9 +1,10 @@
 """Cheaper Gram matrices, by name (theory: section 4d): a separable metric, and a random sketch of the inputs.
 
-A diagonal metric ``M⁻¹`` (outputs × inputs) does not separate. ``separable`` puts ``M_ab ≈ r_a c_b`` with ``r`` the row
-means of ``M`` and ``c`` its column means over their mean, exact where ``M`` has rank one: then ``Γ`` is the spherical
-one of ``x ∘ √(1/c)`` and ``g ∘ √(1/r)``. Means of ``M⁻¹`` itself will not do: they are those of its largest entries, which
-belong to parameters that have no gradient. Elements of a convolution's kernel share their input channel's ``c``.
+A diagonal metric ``M⁻¹`` (outputs × inputs) does not separate. ``separable`` puts ``M_ab ≈ r_a c_b`` with ``r`` the
+row means of ``M`` and ``c`` its column means over their mean, exact where ``M`` has rank one: then ``Γ`` is the
+spherical one of ``x ∘ √(1/c)`` and ``g ∘ √(1/r)``. Means of ``M⁻¹`` itself will not do: they are those of its largest
+entries, which belong to parameters that have no gradient. Elements of a convolution's kernel share their channel's
+``c``.
 
 ``sketch`` multiplies every sample's gradient by the same random signs ``Ω`` (inputs × k, ``E[Ω Ωᵀ] = k I``) before the
 product: ``γ_i Ω / √k = Σ_t g_it (Ωᵀ x_it)ᵀ / √k`` needs the projected inputs alone, never ``γ_i``. ``Γ`` stays positive
