@@ -13,6 +13,7 @@ same at every step. ``centre`` is for convolutions, see there. Biases, being sma
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -181,18 +182,18 @@ def conv_centre_gram(
     by_output, by_input = _separate(metric[0], groups)
     x, kernel, weight = operands[0], params[0].shape[2:], 1.0
     margins = _conv_margins(tuple(kernel), padding, dilation)
-    crop: list[slice] = []
+    crop: tuple[Any, ...] = (...,)
     for axis, (size, gap, step, margin) in enumerate(zip(kernel, dilation, stride, margins, strict=True)):
         pixels, positions = x.shape[axis - len(kernel)], g.shape[axis - len(kernel)]
         shifts = [index * gap - margin[0] for index in range(size)]
         seen = [sum(0 <= at * step + shift < pixels for at in range(positions)) for shift in shifts]
         weight *= sum(seen) / max(1, seen[size // 2])
         start = size // 2 * gap
-        crop.append(slice(start, start + (positions - 1) * step + 1, step))
-    centre = _along(_conv_padded(x, margins)[(..., *crop)], by_input, channels)
+        crop = (*crop, slice(start, start + (positions - 1) * step + 1, step))
+    centre = _along(_conv_padded(x, margins)[crop], by_input, channels)
     ones, zeros = tuple(1 for _ in kernel), tuple(0 for _ in kernel)
     own = conv_gram(
-        (centre,), _along(g, by_output, channels), (params[0][(..., *(slice(1) for _ in kernel))],), (True, False),
+        (centre,), _along(g, by_output, channels), (params[0].flatten(2)[..., :1].reshape(*params[0].shape[:2], *ones),), (True, False),
         (weight,), stride=ones, padding=zeros, dilation=ones, groups=groups,
     )  # fmt: skip
     return own + bias
