@@ -192,8 +192,9 @@ def conv_centre_gram(
         crop = (*crop, slice(start, start + (positions - 1) * step + 1, step))
     centre = _along(_conv_padded(x, margins)[crop], by_input, channels)
     ones, zeros = tuple(1 for _ in kernel), tuple(0 for _ in kernel)
+    shape = (params[0].flatten(2)[..., :1].reshape(*params[0].shape[:2], *ones),)
     own = conv_gram(
-        (centre,), _along(g, by_output, channels), (params[0].flatten(2)[..., :1].reshape(*params[0].shape[:2], *ones),), (True, False),
+        (centre,), _along(g, by_output, channels), shape, (True, False),
         (weight,), stride=ones, padding=zeros, dilation=ones, groups=groups,
     )  # fmt: skip
     return own + bias
