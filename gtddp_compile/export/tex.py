@@ -6,7 +6,7 @@ Stages with the same pattern of zero, identity and dense blocks share one deriva
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from sympy import Identity, MatAdd, MatrixExpr, MatrixSymbol, ZeroMatrix
 from sympy.printing.latex import LatexPrinter
@@ -22,6 +22,9 @@ NAME = re.compile(r"(?P<base>[^\W_]+)(?P<prime>'*)(?:\^(?P<above>[^\W_]+))?(?:_(
 UNPRINTABLE = re.compile(r"[^ -~]|[{}%#\\^]")
 ROOM = 62
 """Width of a line of a formula, in letters."""
+
+SHORT = 15
+"""Rows of a table that is not broken."""
 
 PREAMBLE = r"""\documentclass[a4paper,11pt]{article}
 \usepackage[T1]{fontenc}
@@ -150,12 +153,16 @@ def names(values: Iterable[str]) -> str:
     return ", ".join(shown) or "---"
 
 
-def _table(widths: Iterable[str], head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _table(widths: Iterable[str], head: Iterable[str], rows: Sequence[Iterable[str]]) -> str:
+    """A table; a short one stays with the heading above it, a long one may break over pages."""
     columns = " ".join(rf"L{{{width}\linewidth}}" if width else "r" for width in widths)
     body = " \\\\\n".join(" & ".join(row) for row in rows)
     top = rf"\toprule {' & '.join(head)} \\ \midrule"
-    begin = f"{{\\small\\begin{{longtable}}{{@{{}}{columns}@{{}}}}"
-    return f"{begin}\n{top} \\endhead\n{body} \\\\ \\bottomrule\n\\end{{longtable}}}}\n"
+    if len(rows) > SHORT:
+        begin = f"{{\\small\\begin{{longtable}}{{@{{}}{columns}@{{}}}}"
+        return f"{begin}\n{top} \\endhead\n{body} \\\\ \\bottomrule\n\\end{{longtable}}}}\n"
+    begin = f"\\begin{{center}}\\small\\begin{{tabular}}{{@{{}}{columns}@{{}}}}"
+    return f"{begin}\n{top}\n{body} \\\\ \\bottomrule\n\\end{{tabular}}\\end{{center}}\n"
 
 
 def _title(parts: Parts) -> str:
@@ -195,7 +202,7 @@ def _pattern(stages: list[DerivedStage]) -> str:
     text = f"\\room\n\\section{{Stage{plural} {indices}}}\n"
     symbols = [symbol for symbol, _ in _legend(stages[0])]
     rows = [(str(stage.index), *(names(values) for _, values in _legend(stage))) for stage in stages]
-    widths = [f"{0.82 / len(symbols):.3f}"] * len(symbols)
+    widths = [f"{(0.92 - 0.03 * len(symbols)) / len(symbols):.3f}"] * len(symbols)
     text += _table(("", *widths), ("stage", *(f"${symbol}$" for symbol in symbols)), rows)
     text += "Augmented dynamics, blocks that are zero or the identity by construction seen as such:\n"
     text += "\\[\n" + _dynamics(derivation) + "\n\\]\n"
