@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._functorch import config as functorch
 from torch._ops import HigherOrderOperator, OpOverload
@@ -23,10 +24,13 @@ from torch.utils import _pytree as pytree
 
 from gtddp_compile import kernels
 from gtddp_compile.frontends.canonical import bound
+from gtddp_compile.frontends.recurrent import MODES, recurrent_graph
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable, is_users, raised_at
-from gtddp_compile.graph import BufferRef, ParamRef, Ref
+from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
 
 BATCH_NORMS = ("aten::batch_norm", "aten::_native_batch_norm_legit_functional")
+DROPOUT = "aten::native_dropout"
+RECURRENT = frozenset(f"aten.{name}.input" for name in MODES)
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -191,6 +195,8 @@ class _Reader:
             ]  # fmt: skip
         if isinstance(value, Mapping):
             return {key: self._tree(item, leaves) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self._tree(part, leaves) for part in (value.start, value.stop, value.step)))
         return value
 
     def _call(self, node: fx.Node, leaves: dict[str, Any], prefix: str, *, grad: bool) -> None:
@@ -205,11 +211,38 @@ class _Reader:
             leaves[node.name] = Ref(name)
         module, source = _where(node)
         kwargs = self._tree(dict(node.kwargs), leaves)
-        if isinstance(target, OpOverload) and target._schema.name in BATCH_NORMS:
+        if isinstance(target, OpOverload) and str(target) in RECURRENT:
+            self._recurrent(node, bound(target, args, kwargs), leaves, prefix)
+            return
+        kind = target._schema.name if isinstance(target, OpOverload) else ""
+        if kind == DROPOUT or kind in BATCH_NORMS:
+            # Part 0 is the value; the others are a mask that nobody else reads, or a batch-norm's buffers' new values.
+            leaves.update((user.name, Ref(name)) for user in node.users if user.target is operator.getitem)
+        if kind == DROPOUT:
+            target = F.dropout
+        elif isinstance(target, OpOverload) and kind in BATCH_NORMS:
             target, args, kwargs = self._batch_norm(target, args, kwargs)
-            parts = [user for user in node.users if user.target is operator.getitem]
-            leaves.update((user.name, Ref(name)) for user in parts)  # part 0; the others are its buffers' new values
         self.calls.append(Call(name, target, args, kwargs, module, source, grad))  # type: ignore[arg-type]
+
+    def _recurrent(self, node: fx.Node, a: dict[str, Any], leaves: dict[str, Any], prefix: str) -> None:
+        """A recurrent module: its layers, and what torch returns cut out of what they give."""
+        states = a["hx"] if isinstance(a["hx"], list) else [a["hx"]]
+        sizes = tuple(int(value.shape[-1]) for value in node.meta["val"][1:])
+        graph = recurrent_graph(str(node.target).split(".")[1], a, sizes)
+        given = iter((a["input"], *states, *a["params"]))
+        inner: dict[str, Any] = {}
+        module, source = _where(node)
+        for child in graph.nodes:
+            if child.op == "placeholder":
+                inner[child.name] = next(given)
+            elif child.op == "output":
+                self._bind_output(node, self._tree(child.args[0], inner), leaves)
+            else:
+                name = f"{prefix}{node.name}_{child.name}"
+                target: Any = Method(str(child.target)) if child.op == "call_method" else child.target
+                args, kwargs = self._tree(child.args, inner), self._tree(dict(child.kwargs), inner)
+                self.calls.append(Call(name, target, args, kwargs, module, source))
+                inner[child.name] = Ref(name)
 
     def _batch_norm(self, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
         """Batch-norm with the step counter that its module advanced just before."""

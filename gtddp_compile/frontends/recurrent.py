@@ -6,11 +6,13 @@ them is an operation of its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from gtddp_compile import kernels
 
@@ -48,6 +50,37 @@ def _names(m: nn.RNNBase, layer: int) -> list[str]:
     """Parameters of one layer, in the order of torch's flat weights."""
     width = len(m._flat_weights_names) // m.num_layers
     return list(m._flat_weights_names[layer * width : (layer + 1) * width])
+
+
+MODES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_RELU"}
+"""By the name of torch's operation of a whole module."""
+
+
+def recurrent_graph(operation: str, a: Mapping[str, Any], sizes: tuple[int, ...]) -> fx.Graph:
+    """The same for ``aten.lstm.input`` and its kin, which torch.export records: a graph of what it computes.
+
+    Args:
+        operation: a key of :data:`MODES`.
+        a: the operation's arguments by name.
+        sizes: features of ``h_n`` (and ``c_n``).
+
+    Returns:
+        Placeholders for ``input``, the states and the parameters, in this order; ``(output, h_n)`` or
+        ``(output, h_n, c_n)``.
+    """
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    x, *given = [fx.Proxy(graph.placeholder(f"x_{i}"), tracer) for i in range(1 + len(sizes))]
+    weights = {f"w_{i}": fx.Proxy(graph.placeholder(f"w_{i}"), tracer) for i in range(len(a["params"]))}
+    module: Any = SimpleNamespace(
+        mode=MODES[operation], hidden_size=sizes[-1], proj_size=sizes[0] if sizes[0] != sizes[-1] else 0,
+        num_layers=a["num_layers"], bias=a["has_biases"], batch_first=a["batch_first"], dropout=a["dropout"],
+        training=a["train"], bidirectional=a["bidirectional"], _flat_weights_names=list(weights), **weights,
+    )  # fmt: skip
+    output, states = record_recurrent(tracer, module, x, tuple(given))
+    flat = (output, *states) if isinstance(states, tuple) else (output, states)
+    graph.output(tuple(value.node for value in flat))
+    return graph
 
 
 def record_lstm_cell(tracer: Any, m: nn.LSTMCell, x: Any, hx: Any = None) -> tuple[Any, Any]:

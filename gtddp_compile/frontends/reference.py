@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
                 "Keep the forward pass free of side effects: update it in the training loop",
                 module=name.rpartition(".")[0],
             )
+        _know_dataclasses(output)
         found = tuple(tensors(output))
         if not any(value.requires_grad for value in found):
             raise CompileError(
@@ -85,6 +86,14 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
         after = tensor_attributes(model)
         rewritten = frozenset(name for name, value in before.items() if after.get(name) is not value)
         return Reference(tuple(value.detach() for value in found), gradients, buffers, rewritten)
+
+
+def _know_dataclasses(output: Any) -> None:
+    """Tell torch of the dataclasses that a model returns, so that they are taken apart as tuples and dicts are."""
+    for leaf in pytree.tree_leaves(output):
+        if is_dataclass(leaf) and not isinstance(leaf, type) and type(leaf) not in pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(type(leaf))
+            _know_dataclasses(leaf)
 
 
 @contextmanager

@@ -215,7 +215,7 @@ class OpGraph:
 
 
 def iter_leaves(tree: Any) -> Iterator[Leaf]:
-    """References inside nested tuples, lists, dicts and slices, left to right."""
+    """References inside nested tuples, lists, dicts, slices and classes known to torch's pytree, left to right."""
     if isinstance(tree, Ref | ParamRef | BufferRef):
         yield tree
     elif isinstance(tree, tuple | list):
@@ -226,6 +226,9 @@ def iter_leaves(tree: Any) -> Iterator[Leaf]:
             yield from iter_leaves(item)
     elif isinstance(tree, slice):
         yield from iter_leaves((tree.start, tree.stop, tree.step))
+    elif type(tree) in pytree.SUPPORTED_NODES:
+        for item in _parts(tree):
+            yield from iter_leaves(item)
 
 
 def map_leaves(tree: Any, change: Callable[[Leaf], Any]) -> Any:
@@ -240,4 +243,10 @@ def map_leaves(tree: Any, change: Callable[[Leaf], Any]) -> Any:
         return {key: map_leaves(item, change) for key, item in tree.items()}
     if isinstance(tree, slice):
         return slice(*(map_leaves(part, change) for part in (tree.start, tree.stop, tree.step)))
+    if type(tree) in pytree.SUPPORTED_NODES:  # a dataclass: what it holds, in a tuple
+        return tuple(map_leaves(item, change) for item in _parts(tree))
     return tree
+
+
+def _parts(tree: Any) -> list[Any]:
+    return pytree.tree_flatten(tree, is_leaf=lambda item: item is not tree)[0]

@@ -1,0 +1,222 @@
+"""Models that only torch.export can record: recurrent layers and attention whole, and what models return."""
+
+from __future__ import annotations
+
+import copy
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
+
+LR, SAMPLES, STEPS, WIDTH, CLASSES = 0.1, 3, 5, 4, 2
+RECURRENT: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
+    "lstm, deep, both ways, dropout": (nn.LSTM, {"num_layers": 2, "bidirectional": True, "dropout": 0.3}),
+    "lstm, projected": (nn.LSTM, {"proj_size": 2}),
+    "gru, no bias": (nn.GRU, {"bias": False, "batch_first": True}),
+}
+
+
+class Recurrent(nn.Module):
+    """A recurrent module read in every way, behind a question on the number of steps that torch.fx cannot answer."""
+
+    def __init__(self, kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.first, self.layer = options.get("batch_first", False), kind(3, WIDTH, **options)
+        self.out = nn.LazyLinear(CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] < 2:
+            return x
+        y, states = self.layer(x if self.first else x.transpose(0, 1))
+        y = y if self.first else y.transpose(0, 1)
+        states = states if isinstance(states, tuple) else (states,)
+        ends = [state.transpose(0, 1).flatten(1) for state in states]
+        return self.out(torch.cat([y.mean(1), *ends], 1))
+
+
+class Attention(nn.Module):
+    """torch's attention module, where torch.fx gives up."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.attention, self.out = nn.MultiheadAttention(4, 2, batch_first=first), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 1))
+        if x.shape[1] < 2:
+            return x
+        h = x if self.first else x.transpose(0, 1)
+        y = self.attention(h, h, h)[0]
+        return self.out((y if self.first else y.transpose(0, 1)).mean(1))
+
+
+def data() -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(2)
+    shapes = (SAMPLES, STEPS, 3), (SAMPLES, CLASSES)
+    x, y = (torch.randn(*shape, generator=made, dtype=torch.float64) for shape in shapes)
+    return x, y
+
+
+def seeded(build: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = build().double()
+    model(data()[0])
+    return model
+
+
+def stepped(model: nn.Module, loss: Any, **options: Any) -> tuple[CompiledOptimizer, dict[str, Tensor]]:
+    x, y = data()
+    opt = compile_optimizer(model, x, loss=loss, curvature="sgd", lr=LR, **options)
+    torch.manual_seed(1)
+    opt.step(x, y)
+    return opt, dict(model.state_dict())
+
+
+def assert_base_method_and_dense(model: nn.Module, loss: Any, frontend: str) -> CompiledOptimizer:
+    """With feedback off torch's own step; with feedback the dense backend's, another one."""
+    own = copy.deepcopy(model)
+    x, y = data()
+    torch.manual_seed(1)
+    loss(own(x), y).mean().backward()
+    torch.optim.SGD(own.parameters(), lr=LR).step()
+    opt, base = stepped(copy.deepcopy(model), loss, feedback=False)
+    assert opt.graph.ops.frontend == frontend
+    torch.testing.assert_close(base, dict(own.state_dict()), rtol=0, atol=1e-12)
+    fast, dense = (stepped(copy.deepcopy(model), loss, backend=b)[1] for b in ("fast", "dense"))
+    torch.testing.assert_close(fast, dense, rtol=0, atol=1e-9)
+    assert any(not torch.allclose(fast[name], base[name]) for name in base)
+    return opt
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_modules(name: str) -> None:
+    model = seeded(lambda: Recurrent(*RECURRENT[name]))
+    opt = assert_base_method_and_dense(model, nn.MSELoss(), "export")
+    layers = RECURRENT[name][1].get("num_layers", 1)
+    assert [p.kind for p in opt.graph.players] == ["recurrent"] * layers + ["linear"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_attention_modules(first: bool) -> None:
+    assert_base_method_and_dense(seeded(lambda: Attention(first)), nn.MSELoss(), "export")
+
+
+# --- what models return -----------------------------------------------------------------------------------------------
+
+Named = namedtuple("Named", ["logits", "hidden"])
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+class Auxiliary(nn.Module):
+    """Two heads behind one layer, returned as asked."""
+
+    def __init__(self, pack: Any, asks: bool) -> None:
+        super().__init__()
+        self.pack, self.asks = pack, asks
+        self.trunk, self.main, self.side = nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Any:
+        if self.asks and x.shape[1] < 2:
+            return x
+        h = torch.tanh(self.trunk(x.mean(1)))
+        return self.pack(self.main(h), self.side(h))
+
+
+PACKED: dict[str, tuple[Any, Any, Any]] = {
+    "tuple": (lambda a, b: (a, b), lambda o: o[0], lambda o: o[1]),
+    "named tuple": (Named, lambda o: o.logits, lambda o: o.hidden),
+    "dict": (lambda a, b: {"b": b, "a": [a]}, lambda o: o["a"][0], lambda o: o["b"]),
+    "dataclass": (lambda a, b: Output(a, (b, 2 * b)), lambda o: o.logits, lambda o: o.hidden[1] / 2),
+}
+
+
+@pytest.mark.parametrize("asks", [False, True], ids=["fx", "export"])
+@pytest.mark.parametrize("name", PACKED)
+def test_the_loss_says_which_outputs_matter(name: str, asks: bool) -> None:
+    pack, main, side = PACKED[name]
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        return ((main(outputs) - targets) ** 2 + 0.3 * side(outputs) ** 2).mean(1)
+
+    torch.manual_seed(0)
+    assert_base_method_and_dense(Auxiliary(pack, asks).double(), loss, "export" if asks else "fx")
+
+
+def test_nested_inputs_are_refused() -> None:
+    x, _ = data()
+    with pytest.raises(CompileError, match=r"inputs must be tensors, got dict\. Pass a tensor, or a tuple of tensors"):
+        compile_optimizer(nn.Linear(3, 2).double(), ({"x": x},), loss=nn.MSELoss())
+
+
+# --- what torch does around layers ------------------------------------------------------------------------------------
+
+
+class OldWeightNorm(nn.Module):
+    """The parametrization by hooks that torch had first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            self.layer = torch.nn.utils.weight_norm(nn.Linear(3, WIDTH))
+        self.out = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.layer(x.mean(1))))
+
+
+def test_weight_norm_by_hooks() -> None:
+    torch.manual_seed(0)
+    model = OldWeightNorm().double()
+    x, y = data()
+    fresh = OldWeightNorm().double()
+    fresh.load_state_dict(model.state_dict())
+    F.mse_loss(fresh(x), y).backward()
+    torch.optim.SGD(fresh.parameters(), lr=LR).step()
+    opt, base = stepped(model, nn.MSELoss(), feedback=False)
+    torch.testing.assert_close(base, dict(fresh.state_dict()), rtol=0, atol=1e-12)
+    assert [set(p.parameters) for p in opt.graph.players] == [
+        {"layer.bias", "layer.weight_g", "layer.weight_v"},
+        {"out.weight", "out.bias"},
+    ]
+
+
+class Autocast(nn.Module):
+    """A region of the forward pass in lower precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = torch.tanh(self.a(x.mean(1)))
+        return self.b(h.float())
+
+
+def test_an_autocast_region_is_in_lower_precision() -> None:
+    torch.manual_seed(0)
+    model = Autocast()
+    x, y = (value.float() for value in data())
+    own = copy.deepcopy(model)
+    F.mse_loss(own(x), y).backward()
+    torch.optim.SGD(own.parameters(), lr=LR).step()
+    before = copy.deepcopy(model)
+    opt = compile_optimizer(model, x, loss=nn.MSELoss(), curvature="sgd", lr=LR, feedback=False)
+    (cast,) = (op for op in opt.graph.ops.ops if op.name == opt.graph.players[0].op)
+    assert cast.dtype == torch.bfloat16
+    opt.step(x, y)
+    for name, value in model.named_parameters():
+        expected, start = own.get_parameter(name), before.get_parameter(name)
+        assert (value - expected).abs().max() <= 2e-2 * (expected - start).abs().max(), "a bfloat16 has 8 bits"
