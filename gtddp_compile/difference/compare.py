@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import SequenceMatcher
+from itertools import groupby
 
 from gtddp_compile.algebra.derivation import equation_text
 from gtddp_compile.difference.align import Alignment, Program
@@ -124,7 +125,7 @@ def _shortcut(kind: str, players: Iterable[str]) -> str:
 
 
 def _cuts(alignment: Alignment) -> Section:
-    """Stage by stage, values that wait before it in one program alone."""
+    """Stage by stage, values that wait before it in one program alone; stages that differ alike are one entry."""
     left, right = alignment.left.graph, alignment.right.graph
     theirs = {alignment.stages[s.index]: s for s in right.stages if s.index in alignment.stages}
     changes, same = [], 0
@@ -142,7 +143,16 @@ def _cuts(alignment: Alignment) -> Section:
             same += 1
     extra = [s for s in right.stages if s.index not in alignment.stages]
     changes += [Change("+", _title(s), "", ", ".join(_live(right, s, alignment).values())) for s in extra]
-    return Section("stages and cuts: values that wait in one alone", "cut before", tuple(changes), same=same)
+    return Section("stages and cuts: values that wait in one alone", "cut before", tuple(_merged(changes)), same=same)
+
+
+def _merged(changes: Iterable[Change]) -> Iterator[Change]:
+    """One entry for neighbours that say the same: ``stage 3: a … stage 9: g (7 stages)``."""
+    for _, group in groupby(changes, key=lambda change: (change.sign, change.left, change.right)):
+        run = list(group)
+        count = len(run)
+        what = run[0].what if count == 1 else f"{run[0].what} … {run[-1].what} ({count} stages)"
+        yield replace(run[0], what=what, count=count)
 
 
 def _live(graph: ControlGraph, stage: Stage, alignment: Alignment | None = None) -> dict[str, str]:

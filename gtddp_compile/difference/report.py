@@ -28,12 +28,20 @@ WIDTH = 120
 
 @dataclass(frozen=True)
 class Change:
-    """One entry: gone (``"-"``), new (``"+"``) or another value (``"≠"``); ``left`` and ``right`` say what it is."""
+    """One entry: gone (``"-"``), new (``"+"``) or another value (``"≠"``).
+
+    Attributes:
+        sign: which of these.
+        what: where it is.
+        left, right: what it is in the programs.
+        count: how many it stands for.
+    """
 
     sign: Sign
     what: str
     left: str
     right: str
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ class Section:
     @property
     def summary(self) -> str:
         """``"options: 1 differs, 11 agree"``."""
-        found = [change.sign for change in self.changes] + [line.sign for h in self.hunks for line in h.lines]
+        found = [change.sign for change in self.changes for _ in range(change.count)]
+        found += [line.sign for hunk in self.hunks for line in hunk.lines]
         words = {"-": "gone", "+": "new", "≠": "changed"}
         counts = [f"{found.count(sign)} {word}" for sign, word in words.items() if sign in found]
         kind = " (lines)" if self.hunks else ""
