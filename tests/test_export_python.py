@@ -290,6 +290,8 @@ def test_named_tuples_reach_the_loss(terminal: Any, tmp_path: Path) -> None:
     example = Example(model, (torch.randn(4, 4, dtype=torch.float64),))
     opt = compiled(example, loss=of_pair, terminal=terminal)
     follow(opt, example, tmp_path / "step.py", targets_for(3, 4))
+    with pytest.raises(CompileError, match="the model returns a Pair: a stored program holds plain tuples"):
+        opt.program.export(tmp_path / "step.json")
 
 
 def test_a_concave_loss_is_refused_by_the_module_too(tmp_path: Path) -> None:
@@ -319,7 +321,7 @@ pytree.register_pytree_node(
 def test_an_output_of_a_class_of_ones_own_is_refused(tmp_path: Path) -> None:
     model = make(lambda net, x: Box(logits=net.a(x)), a=(4, 3))
     opt = compiled(Example(model, (torch.randn(4, 4, dtype=torch.float64),)), loss=of_box)
-    with pytest.raises(CompileError, match="the model returns a Box, a class that a module"):
+    with pytest.raises(CompileError, match="the model returns a Box, a class that an exported program does not have"):
         opt.program.export(tmp_path / "step.py")
 
 

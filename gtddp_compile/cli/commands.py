@@ -26,6 +26,7 @@ from gtddp_compile.cli.options import (
     Schedule,
     Settings,
     Target,
+    TerminalName,
     compiled,
     model_and_inputs,
     program_of,
@@ -146,6 +147,7 @@ def derive(
     coupling: Coupling = "full",
     recursion: Recursion = "levenberg",
     feedback: Feedback = "on",
+    terminal: TerminalName = None,
 ) -> None:
     """Print what was derived for a model: dynamics, gains and value recursion, stage by stage.
 
@@ -153,7 +155,19 @@ def derive(
     """
     with reporting():
         optimizer = compiled(
-            target, inputs, arguments, dtype, loss, schedule, curvature, None, [], coupling, recursion, feedback
+            target,
+            inputs,
+            arguments,
+            dtype,
+            loss,
+            schedule,
+            curvature,
+            None,
+            [],
+            coupling,
+            recursion,
+            feedback,
+            terminal,
         )
         with working("writing the derivation"):
             text = optimizer.program.derivation(stage, format.value)
@@ -190,6 +204,7 @@ def export(
     coupling: Coupling = "full",
     recursion: Recursion = "levenberg",
     feedback: Feedback = "on",
+    terminal: TerminalName = None,
 ) -> None:
     """Write the update program of a model to a file of its own.
 
@@ -197,7 +212,19 @@ def export(
     """  # fmt: skip
     with reporting():
         optimizer = compiled(
-            target, inputs, arguments, dtype, loss, schedule, curvature, lr, settings, coupling, recursion, feedback
+            target,
+            inputs,
+            arguments,
+            dtype,
+            loss,
+            schedule,
+            curvature,
+            lr,
+            settings,
+            coupling,
+            recursion,
+            feedback,
+            terminal,
         )
         with working(f"writing {out}"):
             optimizer.program.export(out)
@@ -223,6 +250,7 @@ def diff(
     coupling: Coupling = "full",
     recursion: Recursion = "levenberg",
     feedback: Feedback = "on",
+    terminal: TerminalName = None,
 ) -> None:
     """Show what differs between two update programs: players, cuts, derivations, instructions, options.
 
@@ -249,6 +277,7 @@ def diff(
                 coupling=coupling,
                 recursion=recursion,
                 feedback=feedback,
+                terminal=terminal,
             )
             for target in (first, second)
         ]

@@ -23,6 +23,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.passes.p04_schedule import SCHEDULES
 from gtddp_compile.program import UpdateProgram
+from gtddp_compile.terminal import MonteCarlo
 
 MODEL, DERIVATION = "Model", "Derivation"
 
@@ -123,6 +124,15 @@ Recursion = Annotated[
         autocompletion=_choices(("levenberg", "substituted", "printed")),
     ),
 ]
+TerminalName = Annotated[
+    str | None,
+    typer.Option(
+        help="How the loss is expanded: geometric, gradient, ggn, or a number of sampled columns.",
+        rich_help_panel=DERIVATION,
+        autocompletion=_choices(("geometric", "gradient", "ggn")),
+        show_default="geometric",
+    ),
+]
 Feedback = Annotated[str, typer.Option(help="on, open or off.", rich_help_panel=DERIVATION)]
 
 
@@ -152,6 +162,7 @@ def compiled(
     coupling: str,
     recursion: str,
     feedback: str,
+    terminal: str | None,
 ) -> CompiledOptimizer:
     """The optimizer that the options ask for."""
     model, examples = model_and_inputs(target, inputs, arguments, dtype)
@@ -164,6 +175,7 @@ def compiled(
         "coupling": number_or_word(coupling),
         "recursion": recursion,
         "feedback": switches[feedback],
+        "terminal": MonteCarlo(int(terminal)) if terminal and terminal.isdecimal() else terminal,
     }
     found = load_loss(loss)
     with working(f"deriving the optimizer of {type(model).__name__}"):

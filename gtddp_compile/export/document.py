@@ -23,6 +23,7 @@ from torch import Tensor
 from gtddp_compile.curvature import REGISTRY, Curvature, resolve
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export.codec import REMEDY, Reader, Writer, fields_of, is_instance, refuse
+from gtddp_compile.export.losses import named_classes
 from gtddp_compile.export.parts import VERSION, Parts
 from gtddp_compile.export.safety import check_code
 from gtddp_compile.export.values import base64_of, loss_arguments, make_loss
@@ -104,6 +105,12 @@ def to_json(parts: Parts) -> str:
 
 def _stored(parts: Parts) -> Stored:
     setting, lowered = parts.setting, parts.lowered
+    named = named_classes(parts.graph.ops.output)
+    if named:
+        raise CompileError(
+            f"the model returns a {named[0].__name__}: a stored program holds plain tuples, lists and dicts alone",
+            "Return one of these, or export as .py",
+        )
     return Stored(
         graph=parts.graph,
         options=parts.options,

@@ -125,7 +125,7 @@ def _factors(parts: Parts, instruction: Instruction, luggage: Luggage) -> list[s
 
 
 def _named_tuples(output: Any, luggage: Luggage) -> list[str]:
-    kinds = dict.fromkeys(_classes(output))
+    kinds = dict.fromkeys(named_classes(output))
     names = [_exported_name(kind) for kind in kinds]
     if len(set(names)) < len(names):
         raise CompileError(
@@ -143,7 +143,7 @@ def _exported_name(kind: type) -> str:
     return f"{OUTER}{kind.__name__}"
 
 
-def _classes(output: Any) -> list[Any]:
+def named_classes(output: Any) -> list[Any]:
     """Classes of named tuples in an output, from outside in.
 
     Raises:
@@ -152,12 +152,12 @@ def _classes(output: Any) -> list[Any]:
     if isinstance(output, Mapping):
         if type(output) is not dict:
             raise _no_class(output)
-        return [kind for item in output.values() for kind in _classes(item)]
+        return [kind for item in output.values() for kind in named_classes(item)]
     if isinstance(output, tuple | list):
         own = [type(output)] if _is_named(output) else []
         if not own and type(output) not in (tuple, list):
             raise _no_class(output)
-        return own + [kind for item in output for kind in _classes(item)]
+        return own + [kind for item in output for kind in named_classes(item)]
     return []
 
 
@@ -167,7 +167,7 @@ def _is_named(output: Any) -> bool:
 
 def _no_class(output: Any) -> CompileError:
     return CompileError(
-        f"the model returns a {type(output).__name__}, a class that a module which needs torch alone does not have",
+        f"the model returns a {type(output).__name__}, a class that an exported program does not have",
         "Return tensors in tuples, lists, dicts or named tuples",
     )
 
