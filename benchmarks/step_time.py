@@ -2,43 +2,65 @@
 
 A step is what a training loop does with a batch: forward, backward and update; the compiled one adds the backward sweep
 of gains and the second forward sweep. Both are timed in turns in one process, after a comparison that the first losses
-agree; peak memory is that of a process of its own, above what the imports take.
+agree; peak memory is that of a process of its own, above what the imports take. K-FAC and EK-FAC, which torch.optim has
+not, are timed in blocks of ten steps, so that their refreshes count, against the same method with ``feedback=False``
+and against a peer's (``peers.py``). Every finished row is kept in ``step_time.json`` and not measured again.
 
-    python benchmarks/step_time.py                       every network and curvature; writes docs/performance.md
-    python benchmarks/step_time.py mlp gpt6 --curvature sgd
+    python benchmarks/step_time.py --write --quick       the tables of docs/performance.md, in a quarter of an hour
+    python benchmarks/step_time.py mlp gpt6 --curvature sgd --option '{"gram": "coarse"}'
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from common import Ratio, in_process, interleaved, machine, markdown, peak, reset_peak, resident, write_section
 from networks import NETWORKS, Network
+from peers import REFRESH, available, peer_step
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from gtddp_compile import compile_optimizer
 
-BASES: dict[str, tuple[Any, dict[str, Any]]] = {
+OPTIM: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 1e-4}),
     "adam": (torch.optim.Adam, {"lr": 1e-4}),
 }
 """torch.optim's class and the options that both sides get."""
 
-HEADER = ("network", "batch", "curvature", "options", "torch.optim", "compiled", "ratio (quartiles)", "peak memory")
+KRONECKER: dict[str, dict[str, Any]] = {"kfac": {"lr": 1e-3}, "ekfac": {"lr": 1e-3}}
+"""Base methods without a class in torch.optim."""
+
+SMALL = ("digits", "mlp")
+"""Networks for K-FAC and EK-FAC: the others' factors are up to 4,608 wide, a minute's eigendecomposition each."""
+
+OPTIONS: tuple[dict[str, Any], ...] = ({}, {"gram": "coarse"})
+RESULTS = Path(__file__).with_name("step_time.json")
+HEADER = (
+    "network",
+    "batch",
+    "curvature",
+    "options",
+    "against",
+    "its step",
+    "compiled",
+    "ratio (quartiles)",
+    "peak memory",
+)
+Step = Callable[[], torch.Tensor]
 
 
-def base_step(network: Network, curvature: str, batch: int) -> Callable[[], torch.Tensor]:
+def optim_step(network: Network, curvature: str, batch: int) -> Step:
     """torch.optim's step."""
     torch.manual_seed(0)
     model, (x, y) = network.build(), network.data(batch)
-    kind, options = BASES[curvature]
+    kind, options = OPTIM[curvature]
     optimizer = kind(model.parameters(), **options)
 
     def step() -> torch.Tensor:
@@ -51,86 +73,143 @@ def base_step(network: Network, curvature: str, batch: int) -> Callable[[], torc
     return step
 
 
-def compiled_step(network: Network, curvature: str, batch: int, options: dict[str, Any]) -> Callable[[], torch.Tensor]:
+def compiled_step(network: Network, curvature: str, batch: int, options: dict[str, Any]) -> Step:
     """The compiled step, of the same weights on the same batch."""
     torch.manual_seed(0)
     model, (x, y) = network.build(), network.data(batch)
-    optimizer = compile_optimizer(
-        model, x, loss=network.losses, curvature=curvature, **BASES[curvature][1], **options
-    )  # fmt: skip
+    own = OPTIM[curvature][1] if curvature in OPTIM else KRONECKER[curvature]
+    optimizer = compile_optimizer(model, x, loss=network.losses, curvature=curvature, **own, **options)
     return lambda: optimizer.step(x, y)
 
 
-def measure(network: Network, curvature: str, batch: int, options: dict[str, Any], pairs: int, clock: str) -> Ratio:
-    """Time both in turns.
+def base_step(network: Network, curvature: str, against: str, batch: int) -> Step:
+    """What the compiled step is compared with."""
+    if against == "torch.optim":
+        return optim_step(network, curvature, batch)
+    if against == "nngeometry":
+        return peer_step(network, curvature, batch, KRONECKER[curvature]["lr"])
+    return compiled_step(network, curvature, batch, {"feedback": False})
+
+
+def measure(base: Step, ours: Step, curvature: str, pairs: int, clock: str) -> Ratio:
+    """Time both in turns, per step.
 
     Raises:
         RuntimeError: their first losses differ, so that they do not train the same network.
     """
-    base, ours = base_step(network, curvature, batch), compiled_step(network, curvature, batch, options)
     first, second = float(base()), float(ours())
     if abs(first - second) > 1e-3 * abs(first):
-        raise RuntimeError(f"{network.name}, {curvature}: the first losses are {first} and {second}")
-    return interleaved(base, ours, pairs, clock, warm=1)
+        raise RuntimeError(f"{curvature}: the first losses are {first} and {second}")
+    count = REFRESH if curvature in KRONECKER else 1
+    found = interleaved(_block(base, count), _block(ours, count), max(1, pairs // count), clock, warm=1)
+    return Ratio(found.base / count, found.ours / count, found.ratio, found.low, found.high)
+
+
+def _block(step: Step, count: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(count):
+            step()
+
+    return run
 
 
 def peak_memory(network: Network, curvature: str, batch: int, options: dict[str, Any], side: str) -> float:
-    """Peak of this process over two steps after the first, above what it held before the model was built, MiB."""
+    """Peak of this process over the second step, above what it held before the model was built, MiB."""
     torch.manual_seed(0)
     before = resident()
-    step = base_step(network, curvature, batch) if side == "base" else compiled_step(network, curvature, batch, options)
+    step = (
+        compiled_step(network, curvature, batch, options)
+        if side == "ours"
+        else base_step(network, curvature, side, batch)
+    )
     step()
     reset_peak()
     step()
-    step()
     return peak() - before
+
+
+def cases(networks: list[str], curvatures: list[str], sets: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """(network, curvature, options, against), what matters most first."""
+    found = [
+        (name, curvature, options, "torch.optim")
+        for curvature in curvatures
+        if curvature in OPTIM
+        for name in networks
+        for options in sets
+    ]
+    peers = ["feedback=False", *(["nngeometry"] if available() else [])]
+    found += [
+        (name, curvature, {}, against)
+        for name in networks
+        if name in SMALL
+        for curvature in curvatures
+        if curvature in KRONECKER
+        for against in peers
+    ]
+    return found
+
+
+def row(case: tuple[Any, ...], batch: int, pairs: int, clock: str, threads: int, memory: bool) -> tuple[str, ...]:
+    """One line of the table, measured."""
+    name, curvature, options, against = case
+    network = NETWORKS[name]
+    base = base_step(network, curvature, against, batch)
+    found = measure(base, compiled_step(network, curvature, batch, options), curvature, pairs, clock)
+    used = "–"
+    if memory:
+        arguments = [name, "--curvature", curvature, "--option", json.dumps(options), "--batch", str(batch)]
+        other, ours = (
+            in_process(__file__, *arguments, "--side", side, "--threads", str(threads))["peak"]
+            for side in (against, "ours")
+        )
+        used = f"{ours:.0f} / {other:.0f} MiB = {ours / other:.2f}"
+    return (name, str(batch), curvature, shown(options), against, f"{1e3 * found.base:.1f} ms",
+            f"{1e3 * found.ours:.1f} ms", f"{found.ratio:.2f} ({found.low:.2f}–{found.high:.2f})", used)  # fmt: skip
 
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="networks; all if none is given")] = None,
     curvature: Annotated[list[str] | None, typer.Option(help="base methods; all if none is given")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="compile options as JSON, one set each")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="compile options as JSON; default and coarse")] = None,
     batch: Annotated[int, typer.Option(help="samples a step; 0: the network's own")] = 0,
     pairs: Annotated[int, typer.Option(help="interleaved pairs; 0: the network's own")] = 0,
-    clock: Annotated[str, typer.Option(help="cpu or wall")] = "wall",
+    quick: Annotated[bool, typer.Option(help="few pairs; memory for sgd alone")] = False,
+    clock: Annotated[str, typer.Option(help="cpu or wall")] = "cpu",
     threads: Annotated[int, typer.Option(help="torch threads")] = 1,
     memory: Annotated[bool, typer.Option(help="measure peak memory too")] = True,
+    fresh: Annotated[bool, typer.Option(help="forget the rows that were measured before")] = False,
     write: Annotated[bool, typer.Option(help="write the section of docs/performance.md")] = False,
-    side: Annotated[str, typer.Option(hidden=True, help="base or ours: print the peak memory of one side")] = "",
+    side: Annotated[str, typer.Option(hidden=True, help="print the peak memory of one side")] = "",
 ) -> None:
     """Compare steps; see the module's docstring."""
     torch.set_num_threads(threads)
-    chosen = [NETWORKS[name] for name in names or NETWORKS]
-    sets = [json.loads(text) for text in option or ["{}"]]
+    sets = [json.loads(text) for text in option] if option else list(OPTIONS)
+    chosen, kinds = names or list(NETWORKS), curvature or [*OPTIM, *KRONECKER]
     if side:
-        (network,), (kind,), (options,) = chosen, curvature or [], sets
-        print(json.dumps({"peak": peak_memory(network, kind, batch or network.batch, options, side)}))
+        size = batch or NETWORKS[chosen[0]].batch
+        print(json.dumps({"peak": peak_memory(NETWORKS[chosen[0]], kinds[0], size, sets[0], side)}))
         return
-    cases = [(network, kind, options) for network in chosen for kind in curvature or BASES for options in sets]
-    console, rows = Console(), []
-    for network, kind, options in track(cases, description="timing", console=console):
+    console = Console()
+    known: dict[str, list[str]] = json.loads(RESULTS.read_text()) if RESULTS.exists() and not fresh else {}
+    for case in track(cases(chosen, kinds, sets), description="timing", console=console):
+        network = NETWORKS[case[0]]
         size = batch or network.batch
-        found = measure(network, kind, size, options, pairs or network.pairs, clock)
-        used = "–"
-        if memory:
-            arguments = [network.name, "--curvature", kind, "--option", json.dumps(options), "--batch", str(size)]
-            base, ours = (
-                in_process(__file__, *arguments, "--side", side, "--threads", str(threads))["peak"]
-                for side in ("base", "ours")
-            )
-            used = f"{ours:.0f} / {base:.0f} MiB = {ours / base:.2f}"
-        rows.append(
-            (network.name, str(size), kind, shown(options), f"{1e3 * found.base:.1f} ms", f"{1e3 * found.ours:.1f} ms",
-             f"{found.ratio:.2f} ({found.low:.2f}–{found.high:.2f})", used)
-        )  # fmt: skip
-        console.print(*rows[-1], sep="  ")
-    table = Table(*HEADER)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        key = json.dumps([*case, size, clock, threads])
+        if key not in known:
+            count = pairs or (min(network.pairs, 30 if network.pairs > 30 else 2) if quick else network.pairs)
+            known[key] = list(row(case, size, count, clock, threads, memory and (case[1] == "sgd" or not quick)))
+            RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
+            if write:
+                write_table(known, threads, clock)
+        console.print(*known[key], sep="  ")
     if write:
-        text = f"{machine(threads)}. Medians of interleaved pairs, {clock} time; quartiles of the pairs' ratios.\n\n"
-        write_section("step time", "## One step against torch.optim\n\n" + text + markdown(HEADER, rows))
+        write_table(known, threads, clock)
+
+
+def write_table(known: dict[str, list[str]], threads: int, clock: str) -> None:
+    """The section of docs/performance.md."""
+    text = f"{machine(threads)}. Medians of interleaved pairs, {clock} time; quartiles of the pairs' ratios.\n\n"
+    write_section("step time", "## One step\n\n" + text + markdown(HEADER, list(known.values())))
 
 
 def shown(options: dict[str, Any]) -> str:
