@@ -23,13 +23,16 @@ from torch import Tensor, nn
 
 from gtddp_compile import Sketch, compile_optimizer
 
-BASES: dict[str, float] = {"sgd": 0.5, "rmsprop": 2e-3, "adam": 3e-3}
+BASES: dict[str, float] = {"sgd": 0.5, "rmsprop": 2e-3, "adam": 3e-3, "ekfac": 0.05}
 """Learning rates at which the base methods train well."""
 
 GRAMS: dict[str, Any] = {
     "exact": "exact", "auto": "auto", "separable": "separable", "Sketch(8)": Sketch(8), "Sketch(32)": Sketch(32),
     "coarse": "coarse",
 }  # fmt: skip
+KRONECKER = ("exact", "auto")
+"""What there is to choose for EK-FAC: its diagonal separated or not."""
+
 EPOCHS, BATCH = 5, 128
 
 
@@ -84,6 +87,8 @@ def errors(network: str, curvature: str) -> dict[str, float]:
     """Median relative error of ``w`` by option, from the states of one exact run."""
     model, optimizer = make(network, curvature, "exact", 0)
     others = {name: make(network, curvature, gram, 0) for name, gram in GRAMS.items() if name != "exact"}
+    if curvature == "ekfac":
+        others = {"auto": others["auto"]}
     found: dict[str, list[float]] = {name: [] for name in others}
     for index, (x, y) in enumerate(batches(0)):
         before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
@@ -117,6 +122,8 @@ def main(
         for curvature in BASES:
             error = errors(network, curvature)
             for name, gram in {**GRAMS, "base method": None}.items():
+                if curvature == "ekfac" and gram is not None and name not in KRONECKER:
+                    continue
                 if gram is None:
                     losses = [base_loss(network, curvature, seed) for seed in range(seeds)]
                     said, ratio = "–", "–"

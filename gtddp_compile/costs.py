@@ -49,17 +49,32 @@ class GramChoice:
 
 def choose_gram(plan: Plan, use: Use) -> GramChoice:
     """The choice for one use of a player's parameters."""
-    prefix, graph = use.rule.prefix, plan.graph
-    if prefix == "norm":
+    if use.rule.prefix == "norm":
         return GramChoice("per-sample", True)
+    layer = _layer(plan.graph, use)
+    if layer is None:
+        return GramChoice("per-sample")
+    return layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0])
+
+
+def separates(plan: Plan, use: Use) -> bool:
+    """Whether a layer's metric that is diagonal in its own basis (EK-FAC) is separated there."""
+    layer = _layer(plan.graph, use)
+    if layer is None or plan.gram == "exact" or plan.metric != "rescaled":
+        return False
+    return layer.choice("auto", plan.columns, diagonal=True, weight=use.wants[0]).approximate == "separable"
+
+
+def _layer(graph: ControlGraph, use: Use) -> _Layer | None:
+    """Shapes of a linear layer or convolution."""
+    prefix = use.rule.prefix
     shapes = [_arranged(graph, use, ref.name) for ref in use.operands if ref.name in graph.ops.position]
     output = _arranged(graph, use, use.op)
     weight = graph.ops.parameter_info.get(use.params[0].name) if use.params and use.params[0] is not None else None
     if prefix not in ("linear", "conv") or not output or not shapes or not shapes[0] or weight is None:
-        return GramChoice("per-sample")
+        return None
     folded = prefix == "conv" and len(output) > len(weight.shape)
-    layer = _Layer(prefix, shapes[0], output, tuple(weight.shape), use.options.get("groups", 1), folded)
-    return layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0])
+    return _Layer(prefix, shapes[0], output, tuple(weight.shape), use.options.get("groups", 1), folded)
 
 
 def _arranged(graph: ControlGraph, use: Use, name: str) -> tuple[int, ...] | None:

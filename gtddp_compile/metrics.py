@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import gram, gram_diagonal, operands, output_gradient, params, per_sample, weighted
 from gtddp_compile.columns import sample_gram
+from gtddp_compile.costs import separates
 from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
 from gtddp_compile.plan import MetricBlock
@@ -80,8 +81,11 @@ def block_gram(b: Builder, t: int, found: Observed) -> str:
     if not found.of_players:
         return gram(b, t, found.block.players[0], found.metric)
     result = f"gamma_{t}_{_identity(b, found.block)}"
+    uses = [use for player in found.block.players for use in b.uses(player.name)]
+    separable = not b.factored and found.block.kind != "exact" and any(separates(b.plan, use) for use in uses)
+    options = {"separable": True} if separable else {}
     b.emit("backward", t, (f"*{result}",), "kronecker_gram", found.layers, Var(found.metric), Var(b.rows),
-           note="gamma M^-1 gamma^T")  # fmt: skip
+           note="gamma M^-1 gamma^T", **options)  # fmt: skip
     return result
 
 

@@ -89,8 +89,8 @@ class Plan:
         clip: bound on ``c``, in units of the aim; ``None`` for none.
         terminal: how the loss is expanded in the outputs: kind, aim and what of it counts one over the batch.
         removed: what the pass left out and why, in words.
-        metric: the curvature's kind.
-        gram: ``"exact"``, ``"separable"`` or ``"sketch"``.
+        metric: the curvature's kind; ``"rescaled"`` is a Kronecker one whose diagonal does not separate.
+        gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"`` or ``"coarse"``.
         columns: of the sketch.
         segments: where the trajectory is run again from; ``None`` where it is kept.
     """

@@ -17,7 +17,7 @@ from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation, StageDerivation, equation_text
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.columns import describe_terminal, vectorises
-from gtddp_compile.costs import choose_gram
+from gtddp_compile.costs import choose_gram, separates
 from gtddp_compile.difference import ProgramDiff, compare
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, read, write
@@ -234,7 +234,8 @@ class UpdateProgram:
             return "per-sample gradients, uses added" if len(uses) > 1 else "kernel, columns as samples"
         if len(uses) > 1:
             return "per-sample gradients, uses added"
-        return str(choose_gram(self.lowered.plan, uses[0]))
+        plan = self.lowered.plan
+        return f"{choose_gram(plan, uses[0])}{', metric separated' if separates(plan, uses[0]) else ''}"
 
 
 class StageNotes(Mapping[int, str]):

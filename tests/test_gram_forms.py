@@ -178,6 +178,25 @@ def test_auto_is_exact_where_that_is_cheap() -> None:
     assert choices(wide, x, curvature="adam", gram="exact") == ["exact", "exact"]
 
 
+def test_a_diagonal_in_an_eigenbasis_separates_where_the_exact_one_is_dear() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)), torch.randn(64, 64)
+    for curvature, gram, found in (("ekfac", "auto", 1), ("ekfac", "exact", 0), ("kfac", "auto", 0)):
+        optimizer = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature=curvature, gram=gram)
+        assert optimizer.program.code.count("separable=True") == optimizer.program.cost().count("separated") == found
+        assert float(optimizer.step(x, torch.arange(64) % 3)) > 0
+
+
+def test_a_separated_diagonal_of_rank_one_is_exact() -> None:
+    x, g = draw(5, 4), draw(5, 3)
+    layer = kernels.kronecker_layer(kernels.linear_rows, (x,), g, (None, None), (True, False))
+    maps, scale = (((draw(1, 4, 4), draw(1, 3, 3)),), draw(3, 1).abs() * draw(1, 4).abs())
+    metric, rows = (maps, scale.unsqueeze(0), None, (0.1,)), [slice(0, 3), slice(3, 5)]
+    exact = kernels.kronecker_gram([layer], metric, rows)
+    found = kernels.kronecker_gram([layer], metric, rows, separable=True)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
 def test_coarse_takes_the_cheapest_form_of_each_layer() -> None:
     layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 4, 4), nn.ReLU(), nn.Flatten(2)]
     model = nn.Sequential(*layers, nn.Linear(64, 128), nn.Flatten(), nn.Linear(16 * 128, 3))

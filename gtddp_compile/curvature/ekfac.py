@@ -48,6 +48,7 @@ class EKFAC(Kronecker):
 
     name = "ekfac"
     shares = True
+    rescales = True
 
     def check(self, options: Group) -> None:
         """Refuse options out of range; no damping at all (directions without curvature would have no bound)."""

@@ -60,6 +60,8 @@ class Kronecker(ABC):
     name = "kronecker"
     shares = False
     """Whether there is a form of its own for players of the same rows (Corollary 7)."""
+    rescales = False
+    """Whether the metric's diagonal in its own basis is a matrix of its own, and no product of two."""
 
     def __post_init__(self) -> None:
         self.check(self.defaults())

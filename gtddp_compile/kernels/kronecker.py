@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gtddp_compile.kernels.approximate import _separate
 from gtddp_compile.kernels.linear import linear_gram, linear_gram_diagonal
 
 CHUNK = 2**24
@@ -163,17 +164,30 @@ def _kronecker_scale(metric: Metric) -> Tensor | float:
     return total
 
 
-def kronecker_gram(layers: Sequence[Layer], metric: Metric, rows: Sequence[slice]) -> tuple[Tensor, ...]:
+def kronecker_gram(
+    layers: Sequence[Layer], metric: Metric, rows: Sequence[slice], *, separable: bool = False
+) -> tuple[Tensor, ...]:
     """``Γ = Σ_pq γ_p M⁻¹_pq γ_qᵀ``, a block a group of samples.
 
     Without positions ``(X A⁻¹ Xᵀ) ∘ (G B⁻¹ Gᵀ)``; with them pairs of positions, or ``γ̂`` in chunks where its rows would
     not fit.
     """
-    return tuple(_kronecker_gram_of(layers, metric, row) for row in rows)
-
-
-def _kronecker_gram_of(layers: Sequence[Layer], metric: Metric, row: slice) -> Tensor:
     scale = _kronecker_scale(metric)
+    if separable and isinstance(scale, Tensor):
+        metric, scale = _kronecker_separated(metric, scale), 1.0
+    return tuple(_kronecker_gram_of(layers, metric, scale, row) for row in rows)
+
+
+def _kronecker_separated(metric: Metric, scale: Tensor) -> Metric:
+    """The maps with a diagonal that is separated into them (``kernels/approximate.py``)."""
+    maps, _, cross, rates = metric
+    pairs = [_separate(part) for part in scale]
+    by_x, by_g = torch.stack([c for _, c in pairs]), torch.stack([r for r, _ in pairs])  # type: ignore[arg-type,misc]
+    scaled = tuple((map_x * by_x.unsqueeze(1), map_g * by_g.unsqueeze(1)) for map_x, map_g in maps)
+    return scaled, 1.0, cross, rates
+
+
+def _kronecker_gram_of(layers: Sequence[Layer], metric: Metric, scale: Tensor | float, row: slice) -> Tensor:
     parts = list(_kronecker_slices(layers, row))
     if len(parts) == 1:
         x, g = _kronecker_stacked(layers, metric, row)
