@@ -202,6 +202,36 @@ def frames_apart(net: Any, x: Tensor) -> Tensor:
     return net.head(y.square().mean((1, 3, 4)))
 
 
+def tokens() -> dict[str, nn.Module]:
+    return {"patch": nn.Linear(2, 3), "token": Bare(3), "mix": nn.Linear(3, 3), "norm": nn.LayerNorm(3),
+            "head": nn.Linear(3, 3)}  # fmt: skip
+
+
+class Bare(nn.Module):
+    """A parameter."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.linspace(-1, 1, size).view(1, 1, size))
+
+
+def class_tokens_a_frame(net: Any, x: Tensor) -> Tensor:
+    """(B, F, T, 2): the class token is no function of the inputs, and every frame gets a copy."""
+    count, frames = x.shape[:2]
+    h = torch.cat([net.token.value.expand(count, -1, -1), net.patch(x).flatten(1, 2)], 1)
+    token = torch.tanh(net.mix(h[:, :1].repeat(1, frames, 1).reshape(-1, 1, 3)))
+    y = net.norm(token + h[:, 1:].reshape(count * frames, -1, 3))
+    return net.head(y.reshape(count, -1, 3).sum(1))
+
+
+def class_tokens_apart(net: Any, x: Tensor) -> Tensor:
+    count, frames = x.shape[:2]
+    h = torch.cat([net.token.value.expand(count, -1, -1), net.patch(x).flatten(1, 2)], 1)
+    token = torch.tanh(net.mix(h[:, :1].repeat(1, frames, 1)))
+    y = net.norm(token.unsqueeze(2) + h[:, 1:].reshape(count, frames, -1, 3))
+    return net.head(y.sum((1, 2)))
+
+
 def views() -> dict[str, nn.Module]:
     return {"first": nn.Linear(3, 4), "norm": nn.LayerNorm(4), "second": nn.Linear(4, 2), "head": nn.Linear(4, 3)}
 
@@ -246,6 +276,7 @@ NETWORKS = {
     "heads": Arranged(heads, heads_with_samples, heads_apart, (3, 4), frozenset({INNER})),
     "windows": Arranged(windows, windows_with_samples, windows_apart, (4, 2), frozenset({INNER})),
     "frames": Arranged(frames, frames_with_samples, frames_apart, (2, 1, 3, 3), frozenset({INNER})),
+    "class tokens": Arranged(tokens, class_tokens_a_frame, class_tokens_apart, (2, 3, 2), frozenset({INNER})),
     "views": Arranged(views, views_one_after_the_other, views_apart, (3,), frozenset({OUTER})),
     "layers by the generic rule": Arranged(own, own_with_samples, own_apart, (3, 2), frozenset({INNER})),
 }

@@ -1,4 +1,4 @@
-"""Random networks: forks, merges, mappings, shared modules, several inputs and outputs (a hypothesis strategy).
+"""Random networks: forks, merges, mappings, folds, shared modules, several inputs and outputs (a hypothesis strategy).
 
 A network is a list of steps over the values computed so far; every value is (B, WIDTH), so any two can be merged.
 """
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 BATCH, WIDTH = 3, 2
 ACTIVATIONS = {"tanh": torch.tanh, "sin": torch.sin, "sigmoid": torch.sigmoid, "neg": torch.neg, "same": torch.clone}
-MERGES = ("add", "sub", "mul", "cat", "gate")
+MERGES = ("add", "sub", "mul", "cat", "gate", "inner", "outer")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ class Network(nn.Module):
             return act(x)
         if step.kind == "cat":
             return act(self.layers[step.layer](torch.cat(read, 1)))
+        if step.kind == "inner":  # both values of a sample, one after the other
+            rows = torch.stack(read, 1).flatten(0, 1)
+            return act(self.layers[step.layer](rows)).unflatten(0, (-1, 2)).sum(1)
+        if step.kind == "outer":  # one value of all samples, then the other
+            first, second = act(self.layers[step.layer](torch.cat(read))).chunk(2)
+            return first * second
         if step.kind == "gate":
             return torch.sigmoid(x) * read[1]
         return {"add": torch.add, "sub": torch.sub, "mul": torch.mul}[step.kind](x, read[1])
@@ -97,9 +103,9 @@ def plans(draw: st.DrawFn) -> Plan:
             layer = draw(st.sampled_from(square)) if square else -1
             kind = {"again": "layer"}.get(kind, kind) if square else "map"
             steps.append(Step(kind, (value(),), layer, act))
-        elif kind in ("layer", "cat"):
-            steps.append(Step(kind, tuple(value() for _ in range(1 + (kind == "cat"))), count, act))
-            square += [count] if kind == "layer" else []
+        elif kind in ("layer", "cat", "inner", "outer"):
+            steps.append(Step(kind, tuple(value() for _ in range(1 + (kind != "layer"))), count, act))
+            square += [count] if kind != "cat" else []
             count += 1
         elif kind == "map":
             steps.append(Step(kind, (value(),), act=act))

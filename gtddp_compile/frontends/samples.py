@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from gtddp_compile import kernels
 from gtddp_compile.frontends.reference import SEED, evaluate, leaves
 from gtddp_compile.frontends.traced import Untraceable
-from gtddp_compile.graph import Method, Op, OpGraph, Ref
+from gtddp_compile.graph import Method, Op, OpGraph, ParamRef, Ref
 from gtddp_compile.graph.layouts import LEADING, Layout, candidates
 
 REORDERING = frozenset(
     {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT", "einsum", "rearrange"}
 )
 """Kinds that may bring another axis of the batch's size to the front."""
+
+SPREADING = frozenset({"expand", "expand_as", "repeat", "tile", "broadcast_to"})
+"""Kinds that give every sample a copy."""
 
 ORDER = ".order"
 """Suffix of the operation that says in which order the rows that an operation takes lie sample by sample."""
@@ -183,13 +186,19 @@ def _like(own: Tensor, value: Tensor, seed: int, *, bold: bool) -> Tensor:
 def _found(graph: OpGraph, model: nn.Module, trial: Trial, moving: frozenset[str]) -> dict[str, Layout | None]:
     found: dict[str, Layout | None] = {name: LEADING for name in graph.inputs}
     orders = _Orders(graph)
+    spread = frozenset(op.name for op in graph.ops if op.name not in moving and _is_spread(op, graph))
     for op, values in _side_by_side(graph, model, trial):
+        if op.name in spread:
+            _change(values, trial)
         implied = [found[name] for name in op.operands if found.get(name) is not None]
         if op.name not in moving or not isinstance(values[0], Tensor):
             found[op.name] = implied[0] if implied and not op.is_size else None  # parts of a tuple lie as a rule as it
             continue
         shape = tuple(values[0].shape)
-        layout = _decide(candidates(shape, trial.batch), [_differs(values[0], v) for v in values[1:]], trial, implied)
+        masks = [_differs(values[0], other) for other in values[1:]]
+        layout = _decide(candidates(shape, trial.batch), masks, trial, implied)
+        if _is_dead(op, masks) and layout == LEADING and LEADING in implied:
+            _change(values, trial)
         if layout is None:
             layout = next((o for o in orders.likely(op, implied) if orders.holds(o, values, trial)), None)
         found[op.name] = layout
@@ -253,8 +262,36 @@ class _Orders:
         return frozenset(found)
 
 
+def _is_spread(op: Op, graph: OpGraph) -> bool:
+    """Whether a value is one that every sample gets a copy of (a class token): no input changes it."""
+    if op.kind not in SPREADING or not op.is_differentiable or not op.shape or op.shape[0] != graph.batch:
+        return False
+    before = op.leaves[0] if op.leaves else None
+    known = graph.parameter_info if isinstance(before, ParamRef) else graph.by_name
+    shape = getattr(known.get(before.name), "shape", None) if before is not None else None
+    return shape is not None and (len(shape) < len(op.shape) or shape[0] == 1)
+
+
+def _is_dead(op: Op, masks: Sequence[Tensor | None]) -> bool:
+    """Whether no input changes a value (``x - x``), so that nothing would tell where it goes from here."""
+    unseen = not any(mask is None or bool(mask.any()) for mask in masks)
+    return unseen and op.is_differentiable and op.kind not in REORDERING
+
+
+def _change(values: list[Any], trial: Trial) -> None:
+    """Change the changed sample's part of a value, so that its way can be followed."""
+    for run, sample in enumerate(trial.changed, 1):
+        if isinstance(values[run], Tensor) and values[run].dim() and len(values[run]) == trial.batch:
+            changed = values[run].detach().clone()
+            changed[sample] = _like(changed[sample], changed, run, bold=True)
+            values[run] = changed
+
+
 def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tuple[Op, list[Any]]]:
-    """Every operation with its values, for the inputs and each variant; they are let go after their last reader."""
+    """Every operation with its values, for the inputs and each variant; they are let go after their last reader.
+
+    The list may be changed; the operations after it see what it holds then.
+    """
     last = {name: op.name for op in graph.ops for name in op.operands}
     runs = []
     for inputs in (trial.inputs, *trial.variants):
@@ -264,7 +301,10 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
             for values, params, buffers in runs:
                 if op.target is not None:
                     values[op.name] = _evaluate(op, values, params, buffers)
-            yield op, [values[op.name] for values, _, _ in runs]
+            found = [values[op.name] for values, _, _ in runs]
+            yield op, found
+            for (values, _, _), value in zip(runs, found, strict=True):
+                values[op.name] = value
             for name in {*op.operands, op.name}:
                 if last.get(name, name) == op.name:
                     for values, _, _ in runs:
