@@ -29,7 +29,7 @@ Reads = dict[str, tuple[str, ...]]
 
 def carries_gradient(op: Op) -> bool:
     """Whether gradients can pass through the operation: not a size, an index, or a detached value."""
-    return op.kind not in STOPS and (op.is_differentiable or not op.is_tensor)
+    return op.kind not in STOPS and (op.is_differentiable or not (op.is_tensor or op.is_size))
 
 
 def reaches_output(graph: OpGraph) -> frozenset[str]:
