@@ -1,104 +1,345 @@
-"""Time and memory over batch, depth, width and shortcuts, against the dense formulation where both compute one update.
+"""Time and memory of a step over batch, depth, width and shortcuts, against the dense formulation (paper: Fig. 1).
 
 The dense backend executes the derivation with explicit Jacobians and matrices, the whole batch-augmented value Hessian
-among them: the earlier formulation of the paper's Fig. 1. Every case checks first that both make the same step.
+among them: the earlier formulation of full coupling. It carries that Hessian to the inputs, where nobody reads it, so
+the networks here have inputs no wider than their states. Every pair of cases is compared: both make the same step. What the dense side cannot hold at batch 128 is extrapolated from smaller batches, and called so.
 
-    python benchmarks/scaling.py               writes docs/performance.md and docs/scaling.svg
+    python benchmarks/scaling.py            measures what benchmarks/.data/scaling.json does not have yet
+    python benchmarks/scaling.py --write    and writes docs/scaling.md and docs/scaling.svg
 """
 
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import torch
 import typer
-from common import DOCS, in_process, machine, markdown, peak, reset_peak, resident, write_section
+from common import DOCS, machine, markdown, peak, reset_peak, resident
+from digit_images import CACHE
 from matplotlib.figure import Figure
-from networks import ResidualMLP
+from networks import DigitsNet, ResidualMLP
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer
 
-START = {"batch": 16, "width": 16, "depth": 3, "shortcuts": 1}
-SWEEPS = {"batch": (4, 8, 16, 32, 64, 128), "width": (8, 16, 32), "depth": (2, 4, 8), "shortcuts": (0, 1, 2, 3)}
-"""What is varied, the rest as in START; images of 8×8."""
+RAW = CACHE / "scaling.json"
+BATCH = 128
+"""Of the paper's MNIST runs."""
 
 
-def step_of(case: dict[str, int], backend: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The model and its step, in double precision."""
+@dataclass(frozen=True)
+class Case:
+    """A network and a batch.
+
+    Attributes:
+        network: ``"mlp"`` (residual layers, inputs as wide as they are) or ``"conv"`` (Fig. 5's residual block on
+            MNIST's 28×28 pixels).
+        batch, width, depth, shortcuts: its sizes; ``"conv"`` has a depth and a shortcut of its own.
+        side: ``"closed"``, ``"dense"``, ``"recompute"`` (the closed form, trajectory run again) or ``"torch"``
+            (torch.optim.SGD).
+        double: in float64 (where both sides are compared) or float32.
+        steps: timed.
+    """
+
+    network: str
+    batch: int
+    width: int
+    depth: int = 3
+    shortcuts: int = 1
+    side: str = "closed"
+    double: bool = True
+    steps: int = 5
+
+    @property
+    def key(self) -> str:
+        """Identifies it in the raw results."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Cases that differ in one number.
+
+    Attributes:
+        title: heading of its table and plot.
+        varied: attribute of :class:`Case` that varies.
+        cases: of the closed form.
+        sides: what it is compared with; for each, up to which value that is measured.
+    """
+
+    title: str
+    varied: str
+    cases: tuple[Case, ...]
+    sides: tuple[tuple[str, int], ...]
+
+
+def varied(base: Case, name: str, values: Sequence[int]) -> tuple[Case, ...]:
+    """The case with other values of one attribute."""
+    return tuple(Case(**{**asdict(base), name: value}) for value in values)
+
+
+SMALL = Case("mlp", 16, 16)
+SWEEPS = (
+    Sweep("MNIST, residual block: batch", "batch", varied(Case("conv", 1, 1), "batch", (1, 2, 4, 8, 32, 128)),
+          (("dense", 4),)),
+    Sweep("MNIST, residual block of 16 channels: batch", "batch",
+          varied(Case("conv", 1, 16, double=False), "batch", (16, 32, 64, 128, 256)), (("torch", 256),)),
+    Sweep("Small: batch", "batch", varied(SMALL, "batch", (8, 16, 32, 64, 128)), (("dense", 128),)),
+    Sweep("Small: width", "width", varied(SMALL, "width", (8, 16, 32)), (("dense", 32),)),
+    Sweep("Small: depth", "depth", varied(SMALL, "depth", (2, 4, 8, 16)), (("dense", 16),)),
+    Sweep("Small: shortcuts", "shortcuts", varied(Case("mlp", 16, 16, 4), "shortcuts", (0, 1, 2, 4)), (("dense", 4),)),
+    Sweep("Trajectory kept or run again: depth", "depth",
+          varied(Case("mlp", 128, 256, double=False, steps=3), "depth", (16, 32, 64, 128)),
+          (("recompute", 128), ("torch", 128))),
+)  # fmt: skip
+
+
+# --- one case, in a process of its own --------------------------------------------------------------------------------
+
+
+def step_of(case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """The model and its step."""
     torch.manual_seed(0)
-    model = ResidualMLP(64, case["width"], case["depth"], shortcuts=case["shortcuts"]).double()
-    x, y = torch.randn(case["batch"], 64).double(), torch.randint(10, (case["batch"],))
-    optimizer = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, backend=backend)
-    return model, lambda: optimizer.step(x, y)
+    if case.network == "conv":
+        model: nn.Module = DigitsNet(case.width, 28)
+        x = torch.randn(case.batch, 1, 28, 28)
+    else:
+        model = ResidualMLP(case.width, case.width, case.depth, shortcuts=case.shortcuts)
+        x = torch.randn(case.batch, case.width)
+    y = torch.randint(10, (case.batch,))
+    if case.double:
+        model, x = model.double(), x.double()
+    loss = nn.CrossEntropyLoss()
+    if case.side == "torch":
+        plain = torch.optim.SGD(model.parameters(), lr=0.1)
+        return model, lambda: _plain_step(plain, model, loss, x, y)
+    compiled = compile_optimizer(
+        model, x, loss=loss, curvature="sgd", lr=0.1,
+        backend="dense" if case.side == "dense" else "fast", memory="recompute" if case.side == "recompute" else "keep",
+    )  # fmt: skip
+    return model, lambda: compiled.step(x, y)
 
 
-def measure(case: dict[str, int], backend: str, repeats: int) -> dict[str, float]:
-    """Median seconds of a step, peak MiB above the imports, and a checksum of the parameters after one step."""
+def _plain_step(optimizer: torch.optim.Optimizer, model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    value: Tensor = loss(model(x), y)
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Median seconds of processor time a step, peak MiB above what was there, checksum of the parameters after it."""
+    warm_up()  # pages of libraries are mapped once more in a forked process
     before = resident()
-    model, step = step_of(case, backend)
-    step()
-    checksum = sum(float((p * torch.arange(p.numel()).view_as(p).cos()).sum()) for p in model.parameters())
+    model, step = step_of(case)
     reset_peak()
-    taken = []
-    for _ in range(repeats):
-        start = time.process_time()
-        step()
-        taken.append(time.process_time() - start)
+    start = time.process_time()
+    step()
+    taken = [time.process_time() - start]
+    checksum = sum(
+        float((p.detach().double() * torch.arange(p.numel()).view_as(p).cos()).sum()) for p in model.parameters()
+    )
+    if taken[0] < 1:  # the first step of small networks has what is done once in it
+        taken = []
+        for _ in range(case.steps):
+            start = time.process_time()
+            step()
+            taken.append(time.process_time() - start)
     return {"seconds": statistics.median(taken), "peak": peak() - before, "checksum": checksum}
 
 
+def warm_up() -> None:
+    """Load what compiling and the first steps load, so that it is no part of the first case."""
+    for side in ("closed", "dense", "torch"):
+        step_of(Case("mlp", 2, 2, 1, side=side))[1]()
+
+
+def apart(case: Case) -> dict[str, float]:
+    """Measure in a process of its own, forked from this one after the warm-up."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=lambda: theirs.send(measure(case)))
+    process.start()
+    theirs.close()
+    try:
+        found: dict[str, float] = ours.recv()
+    except EOFError as error:
+        raise RuntimeError(f"{case} ended without a result: out of memory?") from error
+    process.join()
+    return found
+
+
+def with_allocator() -> None:
+    """Start again with an allocator that gives memory back, if this is not one."""
+    settings = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    if any(os.environ.get(key) != value for key, value in settings.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def wanted(sweep: Sweep) -> list[Case]:
+    """Cases of a sweep, the other sides where they are measured."""
+    found = list(sweep.cases)
+    for side, most in sweep.sides:
+        found += [Case(**{**asdict(case), "side": side}) for case in sweep.cases if getattr(case, sweep.varied) <= most]
+    return found
+
+
+def check(sweep: Sweep, raw: dict[str, dict[str, float]]) -> None:
+    """The dense formulation (and running segments again) makes the same update.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    for case in wanted(sweep):
+        if case.side in ("dense", "recompute"):
+            ours, theirs = (
+                raw[c.key]["checksum"] for c in (Case(**{**asdict(case), "side": "closed"}), case)
+            )  # fmt: skip
+            tolerance = (1e-8 if case.double else 1e-4) * max(1.0, abs(theirs))
+            if abs(ours - theirs) > tolerance:
+                raise RuntimeError(f"{sweep.title}: at {getattr(case, sweep.varied)} the two updates differ")
+
+
+def exponent(points: Sequence[tuple[int, float]]) -> float:
+    """Slope of the regression line through the logarithms."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(max(y, 1e-12)) for _, y in points]
+    return statistics.linear_regression(xs, ys).slope
+
+
+def series(sweep: Sweep, raw: dict[str, dict[str, float]], side: str, quantity: str) -> list[tuple[int, float]]:
+    """Measured points of one side."""
+    cases = [case for case in wanted(sweep) if case.side == side and case.key in raw]
+    return [(getattr(case, sweep.varied), raw[case.key][quantity]) for case in cases]
+
+
+def section(sweep: Sweep, raw: dict[str, dict[str, float]]) -> str:
+    """Table of one sweep, with exponents, and what the other side would take where it was not measured."""
+    rows = []
+    for case in wanted(sweep):
+        found, value = raw[case.key], getattr(case, sweep.varied)
+        other = raw[Case(**{**asdict(case), "side": "closed"}).key]
+        compared = "" if case.side == "closed" else (
+            f"{found['seconds'] / other['seconds']:.3g}× time, {found['peak'] / max(other['peak'], 1.0):.3g}× memory"
+        )  # fmt: skip
+        rows.append((case.side, str(value), seconds(found["seconds"]), f"{found['peak']:.0f} MiB", compared))
+    sides = list(dict.fromkeys(case.side for case in wanted(sweep)))
+    header = ("side", sweep.varied, "time a step", "peak memory", "against the closed form")
+    said = [markdown(header, rows), ""]
+    if sweep.varied != "shortcuts":
+        fits = [
+            f"{side} {exponent(series(sweep, raw, side, 'seconds')):.2f} in time, "
+            f"{exponent(series(sweep, raw, side, 'peak')):.2f} in memory"
+            for side in sides
+        ]
+        said += [f"Exponents in the {sweep.varied} (least squares through logarithms): {'; '.join(fits)}.", ""]
+    first = sweep.cases[0]
+    if sweep.varied == "batch" and first.network == "conv" and sweep.sides[0][0] == "dense":
+        said += [extrapolation(sweep, raw), ""]
+    fixed = {key: value for key, value in asdict(first).items()
+             if key not in (sweep.varied, "side", "steps", "double", "network")}  # fmt: skip
+    if first.network == "conv":
+        fixed = {"channels": first.width}
+    shown = ", ".join(f"{key} {value}" for key, value in fixed.items())
+    return f"## {sweep.title}\n\n{shown}; {'float64' if first.double else 'float32'}.\n\n" + "\n".join(said)
+
+
+def extrapolation(sweep: Sweep, raw: dict[str, dict[str, float]]) -> str:
+    """What the dense side would take at batch 128, by its own fitted exponents."""
+    said = []
+    closed = raw[next(case for case in sweep.cases if case.batch == BATCH).key]
+    for quantity, shown in (("seconds", seconds), ("peak", mebibytes)):
+        points = series(sweep, raw, "dense", quantity)
+        last, value = points[-1]
+        guess = value * (BATCH / last) ** exponent(points)
+        ratio = guess / max(closed[quantity], 1e-3)
+        said.append(f"{shown(guess)} ({ratio:.2g} times the closed form's {shown(closed[quantity])})")
+    return (
+        f"**Extrapolated, not measured**: at batch {BATCH} the dense formulation would take {said[0]} and {said[1]}, "
+        "by the exponents fitted to its measured batches, which still rise at such small ones (its products are cubic "
+        "and its matrices square in the batch)."
+    )
+
+
+def seconds(value: float) -> str:
+    """With a unit that fits."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if value >= (1 if unit == "s" else 2) * size:
+            return f"{value / size:.3g} {unit}"
+    return f"{1e3 * value:.3g} ms"
+
+
+def mebibytes(value: float) -> str:
+    """With a unit that fits."""
+    return f"{value:.0f} MiB" if value < 4096 else f"{value / 1024:.0f} GiB"
+
+
 def main(
-    repeats: Annotated[int, typer.Option(help="steps a case")] = 5,
-    sweep: Annotated[list[str] | None, typer.Option(help="which sweeps; all if none is given")] = None,
-    case: Annotated[str, typer.Option(hidden=True, help="one case as JSON")] = "",
-    backend: Annotated[str, typer.Option(hidden=True)] = "fast",
-    write: Annotated[bool, typer.Option(help="write the section of docs/performance.md and the plot")] = False,
+    only: Annotated[str, typer.Option(help="measure only sweeps whose title contains this")] = "",
+    again: Annotated[bool, typer.Option(help="measure again what is there already")] = False,
+    write: Annotated[bool, typer.Option(help="write docs/scaling.md and docs/scaling.svg")] = False,
 ) -> None:
     """Compare the closed form with the dense formulation; see the module's docstring."""
+    with_allocator()
     torch.set_num_threads(1)
-    if case:
-        print(json.dumps(measure(json.loads(case), backend, repeats)))
-        return
-    cases = [(name, value) for name in sweep or SWEEPS for value in SWEEPS[name]]
-    console, rows, points = Console(), [], {}
-    for name, value in track(cases, description="scaling", console=console):
-        arguments = ["--case", json.dumps({**START, name: value}), "--repeats", str(repeats)]
-        fast, dense = (in_process(__file__, *arguments, "--backend", kind) for kind in ("fast", "dense"))
-        if abs(fast["checksum"] - dense["checksum"]) > 1e-8 * max(1.0, abs(dense["checksum"])):
-            raise RuntimeError(f"{name} {value}: the two updates differ")
-        points[name, value] = (fast, dense)
-        rows.append(
-            (name, str(value), f"{1e3 * fast['seconds']:.2f} ms", f"{1e3 * dense['seconds']:.2f} ms",
-             f"{dense['seconds'] / fast['seconds']:.1f}", f"{fast['peak']:.0f} MiB", f"{dense['peak']:.0f} MiB",
-             f"{dense['peak'] / max(fast['peak'], 1.0):.1f}")
-        )  # fmt: skip
-        console.print(*rows[-1], sep="  ")
+    warm_up()
+    raw: dict[str, dict[str, float]] = json.loads(RAW.read_text()) if RAW.exists() else {}
+    sweeps = [sweep for sweep in SWEEPS if only in sweep.title]
+    cases = list(dict.fromkeys(c for sweep in sweeps for c in wanted(sweep) if again or c.key not in raw))
+    console = Console()
+    for one in track(cases, description="scaling", console=console):
+        raw[one.key] = apart(one)
+        RAW.parent.mkdir(exist_ok=True)
+        RAW.write_text(json.dumps(raw, indent=1))
+        found = raw[one.key]
+        size = f"batch {one.batch}, width {one.width}, depth {one.depth}, shortcuts {one.shortcuts}"
+        console.print(f"{one.network} {one.side}: {size}: {seconds(found['seconds'])}, {found['peak']:.0f} MiB")
+    for sweep in sweeps:
+        check(sweep, raw)
+        console.print(section(sweep, raw), markup=False)
     if write:
-        header = ("varied", "value", "closed form", "dense", "times", "closed form", "dense", "times")
-        write_section("scaling", f"## Against the dense formulation\n\n{machine(1)}. Others: {START}.\n\n"
-                      + markdown(header, rows) + "\n\n![time and memory](scaling.svg)")  # fmt: skip
-        plot(points)
+        head = (
+            "# Scaling against the dense formulation\n\nWritten by `benchmarks/scaling.py --write`, nothing by "
+            f"hand. {machine(1)}. Processor time of a step (median), peak resident memory of a process "
+            "of its own above its beginning. *closed* is the default program (full coupling), *dense* the same update "
+            "with explicit matrices (the earlier formulation of paper's Fig. 1; that both make the same step is checked), "
+            '*torch* torch.optim.SGD\'s step, *recompute* the program with `memory="recompute"`.\n\n'
+            "![time and memory](scaling.svg)\n\n"
+        )
+        (DOCS / "scaling.md").write_text(head + "\n".join(section(sweep, raw) for sweep in SWEEPS).rstrip() + "\n")
+        plot(raw)
 
 
-def plot(points: dict[tuple[str, int], tuple[dict[str, float], dict[str, float]]]) -> None:
+def plot(raw: dict[str, dict[str, float]]) -> None:
     """Time and memory over what is varied."""
-    names = list(dict.fromkeys(name for name, _ in points))
-    figure = Figure(figsize=(3.2 * len(names), 5.5), layout="constrained")
-    axes = figure.subplots(2, len(names), squeeze=False)
-    for column, name in enumerate(names):
-        values = [value for other, value in points if other == name]
-        for row, (key, label) in enumerate((("seconds", "seconds a step"), ("peak", "peak MiB"))):
-            for side, kind in enumerate(("closed form", "dense")):
-                axes[row, column].plot(values, [points[name, v][side][key] for v in values], "o-", label=kind)
-            axes[row, column].set(xlabel=name, ylabel=label, yscale="log")
-    axes[0, 0].legend()
+    figure = Figure(figsize=(2.6 * len(SWEEPS), 5.2), layout="constrained")
+    axes = figure.subplots(2, len(SWEEPS), squeeze=False)
+    looks = {"closed": "C0o-", "dense": "C3s-", "recompute": "C2^-", "torch": "C7d--"}
+    for column, sweep in enumerate(SWEEPS):
+        for row, (quantity, label) in enumerate((("seconds", "seconds a step"), ("peak", "peak MiB"))):
+            for side in dict.fromkeys(case.side for case in wanted(sweep)):
+                points = series(sweep, raw, side, quantity)
+                axes[row, column].plot(*zip(*points, strict=True), looks[side], label=side, markersize=4)
+            scale = "linear" if sweep.varied == "shortcuts" else "log"
+            axes[row, column].set(xlabel=sweep.varied, yscale="log", xscale=scale)
+            axes[row, 0].set_ylabel(label)
+        axes[0, column].set_title("\n".join(sweep.title.replace(": ", ":\n").replace(" of ", "\nof ").split("\n")),
+                                  fontsize=8)  # fmt: skip
+        axes[1, column].legend(fontsize=7)
     figure.savefig(DOCS / "scaling.svg")
 
 
