@@ -2,7 +2,8 @@
 
 The dense backend executes the derivation with explicit Jacobians and matrices, the whole batch-augmented value Hessian
 among them: the earlier formulation of full coupling. It carries that Hessian to the inputs, where nobody reads it, so
-the networks here have inputs no wider than their states. Every pair of cases is compared: both make the same step. What the dense side cannot hold at batch 128 is extrapolated from smaller batches, and called so.
+the networks here have inputs no wider than their states. Every pair of cases is compared: both make the same step.
+What the dense side cannot hold at batch 128 is extrapolated from smaller batches, and called so.
 
     python benchmarks/scaling.py            measures what benchmarks/.data/scaling.json does not have yet
     python benchmarks/scaling.py --write    and writes docs/scaling.md and docs/scaling.svg
@@ -316,7 +317,7 @@ def main(
             "# Scaling against the dense formulation\n\nWritten by `benchmarks/scaling.py --write`, nothing by "
             f"hand. {machine(1)}. Processor time of a step (median), peak resident memory of a process "
             "of its own above its beginning. *closed* is the default program (full coupling), *dense* the same update "
-            "with explicit matrices (the earlier formulation of paper's Fig. 1; that both make the same step is checked), "
+            "with explicit matrices (the earlier formulation of the paper's Fig. 1; both make the same step, checked), "
             '*torch* torch.optim.SGD\'s step, *recompute* the program with `memory="recompute"`.\n\n'
             "![time and memory](scaling.svg)\n\n"
         )
