@@ -260,7 +260,7 @@ class Training:
         run.seconds.append(self._clock)
         run.loss.append(loss)
         run.accuracy.append(accuracy)
-        if not math.isfinite(loss) or loss > 100:
+        if not math.isfinite(loss) or loss > 1e6:
             run.ended = "diverged"
         elif loss <= (TARGET if run.sweep else TARGET / 5):
             run.ended = "fitted"
