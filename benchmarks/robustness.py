@@ -36,6 +36,7 @@ TORCH: dict[str, type[torch.optim.Optimizer]] = {
 }
 BATCHES = {8: 2, 32: 4, 128: 8}
 """Epochs by batch size, in the study of small batches."""
+MNIST_GRID: dict[str, tuple[float, ...]] = {"sgd": (0.1, 1.0, 10.0), "rmsprop": (1e-3, 5e-3)}
 SMALL_GRID = {"sgd": (0.1, 0.5), "rmsprop": (1e-3, 1e-2)}
 Grid = dict[str, tuple[float, ...]]
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -226,6 +227,8 @@ class Task:
     data: Images
     epochs: int
     batch: int = BATCH
+    grid: Grid | None = None
+    """Its own, where a run takes longer."""
 
 
 def tasks(mnist: bool) -> list[Task]:
@@ -234,7 +237,7 @@ def tasks(mnist: bool) -> list[Task]:
     found = [
         Task(f"digits, {kind.__name__}", lambda k=kind: k(64), small, 6) for kind in (ResidualMLP, DeepMLP, ConvNet)
     ]
-    return [*found, Task(MNIST, lambda: ResidualMLP(784), mnist_5k(), 2)] if mnist else found
+    return [*found, Task(MNIST, lambda: ResidualMLP(784), mnist_5k(), 2, grid=MNIST_GRID)] if mnist else found
 
 
 def small_tasks() -> list[Task]:
@@ -277,7 +280,7 @@ class Study:
     @property
     def settings(self) -> list[tuple[Task, str, float]]:
         """Task, base method and learning rate."""
-        return [(task, c, lr) for task in self.tasks for c, rates in self.grid.items() for lr in rates]
+        return [(task, c, lr) for task in self.tasks for c, rates in (task.grid or self.grid).items() for lr in rates]
 
 
 def measure(study: Study, raw: Path) -> Results:
@@ -351,7 +354,7 @@ def tables(results: Results, study: Study) -> list[str]:
     for task in study.tasks:
         lines += [f"### {task.name}, {task.epochs} epochs", "", "| base | lr | " + " | ".join(study.remedies) + " |"]
         lines.append("| --- " * (2 + len(study.remedies)) + "|")
-        for curvature, rates in study.grid.items():
+        for curvature, rates in (task.grid or study.grid).items():
             for lr in rates:
                 values = {name: results[task.name, curvature, lr, name] for name in study.remedies}
                 best = min(statistics.median(v) for v in values.values())
@@ -387,7 +390,7 @@ def main(
     few = f"{mnist_seeds} on MNIST-5k, " if mnist else ""
     made = (
         f"Written by benchmarks/robustness.py: {seeds} seeds ({few}{small_seeds} in the study of small batches; "
-        f" weights and batches, the same for all), torch {torch.__version__}, "
+        f"weights and batches, the same for all), torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.machine()}, one thread."
     )
     text = (Path(__file__).parent / "robustness.md.in").read_text(encoding="utf-8").replace("{made}", made)
