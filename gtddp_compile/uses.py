@@ -152,6 +152,13 @@ def _evaluate(graph: ControlGraph, use: Use, params: tuple[torch.Tensor, ...], *
     return values[Ref(use.op)]
 
 
+def _repeats(graph: ControlGraph, use: Use, samples: int) -> bool:
+    """Whether an operand that samples share may be as long as the batch: a mask repeated for every sample, say."""
+    shared = (ref for ref, own in zip(use.operands, use.options["batched"], strict=True) if not own)
+    shapes = [graph.op(ref.name).shape for ref in shared if isinstance(ref, Ref)]
+    return any(shape and shape[0] > 1 and shape[0] % samples == 0 for shape in shapes)
+
+
 LARGEST_TRIAL = 2**22
 """Elements of ``γ`` up to which a player is tried: beyond, it is some table or matrix of torch's own."""
 
@@ -165,7 +172,7 @@ def probe_generic(graph: ControlGraph, use: Use) -> Mapping[str, Any]:
     sizes = sum(math.prod(graph.ops.parameter_info[name].shape) for name in use.names)
     untried = use.extras or any(isinstance(ref, BufferRef) for ref in (*use.operands, *use.params))
     if untried or samples * sizes > LARGEST_TRIAL:
-        return use.options
+        return {**use.options, "mixes": use.options["mixes"] or _repeats(graph, use, samples)}
     generator = torch.Generator().manual_seed(0)
 
     def sample(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:

@@ -82,6 +82,32 @@ class RelativePositions(nn.Module):
         return self.o((scores @ h[:, :, None]).squeeze(-1))
 
 
+class RepeatedMask(nn.Module):
+    """Swin's shifted windows: a mask as long as the batch is added to the bias before the samples' values are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.table, self.o = nn.Linear(FEATURES, 8), nn.Parameter(torch.randn(5, 1)), nn.Linear(8, CLASSES)
+        self.register_buffer("index", torch.arange(16) * 3 % 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.e(x)).view(-1, 4)  # two windows a sample
+        mask = torch.arange(2.0, dtype=h.dtype).view(2, 1, 1).repeat(h.shape[0] // 2, 1, 1)
+        bias = self.table[self.index].view(4, 4, -1).permute(2, 0, 1) + mask
+        weights = F.scaled_dot_product_attention(h[:, :, None], h[:, :, None], h[:, :, None], bias)
+        return self.o(weights.reshape(-1, 8))
+
+
+class Windows(RepeatedMask):
+    """The same function with the samples apart: the mask is spread, not repeated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.e(x)).view(-1, 2, 4)[..., None]
+        mask = torch.arange(2.0, dtype=h.dtype).view(2, 1, 1)
+        bias = self.table[self.index].view(4, 4, -1).permute(2, 0, 1) + mask
+        return self.o(F.scaled_dot_product_attention(h, h, h, bias).reshape(-1, 8))
+
+
 class KeyBias(nn.Module):
     """BEiT: a bias made of two parameters and, between them, a buffer of zeros."""
 
@@ -155,6 +181,19 @@ def test_without_feedback_it_is_sgd(name: str) -> None:
         criterion(model(x), y).backward()
         sgd.step()
     torch.testing.assert_close(trained(name, feedback=False), flat(model), rtol=0, atol=1e-9)
+
+
+def test_a_mask_repeated_for_every_sample() -> None:
+    """Its player is evaluated on the whole batch: on one sample the mask would be too long."""
+    found = []
+    for kind in (RepeatedMask, Windows):
+        torch.manual_seed(0)
+        model = kind().double()
+        opt = compile_optimizer(model, batch(0)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.3)
+        for step in range(3):
+            opt.step(*batch(step))
+        found.append(flat(model))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
 
 
 def test_every_part_of_a_tuple_comes_from_its_player() -> None:
