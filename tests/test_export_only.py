@@ -220,3 +220,24 @@ def test_an_autocast_region_is_in_lower_precision() -> None:
     for name, value in model.named_parameters():
         expected, start = own.get_parameter(name), before.get_parameter(name)
         assert (value - expected).abs().max() <= 2e-2 * (expected - start).abs().max(), "a bfloat16 has 8 bits"
+
+
+class Moved(nn.Module):
+    """CTRL: a table that its owner sends to where the input is, which it is already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, CLASSES)
+        self.register_buffer("table", torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table = self.table.to(device=x.device, dtype=x.dtype)
+        return self.a(torch.tanh(x.mean(1) * self.table))
+
+
+def test_a_buffer_assigned_to_itself_is_not_written() -> None:
+    torch.manual_seed(0)
+    model = Moved().double()
+    table = model.table
+    assert_base_method_and_dense(model, nn.MSELoss(), "fx")
+    assert model.table is table and isinstance(table, Tensor)

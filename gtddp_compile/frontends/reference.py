@@ -103,7 +103,7 @@ def _assignments(model: nn.Module) -> Iterator[list[str]]:
     found: list[str] = []
 
     def note(module: nn.Module, name: str, value: Tensor | None) -> None:
-        if id(module) in paths:
+        if id(module) in paths and value is not module._buffers.get(name):  # itself: x.to(where it is)
             found.append(f"{paths[id(module)]}.{name}".removeprefix("."))
 
     handle = register_module_buffer_registration_hook(note)
