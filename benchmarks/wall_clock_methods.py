@@ -68,22 +68,22 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-HIGH, LOW = (0.1, 0.3, 1.0, 3.0), (1e-3, 3e-3, 1e-2, 3e-2)
+HIGH, LOW = (0.1, 0.3, 1.0, 3.0), (3e-3, 1e-2, 3e-2, 0.1)
 METHODS = {
     method.name: method
     for method in (
         Method("torch SGD", "torch", HIGH, {"kind": "SGD"}),
         Method("torch SGD, momentum 0.9", "torch", (0.03, 0.1, 0.3, 1.0), {"kind": "SGD", "momentum": 0.9}),
-        Method("torch RMSprop", "torch", (3e-4, *LOW[:3]), {"kind": "RMSprop"}),
+        Method("torch RMSprop", "torch", (1e-3, *LOW[:3]), {"kind": "RMSprop"}),
         Method("torch Adam", "torch", LOW, {"kind": "Adam"}),
         Method("ASDL K-FAC", "asdl", (3e-3, 0.01, 0.03, 0.1)),
         Method("ours, sgd", "ours", HIGH, {"curvature": "sgd"}),
         Method("ours, sgd, momentum 0.9", "ours", (0.03, 0.1, 0.3, 1.0), {"curvature": "sgd", "momentum": 0.9}),
         Method("ours, rmsprop", "ours", LOW, {"curvature": "rmsprop"}),
         Method("ours, adam", "ours", LOW, {"curvature": "adam"}),
-        Method("ours, kfac", "ours", (0.1, 0.3, 1.0), {"curvature": "kfac", "damping": 1e-2}),
-        Method("ours, kfac, open", "ours", (0.1, 0.3, 1.0), {"curvature": "kfac", "damping": 1e-2, "feedback": "open"}),
-        Method("ours, ekfac", "ours", (0.1, 0.3, 1.0), {"curvature": "ekfac", "damping": 1e-2}),
+        Method("ours, kfac", "ours", (0.3, 1.0, 3.0), {"curvature": "kfac", "damping": 1e-2}),
+        Method("ours, kfac, open", "ours", (0.3, 1.0, 3.0), {"curvature": "kfac", "damping": 1e-2, "feedback": "open"}),
+        Method("ours, ekfac", "ours", (0.3, 1.0, 3.0), {"curvature": "ekfac", "damping": 1e-2}),
         Method("ours, kfac, feedback off", "ours", (0.003, 0.01, 0.03),
                {"curvature": "kfac", "damping": 1e-2, "feedback": False}),
     )
