@@ -35,6 +35,7 @@ def compile_optimizer(
     cooperative: bool | None = None,
     gram: Gram = "auto",
     memory: Memory = "keep",
+    compile: bool | Mapping[str, Any] = False,
     program: UpdateProgram | None = None,
     **curvature_options: Any,
 ) -> CompiledOptimizer:
@@ -81,6 +82,8 @@ def compile_optimizer(
         memory: ``"keep"``: the trajectory and its gradients stay until the forward sweep has passed them;
             ``"recompute"``: only what crosses between segments of stages does, and a segment is run again in both
             sweeps (three more passes in all, the same update). ``opt.program.cost()`` shows the segments.
+        compile: True: hand the generated step to ``torch.compile`` as one graph with a batch of any size; a mapping:
+            with these of its options (``backend``, ``mode``).
         program: a program from ``UpdateProgram.load``; it brings options, base method and loss with it (a loss that
             is a function has to be given again).
         **curvature_options: options of the named curvature.
@@ -103,6 +106,7 @@ def compile_optimizer(
         cooperative,
         gram,
         memory,
+        compile,
     )
     if program is not None:
         return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)

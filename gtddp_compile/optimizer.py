@@ -22,6 +22,7 @@ from gtddp_compile.losses import Loss
 from gtddp_compile.options import Options
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.accumulated import Accumulated
+from gtddp_compile.runtime.compiled import NotFactored
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
@@ -221,7 +222,9 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 restore_random_state(before)
                 left = (*left, program.graph)
 
-    def _transaction(self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any) -> Tensor:
+    def _transaction(
+        self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any, **how: bool
+    ) -> Tensor:
         self._diagnostics = Diagnostics()  # the last step's figures hold its Gram matrices
         originals, buffers, advancing = self._working_copy(program)
         params, new = dict(originals), dict(originals)
@@ -229,7 +232,10 @@ class CompiledOptimizer(torch.optim.Optimizer):
         before = random_state()
         with self._in_the_model_s_words(inputs):
             try:
-                backend.run(m, params, buffers, new, inputs, targets)
+                backend.run(m, params, buffers, new, inputs, targets, **how)
+            except NotFactored:
+                m.undo()
+                return self._transaction(program, backend, inputs, targets, plainly=True)
             except (NonFiniteLoss, LinAlgError) as stop:
                 m.undo()
                 if m.loss is None or not (isinstance(stop, NonFiniteLoss) or m.overflowed()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.errors import CompileError
@@ -60,6 +60,7 @@ class Options:
     cooperative: bool | None = None
     gram: Gram = "auto"
     memory: Memory = "keep"
+    compile: bool | Mapping[str, Any] = False
 
     def __post_init__(self) -> None:
         if self.feedback not in (True, False, "open"):
@@ -87,6 +88,12 @@ class Options:
         ):
             known = "'geometric', Geometric(aim, own), 'gradient', 'ggn' or MonteCarlo(rank)"
             raise _unknown("terminal", self.terminal, known)
+        if self.compile is not False and (self.backend == "dense" or self.memory == "recompute"):
+            raise CompileError(
+                f"compile={self.compile!r} hands the generated step to torch.compile as one graph, which "
+                f"backend={self.backend!r}, memory={self.memory!r} has not",
+                "Use it with backend='fast' and memory='keep'",
+            )
         if self.memory not in ("keep", "recompute"):
             raise _unknown("memory", self.memory, "'keep' or 'recompute'")
         if self.memory == "recompute" and self.backend == "dense":

@@ -111,7 +111,7 @@ def body(lowered: Lowered, style: Style) -> list[str]:
 
 def _step(lowered: Lowered) -> str:
     """``step(m, p, b, q, b_again, inputs, targets)``, one line an instruction."""
-    text = "\n    ".join([*body(lowered, Style(_show_and_free(lowered), _heading)), "return phi"])
+    text = "\n    ".join([*body(lowered, Style(_show_and_free(lowered), _heading)), "return phi.detach()"])
     doc = '"""One step: m is the base method, p and q the old and the new parameters."""'
     return f"def step(m, p, b, q, b_again, inputs, targets):\n    {doc}\n    {text}"
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gtddp_compile.kernels.linear import pieces
+
 CHUNK = 2**22
 """Bound on the elements of an intermediate tensor: what is read again soon stays in the last-level cache."""
 
@@ -120,9 +122,8 @@ def _conv_gradients(
     g = g.flatten(3)
     step = max(1, CHUNK // (groups * channels * math.prod(kernel) * positions))
     blocks = []
-    for start in range(0, samples, step):
-        part = x[start : start + step].flatten(1, 2)
-        blocks.append(g[start : start + step] @ _conv_patches(part, kernel, stride, dilation, groups).mT)
+    for rows in pieces(samples, step):
+        blocks.append(g[rows] @ _conv_patches(x[rows].flatten(1, 2), kernel, stride, dilation, groups).mT)
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
@@ -131,8 +132,7 @@ def _conv_blocks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Per-sample gradients, some input channels at a time: ``(channels, (B, G, m, channels · kernel))``."""
     step = max(1, CHUNK // (g.shape[0] * g.shape[1] * g.shape[2] * math.prod(kernel)))
-    for start in range(0, x.shape[2], step):
-        channels = slice(start, start + step)
+    for channels in pieces(x.shape[2], step):
         yield channels, _conv_gradients(x[:, :, channels], g, kernel, stride, dilation)
 
 
@@ -144,7 +144,9 @@ def _conv_pairs(x: Tensor, g: Tensor) -> Tensor:
     """
     samples, groups, _, positions = x.shape
     x, g = (value.permute(1, 3, 0, 2).contiguous() for value in (x, g))  # (G, T, B, …)
-    step = max(1, min(math.ceil(positions / 4), CHUNK // (groups * samples**2 * positions)))
+    step = max(1, math.ceil(positions / 4))
+    if not torch.compiler.is_compiling():
+        step = max(1, min(step, CHUNK // (groups * samples**2 * positions)))
     gram = x.new_zeros(samples, samples)
     for start in range(0, positions, step):
         stop = min(start + step, positions)

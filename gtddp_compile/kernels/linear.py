@@ -27,6 +27,13 @@ def linear_gram_form(samples: int, positions: int, inputs: int, outputs: int) ->
     return "pairs" if pairs <= materialised else "materialised"
 
 
+def pieces(total: int, step: int) -> tuple[slice, ...]:
+    """Pieces of a bounded size. In a graph there is one: a loop would make its sizes constants."""
+    if torch.compiler.is_compiling():
+        return (slice(0, total),)
+    return tuple(slice(start, start + step) for start in range(0, total, step))
+
+
 def _linear_rows(values: Tensor) -> Tensor:
     """All positions in one axis: ``(B, …, n)`` as ``(B, T, n)``."""
     return values.reshape(values.shape[0], -1, values.shape[-1])
@@ -35,8 +42,7 @@ def _linear_rows(values: Tensor) -> Tensor:
 def _linear_blocks(x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Per-sample weight gradients, output rows by output rows: ``(rows, (B, rows, n))``."""
     step = max(1, CHUNK // (x.shape[0] * x.shape[-1]))
-    for start in range(0, g.shape[-1], step):
-        rows = slice(start, start + step)
+    for rows in pieces(g.shape[-1], step):
         columns = g[..., rows].mT
         yield rows, columns * x if x.shape[1] == 1 else columns @ x
 
@@ -47,8 +53,7 @@ def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
     all_x, all_g = x.flatten(0, 1).mT, g.flatten(0, 1).mT
     step = max(1, CHUNK // (samples * positions**2))
     blocks = []
-    for start in range(0, samples, step):
-        part = slice(start, start + step)
+    for part in pieces(samples, step):
         product = (x[part].flatten(0, 1) @ all_x) * (g[part].flatten(0, 1) @ all_g)
         blocks.append(product.reshape(-1, positions, samples, positions).sum((1, 3)))
     return torch.cat(blocks)
@@ -57,11 +62,14 @@ def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
 def _linear_sample_pairs(x: Tensor, g: Tensor, metric: Tensor) -> Tensor:
     """``Γ_ij = (g_i ∘ g_j) · M⁻¹ (x_i ∘ x_j)``, pairs ``i ≤ j`` alone; ``x`` ``(B, n)``, ``g`` ``(B, m)``."""
     samples = x.shape[0]
+    if torch.compiler.is_compiling():  # indices of a triangle would make the batch a constant
+        whole: Tensor = (((x.unsqueeze(1) * x) @ metric.mT) * (g.unsqueeze(1) * g)).sum(2)
+        return whole
     left, right = torch.triu_indices(samples, samples, device=x.device)
     step = max(1, CHUNK // (x.shape[1] + g.shape[1]))
     blocks = []
-    for start in range(0, left.shape[0], step):
-        i, j = left[start : start + step], right[start : start + step]
+    for part in pieces(left.shape[0], step):
+        i, j = left[part], right[part]
         blocks.append((((x[i] * x[j]) @ metric.mT) * (g[i] * g[j])).sum(1))
     values = torch.cat(blocks)
     gram = values.new_empty(samples, samples)
@@ -157,8 +165,7 @@ def linear_gram_diagonal(
             diagonal = diagonal + (g.square() * norms).sum((1, 2))
         elif spherical and positions * (inputs + g.shape[-1]) <= inputs * g.shape[-1]:
             step = max(1, CHUNK // positions**2)
-            for start in range(0, samples, step):
-                part = slice(start, start + step)
+            for part in pieces(samples, step):
                 product = (x[part] @ x[part].mT) * (g[part] @ g[part].mT)
                 diagonal[part] = product.sum((1, 2)) * weight
         else:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gtddp_compile.kernels.linear import pieces
+
 Blocks = tuple[Tensor, ...]
 
 
@@ -80,7 +82,9 @@ def clip_radicand(rho: Tensor) -> tuple[Tensor, Tensor]:
 
 def rows_of(batch: int, group: int | None) -> tuple[slice, ...]:
     """Rows of every group of samples; the last may be smaller."""
-    size = group or batch
+    if group is None:  # no range: torch.compile would take the batch for a constant
+        return (slice(0, batch),)
+    size = group
     return tuple(slice(start, min(start + size, batch)) for start in range(0, batch, size))
 
 
@@ -131,8 +135,9 @@ def _rows_gram(gamma: Tensor, inverse: Any) -> Tensor:
         return scaled
     gram = gamma.new_zeros(gamma.shape[0], gamma.shape[0])
     step = max(1, 2**22 // gamma.shape[0])
-    for part, scale in zip(gamma.split(step, 1), inverse.flatten().to(gamma.dtype).split(step), strict=True):
-        gram.addmm_(part * scale, part.mT)
+    scale = inverse.flatten().to(gamma.dtype)
+    for part in pieces(gamma.shape[1], step):
+        gram.addmm_(gamma[:, part] * scale[part], gamma[:, part].mT)
     return gram
 
 
@@ -190,6 +195,8 @@ def _cholesky(block: Tensor) -> Tensor:
     lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
     found: Tensor
     found, failed = torch.linalg.cholesky_ex(block + torch.diag(lift.expand(block.shape[0])))
+    if torch.compiler.is_compiling():  # whether it failed is seen when the step is done (runtime.compiled)
+        return torch.where(failed == 0, found, torch.nan)
     if failed:
         found = torch.linalg.cholesky(block + torch.diag((1000 * lift).expand(block.shape[0])))
     return found

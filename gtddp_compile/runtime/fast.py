@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile import kernels
+from gtddp_compile.errors import CompileError
 from gtddp_compile.passes.p10_emit import emit_micro
 from gtddp_compile.program import UpdateProgram
+from gtddp_compile.runtime.compiled import CompiledStep, refuse_uncompilable
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.precision import Precision
 
@@ -31,6 +33,12 @@ class FastBackend:
     def __init__(self, program: UpdateProgram) -> None:
         self.program = program
         self._step: Step = _load(program, program.code, "step")
+        options = program.options
+        self._compiled: CompiledStep | None = None
+        if options.compile is not False:
+            kronecker = program.lowered.plan.metric in ("kronecker", "rescaled")
+            refuse_uncompilable(program.graph, program.curvature, kronecker, program.form.factored)
+            self._compiled = CompiledStep(self._step, options.compile)
         self._others: dict[tuple[str, Precision], Callable[..., Any]] = {}
 
     def run(
@@ -41,10 +49,19 @@ class FastBackend:
         q: dict[str, Tensor],
         inputs: tuple[Any, ...],
         targets: Any,
+        *,
+        plainly: bool = False,
     ) -> Tensor:
-        """Both sweeps: fills ``q`` and advances ``b``'s running statistics; returns the per-sample losses."""
+        """Both sweeps: fills ``q`` and advances ``b``'s running statistics; returns the per-sample losses.
+
+        ``plainly``: without torch.compile, whatever the options say.
+        """
         precision = m.precision = Precision.around(p.values())
         step = self._function("step", precision) if precision.mixed else self._step
+        if self._compiled is not None and plainly is False and not m.first:
+            if precision.mixed:
+                raise CompileError("compile=True under autocast", "Leave one of them out")
+            step = self._compiled
         with torch.no_grad(), precision.outside():
             return step(m, p, b, q, self._again(b), inputs, targets)
 

@@ -106,6 +106,11 @@ class BaseMethod(BlockUpdates):
             with torch.no_grad():
                 torch._foreach_copy_([originals[name] for name in apart], [self._new[name] for name in apart])
 
+    @property
+    def first(self) -> bool:
+        """Whether no step has succeeded yet."""
+        return self._first
+
     def beside(self) -> BaseMethod:
         """For one micro-batch: losses, figures and random numbers of its own, parameters and states of the update."""
         twin = copy.copy(self)
@@ -115,7 +120,11 @@ class BaseMethod(BlockUpdates):
     # --- losses -------------------------------------------------------------------------------------------------------
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
-        """``φ``, shape (B,); gives the step up if their total is not finite."""
+        """``φ``, shape (B,); gives the step up if their total is not finite (a compiled step: when it is done)."""
+        if torch.compiler.is_compiling():
+            phi = self._loss.per_sample(outputs, targets)
+            self.loss = self._loss.total(phi.detach())
+            return phi
         if self.precision.mixed:
             outputs, targets = lift((outputs, targets))
         if self._first:

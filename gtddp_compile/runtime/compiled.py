@@ -1,0 +1,78 @@
+"""The generated step through ``torch.compile``, as one graph.
+
+What a graph cannot do is done around it: the first step runs as it is (it compares the loss with the user's own), and
+whether the loss is finite and every Cholesky factor succeeded is looked at once, when the graph is done. A step whose
+Gram matrix was not positive definite to rounding is taken back and made again without ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph
+from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
+
+
+class NotFactored(Exception):
+    """A Cholesky factor failed in a compiled step: nothing may be taken from it."""
+
+
+class CompiledStep:
+    """``step`` by ``torch.compile(fullgraph=True)``.
+
+    Args:
+        step: the generated function.
+        options: ``True``, or keyword arguments of ``torch.compile`` (``backend``, ``mode``, ``dynamic``).
+    """
+
+    def __init__(self, step: Callable[..., Tensor], options: bool | Mapping[str, Any]) -> None:
+        chosen = dict(options) if isinstance(options, Mapping) else {}
+        self._step = torch.compile(step, **{"dynamic": True, **chosen, "fullgraph": True})
+
+    def __call__(self, m: BaseMethod, *arguments: Any) -> Tensor:
+        """One step.
+
+        Raises:
+            NonFiniteLoss: the loss is not finite.
+            NotFactored: a factor failed.
+        """
+        with torch._dynamo.config.patch(trace_autograd_ops=True):  # autograd.grad inside the graph
+            phi = self._step(m, *arguments)
+        assert m.loss is not None
+        if not torch.isfinite(m.loss):
+            raise NonFiniteLoss(m.loss)
+        weights = [stage["weights"] for stage in m.figures.values() if "weights" in stage]
+        if weights and not torch.stack([w.isfinite().all() for w in weights]).all():
+            raise NotFactored
+        return phi
+
+
+def refuse_uncompilable(graph: ControlGraph, curvature: str, kronecker: bool, factored: bool) -> None:
+    """What ``torch.compile`` cannot take as one graph.
+
+    Raises:
+        CompileError: naming it.
+    """
+    random = [op for op in graph.ops.ops if op.random]
+    if random:
+        raise CompileError(
+            "compile=True: the network draws random numbers, which both sweeps have to share, and the state of the "
+            "generator cannot be set inside a graph",
+            "Leave compile out, or take the random layers out",
+            module=random[0].module, operation=random[0].kind, source=random[0].source,
+        )  # fmt: skip
+    if kronecker:
+        raise CompileError(
+            f"compile=True: {curvature} decides from its step count when to refresh its factors",
+            "Leave compile out, or use 'sgd', 'rmsprop', 'adam' or 'adamw'",
+        )
+    if factored:
+        raise CompileError(
+            "compile=True: terminal factors of several columns are made by vmap over autograd",
+            "Leave compile out, or use terminal='gradient' or 'geometric'",
+        )
