@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.linear import pieces
-
 CHUNK = 2**22
 """Bound on the elements of an intermediate tensor: what is read again soon stays in the last-level cache."""
 
@@ -56,6 +54,13 @@ def conv_gram_form(samples: int, positions: int, pixels: int, channels: int, ker
     if kernel > 1 and max(pairs, (samples * pixels) ** 2) <= 4 * CHUNK:
         costs["pixels"] = (samples * pixels) ** 2 * channels + pairs * (outputs + ADD * (1 + kernel / 2))
     return min(costs, key=costs.__getitem__)
+
+
+def _conv_pieces(total: int, step: int) -> tuple[slice, ...]:
+    """Pieces of a bounded size. In a graph there is one: a loop would make its sizes constants."""
+    if torch.compiler.is_compiling():
+        return (slice(0, total),)
+    return tuple(slice(start, start + step) for start in range(0, total, step))
 
 
 def _conv_margins(
@@ -122,7 +127,7 @@ def _conv_gradients(
     g = g.flatten(3)
     step = max(1, CHUNK // (groups * channels * math.prod(kernel) * positions))
     blocks = []
-    for rows in pieces(samples, step):
+    for rows in _conv_pieces(samples, step):
         blocks.append(g[rows] @ _conv_patches(x[rows].flatten(1, 2), kernel, stride, dilation, groups).mT)
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
@@ -132,7 +137,7 @@ def _conv_blocks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Per-sample gradients, some input channels at a time: ``(channels, (B, G, m, channels · kernel))``."""
     step = max(1, CHUNK // (g.shape[0] * g.shape[1] * g.shape[2] * math.prod(kernel)))
-    for channels in pieces(x.shape[2], step):
+    for channels in _conv_pieces(x.shape[2], step):
         yield channels, _conv_gradients(x[:, :, channels], g, kernel, stride, dilation)
 
 
