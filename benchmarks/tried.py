@@ -1,0 +1,89 @@
+"""What was tried for the hot path and left out, measured again: alternatives to what the program does.
+
+python benchmarks/tried.py --write
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import typer
+from common import interleaved, machine, markdown, write_section
+from torch import Tensor
+
+from gtddp_compile.kernels import approximate, conv, linear
+
+Pair = tuple[str, str, Callable[[], object], Callable[[], object]]
+
+
+def halves(x: Tensor) -> Tensor:
+    """``X Xᵀ`` with the block above the diagonal copied from below."""
+    middle = x.shape[0] // 2
+    found = x.new_empty(x.shape[0], x.shape[0])
+    torch.mm(x[:middle], x[:middle].T, out=found[:middle, :middle])
+    torch.mm(x[middle:], x[middle:].T, out=found[middle:, middle:])
+    found[middle:, :middle] = x[middle:] @ x[:middle].T
+    found[:middle, middle:] = found[middle:, :middle].T
+    return found
+
+
+def unfolded(x: Tensor, g: Tensor) -> Tensor:
+    """Per-sample gradients of a 3×3 convolution from all patches at once."""
+    return g.flatten(2) @ torch.nn.functional.unfold(x, 3, padding=1).mT
+
+
+def pairs() -> list[Pair]:
+    """(what, in place of what, the program's way, the other way)."""
+    x, g = torch.randn(128, 512), torch.randn(128, 512)
+    grams = [x @ x.T + torch.eye(128) for _ in range(5)]
+    stack = torch.stack(grams)
+    images, gradients = torch.randn(128, 64, 16, 16), torch.randn(128, 64, 16, 16)
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1)).unsqueeze(1)
+    weight, new = torch.randn(512, 512), torch.empty(512, 512)
+
+    def apart() -> None:
+        new.copy_(weight - 0.1 * (g.T @ x))
+
+    def folded() -> None:
+        new.copy_(weight)
+        new.addmm_(g.T, x, alpha=-0.1)
+
+    ones = (1, 1)
+    return [
+        ("symmetric product in three of four blocks", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: halves(x)),
+        ("bfloat16", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: x.bfloat16() @ x.bfloat16().T),
+        ("one batched Cholesky of 5 stages", "one a stage, 128 × 128",
+         lambda: [torch.linalg.cholesky_ex(gram) for gram in grams], lambda: torch.linalg.cholesky_ex(stack)),
+        ("patches of all samples unfolded at once", "per-sample gradients of a 3×3 convolution, 64 channels, 16×16",
+         lambda: conv._conv_gradients(padded, gradients.unsqueeze(1), (3, 3), ones, ones),
+         lambda: unfolded(images, gradients)),
+        ("gradient, step and copy apart", "weight written by one product, 512 × 512", folded, apart),
+        ("Γ of a diagonal metric, exact", "Γ with the metric separated, 512 × 512, 128 samples",
+         lambda: approximate.linear_separable_gram((x,), g, (None,), (True, False), (weight.square(),)),
+         lambda: linear.linear_gram((x,), g, (None,), (True, False), (weight.square(),))),
+    ]  # fmt: skip
+
+
+def main(
+    count: Annotated[int, typer.Option(help="interleaved pairs")] = 40,
+    write: Annotated[bool, typer.Option(help="write the section of docs/performance.md")] = False,
+) -> None:
+    """Measure; see the module's docstring."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = []
+    for what, instead, ours, other in pairs():
+        found = interleaved(ours, other, count)
+        rows.append((what, instead, f"{1e3 * found.base:.2f} ms", f"{1e3 * found.ours:.2f} ms",
+                     f"{found.ratio:.2f} ({found.low:.2f}–{found.high:.2f})"))  # fmt: skip
+        print(*rows[-1], sep="  ", flush=True)
+    if write:
+        header = ("alternative", "to", "the program's", "the alternative", "ratio (quartiles)")
+        text = f"{machine(1)}. Medians of {count} interleaved pairs, CPU time (`benchmarks/tried.py`).\n\n"
+        write_section("tried", "## Tried and left out\n\n" + text + markdown(header, rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
