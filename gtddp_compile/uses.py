@@ -125,7 +125,10 @@ def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str
     wants = tuple(param.name in owned for param in params)
     names = tuple(param.name for param in params if param.name in owned)
     batch = graph.ops.batch or (op.shape[0] if op.shape else 0)
-    batched = tuple(isinstance(ref, Ref) and _has_samples(graph.op(ref.name), batch) for ref in operands)
+    batched = tuple(
+        isinstance(ref, Ref) and ref.name in graph.ops.fed and _has_samples(graph.op(ref.name), batch)
+        for ref in operands
+    )
     routed = any(isinstance(ref, Ref) and graph.op(ref.name).samples.order for ref in operands)
     whole = op.mixes_samples or bool(extras) or not any(batched) or routed
     options: dict[str, Any] = {"batched": batched, "mixes": whole}
@@ -173,11 +176,20 @@ def probe_generic(graph: ControlGraph, use: Use) -> Mapping[str, Any]:
     untried = use.extras or any(isinstance(ref, BufferRef) for ref in (*use.operands, *use.params))
     if untried or samples * sizes > LARGEST_TRIAL:
         return {**use.options, "mixes": use.options["mixes"] or _repeats(graph, use, samples)}
+    try:
+        found = _trial(graph, use, samples, highest=1)
+    except (IndexError, RuntimeError):  # a table with one row, say
+        found = _trial(graph, use, samples, highest=0)
+    return {**use.options, **found}
+
+
+def _trial(graph: ControlGraph, use: Use, samples: int, highest: int) -> Mapping[str, Any]:
+    """Which faster ways agree. Whole numbers are drawn up to ``highest``: equal ones would not tell samples apart."""
     generator = torch.Generator().manual_seed(0)
 
     def sample(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.Tensor:
         if dtype is not None and not dtype.is_floating_point:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.randint(0, highest + 1, shape, generator=generator).to(dtype)
         return torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype or torch.float32)
 
     values = [graph.op(ref.name) for ref in use.operands]
@@ -193,5 +205,4 @@ def probe_generic(graph: ControlGraph, use: Use) -> Mapping[str, Any]:
         function = kernels.arranged(function, samples, output, tuple(rest))
         operands = kernels.apart_all(operands, samples, tuple(rest))
         g = kernels.apart(g, samples, *output)
-    found = kernels.generic_probe(operands, g, params, use.wants, function=function, **use.options)
-    return {**use.options, **found}
+    return kernels.generic_probe(operands, g, params, use.wants, function=function, **use.options)

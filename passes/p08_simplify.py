@@ -138,13 +138,13 @@ def segments(graph: ControlGraph, value: Value) -> tuple[int, ...]:
 
 
 def _stages_to_rerun(graph: ControlGraph, feeds: tuple[Contraction, ...]) -> set[int]:
-    """Stages that compute a contracted value, and those whose values such a stage reads."""
+    """Stages that compute a contracted value, and those whose values such a stage reads: state, masks, whole numbers."""
     needed = {c.born for c in feeds}
     wanted: set[str] = set()
     for stage in reversed(graph.stages):
-        if stage.index in needed or wanted & set(stage.produced):
+        if stage.index in needed or not wanted.isdisjoint(stage.ops):
             needed.add(stage.index)
-            wanted.update(stage.consumed)
+            wanted.update(o for name in graph.with_expressions(stage.ops) for o in graph.op(name).operands)
     return needed
 
 

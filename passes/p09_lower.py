@@ -74,9 +74,11 @@ def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
         pulled[stage.index] = b.written(partial(_pull_back, b, stage))
         gains[stage.index] = b.written(partial(_gains, b, stage))
     by_stage = {function.stage: function for function in functions}
+    again = [stage.index for stage in b.plan.stages if stage.rerun]
+    last_read = {name: t for t in again for name in by_stage[t].inputs}
     for stage in b.plan.stages if b.plan.form.name != "base" else ():
         decided = b.written(partial(_decide, b, stage))
-        forward[stage.index] = decided + b.written(partial(_run_again, b, stage, by_stage))
+        forward[stage.index] = decided + b.written(partial(_run_again, b, stage, by_stage, last_read))
     return Sweeps(trajectory, loss, pulled, gains, forward)
 
 
@@ -94,7 +96,8 @@ def check_update(plan: Plan) -> None:
 
 def _stage_functions(b: Builder) -> tuple[StageFunction, ...]:
     graph = b.graph
-    inner = tuple(name for name in graph.prologue if graph.op(name).kind not in ("input", "guard"))
+    # Sizes of parameter expressions are read before the stage at which those are decided on.
+    inner = tuple(n for n in graph.with_expressions(graph.prologue) if graph.op(n).kind not in ("input", "guard"))
     found = [_function(b, "prologue", -1, inner, ())] if inner else []
     for stage in graph.stages:
         ordered = graph.with_expressions(stage.ops)
@@ -353,31 +356,30 @@ def _decide(b: Builder, stage: StagePlan) -> None:
         metrics.decide(b, t, block, f"w_{t}")
 
 
-def _run_again(b: Builder, stage: StagePlan, functions: Mapping[int, StageFunction]) -> None:
-    """The layer itself with its new parameters, and how far it moved each sample's loss."""
+def _run_again(
+    b: Builder, stage: StagePlan, functions: Mapping[int, StageFunction], last_read: Mapping[str, int]
+) -> None:
+    """The layer itself with its new parameters, and how far it moved each sample's loss.
+
+    ``last_read``: the last stage of the forward sweep that reads a value, by name (a parameter expression reads where
+    it is used).
+    """
     t = stage.index
     if stage.rerun:
         function = functions[t]
         arguments = [Var(b.new(value)) for value in function.inputs]
-        needed = _read_again(b, t)
+        needed = _read_again(b, t, last_read)
         writes = tuple(b.new(name) if name in needed else "_" for name in function.returns)
         b.emit("forward", t, writes, function.name, Var("q"), Var("b_again"), *arguments, note=f"x' = f_{t}(x', u')")
     for contraction in stage.contracts:
         _contract(b, t, contraction)
 
 
-def _read_again(b: Builder, t: int) -> set[str]:
+def _read_again(b: Builder, t: int, last_read: Mapping[str, int]) -> set[str]:
     """Values of a stage that the forward sweep reads after it."""
-    stages = b.plan.stages
     contracted = {c.value for c in b.plan.stages[t].contracts}
-    users = b.graph.ops.users
-    stage_of = b.graph.stage_of
     return {
-        name
-        for name in b.graph.stages[t].ops
-        if name in contracted
-        or name in b.orders
-        or any(stage_of[user] > t and stages[stage_of[user]].rerun for user in users[name])
+        name for name in b.graph.stages[t].ops if name in contracted or name in b.orders or last_read.get(name, t) > t
     }
 
 

@@ -193,6 +193,15 @@ class OpGraph:
         return {name: tuple(users) for name, users in found.items()}
 
     @cached_property
+    def fed(self) -> frozenset[str]:
+        """Operations that depend on the inputs, be it on their sizes alone: what others compute is no sample's own."""
+        found = set(self.inputs)
+        for op in self.ops:
+            if any(name in found for name in op.operands):
+                found.add(op.name)
+        return frozenset(found)
+
+    @cached_property
     def output_names(self) -> tuple[str, ...]:
         """Names of the operations whose values the model returns, in order, without repeats."""
         return tuple(dict.fromkeys(leaf.name for leaf in iter_leaves(self.output) if isinstance(leaf, Ref)))
