@@ -138,7 +138,7 @@ def segments(graph: ControlGraph, value: Value) -> tuple[int, ...]:
 
 
 def _stages_to_rerun(graph: ControlGraph, feeds: tuple[Contraction, ...]) -> set[int]:
-    """Stages that compute a contracted value, and those whose values such a stage reads: state, masks, whole numbers."""
+    """Stages that compute a contracted value, and those whose values (state, masks, whole numbers) such a stage reads."""
     needed = {c.born for c in feeds}
     wanted: set[str] = set()
     for stage in reversed(graph.stages):
