@@ -138,7 +138,7 @@ def segments(graph: ControlGraph, value: Value) -> tuple[int, ...]:
 
 
 def _stages_to_rerun(graph: ControlGraph, feeds: tuple[Contraction, ...]) -> set[int]:
-    """Stages that compute a contracted value, and those whose values (state, masks, whole numbers) such a stage reads."""
+    """Stages that compute a contracted value, and those that such a stage reads from: state, masks, whole numbers."""
     needed = {c.born for c in feeds}
     wanted: set[str] = set()
     for stage in reversed(graph.stages):
