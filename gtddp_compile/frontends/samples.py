@@ -102,7 +102,7 @@ def _with_layouts(graph: OpGraph, found: dict[str, Layout | None]) -> OpGraph:
         ops.append(replace(op, layout=layouts.get(op.name) if op.is_tensor else None))
         if f"{op.name}{ORDER}" in orders:
             index, source = _taken_by(op, graph) or ("", "")
-            if graph.by_name[source].shape[:1] == graph.by_name[index].shape:
+            if (graph.by_name[source].shape or ())[:1] == graph.by_name[index].shape:
                 source = index  # as many rows; the value itself may be computed by a later stage than the order is read
             sizes = [
                 Op(f"{op.name}.{word}", "size", Method("size"), (Ref(name), 0), module=op.module, source=op.source)
