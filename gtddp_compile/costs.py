@@ -107,8 +107,8 @@ class _Layer:
             return exact
         separated = self._exact(diagonal=False, separated=diagonal, weight=weight)
         if gram == "auto":
-            own, gain = self.gram(exact), self.gram(separated)
-            return exact if own <= max(NEGLIGIBLE, FRACTION * 3 * self.weighted, gain) else separated
+            cheap = self.gram(exact) <= max(NEGLIGIBLE, FRACTION * 3 * self.weighted)
+            return exact if cheap or self.cost(exact) <= self.cost(separated) else separated
         found = separated
         if gram in ("sketch", "coarse") and self.sketch(columns) + self.weighted < self.cost(found):
             found = GramChoice(f"sketch of {columns} columns", False, "sketch")
