@@ -34,6 +34,7 @@ from gtddp_compile.frontends import (
 )
 from gtddp_compile.frontends.canonical import is_identity, is_random
 from gtddp_compile.frontends.functional import Clean, functionalise
+from gtddp_compile.frontends.masks import masks_apart
 from gtddp_compile.frontends.reference import Reference, agrees, observe, run
 from gtddp_compile.frontends.samples import find_layouts
 from gtddp_compile.frontends.traced import argument_names, parameter_infos, untouched
@@ -73,7 +74,7 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
             with untouched(model):
                 traced = front_end(model, inputs)
             _check_state(traced.read & reference.rewritten)
-            graph = _normal_form(traced, model)
+            graph = masks_apart(_normal_form(traced, model))
             graph, output = run(graph, model, inputs, reference)
         except Untraceable as refusal:
             refusals.append(refusal)

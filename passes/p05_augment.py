@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Op, OpGraph, Player, PlayerGraph, Schedule, Stage, Value
-from gtddp_compile.passes.p03_shortcuts import carriers, is_size
+from gtddp_compile.passes.p03_shortcuts import carriers
 
 PROLOGUE = -1
 
@@ -44,7 +44,7 @@ def moved_by_players(graph: PlayerGraph) -> frozenset[str]:
     """Operations whose values can change in a step: a player acts on them, not through sizes alone."""
     found = {name for player in graph.players for name in (*player.uses, *player.expressions)}
     for op in graph.ops.ops:
-        if not is_size(op) and any(o in found for o in op.operands):
+        if not op.reads_sizes and any(o in found for o in op.operands):
             found.add(op.name)
     return frozenset(found)
 

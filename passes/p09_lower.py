@@ -24,7 +24,7 @@ from gtddp_compile.calls import SAMPLES, directional, prepare, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
 from gtddp_compile.errors import CompileError
 from gtddp_compile.formulas import print_formula
-from gtddp_compile.graph import LEADING, BufferRef, Ref
+from gtddp_compile.graph import LEADING, BufferRef, ControlGraph, Ref
 from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, Var
 from gtddp_compile.passes.p08_simplify import segments
 from gtddp_compile.plan import Contraction, Plan, StagePlan
@@ -98,25 +98,39 @@ def _stage_functions(b: Builder) -> tuple[StageFunction, ...]:
     graph = b.graph
     # Sizes of parameter expressions are read before the stage at which those are decided on.
     inner = tuple(n for n in graph.with_expressions(graph.prologue) if graph.op(n).kind not in ("input", "guard"))
-    found = [_function(b, "prologue", -1, inner, ())] if inner else []
+    named = [("prologue", -1, inner, ())] if inner else []
     for stage in graph.stages:
         ordered = graph.with_expressions(stage.ops)
-        found.append(_function(b, f"stage_{stage.index}", stage.index, ordered, graph.uses_in(stage.ops)))
-    return tuple(found)
+        named.append((f"stage_{stage.index}", stage.index, ordered, graph.uses_in(stage.ops)))
+    # Parameter expressions are evaluated in every function that reads them, and so read there what they read.
+    read = frozenset(name for _, _, ops, _ in named for name in _read_outside(graph, ops))
+    return tuple(_function(b, *which, read) for which in named)
 
 
-def _function(b: Builder, name: str, stage: int, ops: tuple[str, ...], taps: tuple[str, ...]) -> StageFunction:
-    """Inputs are what the operations read from outside, returns what anybody outside reads: guards are outside."""
+def _read_outside(graph: ControlGraph, ops: tuple[str, ...]) -> tuple[str, ...]:
+    inside = set(ops)
+    return tuple(
+        dict.fromkeys(o for op in ops if graph.op(op).kind != "guard" for o in graph.op(op).operands if o not in inside)
+    )
+
+
+def _function(
+    b: Builder, name: str, stage: int, ops: tuple[str, ...], taps: tuple[str, ...], read: frozenset[str]
+) -> StageFunction:
+    """Inputs are what the operations read from outside, returns what anybody outside reads: guards are outside.
+
+    ``read``: what any function reads from outside.
+    """
     graph = b.graph
+    inputs = _read_outside(graph, ops)
     ops = tuple(op for op in ops if graph.op(op).kind != "guard")
     inside = set(ops)
-    inputs = tuple(dict.fromkeys(o for op in ops for o in graph.op(op).operands if o not in inside))
     outputs = b.outputs
     returns = [
         op
         for op in ops
         if (op in outputs and graph.stage_of[op] == stage)
-        or (op not in graph.expressions and any(user not in inside for user in graph.ops.users[op]))
+        or (op not in graph.expressions and (op in read or any(user not in inside for user in graph.ops.users[op])))
         or op in b.orders
     ]
     operands = [

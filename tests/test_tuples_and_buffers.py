@@ -153,6 +153,20 @@ class MaskedTable(nn.Module):
         return self.o(self.masked(F.dropout(torch.tanh(self.a(h)), 0.5)))
 
 
+class DroppedQueries(nn.Module):
+    """DETR's decoder: dropout of what a layer makes of learned queries, before any sample is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.q = nn.Linear(FEATURES, 4), nn.Linear(4, 4)
+        self.queries, self.o = nn.Parameter(torch.randn(2, 4)), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.unsqueeze(0).repeat(x.shape[0], 1, 1)
+        queries = torch.tanh(F.dropout(self.q(queries), 0.5)) + F.dropout(self.queries, 0.5)
+        return self.o((queries * F.dropout(torch.tanh(self.e(x)), 0.5)[:, None]).sum(1))
+
+
 NETWORKS = {
     **{how: lambda how=how: Unpacked(how) for how in UNPACK},
     **{kind.__name__: kind for kind in (Broadcast, Positions, RelativePositions, KeyBias, Masked)},
@@ -215,12 +229,13 @@ def test_a_mask_repeated_for_every_sample() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["asap", "sequential"])
-def test_masks_of_tied_expressions(schedule: str) -> None:
+@pytest.mark.parametrize("kind", [MaskedTable, DroppedQueries])
+def test_masks_of_parameter_expressions(kind: type[nn.Module], schedule: str) -> None:
     """The mask is drawn at a stage before the one that reads it; the table is computed where it is read."""
     found = {}
     for backend in ("sgd", "off", "fast", "dense"):
         torch.manual_seed(0)
-        model = MaskedTable().double()
+        model = kind().double()
         criterion, sgd = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.3)
         options = {"off": {"feedback": False}, "dense": {"backend": "dense"}}.get(backend, {})
         opt = compile_optimizer(

@@ -46,6 +46,8 @@ SIZES = frozenset(
     | {"device", "dtype", "item", "tolist", "int", "float", "bool", "guard"}
 )
 """Kinds whose value is a size, a number or a description, unless it is a tensor."""
+LIKES = frozenset(f"{word}_like" for word in ("empty", "zeros", "ones", "full", "rand", "randn", "randint"))
+"""Kinds that make a tensor as large as another one, whatever is in that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,11 @@ class Op:
     def is_size(self) -> bool:
         """Whether the value is a size or a number; what is no tensor otherwise is a tuple of tensors."""
         return not self.is_tensor and (self.kind in SIZES or self.kind.startswith(("sym_", "is_")))
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether of its operands the sizes alone matter."""
+        return self.is_size or self.kind in LIKES
 
     @property
     def is_differentiable(self) -> bool:
