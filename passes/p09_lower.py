@@ -98,7 +98,7 @@ def _stage_functions(b: Builder) -> tuple[StageFunction, ...]:
     graph = b.graph
     # Sizes of parameter expressions are read before the stage at which those are decided on.
     inner = tuple(n for n in graph.with_expressions(graph.prologue) if graph.op(n).kind not in ("input", "guard"))
-    named = [("prologue", -1, inner, ())] if inner else []
+    named: list[tuple[str, int, tuple[str, ...], tuple[str, ...]]] = [("prologue", -1, inner, ())] if inner else []
     for stage in graph.stages:
         ordered = graph.with_expressions(stage.ops)
         named.append((f"stage_{stage.index}", stage.index, ordered, graph.uses_in(stage.ops)))
