@@ -49,7 +49,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
         try:
-            with _assignments(model) as assigned:
+            with _assignments(model, buffers) as assigned:
                 output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
         except Exception as error:  # the user's own code runs here and may raise anything
             path, kind = module_of(error.__traceback__, model)
@@ -97,13 +97,19 @@ def _know_dataclasses(output: Any) -> None:
 
 
 @contextmanager
-def _assignments(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the buffers that are assigned in the block (``self.mean = …``), which no front end reports reliably."""
+def _assignments(model: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of the buffers that are assigned in the block (``self.mean = …``), which no front end reports reliably.
+
+    ``buffers``: the copies that the model runs on.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
     found: list[str] = []
+    versions = {id(buffer): buffer._version for buffer in buffers.values()}
 
     def note(module: nn.Module, name: str, value: Tensor | None) -> None:
-        if id(module) in paths and value is not module._buffers.get(name):  # itself: x.to(where it is)
+        # Itself and not written meanwhile: x.to(where it is).
+        same = value is module._buffers.get(name) and value is not None and versions.get(id(value)) == value._version
+        if id(module) in paths and not same:
             found.append(f"{paths[id(module)]}.{name}".removeprefix("."))
 
     handle = register_module_buffer_registration_hook(note)
