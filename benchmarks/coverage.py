@@ -298,6 +298,8 @@ def main(
     seconds: Annotated[float, typer.Option(min=1, help="Limit for one architecture.")] = 180,
     gigabytes: Annotated[float, typer.Option(min=1, help="Memory limit for one architecture.")] = 8,
     retry: Annotated[bool, typer.Option(help="Do again what did not pass.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing: write the report of what there is.")] = False,
+    code: Annotated[str, typer.Option(help="Commits that were run, where git cannot say.")] = "",
 ) -> None:
     """Measure how many public architectures compile and are right."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that the running processes are ended too
@@ -307,6 +309,12 @@ def main(
     wanted = [name for name in (zoos or zoo.ZOOS) if zoo.installed(name)]
     for name in set(zoos or zoo.ZOOS) - set(wanted):
         console.print(f"{name} is not installed: left out")
+    kept.setdefault("sizes", {}).update({name: len(zoo.names(name)) for name in wanted})
+    if code and "environment" in kept:
+        kept["environment"]["commit"] = code
+    if report:
+        write_report(out, kept)
+        return
     listed = [(name, each) for name in wanted for each in zoo.names(name) if fnmatch.fnmatch(each, only)]
     done = {key for key, record in records.items() if record["status"] == PASSED or not retry}
     todo = [pair for pair in listed if "/".join(pair) not in done]

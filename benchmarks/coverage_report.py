@@ -14,7 +14,7 @@ from rich.table import Table
 Record = dict[str, Any]
 PASSED = "passed"
 FAILURES = ("compile error", "wrong", "crash", "timeout")
-COLUMNS = ("listed", "not tried", "tried", PASSED, *FAILURES)
+COLUMNS = ("reached", "not tried", "tried", PASSED, *FAILURES)
 SAID = {
     "compile error": "refused with a CompileError",
     "wrong": "compiled, but a result is wrong",
@@ -28,7 +28,7 @@ def totals(records: dict[str, Record]) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
     for key, record in records.items():
         counts = found.setdefault(key.partition("/")[0], Counter())
-        counts["listed"] += 1
+        counts["reached"] += 1
         counts[record["status"]] += 1
         counts["tried"] += record["status"] != "not tried"
     return found
@@ -67,7 +67,7 @@ def write_report(path: Path, kept: dict[str, Any]) -> None:
     records: dict[str, Record] = dict(sorted(kept["records"].items()))
     parts = [
         _head(kept["environment"]),
-        _totals(records),
+        _totals(records, kept.get("sizes", {})),
         *(_failures(records, status) for status in ("wrong", "crash", "timeout", "compile error")),
         _not_tried(records),
         *(_passed(zoo, records) for zoo in totals(records)),
@@ -93,12 +93,16 @@ one thread.
 """
 
 
-def _totals(records: dict[str, Record]) -> str:
-    lines = [_row("zoo", *COLUMNS, "passed of tried"), _row("---", *["---:"] * (len(COLUMNS) + 1))]
+def _totals(records: dict[str, Record], sizes: dict[str, int]) -> str:
+    """``sizes``: architectures of each zoo. They are taken in random order, so those reached are a fair sample."""
+    lines = [_row("zoo", "in the zoo", *COLUMNS, "passed of tried"), _row("---", *["---:"] * (len(COLUMNS) + 2))]
     for zoo, counts in totals(records).items():
         share = f"{counts[PASSED] / counts['tried']:.1%}" if counts["tried"] else ""
-        lines.append(_row(zoo, *(counts[column] for column in COLUMNS), share))
-    return "\n".join(lines) + "\n"
+        lines.append(_row(zoo, sizes.get(zoo, ""), *(counts[column] for column in COLUMNS), share))
+    rest = {zoo: size - totals(records)[zoo]["reached"] for zoo, size in sizes.items() if zoo in totals(records)}
+    missing = ", ".join(f"{count} of {zoo}" for zoo, count in rest.items() if count)
+    more = f"\nNot reached before the run was ended: {missing} (the order is random).\n" if missing else ""
+    return "\n".join(lines) + "\n" + more
 
 
 def _failures(records: dict[str, Record], status: str) -> str:
