@@ -332,11 +332,15 @@ def plot(raw: dict[str, dict[str, float]]) -> None:
     looks = {"closed": "C0o-", "dense": "C3s-", "recompute": "C2^-", "torch": "C7d--"}
     for column, sweep in enumerate(SWEEPS):
         for row, (quantity, label) in enumerate((("seconds", "seconds a step"), ("peak", "peak MiB"))):
+            seen: set[float] = set()
             for side in dict.fromkeys(case.side for case in wanted(sweep)):
                 points = series(sweep, raw, side, quantity)
+                seen.update(x for x, _ in points)
                 axes[row, column].plot(*zip(*points, strict=True), looks[side], label=side, markersize=4)
             scale = "linear" if sweep.varied == "shortcuts" else "log"
             axes[row, column].set(xlabel=sweep.varied, yscale="log", xscale=scale)
+            axes[row, column].set_xticks(sorted(seen), [f"{x:g}" for x in sorted(seen)])
+            axes[row, column].minorticks_off()
             axes[row, 0].set_ylabel(label)
         axes[0, column].set_title("\n".join(sweep.title.replace(": ", ":\n").replace(" of ", "\nof ").split("\n")),
                                   fontsize=8)  # fmt: skip
