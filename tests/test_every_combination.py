@@ -21,6 +21,7 @@ CURVATURES: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.05},
     "rmsprop": {"lr": 2e-2},
     "adam": {"lr": 2e-2},
+    "adamw": {"lr": 2e-2, "weight_decay": 0.1},
     "kfac": {"lr": 0.1, "damping": 1e-2},
     "ekfac": {"lr": 0.1, "damping": 5e-2},
 }
@@ -51,8 +52,8 @@ def beside(players: int) -> Case:
 
 def schedules(players: int) -> list[Any]:
     """Every schedule, with coalitions of 2, 3 and 4 early or late, split in two, or one player a stage."""
-    split = {"stem": 0, "a": 1, "p0": 1, "b": 2, "p1": 2, "p2": 2}
-    return {2: ["asap", "alap", "sequential"], 3: ["alap"], 4: ["asap", split]}[players]
+    split = {"stem": 0, "a": 1, "p0": 1, "b": 2, **{f"p{k}": 2 for k in range(1, players - 1)}}
+    return ["asap", "alap", "sequential", split]
 
 
 def refusal(coupling: Any, recursion: str) -> str | None:
