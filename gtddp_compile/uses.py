@@ -162,6 +162,8 @@ def _repeats(graph: ControlGraph, use: Use, samples: int) -> bool:
     return any(shape and shape[0] > 1 and shape[0] % samples == 0 for shape in shapes)
 
 
+NO_FORWARD_MODE = frozenset({"scaled_dot_product_attention"})
+"""Kinds for which torch has no forward-mode derivative on every device and shape."""
 LARGEST_TRIAL = 2**22
 """Elements of ``γ`` up to which a player is tried: beyond, it is some table or matrix of torch's own."""
 
@@ -175,7 +177,9 @@ def probe_generic(graph: ControlGraph, use: Use) -> Mapping[str, Any]:
     sizes = sum(math.prod(graph.ops.parameter_info[name].shape) for name in use.names)
     untried = use.extras or any(isinstance(ref, BufferRef) for ref in (*use.operands, *use.params))
     if untried or samples * sizes > LARGEST_TRIAL:
-        return {**use.options, "mixes": use.options["mixes"] or _repeats(graph, use, samples)}
+        unsure = any(graph.op(name).kind in NO_FORWARD_MODE for name in use.ops)
+        reverse = {"forward_mode": False} if unsure else {}
+        return {**use.options, "mixes": use.options["mixes"] or _repeats(graph, use, samples), **reverse}
     try:
         found = _trial(graph, use, samples, highest=1)
     except (IndexError, RuntimeError):  # a table with one row, say

@@ -82,6 +82,20 @@ class RelativePositions(nn.Module):
         return self.o((scores @ h[:, :, None]).squeeze(-1))
 
 
+class RelativeAttention(RelativePositions):
+    """One bias for two of torch's own attentions: its change reaches the second by a derivative along it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([self.e(x), self.e(x).tanh()], -1)[:, None]
+        bias = self.table[self.index].view(4, 4, -1).permute(2, 0, 1)[None].contiguous()
+        h = torch.tanh(self.k(F.scaled_dot_product_attention(h, h, h, bias)))
+        return self.o(F.scaled_dot_product_attention(h, h, h, bias).sum(-1).flatten(1))
+
+
 class RepeatedMask(nn.Module):
     """Swin's shifted windows: a mask as long as the batch is added to the bias before the samples' values are."""
 
@@ -169,7 +183,7 @@ class DroppedQueries(nn.Module):
 
 NETWORKS = {
     **{how: lambda how=how: Unpacked(how) for how in UNPACK},
-    **{kind.__name__: kind for kind in (Broadcast, Positions, RelativePositions, KeyBias, Masked)},
+    **{kind.__name__: kind for kind in (Broadcast, Positions, RelativePositions, RelativeAttention, KeyBias, Masked)},
 }
 
 
