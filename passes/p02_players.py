@@ -41,24 +41,14 @@ def reaches_output(graph: OpGraph) -> frozenset[str]:
     return frozenset(found)
 
 
-def depends_on_input(graph: OpGraph) -> frozenset[str]:
-    """Operations that an input's tensor reaches (its size alone does not count)."""
-    found = set(graph.inputs)
-    for op in graph.ops:
-        if any(name in found for name in op.operands) and not op.is_size:
-            found.add(op.name)
-    return frozenset(found)
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def find_expressions(graph: OpGraph, trained: frozenset[str]) -> Reads:
     """Parameter expressions, with the trained parameters they read, directly or through others."""
-    moving = depends_on_input(graph)
     found: Reads = {}
     for op in graph.ops:
-        if op.name in moving or op.random or op.advances or not carries_gradient(op):
+        if op.name in graph.reached or op.random or op.advances or not carries_gradient(op):
             continue
         names = read_by(op, found, trained)
         if names:
@@ -183,7 +173,7 @@ def prove_owned(found: PlayerGraph) -> None:
     graph = found.ops
     owner = _owners(found)
     trained = frozenset(info.name for info in graph.parameters if info.trainable)
-    reached, moving = reaches_output(graph), depends_on_input(graph)
+    reached, moving = reaches_output(graph), graph.reached
     carried: Reads = {}
     for op in graph.ops:
         for name in read_by(op, carried, trained) if op.name in reached else ():

@@ -37,7 +37,7 @@ from heapq import heapify, heappop, heappush
 
 import networkx as nx
 
-from gtddp_compile.graph import Op, OpGraph, PlayerGraph, Shortcut, ShortcutGraph, ShortcutKind
+from gtddp_compile.graph import OpGraph, PlayerGraph, Shortcut, ShortcutGraph, ShortcutKind
 
 ROOT, EXIT = -1, -2
 MAIN = 1
@@ -74,16 +74,11 @@ class Candidate:
 # --- what carries a change of the state -----------------------------------------------------------
 
 
-def is_size(op: Op) -> bool:
-    """Whether the value is a size or a number: gradients do not pass, and no player changes it."""
-    return op.is_size
-
-
 def carriers(graph: OpGraph) -> frozenset[str]:
     """Operations whose values gradients can pass through: differentiable tensors, and tuples of tensors."""
     found: set[str] = set()
     for op in graph.ops:
-        if op.is_differentiable if op.is_tensor else not is_size(op) and any(o in found for o in op.operands):
+        if op.is_differentiable if op.is_tensor else not op.is_size and any(o in found for o in op.operands):
             found.add(op.name)
     return frozenset(found)
 

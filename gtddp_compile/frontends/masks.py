@@ -20,12 +20,10 @@ KIND = "dropout"
 
 def masks_apart(graph: OpGraph) -> OpGraph:
     """The same function with every dropout of a parameter expression written as a product with its mask."""
-    fed, made = set(graph.inputs), set()
+    made: set[str] = set()
     ops: list[Op] = []
     for op in graph.ops:
-        if not op.reads_sizes and any(name in fed for name in op.operands):
-            fed.add(op.name)
-        elif op.parameters or any(name in made for name in op.operands):
+        if op.name not in graph.reached and (op.parameters or any(name in made for name in op.operands)):
             made.add(op.name)
             if op.random and op.kind == KIND and op.args and isinstance(op.args[0], Ref | ParamRef):
                 ops += _mask(op)

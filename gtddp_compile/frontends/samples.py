@@ -64,7 +64,7 @@ def find_layouts(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> O
         inputs: the example inputs.
     """
     batch = graph.batch
-    moving = _reached(graph)
+    moving = graph.reached
     if not batch or not any(_is_doubtful(op, batch) for op in graph.ops if op.name in moving):
         return graph
     for trial in _trials(graph, inputs, batch):
@@ -73,15 +73,6 @@ def find_layouts(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> O
         except Untraceable:  # a changed input is none that the model takes, or the recording holds for one size alone
             continue
     return _with_layouts(graph, {op.name: _of_one(op) for op in graph.ops if op.name in moving})
-
-
-def _reached(graph: OpGraph) -> frozenset[str]:
-    """Operations that an input's tensor reaches."""
-    found = set(graph.inputs)
-    for op in graph.ops:
-        if not op.is_size and any(name in found for name in op.operands):
-            found.add(op.name)
-    return frozenset(found)
 
 
 def _is_doubtful(op: Op, batch: int) -> bool:

@@ -200,6 +200,15 @@ class OpGraph:
         return {name: tuple(users) for name, users in found.items()}
 
     @cached_property
+    def reached(self) -> frozenset[str]:
+        """Operations that an input's tensor reaches (its size alone does not count)."""
+        found = set(self.inputs)
+        for op in self.ops:
+            if not op.is_size and any(name in found for name in op.operands):
+                found.add(op.name)
+        return frozenset(found)
+
+    @cached_property
     def fed(self) -> frozenset[str]:
         """Operations that depend on the inputs, be it on their sizes alone: what others compute is no sample's own."""
         found = set(self.inputs)
