@@ -396,3 +396,10 @@ def test_source_stands_alone(prefix: str) -> None:
     namespace: dict[str, Any] = {"__name__": "exported"}
     exec(compile(source, f"{prefix}.py", "exec"), namespace)
     assert f"{prefix}_gram" in namespace
+
+
+def test_a_larger_lift_says_so() -> None:
+    block = torch.diag(torch.tensor([1.0, 1.0, -1e-15], dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match="not definite to rounding"):
+        (found,) = kernels.factor((block,))
+    torch.testing.assert_close(found @ found.T, block, rtol=0, atol=1e-11)

@@ -4,6 +4,7 @@ A B×B quantity is a tuple of square blocks along the diagonal; with full coupli
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -186,7 +187,7 @@ def factor(blocks: Blocks) -> Blocks:
     """Cholesky factors: positive definite by construction (theory: 4a), kept so against rounding.
 
     A sum of Gram matrices carries rounding errors of about ``eps · trace``: that much is added to the diagonal, and a
-    thousand times as much where it does not do (very deep networks whose activations grow).
+    thousand times as much, with a warning, where it does not do (very deep networks whose activations grow).
     """
     return tuple(_cholesky(block) for block in blocks)
 
@@ -198,6 +199,8 @@ def _cholesky(block: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # whether it failed is seen when the step is done (runtime.compiled)
         return torch.where(failed == 0, found, torch.nan)
     if failed:
+        said = "a Gram matrix is not definite to rounding: 1000 eps trace is added to its diagonal"
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
         found = torch.linalg.cholesky(block + torch.diag((1000 * lift).expand(block.shape[0])))
     return found
 
