@@ -155,6 +155,28 @@ def _kronecker_stacked(layers: Sequence[Layer], metric: Metric, part: slice) -> 
     return torch.cat(xs, 2), torch.cat(gs, 2)
 
 
+def _kronecker_gamma(layers: Sequence[Layer], metric: Metric, part: slice) -> Tensor | None:
+    """``γ̂ = Σ_p √η_p Y_pᵀ γ_p X_p`` ``(B, G, M, N)``: with more positions than outputs ``γ_p`` is less than its rows.
+
+    ``None`` where mapping the rows, position by position, is cheaper, or sums over pairs of positions are.
+    """
+    maps, _, cross, rates = metric
+    rows = [_kronecker_rows(layer, part) for layer in (layers[:1] if cross is not None else layers)]
+    total: Tensor | None = None
+    for (x, g), (map_x, map_g), rate in zip(rows, maps, rates, strict=False):
+        (samples, _, positions, inputs), outputs = x.shape, g.shape[-1]
+        wide_x, wide_g = map_x.shape[-1], map_g.shape[-1]
+        mapped = positions * (inputs * wide_x + outputs * wide_g)
+        pairs = samples * positions**2 * (wide_x + wide_g)
+        made = positions * wide_x * wide_g + samples * wide_x * wide_g
+        here = positions * inputs * outputs + outputs * (inputs * wide_x + wide_g * wide_x)
+        if positions == 1 or here + samples * wide_x * wide_g >= mapped + min(pairs, made):
+            return None
+        gamma = map_g.mT @ (g.mT @ x @ map_x) * (1.0 if cross is not None else rate**0.5)
+        total = gamma if total is None else total + gamma
+    return total
+
+
 def _kronecker_scale(metric: Metric) -> Tensor | float:
     """``scale`` of one row; with ``cross``, ``Σ_pq √(η_p η_q) M⁻¹_pq`` of players with the same rows."""
     _, scale, cross, rates = metric
@@ -190,6 +212,9 @@ def _kronecker_separated(metric: Metric, scale: Tensor) -> Metric:
 def _kronecker_gram_of(layers: Sequence[Layer], metric: Metric, scale: Tensor | float, row: slice) -> Tensor:
     parts = list(_kronecker_slices(layers, row))
     if len(parts) == 1:
+        gamma = _kronecker_gamma(layers, metric, row)
+        if gamma is not None:
+            return (gamma * scale).flatten(1) @ gamma.flatten(1).mT
         x, g = _kronecker_stacked(layers, metric, row)
         found = [
             linear_gram((x[:, k],), g[:, k], (), (True, False), (scale[k] if isinstance(scale, Tensor) else scale,))
