@@ -23,6 +23,9 @@ FRACTION = 0.5
 """``gram="auto"`` makes a layer's Gram matrix exactly where that costs at most this part of the layer's own training
 step (forward, gradient of the input, gradient of the weight)."""
 
+LARGEST = 2**24
+"""Elements of rows, and of per-sample gradients, up to which a Kronecker metric's coordinates are kept."""
+
 NEGLIGIBLE = 2.0**20
 """Multiplications of a Gram matrix that nobody would notice: always exact."""
 
@@ -63,6 +66,22 @@ def separates(plan: Plan, use: Use) -> bool:
     if layer is None or plan.gram == "exact" or plan.metric != "rescaled":
         return False
     return layer.choice("auto", plan.columns, diagonal=True, weight=use.wants[0]).approximate == "separable"
+
+
+def choose_coordinates(plan: Plan, use: Use) -> str:
+    """In which form a layer's per-sample gradients are kept where its Kronecker metric is diagonal.
+
+    ``"rows"``, ``"samples"`` (:mod:`gtddp_compile.kernels.coordinates`), or ``""`` where they are too large, or where
+    nobody reads them twice: without feedback only an update from few rows is cheaper than one from the gradient.
+    """
+    layer = _layer(plan.graph, use)
+    form = plan.form.name
+    if layer is None or plan.segments is not None or plan.form.factored or form not in ("base", "information", "block"):
+        return ""
+    found = layer.coordinates(bias=use.wants[-1] and len(use.wants) > 1)
+    if not all(use.wants) or (form == "base" and (plan.decay or not layer.few)):
+        return ""
+    return found
 
 
 def _layer(graph: ControlGraph, use: Use) -> _Layer | None:
@@ -139,6 +158,20 @@ class _Layer:
     def fits(self) -> bool:
         """Whether ``γ`` is small enough to keep."""
         return math.prod(self.weight) <= KEEP * (math.prod(self.x) + math.prod(self.output)) / self.output[0]
+
+    def coordinates(self, *, bias: bool) -> str:
+        """The cheaper form of coordinates where they, and the rows they are made of, are of bounded size."""
+        batch, inputs, outputs = self.output[0], self.patch + bias, self.weight[0] // self.groups
+        form = kernels.coordinates_form(batch, self.positions, inputs, outputs)
+        kept = batch * self.groups * inputs * outputs if form == "samples" else 0
+        rows = batch * self.positions * self.groups * (inputs + outputs)
+        return form if max(kept, rows) <= LARGEST else ""
+
+    @property
+    def few(self) -> bool:
+        """Whether mapping all rows is less than mapping the weight's gradient."""
+        rows, outputs = self.output[0] * self.positions, self.weight[0] // self.groups
+        return kernels.few_rows(rows, self.patch, outputs)
 
     @property
     def weighted(self) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import gram, gram_diagonal, operands, output_gradient, params, per_sample, weighted
 from gtddp_compile.columns import sample_gram
-from gtddp_compile.costs import separates
+from gtddp_compile.costs import choose_coordinates, separates
 from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
 from gtddp_compile.plan import MetricBlock
@@ -24,12 +24,14 @@ class Observed:
     """A block after its statistics: the variables of its metric, of its layers' rows, of what ``ρ`` shrinks by.
 
     The last is the metric too, but for a coalition under recursion ``"printed"`` (Eq. 23: the players' own).
+    ``coordinates``: of its per-sample gradients where the metric is diagonal, if they are kept.
     """
 
     block: MetricBlock
     metric: str
     layers: tuple[Var, ...]
     own: str
+    coordinates: str = ""
 
     @property
     def of_players(self) -> bool:
@@ -40,6 +42,13 @@ class Observed:
 def base_update(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
     """Feedback off: statistics and update of a block in the backward sweep (Proposition 4)."""
     note = "delta_u = -M^-1 Q_u (Prop. 4)"
+    if _coordinates(b, block):
+        _statistics(b, t, block, alpha, {})
+        (use,) = b.uses(block.players[0].name)
+        functions = [Function(b.kernel(use, name)) for name in ("weighted", "rows")]
+        b.emit("backward", t, (), "m.descend_rows", use.names, *functions, operands(b, use),
+               output_gradient(b, use, alpha), params(b, use), use.wants, note=note, **b.options(use))  # fmt: skip
+        return
     gradients = {}
     if b.plan.stages[t].statistics or block.kind != "parameters" or not _descends(b, "backward", t, block, alpha, note):
         for player in block.players:
@@ -52,7 +61,8 @@ def base_update(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
 def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str]) -> Observed:
     """Statistics (``opens``: ``Q_u`` of each player, where it is known) and the metric."""
     layers = _statistics(b, t, block, alpha, opens)
-    metric = f"metric_{_identity(b, block)}"
+    coordinates = _kept(b, t, block, alpha) if _coordinates(b, block) else ""
+    metric = _metric(b, block)
     if block.kind in OF_PLAYERS:
         b.emit("backward", t, (f"*{metric}",), "m.block_metric", block.kind, _names(block), note="M^-1")
     else:
@@ -61,7 +71,7 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
     if b.plan.form.name == "printed" and len(block.players) > 1:
         own = f"own_{metric}"
         b.emit("backward", t, (f"*{own}",), "m.own_metric", block.kind, _names(block), note="Q_uu^-1, Q_vv^-1 (23)")
-    return Observed(block, metric, layers, own)
+    return Observed(block, metric, layers, own, coordinates)
 
 
 def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
@@ -84,7 +94,9 @@ def block_gram(b: Builder, t: int, found: Observed) -> str:
     uses = [use for player in found.block.players for use in b.uses(player.name)]
     separable = not b.factored and found.block.kind != "exact" and any(separates(b.plan, use) for use in uses)
     options = {"separable": True} if separable else {}
-    b.emit("backward", t, (f"*{result}",), "kronecker_gram", found.layers, Var(found.metric), Var(b.rows),
+    kept = (Var(found.coordinates),) if found.coordinates else (found.layers,)
+    kernel = "coordinates_gram" if found.coordinates else "kronecker_gram"
+    b.emit("backward", t, (f"*{result}",), kernel, *kept, Var(found.metric), Var(b.rows),
            note="gamma M^-1 gamma^T", **options)  # fmt: skip
     return result
 
@@ -125,7 +137,14 @@ def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dic
 def decide(b: Builder, t: int, block: MetricBlock, weights: str) -> None:
     """The weighted gradients of a block and what the base method makes of them."""
     note = "delta_u = -M^-1 (C w + l)"
-    if not _descends(b, "forward", t, block, weights, note):
+    if _coordinates(b, block) and not b.plan.decay:
+        step = f"step_{_identity(b, block)}"
+        kept = Var(f"coordinates_{_identity(b, block)}")
+        b.emit("forward", t, (f"*{step}",), "coordinates_step", kept, Var(weights), Var(_metric(b, block)),
+               note="M^-1 C w / lr")  # fmt: skip
+        verb, deltas = _verb(b, block)
+        b.emit("forward", t, deltas, f"m.{verb}_steps", block.kind, _names(block), (Var(step),), note=note)
+    elif not _descends(b, "forward", t, block, weights, note):
         gradients = {p.name: weighted(b, "forward", t, p, weights, "grad", "C w") for p in block.players}
         update(b, "forward", t, block, gradients, note)
 
@@ -147,16 +166,57 @@ def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str
 
 def update(b: Builder, phase: Phase, t: int, block: MetricBlock, gradients: dict[str, str], note: str) -> None:
     """The base method consumes the gradients of a block; ``δu`` is written down where somebody reads it."""
-    watched = any(player.name in b.watched for player in block.players)
-    deltas = tuple(f"delta_{b.identity(player)}" for player in block.players) if watched else ()
-    verb = "apply" if watched else "descend"
+    verb, deltas = _verb(b, block)
     if block.kind in OF_PLAYERS:
         found = tuple(Var(gradients[player.name]) for player in block.players)
         b.emit(phase, t, deltas, f"m.{verb}_block", block.kind, _names(block), found, note=note)
     else:
         (player,) = block.players
-        writes = (f"*{deltas[0]}",) if watched else ()
+        writes = (f"*{deltas[0]}",) if deltas else ()
         b.emit(phase, t, writes, f"m.{verb}", player.parameters, Var(gradients[player.name]), note=note)
+
+
+def _verb(b: Builder, block: MetricBlock) -> tuple[str, tuple[str, ...]]:
+    """How the base method is asked, and the variables of ``δu`` where somebody reads it."""
+    watched = any(player.name in b.watched for player in block.players)
+    return ("apply", tuple(f"delta_{b.identity(player)}" for player in block.players)) if watched else ("descend", ())
+
+
+# --- coordinates ------------------------------------------------------------------------------------------------------
+
+
+def _coordinates(b: Builder, block: MetricBlock) -> str:
+    """The form of a block's coordinates, empty where they are not kept: those of a coalition are not."""
+    if block.kind != "kronecker" or len(block.players) > 1:
+        return ""
+    uses = b.uses(block.players[0].name)
+    if len(uses) > 1 or uses[0].names != block.players[0].parameters:
+        return ""
+    return choose_coordinates(b.plan, uses[0])
+
+
+def _kept(b: Builder, t: int, block: MetricBlock, alpha: str | None) -> str:
+    """Coordinates of a block's per-sample gradients, and the moments that are taken from them."""
+    identity, names = _identity(b, block), _names(block)
+    maps, found = f"maps_{identity}", f"coordinates_{identity}"
+    b.emit("backward", t, (f"*{maps}",), "m.block_maps", names, note="where M is diagonal")
+    b.emit("backward", t, (f"*{found}",), "kronecker_coordinates", *(Var(name) for name in _rows(b, block.players[0])),
+           Var(maps), _coordinates(b, block), note="gamma there")  # fmt: skip
+    if b.plan.metric == "rescaled":
+        moment = f"moment_{identity}"
+        b.emit("backward", t, (f"*{moment}",), "coordinates_moment", Var(found), Var(alpha or ""), Var("start"),
+               note="E[(alpha gamma)^2]")  # fmt: skip
+        b.emit("backward", t, (), "m.observe_coordinates", names, Var(moment), note="statistics")
+    return found
+
+
+def _rows(b: Builder, player: Player) -> tuple[str, str]:
+    """Variables of a layer's rows where they are made once."""
+    return f"x_{b.identity(player)}_rows", f"g_{b.identity(player)}_rows"
+
+
+def _metric(b: Builder, block: MetricBlock) -> str:
+    return f"metric_{_identity(b, block)}"
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -177,12 +237,28 @@ def _statistics(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens
         b.emit("backward", t, (f"*{moment}",), "second_moment", Var(v_u), Var("start"), note="E[V_u^2]")
         b.emit("backward", t, (), "m.observe_moment", player.parameters, Var(moment), note="statistics")
         return ()
+    if _coordinates(b, block) and b.plan.form.name != "base":
+        _seen_once(b, t, block, alpha)
+        return ()
     count = 1 if block.kind == "shared" else len(block.players)
     players = block.players[:count]
     seen = tuple(_layer(b, t, block, player, alpha) for player in players)
     b.emit("backward", t, (), "m.observe_block", t, block.kind, _names(block), seen, Var("start"),
            note="A = E[x x^T], B = E[V_h V_h^T]")  # fmt: skip
     return () if b.plan.form.name == "base" else tuple(_layer(b, t, block, player) for player in players)
+
+
+def _seen_once(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
+    """Factors from rows that are made once; moments follow, in coordinates."""
+    (player,) = block.players
+    (use,), (x, g), name = b.uses(player.name), _rows(b, player), f"seen_{b.identity(player)}"
+    b.emit("backward", t, (x, g), b.kernel(use, "rows"), operands(b, use), Var(b.g_output(use.op)), params(b, use),
+           use.wants, note="rows", **b.options(use))  # fmt: skip
+    b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("made_rows"), (Var(x),),
+           Code(f"scale({g}, {alpha})"), (), (), note="rows, V_h")  # fmt: skip
+    verb = "observe_factors" if b.plan.metric == "rescaled" else "observe_block"
+    b.emit("backward", t, (), f"m.{verb}", t, block.kind, _names(block), (Var(name),), Var("start"),
+           note="A = E[x x^T], B = E[V_h V_h^T]")  # fmt: skip
 
 
 def _layer(b: Builder, t: int, block: MetricBlock, player: Player, alpha: str | None = None) -> Var:

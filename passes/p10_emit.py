@@ -118,6 +118,7 @@ def _step(lowered: Lowered) -> str:
 
 SHARED = frozenset(f"m.{name}" for name in (
     "terminal", "observe", "observe_block", "observe_moment", "apply", "apply_block", "descend", "descend_block",
+    "observe_factors", "observe_coordinates", "apply_steps", "descend_steps",
 ))  # fmt: skip
 """What micro-batches of one update have in common: statistics, updates, and the weight of a batch in them."""
 
@@ -135,6 +136,12 @@ def emit_micro(lowered: Lowered) -> str:
             gradient = Instruction("forward", 0, (), render(weighted), tuple(args), instruction.kwargs)
             return replace(instruction, function="=", args=(
                 Code(f"yield 'descend', ({render(names)}, {render_instruction(gradient)})"),
+            ), kwargs=None)  # fmt: skip
+        if instruction.function == "m.descend_rows":
+            names, weighted, _rows, *args = instruction.args
+            gradient = Instruction("backward", 0, (), render(weighted), tuple(args), instruction.kwargs)
+            return replace(instruction, function="=", args=(
+                Code(f"yield 'descend_block', ('kronecker', ({render(names)},), ({render_instruction(gradient)},))"),
             ), kwargs=None)  # fmt: skip
         if instruction.function not in SHARED:
             return instruction

@@ -6,7 +6,8 @@ A block is named by its players' parameters: ``(("a.weight", "a.bias"), ("b.weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from gtddp_compile.curvature.base import Group
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.curvature.updates import ParameterUpdates
+from gtddp_compile.kernels.coordinates import coordinates_step, few_rows, kronecker_coordinates
 from gtddp_compile.kernels.kronecker import Layer, Metric, kronecker_precondition
 
 Names = tuple[tuple[str, ...], ...]
@@ -27,12 +29,28 @@ class BlockUpdates(ParameterUpdates):
         assert isinstance(self._curvature, Kronecker)  # the compiler emits these calls for no other
         return self._curvature
 
-    def observe_block(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float) -> None:
-        """Factors of a block of a stage from its layers' inputs and ``V_h = α g_h`` (Eq. 43, 44, 50)."""
+    def observe_block(
+        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float, *, moments: bool = True
+    ) -> None:
+        """Factors of a block of a stage from its layers' inputs and ``V_h = α g_h`` (Eq. 43, 44, 50), and moments."""
         flat = [name for player in names for name in player]
         states = [self.states[name] for name in flat]
-        found = self._kronecker.observe_block(kind, layers, start, states, self._groups[flat[0]])
+        found = self._kronecker.observe_block(kind, layers, start, states, self._groups[flat[0]], moments=moments)
         self.states.update(zip(flat, found, strict=True))
+
+    def observe_factors(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float) -> None:
+        """As :meth:`observe_block` where moments are taken from coordinates: :meth:`observe_coordinates`."""
+        self.observe_block(stage, kind, names, layers, start, moments=False)
+
+    def observe_coordinates(self, names: Names, moment: Tensor) -> None:
+        """Running ``E[(α γ̂)²]`` ``(G, M, N)`` of one player, from the batch's."""
+        first = names[0][0]
+        self.states[first] = self._kronecker.observe_coordinates(moment, self.states[first], self._groups[first])
+
+    def block_maps(self, names: Names) -> tuple[Tensor, Tensor]:
+        """``(X, Y)`` of one player: into coordinates where its metric is diagonal."""
+        state = self.states[names[0][0]]
+        return state["map_x"], state["map_g"]
 
     def observe_moment(self, names: tuple[str, ...], moments: tuple[Tensor, ...]) -> None:
         """Running ``E[γ²]`` of parameters with the diagonal rule."""
@@ -70,17 +88,50 @@ class BlockUpdates(ParameterUpdates):
 
     def descend_block(self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]) -> None:
         """As :meth:`apply_block` where nobody reads ``δu``: one pass over every new parameter."""
-        directions = self._directions(kind, names, self._with_decays(names, gradients))
-        for player, parts in zip(names, directions, strict=True):
-            for name, direction in zip(player, parts, strict=True):
-                target = self._writable(name)
-                self.states[name] = self._kronecker.advance(target, direction, self.states[name], self._groups[name])
+        self._descend(names, self._directions(kind, names, self._with_decays(names, gradients)))
+
+    def descend_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> None:
+        """As :meth:`descend_block`, from ``M⁻¹ C w / η`` ``(G, m, n)`` of every player."""
+        self._descend(names, self._stepping(kind, names, steps))
+
+    def descend_rows(
+        self,
+        names: tuple[str, ...],
+        weighted: Callable[..., tuple[Tensor, ...]],
+        rows: Callable[..., tuple[Tensor, Tensor]],
+        operands: tuple[Tensor, ...],
+        g: Tensor,
+        params: tuple[Tensor | None, ...],
+        wants: tuple[bool, ...],
+        **options: Any,
+    ) -> None:
+        """:meth:`descend_block` of one layer; its rows, if few, are mapped instead of its gradient."""
+        x, v_h = rows(operands, g, params, wants, **options)
+        if not few_rows(x.shape[0] * x.shape[2], x.shape[3], v_h.shape[3]):  # a larger batch than was compiled for
+            self.descend_block("kronecker", (names,), (weighted(operands, g, params, wants, **options),))
+            return
+        coordinates = kronecker_coordinates(x, v_h, self.block_maps((names,)), "rows")
+        ones = coordinates[0].new_ones(x.shape[0])
+        step = coordinates_step(coordinates, ones, self.block_metric("kronecker", (names,)))
+        self.descend_steps("kronecker", (names,), (step,))
 
     def apply_block(
         self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
     ) -> tuple[tuple[Tensor, ...], ...]:
         """Consume ``ĝ = γᵀ w + ℓ_u`` of every player; returns each one's ``δu``."""
-        directions = self._directions(kind, names, self._with_decays(names, gradients))
+        return self._apply(names, self._directions(kind, names, self._with_decays(names, gradients)))
+
+    def apply_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+        """As :meth:`apply_block`, from ``M⁻¹ C w / η`` ``(G, m, n)`` of every player."""
+        return self._apply(names, self._stepping(kind, names, steps))
+
+    def _descend(self, names: Names, directions: Sequence[tuple[Tensor, ...]]) -> None:
+        for player, parts in zip(names, directions, strict=True):
+            for name, direction in zip(player, parts, strict=True):
+                target = self._writable(name)
+                self.states[name] = self._kronecker.advance(target, direction, self.states[name], self._groups[name])
+
+    def _apply(self, names: Names, directions: Sequence[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], ...]:
         found = []
         for player, parts in zip(names, directions, strict=True):
             deltas = []
@@ -103,6 +154,19 @@ class BlockUpdates(ParameterUpdates):
         folded = [self._fold(kind, player, parts) for player, parts in zip(names, gradients, strict=True)]
         found = kronecker_precondition(folded, self.block_metric(kind, names))
         return [self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True)]
+
+    def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """``M⁻¹ (C w + ℓ) / η`` parameter by parameter, from ``M⁻¹ C w / η``."""
+        found = [self._unfold(kind, player, step) for player, step in zip(names, steps, strict=True)]
+        found = [
+            tuple(part.to(self._params[name].dtype) for name, part in zip(player, parts, strict=True))
+            for player, parts in zip(names, found, strict=True)
+        ]
+        if all(self._linear(name) is None for player in names for name in player):
+            return found
+        zeros = [tuple(torch.zeros_like(self._params[name]) for name in player) for player in names]
+        decays = self._directions(kind, names, self._with_decays(names, zeros))
+        return [tuple(map(torch.add, *pair)) for pair in zip(found, decays, strict=True)]
 
     def _fold(self, kind: BlockKind, names: tuple[str, ...], gradients: tuple[Tensor, ...] | None) -> Tensor:
         """``(G, m, n)`` of one player's gradients (``None``: of its parameters, for their shape)."""

@@ -67,8 +67,14 @@ class EKFAC(Kronecker):
     def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
         """``s`` after this batch."""
         maps = split_maps(state, kronecker_widths(layers))
-        moment = even_out(kronecker_moment(layers, start, maps), state)
-        return {"moment": self._average(state["moment"], moment, state["averaged"], group)}
+        return {"moment": self._moment(kronecker_moment(layers, start, maps), state, group)}
+
+    def observe_coordinates(self, moment: Tensor, state: State, group: Group) -> dict[str, Any]:
+        """The same from the batch's own ``E[(α γ̂)²]``."""
+        return {**state, "moment": self._moment(moment, state, group)}
+
+    def _moment(self, moment: Tensor, state: State, group: Group) -> Tensor:
+        return self._average(state["moment"], even_out(moment, state), state["averaged"], group)
 
     def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:
         """``1 / (s + λ)``; for players of the same rows Corollary 7."""

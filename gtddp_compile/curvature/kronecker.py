@@ -165,6 +165,8 @@ class Kronecker(ABC):
         start: float,
         states: Sequence[State],
         group: Group,
+        *,
+        moments: bool = True,
     ) -> list[dict[str, Any]]:
         """States of a block's parameters after statistics.
 
@@ -175,6 +177,7 @@ class Kronecker(ABC):
             start: ``α_T``.
             states: of every parameter, the block's first one first.
             group: options of the block's first player.
+            moments: take further statistics here; otherwise :meth:`observe_coordinates` does.
         """
         x, g = kronecker_factors(layers, start)
         found = [self._stepped(state) for state in states]
@@ -191,7 +194,8 @@ class Kronecker(ABC):
         due = fresh or (int(count) - 1) % group["refresh"] == 0
         if due:
             lead.update(self.refreshed(kind, lead, group))
-        lead.update(self.moments(layers, start, lead, group))
+        if moments:
+            lead.update(self.moments(layers, start, lead, group))
         if kind == "printed":
             lead.update(self._own(layers, start, lead, group, due=due or "own_map_x" not in lead))
         return found
@@ -249,6 +253,10 @@ class Kronecker(ABC):
     @abstractmethod
     def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
         """Further statistics of the batch, taken every step."""
+
+    def observe_coordinates(self, moment: Tensor, state: State, group: Group) -> dict[str, Any]:
+        """The state after the batch's ``E[(α γ̂)²]`` (``rescales``: otherwise nobody asks)."""
+        return {**state, "moment": moment}
 
     @abstractmethod
     def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:

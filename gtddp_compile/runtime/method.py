@@ -179,11 +179,13 @@ class BaseMethod(BlockUpdates):
         """Figures of a stage for ``diagnostics``, evaluated only when asked for."""
         self.figures.setdefault(stage, {}).update(figures)
 
-    def observe_block(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float) -> None:
+    def observe_block(
+        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float, *, moments: bool = True
+    ) -> None:
         """The block's factors; how many of their inversions failed is a figure of the stage."""
         first = names[0][0]
         before = self.states[first].get("fallbacks", 0)
-        super().observe_block(stage, kind, names, layers, start)
+        super().observe_block(stage, kind, names, layers, start, moments=moments)
         self.keep(stage, **{f"fallbacks {first}": self.states[first].get("fallbacks", 0) - before})
 
     def overflowed(self) -> bool:

@@ -25,6 +25,8 @@ from gtddp_compile.runtime.fast import FastBackend, Micro, Request
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 
 FORMS = ("base", "information")
+OF_LAYERS = ("observe_block", "observe_factors")
+"""Requests whose argument is rows of layers."""
 
 
 def check_form(program: UpdateProgram) -> None:
@@ -209,7 +211,7 @@ class Union:
 
 def scaled(name: str, arguments: tuple[Any, ...], weight: float) -> tuple[Any, ...]:
     """A request's gradients times a weight; names and kinds as they are."""
-    if name != "observe_block":
+    if name not in OF_LAYERS:
         return (*arguments[:-1], _tree(lambda value: value * weight, arguments[-1]))
     stage, kind, names, layers, start = arguments
     found = []
@@ -249,7 +251,7 @@ def _added(sums: list[Request], part: Part) -> list[Request]:
 
 
 def _joined(name: str, left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:
-    if name != "observe_block":
+    if name not in OF_LAYERS:
         return (*left[:-1], _sum(left[-1], right[-1]))
     layers = []
     for (rows, xs, g, params, wants, options), other in zip(left[3], right[3], strict=True):

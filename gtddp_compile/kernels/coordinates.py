@@ -1,0 +1,124 @@
+"""A layer's per-sample gradients in coordinates where its Kronecker metric is diagonal, made once a step.
+
+With rows ``x`` ``(B, G, T, n)`` and ``g`` ``(B, G, T, m)`` (``kernels/kronecker.py``) and maps ``X``, ``Y`` of one
+player, ``γ̂_i = Yᵀ γ_i X = Σ_t (g_it Y)(x_it X)ᵀ`` is what everything else of the step is made of: ``Γ_ij = η ⟨γ̂_i, s ∘
+γ̂_j⟩``, EK-FAC's moments ``E[(α γ̂)²]`` and the update ``M⁻¹ C w / η = Y (s ∘ Σ_i w_i γ̂_i) Xᵀ``. Coordinates are the
+pair ``(x X, g Y)`` (form ``"rows"``), or ``(γ̂,)`` (form ``"samples"``), where a sample has more positions than pay.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gtddp_compile.kernels.approximate import _separate
+from gtddp_compile.kernels.linear import linear_gram
+
+Coordinates = tuple[Tensor, ...]
+Metric = tuple[tuple[tuple[Tensor, Tensor], ...], Tensor | float, Tensor | None, tuple[float, ...]]
+
+
+def coordinates_form(samples: int, positions: int, inputs: int, outputs: int) -> str:
+    """The cheaper coordinates of one group, by multiplications of the map, the Gram matrix and the update."""
+    rows, weight = samples * positions, inputs * outputs
+    back = weight * (inputs + outputs)
+    pairs = rows**2 * (inputs + outputs)
+    by_rows = rows * (inputs**2 + outputs**2 + weight) + min(pairs, (rows + samples**2) * weight)
+    by_samples = rows * weight + samples * back + samples**2 * weight + samples * weight
+    return "rows" if positions == 1 or by_rows <= by_samples else "samples"
+
+
+def few_rows(rows: int, inputs: int, outputs: int) -> bool:
+    """Whether mapping that many rows is less than mapping a matrix of the weight's size."""
+    return rows * (inputs**2 + outputs**2) < inputs * outputs * (inputs + outputs)
+
+
+def made_rows(
+    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
+) -> tuple[Tensor, Tensor]:
+    """Rows that are there already, as a layer's (``kronecker_layer``)."""
+    return operands[0], g
+
+
+def kronecker_coordinates(x: Tensor, g: Tensor, maps: tuple[Tensor, Tensor], form: str) -> Coordinates:
+    """The coordinates of a layer's rows."""
+    map_x, map_g = maps
+    x, g = x.to(map_x.dtype), g.to(map_g.dtype)
+    if form == "rows":
+        return _coordinates_map(x, map_x), _coordinates_map(g, map_g)
+    return (map_g.mT @ _coordinates_map(g.mT @ x, map_x),)
+
+
+def _coordinates_map(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``(B, G, T, n)`` times ``(G, n, N)``: one product a group, not one a sample."""
+    samples, groups, positions, width = rows.shape
+    flat = rows.transpose(0, 1).reshape(groups, samples * positions, width)
+    return (flat @ matrix).reshape(groups, samples, positions, -1).transpose(0, 1)
+
+
+def _coordinates_flat(rows: Tensor) -> Tensor:
+    """``(B, G, T, n)`` as ``(G, B T, n)``."""
+    return rows.transpose(0, 1).reshape(rows.shape[1], -1, rows.shape[3])
+
+
+def _coordinates_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """``Σ_i w_i rows_i``."""
+    return (weights @ rows.flatten(1)).reshape(rows.shape[1:])
+
+
+def coordinates_gram(
+    coordinates: Coordinates, metric: Metric, rows: Sequence[slice], *, separable: bool = False
+) -> tuple[Tensor, ...]:
+    """``Γ = γ M⁻¹ γᵀ``, a block a group of samples; ``separable``: with the scale separated."""
+    _, scale, _, (rate,) = metric
+    if separable and isinstance(scale, Tensor):
+        pairs = [_separate(part) for part in scale]
+        by_g, by_x = (torch.stack([pair[side] for pair in pairs]).unsqueeze(1) for side in (0, 1))  # type: ignore[misc]
+        if len(coordinates) == 2:
+            coordinates = (coordinates[0] * by_x, coordinates[1] * by_g)
+        else:
+            coordinates = (coordinates[0] * by_g.mT * by_x,)
+        scale = 1.0
+    return tuple(_coordinates_gram(tuple(part[row] for part in coordinates), scale) * rate for row in rows)
+
+
+def _coordinates_gram(coordinates: Coordinates, scale: Tensor | float) -> Tensor:
+    if len(coordinates) == 1:
+        (gamma,) = coordinates
+        whole: Tensor = (gamma * scale).flatten(1) @ gamma.flatten(1).mT
+        return whole
+    x, g = coordinates
+    found = [
+        linear_gram((x[:, k],), g[:, k], (), (True, False), (scale[k] if isinstance(scale, Tensor) else scale,))
+        for k in range(x.shape[1])
+    ]
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+
+
+def coordinates_moment(coordinates: Coordinates, weights: Tensor, start: float) -> Tensor:
+    """``E[(α γ̂)²]`` ``(G, M, N)``: with the eigenbases as maps, what EK-FAC puts in place of ``λ_B λ_Aᵀ``."""
+    squares = weights.to(coordinates[0].dtype).square() / start
+    if len(coordinates) == 1:
+        return _coordinates_sum(squares, coordinates[0].square())
+    x, g = coordinates
+    if x.shape[2] > 1:
+        return _coordinates_sum(squares, (g.mT @ x).square_())
+    g = g.square() * squares.reshape(-1, 1, 1, 1)
+    return _coordinates_flat(g).mT @ _coordinates_flat(x.square())
+
+
+def coordinates_step(coordinates: Coordinates, weights: Tensor, metric: Metric) -> Tensor:
+    """``M⁻¹ C w / η`` as ``(G, m, n)`` (Eq. 45).
+
+    Without a scale there need not be a matrix of the weight's size between the maps: rows are mapped back instead where
+    they are few.
+    """
+    ((map_x, map_g),), scale, _, _ = metric
+    weights = weights.to(coordinates[0].dtype)
+    if len(coordinates) == 1:
+        return map_g @ (_coordinates_sum(weights, coordinates[0]) * scale) @ map_x.mT
+    x, g = _coordinates_flat(coordinates[0]), _coordinates_flat(coordinates[1] * weights.reshape(-1, 1, 1, 1))
+    if not isinstance(scale, Tensor) and few_rows(x.shape[1], x.shape[2], g.shape[2]):
+        found: Tensor = (g @ map_g.mT).mT @ (x @ map_x.mT)
+        return found if scale == 1.0 else found * scale
+    return map_g @ (g.mT @ x * scale) @ map_x.mT

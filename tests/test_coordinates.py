@@ -1,0 +1,154 @@
+"""Per-sample gradients in coordinates where a Kronecker metric is diagonal: kernels, choice, what is made of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from kronecker_reference import Reference
+from networks import Case, make
+from test_fast_equals_dense import assert_equal
+from test_kronecker import LOSS, parameters
+from torch import Tensor, nn
+
+from gtddp_compile import compile_optimizer, kernels
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def wide(seed: int = 0) -> Case:
+    """Layers wider than the batches of this file are large, one without bias; an update goes through rows."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        return net.c(torch.tanh(net.b(torch.tanh(net.a(x)))))
+
+    return Case(make(forward, seed, a=(9, 8), b=lambda: nn.Linear(8, 9, bias=False), c=(9, 3)), (9,), {})
+
+
+def convolutional(seed: int = 0) -> Case:
+    """More positions than outputs and kernel elements: per-sample gradients are kept themselves."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        return net.head(torch.tanh(net.b(torch.tanh(net.a(x)))).flatten(1))
+
+    layers = {"a": lambda: nn.Conv2d(1, 2, 2), "b": lambda: nn.Conv2d(2, 2, 1, groups=2, bias=False), "head": (32, 3)}
+    return Case(make(forward, seed, **layers), (1, 5, 5), {})
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["rows", "samples"])
+@pytest.mark.parametrize(("samples", "positions"), [(5, 1), (40, 1), (5, 3)])
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_kernels_against_explicit_matrices(form: str, samples: int, positions: int, rescaled: bool) -> None:
+    """``γ`` and ``M⁻¹`` written out, a group at a time, with rank-deficient maps."""
+    x, g, weights = draw(samples, 2, positions, 6), draw(samples, 2, positions, 5), draw(samples)
+    maps, rate = (draw(2, 6, 4), draw(2, 5, 3)), 0.3
+    scale: Any = draw(2, 3, 4).abs() if rescaled else 1.0
+    gamma = torch.einsum("bgtm,bgtn->bgmn", g, x)
+    inverse = torch.stack([
+        (k := torch.kron(maps[1][group], maps[0][group])) @ (k * (scale[group].flatten() if rescaled else 1.0)).T
+        for group in range(2)
+    ])  # fmt: skip
+    flat = gamma.flatten(2)
+    gram = rate * torch.einsum("bgi,gij,cgj->bc", flat, inverse, flat)
+    step = torch.einsum("gij,bgj,b->gi", inverse, flat, weights).reshape(2, 5, 6)
+    moment = torch.einsum("bgmn,gmp,gnq->bgpq", gamma, maps[1], maps[0]).square()
+
+    found = kernels.kronecker_coordinates(x, g, maps, form)
+    metric, rows = ((maps,), scale, None, (rate,)), [slice(0, 3), slice(3, samples)]
+    for block, row in zip(kernels.coordinates_gram(found, metric, rows), rows, strict=True):
+        torch.testing.assert_close(block, gram[row, row], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(kernels.coordinates_step(found, weights, metric), step, rtol=1e-10, atol=1e-10)
+    expected = torch.einsum("b,bgpq->gpq", weights.square() / 0.2, moment)
+    torch.testing.assert_close(kernels.coordinates_moment(found, weights, 0.2), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["rows", "samples"])
+def test_a_separated_scale_of_rank_one_is_exact(form: str) -> None:
+    found = kernels.kronecker_coordinates(draw(5, 2, 3, 4), draw(5, 2, 3, 3), (draw(2, 4, 4), draw(2, 3, 3)), form)
+    metric = (((draw(2, 4, 4), draw(2, 3, 3)),), draw(2, 3, 1).abs() * draw(2, 1, 4).abs(), None, (0.1,))
+    exact, separated = (kernels.coordinates_gram(found, metric, [slice(0, 5)], separable=s)[0] for s in (False, True))
+    torch.testing.assert_close(separated, exact, rtol=1e-10, atol=1e-12)
+
+
+# --- in programs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize("coupling", ["full", 2, "block"])
+@pytest.mark.parametrize(("network", "form"), [(wide, "rows"), (convolutional, "samples")])
+def test_fast_equals_dense(network: Any, form: str, coupling: Any, kind: str) -> None:
+    case = network()
+    options: dict[str, Any] = {"curvature": kind, "lr": 0.2, "damping": 1e-2, "refresh": 2, "momentum": 0.5}
+    if kind == "ekfac":  # batches of five leave null spaces: directions in them are any basis's
+        options["refresh"] = 1
+    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, coupling=coupling, **options)
+    assert f"'{form}')" in opt.program.code and "coordinates_step" in opt.program.code
+    assert_equal(case, coupling=coupling, steps=3, size=5, **options)
+
+
+@pytest.mark.parametrize("network", [wide, convolutional])
+def test_with_decay_the_gradient_is_mapped(network: Any) -> None:
+    case, options = network(), {"curvature": "kfac", "lr": 0.2, "damping": 1e-2, "weight_decay": 0.05}
+    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, **options)
+    assert "coordinates_gram" in opt.program.code and "coordinates_step" not in opt.program.code
+    assert_equal(case, steps=3, size=5, **options)
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_proposition_4_from_few_rows_and_from_many(kind: str) -> None:
+    """With feedback off the published method, where rows are mapped, and where a batch is too large for it to pay."""
+    case, options = wide(), {"lr": 0.3, "damping": 1e-2, "momentum": 0.9}
+    ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    opt = compile_optimizer(ours, case.batch(0, 3)[0], loss=LOSS, curvature=kind, feedback=False, **options)
+    assert opt.program.code.count("m.descend_rows") == 2 and "m.descend_block" in opt.program.code  # 9 -> 3 is small
+    reference = Reference(theirs, kind, **options)
+    for step, size in enumerate((20, 4, 30, 3, 5)):
+        reference.step(*case.batch(step, size))
+        opt.step(*case.batch(step, size))
+    assert (parameters(theirs) - parameters(case.model)).abs().max() > 1e-3
+    torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_micro_batches_make_the_update_of_their_groups(feedback: bool, kind: str) -> None:
+    """Steps in coordinates and moments add up over micro-batches."""
+    case, found = wide(), []
+    for coupling, parts in ((4, 1), ("full", 2)):
+        model = copy.deepcopy(case.model)
+        options: dict[str, Any] = {"coupling": coupling} if feedback else {}
+        opt = compile_optimizer(
+            model,
+            case.batch(0, 8 // parts)[0],
+            loss=LOSS,
+            curvature=kind,
+            lr=0.3,
+            refresh=1,
+            feedback=feedback,
+            **options,
+        )
+        for step in range(2):
+            x, y = case.batch(step, 8)
+            *first, last = zip(x.chunk(parts), y.chunk(parts), strict=True)
+            for part in first:
+                opt.accumulate(*part)
+            opt.step(*last)
+        found.append(parameters(model))
+    assert (found[0] - parameters(case.model)).abs().max() > 1e-3
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+
+
+def test_coordinates_that_would_be_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = convolutional()
+    monkeypatch.setattr("gtddp_compile.costs.LARGEST", 5 * 36)  # the head's rows fit, the convolutions' do not
+    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, curvature="kfac")
+    assert opt.program.code.count("kronecker_coordinates") == 1
+    assert_equal(case, steps=2, size=5, curvature="kfac", lr=0.2, damping=1e-2)
