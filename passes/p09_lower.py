@@ -358,9 +358,9 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     if stage.feeds:
         total = " + ".join(b.contraction(c.value, c.reader) for c in stage.feeds)
         clip, rest = ("clip_factors", (Var("rank"),)) if b.factored else ("clip", (Var("aim"),))
-        b.emit("forward", t, (f"c_{t}", f"outside_{t}"), clip, Code(total), b.plan.clip, *rest,
+        b.emit("forward", t, (f"*c_{t}",), clip, Code(total), b.plan.clip, *rest,
                note="c: the change the stages before have caused")  # fmt: skip
-        b.emit("forward", t, (), "m.keep", t, change=Var(f"c_{t}"), outside=Var(f"outside_{t}"))
+        b.emit("forward", t, (), "m.keep", t, change=Var(f"c_{t}"), predicted=Code(total))
     else:
         expression = expression.subs(a.CHANGE, 0 * a.CHANGE).doit()
     source = b.plan.form.forward["w"].source

@@ -21,7 +21,7 @@ def test_rounding_does_not_make_it_indefinite(noise: float) -> None:
     with pytest.raises(RuntimeError):
         torch.linalg.cholesky(block)
     (found,) = kernels.factor((block,))
-    torch.testing.assert_close(found @ found.T, block, rtol=1e-2, atol=1e-2 * float(block.abs().max()))
+    torch.testing.assert_close(found.T @ found, block, rtol=1e-2, atol=1e-2 * float(block.abs().max()))
 
 
 def test_a_step_whose_gram_matrices_overflow_is_skipped() -> None:

@@ -63,19 +63,19 @@ def contract_factors(g: Tensor, after: Tensor, before: Tensor) -> Tensor:
     return change if change.dtype in (torch.float32, torch.float64) else change.float()
 
 
-def clip_factors(change: Tensor, bound: float | None, rank: int) -> tuple[Tensor, Tensor]:
-    """``c`` with every sample's ``‖c_i‖`` within the bound, and how many samples were outside.
+def clip_factors(change: Tensor, bound: float | None, rank: int) -> Tensor:
+    """``c`` with every sample's ``‖c_i‖`` within the bound.
 
     ``½ ‖c_i‖² = ½ δx_iᵀ V δx_i`` is the second-order change of the sample's loss; its ``δx`` is scaled as a whole. With
     the gradient as the only column this is the bound on ``|c_i|``.
     """
     if bound is None:
-        return change, torch.zeros((), dtype=torch.int64, device=change.device)
+        return change
     by_sample = change.reshape(-1, rank)
     norms = by_sample.norm(dim=1, keepdim=True)
     outside = norms > bound
     scaled = torch.where(outside, by_sample * (bound / norms.clamp_min(bound)), by_sample)
-    return scaled.reshape(-1), outside.sum()
+    return scaled.reshape(-1)
 
 
 # --- layer kernels over columns ---------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def samples_of_inverse(factors: Blocks, rank: int) -> Tensor:
     """The samples' own blocks of ``X⁻¹``, from the Cholesky factor of ``X``."""
     found = []
     for factor in factors:
-        inverse = torch.cholesky_inverse(factor)
+        inverse = torch.cholesky_inverse(factor, upper=True)
         samples = inverse.shape[0] // rank
         index = torch.arange(samples, device=inverse.device)
         found.append(inverse.reshape(samples, rank, samples, rank)[index, :, index])

@@ -134,8 +134,11 @@ def linear_gram(
     spherical = all(not isinstance(entry, Tensor) or entry.dim() == 0 for entry in metric)
     if x.shape[1] == 1 and spherical:
         x, g = x[:, 0], g[:, 0]
-        factor = x @ x.mT * metric[0] if wants[0] else 0.0
-        return (factor + metric[-1] if wants[1] else factor) * (g @ g.mT)
+        gram = g @ g.mT
+        if not wants[0]:
+            return gram.mul_(metric[-1])
+        inputs = (x @ x.mT).mul_(metric[0])
+        return gram.mul_(inputs.add_(metric[-1]) if wants[1] else inputs)
     gram = g.new_zeros(g.shape[0], g.shape[0])
     if wants[0]:
         gram = gram + _linear_weight_gram(x, g, metric[0])

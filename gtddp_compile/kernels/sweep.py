@@ -54,7 +54,8 @@ def contract(g: Tensor, after: Tensor, before: Tensor) -> Tensor:
     """``⟨g_i, δx_i⟩``, shape (B,): the first-order change of each sample's loss."""
     rows = max(1, 2**20 * g.shape[0] // max(1, g.numel()))
     if rows >= g.shape[0] or torch.compiler.is_compiling():
-        return wide(torch.linalg.vecdot(g.reshape(g.shape[0], -1), (after - before).reshape(g.shape[0], -1)))
+        product = (after - before).mul_(g)
+        return wide(product.sum(tuple(range(1, product.dim()))) if product.dim() > 1 else product)
     # Some samples at a time: the difference stays in the cache.
     parts = zip(g.split(rows), after.split(rows), before.split(rows), strict=True)
     return torch.cat([contract(*part) for part in parts])
@@ -65,15 +66,15 @@ def wide(value: Tensor) -> Tensor:
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
-def clip(change: Tensor, bound: float | None, aim: Tensor) -> tuple[Tensor, Tensor]:
-    """``c`` within ``bound`` times the aim, where a linear prediction is believed, and how many samples were not.
+def clip(change: Tensor, bound: float | None, aim: Tensor) -> Tensor:
+    """``c`` within ``bound`` times the aim, where a linear prediction is believed.
 
     With a bound of 1 no sample's weight, ``aim + c``, changes sign (theory: 4a).
     """
     if bound is None:
-        return change, torch.zeros((), dtype=torch.int64, device=change.device)
-    limit = bound * aim
-    return change.clamp(-limit, limit), (change.abs() > limit).sum()
+        return change
+    limit = aim if bound == 1 else bound * aim
+    return change.clamp(-limit, limit)
 
 
 def clip_radicand(rho: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +185,7 @@ def blocks_scale(factors: tuple[float, ...], blocks: Blocks) -> Blocks:
 
 
 def factor(blocks: Blocks) -> Blocks:
-    """Cholesky factors: positive definite by construction (theory: 4a), kept so against rounding.
+    """Upper Cholesky factors, ``Rᵀ R``: positive definite by construction (theory: 4a), kept so against rounding.
 
     A sum of Gram matrices carries rounding errors of about ``eps · trace``: that much is added to the diagonal, and a
     thousand times as much, with a warning, where it does not do (very deep networks whose activations grow).
@@ -195,28 +196,38 @@ def factor(blocks: Blocks) -> Blocks:
 def _cholesky(block: Tensor) -> Tensor:
     lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
     found: Tensor
-    found, failed = torch.linalg.cholesky_ex(block + torch.diag(lift.expand(block.shape[0])))
+    found, failed = torch.linalg.cholesky_ex(_lifted(block, lift), upper=True)
     if torch.compiler.is_compiling():  # whether it failed is seen when the step is done (runtime.compiled)
         return torch.where(failed == 0, found, torch.nan)
     if failed:
         said = "a Gram matrix is not definite to rounding: 1000 eps trace is added to its diagonal"
         warnings.warn(said, RuntimeWarning, stacklevel=2)
-        found = torch.linalg.cholesky(block + torch.diag((1000 * lift).expand(block.shape[0])))
+        found = torch.linalg.cholesky(_lifted(block, 1000 * lift), upper=True)
+    return found
+
+
+def _lifted(block: Tensor, lift: Tensor) -> Tensor:
+    """The block with ``lift`` added to its diagonal."""
+    found = block.clone()
+    found.diagonal().add_(lift)
     return found
 
 
 def solve(factors: Blocks, vector: Tensor) -> Tensor:
     """``A⁻¹ v`` from the Cholesky factors of ``A``."""
     if len(factors) == 1:
-        return torch.cholesky_solve(vector.unsqueeze(1), factors[0]).squeeze(1)
+        return _solve(factors[0], vector)
     pieces = vector.split([block.shape[0] for block in factors])
-    solved = [torch.cholesky_solve(v.unsqueeze(1), block).squeeze(1) for v, block in zip(pieces, factors, strict=True)]
-    return torch.cat(solved)
+    return torch.cat([_solve(block, part) for block, part in zip(factors, pieces, strict=True)])
+
+
+def _solve(block: Tensor, vector: Tensor) -> Tensor:
+    return torch.cholesky_solve(vector.unsqueeze(1), block, upper=True).squeeze(1)
 
 
 def inverse_diagonal(factors: Blocks) -> Tensor:
     """Diagonal of ``A⁻¹`` from the Cholesky factors of ``A``."""
-    return torch.cat([torch.cholesky_inverse(block).diagonal() for block in factors])
+    return torch.cat([torch.cholesky_inverse(block, upper=True).diagonal() for block in factors])
 
 
 def bind(function: Callable[..., Any], *extras: Any) -> Callable[..., Any]:

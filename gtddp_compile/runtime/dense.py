@@ -316,7 +316,7 @@ class DenseBackend:
         c = square.clamp_min(0).sqrt()
         limit = clip * aim
         outside = c.abs() > limit
-        m.keep(t, outside=outside.sum())
+        m.keep(t, predicted=c, change=torch.minimum(c, limit))
         factor = torch.where(outside, limit / c.abs().clamp_min(torch.finfo(c.dtype).tiny), torch.ones_like(c))
         return {name: factor.unsqueeze(1) * delta for name, delta in change.items()}
 

@@ -38,7 +38,7 @@ class Diagnostics:
         found: dict[str, Any] = {
             "loss": float(self._loss) if self._loss is not None else None,
             "skipped": self._skipped,
-            "clipped_changes": int(sum(int(stage["outside"]) for stage in stages if "outside" in stage)),
+            "clipped_changes": sum(self._clipped(stage) for stage in stages if "predicted" in stage),
             "clipped_radicands": int(sum(int(stage["radicands"]) for stage in stages if "radicands" in stage)),
         }
         fallbacks = [value for stage in stages for key, value in stage.items() if key.startswith("fallbacks ")]
@@ -48,6 +48,11 @@ class Diagnostics:
             found["open_norm"], found["feedback_norm"] = self._norms()
             found["predicted_decrease"] = self._decrease()
         return found
+
+    def _clipped(self, stage: Mapping[str, Any]) -> int:
+        """Samples whose predicted change was not believed."""
+        differs = stage["predicted"] != stage["change"]
+        return int((differs if self._start is None else differs.reshape(self._batch, -1).any(1)).sum())
 
     @property
     def _start(self) -> float | None:
