@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gtddp_compile.builder import Builder
 from gtddp_compile.costs import choose_gram
 from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
+from gtddp_compile.responses import inputs_gram
 from gtddp_compile.uses import Use
 
 
@@ -83,8 +86,9 @@ def gram(b: Builder, t: int, player: Player, metric: str) -> str:
     if len(uses) == 1 and uses[0].names == player.parameters:
         use = uses[0]
         choice = "exact" if b.factored else choose_gram(b.plan, use).approximate
-        more = {"columns": b.plan.columns, "seed": t} if choice == "sketch" else {}
+        more: dict[str, Any] = {"columns": b.plan.columns, "seed": t} if choice == "sketch" else {}
         kernel = "gram" if choice == "exact" else f"{choice}_gram"
+        more.update(inputs_gram(b, t, player))
         others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks") if b.factored else ()
         first = [Function(name) for name in (b.kernel(use, kernel), *others)]
         b.emit("backward", t, (f"*{result}",), "factor_gram" if b.factored else "gram_blocks", *first, operands(b, use),

@@ -15,6 +15,7 @@ from gtddp_compile.costs import choose_coordinates, separates
 from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
 from gtddp_compile.plan import MetricBlock
+from gtddp_compile.responses import scaled
 
 OF_PLAYERS = ("kronecker", "printed", "shared", "exact")
 
@@ -159,8 +160,9 @@ def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str
         return False
     (use,) = uses
     functions = [Function(b.kernel(use, name)) for name in ("weighted", "subtract")]
-    b.emit(phase, t, (), "m.descend_by", use.names, *functions, operands(b, use), output_gradient(b, use, weights),
-           params(b, use), use.wants, note=note, **b.options(use))  # fmt: skip
+    g = scaled(b, phase, t, use, output_gradient(b, use, weights))
+    b.emit(phase, t, (), "m.descend_by", use.names, *functions, operands(b, use), g, params(b, use), use.wants,
+           note=note, **b.options(use))  # fmt: skip
     return True
 
 

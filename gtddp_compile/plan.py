@@ -63,6 +63,7 @@ class StagePlan:
         rerun: whether the forward sweep has to run this stage again.
         statistics: whether ``α`` at t+1 is needed (statistics of the base method, or the form itself).
         blocks: the players by what metric they are in.
+        still: names of the players whose operation reads nothing that has moved: ``δx = 0``, ``δh = f_u δu``.
     """
 
     index: int
@@ -74,6 +75,7 @@ class StagePlan:
     rerun: bool
     statistics: bool
     blocks: tuple[MetricBlock, ...]
+    still: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

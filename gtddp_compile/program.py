@@ -199,9 +199,12 @@ class UpdateProgram:
             rules = ", ".join(dict.fromkeys(use.rule.name for use in uses))
             table.add_row(
                 str(player.stage), player.name, player.kind, rules, str(self._size(player)), self._gram(uses),
-                "; ".join(filter(None, (_notes(player, uses), self._pulled(player), self._metric(player)))),
+                "; ".join(filter(None, self._remarks(player, uses))),
             )  # fmt: skip
         return rendered(table)
+
+    def _remarks(self, player: Player, uses: tuple[Use, ...]) -> tuple[str, ...]:
+        return _notes(player, uses), self._pulled(player), self._metric(player), self._responds(uses)
 
     def _metric(self, player: Player) -> str:
         """Which block of a Kronecker-factored curvature the player is in."""
@@ -210,6 +213,11 @@ class UpdateProgram:
             return ""
         together = ", ".join(other.name for other in block.players if other != player)
         return f"{block.kind} metric" + (f" with {together} ({block.why})" if together else "")
+
+    def _responds(self, uses: tuple[Use, ...]) -> str:
+        """Whether the layer is not run again: its input is still."""
+        made = {call.args[0] for call in self.lowered.instructions if call.function == "m.respond"}
+        return "new output from X X^T" if any(use.names in made for use in uses) else ""
 
     def _pulled(self, player: Player) -> str:
         slow = self.form.factored and not vectorises(self.graph, player.stage)

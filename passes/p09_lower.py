@@ -29,6 +29,7 @@ from gtddp_compile.instructions import Code, Function, Instruction, StageFunctio
 from gtddp_compile.passes.p08_simplify import segments
 from gtddp_compile.plan import Contraction, Plan, StagePlan
 from gtddp_compile.recompute import Sweeps, run_again
+from gtddp_compile.responses import functions_after, respond
 from gtddp_compile.uses import Use
 
 GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
@@ -55,15 +56,16 @@ def lower(plan: Plan) -> Lowered:
     for op in plan.graph.ops.ops:
         b.name(op.name)
     functions = _stage_functions(b)
-    sweeps = _sweeps(b, functions)
+    after = functions_after(b, functions)
+    sweeps = _sweeps(b, functions, {**{function.stage: function for function in functions}, **after})
     instructions = sweeps.kept() if plan.segments is None else run_again(sweeps, plan.segments, plan.graph)
     uses = {player.name: b.uses(player.name) for player in plan.graph.players}
     players = tuple(_player_function(b, use) for found in uses.values() for use in found if use.function)
-    return Lowered(plan, instructions, (*functions, *players), uses, dict(b._names))
+    return Lowered(plan, instructions, (*functions, *filter(None, after.values()), *players), uses, dict(b._names))
 
 
-def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
-    """Every sweep, stage by stage."""
+def _sweeps(b: Builder, functions: tuple[StageFunction, ...], by_stage: Mapping[int, StageFunction | None]) -> Sweeps:
+    """Every sweep, stage by stage; ``by_stage``: what the forward sweep runs."""
     trajectory, pulled, gains, forward = {}, {}, {}, {}
     trajectory[-1] = b.written(lambda: _inputs(b))
     for function in functions:
@@ -73,9 +75,8 @@ def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
     for stage in reversed(b.plan.stages):
         pulled[stage.index] = b.written(partial(_pull_back, b, stage))
         gains[stage.index] = b.written(partial(_gains, b, stage))
-    by_stage = {function.stage: function for function in functions}
-    again = [stage.index for stage in b.plan.stages if stage.rerun]
-    last_read = {name: t for t in again for name in by_stage[t].inputs}
+    again = [(stage.index, by_stage[stage.index]) for stage in b.plan.stages if stage.rerun]
+    last_read = {name: t for t, function in again for name in (function.inputs if function else ())}
     for stage in b.plan.stages if b.plan.form.name != "base" else ():
         decided = b.written(partial(_decide, b, stage))
         forward[stage.index] = decided + b.written(partial(_run_again, b, stage, by_stage, last_read))
@@ -371,16 +372,16 @@ def _decide(b: Builder, stage: StagePlan) -> None:
 
 
 def _run_again(
-    b: Builder, stage: StagePlan, functions: Mapping[int, StageFunction], last_read: Mapping[str, int]
+    b: Builder, stage: StagePlan, functions: Mapping[int, StageFunction | None], last_read: Mapping[str, int]
 ) -> None:
     """The layer itself with its new parameters, and how far it moved each sample's loss.
 
     ``last_read``: the last stage of the forward sweep that reads a value, by name (a parameter expression reads where
     it is used).
     """
-    t = stage.index
-    if stage.rerun:
-        function = functions[t]
+    t, function = stage.index, functions[stage.index]
+    respond(b, stage)
+    if stage.rerun and function is not None:
         arguments = [Var(b.new(value)) for value in function.inputs]
         needed = _read_again(b, t, last_read)
         writes = tuple(b.new(name) if name in needed else "_" for name in function.returns)

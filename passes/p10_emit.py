@@ -143,6 +143,9 @@ def emit_micro(lowered: Lowered) -> str:
             return replace(instruction, function="=", args=(
                 Code(f"yield 'descend_block', ('kronecker', ({render(names)},), ({render_instruction(gradient)},))"),
             ), kwargs=None)  # fmt: skip
+        if instruction.function == "m.respond":  # to the update of all micro-batches: the layer itself
+            _names, _response, forward, *_rest, operands, params = instruction.args
+            return replace(instruction, function=render(forward), args=(operands, params))
         if instruction.function not in SHARED:
             return instruction
         request = f"yield {instruction.function.removeprefix('m.')!r}, {render(instruction.args)}"

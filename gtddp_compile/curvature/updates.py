@@ -99,12 +99,36 @@ class ParameterUpdates:
         **options: Any,
     ) -> None:
         """:meth:`descend` with the layer's gradient; where ``δu = -η ĝ``, its product writes the parameter itself."""
-        rates = tuple(self._curvature.rate(self._groups[name]) for name in names)
-        narrow = any(self._params[name].dtype in (torch.bfloat16, torch.float16) for name in names)
-        if None in rates or narrow:  # a product in float32 cannot write a narrower parameter
+        rates = self._rates(names)
+        if rates is None:
             self.descend(names, weighted(operands, g, params, wants, **options))
         else:
             subtract(operands, g, tuple(self._writable(name) for name in names), wants, rates, **options)
+
+    def respond(
+        self,
+        names: tuple[str, ...],
+        response: Callable[..., Tensor],
+        forward: Callable[..., Tensor],
+        h: Tensor,
+        inputs: Tensor,
+        g: Tensor,
+        wants: tuple[bool, ...],
+        operands: tuple[Tensor, ...],
+        params: tuple[Tensor | None, ...],
+    ) -> Tensor:
+        """The layer's output after :meth:`descend_by`, its input as it was; by its own product unless ``δu = -η ĝ``."""
+        rates = self._rates(names)
+        if rates is None:
+            return forward(operands, params)
+        return response(h, inputs, g, wants, rates).to(h.dtype)
+
+    def _rates(self, names: tuple[str, ...]) -> tuple[float, ...] | None:
+        """``η`` of each parameter where ``δu = -η ĝ``, and a product in float32 can write the parameter."""
+        if any(self._params[name].dtype in (torch.bfloat16, torch.float16) for name in names):
+            return None
+        rates = tuple(self._curvature.rate(self._groups[name]) for name in names)
+        return None if None in rates else rates  # type: ignore[return-value]
 
     def _writable(self, name: str) -> Tensor:
         """The new parameter, equal to the old one, to be written in place."""

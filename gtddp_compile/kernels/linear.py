@@ -122,14 +122,38 @@ def linear_subtract(
         targets[-1].sub_(flat.sum(0), alpha=rates[-1])
 
 
+def linear_inputs(x: Tensor) -> Tensor:
+    """``X Xᵀ``, ``(B, B)``, of one row a sample."""
+    return x @ x.mT
+
+
+def _linear_factor(inputs: Tensor, metric: tuple[Tensor | float, ...]) -> Tensor:
+    """``X Xᵀ η_w``, and ``+ η_b`` of a bias that is trained too."""
+    factor = inputs * metric[0]
+    return factor.add_(metric[1]) if len(metric) > 1 else factor
+
+
+def linear_response(h: Tensor, inputs: Tensor, g: Tensor, wants: tuple[bool, ...], rates: tuple[float, ...]) -> Tensor:
+    """``h - (X Xᵀ η_w + η_b) G``: ``h`` after ``u -= rate · γᵀ 1``, of one row a sample, ``x`` as it was."""
+    return torch.addmm(h, _linear_factor(inputs, rates), g, alpha=-1)
+
+
+def linear_forward(operands: tuple[Tensor, ...], params: tuple[Tensor | None, ...]) -> Tensor:
+    """``x Wᵀ + b``."""
+    weight, bias = params
+    return F.linear(operands[0], weight, bias)  # type: ignore[arg-type]
+
+
 def linear_gram(
     operands: tuple[Tensor, ...],
     g: Tensor,
     params: tuple[Tensor | None, ...],
     wants: tuple[bool, ...],
     metric: tuple[Tensor | float, ...],
+    *,
+    inputs: Tensor | None = None,
 ) -> Tensor:
-    """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape."""
+    """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape. ``inputs``: ``X Xᵀ`` if known."""
     x, g = _linear_rows(operands[0]), _linear_rows(g)
     spherical = all(not isinstance(entry, Tensor) or entry.dim() == 0 for entry in metric)
     if x.shape[1] == 1 and spherical:
@@ -137,8 +161,7 @@ def linear_gram(
         gram = g @ g.mT
         if not wants[0]:
             return gram.mul_(metric[-1])
-        inputs = (x @ x.mT).mul_(metric[0])
-        return gram.mul_(inputs.add_(metric[-1]) if wants[1] else inputs)
+        return gram.mul_(_linear_factor(linear_inputs(x) if inputs is None else inputs, metric))
     gram = g.new_zeros(g.shape[0], g.shape[0])
     if wants[0]:
         gram = gram + _linear_weight_gram(x, g, metric[0])

@@ -25,6 +25,7 @@ class ConvRule:
     prepare = False
     rows = True
     subtracts = False
+    responds = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A convolution of a value with a batch axis, its weight and bias parameters themselves."""

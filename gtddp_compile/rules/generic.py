@@ -21,6 +21,7 @@ class GenericRule:
     prepare = False
     rows = False
     subtracts = False
+    responds = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """Every operation whose value is one differentiable tensor, that draws and writes nothing."""

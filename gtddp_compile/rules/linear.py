@@ -17,6 +17,7 @@ class LinearRule:
     prepare = False
     rows = True
     subtracts = True
+    responds = True
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """``F.linear`` of a value with a batch axis, its weight and bias parameters themselves."""

@@ -32,6 +32,7 @@ class NormRule:
     prepare = True
     rows = False
     subtracts = False
+    responds = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A normalisation of a value with a batch axis, its weight and bias parameters themselves."""

@@ -22,7 +22,7 @@ LIFTED = ("linear_", "conv_", "norm_", "generic_", "contract", "scale", "combine
 """Kernels, by the beginnings of their names, that read values of the network or gradients of them."""
 
 OF_THE_NETWORK = ("stage_", "prologue")
-"""Functions of the program that are the network itself."""
+"""Functions of the program that are the network itself, as are a rule's kernels ``PREFIX_forward``."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Precision:
 
     def function(self, name: str, value: Any) -> Any:
         """A function of the program's namespace as this precision needs it."""
-        if name.startswith(LIFTED):
-            return _lifted(value)
-        return _within(self, value) if name.startswith(OF_THE_NETWORK) else value
+        if name.startswith(OF_THE_NETWORK) or name.endswith("_forward"):
+            return _within(self, value)
+        return _lifted(value) if name.startswith(LIFTED) else value
 
 
 def lift(value: Any) -> Any:
