@@ -38,6 +38,7 @@ LAYERS = {
     "plan": 4,
     "printing": 4,
     "recompute": 4,
+    "responses": 4,
     "segments": 4,
     "uses": 4,
     "setting": 4,
