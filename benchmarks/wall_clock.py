@@ -180,6 +180,16 @@ def tuned(runs: list[Run], method: str) -> float:
     return min(mine, key=lambda run: (run.reached()[1], min(run.loss))).rate
 
 
+def chosen_runs(data: Data, runs: list[Run]) -> dict[str, list[Run]]:
+    """The runs of every method with its best rate, those of the sweep left out."""
+    here = [run for run in runs if run.data == data.name]
+    return {
+        name: [run for run in here if run.method == name and not run.sweep and run.rate == tuned(here, name)]
+        for name in METHODS
+        if any(run.method == name and not run.sweep for run in here)
+    }
+
+
 def methods() -> list[Method]:
     """Those that can run here."""
     return [method for method in METHODS.values() if method.side != "asdl" or find_spec("asdl") is not None]
@@ -239,9 +249,8 @@ seed; medians over seeds, with least and most in parentheses; "–" where not ev
 def section(data: Data, runs: list[Run]) -> str:
     """Tables of one data set."""
     here = [run for run in runs if run.data == data.name]
-    shown = [name for name in METHODS if any(run.method == name and not run.sweep for run in here)]
-    final = {name: [r for r in here if r.method == name and not r.sweep and r.rate == tuned(here, name)]
-             for name in shown}  # fmt: skip
+    final = chosen_runs(data, runs)
+    shown = list(final)
     if not shown:
         return f"## {data.name}\n\nNot run.\n"
     # Every method has to get there: the accuracy that the least accurate of them reaches with every seed.
