@@ -91,7 +91,7 @@ def inverse_root(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     damped = factor + damping.reshape(-1, 1, 1) * eye
     lower, info = torch.linalg.cholesky_ex(damped)
     if bool((info == 0).all()):
-        found: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT
+        found: Tensor = torch.linalg.solve_triangular(lower.mT, eye.expand_as(lower), upper=True, left=False)
         return found, info.new_zeros((), dtype=factor.dtype)
     values, basis = torch.linalg.eigh(damped)
     least = values[:, -1:].clamp_min(torch.finfo(factor.dtype).tiny) * torch.finfo(factor.dtype).eps

@@ -35,13 +35,20 @@ from gtddp_compile.curvature.checks import (
     statistics_gradient,
     subtract,
 )
-from gtddp_compile.kernels.kronecker import Layer, Maps, Metric, kronecker_factors, kronecker_widths
+from gtddp_compile.kernels.kronecker import (
+    Layer,
+    Maps,
+    Metric,
+    kronecker_factor_shapes,
+    kronecker_factors,
+    kronecker_widths,
+)
 
 BlockKind = Literal["kronecker", "printed", "shared", "exact"]
 
 MAPS = ("map_x", "map_g", "null_x", "null_g", "moment")
-FACTORS = ("factor_x", "factor_g", *MAPS, *(f"own_{key}" for key in MAPS))
-"""Keys of a block's state that hold its factors."""
+DERIVED = (*MAPS, *(f"own_{key}" for key in MAPS))
+"""Keys of a block's state that are made of its factors."""
 
 
 @dataclass(frozen=True)
@@ -179,18 +186,18 @@ class Kronecker(ABC):
             group: options of the block's first player.
             moments: take further statistics here; otherwise :meth:`observe_coordinates` does.
         """
-        x, g = kronecker_factors(layers, start)
         found = [self._stepped(state) for state in states]
-        # load_state_dict casts a state to the parameter's own precision; factors are at least float32.
-        found[0].update((key, found[0][key].to(x.dtype)) for key in FACTORS if key in found[0])
-        lead, old = found[0], dict(found[0])
-        fresh = "factor_x" not in old or old["factor_x"].shape != x.shape or old["factor_g"].shape != g.shape
+        lead = found[0]
+        shapes = kronecker_factor_shapes(layers)
+        fresh = any(key not in lead or lead[key].shape != shapes[key] for key in shapes)
         if fresh:  # the first step, or a block that was put together differently when it was compiled again
             lead["averaged"] = torch.zeros_like(lead["step"])
         lead["averaged"] = lead["averaged"] + 1
         count = lead["averaged"]
-        lead["factor_x"] = self._average(None if fresh else old["factor_x"], x, count, group)
-        lead["factor_g"] = self._average(None if fresh else old["factor_g"], g, count, group)
+        old = None if fresh else (lead["factor_x"], lead["factor_g"])
+        lead["factor_x"], lead["factor_g"] = kronecker_factors(layers, start, old, self._keep(count, group))
+        # load_state_dict casts a state to the parameter's own precision; factors are at least float32.
+        lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
         due = fresh or (int(count) - 1) % group["refresh"] == 0
         if due:
             lead.update(self.refreshed(kind, lead, group))
@@ -269,8 +276,10 @@ class Kronecker(ABC):
         """Martens and Grosse's running average: the old one counts ``min(1 - 1/k, stat_decay)`` at step k."""
         if old is None:
             return new
-        keep = min(1.0 - 1.0 / float(count), group["stat_decay"])
-        return torch.lerp(new, old, keep)
+        return torch.lerp(new, old, self._keep(count, group))
+
+    def _keep(self, count: Tensor, group: Group) -> float:
+        return min(1.0 - 1.0 / float(count), float(group["stat_decay"]))
 
 
 def split_maps(state: State, widths: Sequence[tuple[int, int]]) -> Maps:

@@ -70,6 +70,7 @@ from gtddp_compile.kernels.inplace import (
 from gtddp_compile.kernels.kronecker import (
     factor_layer,
     flat_rows,
+    kronecker_factor_shapes,
     kronecker_factors,
     kronecker_gram,
     kronecker_gram_diagonal,
@@ -187,6 +188,7 @@ __all__ = [
     "joint_gram",
     "joint_sample_grams",
     "kronecker_coordinates",
+    "kronecker_factor_shapes",
     "kronecker_factors",
     "kronecker_gram",
     "kronecker_gram_diagonal",

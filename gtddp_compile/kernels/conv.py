@@ -97,15 +97,20 @@ def _conv_symmetric(
     return _conv_padded(x, margins), tuple(0 for _ in margins)
 
 
+def _conv_windows(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    """A view ``(…, *kernel, *positions)`` of an input ``(…, *pixels)`` that is padded already."""
+    first, axes = x.dim() - len(kernel), len(kernel)
+    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        x = x.unfold(first + axis, gap * (size - 1) + 1, step)[..., ::gap]
+    return x.permute(*range(first), *range(first + axes, first + 2 * axes), *range(first, first + axes))
+
+
 def _conv_patches(
     x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
 ) -> Tensor:
     """Patches ``(B, G, n, T)`` of an input that is padded already."""
-    axes = len(kernel)
-    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(axis + 2, gap * (size - 1) + 1, step)[..., ::gap]
-    x = x.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-    positions = math.prod(x.shape[2 + axes :])
+    x = _conv_windows(x, kernel, stride, dilation)
+    positions = math.prod(x.shape[2 + len(kernel) :])
     return x.reshape(x.shape[0], groups, x.shape[1] // groups * math.prod(kernel), positions)
 
 
@@ -386,7 +391,13 @@ def conv_rows(
     """Homogeneous patches ``(B, G, T, n)`` and output gradients ``(B, G, T, m)`` (kernels of ``kronecker``)."""
     kernel, samples = tuple(params[0].shape[2:]), g.shape[0]
     x, g = _conv_images(operands, g, params)
-    x = _conv_padded(x, _conv_margins(kernel, padding, dilation))
-    patches = _conv_beside(_conv_patches(x, kernel, stride, dilation, groups), samples).mT
-    patches = F.pad(patches, (0, 1), value=1.0) if wants[1] else patches
-    return patches, _conv_beside(_conv_groups(g, groups).flatten(3), samples).mT
+    images = _conv_padded(x, _conv_margins(kernel, padding, dilation))
+    windows = _conv_windows(_conv_groups(images, groups), kernel, stride, dilation).movedim(0, 2 + len(kernel))
+    size = windows.shape[1 : 2 + len(kernel)]
+    # One buffer (G, n, B, T), written once: a product over all rows reads it as it lies, the ones are its last plane.
+    rows = x.new_empty(groups, math.prod(size) + wants[1], *windows.shape[2 + len(kernel) :])
+    rows[:, : math.prod(size)].unflatten(1, size).copy_(windows)
+    if wants[1]:
+        rows[:, -1] = 1.0
+    rows = rows.reshape(*rows.shape[:2], samples, -1).permute(2, 0, 3, 1)
+    return rows, _conv_beside(_conv_groups(g, groups).flatten(3), samples).mT

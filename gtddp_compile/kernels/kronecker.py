@@ -102,25 +102,47 @@ def kronecker_widths(layers: Sequence[Layer]) -> tuple[tuple[int, int], ...]:
     return tuple((x.shape[-1], g.shape[-1]) for x, g in found)
 
 
-def kronecker_factors(layers: Sequence[Layer], start: float) -> tuple[Tensor, Tensor]:
+def kronecker_factor_shapes(layers: Sequence[Layer]) -> dict[str, tuple[int, int, int]]:
+    """Shapes of the factors of the layers' rows side by side, by what a state calls them."""
+    first = [_kronecker_rows(layer, slice(0, 1)) for layer in layers]
+    wide_x, wide_g = (sum(rows[side].shape[-1] for rows in first) for side in (0, 1))
+    groups = first[0][0].shape[1]
+    return {"factor_x": (groups, wide_x, wide_x), "factor_g": (groups, wide_g, wide_g)}
+
+
+def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    """The players' rows ``(B, G, T, n_p)`` as ``(G, B T, N)``."""
+    whole = rows[0] if len(rows) == 1 else torch.cat(list(rows), -1)
+    return whole.transpose(0, 1).flatten(1, 2)
+
+
+def kronecker_factors(
+    layers: Sequence[Layer], start: float, old: tuple[Tensor, Tensor] | None = None, keep: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """``A = E[x xᵀ]`` ``(G, N, N)`` and ``B = E[V_h V_hᵀ]`` ``(G, M, M)`` of the layers' rows side by side (Eq. 50).
 
     The layers' ``g`` is ``V_h = α_i g_i``; with ``α_T = start`` the expectation over samples is ``Σ_i V_h V_hᵀ / α_T``:
     with feedback off the mean of ``g gᵀ`` for a mean loss, its sum for a sum. Positions as in KFC: inputs are summed
-    over them, gradients averaged.
+    over them, gradients averaged. With ``old`` factors the running average ``keep · old + (1 - keep) · new``, made as
+    the product is.
     """
-    total_x: Tensor | None = None
-    total_g: Tensor | None = None
-    positions = 1
+    total_x, total_g = old if old is not None else (None, None)
+    beta, new = (keep, 1.0 - keep) if old is not None else (1.0, 1.0)
     for part in _kronecker_slices(layers, _kronecker_all(layers)):
         found = [_kronecker_rows(layer, part) for layer in layers]
-        x, g = torch.cat([x for x, _ in found], -1), torch.cat([g for _, g in found], -1)
-        positions = x.shape[2]
-        x, g = x.transpose(0, 1).flatten(1, 2), g.transpose(0, 1).flatten(1, 2)
-        total_x = x.mT @ x if total_x is None else total_x + x.mT @ x
-        total_g = g.mT @ g if total_g is None else total_g + g.mT @ g
+        x, g = _side_by_side([x for x, _ in found]), _side_by_side([g for _, g in found])
+        total_x = _gram_added(total_x, x, beta, new / layers[0][2].shape[0])
+        total_g = _gram_added(total_g, g, beta, new / (start * found[0][0].shape[2]))
+        beta = 1.0
     assert total_x is not None and total_g is not None
-    return total_x / layers[0][2].shape[0], total_g / (start * positions)
+    return total_x, total_g
+
+
+def _gram_added(total: Tensor | None, rows: Tensor, beta: float, alpha: float) -> Tensor:
+    """``beta · total + alpha · rowsᵀ rows`` of rows ``(G, R, n)``; the total is read, not written."""
+    if total is None:
+        return torch.bmm(rows.mT, rows).mul_(alpha)
+    return torch.baddbmm(total.to(rows.dtype), rows.mT, rows, beta=beta, alpha=alpha)
 
 
 def kronecker_moment(layers: Sequence[Layer], start: float, maps: Maps) -> Tensor:
