@@ -100,6 +100,16 @@ def gram(b: Builder, t: int, player: Player, metric: str) -> str:
     return result
 
 
+def separated_groups(b: Builder, player: Player) -> int | None:
+    """Groups of a weight whose diagonal metric is separated for ``Γ``; ``None``: its kernel takes the whole."""
+    uses = b.uses(player.name)
+    alone = len(uses) == 1 and uses[0].names == player.parameters and b.plan.form.name == "information"
+    if b.plan.metric != "diagonal" or b.factored or not alone or not uses[0].wants[0] or b.keeps(player.name):
+        return None
+    exact = choose_gram(b.plan, uses[0]).approximate == "exact"
+    return None if exact else int(uses[0].options.get("groups", 1))
+
+
 def per_sample(b: Builder, t: int, player: Player, weights: str | None = None) -> str:
     """``γ`` of one player, its uses added up (over all columns, where there are several); returns the variable.
 

@@ -9,7 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gtddp_compile.builder import Builder
-from gtddp_compile.calls import gram, gram_diagonal, operands, output_gradient, params, per_sample, weighted
+from gtddp_compile.calls import (
+    gram,
+    gram_diagonal,
+    operands,
+    output_gradient,
+    params,
+    per_sample,
+    separated_groups,
+    weighted,
+)
 from gtddp_compile.columns import sample_gram
 from gtddp_compile.costs import choose_coordinates, separates
 from gtddp_compile.graph import Player
@@ -67,7 +76,9 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
     if block.kind in OF_PLAYERS:
         b.emit("backward", t, (f"*{metric}",), "m.block_metric", block.kind, _names(block), note="M^-1")
     else:
-        b.emit("backward", t, (f"*{metric}",), "m.metric", block.players[0].parameters, note="M^-1")
+        separated = separated_groups(b, block.players[0])
+        call, groups = ("m.metric", ()) if separated is None else ("m.separated_metric", (separated,))
+        b.emit("backward", t, (f"*{metric}",), call, block.players[0].parameters, *groups, note="M^-1")
     own = metric
     if b.plan.form.name == "printed" and len(block.players) > 1:
         own = f"own_{metric}"

@@ -60,6 +60,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self._diagnostics = Diagnostics()
         self._checked = False
         self._aside: dict[str, Tensor] = {}
+        self._spare: dict[str, dict[str, Tensor]] = {}
         self._pending: Accumulated | None = None
         super().__init__(self._view.groups(), curvature.defaults())
         if example_inputs is not None:
@@ -351,13 +352,13 @@ class CompiledOptimizer(torch.optim.Optimizer):
         loss = self._loss.after(program.graph.ops.as_returned)
         return BaseMethod(
             self._curvature, params, new, states, groups, loss,
-            first=not self._checked, terminal=self._options.terminal_kind, aside=self._aside,
+            first=not self._checked, terminal=self._options.terminal_kind, aside=self._aside, spare=self._spare,
         )  # fmt: skip
 
     def _commit(self, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         m.commit(originals)
-        for name, state in m.states.items():
-            self.state[self._view.named[name]] = dict(state)
+        for name in m.states:
+            self.state[self._view.named[name]] = m.settled(name)
         with torch.no_grad():
             for name, value in buffers.items():
                 self._view.buffer(name).copy_(value)
@@ -408,6 +409,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature)
         state.update(
-            _specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _aside={}, _pending=None,
+            _specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _aside={}, _spare={}, _pending=None,
         )  # fmt: skip
         return state

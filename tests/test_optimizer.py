@@ -269,3 +269,48 @@ def test_non_contiguous_inputs() -> None:
         compile_optimizer(model, x, loss=LOSS, lr=0.1).step(value, y)
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"curvature": "adam", "amsgrad": True}, {"curvature": "rmsprop", "centered": True, "momentum": 0.5},
+     {"curvature": "sgd", "momentum": 0.9}],
+    ids=lambda options: options["curvature"],
+)  # fmt: skip
+def test_states_stay_the_tensors_they_are(options: dict[str, Any]) -> None:
+    """As in torch.optim, who holds a state's tensor sees what it is after every step; a copy stays what it was."""
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, **options)
+    opt.step(*batch())
+    opt.step(*batch(1))
+    held = [(state, key, value) for state in opt.state.values() for key, value in state.items() if value.dim()]
+    copies = [value.clone() for *_, value in held]
+    opt.step(*batch(2))
+    assert held and all(state[key] is value for state, key, value in held)
+    assert all(not torch.equal(value, copy) for (*_, value), copy in zip(held, copies, strict=True))
+
+
+@pytest.mark.parametrize("curvature", ["adam", "rmsprop"])
+def test_memory_of_new_states_is_no_state(curvature: str) -> None:
+    """A step that fails after the statistics leaves the states alone, and the next is what it would have been."""
+    found = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model = Noisy()
+        opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature=curvature)
+        for index in range(4):
+            if interrupted:
+                before, x = snapshot(model, opt), batch(index)[0].clone()
+                x[0, 0] = float("inf")
+                opt.step(x, batch(index)[1])
+                with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(BaseMethod, "descend", _interrupted)
+                    opt.step(*batch(index + 7))
+                assert_unchanged(before, model, opt)
+            opt.step(*batch(index))
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def _interrupted(*arguments: Any) -> None:
+    raise KeyboardInterrupt

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.curvature.base import Group, MetricKind, State
+from gtddp_compile.curvature.base import NONE, Group, Memory, MetricKind, State
 from gtddp_compile.curvature.checks import (
     Scalar,
     check_ranges,
@@ -17,6 +17,7 @@ from gtddp_compile.curvature.checks import (
     out_of_range,
     scalar,
     statistics_gradient,
+    subtract_quotient,
 )
 
 
@@ -89,45 +90,53 @@ class Adam:
         decay = group["weight_decay"]
         return None if decay == 0 or group["decoupled_weight_decay"] else param * scalar(decay, param)
 
-    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
+    def observe(
+        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
+    ) -> dict[str, Any]:
         """Step count and second moment after ``Q_u``."""
         g, beta2, new = statistics_gradient("Adam", g_stat), group["betas"][1], dict(state)
         new["step"] = state["step"] + 1
-        new["exp_avg_sq"] = torch.mul(state["exp_avg_sq"], beta2).addcmul_(g, g, value=1 - beta2)
+        square = torch.mul(state["exp_avg_sq"], beta2, out=into.get("exp_avg_sq"))
+        new["exp_avg_sq"] = square.addcmul_(g, g, value=1 - beta2)
         if group["amsgrad"]:
-            new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], new["exp_avg_sq"])
+            memory = into.get("max_exp_avg_sq")
+            new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square, out=memory)
         return new
 
     def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor:
         """``lr / (√v̂ + eps)``, shape of the parameter."""
-        return _denominator(param, state, group).reciprocal_().mul_(scalar(group["lr"], param))
+        return self.denominator(param, state, group).reciprocal_().mul_(scalar(group["lr"], param))
+
+    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor:
+        """``√v̂ + eps``, shape of the parameter."""
+        second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+        correction = _bias_correction(group["betas"][1], state["step"]) ** 0.5
+        root = torch.sqrt(second, out=into.get("denominator"))
+        return root.div_(scalar(correction, param)).add_(group["eps"])
 
     def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """``δu`` and the state with the new first moment; both of the parameter's shape."""
         beta1, lr, decay = group["betas"][0], group["lr"], group["weight_decay"]
         mean = torch.lerp(state["exp_avg"], g_hat, 1 - beta1)
         step = scalar(-lr / _bias_correction(beta1, state["step"]), param)
-        delta = torch.div(mean, _denominator(param, state, group)).mul_(step)
+        delta = torch.div(mean, self.denominator(param, state, group)).mul_(step)
         if decay != 0 and group["decoupled_weight_decay"]:
             factor = scalar(-lr * decay, param)
             delta = delta.addcmul_(param, factor) if isinstance(factor, Tensor) else delta.add_(param, alpha=factor)
         return delta, {**state, "exp_avg": mean}
 
     def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group, inverse: Tensor | None = None
-    ) -> dict[str, Any]:
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
+        denominator: Tensor | None = None, into: Memory = NONE,
+    ) -> dict[str, Any]:  # fmt: skip
         """As :meth:`apply`, added to the parameter in place."""
-        beta1, decay = group["betas"][0], group["weight_decay"]
-        mean = torch.lerp(state["exp_avg"], g_hat, 1 - beta1)
+        beta1, decay, lr = group["betas"][0], group["weight_decay"], group["lr"]
+        mean = torch.lerp(state["exp_avg"], g_hat, 1 - beta1, out=into.get("exp_avg"))
         if decay != 0 and group["decoupled_weight_decay"]:
             param.mul_(1 - scalar(group["lr"], param) * decay)
-        if inverse is None:
-            inverse = self.inverse_metric(param, state, group)
-        correction = _bias_correction(beta1, state["step"])
-        if isinstance(correction, Tensor):
-            param.sub_(mean * inverse / correction.to(param.dtype))
-        else:
-            param.addcmul_(mean, inverse, value=-1 / correction)
+        if denominator is None:
+            denominator = self.denominator(param, state, group, into)
+        subtract_quotient(param, mean, denominator, lr / _bias_correction(beta1, state["step"]))
         return {**state, "exp_avg": mean}
 
     def rate(self, group: Group) -> float | None:
@@ -156,13 +165,6 @@ class AdamW(Adam):
     decoupled_weight_decay: bool = field(default=True, init=False)
 
     name = "adamw"
-
-
-def _denominator(param: Tensor, state: State, group: Group) -> Tensor:
-    """``√v̂ + eps``, a new tensor."""
-    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    correction = _bias_correction(group["betas"][1], state["step"]) ** 0.5
-    return torch.sqrt(second).div_(scalar(correction, param)).add_(group["eps"])
 
 
 def _bias_correction(beta: float, step: Tensor) -> Scalar:

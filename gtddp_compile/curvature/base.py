@@ -9,7 +9,7 @@ gradient's
 place in the update), the three calls of one step are, for each parameter::
 
     state  = c.observe(param, g_stat, state, group)          # second moments, step count
-    m_inv  = c.inverse_metric(param, state, group)           # M⁻¹, learning rate included
+    m_inv  = c.inverse_metric(param, state, group)           # M⁻¹ = η / D, learning rate included
     delta, state = c.apply(param, g_hat, state, group)       # first moment / momentum, then the parameter change
 
 With feedback off ``g_stat = ĝ = ∂J/∂u (+ ℓ_u)`` and the three together are torch.optim's own update (Proposition 4).
@@ -29,6 +29,12 @@ Group = Mapping[str, Any]
 
 State = Mapping[str, Any]
 """State of one parameter."""
+
+Memory = Mapping[str, Tensor]
+"""Tensors of a parameter's shape that may be written to instead of new ones: by the key of the state, and
+``"denominator"``; they belong to no state."""
+
+NONE: Memory = {}
 
 MetricKind = Literal["spherical", "diagonal", "kronecker"]
 
@@ -63,7 +69,9 @@ class Curvature(Protocol):
         """``ℓ_u = λ u`` of coupled weight decay; ``None`` where there is none."""
         ...
 
-    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
+    def observe(
+        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
+    ) -> dict[str, Any]:
         """The state after statistics were updated from ``g_stat`` (which contains ``ℓ_u``)."""
         ...
 
@@ -71,14 +79,19 @@ class Curvature(Protocol):
         """``M⁻¹``: a float or 0-d tensor (spherical), or a tensor of the parameter's shape (diagonal)."""
         ...
 
+    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor | None:
+        """``D = η M`` of a diagonal metric, of the parameter's shape; ``None`` where the metric is another."""
+        ...
+
     def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """The change of the parameter, ``δu``, and the state after the first moment consumed ``ĝ``."""
         ...
 
     def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group, inverse: Tensor | None = None
-    ) -> dict[str, Any]:
-        """As :meth:`apply`, ``δu`` added to ``param`` in place; the state. ``inverse``: ``M⁻¹`` where it is known."""
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
+        denominator: Tensor | None = None, into: Memory = NONE,
+    ) -> dict[str, Any]:  # fmt: skip
+        """As :meth:`apply`, ``δu`` added to ``param`` in place; the state. ``denominator``: ``D`` where it is known."""
         ...
 
     def rate(self, group: Group) -> float | None:

@@ -66,6 +66,14 @@ def subtract(param: Tensor, direction: Tensor, rate: Scalar) -> None:
         param.sub_(direction, alpha=rate)
 
 
+def subtract_quotient(param: Tensor, numerator: Tensor, denominator: Tensor, rate: Scalar) -> None:
+    """``param -= rate · numerator / denominator`` in place, in one pass where the rate is a number."""
+    if isinstance(rate, Tensor):
+        param.sub_(numerator / denominator * scalar(rate, param).to(param.dtype))
+    else:
+        param.addcdiv_(numerator, denominator, value=-rate)
+
+
 def first_step() -> Tensor:
     """torch.optim's ``"step"`` before the first step: a 0-d float tensor on the CPU."""
     wide = torch.get_default_dtype() == torch.float64

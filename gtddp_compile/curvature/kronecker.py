@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gtddp_compile.curvature.base import Group, MetricKind, State
+from gtddp_compile.curvature.base import NONE, Group, Memory, MetricKind, State
 from gtddp_compile.curvature.checks import (
     Scalar,
     check_ranges,
@@ -117,7 +117,9 @@ class Kronecker(ABC):
         decay = group["weight_decay"]
         return None if decay == 0 else param * scalar(decay, param)
 
-    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
+    def observe(
+        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
+    ) -> dict[str, Any]:
         """Step count and running ``E[γ²]`` of a parameter with the diagonal rule (``g_stat`` is the batch's)."""
         moment, new = statistics_gradient(type(self).__name__, g_stat), self._stepped(state)
         new["second_moment"] = self._average(state.get("second_moment"), moment, new["step"], group)
@@ -127,6 +129,10 @@ class Kronecker(ABC):
         """``lr / (E[γ²] + damping)`` of a parameter with the diagonal rule."""
         inverse: Tensor = (state["second_moment"] + group["damping"]).reciprocal_().mul_(scalar(group["lr"], param))
         return inverse
+
+    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor | None:
+        """None: the metric is a matrix."""
+        return None
 
     def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """``δu`` and the state of a parameter with the diagonal rule."""
@@ -138,8 +144,9 @@ class Kronecker(ABC):
         return moved * -scalar(group["lr"], param), new
 
     def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group, inverse: Tensor | None = None
-    ) -> dict[str, Any]:
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
+        denominator: Tensor | None = None, into: Memory = NONE,
+    ) -> dict[str, Any]:  # fmt: skip
         """As :meth:`apply`, added to the parameter in place."""
         return self.advance(param, g_hat / (state["second_moment"] + group["damping"]), state, group)
 

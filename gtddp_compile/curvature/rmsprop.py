@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.curvature.base import Group, MetricKind, State
-from gtddp_compile.curvature.checks import Scalar, check_ranges, first_step, scalar, statistics_gradient, subtract
+from gtddp_compile.curvature.base import NONE, Group, Memory, MetricKind, State
+from gtddp_compile.curvature.checks import (
+    Scalar,
+    check_ranges,
+    first_step,
+    scalar,
+    statistics_gradient,
+    subtract,
+    subtract_quotient,
+)
 
 
 @dataclass(frozen=True)
@@ -86,22 +94,35 @@ class RMSprop:
         decay = group["weight_decay"]
         return None if decay == 0 else param * scalar(decay, param)
 
-    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
+    def observe(
+        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
+    ) -> dict[str, Any]:
         """Step count and moments after ``Q_u``."""
         g, alpha, new = statistics_gradient("RMSprop", g_stat), group["alpha"], dict(state)
         new["step"] = state["step"] + 1
-        new["square_avg"] = torch.mul(state["square_avg"], alpha).addcmul_(g, g, value=1 - alpha)
+        square = torch.mul(state["square_avg"], alpha, out=into.get("square_avg"))
+        new["square_avg"] = square.addcmul_(g, g, value=1 - alpha)
         if group["centered"]:
-            new["grad_avg"] = torch.lerp(state["grad_avg"], g, 1 - alpha)
+            new["grad_avg"] = torch.lerp(state["grad_avg"], g, 1 - alpha, out=into.get("grad_avg"))
         return new
 
     def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor:
         """``lr / (√v + eps)``, shape of the parameter."""
-        return _denominator(state, group).reciprocal_().mul_(scalar(group["lr"], param))
+        return self.denominator(param, state, group).reciprocal_().mul_(scalar(group["lr"], param))
+
+    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor:
+        """``√v + eps``, shape of the parameter."""
+        square, memory = state["square_avg"], into.get("denominator")
+        if group["centered"]:
+            mean = state["grad_avg"]
+            root = torch.addcmul(square, mean, mean, value=-1, out=memory).sqrt_()
+        else:
+            root = torch.sqrt(square, out=memory)
+        return root.add_(group["eps"])
 
     def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """``δu`` and the state with the new momentum buffer; both of the parameter's shape."""
-        new, momentum, denominator = dict(state), group["momentum"], _denominator(state, group)
+        new, momentum, denominator = dict(state), group["momentum"], self.denominator(param, state, group)
         step = -scalar(group["lr"], param)
         if momentum > 0:
             new["momentum_buffer"] = torch.mul(state["momentum_buffer"], momentum).addcdiv_(g_hat, denominator)
@@ -109,32 +130,23 @@ class RMSprop:
         return torch.div(g_hat, denominator).mul_(step), new
 
     def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group, inverse: Tensor | None = None
-    ) -> dict[str, Any]:
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
+        denominator: Tensor | None = None, into: Memory = NONE,
+    ) -> dict[str, Any]:  # fmt: skip
         """As :meth:`apply`, added to the parameter in place."""
-        momentum = group["momentum"]
+        momentum, lr = group["momentum"], group["lr"]
+        if denominator is None:
+            denominator = self.denominator(param, state, group, into)
         if momentum > 0:
-            buffer = torch.mul(state["momentum_buffer"], momentum).addcdiv_(g_hat, _denominator(state, group))
-            subtract(param, buffer, group["lr"])
+            buffer = torch.mul(state["momentum_buffer"], momentum, out=into.get("momentum_buffer"))
+            subtract(param, buffer.addcdiv_(g_hat, denominator), lr)
             return {**state, "momentum_buffer": buffer}
-        if inverse is None:
-            inverse = self.inverse_metric(param, state, group)
-        param.addcmul_(g_hat, inverse, value=-1)
+        subtract_quotient(param, g_hat, denominator, lr)
         return dict(state)
 
     def rate(self, group: Group) -> float | None:
         """None: the metric is diagonal."""
         return None
-
-
-def _denominator(state: State, group: Group) -> Tensor:
-    """``√v + eps``, a new tensor."""
-    if group["centered"]:
-        mean = state["grad_avg"]
-        root = torch.addcmul(state["square_avg"], mean, mean, value=-1).sqrt_()
-    else:
-        root = torch.sqrt(state["square_avg"])
-    return root.add_(group["eps"])
 
 
 def _check(options: Group) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.curvature.base import Group, MetricKind, State
+from gtddp_compile.curvature.base import NONE, Group, Memory, MetricKind, State
 from gtddp_compile.curvature.checks import Scalar, check_ranges, scalar, subtract
 from gtddp_compile.errors import CompileError
 
@@ -77,7 +77,9 @@ class SGD:
         decay = group["weight_decay"]
         return None if decay == 0 else param * scalar(decay, param)
 
-    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
+    def observe(
+        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
+    ) -> dict[str, Any]:
         """The state as it is."""
         return dict(state)
 
@@ -85,16 +87,21 @@ class SGD:
         """``lr``."""
         return scalar(group["lr"], param)
 
+    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor | None:
+        """None: the metric is spherical."""
+        return None
+
     def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """``δu`` and the state with the new momentum buffer; both of the parameter's shape."""
         direction, new = self._direction(g_hat, state, group)
         return direction * -scalar(group["lr"], param), new
 
     def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group, inverse: Tensor | None = None
-    ) -> dict[str, Any]:
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
+        denominator: Tensor | None = None, into: Memory = NONE,
+    ) -> dict[str, Any]:  # fmt: skip
         """As :meth:`apply`, added to the parameter in place."""
-        direction, new = self._direction(g_hat, state, group)
+        direction, new = self._direction(g_hat, state, group, into)
         subtract(param, direction, group["lr"])
         return new
 
@@ -103,7 +110,9 @@ class SGD:
         plain = group["momentum"] == 0 and group["weight_decay"] == 0 and not isinstance(group["lr"], Tensor)
         return float(group["lr"]) if plain else None
 
-    def _direction(self, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
+    def _direction(
+        self, g_hat: Tensor, state: State, group: Group, into: Memory = NONE
+    ) -> tuple[Tensor, dict[str, Any]]:
         """``-δu / lr`` and the new state."""
         new, momentum, direction = dict(state), group["momentum"], g_hat
         if momentum != 0:
@@ -111,7 +120,8 @@ class SGD:
             if buffer is None:
                 buffer = torch.clone(g_hat).detach()
             else:
-                buffer = torch.mul(buffer, momentum).add_(g_hat, alpha=1 - group["dampening"])
+                buffer = torch.mul(buffer, momentum, out=into.get("momentum_buffer"))
+                buffer.add_(g_hat, alpha=1 - group["dampening"])
             new["momentum_buffer"] = buffer
             direction = torch.add(g_hat, buffer, alpha=momentum) if group["nesterov"] else buffer
         return direction, new

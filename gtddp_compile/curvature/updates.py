@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.curvature.base import Curvature
+from gtddp_compile.kernels.approximate import separated
 
 
 class ParameterUpdates:
@@ -35,23 +36,46 @@ class ParameterUpdates:
     ) -> None:
         self._curvature, self._params, self._new, self._groups = curvature, params, new, groups
         self.states: dict[str, Mapping[str, Any]] = dict(states)
-        self._metrics: dict[str, Tensor] = {}
+        self._denominators: dict[str, Tensor] = {}
 
     def observe(self, names: tuple[str, ...], gradients: tuple[Tensor, ...] | None) -> None:
         """Statistics from ``Q_u = γᵀ α + ℓ_u`` (``gradients`` without ``ℓ_u``), and the step count."""
         for index, name in enumerate(names):
             g = None if gradients is None else self._with_decay(name, gradients[index])
-            self.states[name] = self._curvature.observe(self._params[name], g, self.states[name], self._groups[name])
+            self.states[name] = self._curvature.observe(
+                self._params[name], g, self.states[name], self._groups[name], self._memory(name)
+            )
 
     def metric(self, names: tuple[str, ...]) -> tuple[Tensor | float, ...]:
-        """``M⁻¹`` of each parameter; a diagonal one is kept until the parameter has moved."""
-        found = []
+        """``M⁻¹`` of each parameter."""
+        return tuple(self._inverse(name) for name in names)
+
+    def separated_metric(self, names: tuple[str, ...], groups: int = 1) -> tuple[Any, ...]:
+        """``M⁻¹`` of each parameter, a weight's as ``(√r, √c)`` of ``M⁻¹_ab ≈ r_a c_b`` (``kernels.approximate``)."""
+        found: list[Any] = []
         for name in names:
-            inverse = self._curvature.inverse_metric(self._params[name], self.states[name], self._groups[name])
-            if isinstance(inverse, Tensor) and inverse.dim():
-                self._metrics[name] = inverse
-            found.append(inverse)
+            own = self._denominator(name) if self._params[name].dim() > 1 else None
+            rate = self._groups[name]["lr"]
+            found.append(self._inverse(name) if own is None else separated(own, rate, groups))
         return tuple(found)
+
+    def _inverse(self, name: str) -> Tensor | float:
+        own = self._denominator(name)
+        if own is None:
+            return self._curvature.inverse_metric(self._params[name], self.states[name], self._groups[name])
+        return own.reciprocal().mul_(self._groups[name]["lr"])
+
+    def _denominator(self, name: str) -> Tensor | None:
+        """``D`` of a diagonal metric, kept until the parameter has moved."""
+        arguments = (self._params[name], self.states[name], self._groups[name], self._memory(name))
+        own = self._curvature.denominator(*arguments)
+        if own is not None:
+            self._denominators[name] = own
+        return own
+
+    def _memory(self, name: str) -> Mapping[str, Tensor]:
+        """Memory for new tensors of a parameter, by key of its state; what is not there is allocated."""
+        return {}
 
     def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """``M⁻¹ ℓ_u`` of each parameter."""
@@ -84,8 +108,9 @@ class ParameterUpdates:
             g_hat = self._with_decay(name, gradient)
             target = self._writable(name)
             self.states[name] = self._curvature.descend(
-                target, g_hat, self.states[name], self._groups[name], self._metrics.pop(name, None)
-            )
+                target, g_hat, self.states[name], self._groups[name],
+                self._denominators.pop(name, None), self._memory(name),
+            )  # fmt: skip
 
     def descend_by(
         self,

@@ -26,15 +26,26 @@ SMALLEST = 1e-30
 """A metric below this (a learning rate of 0) is no metric: entries are held there so that means stay finite."""
 
 
-def _separate(metric: Tensor | float, groups: int = 1) -> tuple[Tensor | float, Tensor | float]:
-    """``(√r, √c)`` of a weight's metric: by output ``(m,)`` and by input ``(groups · n,)``; floats if spherical."""
-    if not isinstance(metric, Tensor) or metric.dim() == 0:
-        return metric**0.5, 1.0
-    table = metric.reshape(groups, metric.shape[0] // groups, metric.shape[1], -1)
-    table = (table if table.dtype == torch.float64 else table.float()).clamp_min(SMALLEST).reciprocal_().mean(3)
+def separated(denominator: Tensor, rate: Tensor | float, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """``(√r, √c)`` of a weight's ``M⁻¹ = rate / denominator ≈ r cᵀ``: by output ``(m,)``, by input
+    ``(groups · n,)``.
+    """
+    table = denominator.reshape(groups, denominator.shape[0] // groups, denominator.shape[1], -1)
+    table = table.mean(3) if table.shape[3] > 1 else table.squeeze(3)
     rows = table.mean(2)
     columns = table.mean(1) / rows.mean(1, keepdim=True)
-    return rows.flatten().rsqrt().to(metric.dtype), columns.flatten().rsqrt().to(metric.dtype)
+    return (rows / rate).rsqrt_().flatten(), columns.rsqrt_().flatten()
+
+
+def _separate(metric: Any, groups: int = 1) -> tuple[Tensor | float, Tensor | float]:
+    """``(√r, √c)`` of a weight's metric; floats if it is spherical; as it is if it is separated already."""
+    if isinstance(metric, tuple):
+        return metric
+    if not isinstance(metric, Tensor) or metric.dim() == 0:
+        return metric**0.5, 1.0
+    table = metric if metric.dtype == torch.float64 else metric.float()
+    by_output, by_input = separated(table.clamp_min(SMALLEST).reciprocal_(), 1.0, groups)
+    return by_output.to(metric.dtype), by_input.to(metric.dtype)
 
 
 def _along(values: Tensor, factor: Tensor | float, axis: int) -> Tensor:

@@ -39,6 +39,11 @@ def _replaced(outputs: Any, leaves: Sequence[Tensor], others: Sequence[Tensor]) 
     return tree_map(lambda value: by_leaf.get(id(value), lift(value)), outputs)
 
 
+def _alike(left: Tensor, right: Tensor) -> bool:
+    """Whether one can be written in the other's place."""
+    return left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+
+
 class BaseMethod(BlockUpdates):
     """What generated programs call ``m``: the base method, losses, figures and random state of one step.
 
@@ -53,6 +58,7 @@ class BaseMethod(BlockUpdates):
         first: compare them with the user's own loss (until a step has succeeded).
         terminal: which terminal Hessian.
         aside: memory for the old values of parameters, by name, kept by the caller from step to step.
+        spare: memory for new tensors of states and metrics, by name and key, kept likewise.
     """
 
     def __init__(
@@ -67,8 +73,10 @@ class BaseMethod(BlockUpdates):
         first: bool = True,
         terminal: Terminal = "gradient",
         aside: dict[str, Tensor] | None = None,
+        spare: dict[str, dict[str, Tensor]] | None = None,
     ) -> None:
         super().__init__(curvature, params, new, states, groups)
+        self._before = dict(states)
         self.reduction = loss.reduction
         self._loss, self._first, self._terminal = loss, first, terminal
         self.figures: dict[int, dict[str, Any]] = {}
@@ -78,6 +86,8 @@ class BaseMethod(BlockUpdates):
         self.precision = Precision()
         self._aside = {} if aside is None else aside
         self._written: dict[str, Tensor] = {}
+        self._spare = {} if spare is None else spare
+        self._ready: set[str] = set()
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
@@ -105,6 +115,34 @@ class BaseMethod(BlockUpdates):
         if apart:
             with torch.no_grad():
                 torch._foreach_copy_([originals[name] for name in apart], [self._new[name] for name in apart])
+
+    def _memory(self, name: str) -> Mapping[str, Tensor]:
+        """Tensors like those of the state, and one for a diagonal metric."""
+        if name in self._ready:
+            return self._spare[name]
+        if torch.compiler.is_compiling() or self._curvature.metric == "kronecker":
+            return {}
+        state, spare = self.states[name], self._spare.setdefault(name, {})
+        wanted = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+        if self._curvature.metric == "diagonal" and wanted:
+            wanted["denominator"] = next(iter(wanted.values()))
+        for key, value in wanted.items():
+            if key not in spare or not _alike(spare[key], value):
+                spare[key] = torch.empty_like(value)
+        self._ready.add(name)
+        return spare
+
+    def settled(self, name: str) -> dict[str, Any]:
+        """The state after the step in the tensors of the state before it, as torch.optim has it; what those held is
+        memory for the next step.
+        """
+        found = dict(self.states[name])
+        for key, memory in self._spare.get(name, {}).items():
+            before = self._before[name].get(key)
+            if found.get(key) is memory and isinstance(before, Tensor) and before is not memory:
+                before.data, memory.data = memory.data, before.data
+                found[key] = before
+        return found
 
     @property
     def first(self) -> bool:
