@@ -69,7 +69,7 @@ def subtract(param: Tensor, direction: Tensor, rate: Scalar) -> None:
 def subtract_quotient(param: Tensor, numerator: Tensor, denominator: Tensor, rate: Scalar) -> None:
     """``param -= rate · numerator / denominator`` in place, in one pass where the rate is a number."""
     if isinstance(rate, Tensor):
-        param.sub_(numerator / denominator * scalar(rate, param).to(param.dtype))
+        param.sub_(numerator / denominator * scalar(rate, param))
     else:
         param.addcdiv_(numerator, denominator, value=-rate)
 
