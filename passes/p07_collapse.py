@@ -152,7 +152,7 @@ def _prove_recursion(d: StageDerivation, factored: bool) -> list[Claim]:
     if d.own:
         return claims + _prove_printed_coalition(d, g)
     for (i, j), equation in d.new_value_xx.items():
-        opened = Equation(equation.symbol, equation.expression.subs(gains).doit())
+        opened = Equation(equation.symbol, equation.expression.xreplace(gains).doit())
         claims.append(_claim(f"V_{i}{j} = G_{i} P G_{j}^T", opened, known, g[i] * shrunk * g[j].T))
     return claims
 
@@ -228,7 +228,7 @@ def _pull_back(
 
 
 def _claim(statement: str, equation: Equation, known: dict[MatrixExpr, MatrixExpr], expected: MatrixExpr) -> Claim:
-    return _identity(statement, equation.expression.subs(known).doit(), expected)
+    return _identity(statement, equation.expression.xreplace(known).doit(), expected)  # what is put in holds no key
 
 
 def _identity(

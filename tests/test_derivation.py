@@ -211,3 +211,12 @@ def test_features_of_a_dense_block_are_one_bundle() -> None:
     (bundle,) = (bundle for bundle in widest.inputs.values() if len(bundle) > 1)
     assert len(bundle) == 16 and bundle in widest.outputs.values()
     collapse(large, coupling="full", feedback=True)
+
+
+def test_equal_as_polynomials_whatever_the_order_of_terms() -> None:
+    n = Symbol("n", integer=True, positive=True)
+    a, b = (MatrixSymbol(name, n, n) for name in "AB")
+    assert is_equal((a + b) * (a - b), a * a - b * b + b * a - a * b)
+    assert not is_equal(a * b, b * a)
+    assert not is_equal(2 * a * b, a * b)
+    assert is_equal(a * b * a, b, [((a, b, a), b)])

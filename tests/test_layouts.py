@@ -13,6 +13,7 @@ from exported import largest, load_module, named
 from torch import Tensor, nn
 
 from gtddp_compile import UpdateProgram, compile_optimizer, kernels
+from gtddp_compile.frontends import samples
 from gtddp_compile.graph import Layout
 from gtddp_compile.passes import p01_normalise as normalisation
 from gtddp_compile.passes.p01_normalise import FRONT_ENDS
@@ -81,6 +82,24 @@ def test_layouts_are_found(name: str) -> None:
     graph = compile_optimizer(case.models()[0], case.batch(0)[0], loss=nn.CrossEntropyLoss()).graph
     found = {str(op.layout) for op in graph.ops.ops if op.layout is not None and (op.shape or ())[1:]}
     assert all(any(word in text for text in found) for word in case.layouts), found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_quick_answer_is_the_long_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that lies as its operands do is told by comparing bits; element by element says the same."""
+    case = NETWORKS[name]
+
+    def layouts() -> dict[str, Layout | None]:
+        graph = compile_optimizer(case.models()[0], case.batch(0)[0], loss=nn.CrossEntropyLoss()).graph
+        return {op.name: op.layout for op in graph.ops.ops}
+
+    asked: list[bool] = []
+    quick = samples._is_leading
+    monkeypatch.setattr(samples, "_is_leading", lambda *given: asked.append(quick(*given)) or asked[-1])
+    found = layouts()
+    assert any(asked)
+    monkeypatch.setattr(samples, "_is_leading", lambda *given: False)
+    assert layouts() == found
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ an index which depends on the data (tokens sorted by expert) are put back in ord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -187,8 +188,12 @@ def _found(graph: OpGraph, model: nn.Module, trial: Trial, moving: frozenset[str
         if op.name not in moving or not isinstance(values[0], Tensor):
             found[op.name] = implied[0] if implied and not op.is_size else None  # parts of a tuple lie as a rule as it
             continue
-        shape = tuple(values[0].shape)
-        masks = [_differs(values[0], other) for other in values[1:]]
+        if set(implied) == {LEADING} and _is_leading(values, trial):
+            found[op.name] = LEADING
+            orders.note(op, values)
+            continue
+        shape, unit = tuple(values[0].shape), _unit(values[0])
+        masks = [_differs(values[0], other, unit) for other in values[1:]]
         layout = _decide(candidates(shape, trial.batch), masks, trial, implied)
         if _is_dead(op, masks) and layout == LEADING and LEADING in implied:
             _change(values, trial)
@@ -237,7 +242,8 @@ class _Orders:
         if count != len(orders[0]) or count % trial.batch:
             return False
         rows = [value[order] for value, order in zip(values, orders, strict=True)]
-        pairs = zip((_differs(rows[0], other) for other in rows[1:]), trial.changed, strict=True)
+        unit = _unit(rows[0])
+        pairs = zip((_differs(rows[0], other, unit) for other in rows[1:]), trial.changed, strict=True)
         seen = [(mask, sample) for mask, sample in pairs if mask is not None and bool(mask.any())]
         return bool(seen) and all(_within(mask, Layout(0, "inner"), sample, trial.batch) for mask, sample in seen)
 
@@ -312,16 +318,44 @@ def _evaluate(op: Op, values: dict[str, Any], params: dict[str, Tensor], buffers
     return evaluate(op, values, params, buffers)
 
 
-def _differs(value: Tensor, other: Any) -> Tensor | None:
-    """Where two values differ; ``None`` if they cannot be compared."""
+def _is_leading(values: Sequence[Any], trial: Trial) -> bool:
+    """Whether only the changed sample's entry changed, bit for bit, and each did: the common case, told quickly."""
+    value, batch = values[0], trial.batch
+    if not value.dim() or len(value) != batch:
+        return False
+    unit = _unit(value)
+    for other, sample in zip(values[1:], trial.changed, strict=True):
+        if not isinstance(other, Tensor) or other.shape != value.shape:
+            return False
+        kept = ((0, sample), (sample + 1, batch))
+        if not all(torch.equal(value[start:end], other[start:end]) for start, end in kept):
+            return False
+        changed = _differs(value[sample], other[sample], unit)
+        if changed is None or not bool(changed.any()):
+            return False
+    return True
+
+
+def _unit(value: Tensor) -> float:
+    """What is no change in a value: the same row may be rounded otherwise beside other rows."""
+    if not (value.is_floating_point() or value.is_complex()) or not value.numel():
+        return 0.0
+    largest = float(torch.linalg.vector_norm(value, torch.inf))
+    if not math.isfinite(largest):
+        largest = float(value.abs().nan_to_num(0, 0, 0).max())
+    return ROUNDING * torch.finfo(value.dtype).eps * largest
+
+
+def _differs(value: Tensor, other: Any, unit: float) -> Tensor | None:
+    """Where two values differ by more than ``unit``; ``None`` if they cannot be compared."""
     if not isinstance(other, Tensor) or other.shape != value.shape:
         return None
     if not (value.is_floating_point() or value.is_complex()):
         return value != other
-    # The same row may be rounded otherwise beside other rows: what is far below the value's size is no change.
-    size = value.abs().nan_to_num(0, 0, 0).max() if value.numel() else 0.0
-    near = (value - other).abs() <= ROUNDING * torch.finfo(value.dtype).eps * size
-    return ~(near | (value == other) | (value.isnan() & other.isnan()))
+    apart = ~((value - other).abs() <= unit)
+    if bool(apart.any()):  # infinities may be equal, and what is no number twice is no change
+        apart &= (value != other) & ~(value.isnan() & other.isnan())
+    return apart
 
 
 # --- decision ---------------------------------------------------------------------------------------------------------
