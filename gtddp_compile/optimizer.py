@@ -218,25 +218,24 @@ class CompiledOptimizer(torch.optim.Optimizer):
         while True:
             program, backend = self._specialise(inputs, left)
             try:
-                return self._transaction(program, backend, inputs, targets)
+                return self._transaction(program, backend, inputs, targets, before)
             except OtherPath:
                 restore_random_state(before)
                 left = (*left, program.graph)
 
     def _transaction(
-        self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any, **how: bool
+        self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any, before: Any, **how: bool
     ) -> Tensor:
         self._diagnostics = Diagnostics()  # the last step's figures hold its Gram matrices
         originals, buffers, advancing = self._working_copy(program)
         params, new = dict(originals), dict(originals)
         m = self._base_method(program, params, new)
-        before = random_state()
-        with self._in_the_model_s_words(inputs):
+        with self._in_the_model_s_words(inputs, before):
             try:
                 backend.run(m, params, buffers, new, inputs, targets, **how)
             except NotFactored:
                 m.undo()
-                return self._transaction(program, backend, inputs, targets, plainly=True)
+                return self._transaction(program, backend, inputs, targets, before, plainly=True)
             except (NonFiniteLoss, LinAlgError) as stop:
                 m.undo()
                 if m.loss is None or not (isinstance(stop, NonFiniteLoss) or m.overflowed()):
@@ -259,9 +258,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
         return m.loss
 
     @contextmanager
-    def _in_the_model_s_words(self, inputs: tuple[Any, ...]) -> Iterator[None]:
+    def _in_the_model_s_words(self, inputs: tuple[Any, ...], before: Any) -> Iterator[None]:
         """If it is the model that refuses the inputs, its own error says so."""
-        before = random_state()
         try:
             yield
         except (CompileError, OtherPath, NonFiniteLoss, LinAlgError):
@@ -271,9 +269,9 @@ class CompiledOptimizer(torch.optim.Optimizer):
             observe(self._view.model, inputs)
             raise
 
-    def _working_copy(self, program: UpdateProgram) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+    def _working_copy(self, program: UpdateProgram) -> tuple[dict[str, Tensor], dict[str, Tensor], frozenset[str]]:
         """Parameters, buffers, and the names of those that advance, which are copies."""
-        advancing = {name for op in program.graph.ops.ops for name in op.advances}
+        advancing = program.graph.ops.advancing
         buffers = {name: value.clone() if name in advancing else value for name, value in self._view.buffers().items()}
         return self._view.parameters(), buffers, advancing
 
@@ -291,7 +289,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         return Accumulated(program, begin, self._view.named, lambda: [options_of(g) for g in self.param_groups])
 
     def _take_in(self, pending: Accumulated, inputs: tuple[Any, ...], targets: Any, program: UpdateProgram) -> Tensor:
-        with self._in_the_model_s_words(inputs):
+        with self._in_the_model_s_words(inputs, random_state()):
             try:
                 return pending.add(inputs, targets, program)
             except OtherPath as other:
@@ -347,8 +345,9 @@ class CompiledOptimizer(torch.optim.Optimizer):
         groups = {name: group_of[id(owner[name])] for name in trained}
         states = {}
         for name in trained:
-            state = self.state.get(owner[name])
-            states[name] = state if state else self._curvature.init_state(lift(params[name]), groups[name])
+            known = owner[name] in self.state
+            first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
+            states[name] = self.state[owner[name]] if first is None else first
         loss = self._loss.after(program.graph.ops.as_returned)
         return BaseMethod(
             self._curvature, params, new, states, groups, loss,

@@ -22,19 +22,28 @@ WORD = re.compile(r"'[^']*'|(?<![\w.])[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class Sweeps:
-    """The instructions of a program by what they do, each by stage (-1: before the first stage, and the loss)."""
+    """The instructions of a program by what they do, each by stage (-1: before the first stage, and the loss).
+
+    ``deferred``: nothing else of the backward sweep reads the recursion, so that all its B×B algebra comes at its end:
+    small operations between large products find nothing of what they need in the caches.
+    """
 
     trajectory: Mapping[int, tuple[Instruction, ...]]
     loss: tuple[Instruction, ...]
     pulled: Mapping[int, tuple[Instruction, ...]]
     gains: Mapping[int, tuple[Instruction, ...]]
+    recursion: Mapping[int, tuple[Instruction, ...]]
     forward: Mapping[int, tuple[Instruction, ...]]
+    deferred: bool = False
 
     def kept(self) -> tuple[Instruction, ...]:
         """Every sweep once, the whole trajectory kept."""
         found = [instruction for part in self.trajectory.values() for instruction in part] + list(self.loss)
-        for stage in sorted(self.pulled, reverse=True):
-            found += [*self.pulled[stage], *self.gains[stage]]
+        stages = sorted(self.pulled, reverse=True)
+        for stage in stages:
+            found += [*self.pulled[stage], *self.gains[stage], *(() if self.deferred else self.recursion[stage])]
+        for stage in stages if self.deferred else ():
+            found += self.recursion[stage]
         return tuple(found + [instruction for part in self.forward.values() for instruction in part])
 
 
@@ -71,7 +80,7 @@ class _Recomputed:
             if index < last:
                 yield from self._segment_again(index, "_back", names)
             for t in reversed(self._segments[index]):
-                yield from _renamed((*sweeps.pulled[t], *sweeps.gains[t]), names)
+                yield from _renamed((*sweeps.pulled[t], *sweeps.gains[t], *sweeps.recursion[t]), names)
         for index in range(last + 1 if sweeps.forward else 0):
             names = {}
             yield from self._segment_again(index, "_old", names)

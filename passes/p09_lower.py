@@ -2,8 +2,7 @@
 
 Takes a :class:`Plan`; guarantees a straight list of calls in single assignment and the dynamics of every stage as a
 function, so that emitting is printing. Four phases: the trajectory (sweep 1, cut at every stage), the loss, the
-backward
-sweep (gradients, statistics, Gram matrices, gains) and the forward sweep (weights, updates, the layer itself again).
+backward sweep (gradients, statistics, Gram matrices, gains), the forward sweep (weights, updates, the layer again).
 B-vector and B×B formulas are printed from the derived expressions; the parameter update is recognised as
 ``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted gradient and one call of the base method.
 """
@@ -66,21 +65,21 @@ def lower(plan: Plan) -> Lowered:
 
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...], by_stage: Mapping[int, StageFunction | None]) -> Sweeps:
     """Every sweep, stage by stage; ``by_stage``: what the forward sweep runs."""
-    trajectory, pulled, gains, forward = {}, {}, {}, {}
+    trajectory, pulled, gains, recursion, forward = {}, {}, {}, {}, {}
     trajectory[-1] = b.written(lambda: _inputs(b))
     for function in functions:
-        before = trajectory.get(function.stage, ())
-        trajectory[function.stage] = before + b.written(partial(_trajectory, b, function))
+        trajectory[function.stage] = trajectory.get(function.stage, ()) + b.written(partial(_trajectory, b, function))
     loss = b.written(lambda: _loss(b))
     for stage in reversed(b.plan.stages):
         pulled[stage.index] = b.written(partial(_pull_back, b, stage))
         gains[stage.index] = b.written(partial(_gains, b, stage))
+        recursion[stage.index] = b.written(partial(_information, b, stage))
     again = [(stage.index, by_stage[stage.index]) for stage in b.plan.stages if stage.rerun]
     last_read = {name: t for t, function in again for name in (function.inputs if function else ())}
     for stage in b.plan.stages if b.plan.form.name != "base" else ():
         decided = b.written(partial(_decide, b, stage))
         forward[stage.index] = decided + b.written(partial(_run_again, b, stage, by_stage, last_read))
-    return Sweeps(trajectory, loss, pulled, gains, forward)
+    return Sweeps(trajectory, loss, pulled, gains, recursion, forward, not any(s.statistics for s in b.plan.stages))
 
 
 def check_update(plan: Plan) -> None:
@@ -267,11 +266,10 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     grams = {", ".join(p.name for p in o.block.players): metrics.block_gram(b, t, o) for o in found}
     b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in grams.items()})
     total = f"columns_{t}" if b.factored else f"gamma_{t}"
-    b.emit("backward", t, (f"*{total}",), "blocks_add", *(Var(gram) for gram in grams.values()),
-           note="Gamma = sum over the stage's players")  # fmt: skip
+    add = "blocks_add" if len(grams) > 1 else "="
+    b.emit("backward", t, (f"*{total}",), add, *map(Var, grams.values()), note="Gamma = sum over the stage's players")
     if b.factored:
         split(b, t)
-    _information(b, t, stage)
 
 
 def _environment(b: Builder) -> dict[MatrixExpr, str]:
@@ -302,8 +300,11 @@ def _formula(b: Builder, t: int, expression: MatrixExpr) -> Code:
     return Code(b.formulas[expression].format(t=t, after=t + 1))
 
 
-def _information(b: Builder, t: int, stage: StagePlan) -> None:
+def _information(b: Builder, stage: StagePlan) -> None:
     """The information form and its per-sample projection, equation by equation as derived."""
+    t = stage.index
+    if b.plan.form.name not in ("information", "block"):
+        return
     wanted = {"alpha": t > 0 and b.plan.stages[t - 1].statistics, "y": True, "rho": t > 0, "R": t > 0}
     if b.plan.form.name == "block":
         wanted["alpha"] = t > 0

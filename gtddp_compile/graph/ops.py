@@ -191,6 +191,11 @@ class OpGraph:
         return {op.name: index for index, op in enumerate(self.ops)}
 
     @cached_property
+    def advancing(self) -> frozenset[str]:
+        """Buffers that the forward pass writes."""
+        return frozenset(name for op in self.ops for name in op.advances)
+
+    @cached_property
     def users(self) -> dict[str, tuple[str, ...]]:
         """Names of the operations that read each value, in topological order."""
         found: dict[str, list[str]] = {op.name: [] for op in self.ops}

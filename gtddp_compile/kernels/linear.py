@@ -154,14 +154,13 @@ def linear_gram(
     inputs: Tensor | None = None,
 ) -> Tensor:
     """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape. ``inputs``: ``X Xᵀ`` if known."""
-    x, g = _linear_rows(operands[0]), _linear_rows(g)
-    spherical = all(not isinstance(entry, Tensor) or entry.dim() == 0 for entry in metric)
-    if x.shape[1] == 1 and spherical:
-        x, g = x[:, 0], g[:, 0]
+    x = operands[0]
+    if x.dim() == 2 and all(not isinstance(entry, Tensor) or entry.dim() == 0 for entry in metric):
         gram = g @ g.mT
         if not wants[0]:
             return gram.mul_(metric[-1])
         return gram.mul_(_linear_factor(linear_inputs(x) if inputs is None else inputs, metric))
+    x, g = _linear_rows(x), _linear_rows(g)
     gram = g.new_zeros(g.shape[0], g.shape[0])
     if wants[0]:
         gram = gram + _linear_weight_gram(x, g, metric[0])

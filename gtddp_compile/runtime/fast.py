@@ -88,7 +88,7 @@ class FastBackend:
 
     def _again(self, buffers: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """Buffers as everything but the first sweep sees them: those that advance are not there."""
-        advancing = {name for op in self.program.graph.ops.ops for name in op.advances}
+        advancing = self.program.graph.ops.advancing
         return {name: None if name in advancing else value for name, value in buffers.items()}
 
 

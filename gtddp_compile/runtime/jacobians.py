@@ -126,7 +126,7 @@ class Trajectory:
         self, graph: ControlGraph, p: Mapping[str, Tensor], b: Mapping[str, Tensor], inputs: tuple[Any, ...]
     ) -> None:
         self.graph, self.p, self.b = graph, p, b
-        advancing = {name for op in graph.ops.ops for name in op.advances}
+        advancing = graph.ops.advancing
         self._still = {name: None if name in advancing else value for name, value in b.items()}
         self._random: dict[int, list[Tensor]] = {}
         self.batch = inputs[0].shape[0]

@@ -120,7 +120,7 @@ class BaseMethod(BlockUpdates):
         """Tensors like those of the state, and one for a diagonal metric."""
         if name in self._ready:
             return self._spare[name]
-        if torch.compiler.is_compiling() or self._curvature.metric == "kronecker":
+        if not self.states[name] or torch.compiler.is_compiling() or self._curvature.metric == "kronecker":
             return {}
         state, spare = self.states[name], self._spare.setdefault(name, {})
         wanted = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}

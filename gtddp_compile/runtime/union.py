@@ -179,8 +179,7 @@ class Union:
 
     def advancing(self) -> dict[str, Tensor]:
         """Buffers that the forward pass writes."""
-        names = {name for op in self._backend.program.graph.ops.ops for name in op.advances}
-        return {name: self.buffers[name] for name in names}
+        return {name: self.buffers[name] for name in self._backend.program.graph.ops.advancing}
 
     def _shares(self) -> list[float]:
         total = sum(part.samples for part in self._parts)
