@@ -235,6 +235,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 backend.run(m, params, buffers, new, inputs, targets, **how)
             except NotFactored:
                 m.undo()
+                restore_random_state(before)
                 return self._transaction(program, backend, inputs, targets, before, plainly=True)
             except (NonFiniteLoss, LinAlgError) as stop:
                 m.undo()

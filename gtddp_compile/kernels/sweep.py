@@ -193,11 +193,16 @@ def factor(blocks: Blocks) -> Blocks:
     return tuple(_cholesky(block) for block in blocks)
 
 
-def _cholesky(block: Tensor) -> Tensor:
+def factor_unchecked(blocks: Blocks) -> Blocks:
+    """:func:`factor` without waiting for the device: not a number where the first lift does not do."""
+    return tuple(_cholesky(block, unchecked=True) for block in blocks)
+
+
+def _cholesky(block: Tensor, unchecked: bool = False) -> Tensor:
     lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
     found: Tensor
     found, failed = torch.linalg.cholesky_ex(_lifted(block, lift), upper=True)
-    if torch.compiler.is_compiling():  # whether it failed is seen when the step is done (runtime.compiled)
+    if unchecked or torch.compiler.is_compiling():  # whether it failed is seen when the step is done
         return torch.where(failed == 0, found, torch.nan)
     if failed:
         said = "a Gram matrix is not definite to rounding: 1000 eps trace is added to its diagonal"

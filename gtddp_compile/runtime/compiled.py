@@ -19,7 +19,7 @@ from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 
 
 class NotFactored(Exception):
-    """A Cholesky factor failed in a compiled step: nothing may be taken from it."""
+    """A Cholesky factor failed in a step that does not look at it: nothing may be taken from it."""
 
 
 class CompiledStep:
@@ -43,13 +43,26 @@ class CompiledStep:
         """
         with torch._dynamo.config.patch(trace_autograd_ops=True):  # autograd.grad inside the graph
             phi = self._step(m, *arguments)
-        assert m.loss is not None
-        if not torch.isfinite(m.loss):
-            raise NonFiniteLoss(m.loss)
-        weights = [stage["weights"] for stage in m.figures.values() if "weights" in stage]
-        if weights and not torch.stack([w.isfinite().all() for w in weights]).all():
-            raise NotFactored
+        check_done(m)
         return phi
+
+
+def check_done(m: BaseMethod) -> None:
+    """Look once at whether everything that a step relied on holds: the only time it waits for the device.
+
+    A step has to: what it returns are new parameters in place of the old ones, which only the host can take back.
+
+    Raises:
+        NonFiniteLoss: the loss is not finite.
+        NotFactored: a factor failed.
+    """
+    assert m.loss is not None
+    weights = [stage["weights"] for stage in m.figures.values() if "weights" in stage]
+    finite, *factored = torch.stack([value.isfinite().all() for value in (m.loss, *weights)]).tolist()
+    if not finite:
+        raise NonFiniteLoss(m.loss)
+    if not all(factored):
+        raise NotFactored
 
 
 def refuse_uncompilable(graph: ControlGraph, curvature: str, kronecker: bool, factored: bool) -> None:

@@ -16,7 +16,7 @@ from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.passes.p10_emit import emit_micro
 from gtddp_compile.program import UpdateProgram
-from gtddp_compile.runtime.compiled import CompiledStep, refuse_uncompilable
+from gtddp_compile.runtime.compiled import CompiledStep, check_done, refuse_uncompilable
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.precision import Precision
 
@@ -39,7 +39,7 @@ class FastBackend:
             kronecker = program.lowered.plan.metric in ("kronecker", "rescaled")
             refuse_uncompilable(program.graph, program.curvature, kronecker, program.form.factored)
             self._compiled = CompiledStep(self._step, options.compile)
-        self._others: dict[tuple[str, Precision], Callable[..., Any]] = {}
+        self._others: dict[tuple[str, Precision, bool], Callable[..., Any]] = {}
 
     def run(
         self,
@@ -54,16 +54,24 @@ class FastBackend:
     ) -> Tensor:
         """Both sweeps: fills ``q`` and advances ``b``'s running statistics; returns the per-sample losses.
 
-        ``plainly``: without torch.compile, whatever the options say.
+        On an accelerator it waits for the device once, at the end (``runtime.compiled.check_done``), but at the first
+        step.
+
+        ``plainly``: without torch.compile, whatever the options say, and looking at every factor as it is made.
         """
         precision = m.precision = Precision.around(p.values())
-        step = self._function("step", precision) if precision.mixed else self._step
+        m.deferred = not plainly and not m.first and next(iter(p.values())).device.type != "cpu"
+        other = precision.mixed or m.deferred
+        step = self._function("step", precision, m.deferred) if other else self._step
         if self._compiled is not None and plainly is False and not m.first:
             if precision.mixed:
                 raise CompileError("compile=True under autocast", "Leave one of them out")
             step = self._compiled
         with torch.no_grad(), precision.outside():
-            return step(m, p, b, q, self._again(b), inputs, targets)
+            phi = step(m, p, b, q, self._again(b), inputs, targets)
+            if m.deferred and step is not self._compiled:
+                check_done(m)
+        return phi
 
     def micro(
         self,
@@ -79,12 +87,13 @@ class FastBackend:
         found: Micro = self._function("micro_step", m.precision)(m, p, b, q, self._again(b), inputs, targets)
         return found
 
-    def _function(self, name: str, precision: Precision) -> Callable[..., Any]:
+    def _function(self, name: str, precision: Precision, deferred: bool = False) -> Callable[..., Any]:
         """The program, or its form for micro-batches, in a precision; loaded when it is first asked for."""
-        if (name, precision) not in self._others:
+        key = name, precision, deferred
+        if key not in self._others:
             code = self.program.code + ("" if name == "step" else "\n\n" + emit_micro(self.program.lowered))
-            self._others[name, precision] = _load(self.program, code, name, precision)
-        return self._others[name, precision]
+            self._others[key] = _load(self.program, code, name, precision, deferred)
+        return self._others[key]
 
     def _again(self, buffers: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """Buffers as everything but the first sweep sees them: those that advance are not there."""
@@ -92,10 +101,14 @@ class FastBackend:
         return {name: None if name in advancing else value for name, value in buffers.items()}
 
 
-def _load(program: UpdateProgram, code: str, name: str, precision: Precision | None = None) -> Any:
+def _load(
+    program: UpdateProgram, code: str, name: str, precision: Precision | None = None, deferred: bool = False
+) -> Any:
     filename = f"<gtddp_compile {program.graph.name} {name} {id(program):x}>"
     namespace: dict[str, Any] = {"torch": torch, "F": F, "operator": operator, "math": math}
     namespace.update((name, getattr(kernels, name)) for name in kernels.__all__)
+    if deferred:
+        namespace["factor"] = kernels.factor_unchecked
     namespace.update(program.emitted.constants)
     linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
     exec(compile(code, filename, "exec"), namespace)

@@ -8,6 +8,7 @@ fails copies it back.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,7 @@ class BaseMethod(BlockUpdates):
         self._random: dict[int, list[Tensor]] = {}
         self._settled: list[Tensor] | None = None
         self.precision = Precision()
+        self.deferred = False
         self._aside = {} if aside is None else aside
         self._written: dict[str, Tensor] = {}
         self._spare = {} if spare is None else spare
@@ -158,7 +160,7 @@ class BaseMethod(BlockUpdates):
     # --- losses -------------------------------------------------------------------------------------------------------
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
-        """``φ``, shape (B,); gives the step up if their total is not finite (a compiled step: when it is done)."""
+        """``φ``, shape (B,); gives the step up if their total is not finite (``deferred``: when it is done)."""
         if torch.compiler.is_compiling():
             phi = self._loss.per_sample(outputs, targets)
             self.loss = self._loss.total(phi.detach())
@@ -174,7 +176,7 @@ class BaseMethod(BlockUpdates):
             self._check(outputs, targets)  # says what is wrong with the targets, if it is they
             raise
         self.loss = self._loss.total(phi.detach())
-        if not torch.isfinite(self.loss):
+        if not self.deferred and not math.isfinite(self.loss):
             raise NonFiniteLoss(self.loss)
         return phi
 
