@@ -26,7 +26,7 @@ SAMPLES = Code("phi.shape[0]")
 
 def prepare(b: Builder, t: int, tap: str) -> None:
     """Once a stage: what the kernels of a player's operation take, and ``g`` of its value, with samples leading."""
-    uses = [use for _, use in b.uses_at(tap)]
+    uses = [use for player, use in b.uses_at(tap) if not _unprepared(b, player, use)]
     for use in [use for use in uses if use.rule.prepare][:1]:
         whole = tuple(b.operand(ref) for ref in use.operands)
         b.emit("backward", t, (f"*o_{b.name(tap)}",), f"{use.rule.prefix}_prepare", whole, **b.options(use))
@@ -41,6 +41,11 @@ def prepare(b: Builder, t: int, tap: str) -> None:
                *(b.arrangement(use)[0] or ()), note="samples leading", **columns)  # fmt: skip
 
 
+def _unprepared(b: Builder, player: Player, use: Use) -> bool:
+    """Whether ``γ`` is made from the operands as they are, and nobody else asks for prepared ones."""
+    return use.rule.prepare and not use.layouts and b.keeps(player.name)
+
+
 def params(b: Builder, use: Use) -> tuple[object, ...]:
     """The use's parameters in the kernels' order."""
     return tuple(b.operand(ref) for ref in use.params)
@@ -51,7 +56,9 @@ def _kept(b: Builder, t: int, player: Player) -> str:
     (use,) = b.uses(player.name)
     name = f"rows_{b.name(use.key)}"
     if b.first_time(name):
-        b.emit("backward", t, (f"*{name}",), b.kernel(use, "per_sample"), operands(b, use),
+        raw = _unprepared(b, player, use)
+        found = tuple(b.operand(ref) for ref in use.operands) if raw else operands(b, use)
+        b.emit("backward", t, (f"*{name}",), b.kernel(use, "gamma" if raw else "per_sample"), found,
                Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use))  # fmt: skip
     return name
 
@@ -64,10 +71,12 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
         b.emit(phase, t, (f"*{name}",), "rows_weighted", Var(_kept(b, t, player)), Var(weights), note=note)
         return name
     for use in b.uses(player.name):
-        g = output_gradient(b, use, weights)
-        name = f"{prefix}_{b.name(use.key)}"
-        b.emit(phase, t, (f"*{name}",), b.kernel(use, "weighted"), operands(b, use), g, params(b, use),
-               use.wants, note=note, **b.options(use))  # fmt: skip
+        name, g = f"{prefix}_{b.name(use.key)}", Var(b.g_output(use.op))
+        piecewise = use.rule.rows and not b.factored and len(b.graph.op(use.op).shape or ()) > 2
+        call: tuple[object, ...] = ("weigh", Function(b.kernel(use, "weighted")), operands(b, use), g, Var(weights))
+        if not piecewise:
+            call = (b.kernel(use, "weighted"), operands(b, use), output_gradient(b, use, weights))
+        b.emit(phase, t, (f"*{name}",), *call, params(b, use), use.wants, note=note, **b.options(use))
         found.append((use.names, Var(name)))
     if len(found) == 1 and found[0][0] == player.parameters:
         return found[0][1].name

@@ -65,13 +65,17 @@ def test_a_sketch_with_orthogonal_columns_is_exact(layer: str, diagonal: bool, m
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
-def test_the_centre_of_a_kernel_stands_for_all() -> None:
-    _, (x,), g, weight, options, _ = LAYERS["conv"]
+@pytest.mark.parametrize("margin", [0, 1, 2])
+def test_the_centre_of_a_kernel_stands_for_all(margin: int) -> None:
+    _, (x,), _, weight, options, _ = LAYERS["conv"]
+    options = {**options, "padding": (margin, margin)}
+    where = {name: options[name] for name in ("stride", "padding")}
+    g = draw(*F.conv2d(x, weight, None, groups=options["groups"], **where).shape, seed=7)
     arguments = ((x,), g, (weight, draw(weight.shape[0])), (True, True))
     gradient, bias = kernels.conv_per_sample(*arguments, **options)
-    where = {name: options[name] for name in ("stride", "padding")}
-    ones = torch.ones(1, 1, *x.shape[2:], dtype=torch.float64)
-    inside = F.conv2d(ones, torch.ones(1, 1, 3, 3, dtype=torch.float64), **where).mean()  # elements inside the image
+    ones, element = torch.ones(1, 1, *x.shape[2:], dtype=torch.float64), torch.zeros(1, 1, 3, 3, dtype=torch.float64)
+    element[..., 1, 1] = 1
+    inside = F.conv2d(ones, torch.ones_like(element), **where).sum() / F.conv2d(ones, element, **where).sum()
     centre = gradient[..., 1, 1].flatten(1)
     expected = 0.3 * inside * (centre @ centre.T) + 0.2 * (bias @ bias.T)
     found = kernels.conv_centre_gram(*arguments, (0.3, 0.2), **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -73,6 +74,9 @@ def check(
     inverse = tuple(draw(*shape).abs() + 0.1 if kind == "full" else kind for shape, kind in pairs)
     direction = tuple(draw(*shape, seed=9) for shape in shapes)
     if hasattr(kernels, f"{prefix}_prepare"):
+        for size in (2**18, 1):
+            with patch.object(MODULES[prefix], "CHUNK", size):
+                close(getattr(kernels, f"{prefix}_gamma")(operands, g, params, wants, **options), gamma)
         operands = getattr(kernels, f"{prefix}_prepare")(operands, **options)
 
     def compare(operands: tuple[Tensor, ...], g: Tensor, gamma: list[Tensor], weighted: bool, **more: Any) -> None:
@@ -396,6 +400,16 @@ def test_source_stands_alone(prefix: str) -> None:
     namespace: dict[str, Any] = {"__name__": "exported"}
     exec(compile(source, f"{prefix}.py", "exec"), namespace)
     assert f"{prefix}_gram" in namespace
+
+
+@pytest.mark.parametrize("samples_a_piece", [1, 2, 5])
+def test_weighted_gradients_add_up_piece_by_piece(samples_a_piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gtddp_compile.kernels.sweep.WEIGHED", samples_a_piece * 2 * 9)
+    x, g, weights, params = draw(5, 3, 3, 3), draw(5, 2, 3, 3, seed=1), draw(5, seed=2), (draw(2, 3, 3, 3), draw(2))
+    options = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+    found = kernels.weigh(kernels.conv_weighted, (x,), g, weights, params, (True, True), **options)
+    gamma = kernels.conv_per_sample((x,), g, params, (True, True), **options)
+    close(found, [torch.tensordot(weights, rows, 1) for rows in gamma])
 
 
 def test_a_larger_lift_says_so() -> None:

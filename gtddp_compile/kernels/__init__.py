@@ -98,6 +98,7 @@ from gtddp_compile.kernels.linear import (
 from gtddp_compile.kernels.loss import class_mean_scale, sample_means, sample_sums, terminal
 from gtddp_compile.kernels.norm import (
     norm_directional,
+    norm_gamma,
     norm_gram,
     norm_gram_diagonal,
     norm_per_sample,
@@ -129,6 +130,7 @@ from gtddp_compile.kernels.sweep import (
     scale,
     solve,
     tap,
+    weigh,
     wide,
 )
 
@@ -217,6 +219,7 @@ __all__ = [
     "lstm_cell",
     "made_rows",
     "norm_directional",
+    "norm_gamma",
     "norm_gram",
     "norm_gram_diagonal",
     "norm_per_sample",
@@ -252,6 +255,7 @@ __all__ = [
     "time_first",
     "together",
     "uniform_like_first",
+    "weigh",
     "wide",
     "zero_like_first",
 ]

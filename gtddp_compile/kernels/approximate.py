@@ -48,8 +48,17 @@ def _separate(metric: Any, groups: int = 1) -> tuple[Tensor | float, Tensor | fl
     return by_output.to(metric.dtype), by_input.to(metric.dtype)
 
 
-def _along(values: Tensor, factor: Tensor | float, axis: int) -> Tensor:
-    """``values`` times a factor for each entry of one axis."""
+def _apart(metric: Any, groups: int = 1) -> tuple[Tensor | float | None, Tensor | float | None, Tensor | float]:
+    """``√r``, ``√c`` and what is left of the metric; a spherical one is left as a whole, and scales no activations."""
+    if not isinstance(metric, tuple) and (not isinstance(metric, Tensor) or metric.dim() == 0):
+        return None, None, metric
+    return (*_separate(metric, groups), 1.0)
+
+
+def _along(values: Tensor, factor: Tensor | float | None, axis: int) -> Tensor:
+    """``values`` times a factor for each entry of one axis, or as they are."""
+    if factor is None:
+        return values
     if isinstance(factor, Tensor) and factor.dim():
         factor = factor.reshape(factor.shape[0], *(1,) * (values.dim() - 1 - axis % values.dim()))
     scaled: Tensor = values * factor
@@ -83,9 +92,9 @@ def linear_separable_gram(
     bias = _bias(g, wants, metric, -1)
     if not wants[0]:
         return g.new_zeros(g.shape[0], g.shape[0]) + bias
-    by_output, by_input = _separate(metric[0])
+    by_output, by_input, rest = _apart(metric[0])
     scaled = (_along(operands[0], by_input, -1),)
-    return linear_gram(scaled, _along(g, by_output, -1), params, (True, False), (1.0,)) + bias
+    return linear_gram(scaled, _along(g, by_output, -1), params, (True, False), (rest,)) + bias
 
 
 def linear_sketch_gram(
@@ -102,10 +111,10 @@ def linear_sketch_gram(
     bias = _bias(g, wants, metric, -1)
     if not wants[0]:
         return g.new_zeros(g.shape[0], g.shape[0]) + bias
-    by_output, by_input = _separate(metric[0])
+    by_output, by_input, rest = _apart(metric[0])
     x = operands[0]
     projected = x @ _along(_signs(x.shape[-1], columns, x, seed), by_input, 0)
-    return linear_gram((projected,), _along(g, by_output, -1), params, (True, False), (1.0,)) + bias
+    return linear_gram((projected,), _along(g, by_output, -1), params, (True, False), (rest,)) + bias
 
 
 def conv_separable_gram(
@@ -125,10 +134,10 @@ def conv_separable_gram(
     bias = _bias(g, wants, metric, channels)
     if not wants[0]:
         return g.new_zeros(g.shape[0], g.shape[0]) + bias
-    by_output, by_input = _separate(metric[0], groups)
+    by_output, by_input, rest = _apart(metric[0], groups)
     scaled, g = (_along(operands[0], by_input, channels),), _along(g, by_output, channels)
     own = conv_gram(
-        scaled, g, params, (True, False), (1.0,), stride=stride, padding=padding, dilation=dilation, groups=groups
+        scaled, g, params, (True, False), (rest,), stride=stride, padding=padding, dilation=dilation, groups=groups
     )
     return own + bias
 
@@ -155,7 +164,7 @@ def conv_sketch_gram(
     bias = _bias(g, wants, metric, channels)
     if not wants[0]:
         return g.new_zeros(g.shape[0], g.shape[0]) + bias
-    by_output, by_input = _separate(metric[0], groups)
+    by_output, by_input, rest = _apart(metric[0], groups)
     samples, shape = g.shape[0], params[0].shape[1:]
     x, g = _conv_images(operands, g, params)
     filters = _signs(groups * columns, shape.numel(), x, seed) * (shape.numel() / columns) ** 0.5
@@ -165,7 +174,7 @@ def conv_sketch_gram(
     )  # fmt: skip
     rows = _along(g, by_output, 1).reshape(len(g), groups, -1, projected[0, 0].numel())
     gamma = _conv_samples(rows @ projected.reshape(len(g), groups, columns, -1).mT, samples).flatten(1)
-    return gamma @ gamma.mT + bias
+    return gamma @ gamma.mT * rest + bias
 
 
 def conv_centre_gram(
@@ -190,22 +199,27 @@ def conv_centre_gram(
     bias = _bias(g, wants, metric, channels)
     if not wants[0]:
         return g.new_zeros(g.shape[0], g.shape[0]) + bias
-    by_output, by_input = _separate(metric[0], groups)
-    x, kernel, weight = operands[0], params[0].shape[2:], 1.0
+    by_output, by_input, rest = _apart(metric[0], groups)
+    x, kernel, share = operands[0], params[0].shape[2:], 1.0
     margins = _conv_margins(tuple(kernel), padding, dilation)
-    crop: tuple[Any, ...] = (...,)
+    seen_by_centre: list[slice] = []  # of every axis, in x without its margins
     for axis, (size, gap, step, margin) in enumerate(zip(kernel, dilation, stride, margins, strict=True)):
         pixels, positions = x.shape[axis - len(kernel)], g.shape[axis - len(kernel)]
         shifts = [index * gap - margin[0] for index in range(size)]
         seen = [sum(0 <= at * step + shift < pixels for at in range(positions)) for shift in shifts]
-        weight *= sum(seen) / max(1, seen[size // 2])
-        start = size // 2 * gap
-        crop = (*crop, slice(start, start + (positions - 1) * step + 1, step))
-    centre = _along(_conv_padded(x, margins)[crop], by_input, channels)
+        share *= sum(seen) / max(1, seen[size // 2])
+        first = shifts[size // 2]
+        seen_by_centre.append(slice(first, first + (positions - 1) * step + 1, step))
+    pixels_of = x.shape[x.dim() - len(kernel) :]
+    if any(part.start < 0 or part.stop > size for part, size in zip(seen_by_centre, pixels_of, strict=True)):
+        x = _conv_padded(x, margins)
+        moved = zip(seen_by_centre, margins, strict=True)
+        seen_by_centre = [slice(part.start + low, part.stop + low, part.step) for part, (low, _) in moved]
+    centre = _along(x[(..., *seen_by_centre)], by_input, channels)
     ones, zeros = tuple(1 for _ in kernel), tuple(0 for _ in kernel)
     shape = (params[0].flatten(2)[..., :1].reshape(*params[0].shape[:2], *ones),)
     own = conv_gram(
         (centre,), _along(g, by_output, channels), shape, (True, False),
-        (weight,), stride=ones, padding=zeros, dilation=ones, groups=groups,
+        (share * rest,), stride=ones, padding=zeros, dilation=ones, groups=groups,
     )  # fmt: skip
     return own + bias

@@ -120,7 +120,7 @@ def _conv_gradients(
     """``γ`` ``(B, G, m, n)`` from a padded ``x`` ``(B, G, channels, …)`` and ``g`` ``(B, G, m, …)``."""
     samples, groups, channels = x.shape[:3]
     outputs, positions = g.shape[2], g[0, 0, 0].numel()
-    if x.device.type == "cpu" and positions >= GROUPED:
+    if x.device.type == "cpu" and positions >= GROUPED and math.prod(kernel) > 1:
         # One weight gradient with every sample a group of its own: no patches are unfolded.
         count, zeros, only_weight = samples * groups, [0 for _ in kernel], [False, True, False]
         weight = x.new_empty(1).expand(count * outputs, channels, *kernel)

@@ -3,7 +3,8 @@
 ``x̂`` depends on neither ``w`` nor ``b``, so ``γ_w = Σ g ∘ x̂`` and ``γ_b = Σ g`` over the positions of one
 sample. ``norm_prepare`` computes ``x̂`` from the operands; it must see the *whole* batch (batch statistics
 mix samples), and every other kernel takes the prepared operands ``(x̂,)``, whose leading axis may then be
-sliced. The parameters are small: ``γ`` is always built.
+sliced. The parameters are small: ``γ`` is always built. Where it is kept, ``norm_gamma`` makes it from the operands
+themselves instead.
 
 ``form`` is ``"batch"``, ``"instance"``, ``"group"`` (parameters along axis 1) or ``"layer"``, ``"rms"``
 (parameters along the last axes, ``normalized_shape``).
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+CHUNK = 2**18
+"""Elements of what is computed from some of the samples at a time: they stay in the second-level cache."""
 
 
 def norm_prepare(
@@ -69,6 +73,45 @@ def norm_per_sample(
     if len(wants) > 1 and wants[1]:
         result.append(_norm_positions(g, form, normalized_shape))
     return tuple(result)
+
+
+def norm_gamma(
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    *,
+    form: str,
+    eps: float | None = 1e-5,
+    training: bool = False,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """``γ`` from operands that are not prepared, some samples at a time: ``x̂`` never exists as a whole."""
+    step = g.shape[0] if torch.compiler.is_compiling() else max(1, CHUNK * g.shape[0] // max(1, g.numel()))
+    if form == "batch" and training:
+        return _norm_batch_gamma(operands[0], g, wants, 1e-5 if eps is None else eps, step)
+    found = []
+    for x, own in zip(operands[0].split(step), g.split(step), strict=True):
+        prepared = norm_prepare((x, *operands[1:]), form=form, eps=eps, training=training, **options)
+        found.append(norm_per_sample(prepared, own, params, wants, form=form, **options))
+    return tuple(torch.cat(rows) for rows in zip(*found, strict=True))
+
+
+def _norm_batch_gamma(x: Tensor, g: Tensor, wants: tuple[bool, ...], eps: float, step: int) -> tuple[Tensor, ...]:
+    """The same under the batch's own statistics: ``γ_w = Σ g ∘ (x - mean) / √(var + eps)``, two passes over ``x``."""
+    precise = x.dtype if x.dtype == torch.float64 else torch.float32
+    shift = _norm_positions(g, "batch", ())
+    if not wants[0]:
+        return (shift,)
+    entries = x.shape[0] * x[0, 0].numel()
+    mean = (_norm_positions(x, "batch", ()).to(precise).sum(0) / entries).reshape(-1, *(1,) * (x.dim() - 2))
+    squares, products = torch.zeros_like(mean).flatten(), []
+    for part, own in zip(x.split(step), g.split(step), strict=True):
+        centred = part.to(precise) - mean
+        squares += _norm_positions(centred.square(), "batch", ()).sum(0)
+        products.append(_norm_positions(centred.mul_(own), "batch", ()))
+    scale = (torch.cat(products) * (squares / entries + eps).rsqrt()).to(g.dtype)
+    return (scale, shift) if len(wants) > 1 and wants[1] else (scale,)
 
 
 def norm_weighted(

@@ -15,6 +15,9 @@ from gtddp_compile.kernels.linear import pieces
 
 Blocks = tuple[Tensor, ...]
 
+WEIGHED = 2**20
+"""Elements of ``g`` that are scaled at a time."""
+
 
 def leaf(value: Tensor) -> Tensor:
     """The value as the beginning of a stage: gradients stop here."""
@@ -48,6 +51,27 @@ def loss_gradient(phi: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def scale(g: Tensor, weights: Tensor) -> Tensor:
     """Each sample's gradient times its weight."""
     return g * weights.to(g.dtype).reshape(-1, *(1,) * (g.dim() - 1))
+
+
+def weigh(
+    kernel: Callable[..., tuple[Tensor, ...]],
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    weights: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """``γᵀ w`` by a layer's ``weighted`` kernel, some samples at a time: the scaled ``g`` never exists as a whole."""
+    rows = max(1, WEIGHED * g.shape[0] // max(1, g.numel()))
+    if rows >= g.shape[0] or g.dtype.itemsize < 4 or torch.compiler.is_compiling():
+        return kernel(operands, scale(g, weights), params, wants, **options)
+    totals: tuple[Tensor, ...] = ()
+    for part in pieces(g.shape[0], rows):
+        own = tuple(x[part] for x in operands)
+        found = kernel(own, scale(g[part], weights[part]), params, wants, **options)
+        totals = tuple(total.add_(more) for total, more in zip(totals, found, strict=True)) if totals else found
+    return totals
 
 
 def contract(g: Tensor, after: Tensor, before: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ Where :attr:`Rule.responds` is set, an operation of one row a sample is linear i
 ``PREFIX_forward(operands, params)`` the operation itself.
 
 Where :attr:`Rule.prepare` is set, ``operands = PREFIX_prepare(operands, **options)`` comes first, once a
-stage and on the whole batch; all the kernels above take the prepared operands (a normalisation's ``x̂``).
+stage and on the whole batch; all the kernels above take the prepared operands (a normalisation's ``x̂``). Beside it
+there is ``PREFIX_gamma``, which is ``PREFIX_per_sample`` of the whole batch from operands that are not prepared.
 
 The batch axis is the leading axis of every operand (prepared ones, where the rule prepares) and of ``g``, and
 callers may slice them all alike before a call, so that ``B`` is the size of a group. The generic rule alone
