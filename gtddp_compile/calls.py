@@ -73,10 +73,13 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
     for use in b.uses(player.name):
         name, g = f"{prefix}_{b.name(use.key)}", Var(b.g_output(use.op))
         piecewise = use.rule.rows and not b.factored and len(b.graph.op(use.op).shape or ()) > 2
-        call: tuple[object, ...] = ("weigh", Function(b.kernel(use, "weighted")), operands(b, use), g, Var(weights))
-        if not piecewise:
-            call = (b.kernel(use, "weighted"), operands(b, use), output_gradient(b, use, weights))
-        b.emit(phase, t, (f"*{name}",), *call, params(b, use), use.wants, note=note, **b.options(use))
+        kernel, last = b.kernel(use, "weighted"), (params(b, use), use.wants)
+        if piecewise:
+            b.emit(phase, t, (f"*{name}",), "weigh", Function(kernel), operands(b, use), g, Var(weights), *last,
+                   note=note, **b.options(use))  # fmt: skip
+        else:
+            b.emit(phase, t, (f"*{name}",), kernel, operands(b, use), output_gradient(b, use, weights), *last,
+                   note=note, **b.options(use))  # fmt: skip
         found.append((use.names, Var(name)))
     if len(found) == 1 and found[0][0] == player.parameters:
         return found[0][1].name

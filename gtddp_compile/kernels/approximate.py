@@ -215,7 +215,8 @@ def conv_centre_gram(
         x = _conv_padded(x, margins)
         moved = zip(seen_by_centre, margins, strict=True)
         seen_by_centre = [slice(part.start + low, part.stop + low, part.step) for part, (low, _) in moved]
-    centre = _along(x[(..., *seen_by_centre)], by_input, channels)
+    crop: tuple[Any, ...] = (..., *seen_by_centre)
+    centre = _along(x[crop], by_input, channels)
     ones, zeros = tuple(1 for _ in kernel), tuple(0 for _ in kernel)
     shape = (params[0].flatten(2)[..., :1].reshape(*params[0].shape[:2], *ones),)
     own = conv_gram(

@@ -64,7 +64,7 @@ def weigh(
 ) -> tuple[Tensor, ...]:
     """``γᵀ w`` by a layer's ``weighted`` kernel, some samples at a time: the scaled ``g`` never exists as a whole."""
     rows = max(1, WEIGHED * g.shape[0] // max(1, g.numel()))
-    if rows >= g.shape[0] or g.dtype.itemsize < 4 or torch.compiler.is_compiling():
+    if rows >= g.shape[0] or torch.compiler.is_compiling():
         return kernel(operands, scale(g, weights), params, wants, **options)
     totals: tuple[Tensor, ...] = ()
     for part in pieces(g.shape[0], rows):

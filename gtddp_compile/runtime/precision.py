@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 LOW = (torch.bfloat16, torch.float16)
-LIFTED = ("linear_", "conv_", "norm_", "generic_", "contract", "scale", "combine")
+LIFTED = ("linear_", "conv_", "norm_", "generic_", "contract", "scale", "weigh", "combine")
 """Kernels, by the beginnings of their names, that read values of the network or gradients of them."""
 
 OF_THE_NETWORK = ("stage_", "prologue")
