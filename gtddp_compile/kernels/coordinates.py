@@ -73,7 +73,7 @@ def coordinates_gram(
     _, scale, _, (rate,) = metric
     if separable and isinstance(scale, Tensor):
         pairs = [_separate(part) for part in scale]
-        by_g, by_x = (torch.stack([pair[side] for pair in pairs]).unsqueeze(1) for side in (0, 1))
+        by_g, by_x = (torch.stack([pair[side] for pair in pairs]).unsqueeze(1) for side in (0, 1))  # type: ignore[misc]
         if len(coordinates) == 2:
             coordinates = (coordinates[0] * by_x, coordinates[1] * by_g)
         else:

@@ -226,7 +226,7 @@ def _kronecker_separated(metric: Metric, scale: Tensor) -> Metric:
     """The maps with a diagonal that is separated into them (``kernels/approximate.py``)."""
     maps, _, cross, rates = metric
     pairs = [_separate(part) for part in scale]
-    by_x, by_g = torch.stack([c for _, c in pairs]), torch.stack([r for r, _ in pairs])
+    by_x, by_g = torch.stack([c for _, c in pairs]), torch.stack([r for r, _ in pairs])  # type: ignore[misc]
     scaled = tuple((map_x * by_x.unsqueeze(1), map_g * by_g.unsqueeze(1)) for map_x, map_g in maps)
     return scaled, 1.0, cross, rates
 
