@@ -123,9 +123,12 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
     @property
     def diagnostics(self) -> Mapping[str, Any]:
-        """Figures of the last step: ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``,
-        ``skipped``, for Kronecker factors ``solve_fallbacks`` (Cholesky failed)
-        and, by player or coalition, ``open_norm`` and ``feedback_norm`` (in the metric ``M``).
+        """Figures of the last step.
+
+        ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped``; ``lifted_grams``:
+        Gram matrices not definite to rounding, to whose diagonal more was added, with a warning; for
+        Kronecker factors ``solve_fallbacks`` (Cholesky failed); and, by player or coalition, ``open_norm`` and
+        ``feedback_norm`` (in the metric ``M``).
         """
         return self._diagnostics.figures()
 

@@ -305,11 +305,9 @@ def _information(b: Builder, stage: StagePlan) -> None:
     t = stage.index
     if b.plan.form.name not in ("information", "block"):
         return
-    wanted = {"alpha": t > 0 and b.plan.stages[t - 1].statistics, "y": True, "rho": t > 0, "R": t > 0}
-    if b.plan.form.name == "block":
-        wanted["alpha"] = t > 0
-    elif not b.drifts:
-        wanted["y"] = False
+    block = b.plan.form.name == "block"
+    alpha = t > 0 and (block or b.plan.stages[t - 1].statistics)
+    wanted = {"alpha": alpha, "y": block or b.drifts, "rho": t > 0, "R": t > 0}
     for symbol, variable in VARIABLES.items():
         equation = b.plan.form.backward.get(symbol)
         if equation is None or not wanted.get(symbol, True):
@@ -317,11 +315,12 @@ def _information(b: Builder, stage: StagePlan) -> None:
         code = _formula(b, t, equation.expression)
         b.emit("backward", t, (f"*{variable}_{t}",), "=", code, note=f"{symbol} ({equation.source})")
         if symbol in ("Lambda", "X"):
-            b.emit("backward", t, (f"*factor_{t}",), "factor", Var(f"{variable}_{t}"), note="Cholesky")
-    figures: dict[str, Any] = {"factor": Var(f"factor_{t}"), "target": Var(_formula(b, t, a.TARGET).text)}
+            b.emit("backward", t, (f"factor_{t}", f"lifted_{t}"), "factor", Var(f"{variable}_{t}"), note="Cholesky")
+    figures: dict[str, Any] = {name: Var(f"{name}_{t}") for name in ("factor", "lifted")}
+    figures["target"] = Var(_formula(b, t, a.TARGET).text)
     if b.drifts:
         figures["drift"] = Var(f"s_{t}")
-    if "alpha" in b.plan.form.backward and b.plan.form.name == "block" and t > 0:
+    if "alpha" in b.plan.form.backward and block and t > 0:
         figures["alpha"] = Var(f"alpha_{t}")
     b.emit("backward", t, (), "m.keep", t, **figures)
 

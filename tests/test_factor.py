@@ -20,7 +20,7 @@ def test_rounding_does_not_make_it_indefinite(noise: float) -> None:
     block = 1e6 * (gamma @ gamma.T + error + error.T)
     with pytest.raises(RuntimeError):
         torch.linalg.cholesky(block)
-    (found,) = kernels.factor((block,))
+    (found,), _ = kernels.factor((block,))
     torch.testing.assert_close(found.T @ found, block, rtol=1e-2, atol=1e-2 * float(block.abs().max()))
 
 
@@ -35,3 +35,25 @@ def test_a_step_whose_gram_matrices_overflow_is_skipped() -> None:
     loss = opt.step(x, y)
     assert torch.isfinite(loss) and opt.diagnostics["skipped"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("coupling", "blocks"), [("full", 1), (3, 2)])
+def test_larger_lifts_are_counted(coupling: int | str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two stages the last one's Gram matrices, one a group of samples, are said to be indefinite beyond rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), coupling=coupling, lr=0.1)
+    opt.step(x, y)
+    assert opt.diagnostics["lifted_grams"] == 0
+    true_cholesky, calls = torch.linalg.cholesky_ex, []
+
+    def fails_first(block: torch.Tensor, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(block)
+        found, failed = true_cholesky(block, **options)
+        return found, failed + (len(calls) <= blocks)
+
+    monkeypatch.setattr("torch.linalg.cholesky_ex", fails_first)
+    with pytest.warns(RuntimeWarning, match="not definite to rounding"):
+        opt.step(x, y)
+    assert opt.diagnostics["lifted_grams"] == blocks and len(calls) == 2 * blocks

@@ -415,5 +415,6 @@ def test_weighted_gradients_add_up_piece_by_piece(samples_a_piece: int, monkeypa
 def test_a_larger_lift_says_so() -> None:
     block = torch.diag(torch.tensor([1.0, 1.0, -1e-15], dtype=torch.float64))
     with pytest.warns(RuntimeWarning, match="not definite to rounding"):
-        (found,) = kernels.factor((block,))
+        (found,), (failed,) = kernels.factor((block,))
+    assert failed != 0
     torch.testing.assert_close(found @ found.T, block, rtol=0, atol=1e-11)

@@ -106,6 +106,6 @@ def test_a_factor_that_fails_is_taken_back_and_looked_at(monkeypatch: pytest.Mon
 
 def test_an_unchecked_factor_is_not_a_number_where_it_fails() -> None:
     good, bad = torch.eye(3), -torch.eye(3)
-    (one,), (other,) = factor_unchecked((good,)), factor_unchecked((bad,))
+    ((one,), _), ((other,), _) = factor_unchecked((good,)), factor_unchecked((bad,))
     torch.testing.assert_close(one, good)
     assert bool(other.isnan().any())

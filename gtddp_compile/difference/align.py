@@ -26,7 +26,7 @@ from gtddp_compile.setting import Setting
 
 WORD = re.compile(r"('[^']*'|\"[^\"]*\")|\b[A-Za-z_]\w*")
 AT = re.compile(r"_at(\d+)$")
-STAGED = re.compile(r"(stage|alpha|factor|gamma|lambda|outside|[a-z])_(\d+)(?=$|_)")
+STAGED = re.compile(r"(stage|alpha|factor|gamma|lambda|outside|lifted|[a-z])_(\d+)(?=$|_)")
 STAGE_FIRST = ("m.keep", "m.observe_block", "m.observe_factors")
 """Calls whose first argument is the stage."""
 NEW = "\N{PRIME}"

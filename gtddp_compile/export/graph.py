@@ -121,12 +121,12 @@ def _guarded(module: ModuleType, params: Any, buffers: Any, state: Any, inputs: 
     return (*kept, loss)
 
 
-def _cholesky(block: Tensor) -> Tensor:
+def _cholesky(block: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`gtddp_compile.kernels.factor` of a block, both lifts made and one selected."""
     lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
     found, failed = torch.linalg.cholesky_ex(block + torch.diag(lift.expand(block.shape[0])), upper=True)
     lifted, _ = torch.linalg.cholesky_ex(block + torch.diag((1000 * lift).expand(block.shape[0])), upper=True)
-    return torch.where(failed == 0, found, lifted)
+    return torch.where(failed == 0, found, lifted), failed
 
 
 def _bias_correction(beta: float, step: Tensor) -> Tensor:

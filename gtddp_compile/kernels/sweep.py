@@ -208,31 +208,34 @@ def blocks_scale(factors: tuple[float, ...], blocks: Blocks) -> Blocks:
     return tuple(factor * block for factor, block in zip(factors, blocks, strict=True))
 
 
-def factor(blocks: Blocks) -> Blocks:
+def factor(blocks: Blocks) -> tuple[Blocks, tuple[Tensor, ...]]:
     """Upper Cholesky factors, ``Rᵀ R``: positive definite by construction (theory: 4a), kept so against rounding.
 
     A sum of Gram matrices carries rounding errors of about ``eps · trace``: that much is added to the diagonal, and a
-    thousand times as much, with a warning, where it does not do (very deep networks whose activations grow).
+    thousand times as much, with a warning, where it does not do (very deep networks whose activations grow). The second
+    result says of every block, by a number that is not 0, that this was so.
     """
-    return tuple(_cholesky(block) for block in blocks)
+    pairs = [_cholesky(block) for block in blocks]
+    return tuple(found for found, _ in pairs), tuple(failed for _, failed in pairs)
 
 
-def factor_unchecked(blocks: Blocks) -> Blocks:
+def factor_unchecked(blocks: Blocks) -> tuple[Blocks, tuple[Tensor, ...]]:
     """:func:`factor` without waiting for the device: not a number where the first lift does not do."""
-    return tuple(_cholesky(block, unchecked=True) for block in blocks)
+    pairs = [_cholesky(block, unchecked=True) for block in blocks]
+    return tuple(found for found, _ in pairs), tuple(failed for _, failed in pairs)
 
 
-def _cholesky(block: Tensor, unchecked: bool = False) -> Tensor:
+def _cholesky(block: Tensor, unchecked: bool = False) -> tuple[Tensor, Tensor]:
     lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
     found: Tensor
     found, failed = torch.linalg.cholesky_ex(_lifted(block, lift), upper=True)
     if unchecked or torch.compiler.is_compiling():  # whether it failed is seen when the step is done
-        return torch.where(failed == 0, found, torch.nan)
+        return torch.where(failed == 0, found, torch.nan), failed
     if failed:
         said = "a Gram matrix is not definite to rounding: 1000 eps trace is added to its diagonal"
         warnings.warn(said, RuntimeWarning, stacklevel=2)
         found = torch.linalg.cholesky(_lifted(block, 1000 * lift), upper=True)
-    return found
+    return found, failed
 
 
 def _lifted(block: Tensor, lift: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Diagnostics:
         if fallbacks:
             found["solve_fallbacks"] = int(sum(fallbacks))
         if any("factor" in stage for stage in stages):
+            found["lifted_grams"] = sum(bool(failed) for stage in stages for failed in stage.get("lifted", ()))
             found["open_norm"], found["feedback_norm"] = self._norms()
             found["predicted_decrease"] = self._decrease()
         return found

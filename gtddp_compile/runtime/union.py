@@ -289,6 +289,8 @@ def _merged(key: str, parts: list[Any], shares: list[float]) -> Any:
         return {player: tuple(block for part in parts for block in part[player]) for player in parts[0]}
     if key == "factor":  # of P⁻¹, which is 1 / share times a micro-batch's own
         return tuple(block * share**-0.5 for blocks, share in pairs for block in blocks)
+    if key == "lifted":
+        return tuple(failed for part in parts for failed in part)
     if key in ("alpha", "weights"):
         return torch.cat([part * share for part, share in pairs])
     if key == "start":
