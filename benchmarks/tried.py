@@ -34,6 +34,15 @@ def unfolded(x: Tensor, g: Tensor) -> Tensor:
     return g.flatten(2) @ torch.nn.functional.unfold(x, 3, padding=1).mT
 
 
+def in_pieces(x: Tensor, g: Tensor) -> Tensor:
+    """Per-sample gradients of a 3×3 convolution from patches that are unfolded piece by piece."""
+    chosen, conv._conv_grouped = conv._conv_grouped, lambda positions, channels, kernel: False
+    try:
+        return conv._conv_gradients(x, g, (3, 3), (1, 1), (1, 1))
+    finally:
+        conv._conv_grouped = chosen
+
+
 def pairs() -> list[Pair]:
     """(what, in place of what, the program's way, the other way)."""
     x, g = torch.randn(128, 512), torch.randn(128, 512)
@@ -50,7 +59,7 @@ def pairs() -> list[Pair]:
         new.copy_(weight)
         new.addmm_(g.T, x, alpha=-0.1)
 
-    ones = (1, 1)
+    ones, small = (1, 1), (padded[:, :, :16, :10, :10].contiguous(), gradients[:, None, :16, :8, :8].contiguous())
     return [
         ("symmetric product in three of four blocks", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: halves(x)),
         ("bfloat16", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: x.bfloat16() @ x.bfloat16().T),
@@ -59,6 +68,8 @@ def pairs() -> list[Pair]:
         ("patches of all samples unfolded at once", "per-sample gradients of a 3×3 convolution, 64 channels, 16×16",
          lambda: conv._conv_gradients(padded, gradients.unsqueeze(1), (3, 3), ones, ones),
          lambda: unfolded(images, gradients)),
+        ("patches of some samples at a time", "per-sample gradients of a 3×3 convolution, 16 channels, 8×8",
+         lambda: conv._conv_gradients(*small, (3, 3), ones, ones), lambda: in_pieces(*small)),
         ("gradient, step and copy apart", "weight written by one product, 512 × 512", folded, apart),
         ("Γ of a diagonal metric, exact", "Γ with the metric separated, 512 × 512, 128 samples",
          lambda: approximate.linear_separable_gram((x,), g, (None,), (True, False), (weight.square(),)),

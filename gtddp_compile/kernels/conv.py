@@ -27,7 +27,10 @@ ADD = 40
 """What an elementwise multiplication or addition on a large tensor costs, in multiplications of a matrix product."""
 
 GROUPED = 256
-"""Output positions from which a grouped convolution beats unfolded patches on a CPU."""
+"""Output positions from which a grouped convolution of any number of channels beats unfolded patches on a CPU."""
+
+BLOCK = 8
+"""Channels that torch's own convolutions take together: with fewer, patches are faster."""
 
 
 def conv_gram_form(samples: int, positions: int, pixels: int, channels: int, kernel: int, outputs: int) -> str:
@@ -114,13 +117,21 @@ def _conv_patches(
     return x.reshape(x.shape[0], groups, x.shape[1] // groups * math.prod(kernel), positions)
 
 
+def _conv_grouped(positions: int, channels: int, kernel: int) -> bool:
+    """Whether a grouped convolution beats unfolded patches: their copies weigh more the smaller the products are.
+
+    Measured for 1 to 128 channels and 16 to 1024 positions (benchmarks/tried.py has two of them).
+    """
+    return kernel > 1 and channels >= BLOCK and (positions >= GROUPED or 16 * positions >= channels**2)
+
+
 def _conv_gradients(
     x: Tensor, g: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> Tensor:
     """``γ`` ``(B, G, m, n)`` from a padded ``x`` ``(B, G, channels, …)`` and ``g`` ``(B, G, m, …)``."""
     samples, groups, channels = x.shape[:3]
     outputs, positions = g.shape[2], g[0, 0, 0].numel()
-    if x.device.type == "cpu" and positions >= GROUPED and math.prod(kernel) > 1:
+    if x.device.type == "cpu" and _conv_grouped(positions, channels, math.prod(kernel)):
         # One weight gradient with every sample a group of its own: no patches are unfolded.
         count, zeros, only_weight = samples * groups, [0 for _ in kernel], [False, True, False]
         weight = x.new_empty(1).expand(count * outputs, channels, *kernel)
