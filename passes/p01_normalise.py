@@ -5,7 +5,7 @@ parameters, buffers and literals, without side effects but those of a training b
 order, nothing dead, every value named after the module that computes it, with its shape for the example inputs and
 where its samples lie.
 
-torch.fx comes first, then torch.export, then torch.export functionalised. A recording is not trusted: it is run
+torch.fx comes first, then torch.export, then torch.export functionalised; last the model is run as it is. A recording is not trusted: it is run
 beside the model on the example inputs, and outputs and parameter gradients must agree. What torch.fx gets wrong without
 saying so (values read into Python while it traces) is found here and left to the next front end.
 """
@@ -28,6 +28,7 @@ from gtddp_compile.frontends import (
     Traced,
     Untraceable,
     trace_export,
+    trace_followed,
     trace_functional,
     trace_symbolically,
     trace_values,
@@ -41,7 +42,7 @@ from gtddp_compile.frontends.traced import argument_names, parameter_infos, unto
 from gtddp_compile.graph import BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
-FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_values)
+FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_values, trace_followed)
 DETACHED = "detach"
 ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range"})
 DECISION = "_assert_scalar"

@@ -1,6 +1,7 @@
 """Front ends: what a model does, recorded by torch.fx or torch.export, and the cleaning both need."""
 
 from gtddp_compile.frontends.exported import trace_export, trace_functional, trace_values
+from gtddp_compile.frontends.followed import trace_followed
 from gtddp_compile.frontends.reference import observe
 from gtddp_compile.frontends.symbolic import trace_symbolically
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable
@@ -11,6 +12,7 @@ __all__ = [
     "Untraceable",
     "observe",
     "trace_export",
+    "trace_followed",
     "trace_functional",
     "trace_symbolically",
     "trace_values",

@@ -6,6 +6,7 @@ A packed input projection is one player, separate ones are three that decide as 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,6 +58,54 @@ def record_attention(
     if m.training:  # torch's layout, for a dropout that follows draws its mask in the order of the memory
         output = tracer.create_proxy("call_function", kernels.time_first, (output,), {})
     return output if m.batch_first else output.transpose(0, 1), weights
+
+
+def record_attention_function(
+    tracer: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Any,
+    in_proj_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Any,
+    out_proj_bias: Any,
+    training: bool = True,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Any = None,
+    k_proj_weight: Any = None,
+    v_proj_weight: Any = None,
+    static_k: Any = None,
+    static_v: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Any, Any]:
+    """``F.multi_head_attention_forward``, which models call with weights of their own.
+
+    Raises:
+        ValueError: with ``static_k`` or ``static_v``.
+    """
+    if static_k is not None or static_v is not None:
+        raise ValueError("multi_head_attention_forward with static keys or values")
+    module: Any = SimpleNamespace(
+        embed_dim=embed_dim_to_check, num_heads=num_heads, head_dim=embed_dim_to_check // num_heads,
+        in_proj_weight=in_proj_weight, in_proj_bias=in_proj_bias, bias_k=bias_k, bias_v=bias_v,
+        add_zero_attn=add_zero_attn, dropout=dropout_p, training=training, batch_first=False,
+        out_proj=SimpleNamespace(weight=out_proj_weight, bias=out_proj_bias),
+        _qkv_same_embed_dim=not use_separate_proj_weight,
+        q_proj_weight=q_proj_weight, k_proj_weight=k_proj_weight, v_proj_weight=v_proj_weight,
+    )  # fmt: skip
+    masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal}
+    wanted = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+    return record_attention(tracer, module, query, key, value, **masks, **wanted)
 
 
 def _projections(m: nn.MultiheadAttention, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:

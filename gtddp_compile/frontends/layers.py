@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from gtddp_compile import kernels
 from gtddp_compile.frontends.attention import (
     record_attention,
+    record_attention_function,
     record_decoder,
     record_encoder,
     record_encoder_layer,
@@ -52,3 +53,6 @@ LAYERS: dict[type[nn.Module], Record] = {
     nn.RNNCell: record_cell,
 }
 """By class; a subclass is recorded as its nearest base here."""
+
+FUNCTIONS: dict[Callable[..., Any], Record] = {F.multi_head_attention_forward: record_attention_function}
+"""Functions of torch that are recorded as what they compute."""

@@ -40,6 +40,8 @@ ROUNDING = 1000
 REPEATS, COPIES = 2, 3
 """How often a sample is changed, and of how many samples one is made if there is no other."""
 
+GUARD = "guard"
+
 STEPS = 6
 """How far indices are followed back."""
 
@@ -313,6 +315,8 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
 def _evaluate(op: Op, values: dict[str, Any], params: dict[str, Tensor], buffers: dict[str, Tensor]) -> Any:
     if op.mixes_samples and op.args and isinstance(op.args[0], Ref):
         return values[op.args[0].name]
+    if op.kind == GUARD:  # the operations that were recorded are asked, not whether a step would take them
+        return None
     if op.random:
         torch.manual_seed(SEED)
     return evaluate(op, values, params, buffers)

@@ -17,7 +17,7 @@ from torch.fx.proxy import ParameterProxy
 from torch.utils import _pytree as pytree
 
 from gtddp_compile.frontends.canonical import base_name
-from gtddp_compile.frontends.layers import LAYERS
+from gtddp_compile.frontends.layers import FUNCTIONS, LAYERS
 from gtddp_compile.frontends.traced import (
     Call,
     Traced,
@@ -34,6 +34,14 @@ IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "ia
 
 class Recorded(fx.Proxy):
     """A value under trace that records item assignment and in-place operators."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Most functions as torch.fx records them, some as what they compute."""
+        if function not in FUNCTIONS:
+            return super().__torch_function__(function, types, args, kwargs)
+        (tracer, *_) = (value.tracer for value in args if isinstance(value, fx.Proxy))
+        return FUNCTIONS[function](tracer, *args, **(kwargs or {}))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
