@@ -108,7 +108,7 @@ class _Produced(TorchDispatchMode):
     """Notes every tensor that is computed, whoever computes it."""
 
     def __init__(self, found: dict[int, weakref.ref[Tensor]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -191,6 +191,8 @@ class Recorder(TorchFunctionMode):
         name, attribute = _name(func)
         if name == "__iter__":
             return iter(self.__torch_function__(torch.unbind, types, args))
+        if name == "requires_grad.__set__":  # what a value needs, its readers decide
+            return func(*args, **kwargs)
         if name in READS and not attribute:
             return self._number(name, func, args, kwargs)
         if name in METADATA or (attribute and name not in (*VIEWED, "data")):
@@ -199,7 +201,7 @@ class Recorder(TorchFunctionMode):
                 return result
         args, kwargs = _in_place_by_name(func, args, kwargs)
         noted = self._arguments(args, kwargs)
-        if "out" in kwargs:
+        if kwargs.get("out") is not None:
             raise self._refusal("an argument out= is written")
         result = func(*args, **kwargs)
         if func in (F.batch_norm, torch.batch_norm):
@@ -353,10 +355,11 @@ def _ends_in_place(name: str) -> bool:
 def _name(func: Any) -> tuple[str, bool]:
     """The function's own name, and whether it is an attribute that is read."""
     name = str(getattr(func, "__name__", type(func).__name__))
-    if name != "__get__":
+    if name not in ("__get__", "__set__"):
         return name, False
     owner = func.__self__
-    return str(getattr(owner, "__name__", None) or getattr(getattr(owner, "fget", None), "__name__", "")), True
+    found = str(getattr(owner, "__name__", None) or getattr(getattr(owner, "fget", None), "__name__", ""))
+    return (found, True) if name == "__get__" else (f"{found}.{name}", False)
 
 
 def _target(func: Any, name: str, attribute: bool, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
