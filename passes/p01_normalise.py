@@ -5,8 +5,8 @@ parameters, buffers and literals, without side effects but those of a training b
 order, nothing dead, every value named after the module that computes it, with its shape for the example inputs and
 where its samples lie.
 
-torch.fx comes first, then torch.export, then torch.export functionalised; last the model is run as it is. A recording is
-not trusted: it is run beside the model on the example inputs, and outputs and parameter gradients must agree. What
+torch.fx comes first, then torch.export, then torch.export functionalised; last the model is run as it is. A recording
+is not trusted: it is run beside the model on the example inputs, and outputs and parameter gradients must agree. What
 torch.fx gets wrong without saying so (values read into Python while it traces) is found here and left to the next front
 end.
 """

@@ -66,7 +66,7 @@ def decides(m: Any, x: Tensor) -> Tensor:
 
 def without_gradient(m: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
-        scale = m.b(m.a(x)).abs().mean(1, keepdim=True)
+        scale = m.b(m.a(x)).max(1, keepdim=True).values
     return m.b(torch.tanh(m.a(x))) * scale
 
 

@@ -217,7 +217,8 @@ class Recorder(TorchFunctionMode):
             return  # it is its operand
         if not in_place and not any(isinstance(value, Tensor) for value in pytree.tree_leaves(result)):
             raise self._refusal(f"{name} takes values out of torch")
-        call = self._append(target, args, kwargs)
+        parts = isinstance(result, tuple | list)  # of which each is detached, not all at once
+        call = self._append(target, args, kwargs, grad=parts or torch.is_grad_enabled())
         first = args[0] if args else None
         if in_place:
             if call.name in self._moving and isinstance(first, Ref):
@@ -230,11 +231,13 @@ class Recorder(TorchFunctionMode):
                     size = self._append(Method("size"), (self.tree(value),), {})
                     self._guard(size, tuple(value.shape))
 
-    def _append(self, target: Any, args: Any, kwargs: Any) -> Call:
+    def _append(self, target: Any, args: Any, kwargs: Any, *, grad: bool | None = None) -> Call:
         if torch.is_autocast_enabled("cpu") != self._cast:
             raise self._refusal("the model changes autocast")
         name = f"call_{len(self.calls)}"
-        call = Call(name, target, args, kwargs, self._stack[-1], users_line(), torch.is_grad_enabled())
+        call = Call(
+            name, target, args, kwargs, self._stack[-1], users_line(), torch.is_grad_enabled() if grad is None else grad
+        )
         read = tuple(iter_leaves((args, kwargs)))
         moves = any(not isinstance(leaf, Ref) or leaf.name in self._moving for leaf in read)
         if moves or is_random(kind_of(base_name(target)), args, kwargs):
@@ -243,6 +246,7 @@ class Recorder(TorchFunctionMode):
         return call
 
     def _bind(self, result: Any, name: str) -> None:
+        """The tensors of a result, under the names of their own that the parts of a tuple get."""
         if isinstance(result, Tensor):
             self._known[id(result)] = (result, Ref(name))
         elif isinstance(result, tuple | list):
