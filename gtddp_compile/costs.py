@@ -78,10 +78,22 @@ def choose_coordinates(plan: Plan, use: Use) -> str:
     form = plan.form.name
     if layer is None or plan.segments is not None or plan.form.factored or form not in ("base", "information", "block"):
         return ""
-    found = layer.coordinates(bias=use.wants[-1] and len(use.wants) > 1)
-    if not all(use.wants) or (form == "base" and (plan.decay or not layer.few)):
+    found = layer.coordinates(bias=any(use.wants[1:]))
+    if not use.wants[0] or (form == "base" and (plan.decay or not layer.few)):
         return ""
     return found
+
+
+def shares_lines(plan: Plan, use: Use) -> bool:
+    """Whether the sum of a convolution's ``x xᵀ`` is made of lines of pixels that its patches share."""
+    layer, options = _layer(plan.graph, use), use.options
+    if layer is None or layer.prefix != "conv" or layer.folded or layer.groups > 1 or use.layouts:
+        return False
+    if options["stride"][0] != 1 or options["dilation"][0] != 1 or not use.wants[0] or plan.segments is not None:
+        return False
+    if not layer.coordinates(bias=any(use.wants[1:])):
+        return False
+    return kernels.conv_moment_shares(layer.patch, layer.weight[2], layer.output[2])
 
 
 def _layer(graph: ControlGraph, use: Use) -> _Layer | None:

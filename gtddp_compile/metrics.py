@@ -20,11 +20,12 @@ from gtddp_compile.calls import (
     weighted,
 )
 from gtddp_compile.columns import sample_gram
-from gtddp_compile.costs import choose_coordinates, separates
+from gtddp_compile.costs import choose_coordinates, separates, shares_lines
 from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
 from gtddp_compile.plan import MetricBlock
 from gtddp_compile.responses import scaled
+from gtddp_compile.uses import Use
 
 OF_PLAYERS = ("kronecker", "printed", "shared", "exact")
 
@@ -198,14 +199,23 @@ def _verb(b: Builder, block: MetricBlock) -> tuple[str, tuple[str, ...]]:
 # --- coordinates ------------------------------------------------------------------------------------------------------
 
 
+def _single(b: Builder, block: MetricBlock) -> Use | None:
+    """The use of a layer that is a block of its own."""
+    if block.kind != "kronecker" or len(block.players) > 1:
+        return None
+    uses = b.uses(block.players[0].name)
+    return uses[0] if len(uses) == 1 and uses[0].names == block.players[0].parameters else None
+
+
 def _coordinates(b: Builder, block: MetricBlock) -> str:
     """The form of a block's coordinates, empty where they are not kept: those of a coalition are not."""
-    if block.kind != "kronecker" or len(block.players) > 1:
-        return ""
-    uses = b.uses(block.players[0].name)
-    if len(uses) > 1 or uses[0].names != block.players[0].parameters:
-        return ""
-    return choose_coordinates(b.plan, uses[0])
+    use = _single(b, block)
+    return "" if use is None else choose_coordinates(b.plan, use)
+
+
+def _shares_lines(b: Builder, block: MetricBlock) -> bool:
+    use = _single(b, block)
+    return use is not None and shares_lines(b.plan, use)
 
 
 def _kept(b: Builder, t: int, block: MetricBlock, alpha: str | None) -> str:
@@ -250,7 +260,7 @@ def _statistics(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens
         b.emit("backward", t, (f"*{moment}",), "second_moment", Var(v_u), Var("start"), note="E[V_u^2]")
         b.emit("backward", t, (), "m.observe_moment", player.parameters, Var(moment), note="statistics")
         return ()
-    if _coordinates(b, block) and b.plan.form.name != "base":
+    if _shares_lines(b, block) if b.plan.form.name == "base" else _coordinates(b, block):
         _seen_once(b, t, block, alpha)
         return ()
     count = 1 if block.kind == "shared" else len(block.players)
@@ -262,14 +272,20 @@ def _statistics(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens
 
 
 def _seen_once(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
-    """Factors from rows that are made once; moments follow, in coordinates."""
+    """Factors from rows that are made once; where coordinates are, moments follow from them."""
     (player,) = block.players
     (use,), (x, g), name = b.uses(player.name), _rows(b, player), f"seen_{b.identity(player)}"
     b.emit("backward", t, (x, g), b.kernel(use, "rows"), operands(b, use), Var(b.g_output(use.op)), params(b, use),
            use.wants, note="rows", **b.options(use))  # fmt: skip
-    b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("made_rows"), (Var(x),),
+    made = [Var(x)]
+    if shares_lines(b.plan, use):
+        made.append(Var(f"moment_{b.identity(player)}_rows"))
+        b.emit("backward", t, (f"*{made[1].name}",), b.kernel(use, "moment"), operands(b, use), Var(x), params(b, use),
+               use.wants, note="sum of x x^T", **b.options(use))  # fmt: skip
+    b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("made_rows"), tuple(made),
            Code(f"scale({g}, {alpha})"), (), (), note="rows, V_h")  # fmt: skip
-    verb = "observe_factors" if b.plan.metric == "rescaled" else "observe_block"
+    later = b.plan.metric == "rescaled" and b.plan.form.name != "base"
+    verb = "observe_factors" if later else "observe_block"
     b.emit("backward", t, (), f"m.{verb}", t, block.kind, _names(block), (Var(name),), Var("start"),
            note="A = E[x x^T], B = E[V_h V_h^T]")  # fmt: skip
 

@@ -96,6 +96,7 @@ from gtddp_compile.kernels.linear import (
     linear_weighted,
 )
 from gtddp_compile.kernels.loss import class_mean_scale, sample_means, sample_sums, terminal
+from gtddp_compile.kernels.moments import conv_moment, conv_moment_shares
 from gtddp_compile.kernels.norm import (
     norm_directional,
     norm_gamma,
@@ -159,6 +160,8 @@ __all__ = [
     "conv_gram",
     "conv_gram_diagonal",
     "conv_gram_form",
+    "conv_moment",
+    "conv_moment_shares",
     "conv_per_sample",
     "conv_rows",
     "conv_separable_gram",

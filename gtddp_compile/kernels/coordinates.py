@@ -36,7 +36,7 @@ def few_rows(rows: int, inputs: int, outputs: int) -> bool:
 def made_rows(
     operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Rows that are there already, as a layer's (``kronecker_layer``)."""
+    """A layer of rows that are there already, maybe with their ``Σ x xᵀ`` ``(1, G, n, n)`` behind them."""
     return operands[0], g
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import _separate
+from gtddp_compile.kernels.coordinates import made_rows
 from gtddp_compile.kernels.linear import linear_gram, linear_gram_diagonal
 
 CHUNK = 2**24
@@ -128,14 +129,26 @@ def kronecker_factors(
     """
     total_x, total_g = old if old is not None else (None, None)
     beta, new = (keep, 1.0 - keep) if old is not None else (1.0, 1.0)
+    made = _moment_made(layers)
+    if made is not None:
+        made = made.mul_(new / layers[0][2].shape[0])
+        total_x = made if total_x is None else made.add_(total_x, alpha=keep)
     for part in _kronecker_slices(layers, _kronecker_all(layers)):
         found = [_kronecker_rows(layer, part) for layer in layers]
-        x, g = _side_by_side([x for x, _ in found]), _side_by_side([g for _, g in found])
-        total_x = _gram_added(total_x, x, beta, new / layers[0][2].shape[0])
+        g = _side_by_side([g for _, g in found])
+        if made is None:
+            x = _side_by_side([x for x, _ in found])
+            total_x = _gram_added(total_x, x, beta, new / layers[0][2].shape[0])
         total_g = _gram_added(total_g, g, beta, new / (start * found[0][0].shape[2]))
         beta = 1.0
     assert total_x is not None and total_g is not None
     return total_x, total_g
+
+
+def _moment_made(layers: Sequence[Layer]) -> Tensor | None:
+    """``Σ x xᵀ`` ``(G, n, n)`` where it came with the rows, of every micro-batch."""
+    rows, operands, *_ = layers[0]
+    return _kronecker_wide(operands[1].sum(0)) if rows is made_rows and len(operands) > 1 else None
 
 
 def _gram_added(total: Tensor | None, rows: Tensor, beta: float, alpha: float) -> Tensor:

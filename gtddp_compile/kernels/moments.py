@@ -1,0 +1,67 @@
+"""``Σ x xᵀ`` of a convolution's patches without the patches: what K-FAC's factor ``A`` is made of.
+
+Patches that begin a row further down read rows of pixels that others have read. With ``R_r`` ``(n / k, B W)`` the
+patches along row ``r`` of the padded image, unfolded along every axis but the first (stride and dilation 1 there,
+kernel ``k``), the block of elements ``i`` and ``i + e`` of the kernel's first axis is ``Σ_{r = i}^{i + H - 1} R_r
+R_{r+e}ᵀ``: the products of neighbouring rows, made once, are shared by all ``i``: ``n² B T`` multiplications become
+``n² B T (1 + (k - 1) / H) / k``.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gtddp_compile.kernels.conv import _conv_margins, _conv_padded, _conv_windows
+from gtddp_compile.kernels.kronecker import _kronecker_wide
+
+NARROW = 32
+"""Elements of a patch below which products of rows are too narrow to be worth it."""
+
+
+def conv_moment_shares(patch: int, kernel: int, positions: int) -> bool:
+    """Whether rows are shared by enough patches; ``kernel`` and ``positions`` (of the output) along the first axis."""
+    return patch >= NARROW and positions + kernel - 1 <= 0.6 * kernel * positions
+
+
+def conv_moment(
+    operands: tuple[Tensor, ...],
+    rows: Tensor,
+    params: tuple[Tensor, ...],
+    wants: tuple[bool, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``Σ_it x_it x_itᵀ`` ``(1, 1, n, n)`` of homogeneous patches (one group; stride and dilation 1 on the first axis).
+
+    ``rows`` are the patches themselves ``(B, 1, T, n)``, whose sums border the matrix where there is a bias.
+    """
+    kernel, channels = tuple(params[0].shape[2:]), params[0].shape[1]
+    images = _conv_padded(operands[0], _conv_margins(kernel, padding, dilation))
+    windows = _conv_windows(images, kernel[1:], stride[1:], dilation[1:])  # (B, c, rows, *kernel[1:], *positions[1:])
+    windows = windows.movedim(2, 0).movedim(1, 1 + len(kernel))
+    size, count, inner = kernel[0], windows.shape[0], channels * math.prod(kernel[1:])
+    lines = windows.new_empty(count + size - 1, *windows.shape[1:])
+    lines[:count] = windows
+    lines[count:] = 0.0
+    lines, rows = _kronecker_wide(lines), _kronecker_wide(rows)
+    lines = lines.reshape(count + size - 1, inner, -1)
+    neighbours = lines.unfold(0, size, 1).permute(0, 3, 1, 2).flatten(1, 2)  # a view: (count, size · inner, B …)
+    products = torch.bmm(lines[:count], neighbours.mT).unflatten(2, (size, inner))
+    whole, height = rows.new_empty(size, inner, size, inner), count - size + 1
+    for first in range(size):
+        block = products[first : first + height].sum(0)
+        for gap in range(size - first):
+            whole[first, :, first + gap] = block[:, gap]
+            whole[first + gap, :, first] = block[:, gap].mT
+    split = (size, channels, inner // channels)
+    patches = whole.reshape(*split, *split).permute(1, 0, 2, 4, 3, 5).reshape(size * inner, size * inner)
+    if not wants[1]:
+        return patches[None, None]
+    found = rows.new_empty(1, 1, size * inner + 1, size * inner + 1)
+    found[0, 0, :-1, :-1] = patches
+    found[..., -1, :] = found[..., :, -1] = rows.sum((0, 2))
+    return found
