@@ -68,6 +68,9 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+KRONECKER = {"damping": 1e-2, "refresh": 10, "stat_every": 10}
+"""Of our K-FAC and EK-FAC; the peer's are the same (its ``preconditioner_upd_interval``)."""
+
 HIGH, LOW = (0.1, 0.3, 1.0, 3.0), (3e-3, 1e-2, 3e-2, 0.1)
 METHODS = {
     method.name: method
@@ -81,11 +84,12 @@ METHODS = {
         Method("ours, sgd, momentum 0.9", "ours", (0.03, 0.1, 0.3, 1.0), {"curvature": "sgd", "momentum": 0.9}),
         Method("ours, rmsprop", "ours", LOW, {"curvature": "rmsprop"}),
         Method("ours, adam", "ours", LOW, {"curvature": "adam"}),
-        Method("ours, kfac", "ours", (0.3, 1.0, 3.0), {"curvature": "kfac", "damping": 1e-2}),
-        Method("ours, kfac, open", "ours", (0.3, 1.0, 3.0), {"curvature": "kfac", "damping": 1e-2, "feedback": "open"}),
-        Method("ours, ekfac", "ours", (0.3, 1.0, 3.0), {"curvature": "ekfac", "damping": 1e-2}),
+        Method("ours, adam, coarse", "ours", LOW, {"curvature": "adam", "gram": "coarse"}),
+        Method("ours, kfac", "ours", (0.3, 1.0, 3.0), {"curvature": "kfac", **KRONECKER}),
+        Method("ours, kfac, open", "ours", (0.3, 1.0, 3.0), {"curvature": "kfac", **KRONECKER, "feedback": "open"}),
+        Method("ours, ekfac", "ours", (0.3, 1.0, 3.0), {"curvature": "ekfac", **KRONECKER}),
         Method("ours, kfac, feedback off", "ours", (0.003, 0.01, 0.03),
-               {"curvature": "kfac", "damping": 1e-2, "feedback": False}),
+               {"curvature": "kfac", **KRONECKER, "feedback": False}),
     )
 }  # fmt: skip
 

@@ -17,8 +17,8 @@ class Reference:
 
     def __init__(self, model: nn.Module, kind: str, **options: Any) -> None:
         self.model, self.kind = model, kind
-        defaults = {"lr": 1e-2, "damping": 1e-3, "stat_decay": 0.95, "refresh": 10, "momentum": 0.0,
-                    "weight_decay": 0.0, "small": 256, "pi": True}  # fmt: skip
+        defaults = {"lr": 1e-2, "damping": 1e-3, "stat_decay": 0.95, "refresh": 10, "stat_every": 1,
+                    "momentum": 0.0, "weight_decay": 0.0, "small": 256, "pi": True}  # fmt: skip
         self.options = defaults | options
         self.memory: dict[str, dict[str, Any]] = {}
         self.steps = 0
@@ -68,8 +68,11 @@ class Reference:
         memory = self.memory.setdefault(name, {})
         keep = min(1 - 1 / self.steps, o["stat_decay"])
 
-        def average(key: str, new: Tensor) -> Tensor:
-            memory[key] = new if key not in memory else keep * memory[key] + (1 - keep) * new
+        def average(key: str, new: Tensor, every: int = 1) -> Tensor:
+            count, rest = divmod(self.steps - 1, every)
+            kept = min(1 - 1 / (count + 1), o["stat_decay"])
+            if not rest:
+                memory[key] = new if key not in memory else kept * memory[key] + (1 - kept) * new
             return memory[key]
 
         flat = torch.cat([gradients[key].flatten() for key in own])
@@ -78,13 +81,13 @@ class Reference:
         if rows is not None:
             xs, gs = unfolded(module, *rows)
             order = matrix_order(module)
-            a = average("A", torch.einsum("bgtn,bgtk->gnk", xs, xs) / len(xs))
-            b = average("B", torch.einsum("bgtm,bgtk->gmk", gs, gs) / (len(gs) * gs.shape[2]))
+            a = average("A", torch.einsum("bgtn,bgtk->gnk", xs, xs) / len(xs), o["stat_every"])
+            b = average("B", torch.einsum("bgtm,bgtk->gmk", gs, gs) / (len(gs) * gs.shape[2]), o["stat_every"])
         elif len(flat) > o["small"]:
             return self._momentum(own, p, flat / (average("diagonal", gamma.square().mean(0)) + o["damping"]))
         else:
             a = torch.ones(1, 1, 1, dtype=flat.dtype)
-            b = average("B", (gamma.T @ gamma / len(gamma))[None])
+            b = average("B", (gamma.T @ gamma / len(gamma))[None], o["stat_every"])
         if (self.steps - 1) % o["refresh"] == 0:
             memory["blocks"] = [(a[k], b[k]) for k in range(len(a))]
             memory.pop("moment", None)

@@ -21,6 +21,7 @@ LOSS = nn.CrossEntropyLoss()
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"lr": 0.3, "damping": 1e-2},
     "lazy": {"lr": 0.1, "damping": 1e-2, "refresh": 3, "stat_decay": 0.5},
+    "seldom": {"lr": 0.1, "damping": 1e-2, "refresh": 1, "stat_every": 2, "stat_decay": 0.5},
     "momentum": {"lr": 0.1, "damping": 0.1, "refresh": 1, "momentum": 0.9, "weight_decay": 0.05},
 }
 
@@ -272,6 +273,7 @@ def test_learning_rates_by_group() -> None:
         (KFAC, {"damping": -1.0}, "KFAC: damping is -1.0"),
         (EKFAC, {"damping": 0.0}, "EKFAC: damping is 0.0.*positive"),
         (KFAC, {"stat_decay": 1.0}, "stat_decay is 1.0"),
+        (EKFAC, {"stat_every": 0}, "stat_every is 0"),
         (EKFAC, {"refresh": 0}, "refresh is 0"),
         (KFAC, {"small": -1}, "small is -1"),
         (KFAC, {"maximize": True}, "maximize"),

@@ -41,6 +41,7 @@ class EKFAC(Kronecker):
         lr, stat_decay, momentum, weight_decay, small, maximize: as :class:`KFAC`.
         damping: ``λ``, added to ``s``.
         refresh: steps between two eigendecompositions.
+        stat_every: steps between two updates of the factors' averages; ``s`` is updated every step.
 
     Raises:
         CompileError: an option is out of range.
@@ -74,7 +75,7 @@ class EKFAC(Kronecker):
         return {**state, "moment": self._moment(moment, state, group)}
 
     def _moment(self, moment: Tensor, state: State, group: Group) -> Tensor:
-        return self._average(state["moment"], even_out(moment, state), state["averaged"], group)
+        return self._average(state["moment"], even_out(moment, state), state["age"], group)
 
     def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:
         """``1 / (s + λ)``; for players of the same rows Corollary 7."""

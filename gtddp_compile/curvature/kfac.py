@@ -35,6 +35,8 @@ class KFAC(Kronecker):
         damping: ``λ``, Tikhonov damping of the Kronecker product, split between the factors.
         stat_decay: weight of the past in the running averages, ``min(1 - 1/k, stat_decay)`` at step k.
         refresh: steps between two inversions of the factors.
+        stat_every: steps between two updates of the factors' averages. What lies between two refreshes is not read
+            before the second, so a multiple of ``refresh`` loses only the averaging; the batches left out cost nothing.
         momentum: as torch.optim.SGD's, of the preconditioned gradient.
         weight_decay: coupled decay ``λ u``, part of the gradient, not of the statistics.
         small: largest number of parameters of an exact block.

@@ -59,6 +59,7 @@ class Kronecker(ABC):
     damping: float = 1e-3
     stat_decay: float = 0.95
     refresh: int = 10
+    stat_every: int = 1
     momentum: float = 0.0
     weight_decay: float = 0.0
     small: int = 256
@@ -97,7 +98,7 @@ class Kronecker(ABC):
         check_ranges(name, options, "lr", "damping", "momentum", "weight_decay")
         if not 0.0 <= number(name, "stat_decay", options["stat_decay"]) < 1.0:
             raise out_of_range(name, "stat_decay", options["stat_decay"], "a value in [0, 1)")
-        for option, least in (("refresh", 1), ("small", 0)):
+        for option, least in (("refresh", 1), ("stat_every", 1), ("small", 0)):
             value = options[option]
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise out_of_range(name, option, value, f"an integer that is at least {least}")
@@ -198,14 +199,17 @@ class Kronecker(ABC):
         shapes = kronecker_factor_shapes(layers)
         fresh = any(key not in lead or lead[key].shape != shapes[key] for key in shapes)
         if fresh:  # the first step, or a block that was put together differently when it was compiled again
-            lead["averaged"] = torch.zeros_like(lead["step"])
-        lead["averaged"] = lead["averaged"] + 1
-        count = lead["averaged"]
-        old = None if fresh else (lead["factor_x"], lead["factor_g"])
-        lead["factor_x"], lead["factor_g"] = kronecker_factors(layers, start, old, self._keep(count, group))
+            lead["averaged"] = lead["age"] = torch.zeros_like(lead["step"])
+        age = int(lead["age"])
+        lead["age"] = lead["age"] + 1
+        if age % group["stat_every"] == 0:
+            lead["averaged"] = lead["averaged"] + 1
+            old = None if fresh else (lead["factor_x"], lead["factor_g"])
+            keep = self._keep(lead["averaged"], group)
+            lead["factor_x"], lead["factor_g"] = kronecker_factors(layers, start, old, keep)
         # load_state_dict casts a state to the parameter's own precision; factors are at least float32.
         lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
-        due = fresh or (int(count) - 1) % group["refresh"] == 0
+        due = age % group["refresh"] == 0
         if due:
             lead.update(self.refreshed(kind, lead, group))
         if moments:
@@ -219,7 +223,7 @@ class Kronecker(ABC):
         widths = kronecker_widths(layers)
         found: list[dict[str, Any]] = []
         for layer, x, g in zip(layers, *spans(widths), strict=True):
-            own: dict[str, Any] = {"averaged": lead["averaged"]}
+            own: dict[str, Any] = {"age": lead["age"]}
             if due:
                 own |= {"factor_x": lead["factor_x"][:, x, x], "factor_g": lead["factor_g"][:, g, g]}
                 own |= self.refreshed("kronecker", own, group)
