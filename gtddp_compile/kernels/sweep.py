@@ -45,7 +45,8 @@ def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Se
 
 def loss_gradient(phi: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """``∂φ_i/∂x_T`` for every output: samples do not mix in the loss, so one reverse pass gives them all."""
-    return torch.autograd.grad(phi.sum(), list(outputs), allow_unused=True, materialize_grads=True)
+    each = torch.ones_like(phi)
+    return torch.autograd.grad([phi], list(outputs), [each], allow_unused=True, materialize_grads=True)
 
 
 def scale(g: Tensor, weights: Tensor) -> Tensor:

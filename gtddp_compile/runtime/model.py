@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -119,7 +120,8 @@ class ModelView:
             CompileError: a parameter was added, removed or replaced since the optimizer was made.
         """
         current = dict(self.model.named_parameters())
-        for name in current.keys() | self.named.keys():
+        same = current.keys() == self.named.keys() and all(map(operator.is_, current.values(), self.named.values()))
+        for name in () if same else current.keys() | self.named.keys():
             if current.get(name) is not self.named.get(name):
                 raise CompileError(
                     f"parameter {name!r} was added, removed or replaced after compilation",
