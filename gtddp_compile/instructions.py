@@ -90,6 +90,7 @@ class StageFunction:
         params: for a player's function, the parameters it takes as a tuple; ``None`` for a stage.
         doc: one line for the reader.
         extras: for a player's function, those of ``inputs`` that are no tensors: they come first.
+        edges: those of ``returns`` whose gradient alone is asked for: where they lie in the graph is returned instead.
         buffers: for a player's function, variables of the buffers it takes, by the buffers' names.
     """
 
@@ -103,6 +104,7 @@ class StageFunction:
     doc: str = ""
     extras: tuple[str, ...] = ()
     buffers: Mapping[str, str] = field(default_factory=dict)
+    edges: tuple[str, ...] = ()
 
 
 def identifier(name: str, taken: Callable[[str], bool]) -> str:

@@ -45,6 +45,11 @@ def responding(b: Builder, player: Player) -> Use | None:
     return use if shape and shape[0] < shape[1] else None
 
 
+def responds(b: Builder, op: str) -> bool:
+    """Whether the new value of a player's operation is made from its old one."""
+    return any(responding(b, player) is not None for player, _ in b.uses_at(op))
+
+
 def _input(use: Use) -> str:
     (operand,) = use.operands
     return operand.name

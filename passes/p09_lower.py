@@ -22,13 +22,14 @@ from gtddp_compile.builder import Builder
 from gtddp_compile.calls import SAMPLES, directional, prepare, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
 from gtddp_compile.errors import CompileError
+from gtddp_compile.forget import let_go
 from gtddp_compile.formulas import print_formula
 from gtddp_compile.graph import LEADING, BufferRef, ControlGraph, Ref
 from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, Var
 from gtddp_compile.passes.p08_simplify import segments
 from gtddp_compile.plan import Contraction, Plan, StagePlan
 from gtddp_compile.recompute import Sweeps, run_again
-from gtddp_compile.responses import functions_after, respond
+from gtddp_compile.responses import functions_after, respond, responds
 from gtddp_compile.uses import Use
 
 GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
@@ -56,8 +57,8 @@ def lower(plan: Plan) -> Lowered:
         b.name(op.name)
     functions = _stage_functions(b)
     after = functions_after(b, functions)
-    sweeps = _sweeps(b, functions, {**{function.stage: function for function in functions}, **after})
-    instructions = sweeps.kept() if plan.segments is None else run_again(sweeps, plan.segments, plan.graph)
+    sweeps = _sweeps(b, functions, {**{f.stage: f for f in functions}, **after})
+    instructions = let_go(sweeps).kept() if plan.segments is None else run_again(sweeps, plan.segments, plan.graph)
     uses = {player.name: b.uses(player.name) for player in plan.graph.players}
     players = tuple(_player_function(b, use) for found in uses.values() for use in found if use.function)
     return Lowered(plan, instructions, (*functions, *filter(None, after.values()), *players), uses, dict(b._names))
@@ -141,9 +142,9 @@ def _function(
         if isinstance(ref, Ref) and ref.name in inside
     ]
     players = ", ".join(graph.stages[stage].players) if stage >= 0 else "before the first player"
-    return StageFunction(
-        name, stage, inputs, ops, taps, tuple(dict.fromkeys([*returns, *taps, *operands])), doc=players
-    )
+    edges = tuple(tap for tap in taps if tap not in {*returns, *operands} and not responds(b, tap))
+    written = tuple(dict.fromkeys([*returns, *taps, *operands]))
+    return StageFunction(name, stage, inputs, ops, taps, written, doc=players, edges=edges)
 
 
 def _player_function(b: Builder, use: Use) -> StageFunction:
@@ -174,8 +175,7 @@ def _trajectory(b: Builder, function: StageFunction) -> None:
 
 
 def _moved_outputs(b: Builder) -> tuple[str, ...]:
-    graph = b.graph
-    return tuple(name for name in graph.ops.output_names if name in graph.value and not graph.value[name].fixed)
+    return tuple(name for name in b.graph.ops.output_names if name in b.graph.value and not b.graph.value[name].fixed)
 
 
 def _loss(b: Builder) -> None:

@@ -63,7 +63,7 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
     for name in function.ops:
         text = printer.operation(graph.op(name), params=renamed)
         lines.append(f"{names[name]} = tap({text})" if name in function.taps else f"{names[name]} = {text}")
-    returned = [names[name] for name in function.returns]
+    returned = [f"edge({names[name]})" if name in function.edges else names[name] for name in function.returns]
     if function.params is not None:
         lines.append(f"return {returned[0]}")
     else:

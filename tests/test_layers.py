@@ -39,6 +39,7 @@ LAYERS = {
     "printing": 4,
     "recompute": 4,
     "responses": 4,
+    "forget": 4,
     "segments": 4,
     "uses": 4,
     "setting": 4,

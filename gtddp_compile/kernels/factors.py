@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gtddp_compile.kernels.sweep import cut_off, zeros_of
+
 CHUNK = 2**24
 """Bound on the elements of an intermediate tensor."""
 
@@ -20,7 +22,7 @@ Kernel = Callable[..., Any]
 
 
 def pull_back_factors(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor], *, vectorised: bool = True
+    outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Sequence[Tensor], *, vectorised: bool = True
 ) -> tuple[Tensor, ...]:
     """Vector-Jacobian products of one stage with 1 + r cotangents; zero where an input does not matter.
 
@@ -29,7 +31,7 @@ def pull_back_factors(
     reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
     count = gradients[0].shape[0]
     if not reached:
-        return tuple(value.new_zeros(count, *value.shape) for value in inputs)
+        return tuple(zeros_of(value, (count,)) for value in inputs)
     targets, columns = [output for output, _ in reached], [g for _, g in reached]
     found: tuple[Tensor | None, ...]
     if vectorised:
@@ -42,10 +44,8 @@ def pull_back_factors(
             for k in range(count)
         ]
         found = tuple(None if column[0] is None else torch.stack(column) for column in zip(*passes, strict=True))
-    return tuple(
-        value.new_zeros(count, *value.shape) if part is None else part
-        for value, part in zip(inputs, found, strict=True)
-    )
+    cut_off(targets)
+    return tuple(zeros_of(value, (count,)) if part is None else part for value, part in zip(inputs, found, strict=True))
 
 
 def combine(g: Tensor, start: float, weights: Tensor) -> Tensor:

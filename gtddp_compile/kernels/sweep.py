@@ -29,18 +29,37 @@ def tap(value: Tensor) -> Tensor:
     return value.requires_grad_() if torch.is_grad_enabled() and not value.requires_grad else value
 
 
-def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Vector-Jacobian product of one stage, zero where an input does not matter."""
+def edge(value: Tensor) -> Any:
+    """Where a player's output lies in the stage's graph: its gradient can be asked for, and the value let go of."""
+    if torch.compiler.is_compiling() or not value.requires_grad:
+        return value
+    return torch.autograd.graph.get_gradient_edge(value)
+
+
+def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Vector-Jacobian product of one stage, zero where an input (a value or its :func:`edge`) does not matter."""
     reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
     if not reached:
-        return tuple(torch.zeros_like(value) for value in inputs)
-    return torch.autograd.grad(
-        [output for output, _ in reached],
-        list(inputs),
-        [g for _, g in reached],
-        allow_unused=True,
-        materialize_grads=True,
-    )
+        return tuple(zeros_of(value) for value in inputs)
+    targets, columns = [output for output, _ in reached], [g for _, g in reached]
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(targets, list(inputs), columns, allow_unused=True)
+    cut_off(targets)
+    return tuple(zeros_of(value) if g is None else g for value, g in zip(inputs, found, strict=True))
+
+
+def cut_off(outputs: Sequence[Tensor]) -> None:
+    """Let go of the graph behind values that live on: it would keep what the stage began with, its leaves, alive."""
+    for output in outputs:
+        if not (torch.compiler.is_compiling() or output._is_view()):
+            output.detach_()
+
+
+def zeros_of(value: Any, count: tuple[int, ...] = ()) -> Tensor:
+    """Zeros of a value's shape, ``count`` in front of it; of its :func:`edge` too."""
+    if isinstance(value, Tensor):
+        return value.new_zeros(*count, *value.shape)
+    known = value.node._input_metadata[value.output_nr]
+    return torch.zeros(*count, *known.shape, dtype=known.dtype, device=known.device)
 
 
 def loss_gradient(phi: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -73,6 +92,15 @@ def weigh(
         found = kernel(own, scale(g[part], weights[part]), params, wants, **options)
         totals = tuple(total.add_(more) for total, more in zip(totals, found, strict=True)) if totals else found
     return totals
+
+
+def contract_value(g: Tensor, value: Tensor) -> Tensor:
+    """``⟨g_i, x_i⟩``, shape (B,): what is kept of a value that is compared with its new one and read by nobody else."""
+    rows = max(1, 2**20 * g.shape[0] // max(1, g.numel()))
+    if rows >= g.shape[0] or torch.compiler.is_compiling():
+        product = g * value
+        return wide(product.sum(tuple(range(1, product.dim()))) if product.dim() > 1 else product)
+    return torch.cat([contract_value(*part) for part in zip(g.split(rows), value.split(rows), strict=True)])
 
 
 def contract(g: Tensor, after: Tensor, before: Tensor) -> Tensor:
