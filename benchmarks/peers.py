@@ -1,38 +1,82 @@
-"""Steps of public K-FAC and EK-FAC implementations, for comparison: NNGeometry (package ``nngeometry``, MIT).
+"""Steps of public K-FAC and EK-FAC implementations, for comparison.
 
-It takes linear layers and convolutions, and refuses normalisation layers, embeddings and plain parameters
-(``NotImplementedError``), so that of the timed networks it runs ``digits`` and ``mlp`` alone; its curvature is a
-Monte-Carlo Fisher matrix, one draw a sample. A step here is what its documentation shows: Fisher matrix of the batch,
-gradient, solve, update, with the matrix's inverse (the eigenbasis) made every :data:`REFRESH` steps as ours is, and the
-statistics (EK-FAC: the diagonal in the basis) every step. BackPACK has K-FAC factors but no optimizer of its own that
-keeps them, curvlinops computes linear operators of fixed parameters: neither has a step that could be timed.
+NNGeometry (package ``nngeometry``, MIT) takes linear layers and convolutions, and refuses normalisation layers,
+embeddings and plain parameters (``NotImplementedError``), so that of the timed networks it runs ``digits`` and
+``mlp`` alone; its curvature is a Monte-Carlo Fisher matrix, one draw a sample. A step here is what its documentation
+shows: Fisher matrix of the batch, gradient, solve, update. ASDL (package ``asdfghjkl``, MIT) has K-FAC with running
+averages; here with the empirical Fisher matrix, whose gradients are those of the step, as ours (its EK-FAC, which its
+source calls unsupported, has no period for the eigenbases). Both make the matrices' inverses (the eigenbasis) every
+:data:`REFRESH` steps as ours are made, and the statistics (EK-FAC: the diagonal in the basis) every step; ASDL's own
+default, statistics as seldom as inverses, is a method that knows less. BackPACK has K-FAC factors but no optimizer of
+its own that keeps them, curvlinops computes linear operators of fixed parameters: neither has a step that could be
+timed.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from networks import Network
 from torch.utils.data import DataLoader, TensorDataset
 
 REFRESH, DAMPING = 10, 1e-3
-INSTALL = "pip install --no-deps nngeometry==0.4"
+PEERS = {"nngeometry": ("nngeometry", ("kfac", "ekfac")), "asdl": ("asdl", ("kfac",))}
+"""By name: the module, and what it has."""
+INSTALL = "pip install --no-deps nngeometry==0.4 asdfghjkl==0.1a5"
 
 
-def available() -> bool:
-    """Whether the peer's package is installed (``INSTALL`` says how)."""
-    return importlib.util.find_spec("nngeometry") is not None
+def available(curvature: str) -> list[str]:
+    """The peers that are installed (``INSTALL`` says how) and have this method."""
+    return [name for name, (module, has) in PEERS.items() if curvature in has and importlib.util.find_spec(module)]
 
 
-def peer_step(network: Network, curvature: str, batch: int, lr: float) -> Callable[[], torch.Tensor]:
-    """The peer's step, ``"kfac"`` or ``"ekfac"``.
+def peer_step(name: str, network: Network, curvature: str, batch: int, lr: float) -> Callable[[], torch.Tensor]:
+    """A peer's step, ``"kfac"`` or ``"ekfac"``.
 
     Raises:
         NotImplementedError: the peer does not know a layer of the network.
     """
+    return _asdl(network, batch, lr) if name == "asdl" else _nngeometry(network, curvature, batch, lr)
+
+
+@contextmanager
+def _unmarked(*_: object, **__: object) -> Iterator[None]:
+    """ASDL marks ranges for a profiler of CUDA builds; elsewhere that raises."""
+    yield
+
+
+def _asdl(network: Network, batch: int, lr: float) -> Callable[[], torch.Tensor]:
+    torch.cuda.nvtx.range = _unmarked
+    from asdl.precondition import KfacGradientMaker, PreconditioningConfig
+
+    torch.manual_seed(0)
+    model, (x, y) = network.build(), network.data(batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    config = PreconditioningConfig(
+        data_size=batch,
+        damping=DAMPING,
+        ema_decay=0.05,  # the weight of what is new
+        preconditioner_upd_interval=REFRESH,
+        curvature_upd_interval=1,
+    )
+    maker = KfacGradientMaker(model, config, fisher_type="fisher_emp")
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
+        _, loss = maker.forward_and_backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _nngeometry(network: Network, curvature: str, batch: int, lr: float) -> Callable[[], torch.Tensor]:
     from nngeometry.metrics import FIM_MonteCarlo
     from nngeometry.object import PMatEKFAC, PMatKFAC, PVector
 

@@ -21,7 +21,7 @@ import torch
 import typer
 from common import Ratio, in_process, interleaved, machine, markdown, peak, reset_peak, resident, write_section
 from networks import NETWORKS, Network
-from peers import REFRESH, available, peer_step
+from peers import PEERS, REFRESH, available, peer_step
 from rich.console import Console
 from rich.progress import track
 
@@ -86,8 +86,8 @@ def base_step(network: Network, curvature: str, against: str, batch: int) -> Ste
     """What the compiled step is compared with."""
     if against == "torch.optim":
         return optim_step(network, curvature, batch)
-    if against == "nngeometry":
-        return peer_step(network, curvature, batch, KRONECKER[curvature]["lr"])
+    if against in PEERS:
+        return peer_step(against, network, curvature, batch, KRONECKER[curvature]["lr"])
     return compiled_step(network, curvature, batch, {"feedback": False})
 
 
@@ -137,14 +137,13 @@ def cases(networks: list[str], curvatures: list[str], sets: list[dict[str, Any]]
         for name in networks
         for options in sets
     ]
-    peers = ["feedback=False", *(["nngeometry"] if available() else [])]
     found += [
         (name, curvature, {}, against)
         for name in networks
         if name in SMALL
         for curvature in curvatures
         if curvature in KRONECKER
-        for against in peers
+        for against in ["feedback=False", *available(curvature)]
     ]
     return found
 
