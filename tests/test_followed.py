@@ -78,10 +78,10 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(normalisation.normalise, "__defaults__", ((trace_followed,),))
 
 
-def step(model: nn.Module, *inputs: Tensor, **options: Any) -> dict[str, Tensor]:
+def step(model: nn.Module, *inputs: Tensor, front_end: str = "eager", **options: Any) -> dict[str, Tensor]:
     model = copy.deepcopy(model)
     opt = compile_optimizer(model, inputs, loss=nn.MSELoss(), curvature="sgd", lr=LR, **options)
-    assert opt.graph.ops.frontend == "eager"
+    assert opt.graph.ops.frontend == front_end
     with torch.no_grad():
         target = torch.zeros_like(copy.deepcopy(model)(*inputs))
     torch.manual_seed(1)
@@ -172,3 +172,29 @@ def builds_in(m: Any, x: Tensor) -> Tensor:
 def test_refused(forward: Forward, why: str, alone: None) -> None:
     with pytest.raises(CompileError, match=why):
         step(net(forward), batch(6))
+
+
+class Biased(nn.Module):
+    """T5: a trained bias of positions is added to the scores of every layer, and weights are dropped."""
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+        self.positions, self.scale = nn.Embedding(5, 2), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 2)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        distance = (torch.arange(5)[:, None] - torch.arange(5)).abs()
+        bias = self.positions(distance).permute(2, 0, 1)[None]
+        for _ in range(2):
+            q = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=0.4, scale=self.scale)
+        return q.transpose(1, 2).flatten(2).mean(1)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_attention_that_adds_a_trained_bias_and_drops(scale: float | None) -> None:
+    model = seeded(lambda: Biased(scale)).double()
+    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(step(model, x, front_end="fx", feedback=False), sgd(model, x), rtol=0, atol=1e-12)
+    dense = step(model, x, front_end="fx", backend="dense")
+    torch.testing.assert_close(step(model, x, front_end="fx"), dense, rtol=0, atol=1e-9)
