@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import _separate
-from gtddp_compile.kernels.coordinates import made_rows
+from gtddp_compile.kernels.coordinates import (
+    Coordinates,
+    coordinates_form,
+    coordinates_moment,
+    kronecker_coordinates,
+    made_rows,
+)
 from gtddp_compile.kernels.linear import linear_gram, linear_gram_diagonal
 
 CHUNK = 2**24
@@ -162,19 +168,26 @@ def kronecker_moment(layers: Sequence[Layer], start: float, maps: Maps) -> Tenso
     """``E[(Σ_t ĝ_t x̂_tᵀ)²]`` ``(G, M, N)`` in the eigenbases: what EK-FAC puts in place of ``λ_B λ_Aᵀ``."""
     groups, wide_x, wide_g = maps[0][0].shape[0], maps[0][0].shape[-1], maps[0][1].shape[-1]
     total = maps[0][0].new_zeros(groups, wide_g, wide_x)
-    step = max(1, CHUNK // (groups * wide_x * wide_g))
+    step, ones = max(1, CHUNK // (groups * wide_x * wide_g)), total.new_ones(layers[0][2].shape[0])
     for outer in _kronecker_slices(layers, _kronecker_all(layers)):
         for begin in range(outer.start, outer.stop, step):
             part = slice(begin, min(begin + step, outer.stop))
-            found = [_kronecker_rows(layer, part) for layer in layers]
-            x, g = found[0][0] @ maps[0][0], found[0][1] @ maps[0][1]
-            for (more_x, more_g), (map_x, map_g) in zip(found[1:], maps[1:], strict=True):
-                x, g = x + more_x @ map_x, g + more_g @ map_g
-            if x.shape[2] == 1:
-                total = total + (g.square().transpose(0, 2)[0].mT @ x.square().transpose(0, 2)[0])
-            else:
-                total = total + (g.mT @ x).square().sum(0)
-    return total / start
+            total = total + coordinates_moment(_joint_coordinates(layers, maps, part), ones[part], start)
+    return total
+
+
+def _joint_coordinates(layers: Sequence[Layer], maps: Maps, part: slice) -> Coordinates:
+    """Coordinates of some samples: of one player's ``γ``, or of rows that several players have side by side."""
+    x, g = _kronecker_rows(layers[0], part)
+    if len(layers) == 1:
+        form = coordinates_form(layers[0][2].shape[0], x.shape[2], x.shape[3], g.shape[3])
+        return kronecker_coordinates(x, g, maps[0], form)
+    pairs = [kronecker_coordinates(x, g, maps[0], "rows")]
+    pairs += [
+        kronecker_coordinates(*_kronecker_rows(layer, part), own, "rows")
+        for layer, own in zip(layers[1:], maps[1:], strict=True)
+    ]
+    return tuple(sum(side[1:], side[0]) for side in zip(*pairs, strict=True))
 
 
 def _kronecker_stacked(layers: Sequence[Layer], metric: Metric, part: slice) -> tuple[Tensor, Tensor]:
@@ -183,8 +196,9 @@ def _kronecker_stacked(layers: Sequence[Layer], metric: Metric, part: slice) -> 
     xs, gs = [], []
     for layer, (map_x, map_g), rate in zip(layers, maps, rates, strict=True):
         x, g = _kronecker_rows(layer, part)
-        xs.append(x @ map_x)
-        gs.append(g @ map_g * (1.0 if cross is not None else rate**0.5))
+        x, g = kronecker_coordinates(x, g, (map_x, map_g), "rows")
+        xs.append(x)
+        gs.append(g * (1.0 if cross is not None else rate**0.5))
         if cross is not None:  # the same rows for every player: once is enough, their number is in the scale
             break
     return torch.cat(xs, 2), torch.cat(gs, 2)
