@@ -37,7 +37,7 @@ from gtddp_compile.frontends import (
 from gtddp_compile.frontends.canonical import is_identity, is_random
 from gtddp_compile.frontends.functional import Clean, functionalise
 from gtddp_compile.frontends.masks import masks_apart
-from gtddp_compile.frontends.reference import Reference, agrees, observe, run
+from gtddp_compile.frontends.reference import agrees, observe, run
 from gtddp_compile.frontends.samples import find_layouts
 from gtddp_compile.frontends.traced import argument_names, parameter_infos, untouched
 from gtddp_compile.graph import BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
@@ -84,7 +84,15 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
         if agrees(graph, output, reference):
             return find_layouts(graph, model, inputs)
         refusals.append(Untraceable("what was recorded computes something else than the model"))
-    raise _cannot(refusals, reference)
+    with untouched(model):
+        again = observe(model, inputs)
+    if not all(map(torch.equal, reference.outputs, again.outputs)):
+        raise CompileError(
+            "the model computes something else every time, from the same values and the same state of torch's generator",
+            "Draw random numbers from torch's default generator, not from numpy's or Python's",
+            module="",
+        )
+    raise _cannot(refusals)
 
 
 def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -156,7 +164,7 @@ def _check_state(names: frozenset[str]) -> None:
         )
 
 
-def _cannot(refusals: list[Untraceable], reference: Reference) -> CompileError:
+def _cannot(refusals: list[Untraceable]) -> CompileError:
     first = next((r for r in refusals if r.source), refusals[0])
     rest = "; ".join(dict.fromkeys(r.why for r in refusals if r.why != first.why))
     why = f"the model cannot be recorded: {first.why}" + (f" (then: {rest})" if rest else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random as random_numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -160,13 +161,22 @@ def leaves_torch(m: Any, x: Tensor) -> Tensor:
     return m.b(m.a(torch.from_numpy(x.detach().numpy() + 1)))
 
 
+def draws_elsewhere(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x)) * random_numbers.random()
+
+
 def builds_in(m: Any, x: Tensor) -> Tensor:
     return m.b(m.a(x)) * x.sum().item()
 
 
 @pytest.mark.parametrize(
     ("forward", "why"),
-    [(custom, "computes something else"), (leaves_torch, "out of torch"), (builds_in, "read from values is built in")],
+    [
+        (custom, "computes something else"),
+        (leaves_torch, "out of torch"),
+        (draws_elsewhere, "something else every time"),
+        (builds_in, "read from values is built in"),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_refused(forward: Forward, why: str, alone: None) -> None:

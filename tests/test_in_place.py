@@ -86,7 +86,20 @@ def inputs_own(net: Any, x: Tensor) -> Tensor:
     return net.b(torch.tanh(net.a(x)))
 
 
+def part_of_a_part(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x).unflatten(1, (5, 1)) * torch.ones(2, dtype=x.dtype)
+    row = h[1:3][0]
+    row *= 2
+    h[:, 4] += x[:, :2]
+    first = h[..., 0]
+    for column in (1, 3):
+        first[:, column] = torch.tanh(h[:, column, 1])
+    return net.b(first) + h.sum(2)[:, :3]
+
+
+PARTS = [part_of_a_part, add_to_a_view]
 IN_PLACE = [
+    part_of_a_part,
     alias_of_iadd,
     relu_underscore,
     relu_inplace,
@@ -107,7 +120,14 @@ def test_in_place_operations(forward: Callable[..., object]) -> None:
     assert_same(values(graph, model, batch(6, 1)), model(batch(6, 1)))
 
 
-@pytest.mark.parametrize("forward", IN_PLACE[:5], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("forward", PARTS, ids=lambda f: f.__name__)
+def test_parts_are_followed_by_the_first_front_end(forward: Callable[..., object]) -> None:
+    model = net(forward)
+    graph = normalise(model, (batch(4),), (FRONT_ENDS["fx"],))
+    assert_same(values(graph, model, batch(6, 1)), model(batch(6, 1)))
+
+
+@pytest.mark.parametrize("forward", IN_PLACE[:6], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("front_end", ["export", "functional"])
 def test_in_place_operations_through_export(forward: Callable[..., object], front_end: str) -> None:
     """Either the model's own values, or a refusal that is left to the next front end; never other values."""

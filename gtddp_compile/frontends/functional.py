@@ -1,7 +1,8 @@
 """From recorded calls to calls without side effects: in-place operations make new values.
 
-``y = x.relu_()`` becomes ``y = relu(x)``, and whoever reads ``x`` later reads ``y``. A change that can be seen through
-another view of the same memory cannot be followed this way and is :class:`Untraceable`.
+``y = x.relu_()`` becomes ``y = relu(x)``, and whoever reads ``x`` later reads ``y``. If ``x`` is a part ``z[i]``,
+whoever reads ``z`` later reads it with ``y`` put in. A change that can be seen through yet another view of the same
+memory cannot be followed this way and is :class:`Untraceable`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
+from gtddp_compile import kernels
 from gtddp_compile.frontends.canonical import Canonical, canonical
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable
 from gtddp_compile.graph import BufferRef, ParamRef, Ref, iter_leaves, map_leaves
@@ -78,6 +80,8 @@ class _Memory:
     root: dict[str, str] = field(default_factory=dict)
     members: dict[str, list[str]] = field(default_factory=dict)
     now: dict[str, str] = field(default_factory=dict)
+    part_of: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    """By the name of a part: what it is part of, and its index."""
 
     def add(self, name: str, *, same_as: str | None = None, view_of: str | None = None) -> None:
         self.same[name] = self.same[same_as] if same_as else name
@@ -88,10 +92,19 @@ class _Memory:
     def current(self, name: str) -> str:
         return self.now.get(self.same.get(name, name), name)
 
+    def wholes(self, name: str) -> list[tuple[str, Any]]:
+        """What a tensor is part of, and what that is part of, each with the index of the part."""
+        found = []
+        while (whole := self.part_of.get(self.same[name])) is not None:
+            found.append(whole)
+            name = whole[0]
+        return found
+
     def is_seen_elsewhere(self, name: str, position: int) -> bool:
-        """Whether a later call reads the memory of ``name`` through another view."""
+        """Whether a later call reads the memory of ``name`` through a view that it is no part of."""
+        own = {self.same[n] for n in (name, *(whole for whole, _ in self.wholes(name)))}
         family = self.members[self.root[name]]
-        return any(self.same[n] != self.same[name] and self.last_read.get(n, -1) > position for n in family)
+        return any(self.same[n] not in own and self.last_read.get(n, -1) > position for n in family)
 
 
 def functionalise(traced: Traced) -> tuple[tuple[Clean, ...], Any]:
@@ -116,6 +129,8 @@ def functionalise(traced: Traced) -> tuple[tuple[Clean, ...], Any]:
         if not form.in_place:
             shares = isinstance(first, Ref) and form.kind in VIEWS
             memory.add(call.name, view_of=first.name if shares and isinstance(first, Ref) else None)
+            if isinstance(first, Ref) and form.kind == "getitem" and _is_basic(call.args[1]):
+                memory.part_of[call.name] = (first.name, call.args[1])
             continue
         if not isinstance(first, Ref):
             raise _writes(call, first)
@@ -126,8 +141,21 @@ def functionalise(traced: Traced) -> tuple[tuple[Clean, ...], Any]:
                 source=call.source,
             )
         memory.add(call.name, same_as=first.name)
-        memory.now[memory.same[first.name]] = call.name
+        memory.now[memory.same[first.name]] = value = call.name
+        for whole, index in memory.wholes(first.name):
+            args = (Ref(memory.current(whole)), map_leaves(index, update), Ref(value))
+            value = f"{value}_put_in"
+            put = replace(call, name=value, target=kernels.setitem, args=args, kwargs={})
+            found.append(Clean(put, Canonical("setitem", kernels.setitem, args, {})))
+            memory.add(value, same_as=whole)
+            memory.now[memory.same[whole]] = value
     return tuple(found), pytree.tree_map(update, traced.output)
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether a part taken by an index is a view: by numbers and slices."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(isinstance(part, int | slice | type(None) | type(Ellipsis)) and part is not True for part in parts)
 
 
 def _last_reads(traced: Traced) -> dict[str, int]:
