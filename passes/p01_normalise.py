@@ -5,7 +5,7 @@ parameters, buffers and literals, without side effects but those of a training b
 order, nothing dead, every value named after the module that computes it, with its shape for the example inputs and
 where its samples lie.
 
-torch.fx comes first, then torch.export, then torch.export functionalised; last the model is run as it is. A recording
+torch.fx comes first, then torch.export, then torch.export functionalised; then the model is run as it is. A recording
 is not trusted: it is run beside the model on the example inputs, and outputs and parameter gradients must agree. What
 torch.fx gets wrong without saying so (values read into Python while it traces) is found here and left to the next front
 end.
@@ -43,7 +43,7 @@ from gtddp_compile.frontends.traced import argument_names, parameter_infos, unto
 from gtddp_compile.graph import BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
-FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_values, trace_followed)
+FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_followed, trace_values)
 DETACHED = "detach"
 ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range"})
 DECISION = "_assert_scalar"
@@ -88,7 +88,7 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
         again = observe(model, inputs)
     if not all(map(torch.equal, reference.outputs, again.outputs)):
         raise CompileError(
-            "the model computes something else every time, from the same values and the same state of torch's generator",
+            "the model computes something else every time, from the same values and torch's same random numbers",
             "Draw random numbers from torch's default generator, not from numpy's or Python's",
             module="",
         )
