@@ -140,11 +140,9 @@ def _conv_gradients(
             weight, None, stride, zeros, dilation, False, zeros, count, only_weight,
         )[1]  # fmt: skip
         return gradients.reshape(samples, groups, outputs, -1)
-    g = g.flatten(3)
     step = max(1, CHUNK // (groups * channels * math.prod(kernel) * positions))
-    blocks = []
-    for rows in _conv_pieces(samples, step):
-        blocks.append(g[rows] @ _conv_patches(x[rows].flatten(1, 2), kernel, stride, dilation, groups).mT)
+    pieces = ((g[rows].flatten(3), x[rows].flatten(1, 2)) for rows in _conv_pieces(samples, step))
+    blocks = [own @ _conv_patches(part, kernel, stride, dilation, groups).mT for own, part in pieces]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
@@ -155,6 +153,14 @@ def _conv_blocks(
     step = max(1, CHUNK // (g.shape[0] * g.shape[1] * g.shape[2] * math.prod(kernel)))
     for channels in _conv_pieces(x.shape[2], step):
         yield channels, _conv_gradients(x[:, :, channels], g, kernel, stride, dilation)
+
+
+def _conv_add_gram(gram: Tensor, rows: Tensor) -> None:
+    """``gram += rows rowsᵀ``, three of its four blocks by products."""
+    half = len(rows) // 2
+    gram[:half].addmm_(rows[:half], rows.mT)
+    gram[half:, half:].addmm_(rows[half:], rows[half:].mT)
+    gram[half:, :half] = gram[:half, half:].mT
 
 
 def _conv_pairs(x: Tensor, g: Tensor) -> Tensor:
@@ -303,7 +309,7 @@ def conv_gram(
                 block = _conv_samples(gradients, samples)
                 scale = 1.0 if spherical else _conv_metric(weight, channels, groups) ** 0.5  # type: ignore[arg-type]
                 flat = (block if spherical else block * scale).flatten(1)
-                gram.addmm_(flat, flat.mT)
+                _conv_add_gram(gram, flat)
             gram = gram * weight if spherical else gram
     if wants[1]:
         bias = _conv_samples(g.flatten(2).sum(2), samples) * metric[-1] ** 0.5

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2**24
+CHUNK = 2**20
 """Bound on the elements of an intermediate tensor."""
 
 
