@@ -1,4 +1,4 @@
-"""The last front end: the model is run, and every torch function it calls is noted.
+"""The front end before the last: the model is run, and every torch function it calls is noted.
 
 Nothing is traced symbolically, so the model does what it does in training: sizes are numbers, whatever asks whether it
 is being traced hears no, and decisions on values are made. Sizes are built in; numbers read from values are checked in
@@ -228,10 +228,11 @@ class Recorder(TorchFunctionMode):
         if self._is_counted(name, given):
             for value in pytree.tree_leaves(result):
                 if isinstance(value, Tensor):
-                    size = self._append(Method("size"), (self.tree(value),), {})
+                    size = self._append(Method("size"), (self.tree(value),), {}, grad=True)
                     self._guard(size, tuple(value.shape))
 
     def _append(self, target: Any, args: Any, kwargs: Any, *, grad: bool | None = None) -> Call:
+        """``grad``: where no tensor comes out, there is nothing to detach."""
         if torch.is_autocast_enabled("cpu") != self._cast:
             raise self._refusal("the model changes autocast")
         name = f"call_{len(self.calls)}"
@@ -276,21 +277,23 @@ class Recorder(TorchFunctionMode):
         if any(isinstance(number, float | complex) for number in pytree.tree_leaves(result)):
             raise self._refusal("a number read from values is built in")
         if name in ("equal", "allclose"):
-            read = self._append(Method(name), *noted)
+            read = self._append(Method(name), *noted, grad=True)
         elif name == "__contains__":
             same = self._append(operator.eq, noted[0], {})
-            read = self._append(Method("item"), (Ref(self._append(Method("any"), (Ref(same.name),), {}).name),), {})
+            read = self._append(
+                Method("item"), (Ref(self._append(Method("any"), (Ref(same.name),), {}).name),), {}, grad=True
+            )
         else:
             cast = "bool" if name in TRUTH else "long" if name in WHOLE else None
             value = noted[0][0] if cast is None else Ref(self._append(Method(cast), noted[0][:1], {}).name)
-            read = self._append(Method("tolist" if name == "tolist" else "item"), (value,), {})
+            read = self._append(Method("tolist" if name == "tolist" else "item"), (value,), {}, grad=True)
         self._guard(read, result)
         return result
 
     def _guard(self, read: Call, value: Any) -> None:
         if read.name in self._moving:
-            holds = self._append(operator.eq, (Ref(read.name), value), {})
-            self._append(kernels.guard, (Ref(holds.name), self._stack[-1], read.source), {})
+            holds = self._append(operator.eq, (Ref(read.name), value), {}, grad=True)
+            self._append(kernels.guard, (Ref(holds.name), self._stack[-1], read.source), {}, grad=True)
 
     # --- normalisation -------------------------------------------------------------------------------------------
 
