@@ -7,6 +7,7 @@ kernels) and of players (``m.block_metric``, the kernels of ``kronecker``); the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import (
@@ -277,13 +278,15 @@ def _seen_once(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
     (use,), (x, g), name = b.uses(player.name), _rows(b, player), f"seen_{b.identity(player)}"
     b.emit("backward", t, (x, g), b.kernel(use, "rows"), operands(b, use), Var(b.g_output(use.op)), params(b, use),
            use.wants, note="rows", **b.options(use))  # fmt: skip
-    made = [Var(x)]
-    if shares_lines(b.plan, use):
-        made.append(Var(f"moment_{b.identity(player)}_rows"))
-        b.emit("backward", t, (f"*{made[1].name}",), b.kernel(use, "moment"), operands(b, use), Var(x), params(b, use),
-               use.wants, note="sum of x x^T", **b.options(use))  # fmt: skip
-    b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("made_rows"), tuple(made),
-           Code(f"scale({g}, {alpha})"), (), (), note="rows, V_h")  # fmt: skip
+    made: tuple[object, ...] = (Var(x),)
+    more: dict[str, Any] = {}
+    if shares_lines(b.plan, use):  # made where it is read: not at every step
+        made, more = (
+            (Var(x), *(b.operand(ref) for ref in use.operands)),
+            {"moment": Function(b.kernel(use, "moment")), **b.options(use)},
+        )
+    b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("made_rows"), made, Code(f"scale({g}, {alpha})"),
+           params(b, use), use.wants, note="rows, V_h", **more)  # fmt: skip
     later = b.plan.metric == "rescaled" and b.plan.form.name != "base"
     verb = "observe_factors" if later else "observe_block"
     b.emit("backward", t, (), f"m.{verb}", t, block.kind, _names(block), (Var(name),), Var("start"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) ->
     params, wants = (weight, draw(2)) if bias else (weight,), (True, bias)
     rows, _ = kernels.conv_rows(operands, g, params, wants, groups=1, **options)
     found = kernels.conv_moment(operands, rows, params, wants, groups=1, **options)
-    torch.testing.assert_close(found, (patches @ patches.T)[None, None], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
 
 
 # --- in programs ------------------------------------------------------------------------------------------------------
@@ -187,14 +188,50 @@ def test_micro_batches_make_the_update_of_their_groups(network: Any, feedback: b
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"coupling": 2}, {"curvature": "ekfac", "refresh": 1}, {"stat_decay": 0.0}, {"feedback": False},
+    {}, {"coupling": 2}, {"curvature": "ekfac", "refresh": 1}, {"stat_every": 2}, {"feedback": False},
     {"curvature": "ekfac", "refresh": 1, "feedback": False},
 ])  # fmt: skip
 def test_factors_from_lines_that_patches_share(options: dict[str, Any]) -> None:
     case, options = lines(), {"curvature": "kfac", "lr": 0.2, "damping": 1e-2, "refresh": 2} | options
     opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, **options)
-    assert opt.program.code.count("conv_moment(") == 2
+    assert opt.program.code.count("moment=conv_moment") == 2
     assert_equal(case, steps=3, size=5, **options)
+
+
+def test_factors_are_made_when_they_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, calls, original = lines(), [], kernels.conv_moment
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        calls.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(kernels, "conv_moment", counted)
+    opt = compile_optimizer(case.model, case.batch(0, 5)[0], loss=LOSS, curvature="kfac", stat_every=2)
+    for step in range(4):
+        opt.step(*case.batch(step, 5))
+    assert len(calls) == 2 * 2  # two layers
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("network", [wide, lines])
+def test_the_exported_module_makes_the_same_step(network: Any, feedback: bool, kind: str, tmp_path: Path) -> None:
+    case = network()
+    opt = compile_optimizer(
+        case.model, case.batch(0, 5)[0], loss=LOSS, curvature=kind, lr=0.2, refresh=1, feedback=feedback
+    )
+    opt.program.export(tmp_path / "step.py")
+    namespace: dict[str, Any] = {"__name__": "exported"}
+    exec(compile((tmp_path / "step.py").read_text(), "step.py", "exec"), namespace)
+    params = {name: p.detach().clone() for name, p in case.model.named_parameters()}
+    state, buffers = namespace["init_state"](params), dict(case.model.named_buffers())
+    for step in range(2):
+        x, y = case.batch(step, 5)
+        params, buffers, state, _ = namespace["step"](params, buffers, state, x, y)
+        opt.step(x, y)
+    torch.testing.assert_close(
+        torch.cat([p.flatten() for p in params.values()]), parameters(case.model), rtol=0, atol=1e-10
+    )
 
 
 def test_a_bias_that_is_not_trained() -> None:

@@ -7,6 +7,7 @@ pair ``(x X, g Y)`` (form ``"rows"``), or ``(γ̂,)`` (form ``"samples"``), wher
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,13 @@ def few_rows(rows: int, inputs: int, outputs: int) -> bool:
 
 
 def made_rows(
-    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """A layer of rows that are there already, maybe with their ``Σ x xᵀ`` ``(1, G, n, n)`` behind them."""
+    """Rows that are there already, as a layer's; its option ``moment`` makes ``Σ x xᵀ`` of the other operands."""
     return operands[0], g
 
 

@@ -152,9 +152,13 @@ def kronecker_factors(
 
 
 def _moment_made(layers: Sequence[Layer]) -> Tensor | None:
-    """``Σ x xᵀ`` ``(G, n, n)`` where it came with the rows, of every micro-batch."""
-    rows, operands, *_ = layers[0]
-    return _kronecker_wide(operands[1].sum(0)) if rows is made_rows and len(operands) > 1 else None
+    """``Σ x xᵀ`` ``(G, n, n)`` where a layer of made rows has a kernel for it."""
+    rows, operands, _, params, wants, options = layers[0]
+    if rows is not made_rows or "moment" not in options:
+        return None
+    others = {name: value for name, value in options.items() if name != "moment"}
+    found: Tensor = options["moment"](operands[1:], operands[0], params, wants, **others)
+    return found
 
 
 def _gram_added(total: Tensor | None, rows: Tensor, beta: float, alpha: float) -> Tensor:

@@ -35,7 +35,7 @@ def conv_moment(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """``Σ_it x_it x_itᵀ`` ``(1, 1, n, n)`` of homogeneous patches (one group; stride and dilation 1 on the first axis).
+    """``Σ_it x_it x_itᵀ`` ``(1, n, n)`` of homogeneous patches (one group; stride and dilation 1 on the first axis).
 
     ``rows`` are the patches themselves ``(B, 1, T, n)``, whose sums border the matrix where there is a bias.
     """
@@ -60,8 +60,8 @@ def conv_moment(
     split = (size, channels, inner // channels)
     patches = whole.reshape(*split, *split).permute(1, 0, 2, 4, 3, 5).reshape(size * inner, size * inner)
     if not wants[1]:
-        return patches[None, None]
-    found = rows.new_empty(1, 1, size * inner + 1, size * inner + 1)
-    found[0, 0, :-1, :-1] = patches
+        return patches[None]
+    found = rows.new_empty(1, size * inner + 1, size * inner + 1)
+    found[0, :-1, :-1] = patches
     found[..., -1, :] = found[..., :, -1] = rows.sum((0, 2))
     return found
