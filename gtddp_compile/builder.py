@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import keyword
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,6 +39,8 @@ class Builder:
     instructions: list[Instruction] = field(default_factory=list)
     formulas: dict[MatrixExpr, str] = field(default_factory=dict)
     """Source of every derived formula printed so far, with placeholders for the stage."""
+    readers: Counter[str] = field(default_factory=Counter)
+    """How many layers whose ``Γ`` separates read a value; empty before somebody asks (``responses``)."""
     _names: dict[str, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
     _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)

@@ -60,10 +60,10 @@ def inputs_gram(b: Builder, t: int, player: Player) -> dict[str, Any]:
     use = _separate_use(b, player)
     if use is None or not isinstance(use.operands[0], Ref):
         return {}
-    readers = [
-        other for other in b.graph.players if (found := _separate_use(b, other)) and _input(found) == _input(use)
-    ]
-    if len(readers) < 2 and responding(b, player) is None:
+    if not b.readers:
+        found = (_separate_use(b, other) for other in b.graph.players)
+        b.readers.update(_input(other) for other in found if other is not None)
+    if b.readers[_input(use)] < 2 and responding(b, player) is None:
         return {}
     name = f"inputs_{b.name(_input(use))}"
     if b.first_time(name):
