@@ -241,7 +241,8 @@ Written by `benchmarks/wall_clock.py --write`, nothing by hand; every run is in 
 Seconds are processor time of the training steps alone (evaluation and compilation left out; the latter is a column).
 Runs took turns. Each method has the learning rate of its grid that reached a train loss of 0.05 first, from another
 seed; medians over seeds, with least and most in parentheses; "–" where not every seed got there. ASDL is a peer's K-FAC
-(package `asdfghjkl`), with the same damping, averages and refresh period as ours, and the empirical Fisher matrix.
+(package `asdfghjkl`), with the same damping and refresh period as ours and the empirical Fisher matrix, once with its
+own default (factors of the last batch it looked at), once averaged as ours.
 
 """
 

@@ -80,13 +80,14 @@ METHODS = {
         Method("torch RMSprop", "torch", (1e-3, *LOW[:3]), {"kind": "RMSprop"}),
         Method("torch Adam", "torch", LOW, {"kind": "Adam"}),
         Method("ASDL K-FAC", "asdl", (3e-3, 0.01, 0.03, 0.1)),
+        Method("ASDL K-FAC, averaged", "asdl", (3e-3, 0.01, 0.03, 0.1), {"ema_decay": 0.05}),
         Method("ours, sgd", "ours", HIGH, {"curvature": "sgd"}),
         Method("ours, sgd, momentum 0.9", "ours", (0.03, 0.1, 0.3, 1.0), {"curvature": "sgd", "momentum": 0.9}),
         Method("ours, rmsprop", "ours", LOW, {"curvature": "rmsprop"}),
         Method("ours, adam", "ours", LOW, {"curvature": "adam"}),
         Method("ours, adam, coarse", "ours", LOW, {"curvature": "adam", "gram": "coarse"}),
-        Method("ours, kfac", "ours", (0.3, 1.0, 3.0), {"curvature": "kfac", **KRONECKER}),
-        Method("ours, kfac, open", "ours", (0.3, 1.0, 3.0), {"curvature": "kfac", **KRONECKER, "feedback": "open"}),
+        Method("ours, kfac", "ours", (0.3, 1.0, 3.0, 10.0), {"curvature": "kfac", **KRONECKER}),
+        Method("ours, kfac, open", "ours", (0.3, 1.0, 3.0, 10.0), {"curvature": "kfac", **KRONECKER, "feedback": "open"}),
         Method("ours, ekfac", "ours", (0.3, 1.0, 3.0), {"curvature": "ekfac", **KRONECKER}),
         Method("ours, kfac, feedback off", "ours", (0.003, 0.01, 0.03),
                {"curvature": "kfac", **KRONECKER, "feedback": False}),
@@ -100,7 +101,7 @@ def make(method: Method, rate: float, model: nn.Module, example: Tensor) -> Step
     if method.side == "ours":
         return compile_optimizer(model, example, loss=LOSS, lr=rate, **options).step
     if method.side == "asdl":
-        return _peer(model, rate)
+        return _peer(model, rate, **options)
     optimizer = getattr(torch.optim, options.pop("kind"))(model.parameters(), lr=rate, **options)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
@@ -119,13 +120,17 @@ def _unmarked(*_: object, **__: object) -> Iterator[None]:
     yield
 
 
-def _peer(model: nn.Module, rate: float) -> Step:
-    """ASDL's K-FAC with the empirical Fisher, as ours; running averages, damping and refresh period as ours."""
+def _peer(model: nn.Module, rate: float, **options: float) -> Step:
+    """ASDL's K-FAC with the empirical Fisher matrix, damping and refresh period as ours.
+
+    By default its factors are those of the last batch it looked at; its ``ema_decay`` is the weight of the new ones, so
+    that 0.05 stands for our ``stat_decay=0.95``.
+    """
     torch.cuda.nvtx.range = _unmarked
     from asdl.precondition import KfacGradientMaker, PreconditioningConfig
 
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    config = PreconditioningConfig(data_size=BATCH, damping=1e-2, preconditioner_upd_interval=10, ema_decay=0.95)
+    config = PreconditioningConfig(data_size=BATCH, damping=1e-2, preconditioner_upd_interval=10, **options)
     maker = KfacGradientMaker(model, config, fisher_type="fisher_emp")
 
     def step(x: Tensor, y: Tensor) -> Tensor:
