@@ -71,6 +71,7 @@ class Method:
 KRONECKER = {"damping": 1e-2, "refresh": 10, "stat_every": 10}
 """Of our K-FAC and EK-FAC; the peer's are the same (its ``preconditioner_upd_interval``)."""
 
+KFAC_HIGH = (0.3, 1.0, 3.0, 10.0)
 HIGH, LOW = (0.1, 0.3, 1.0, 3.0), (3e-3, 1e-2, 3e-2, 0.1)
 METHODS = {
     method.name: method
@@ -86,9 +87,9 @@ METHODS = {
         Method("ours, rmsprop", "ours", LOW, {"curvature": "rmsprop"}),
         Method("ours, adam", "ours", LOW, {"curvature": "adam"}),
         Method("ours, adam, coarse", "ours", LOW, {"curvature": "adam", "gram": "coarse"}),
-        Method("ours, kfac", "ours", (0.3, 1.0, 3.0, 10.0), {"curvature": "kfac", **KRONECKER}),
-        Method("ours, kfac, open", "ours", (0.3, 1.0, 3.0, 10.0), {"curvature": "kfac", **KRONECKER, "feedback": "open"}),
-        Method("ours, ekfac", "ours", (0.3, 1.0, 3.0), {"curvature": "ekfac", **KRONECKER}),
+        Method("ours, kfac", "ours", KFAC_HIGH, {"curvature": "kfac", **KRONECKER}),
+        Method("ours, kfac, open", "ours", KFAC_HIGH, {"curvature": "kfac", **KRONECKER, "feedback": "open"}),
+        Method("ours, ekfac", "ours", KFAC_HIGH, {"curvature": "ekfac", **KRONECKER}),
         Method("ours, kfac, feedback off", "ours", (0.003, 0.01, 0.03),
                {"curvature": "kfac", **KRONECKER, "feedback": False}),
     )
