@@ -77,6 +77,18 @@ def interleaved(
     return Ratio(statistics.median(first), statistics.median(second), middle, low, high)
 
 
+def keep_heap() -> None:
+    """Start this script again with a C library that keeps freed memory for itself.
+
+    glibc gives large blocks back to the system when they are freed, and takes them again page by page in the next step:
+    time and noise, for either side. The usual remedy for PyTorch on CPUs is another
+    allocator; this one needs nothing installed. A setting of the caller's own stays.
+    """
+    kept = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
+    if not kept.keys() & os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **kept})
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

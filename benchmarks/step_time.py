@@ -19,7 +19,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import Ratio, in_process, interleaved, machine, markdown, peak, reset_peak, resident, write_section
+from common import (
+    Ratio,
+    in_process,
+    interleaved,
+    keep_heap,
+    machine,
+    markdown,
+    peak,
+    reset_peak,
+    resident,
+    write_section,
+)
 from networks import NETWORKS, Network
 from peers import PEERS, REFRESH, available, peer_step
 from rich.console import Console
@@ -207,7 +218,11 @@ def main(
 
 def write_table(known: dict[str, list[str]], threads: int, clock: str) -> None:
     """The section of docs/performance.md."""
-    text = f"{machine(threads)}. Medians of interleaved pairs, {clock} time; quartiles of the pairs' ratios.\n\n"
+    text = (
+        f"{machine(threads)}. Medians of interleaved pairs, {clock} time; quartiles of the pairs' ratios. Both sides "
+        "with `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` so high that freed memory is kept for the next "
+        "step (peak memory without).\n\n"
+    )
     write_section("step time", "## One step\n\n" + text + markdown(HEADER, list(known.values())))
 
 
@@ -217,4 +232,5 @@ def shown(options: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    keep_heap()
     typer.run(main)
