@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gtddp_compile.cooperation import BY_PARAMETER, MetricRules
 from gtddp_compile.curvature import Curvature, Kronecker
-from gtddp_compile.graph import ControlGraph
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import LEADING, ControlGraph
 from gtddp_compile.options import Options, Sketch
 from gtddp_compile.passes import collapse, derive, simplify
 from gtddp_compile.passes.p06_derive import Derived
@@ -14,6 +15,8 @@ from gtddp_compile.terminal import terminal_weight
 
 def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool) -> tuple[Derived, Plan]:
     """Passes 6 to 8: derivation, collapse, plan. ``decay``: whether any group has coupled weight decay."""
+    if options.factored:
+        _check_columns(graph, options)
     derived = derive(graph, options.recursion, metric_rules(options, curvature))
     form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored)
     plan = simplify(
@@ -31,6 +34,23 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
         terminal=terminal_weight(options.terminal_kind),
     )
     return derived, plan
+
+
+def _check_columns(graph: ControlGraph, options: Options) -> None:
+    """Outputs with several columns a sample have their samples leading: ``(r, B, …)``.
+
+    Raises:
+        CompileError: the samples of an output lie elsewhere.
+    """
+    for value in graph.values:
+        op = graph.op(value.name)
+        if value.dies == len(graph.stages) and op.samples != LEADING:
+            raise CompileError(
+                f"terminal={options.terminal!r}: the output has its {op.samples}, and the factors of the loss's Hessian"
+                " are taken a sample at a time along the leading axis",
+                "Move the samples to the leading axis of the output, or take terminal='geometric'",
+                module=op.module, operation=op.kind, source=op.source or None,
+            )  # fmt: skip
 
 
 def metric_rules(options: Options, curvature: Curvature) -> MetricRules:

@@ -326,3 +326,22 @@ def test_kronecker_curvature(form: str) -> None:
     """``Γ`` over all columns in the metric of Kronecker factors, of a coalition's joint block too."""
     options = {"terminal": "ggn", "curvature": "kfac", "lr": 0.1, "damping": 0.1}
     assert_equal(networks.projection(), **options, **FORMS[form])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("terminal", ["ggn", MonteCarlo(2)])
+def test_refused_where_samples_of_the_output_do_not_lead(terminal: Any) -> None:
+    """Columns are taken a sample at a time along the leading axis: another one would be wrong, not slow."""
+
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.layer(x)).transpose(0, 1)
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs.transpose(0, 1) - targets).square().mean((1, 2))
+
+    with pytest.raises(CompileError, match=r"operation transpose.*samples along axis 1.*Move the samples"):
+        compile_optimizer(TimeFirst(), torch.randn(6, 2, 4), loss=loss, curvature="sgd", lr=0.1, terminal=terminal)
