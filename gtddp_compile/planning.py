@@ -42,9 +42,9 @@ def _check_columns(graph: ControlGraph, options: Options) -> None:
     Raises:
         CompileError: the samples of an output lie elsewhere.
     """
-    for value in graph.values:
-        op = graph.op(value.name)
-        if value.dies == len(graph.stages) and op.samples != LEADING:
+    for name in graph.ops.output_names:
+        op = graph.op(name) if name in graph.ops.position else None
+        if op is not None and op.samples != LEADING:
             raise CompileError(
                 f"terminal={options.terminal!r}: the output has its {op.samples}, and the factors of the loss's Hessian"
                 " are taken a sample at a time along the leading axis",

@@ -130,8 +130,9 @@ def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Re
     params, buffers = leaves(model)
     values: dict[str, Any] = dict(zip(graph.inputs, copy.deepcopy(inputs), strict=True))
     ops: list[Op] = []
-    last = {name: op.name for op in graph.ops for name in op.operands}  # what autograd does not keep is let go
-    last.update(dict.fromkeys(graph.output_names, ""))
+    # What autograd does not keep is let go. (A model that is one layer has an operation named "": None is no name.)
+    last: dict[str, str | None] = {name: op.name for op in graph.ops for name in op.operands}
+    last.update(dict.fromkeys(graph.output_names, None))
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
         for op in graph.ops:
