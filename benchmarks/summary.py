@@ -13,7 +13,7 @@ from pathlib import Path
 from common import DOCS, markdown, write_section
 from step_time import RESULTS
 from wall_clock import RAW, TARGET, Run, chosen_runs, spread
-from wall_clock_methods import DATA
+from wall_clock_methods import DATA, METHODS
 
 BEST = 3
 """How many of our own methods are listed."""
@@ -50,8 +50,9 @@ def targets(raw: Path = RAW) -> str:
     for data in DATA.values():
         final = chosen_runs(data, runs)
         order = sorted(final, key=lambda name: statistics.median(run.reached()[1] for run in final[name]))
-        ours = [name for name in order if name.startswith("ours")][:BEST]
-        for name in (name for name in order if name in ours or not name.startswith("ours")):
+        sides = {side: [name for name in order if METHODS[name].side == side] for side in ("ours", "torch", "asdl")}
+        listed = {*sides["ours"][:BEST], *sides["torch"], *sides["asdl"][:1]}
+        for name in (name for name in order if name in listed):
             mine = final[name]
             rows.append((data.name, name, spread([run.reached()[0] for run in mine], "{:.0f}"),
                          spread([run.reached()[1] for run in mine], "{:.2f} s"),
