@@ -157,21 +157,26 @@ def main(
 ) -> None:
     """Measure; see the module's docstring."""
     torch.set_num_threads(1)
-    rows, lost, best, all_in = [], 0, 0.0, 0.0
+    rows, count, lost, best, all_in = [], 0, 0, 0.0, 0.0
     for shape in shapes(names or list(NETWORKS)):
         times, choice = measure(shape, repeats), shape.chosen()
         fastest = min(times, key=times.__getitem__)
         lost += times[choice] > 1.1 * times[fastest]
         best, all_in = best + times[fastest], all_in + times[choice]
         cells = (f"{1e3 * times[form]:.1f} ms" if form in times else "–" for form in COLUMNS)
-        rows.append((str(shape), shape.network, *cells, choice, f"{times[choice] / times[fastest]:.2f}"))
-        print(*rows[-1], sep="  ", flush=True)
-    said = (f"{len(rows)} shapes; the choice is more than a tenth slower than the fastest form in {lost}; one of each "
+        line = (str(shape), shape.network, *cells, choice, f"{times[choice] / times[fastest]:.2f}")
+        count += 1
+        rows += [line] if len(times) > 1 else []
+        print(*line, sep="  ", flush=True)
+    said = (f"{count} shapes; the choice is more than a tenth slower than the fastest form in {lost}; one of each "
             f"takes {all_in:.2f} s as chosen, {best:.2f} s by the fastest forms.")  # fmt: skip
     print(said)
     if write:
         header = ("layer", "network", *COLUMNS, "chosen", "against the fastest")
-        text = f"{machine(1)}. Medians of {repeats}, CPU time (`benchmarks/cost_model.py`). {said}\n\n"
+        text = (
+            f"{machine(1)}. Medians of {repeats}, CPU time (`benchmarks/cost_model.py`). {said} Listed are those with "
+            "more than one form in question.\n\n"
+        )
         write_section("cost model", "## The cost model against measurement\n\n" + text + markdown(header, rows))
 
 
