@@ -67,9 +67,9 @@ def batches(seed: int) -> list[tuple[Tensor, Tensor]]:
     return [(x[part], y[part]) for order in orders for part in order.split(BATCH) if len(part) == BATCH]
 
 
-def train_loss(network: str, curvature: str, gram: Any, seed: int) -> float:
-    """Mean loss of the training images at the end."""
-    model, optimizer = make(network, curvature, gram, seed)
+def trained(made: tuple[nn.Module, Any], seed: int) -> float:
+    """Train a model by its optimizer; mean loss of the training images at the end."""
+    model, optimizer = made
     for x, y in batches(seed):
         optimizer.step(x, y)
     x, y = digits().train
@@ -81,6 +81,12 @@ def weights(optimizer: Any) -> list[Tensor]:
     """``w`` of every stage of the last step."""
     stages = optimizer._diagnostics._stages
     return [stages[t]["weights"] for t in sorted(stages) if "weights" in stages[t]]
+
+
+def distance(approximate: Any, exact: list[Tensor]) -> float:
+    """Median relative error of ``w`` over the stages."""
+    pairs = zip(weights(approximate), exact, strict=True)
+    return statistics.median(float((w - e).norm() / e.norm()) for w, e in pairs)
 
 
 def errors(network: str, curvature: str) -> dict[str, float]:
@@ -98,8 +104,7 @@ def errors(network: str, curvature: str) -> dict[str, float]:
             other.load_state_dict(before)
             approximate.load_state_dict(state)
             approximate.step(x, y)
-            pairs = zip(weights(approximate), exact, strict=True)
-            found[name].append(statistics.median(float((w - e).norm() / e.norm()) for w, e in pairs))
+            found[name].append(distance(approximate, exact))
     return {"exact": 0.0, **{name: statistics.median(values) for name, values in found.items()}}
 
 
@@ -125,13 +130,12 @@ def main(
                 if curvature == "ekfac" and gram is not None and name not in KRONECKER:
                     continue
                 if gram is None:
-                    losses = [base_loss(network, curvature, seed) for seed in range(seeds)]
+                    losses = [trained(base(network, curvature, seed), seed) for seed in range(seeds)]
                     said, ratio = "–", "–"
                 else:
-                    losses = [train_loss(network, curvature, gram, seed) for seed in range(seeds)]
+                    losses = [trained(make(network, curvature, gram, seed), seed) for seed in range(seeds)]
                     said, ratio = f"{error[name]:.3f}", f"{speed(network, curvature, gram, pairs):.2f}"
-                rows.append((network, curvature, name, said,
-                             f"{statistics.mean(losses):.4f} ± {statistics.pstdev(losses):.4f}", ratio))  # fmt: skip
+                rows.append((network, curvature, name, said, spread(losses), ratio))
                 print(*rows[-1], sep="  ", flush=True)
     if write:
         header = ("network", "curvature", "gram", "error of w", f"train loss after {EPOCHS} epochs", "step")
@@ -139,19 +143,19 @@ def main(
         write_section("gram fidelity", "## Approximate Gram matrices\n\n" + text + markdown(header, rows))
 
 
-def base_loss(network: str, curvature: str, seed: int) -> float:
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.mean(values):.4f} ± {statistics.pstdev(values):.4f}"
+
+
+def base(network: str, curvature: str, seed: int) -> tuple[nn.Module, Any]:
     """The base method alone: ``feedback=False`` is torch.optim's own update (Proposition 4)."""
     torch.manual_seed(seed)
     model = Flat(network)
-    optimizer = compile_optimizer(
+    return model, compile_optimizer(
         model, torch.zeros(BATCH, 64), loss=nn.CrossEntropyLoss(), curvature=curvature, lr=BASES[curvature],
         feedback=False,
     )  # fmt: skip
-    for x, y in batches(seed):
-        optimizer.step(x, y)
-    x, y = digits().train
-    with torch.no_grad():
-        return float(nn.functional.cross_entropy(model(x), y))
 
 
 if __name__ == "__main__":

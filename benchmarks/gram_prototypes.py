@@ -19,8 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import interleaved, machine, markdown, write_section
-from digit_images import digits
-from gram_fidelity import EPOCHS, batches, make, train_loss, weights
+from gram_fidelity import EPOCHS, batches, distance, make, spread, trained, weights
 from torch import Tensor, nn
 
 from gtddp_compile import kernels
@@ -108,19 +107,8 @@ def error(network: str, curvature: str, name: str, every: int = 5) -> float:
         exact.step(x, y)
         approximate.step(x, y)
         if index % every == 1:
-            pairs = zip(weights(approximate), weights(exact), strict=True)
-            found.append(statistics.median(float((w - e).norm() / e.norm()) for w, e in pairs))
+            found.append(distance(approximate, weights(exact)))
     return statistics.median(found)
-
-
-def loss(network: str, curvature: str, name: str, seed: int) -> float:
-    """Mean loss of the training images after the epochs."""
-    model, optimizer = prototype(network, curvature, PROTOTYPES[name](), seed)
-    for x, y in batches(seed):
-        optimizer.step(x, y)
-    x, y = digits().train
-    with torch.no_grad():
-        return float(nn.functional.cross_entropy(model(x), y))
 
 
 def speed(network: str, curvature: str, name: str, pairs: int) -> float:
@@ -140,10 +128,10 @@ def main(
     torch.set_num_threads(1)
     rows = []
     for network in ("digits", "mlp"):
-        runs = [train_loss(network, "sgd", "exact", seed) for seed in range(seeds)]
+        runs = [trained(make(network, "sgd", "exact", seed), seed) for seed in range(seeds)]
         rows.append((network, "exact", "0.000", spread(runs), "1.00"))
         for name in PROTOTYPES:
-            runs = [loss(network, "sgd", name, seed) for seed in range(seeds)]
+            runs = [trained(prototype(network, "sgd", PROTOTYPES[name](), seed), seed) for seed in range(seeds)]
             rows.append((network, name, f"{error(network, 'sgd', name):.3f}", spread(runs),
                          f"{speed(network, 'sgd', name, pairs):.2f}"))  # fmt: skip
             print(*rows[-1], sep="  ", flush=True)
@@ -154,11 +142,6 @@ def main(
         )
         write_section("gram prototypes", "## Gram matrices in lower precision, or of other batches\n\n" + text
                       + markdown(header, rows))  # fmt: skip
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.4f} ± {statistics.pstdev(values):.4f}"
 
 
 if __name__ == "__main__":
