@@ -227,6 +227,8 @@ class _Elements:
     @staticmethod
     def _by_sample(elements: Tensor, main: Tensor, targets: Any) -> bool:
         """Whether axis 0 of the elements is the batch, and broadcasting has not crossed samples."""
+        if isinstance(targets, Tensor) and targets.shape[:1] != main.shape[:1]:
+            return False
         largest = max(main.numel(), targets.numel()) if isinstance(targets, Tensor) else elements.numel()
         same_batch = elements.shape[:1] == main.shape[:1]
         return same_batch and 1 <= elements.dim() <= main.dim() and elements.numel() <= largest

@@ -128,7 +128,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
         ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped``; ``lifted_grams``:
         Gram matrices not definite to rounding, to whose diagonal more was added, with a warning; for
         Kronecker factors ``solve_fallbacks`` (Cholesky failed); and, by player or coalition, ``open_norm`` and
-        ``feedback_norm`` (in the metric ``M``).
+        ``feedback_norm`` (in the metric ``M``). The decrease and the norms come from the closed form's Gram matrices:
+        they are None after a step without (``feedback=False``, ``backend="dense"``, the paper's recursions).
         """
         return self._diagnostics.figures()
 

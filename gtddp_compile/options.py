@@ -45,7 +45,7 @@ Gram = Literal["auto", "exact", "separable", "coarse"] | Sketch
 class Options:
     """What :func:`gtddp_compile.compile_optimizer` was asked for, apart from model, loss and curvature.
 
-    Attributes are the options of api.md. ``mixing`` is the dense backend's reading of operations that mix samples
+    Attributes are the options of :func:`gtddp_compile.compile_optimizer`, which says what each does. ``mixing`` is the dense backend's reading of operations that mix samples
     (theory: 4e): ``"block"``, as the fast backend, or ``"exact"``.
     """
 
@@ -63,13 +63,13 @@ class Options:
     compile: bool | Mapping[str, Any] = False
 
     def __post_init__(self) -> None:
-        if self.feedback not in (True, False, "open"):
+        if not _is_one_of(self.feedback, True, False, "open"):
             raise _unknown("feedback", self.feedback, "True, 'open' or False")
         if self.recursion not in RECURSIONS:
             raise _unknown("recursion", self.recursion, ", ".join(map(repr, RECURSIONS)))
         if self.backend not in ("fast", "dense"):
             raise _unknown("backend", self.backend, "'fast' or 'dense'")
-        if self.cooperative not in (True, False, None):
+        if not _is_one_of(self.cooperative, True, False, None):
             raise _unknown("cooperative", self.cooperative, "True, False or None (True while there is feedback)")
         if self.mixing not in ("block", "exact"):
             raise _unknown("mixing", self.mixing, "'block' or 'exact'")
@@ -88,6 +88,8 @@ class Options:
         ):
             known = "'geometric', Geometric(aim, own), 'gradient', 'ggn' or MonteCarlo(rank)"
             raise _unknown("terminal", self.terminal, known)
+        if not isinstance(self.compile, bool | Mapping):
+            raise _unknown("compile", self.compile, "True, False or a mapping of torch.compile's options")
         if self.compile is not False and (self.backend == "dense" or self.memory == "recompute"):
             raise CompileError(
                 f"compile={self.compile!r} hands the generated step to torch.compile as one graph, which "
@@ -100,7 +102,7 @@ class Options:
             raise CompileError("memory='recompute': the dense backend keeps every matrix", "Use backend='fast' with it")
         self._check_gram()
         clip = self.feedback_clip
-        if clip is not None and not clip > 0:
+        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
             raise _unknown("feedback_clip", clip, "a positive number or None")
 
     @property
@@ -142,6 +144,11 @@ class Options:
         if isinstance(self.coupling, int):
             return "groups"
         return "block" if self.coupling == "block" else "full"
+
+
+def _is_one_of(value: object, *choices: object) -> bool:
+    """Whether it is one of them and of its type: 1 equals True, but is not what the passes look for."""
+    return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
 def _unknown(option: str, value: object, choices: str) -> CompileError:

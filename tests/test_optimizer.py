@@ -211,6 +211,42 @@ def test_mode_and_frozen_parameters_are_respected_after_a_change() -> None:
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
 
 
+class Striding(nn.Module):
+    """Attributes of several kinds that its forward pass reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(2, 3)
+        self.options = {"gain": 2.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.conv(x).relu().mean((2, 3))) * self.options["gain"]
+        return out
+
+
+def test_changed_attributes_and_hooks_are_followed() -> None:
+    torch.manual_seed(0)
+    model, x, y = Striding(), torch.randn(4, 1, 6, 6), torch.randint(3, (4,))
+    opt = compile_optimizer(model, x, loss=LOSS, curvature="sgd", lr=0.1)
+    losses = []
+
+    def step() -> None:
+        expected = LOSS(model(x), y).item()
+        losses.append(float(opt.step(x, y)))
+        assert losses[-1] == pytest.approx(expected, rel=1e-5)
+
+    step()
+    model.conv.stride = (2, 2)
+    step()
+    model.options["gain"] = -1.0
+    step()
+    handle = model.fc.register_forward_hook(lambda module, inputs, output: 3 * output)
+    step()
+    handle.remove()
+    step()
+    assert len(set(losses)) == len(losses)
+
+
 def test_replaced_parameter_is_refused() -> None:
     model = Noisy()
     opt = compile_optimizer(model, batch()[0], loss=LOSS)
@@ -234,7 +270,8 @@ def test_unknown_options_are_refused_by_name() -> None:
     for options in (
         {"coupling": "diagonal"}, {"coupling": 0}, {"recursion": "magic"}, {"schedule": "late"}, {"backend": "gpu"},
         {"feedback": "closed"}, {"feedback_clip": -1.0}, {"curvature": "lbfgs"}, {"learning_rate": 1.0},
-        {"recursion": "substituted"}, {"maximize": True},
+        {"recursion": "substituted"}, {"maximize": True}, {"feedback": 1}, {"cooperative": 0}, {"compile": 0},
+        {"feedback_clip": "a"}, {"feedback_clip": True},
     ):  # fmt: skip
         with pytest.raises(CompileError) as error:
             compile_optimizer(model, x, loss=LOSS, **options)  # type: ignore[arg-type]

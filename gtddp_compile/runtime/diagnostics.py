@@ -44,6 +44,7 @@ class Diagnostics:
         fallbacks = [value for stage in stages for key, value in stage.items() if key.startswith("fallbacks ")]
         if fallbacks:
             found["solve_fallbacks"] = int(sum(fallbacks))
+        found.update(dict.fromkeys(("open_norm", "feedback_norm", "predicted_decrease")))
         if any("factor" in stage for stage in stages):
             found["lifted_grams"] = sum(bool(failed) for stage in stages for failed in stage.get("lifted", ()))
             found["open_norm"], found["feedback_norm"] = self._norms()

@@ -31,7 +31,7 @@ def as_inputs(inputs: Any) -> tuple[Any, ...]:
 
 
 def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
-    """Refuse an empty batch, and inputs and targets of different batch sizes."""
+    """Refuse an empty batch, and inputs without a batch axis."""
     sizes = {value.shape[0] if value.dim() else None for value in inputs}
     if None in sizes:
         raise CompileError("an input has no batch axis", "Give every input a leading batch axis")
@@ -42,6 +42,11 @@ def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
 
 
 PLAIN = frozenset({bool, int, float, str, FunctionType, BuiltinFunctionType})
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+CONTAINERS = frozenset({tuple, list, dict})
+OWN = frozenset(vars(nn.Module())) - {"training"}
+"""What torch keeps in every module: not the user's attributes."""
+
 REFUSED: dict[type[nn.Module], str] = {
     torch.jit.ScriptModule: "Compile the module it was made from",
     nn.DataParallel: "Compile its .module",
@@ -109,12 +114,13 @@ class ModelView:
                 if value is not None:
                     yield f"{prefix}{name}", value
             for name, value in vars(module).items():
-                if isinstance(value, Tensor):
+                if name not in OWN and isinstance(value, Tensor):
                     yield f"{prefix}{name}", value
 
     def signature(self) -> tuple[Any, ...]:
-        """What the program depends on: the modules with their mode and every number, word and function among their
-        attributes (a dropout's ``p``, an activation), and which parameters are trained.
+        """What the program depends on: the modules with their mode, their forward hooks and every number, word and
+        function among their attributes (a dropout's ``p``, a stride, an activation), containers of such included, and
+        which parameters are trained.
 
         Raises:
             CompileError: a parameter was added, removed or replaced since the optimizer was made.
@@ -132,5 +138,23 @@ class ModelView:
         return modules, tuple(p.requires_grad for p in current.values()), Precision.around(current.values())
 
 
-def _plain(module: nn.Module) -> tuple[object, ...]:
-    return tuple(value for value in vars(module).values() if type(value) in PLAIN)
+def _plain(module: nn.Module) -> Iterator[Any]:
+    for name, value in vars(module).items():
+        if name in OWN:
+            continue
+        if type(value) in PLAIN:
+            yield value
+        elif type(value) in CONTAINERS:
+            yield name, _frozen(value)
+    for name in HOOKS:
+        if hooks := vars(module)[name]:
+            yield name, tuple(map(id, hooks.values()))
+
+
+def _frozen(value: Any) -> Any:
+    """A container's numbers, words and functions, to compare it with itself later; of other objects only their type."""
+    if type(value) is dict:
+        return tuple((key, _frozen(held)) for key, held in value.items() if type(key) in PLAIN)
+    if type(value) in CONTAINERS:
+        return tuple(map(_frozen, value))
+    return value if type(value) in PLAIN else type(value)
