@@ -30,7 +30,7 @@ from digit_images import Images
 from networks import DigitsNet
 from rich.console import Console
 from torch import Tensor
-from wall_clock_methods import BATCH, DATA, LOSS, METHODS, Data, Method, make
+from wall_clock_methods import BATCH, DATA, LOSS, METHODS, PAIRS, Data, Method, make
 
 RAW = Path(__file__).parent / "wall_clock.json"
 TARGET = 0.05
@@ -177,7 +177,7 @@ def take_turns(runs: list[Run], data: Data, save: Callable[[Run], None], console
 def tuned(runs: list[Run], method: str) -> float:
     """The rate that reached the target first in the sweep; else the one with the lowest loss."""
     mine = [run for run in runs if run.method == method and run.sweep]
-    return min(mine, key=lambda run: (run.reached()[1], min(run.loss))).rate
+    return min(mine, key=lambda run: (run.reached()[1], min(filter(math.isfinite, run.loss), default=math.inf))).rate
 
 
 def chosen_runs(data: Data, runs: list[Run]) -> dict[str, list[Run]]:
@@ -244,9 +244,6 @@ seed; medians over seeds, with least and most in parentheses; "–" where not ev
 (package `asdfghjkl`), with the same damping and refresh period as ours and the empirical Fisher matrix, once with its
 own default (factors of the last batch it looked at), once averaged as ours.
 
-Where ours comes later it is because of what a step costs, not of how many it takes: with first-order base methods the
-networks here are so small that the second sweep and the Gram matrices are several times the base method's own step.
-
 """
 
 
@@ -284,6 +281,7 @@ def section(data: Data, runs: list[Run]) -> str:
         f"## {data.name}\n\n{images}"
         + (f"; train loss over {data.sample} of the training images" if data.sample else "")
         + ".\n\n" + verdict(final) + "\n\n" + markdown(header, rows)
+        + "\n\nBy base method, without feedback and with it:\n\n" + markdown(COMPARED, compared(final))
         + f"\n\nThe sweep (seconds to a train loss of {TARGET}, or how it ended and the last loss):\n\n"
         + markdown(("method", *["rate"] * (count - 1)), table) + "\n"
     )  # fmt: skip
@@ -304,6 +302,32 @@ def verdict(final: dict[str, list[Run]]) -> str:
             said.append(f"by {what} the first of ours is {mine[1]} ({form.format(mine[0])}), of the others {others[1]} "
                         f"({form.format(others[0])}): {others[0] / mine[0]:.2f} times ours")  # fmt: skip
     return f"To a train loss of {TARGET}, " + "; ".join(said) + "."
+
+
+COMPARED = ("base method", "steps without", "with", "time without", "with", "best valid without", "with")
+
+
+def compared(final: dict[str, list[Run]]) -> list[tuple[str, ...]]:
+    """The same base method without feedback and with it, medians over seeds."""
+    rows = []
+    for name, pair in PAIRS.items():
+        if not all(one in final for one in pair):
+            continue
+        sides = [final[one] for one in pair]
+        cells = [
+            [median([value(run) for run in side], form) for side in sides]
+            for value, form in (
+                (lambda run: run.reached()[0], "{:.0f}"), (lambda run: run.reached()[1], "{:.2f} s"),
+                (lambda run: 100 * run.best, "{:.1f} %"),
+            )
+        ]  # fmt: skip
+        rows.append((name, *(cell for both in cells for cell in both)))
+    return rows
+
+
+def median(values: list[float], form: str) -> str:
+    """Median; a dash where not every seed got there."""
+    return form.format(statistics.median(values)) if all(map(math.isfinite, values)) else "–"
 
 
 def _fits(runs: list[Run]) -> bool:

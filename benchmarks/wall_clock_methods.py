@@ -46,7 +46,7 @@ DATA = {
     data.name: data
     for data in (
         Data("digits", digits, 8, 16, 5, 0, 300, (0, 1, 2)),
-        Data("mnist-5k", mnist_5k, 28, 8, 5, 1000, 300, (0, 1)),
+        Data("mnist-5k", mnist_5k, 28, 8, 5, 1000, 500, (0, 1)),
     )
 }
 
@@ -71,8 +71,9 @@ class Method:
 KRONECKER = {"damping": 1e-2, "refresh": 10, "stat_every": 10}
 """Of our K-FAC and EK-FAC; the peer's are the same (its ``preconditioner_upd_interval``)."""
 
-KFAC_HIGH = (0.3, 1.0, 3.0, 10.0)
-HIGH, LOW = (0.1, 0.3, 1.0, 3.0), (3e-3, 1e-2, 3e-2, 0.1)
+KFAC_HIGH = (0.1, 0.3, 1.0, 3.0, 10.0)
+HIGH, LOW = (0.1, 0.3, 1.0, 3.0, 10.0), (3e-3, 1e-2, 3e-2, 0.1)
+PEER = (1e-3, 3e-3, 0.01, 0.03)
 METHODS = {
     method.name: method
     for method in (
@@ -80,20 +81,31 @@ METHODS = {
         Method("torch SGD, momentum 0.9", "torch", (0.03, 0.1, 0.3, 1.0), {"kind": "SGD", "momentum": 0.9}),
         Method("torch RMSprop", "torch", (1e-3, *LOW[:3]), {"kind": "RMSprop"}),
         Method("torch Adam", "torch", LOW, {"kind": "Adam"}),
-        Method("ASDL K-FAC", "asdl", (3e-3, 0.01, 0.03, 0.1)),
-        Method("ASDL K-FAC, averaged", "asdl", (3e-3, 0.01, 0.03, 0.1), {"ema_decay": 0.05}),
+        Method("ASDL K-FAC", "asdl", PEER),
+        Method("ASDL K-FAC, averaged", "asdl", PEER, {"ema_decay": 0.05}),
         Method("ours, sgd", "ours", HIGH, {"curvature": "sgd"}),
-        Method("ours, sgd, momentum 0.9", "ours", (0.03, 0.1, 0.3, 1.0), {"curvature": "sgd", "momentum": 0.9}),
+        Method("ours, sgd, momentum 0.9", "ours", HIGH[:4], {"curvature": "sgd", "momentum": 0.9}),
         Method("ours, rmsprop", "ours", LOW, {"curvature": "rmsprop"}),
-        Method("ours, adam", "ours", LOW, {"curvature": "adam"}),
+        Method("ours, adam", "ours", (*LOW, 0.3), {"curvature": "adam"}),
         Method("ours, adam, coarse", "ours", LOW, {"curvature": "adam", "gram": "coarse"}),
         Method("ours, kfac", "ours", KFAC_HIGH, {"curvature": "kfac", **KRONECKER}),
         Method("ours, kfac, open", "ours", KFAC_HIGH, {"curvature": "kfac", **KRONECKER, "feedback": "open"}),
         Method("ours, ekfac", "ours", KFAC_HIGH, {"curvature": "ekfac", **KRONECKER}),
-        Method("ours, kfac, feedback off", "ours", (0.003, 0.01, 0.03),
+        Method("ours, kfac, feedback off", "ours", PEER,
                {"curvature": "kfac", **KRONECKER, "feedback": False}),
     )
 }  # fmt: skip
+
+
+PAIRS = {
+    "sgd": ("torch SGD", "ours, sgd"),
+    "sgd, momentum 0.9": ("torch SGD, momentum 0.9", "ours, sgd, momentum 0.9"),
+    "rmsprop": ("torch RMSprop", "ours, rmsprop"),
+    "adam": ("torch Adam", "ours, adam"),
+    "kfac (ASDL's without)": ("ASDL K-FAC", "ours, kfac"),
+    "kfac (ours without)": ("ours, kfac, feedback off", "ours, kfac"),
+}
+"""Without and with feedback, by base method."""
 
 
 def make(method: Method, rate: float, model: nn.Module, example: Tensor) -> Step:
