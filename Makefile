@@ -35,8 +35,13 @@ lint: $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/wheel/installed $(VENV)/wheel/*.whl
 	cd $(VENV)/wheel && MYPYPATH=installed $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p gtddp_compile
 
+# coverage needs packages of its own: its docstring says which. nngeometry would install another torch without --no-deps.
+SECTIONS := step_time gram_fidelity tried cost_model scaling wall_clock
+PAGES := compile_time batch_norm_reading robustness cooperation summary
 bench: $(STAMP)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python -m pip install -q --no-deps asdfghjkl==0.1a5 nngeometry==0.4
+	for script in $(SECTIONS); do $(BIN)/python benchmarks/$$script.py --write || exit 1; done
+	for script in $(PAGES); do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info digits.html

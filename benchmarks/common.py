@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import torch
@@ -32,6 +32,13 @@ def machine(threads: int) -> str:
         f"{processor}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, "
         f"torch {torch.__version__}, Python {platform.python_version()}, {date.today():%d %B %Y}"
     )
+
+
+def measured() -> str:
+    """When something was measured, and of which commit."""
+    git = ["git", "-C", str(DOCS.parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return f"{datetime.now(UTC):%d %B, %H:%M} ({commit})"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from common import (
     keep_heap,
     machine,
     markdown,
+    measured,
     peak,
     reset_peak,
     resident,
@@ -219,7 +220,8 @@ def main(
         key = json.dumps([*case, size, clock, threads])
         if key not in known:
             count = pairs or (min(network.pairs, 30 if network.pairs > 30 else 2) if quick else network.pairs)
-            known[key] = list(row(case, size, count, clock, threads, memory and (case[1] == "sgd" or not quick)))
+            found = row(case, size, count, clock, threads, memory and (case[1] == "sgd" or not quick))
+            known[key] = [*found, measured()]
             RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
             if write:
                 write_table(known, threads, clock)
@@ -230,12 +232,14 @@ def main(
 
 def write_table(known: dict[str, list[str]], threads: int, clock: str) -> None:
     """The section of docs/performance.md."""
+    stamps = sorted({row[-1] for row in known.values()})
     text = (
-        f"{machine(threads)}. Medians of interleaved pairs, {clock} time; quartiles of the pairs' ratios. Both sides "
+        f"{machine(threads)}; `benchmarks/step_time.py`, rows measured from {stamps[0]} to {stamps[-1]}. "
+        f"Medians of interleaved pairs, {clock} time; quartiles of the pairs' ratios. Both sides "
         "with `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` so high that freed memory is kept for the next "
         "step (peak memory without). The aim for peak memory is 1.40 everywhere.\n\n"
     )
-    rows = [(*row[:8], _aim(key), *row[8:]) for key, row in known.items()]
+    rows = [(*row[:8], _aim(key), row[8]) for key, row in known.items()]
     write_section("step time", "## One step\n\n" + text + markdown(HEADER, rows))
 
 

@@ -296,7 +296,7 @@ def diff(
 @demo.command("digits")
 def digits(
     steps: Annotated[int, typer.Option(min=1, help="Steps of batch 8 a run.")] = 1440,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 4,
     out: Annotated[Path, typer.Option("--out", "-o", dir_okay=False, help="The report to write.")] = Path(
         "digits.html"
     ),
