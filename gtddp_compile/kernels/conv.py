@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gtddp_compile.kernels.linear import pieces
+
 CHUNK = 2**22
 """Bound on the elements of an intermediate tensor: what is read again soon stays in the last-level cache."""
 
@@ -57,13 +59,6 @@ def conv_gram_form(samples: int, positions: int, pixels: int, channels: int, ker
     if kernel > 1 and max(pairs, (samples * pixels) ** 2) <= 4 * CHUNK:
         costs["pixels"] = (samples * pixels) ** 2 * channels + pairs * (outputs + ADD * (1 + kernel / 2))
     return min(costs, key=costs.__getitem__)
-
-
-def _conv_pieces(total: int, step: int) -> tuple[slice, ...]:
-    """Pieces of a bounded size. In a graph there is one: a loop would make its sizes constants."""
-    if torch.compiler.is_compiling():
-        return (slice(0, total),)
-    return tuple(slice(start, start + step) for start in range(0, total, step))
 
 
 def _conv_margins(
@@ -132,17 +127,20 @@ def _conv_gradients(
     samples, groups, channels = x.shape[:3]
     outputs, positions = g.shape[2], g[0, 0, 0].numel()
     if x.device.type == "cpu" and _conv_grouped(positions, channels, math.prod(kernel)):
-        # One weight gradient with every sample a group of its own: no patches are unfolded.
+        # One weight gradient with every sample a group of its own, no patches unfolded; torch copies all it reads.
+        parts = pieces(samples, max(1, 2 * CHUNK // (x[0].numel() + g[0].numel())))
+        if len(parts) > 1:
+            return torch.cat([_conv_gradients(x[part], g[part], kernel, stride, dilation) for part in parts])
         count, zeros, only_weight = samples * groups, [0 for _ in kernel], [False, True, False]
         weight = x.new_empty(1).expand(count * outputs, channels, *kernel)
-        gradients: Tensor = torch.ops.aten.convolution_backward(
-            g.reshape(1, count * outputs, *g.shape[3:]), x.reshape(1, count * channels, *x.shape[3:]),
-            weight, None, stride, zeros, dilation, False, zeros, count, only_weight,
-        )[1]  # fmt: skip
-        return gradients.reshape(samples, groups, outputs, -1)
+        flat = (value.reshape(1, -1, *value.shape[3:]) for value in (g, x))
+        found = torch.ops.aten.convolution_backward(
+            *flat, weight, None, stride, zeros, dilation, False, zeros, count, only_weight
+        )
+        return found[1].reshape(samples, groups, outputs, -1)  # type: ignore[no-any-return]
     step = max(1, CHUNK // (groups * channels * math.prod(kernel) * positions))
-    pieces = ((g[rows].flatten(3), x[rows].flatten(1, 2)) for rows in _conv_pieces(samples, step))
-    blocks = [own @ _conv_patches(part, kernel, stride, dilation, groups).mT for own, part in pieces]
+    pairs = ((g[rows].flatten(3), x[rows].flatten(1, 2)) for rows in pieces(samples, step))
+    blocks = [own @ _conv_patches(part, kernel, stride, dilation, groups).mT for own, part in pairs]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
@@ -151,7 +149,7 @@ def _conv_blocks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Per-sample gradients, some input channels at a time: ``(channels, (B, G, m, channels · kernel))``."""
     step = max(1, CHUNK // (g.shape[0] * g.shape[1] * g.shape[2] * math.prod(kernel)))
-    for channels in _conv_pieces(x.shape[2], step):
+    for channels in pieces(x.shape[2], step):
         yield channels, _conv_gradients(x[:, :, channels], g, kernel, stride, dilation)
 
 

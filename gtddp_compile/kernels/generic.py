@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 2**24
+CHUNK = 2**21
 """Bound on the elements of an intermediate tensor, ``γ`` itself excepted."""
 
 

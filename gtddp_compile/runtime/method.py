@@ -1,8 +1,8 @@
 """The base method's side of one step: losses, statistics, metric, update; and how to take it all back.
 
 States, buffers and what the dense backend computes are kept aside until the step is done. A parameter is written where
-it is, so that it is read and written once, and its old value goes to memory that is kept from step to step; a step that
-fails copies it back.
+it is, so that it is read and written once, and its old value goes to memory that small networks keep from step to step;
+a step that fails copies it back.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from gtddp_compile.kernels.kronecker import Layer
 from gtddp_compile.losses import Loss, check
 from gtddp_compile.runtime.precision import Precision, lift
 from gtddp_compile.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
+
+
+KEPT = 2**24
+"""Bytes of old parameters up to which their memory is kept for the next step. More of it would lie idle where a step
+holds most, between its sweeps; by the time it is needed, the second sweep has let go of as much."""
 
 
 class NonFiniteLoss(Exception):
@@ -58,7 +63,7 @@ class BaseMethod(BlockUpdates):
         loss: the per-sample losses.
         first: compare them with the user's own loss (until a step has succeeded).
         terminal: which terminal Hessian.
-        aside: memory for the old values of parameters, by name, kept by the caller from step to step.
+        aside: memory for the old values of parameters, by name, kept by the caller from step to step while it is small.
         spare: memory for new tensors of states and metrics, by name and key, kept likewise.
     """
 
@@ -112,11 +117,13 @@ class BaseMethod(BlockUpdates):
         self._written.clear()
 
     def commit(self, originals: Mapping[str, Tensor]) -> None:
-        """Write those new parameters that are not written yet into the model's own."""
+        """Write those new parameters that are not written yet into the model's own; old values are done with."""
         apart = [name for name in self.states if name not in self._written and self._new[name] is not originals[name]]
         if apart:
             with torch.no_grad():
                 torch._foreach_copy_([originals[name] for name in apart], [self._new[name] for name in apart])
+        if sum(old.nbytes for old in self._aside.values()) > KEPT:
+            self._aside.clear()
 
     def _memory(self, name: str) -> Mapping[str, Tensor]:
         """Tensors like those of the state, and one for a diagonal metric."""
