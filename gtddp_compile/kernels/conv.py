@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.linear import pieces
-
 CHUNK = 2**22
 """Bound on the elements of an intermediate tensor: what is read again soon stays in the last-level cache."""
 
@@ -59,6 +57,13 @@ def conv_gram_form(samples: int, positions: int, pixels: int, channels: int, ker
     if kernel > 1 and max(pairs, (samples * pixels) ** 2) <= 4 * CHUNK:
         costs["pixels"] = (samples * pixels) ** 2 * channels + pairs * (outputs + ADD * (1 + kernel / 2))
     return min(costs, key=costs.__getitem__)
+
+
+def _conv_pieces(total: int, step: int) -> tuple[slice, ...]:
+    """Pieces of a bounded size. In a graph there is one: a loop would make its sizes constants."""
+    if torch.compiler.is_compiling():
+        return (slice(0, total),)
+    return tuple(slice(start, start + step) for start in range(0, total, step))
 
 
 def _conv_margins(
@@ -113,10 +118,8 @@ def _conv_patches(
 
 
 def _conv_grouped(positions: int, channels: int, kernel: int) -> bool:
-    """Whether a grouped convolution beats unfolded patches: their copies weigh more the smaller the products are.
-
-    Measured for 1 to 128 channels and 16 to 1024 positions (benchmarks/tried.py has two of them).
-    """
+    """Whether a grouped convolution beats unfolded patches: their copies weigh more the smaller the products are
+    (measured for 1 to 128 channels and 16 to 1024 positions; two are in benchmarks/tried.py)."""
     return kernel > 1 and channels >= BLOCK and (positions >= GROUPED or 16 * positions >= channels**2)
 
 
@@ -128,19 +131,19 @@ def _conv_gradients(
     outputs, positions = g.shape[2], g[0, 0, 0].numel()
     if x.device.type == "cpu" and _conv_grouped(positions, channels, math.prod(kernel)):
         # One weight gradient with every sample a group of its own, no patches unfolded; torch copies all it reads.
-        parts = pieces(samples, max(1, 2 * CHUNK // (x[0].numel() + g[0].numel())))
-        if len(parts) > 1:
-            return torch.cat([_conv_gradients(x[part], g[part], kernel, stride, dilation) for part in parts])
-        count, zeros, only_weight = samples * groups, [0 for _ in kernel], [False, True, False]
+        pieces = _conv_pieces(samples, max(1, 2 * CHUNK // (x[0].numel() + g[0].numel())))
+        if len(pieces) > 1:
+            return torch.cat([_conv_gradients(x[rows], g[rows], kernel, stride, dilation) for rows in pieces])
+        count, zeros = samples * groups, [0 for _ in kernel]
         weight = x.new_empty(1).expand(count * outputs, channels, *kernel)
-        flat = (value.reshape(1, -1, *value.shape[3:]) for value in (g, x))
-        found = torch.ops.aten.convolution_backward(
-            *flat, weight, None, stride, zeros, dilation, False, zeros, count, only_weight
-        )
-        return found[1].reshape(samples, groups, outputs, -1)  # type: ignore[no-any-return]
+        own, part = (value.reshape(1, -1, *value.shape[3:]) for value in (g, x))
+        gradients: Tensor = torch.ops.aten.convolution_backward(
+            own, part, weight, None, stride, zeros, dilation, False, zeros, count, [False, True, False]
+        )[1]
+        return gradients.reshape(samples, groups, outputs, -1)
     step = max(1, CHUNK // (groups * channels * math.prod(kernel) * positions))
-    pairs = ((g[rows].flatten(3), x[rows].flatten(1, 2)) for rows in pieces(samples, step))
-    blocks = [own @ _conv_patches(part, kernel, stride, dilation, groups).mT for own, part in pairs]
+    parts = ((g[rows].flatten(3), x[rows].flatten(1, 2)) for rows in _conv_pieces(samples, step))
+    blocks = [own @ _conv_patches(part, kernel, stride, dilation, groups).mT for own, part in parts]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
@@ -149,7 +152,7 @@ def _conv_blocks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Per-sample gradients, some input channels at a time: ``(channels, (B, G, m, channels · kernel))``."""
     step = max(1, CHUNK // (g.shape[0] * g.shape[1] * g.shape[2] * math.prod(kernel)))
-    for channels in pieces(x.shape[2], step):
+    for channels in _conv_pieces(x.shape[2], step):
         yield channels, _conv_gradients(x[:, :, channels], g, kernel, stride, dilation)
 
 
@@ -309,10 +312,10 @@ def conv_gram(
                 flat = (block if spherical else block * scale).flatten(1)
                 _conv_add_gram(gram, flat)
             gram = gram * weight if spherical else gram
-    if wants[1]:
-        bias = _conv_samples(g.flatten(2).sum(2), samples) * metric[-1] ** 0.5
-        gram = gram + bias @ bias.mT
-    return gram
+    if not wants[1]:
+        return gram
+    bias = _conv_samples(g.flatten(2).sum(2), samples) * metric[-1] ** 0.5
+    return gram + bias @ bias.mT
 
 
 def conv_gram_diagonal(
@@ -333,12 +336,11 @@ def conv_gram_diagonal(
     x, g = _conv_images(operands, g, params)
     if wants[0]:
         weight, kernel = metric[0], tuple(params[0].shape[2:])
+        spherical = not isinstance(weight, Tensor) or weight.dim() == 0
         x = _conv_groups(_conv_padded(x, _conv_margins(kernel, padding, dilation)), groups)
-        rows = _conv_groups(g, groups)
-        for channels, gradients in _conv_blocks(x, rows, kernel, stride, dilation):
+        for channels, gradients in _conv_blocks(x, _conv_groups(g, groups), kernel, stride, dilation):
             block = _conv_samples(gradients, samples)
-            diagonal_metric = isinstance(weight, Tensor) and weight.dim() > 0
-            scale = _conv_metric(weight, channels, groups) if diagonal_metric else weight  # type: ignore[arg-type]
+            scale = weight if spherical else _conv_metric(weight, channels, groups)  # type: ignore[arg-type]
             diagonal = diagonal + (block.square() * scale).flatten(1).sum(1)
     if wants[1]:
         diagonal = diagonal + (_conv_samples(g.flatten(2).sum(2), samples).square() * metric[-1]).sum(1)

@@ -25,7 +25,6 @@ from gtddp_compile.losses import Loss, check
 from gtddp_compile.runtime.precision import Precision, lift
 from gtddp_compile.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 
-
 KEPT = 2**24
 """Bytes of old parameters up to which their memory is kept for the next step. More of it would lie idle where a step
 holds most, between its sweeps; by the time it is needed, the second sweep has let go of as much."""
