@@ -118,8 +118,7 @@ def _conv_patches(
 
 
 def _conv_grouped(positions: int, channels: int, kernel: int) -> bool:
-    """Whether a grouped convolution beats unfolded patches: their copies weigh more the smaller the products are
-    (measured for 1 to 128 channels and 16 to 1024 positions; two are in benchmarks/tried.py)."""
+    """Whether a grouped convolution beats unfolded patches (measured: benchmarks/tried.py), whose copies weigh most."""
     return kernel > 1 and channels >= BLOCK and (positions >= GROUPED or 16 * positions >= channels**2)
 
 
