@@ -43,12 +43,10 @@ def compile_optimizer(
 
     Args:
         model: any traceable module; it is not changed.
-        example_inputs: a tensor or a tuple of them, batch on the leading axis; without it the program is specialised
-        at the
-            first step.
-        loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)`` returning
-        one loss
-            a sample, shape (B,).
+        example_inputs: a tensor or a tuple of them, batch on the leading axis; without it the program is
+            specialised at the first step.
+        loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)``
+            returning one loss a sample, shape (B,).
         curvature: ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"adamw"``, ``"kfac"``, ``"ekfac"`` with
             its options as further keywords (``lr``, ``weight_decay``, …: torch.optim's names and defaults), or an
             object such as ``RMSprop(lr=1e-3)``.
@@ -68,8 +66,7 @@ def compile_optimizer(
             ``"geometric"`` with recursion ``"levenberg"``, ``"gradient"`` with the paper's own.
         backend: ``"fast"`` (generated code) or ``"dense"`` (explicit matrices, small networks: the reference).
         mixing: how the dense backend reads operations that mix samples (theory: 4e): ``"block"``, as the fast one
-        does, or
-            ``"exact"``.
+            does, or ``"exact"``.
         cooperative: whether coalitions use the cross terms of a curvature that has them (``"kfac"``, ``"ekfac"``:
             Theorem 3, Corollary 7). By default they do, except with ``feedback=False``, which is exactly the base
             method; True there too: the cooperative base method without feedback.

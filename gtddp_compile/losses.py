@@ -125,14 +125,13 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
     return Loss(name, "sum" if loss.reduction == "sum" else "mean", _Elements(loss, name), loss)
 
 
-def check(loss: Loss, outputs: Any, targets: Any, *, value: bool = True) -> None:
-    """Outputs and targets fit the loss and each other; with ``value`` also ``φ`` against the user's own loss.
+def check(loss: Loss, outputs: Any, targets: Any) -> None:
+    """Outputs and targets fit the loss and each other, and ``φ`` the user's own loss: asked at the first step.
 
     Args:
         loss: from :func:`split`.
         outputs: of the model.
         targets: of the user.
-        value: evaluate the loss, as at the first step; otherwise look at the inputs only.
 
     Raises:
         CompileError: empty batch; outputs and targets of different batch size; a class target out of range;
@@ -142,14 +141,12 @@ def check(loss: Loss, outputs: Any, targets: Any, *, value: bool = True) -> None
     if loss.module is None:
         if any(leaf.dim() and not leaf.shape[0] for leaf in _tensors(outputs)):
             raise CompileError("the batch is empty", "Leave empty batches out")
-        if value:
-            loss.per_sample(outputs, targets)
+        loss.per_sample(outputs, targets)
         return
     main = _check_shapes(loss, outputs, targets)
     if is_kind(loss.module, *_CLASS_TARGETS) and targets.shape != main.shape:
         _check_classes(loss, main, targets, getattr(loss.module, "ignore_index", None))
-    if value:
-        _check_value(loss, loss.module, outputs, targets)
+    _check_value(loss, loss.module, outputs, targets)
 
 
 def _check_value(loss: Loss, module: nn.Module, outputs: Any, targets: Any) -> None:

@@ -37,8 +37,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
     Unlike other torch optimizers it runs the forward and backward passes itself: ``loss = opt.step(inputs, targets)``.
     Everything else is as usual: ``param_groups`` (one for every module that owns trained parameters, with its
-    ``name``),
-    ``state_dict``, learning-rate schedulers, hooks, pickling.
+    ``name``), ``state_dict``, learning-rate schedulers, hooks, pickling.
 
     The program is specialised on what shapes the computation: which modules are in training mode, which parameters
     are trained. When one of these changes, the next step compiles again; the base method's state is kept.

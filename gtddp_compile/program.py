@@ -38,8 +38,7 @@ class UpdateProgram:
     """The optimizer that was derived for one architecture (immutable).
 
     ``str()`` shows the instructions stage by stage, ``code`` the Python that runs, :meth:`derivation` the mathematics
-    it
-    was lowered from, :meth:`cost` what each player costs and in which form.
+    it was lowered from, :meth:`cost` what each player costs and in which form.
     """
 
     graph: ControlGraph

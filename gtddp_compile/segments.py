@@ -24,10 +24,6 @@ class Segments:
     kept: int
     peak: int
 
-    def of(self, stage: int) -> int:
-        """Index of the segment that a stage is in."""
-        return sum(start <= stage for start in self.starts) - 1
-
 
 def choose_segments(graph: ControlGraph, *, gradients: bool) -> Segments:
     """The segments with the least peak, by the bytes of the traced shapes.

@@ -5,10 +5,10 @@ parameters, buffers and literals, without side effects but those of a training b
 order, nothing dead, every value named after the module that computes it, with its shape for the example inputs and
 where its samples lie.
 
-torch.fx comes first, then torch.export, then torch.export functionalised; then the model is run as it is. A recording
-is not trusted: it is run beside the model on the example inputs, and outputs and parameter gradients must agree. What
-torch.fx gets wrong without saying so (values read into Python while it traces) is found here and left to the next front
-end.
+The front ends of :data:`FRONT_ENDS` are asked in order: torch.fx, torch.export, torch.export functionalised, the model
+run as it is with every torch function noted, torch.export beside the example values. A recording is not trusted: it is
+run beside the model on the example inputs, and outputs and parameter gradients must agree. What torch.fx gets wrong
+without saying so (values read into Python while it traces) is found here and left to the next front end.
 """
 
 from __future__ import annotations
@@ -40,14 +40,12 @@ from gtddp_compile.frontends.masks import masks_apart
 from gtddp_compile.frontends.reference import agrees, observe, run
 from gtddp_compile.frontends.samples import find_layouts
 from gtddp_compile.frontends.traced import argument_names, parameter_infos, untouched
-from gtddp_compile.graph import BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
+from gtddp_compile.graph import DETACHED, GUARD, BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
 FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_followed, trace_values)
-DETACHED = "detach"
 ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range"})
 DECISION = "_assert_scalar"
-GUARD = "guard"
 READS = frozenset({"item", "_local_scalar_dense"})
 """Kinds that make a number of a tensor's value."""
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")

@@ -16,9 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import Op, OpGraph, Player, PlayerGraph
-
-STOPS = frozenset({"detach"})
+from gtddp_compile.graph import DETACHED, Op, OpGraph, Player, PlayerGraph
 
 Reads = dict[str, tuple[str, ...]]
 """Trained parameters by operation."""
@@ -29,7 +27,7 @@ Reads = dict[str, tuple[str, ...]]
 
 def carries_gradient(op: Op) -> bool:
     """Whether gradients can pass through the operation: not a size, an index, or a detached value."""
-    return op.kind not in STOPS and (op.is_differentiable or not (op.is_tensor or op.is_size))
+    return op.kind != DETACHED and (op.is_differentiable or not (op.is_tensor or op.is_size))
 
 
 def reaches_output(graph: OpGraph) -> frozenset[str]:

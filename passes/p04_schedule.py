@@ -24,9 +24,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import Player, PlayerGraph, Schedule, ShortcutGraph
-
-PROLOGUE = -1
+from gtddp_compile.graph import PROLOGUE, Player, PlayerGraph, Schedule, ShortcutGraph
 
 Stages = dict[str, int]
 """Stage by player name."""

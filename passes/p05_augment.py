@@ -22,10 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import ControlGraph, Op, OpGraph, Player, PlayerGraph, Schedule, Stage, Value
+from gtddp_compile.graph import PROLOGUE, ControlGraph, Op, OpGraph, Player, PlayerGraph, Schedule, Stage, Value
 from gtddp_compile.passes.p03_shortcuts import carriers
-
-PROLOGUE = -1
 
 
 @dataclass(frozen=True)

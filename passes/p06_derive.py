@@ -1,11 +1,9 @@
 """Derive: every gain and value recursion of a stage, by sympy, once per stage pattern.
 
 Takes the control graph; guarantees a :class:`StageDerivation` for every stage. Nothing here knows a residual network:
-the
-augmented dynamics' block Jacobians are read off the graph (which blocks are zero or identity *by construction*), and
-Eq. 5, 6 and 25 are applied to them as block matrices. The residual gain ``G`` (Eq. 9), its recursions (Eq. 10), the
-fork
-(Eq. 11, 12) and Eq. 26-31 are what comes out.
+the augmented dynamics' block Jacobians are read off the graph (which blocks are zero or identity *by construction*),
+and Eq. 5, 6 and 25 are applied to them as block matrices. The residual gain ``G`` (Eq. 9), its recursions (Eq. 10),
+the fork (Eq. 11, 12) and Eq. 26-31 are what comes out.
 
 Departure from the paper: bundles. Values of the same role at a stage (all that wait, say) are one block symbol, so that
 a DenseNet stage with 40 waiting values has the pattern, and the derivation, of a residual stage.
@@ -179,10 +177,9 @@ def derive_pattern(
     """Eq. 5, 6 and 25 applied to a stage's block Jacobians.
 
     ``recursion`` decides ``Q_uu``: ``f_uᵀ V_xx f_u + M`` ("levenberg"), or ``M`` alone (Table 1 read literally), and,
-    for
-    "printed", the sign with which ``Q_xu Q_uu⁻¹ Q_ux`` enters the value Hessian (Eq. 21-23 print a plus). ``coupled``
-    are the pairs of controls that ``M`` itself couples (Theorem 3); Eq. 23 as printed then has each player's own
-    curvature, ``N_p``, in the value Hessian.
+    for "printed", the sign with which ``Q_xu Q_uu⁻¹ Q_ux`` enters the value Hessian (Eq. 21-23 print a plus).
+    ``coupled`` are the pairs of controls that ``M`` itself couples (Theorem 3); Eq. 23 as printed then has each
+    player's own curvature, ``N_p``, in the value Hessian.
     """
     size = {name: Symbol(f"n_{name}", integer=True, positive=True) for name in pattern.inputs}
     size_after = {name: Symbol(f"n'_{name}", integer=True, positive=True) for name in pattern.outputs}
@@ -216,10 +213,10 @@ def derive_pattern(
     q_uu = {}
     for a, p in enumerate(us):
         for b, q in enumerate(us):
-            own = curvature.get((p, q), ZeroMatrix(dimension[p], dimension[q]))
-            coupled = raw_q_uu[a][b] if recursion == "levenberg" else ZeroMatrix(dimension[p], dimension[q])
+            metric = curvature.get((p, q), ZeroMatrix(dimension[p], dimension[q]))
+            through = raw_q_uu[a][b] if recursion == "levenberg" else ZeroMatrix(dimension[p], dimension[q])
             kind = SymmetricSymbol if p == q else MatrixSymbol
-            q_uu[p, q] = Equation(kind(f"Q_{p}{q}", dimension[p], dimension[q]), (coupled + own).doit(), "5, 27c")
+            q_uu[p, q] = Equation(kind(f"Q_{p}{q}", dimension[p], dimension[q]), (through + metric).doit(), "5, 27c")
     q_ux = {
         (p, i): Equation(MatrixSymbol(f"Q_{p}{i}", dimension[p], size[i]), raw_q_ux[a][b], "5, 27d")
         for a, p in enumerate(us)
@@ -233,7 +230,7 @@ def derive_pattern(
     joint_u, joint_uu, joint_ux = _joint(pattern, q_u, q_uu, q_ux, size)
     k, gains = _gains(pattern, joint_u, joint_uu, joint_ux)
     new_x, new_xx = _recursion(pattern, recursion, q_x, q_xx, joint_ux, joint_uu, k, gains)
-    own = {}
+    own: dict[str, MatrixExpr] = {}
     if recursion == "printed" and coupled:
         own = {p: SymmetricSymbol(f"N_{p}", dimension[p], dimension[p]) for p in us}
         new_xx = _printed_coalition(new_xx, q_xx, q_ux, own)

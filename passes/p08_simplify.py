@@ -5,8 +5,7 @@ Takes the derivations and the collapsed form; guarantees a :class:`Plan` in whic
 * values that no player has moved (inputs, what is computed from them alone) have ``δ = 0``: no gradient, no gain. The
   first stage's feedback gain is dead for this reason;
 * zero and identity blocks are not multiplied out: a waiting value's gradient and contraction are carried, so the cost
-  of
-  ``c`` is linear in the (value, reader) pairs instead of in the stages a value crosses;
+  of ``c`` is linear in the (value, reader) pairs instead of in the stages a value crosses;
 * a stage whose new values nobody compares with the old ones is not run again (always the last one);
 * ``α`` is computed only where statistics or the form ask for it;
 * with ``ℓ_u = 0`` the drift ``s`` is zero and ``y`` stays the ones.

@@ -24,7 +24,7 @@ from gtddp_compile.columns import environment, sample_matrices, shrink, split, t
 from gtddp_compile.errors import CompileError
 from gtddp_compile.forget import let_go
 from gtddp_compile.formulas import print_formula
-from gtddp_compile.graph import LEADING, BufferRef, ControlGraph, Ref
+from gtddp_compile.graph import GUARD, LEADING, BufferRef, ControlGraph, Ref
 from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, Var
 from gtddp_compile.passes.p08_simplify import segments
 from gtddp_compile.plan import Contraction, Plan, StagePlan
@@ -98,7 +98,7 @@ def check_update(plan: Plan) -> None:
 def _stage_functions(b: Builder) -> tuple[StageFunction, ...]:
     graph = b.graph
     # Sizes of parameter expressions are read before the stage at which those are decided on.
-    inner = tuple(n for n in graph.with_expressions(graph.prologue) if graph.op(n).kind not in ("input", "guard"))
+    inner = tuple(n for n in graph.with_expressions(graph.prologue) if graph.op(n).kind not in ("input", GUARD))
     named: list[tuple[str, int, tuple[str, ...], tuple[str, ...]]] = [("prologue", -1, inner, ())] if inner else []
     for stage in graph.stages:
         ordered = graph.with_expressions(stage.ops)
@@ -111,7 +111,7 @@ def _stage_functions(b: Builder) -> tuple[StageFunction, ...]:
 def _read_outside(graph: ControlGraph, ops: tuple[str, ...]) -> tuple[str, ...]:
     inside = set(ops)
     return tuple(
-        dict.fromkeys(o for op in ops if graph.op(op).kind != "guard" for o in graph.op(op).operands if o not in inside)
+        dict.fromkeys(o for op in ops if graph.op(op).kind != GUARD for o in graph.op(op).operands if o not in inside)
     )
 
 
@@ -124,7 +124,7 @@ def _function(
     """
     graph = b.graph
     inputs = _read_outside(graph, ops)
-    ops = tuple(op for op in ops if graph.op(op).kind != "guard")
+    ops = tuple(op for op in ops if graph.op(op).kind != GUARD)
     inside = set(ops)
     outputs = b.outputs
     returns = [

@@ -7,7 +7,7 @@ import torch
 from sympy import Identity, Inverse, MatrixExpr, MatrixSymbol, Symbol
 from torch import nn
 
-from gtddp_compile.algebra.derivation import StageDerivation
+from gtddp_compile.algebra.derivation import StageDerivation, equation_text
 from gtddp_compile.algebra.symbols import is_equal
 from gtddp_compile.compiler import build_graph
 from gtddp_compile.options import Options
@@ -176,6 +176,17 @@ def test_collapse_is_proved_on_every_pattern(recursion: str) -> None:
     form = collapse(derived, "full" if recursion == "levenberg" else "block")
     assert all(is_equal(c.left, c.right) for c in form.claims if "W" not in c.statement and "Q_uu" not in c.statement)
     assert not is_equal(form.claims[0].left, 2 * form.claims[0].right)
+
+
+def test_printed_recursion_of_one_player() -> None:
+    """Eq. 21-23's plus with the one ``Q_uu`` there is (``K = -Q_uu⁻¹ Q_ux``). The own curvatures of Eq. 23 are for
+    players that the metric couples.
+    """
+    graph = build_graph(Residual(2), (torch.zeros(2, 3),), Options(coupling="block", recursion="printed"))
+    stages = [stage.derivation for stage in derive(graph, "printed").stages]
+    assert not any(d.own for d in stages)
+    last = stages[-1].new_value_xx["x", "x"]
+    assert (equation_text(last), last.source) == ("V_xx = Q_xx - Q_ux.T*K", "21-23, sign as printed")
 
 
 class Dense(nn.Module):

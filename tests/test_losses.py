@@ -352,13 +352,6 @@ def test_refused_at_the_first_step(loss: Any, outputs: Any, targets: Any, messag
         check(split(loss), outputs, targets)
 
 
-def test_inputs_are_checked_without_the_value() -> None:
-    loss = split(nn.CrossEntropyLoss())
-    check(split(Stubborn()), real(B, C), real(B, C), value=False)
-    with pytest.raises(CompileError, match="class target 4"):
-        check(loss, real(B, C), torch.full((B,), 4), value=False)
-
-
 @pytest.mark.parametrize(("build", "data"), CASES[::5])
 def test_traces_under_torch_compile(build: Build, data: Callable[[], Data]) -> None:
     outputs, targets, _ = drawn(data)

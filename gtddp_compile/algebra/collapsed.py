@@ -66,8 +66,8 @@ class CollapsedForm:
 
     Attributes:
         name: ``"information"`` (theory: 4a, full batch coupling and groups), ``"block"`` (per-sample coupling,
-        Levenberg
-            stage Hessian), ``"substituted"`` and ``"printed"`` (4b, the paper's own), ``"base"`` (feedback off).
+            Levenberg stage Hessian), ``"substituted"`` and ``"printed"`` (4b, the paper's own), ``"base"`` (feedback
+            off).
         backward: equations of the backward sweep, in order, by the name of what they define.
         forward: equations of the forward sweep.
         factored: whether the columns are pulled-back factors (``V_x = A + G α``) instead of gradients (``V_x = G α``).

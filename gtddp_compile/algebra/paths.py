@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gtddp_compile.algebra.pattern import DENSE, IDENTITY, Entry
-from gtddp_compile.graph import ControlGraph, Op, ParamRef, Ref, Stage
+from gtddp_compile.graph import DETACHED, ControlGraph, Op, ParamRef, Ref, Stage
 
 ALIASES = frozenset(
     {"identity", "flatten", "reshape", "view", "unsqueeze", "squeeze", "contiguous", "clone"} | {"time_first"}
 )
-NO_GRADIENT = frozenset({"detach"})
 CONTROL = "player:"
 
 Sources = dict[str, Entry]
@@ -38,7 +37,7 @@ def stage_entries(graph: ControlGraph, stage: Stage, live_after: tuple[str, ...]
     for name in stage.ops:
         op = graph.op(name)
         carries = op.is_differentiable if op.is_tensor else not op.is_size
-        if carries and op.kind not in NO_GRADIENT:
+        if carries and op.kind != DETACHED:
             found[name] = _through(graph, op, found)
             for player in (*graph.player_using.get(name, ()), *graph.expressions.get(name, ())):
                 here = player.name in stage.players

@@ -5,8 +5,7 @@ new state and leave the old one as it was, so that a failed step changes nothing
 torch.optim keys them (``"exp_avg"``, ``"square_avg"``, ``"momentum_buffer"``, ``"step"``).
 
 With ``g_stat = Q_u = γᵀ α_{t+1} + ℓ_u`` (what statistics are taken from) and ``ĝ = γᵀ w + ℓ_u`` (what takes the
-gradient's
-place in the update), the three calls of one step are, for each parameter::
+gradient's place in the update), the three calls of one step are, for each parameter::
 
     state  = c.observe(param, g_stat, state, group)          # second moments, step count
     m_inv  = c.inverse_metric(param, state, group)           # M⁻¹ = η / D, learning rate included

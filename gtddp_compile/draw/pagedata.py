@@ -61,8 +61,7 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
     Returns:
         ``lines`` of text, by number; ``ops``: name, hover text (numbers of lines), stage and innermost block of every
         operation; ``stages``: hover text, cut and note of every stage; ``layouts``; ``blocks``, the network itself
-        first; ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what
-        a line's colour means.
+        first; ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means.
 
     Raises:
         CompileError: the layout engine is not installed, or it failed.

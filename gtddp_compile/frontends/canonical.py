@@ -1,8 +1,7 @@
 """One name and one function for every operation, whichever way it was written.
 
 ``x.relu_()``, ``F.relu(x, inplace=True)``, ``torch.relu(x)`` and ``aten.relu_`` are the kind ``"relu"``; the in-place
-ones
-are marked as such and replaced by their out-of-place twins.
+ones are marked as such and replaced by their out-of-place twins.
 """
 
 from __future__ import annotations

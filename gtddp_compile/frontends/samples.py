@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gtddp_compile import kernels
 from gtddp_compile.frontends.reference import SEED, evaluate, leaves
 from gtddp_compile.frontends.traced import Untraceable
-from gtddp_compile.graph import Method, Op, OpGraph, ParamRef, Ref
+from gtddp_compile.graph import GUARD, Method, Op, OpGraph, ParamRef, Ref
 from gtddp_compile.graph.layouts import LEADING, Layout, candidates
 
 REORDERING = frozenset(
@@ -39,8 +39,6 @@ ROUNDING = 1000
 
 REPEATS, COPIES = 2, 3
 """How often a sample is changed, and of how many samples one is made if there is no other."""
-
-GUARD = "guard"
 
 STEPS = 6
 """How far indices are followed back."""

@@ -1,6 +1,7 @@
 """Immutable data structures: the normal form and the control graph. They know no passes."""
 
 from gtddp_compile.graph.control import (
+    PROLOGUE,
     ControlGraph,
     Player,
     PlayerGraph,
@@ -13,6 +14,8 @@ from gtddp_compile.graph.control import (
 )
 from gtddp_compile.graph.layouts import LEADING, Layout
 from gtddp_compile.graph.ops import (
+    DETACHED,
+    GUARD,
     BufferRef,
     Leaf,
     Method,
@@ -26,7 +29,10 @@ from gtddp_compile.graph.ops import (
 )
 
 __all__ = [
+    "DETACHED",
+    "GUARD",
     "LEADING",
+    "PROLOGUE",
     "BufferRef",
     "ControlGraph",
     "Layout",

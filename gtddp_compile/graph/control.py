@@ -22,6 +22,8 @@ from gtddp_compile.graph.ops import Op, OpGraph
 
 ShortcutKind = Literal["identity", "parametric", "parameter_free"]
 UNSCHEDULED = -1
+PROLOGUE = -1
+"""Stage of what runs before the first player: constant through the step."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,14 @@ class Stage:
     merges: tuple[str, ...] = ()
 
 
+def _players_by(pairs: Iterable[tuple[Player, tuple[str, ...]]]) -> dict[str, tuple[Player, ...]]:
+    """Players by each of the operations that are named beside them."""
+    found: dict[str, tuple[Player, ...]] = {}
+    for player, names in pairs:
+        found.update((name, (*found.get(name, ()), player)) for name in names)
+    return found
+
+
 @dataclass(frozen=True)
 class PlayerGraph:
     """The normal form with its players found; ``unused`` names trainable parameters without a path to the output."""
@@ -127,18 +137,9 @@ class PlayerGraph:
     unused: tuple[str, ...] = ()
 
     @cached_property
-    def player_at(self) -> dict[str, Player]:
-        """The player that decides at an operation, by the operation's name."""
-        return {player.op: player for player in self.players}
-
-    @cached_property
     def player_using(self) -> dict[str, tuple[Player, ...]]:
         """Players whose parameters an operation reads (first or later use), by the operation's name."""
-        found: dict[str, list[Player]] = {}
-        for player in self.players:
-            for use in player.uses:
-                found.setdefault(use, []).append(player)
-        return {name: tuple(players) for name, players in found.items()}
+        return _players_by((player, player.uses) for player in self.players)
 
 
 @dataclass(frozen=True)
@@ -189,20 +190,12 @@ class ControlGraph:
     @cached_property
     def player_using(self) -> dict[str, tuple[Player, ...]]:
         """Players whose parameters an operation reads, at first or again, by the operation's name."""
-        found: dict[str, list[Player]] = {}
-        for player in self.players:
-            for use in player.uses:
-                found.setdefault(use, []).append(player)
-        return {name: tuple(players) for name, players in found.items()}
+        return _players_by((player, player.uses) for player in self.players)
 
     @cached_property
     def expressions(self) -> dict[str, tuple[Player, ...]]:
         """Operations computed from parameters alone, with the players whose parameters they read."""
-        found: dict[str, list[Player]] = {}
-        for player in self.players:
-            for name in player.expressions:
-                found.setdefault(name, []).append(player)
-        return {name: tuple(players) for name, players in found.items()}
+        return _players_by((player, player.expressions) for player in self.players)
 
     def uses_in(self, ops: Iterable[str]) -> tuple[str, ...]:
         """Those of the operations that read trained parameters, in order."""

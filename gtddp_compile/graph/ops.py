@@ -41,9 +41,13 @@ class BufferRef:
 
 Leaf = Ref | ParamRef | BufferRef
 
+GUARD = "guard"
+"""Kind of a decision on values along which the model was recorded."""
+DETACHED = "detach"
+"""Kind at which gradients stop."""
 SIZES = frozenset(
     {"size", "shape", "stride", "dim", "ndim", "ndimension", "numel", "nelement", "len", "getattr"}
-    | {"device", "dtype", "item", "tolist", "int", "float", "bool", "guard"}
+    | {"device", "dtype", "item", "tolist", "int", "float", "bool", GUARD}
 )
 """Kinds whose value is a size, a number or a description, unless it is a tensor."""
 LIKES = frozenset(f"{word}_like" for word in ("empty", "zeros", "ones", "full", "rand", "randn", "randint"))
@@ -183,7 +187,7 @@ class OpGraph:
     @cached_property
     def guards(self) -> tuple[Op, ...]:
         """Decisions on values along whose outcome the model was recorded, each checked at every step."""
-        return tuple(op for op in self.ops if op.kind == "guard")
+        return tuple(op for op in self.ops if op.kind == GUARD)
 
     @cached_property
     def position(self) -> dict[str, int]:

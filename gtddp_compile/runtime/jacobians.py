@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.graph import BufferRef, ControlGraph, Leaf, ParamRef, Player, map_leaves
+from gtddp_compile.graph import GUARD, BufferRef, ControlGraph, Leaf, ParamRef, Player, map_leaves
 from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.passes.p06_derive import cut_after
 from gtddp_compile.runtime.method import BaseMethod
@@ -152,7 +152,7 @@ class Trajectory:
     ) -> None:
         """Evaluate a stage in place; ``shift`` is added to the outputs of the named operations."""
         for name in self._ops(stage):
-            if self.graph.op(name).kind == "guard" and values is not self.values:
+            if self.graph.op(name).kind == GUARD and values is not self.values:
                 continue  # the model decides on the trajectory
             value = evaluate_op(self.graph, name, values, p, b)
             values[name] = value + self.as_it_lies(name, shift[name]) if shift and name in shift else value
