@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gtddp_compile.builder import Builder
-from gtddp_compile.costs import choose_gram
+from gtddp_compile.costs import choose_gram, observes
 from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
 from gtddp_compile.responses import inputs_gram
@@ -110,6 +110,26 @@ def gram(b: Builder, t: int, player: Player, metric: str) -> str:
     b.emit("backward", t, (f"*{result}",), "joint_gram", Var(per_sample(b, t, player)), Var(metric), Var(b.rows),
            note="gamma M^-1 gamma^T")  # fmt: skip
     return result
+
+
+def observed_gram(b: Builder, t: int, player: Player) -> str | None:
+    """Statistics and ``Γ`` of one player from the same per-sample gradients, where that is cheaper."""
+    if not joins(b, player):
+        return None
+    (use,), result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
+    functions = [Function(b.kernel(use, name)) for name in ("weighted", "gram", "pieces")]
+    b.emit("backward", t, (f"*{result}",), "m.observe_gram", use.names, *functions, operands(b, use),
+           Var(b.g_output(use.op)), Var(f"alpha_{t + 1}"), params(b, use), use.wants, Var(b.rows),
+           note="Q_u, M^-1, gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
+    return result
+
+
+def joins(b: Builder, player: Player) -> bool:
+    """Whether :func:`observed_gram` makes a player's ``Γ``."""
+    uses, plan = b.uses(player.name), b.plan
+    if plan.form.name != "information" or b.factored or plan.decay:
+        return False
+    return len(uses) == 1 and uses[0].names == player.parameters and observes(plan, uses[0])
 
 
 def separated_groups(b: Builder, player: Player) -> int | None:

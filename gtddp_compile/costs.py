@@ -60,6 +60,18 @@ def choose_gram(plan: Plan, use: Use) -> GramChoice:
     return layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0])
 
 
+def observes(plan: Plan, use: Use) -> bool:
+    """Whether a layer's per-sample gradients, which an exact ``Γ`` under a diagonal metric is made of, give its
+    statistics too: where they are cheaper to make than twice the weighted gradient, that is, where they are summed
+    over positions.
+    """
+    layer = _layer(plan.graph, use)
+    if layer is None or layer.positions == 1 or not use.rule.pieces or not use.wants[0] or plan.metric != "diagonal":
+        return False
+    choice = choose_gram(plan, use)
+    return choice.form == "per-sample" and choice.approximate == "exact" and not choice.kept
+
+
 def separates(plan: Plan, use: Use) -> bool:
     """Whether a layer's metric that is diagonal in its own basis (EK-FAC) is separated there."""
     layer = _layer(plan.graph, use)

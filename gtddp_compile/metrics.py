@@ -13,6 +13,8 @@ from gtddp_compile.builder import Builder
 from gtddp_compile.calls import (
     gram,
     gram_diagonal,
+    joins,
+    observed_gram,
     operands,
     output_gradient,
     params,
@@ -72,6 +74,8 @@ def base_update(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
 
 def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str]) -> Observed:
     """Statistics (``opens``: ``Q_u`` of each player, where it is known) and the metric."""
+    if block.kind == "parameters" and joins(b, block.players[0]):  # with its Γ
+        return Observed(block, "", (), "")
     layers = _statistics(b, t, block, alpha, opens)
     coordinates = _kept(b, t, block, alpha) if _coordinates(b, block) else ""
     metric = _metric(b, block)
@@ -103,7 +107,8 @@ def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
 def block_gram(b: Builder, t: int, found: Observed) -> str:
     """``Γ`` of a block."""
     if not found.of_players:
-        return gram(b, t, found.block.players[0], found.metric)
+        (player,) = found.block.players
+        return observed_gram(b, t, player) or gram(b, t, player, found.metric)
     result = f"gamma_{t}_{_identity(b, found.block)}"
     uses = [use for player in found.block.players for use in b.uses(player.name)]
     separable = not b.factored and found.block.kind != "exact" and any(separates(b.plan, use) for use in uses)

@@ -203,7 +203,9 @@ class UpdateProgram:
         return rendered(table)
 
     def _remarks(self, player: Player, uses: tuple[Use, ...]) -> tuple[str, ...]:
-        return _notes(player, uses), self._pulled(player), self._metric(player), self._responds(uses)
+        responds = self._called("m.respond", uses, "new output from X X^T")
+        joined = self._called("m.observe_gram", uses, "statistics from the same gamma")
+        return _notes(player, uses), self._pulled(player), self._metric(player), responds, joined
 
     def _metric(self, player: Player) -> str:
         """Which block of a Kronecker-factored curvature the player is in."""
@@ -213,10 +215,10 @@ class UpdateProgram:
         together = ", ".join(other.name for other in block.players if other != player)
         return f"{block.kind} metric" + (f" with {together} ({block.why})" if together else "")
 
-    def _responds(self, uses: tuple[Use, ...]) -> str:
-        """Whether the layer is not run again: its input is still."""
-        made = {call.args[0] for call in self.lowered.instructions if call.function == "m.respond"}
-        return "new output from X X^T" if any(use.names in made for use in uses) else ""
+    def _called(self, function: str, uses: tuple[Use, ...], remark: str) -> str:
+        """The remark, if the program has such a call for one of the uses."""
+        made = {call.args[0] for call in self.lowered.instructions if call.function == function}
+        return remark if any(use.names in made for use in uses) else ""
 
     def _pulled(self, player: Player) -> str:
         slow = self.form.factored and not vectorises(self.graph, player.stage)

@@ -19,7 +19,7 @@ from sympy import HadamardProduct, Identity, Inverse, MatrixExpr, OneMatrix
 from gtddp_compile import metrics
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.builder import Builder
-from gtddp_compile.calls import SAMPLES, directional, prepare, weighted
+from gtddp_compile.calls import SAMPLES, directional, joins, prepare, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
 from gtddp_compile.errors import CompileError
 from gtddp_compile.forget import let_go
@@ -252,7 +252,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     opens: dict[str, str] = {}
     paper = form.name not in ("information", "block")
     for player in [player for block in stage.blocks if paper or block.kind == "parameters" for player in block.players]:
-        if stage.statistics:
+        if stage.statistics and not joins(b, player):
             opens[player.name] = weighted(b, "backward", t, player, f"alpha_{after}", "qu", "Q_u = f_u^T V_x")
     found = [metrics.observe(b, t, block, f"alpha_{after}" if stage.statistics else None, opens)
              for block in stage.blocks]  # fmt: skip

@@ -146,6 +146,19 @@ def emit_micro(lowered: Lowered) -> str:
         if instruction.function == "m.respond":  # to the update of all micro-batches: the layer itself
             _names, _response, forward, *_rest, operands, params = instruction.args
             return replace(instruction, function=render(forward), args=(operands, params))
+        if instruction.function == "m.observe_gram":  # statistics are the update's, the Gram matrix is its own
+            names, weighted, gram, _pieces, operands, g, alpha, params, wants, rows = instruction.args
+            own = Instruction(
+                "backward", 0, (), "weigh", (weighted, operands, g, alpha, params, wants), instruction.kwargs
+            )
+            metric = Code(f"m.metric({render(names)})")
+            after = Instruction(
+                "backward", 0, (), "gram_blocks", (gram, operands, g, params, wants, metric, rows), instruction.kwargs
+            )
+            seen = f"(yield 'observe', ({render(names)}, {render_instruction(own)}))"
+            return replace(instruction, function="=", kwargs=None, args=(
+                Code(f"({seen}, {render_instruction(after)})[1]"),
+            ))  # fmt: skip
         if instruction.function not in SHARED:
             return instruction
         request = f"yield {instruction.function.removeprefix('m.')!r}, {render(instruction.args)}"

@@ -5,7 +5,7 @@ Exported programs carry this text with them (``gtddp_compile.export``), so it ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gtddp_compile.curvature.base import Curvature
 from gtddp_compile.kernels.approximate import separated
+from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, weigh
 
 
 class ParameterUpdates:
@@ -45,6 +46,61 @@ class ParameterUpdates:
             self.states[name] = self._curvature.observe(
                 self._params[name], g, self.states[name], self._groups[name], self._memory(name)
             )
+
+    def observe_gram(
+        self,
+        names: tuple[str, ...],
+        weighted: Callable[..., tuple[Tensor, ...]],
+        gram: Callable[..., Tensor],
+        pieces: Callable[..., Iterable[tuple[int, Any, Tensor]]],
+        operands: tuple[Tensor, ...],
+        g: Tensor,
+        alpha: Tensor,
+        params: tuple[Tensor | None, ...],
+        wants: tuple[bool, ...],
+        rows: Sequence[slice],
+        **options: Any,
+    ) -> Blocks:
+        """:meth:`observe` and ``Γ = γ M⁻¹ γᵀ`` of a layer whose metric is diagonal, from ``γ`` that is made once.
+
+        A piece of ``γ`` at a time: it gives ``Q_u = γᵀ α`` of its rows, that their statistics and metric, and that
+        their part of ``Γ``, while the piece is in the cache.
+        """
+        if torch.compiler.is_compiling():
+            self.observe(names, weigh(weighted, operands, g, alpha, params, wants, **options))
+            return gram_blocks(gram, operands, g, params, wants, self.metric(names), rows, **options)
+        grams = tuple(torch.zeros_like(block) for block in blocks_diagonal(alpha, rows))
+        tables = [self._tables(name) for name in names]
+        found: dict[str, Mapping[str, Any]] = {}
+        for index, part, gamma in pieces(operands, g, params, wants, **options):
+            q_u = (alpha.to(gamma.dtype) @ gamma.flatten(1)).reshape(gamma.shape[1:])
+            inverse, found[names[index]] = self._observe_rows(names[index], part, q_u, tables[index])
+            add_gram(grams, gamma, inverse, rows)
+        self.states.update(found)
+        self._denominators.update((name, table["denominator"]) for name, table in zip(names, tables, strict=True))
+        return grams
+
+    def _tables(self, name: str) -> dict[str, Tensor]:
+        """Memory for what a parameter's state has of its shape, and for a diagonal metric."""
+        state, memory = self.states[name], self._memory(name)
+        own = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+        own["denominator"] = next(iter(own.values()))
+        return {key: memory[key] if key in memory else torch.empty_like(value) for key, value in own.items()}
+
+    def _observe_rows(
+        self, name: str, part: Any, g: Tensor, tables: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """``M⁻¹`` of some rows of a parameter, and the state of the whole: new in the rows that have been here."""
+        state, group, param = self.states[name], self._groups[name], self._params[name][part]
+        into = {key: value[part] for key, value in tables.items()}
+        own = {key: value[part] if key in tables else value for key, value in state.items()}
+        new = self._curvature.observe(param, g, own, group, into)
+        denominator = self._curvature.denominator(param, new, group, into)
+        assert denominator is not None  # a diagonal metric's
+        made = {
+            key: tables[key] if value is into.get(key) else state[key] for key, value in new.items() if key in tables
+        }
+        return denominator.reciprocal().mul_(group["lr"]), {**new, **made}
 
     def metric(self, names: tuple[str, ...]) -> tuple[Tensor | float, ...]:
         """``M⁻¹`` of each parameter."""

@@ -90,6 +90,7 @@ from gtddp_compile.kernels.linear import (
     linear_gram_form,
     linear_inputs,
     linear_per_sample,
+    linear_pieces,
     linear_response,
     linear_rows,
     linear_subtract,
@@ -107,6 +108,7 @@ from gtddp_compile.kernels.norm import (
     norm_weighted,
 )
 from gtddp_compile.kernels.sweep import (
+    add_gram,
     bind,
     blocks_add,
     blocks_diagonal,
@@ -139,6 +141,7 @@ from gtddp_compile.kernels.sweep import (
 
 __all__ = [
     "OtherPath",
+    "add_gram",
     "apart",
     "apart_all",
     "arranged",
@@ -216,6 +219,7 @@ __all__ = [
     "linear_gram_form",
     "linear_inputs",
     "linear_per_sample",
+    "linear_pieces",
     "linear_response",
     "linear_rows",
     "linear_separable_gram",

@@ -6,6 +6,7 @@ all. Then ``γ_i = (Σ_t g_it x_itᵀ, Σ_t g_it)``, and for a spherical metric 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -227,6 +228,18 @@ def linear_per_sample(
     if wants[1]:
         result.append(g.sum(1))
     return tuple(result)
+
+
+def linear_pieces(
+    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
+) -> Iterator[tuple[int, Any, Tensor]]:
+    """``γ`` a piece at a time: which of the wanted parameters, which of its rows, ``(B, rows, …)``."""
+    x, g = _linear_rows(operands[0]), _linear_rows(g)
+    if wants[0]:
+        for rows, block in _linear_blocks(x, g):
+            yield 0, rows, block
+    if wants[1]:
+        yield int(wants[0]), ..., g.sum(1)
 
 
 def linear_rows(

@@ -196,6 +196,13 @@ def _rows_gram(gamma: Tensor, inverse: Any) -> Tensor:
     return gram
 
 
+def add_gram(grams: Blocks, gamma: Tensor, inverse: Tensor, rows: Sequence[slice]) -> None:
+    """``Γ += γ M⁻¹ γᵀ``, group by group, of some rows of a parameter under a diagonal metric; ``γ`` is overwritten."""
+    flat = wide(gamma.mul_(inverse.sqrt())).flatten(1)
+    for gram, row in zip(grams, rows, strict=True):
+        gram.addmm_(flat[row], flat[row].mT)
+
+
 def rows_weighted(gradients: tuple[Tensor, ...], weights: Tensor) -> tuple[Tensor, ...]:
     """``γᵀ w`` from ``γ`` itself, of each parameter's shape."""
     return tuple((weights.to(gamma.dtype) @ gamma.flatten(1)).reshape(gamma.shape[1:]) for gamma in gradients)

@@ -45,6 +45,10 @@ Where :attr:`Rule.responds` is set, an operation of one row a sample is linear i
 ``PREFIX_response(h, inputs, g, wants, rates)`` the output after ``u -= rate · γᵀ 1`` where ``x`` stays, and
 ``PREFIX_forward(operands, params)`` the operation itself.
 
+Where :attr:`Rule.pieces` is set there is also ``PREFIX_pieces(operands, g, params, wants, **options)``, an iterator of
+``(index, part, gamma)``: ``γ`` ``(B, rows, …)`` of the rows ``part`` of the wanted parameter ``index``, to be
+overwritten by the caller if it likes.
+
 Where :attr:`Rule.prepare` is set, ``operands = PREFIX_prepare(operands, **options)`` comes first, once a
 stage and on the whole batch; all the kernels above take the prepared operands (a normalisation's ``x̂``). Beside it
 there is ``PREFIX_gamma``, which is ``PREFIX_per_sample`` of the whole batch from operands that are not prepared.
@@ -84,6 +88,9 @@ class Rule(Protocol):
 
     responds: bool
     """Whether there are kernels ``PREFIX_inputs``, ``PREFIX_response`` and ``PREFIX_forward``."""
+
+    pieces: bool
+    """Whether there is a kernel ``PREFIX_pieces``: per-sample gradients a piece at a time."""
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """Whether this rule is exact for ``op`` when the parameters ``trainable`` are trained."""

@@ -26,6 +26,7 @@ class ConvRule:
     rows = True
     subtracts = False
     responds = False
+    pieces = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A convolution of a value with a batch axis, its weight and bias parameters themselves."""

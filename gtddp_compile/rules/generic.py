@@ -22,6 +22,7 @@ class GenericRule:
     rows = False
     subtracts = False
     responds = False
+    pieces = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """Every operation whose value is one differentiable tensor, that draws and writes nothing."""

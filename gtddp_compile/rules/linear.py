@@ -18,6 +18,7 @@ class LinearRule:
     rows = True
     subtracts = True
     responds = True
+    pieces = True
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """``F.linear`` of a value with a batch axis, its weight and bias parameters themselves."""

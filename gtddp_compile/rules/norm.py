@@ -33,6 +33,7 @@ class NormRule:
     rows = False
     subtracts = False
     responds = False
+    pieces = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A normalisation of a value with a batch axis, its weight and bias parameters themselves."""
