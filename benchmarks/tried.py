@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gtddp_compile.kernels import approximate, conv, linear
 
-Pair = tuple[str, str, Callable[[], object], Callable[[], object]]
+Pair = tuple[str, str, Callable[[], object], Callable[[], object], str]
 
 
 def halves(x: Tensor) -> Tensor:
@@ -43,8 +43,20 @@ def in_pieces(x: Tensor, g: Tensor) -> Tensor:
         conv._conv_grouped = chosen
 
 
+def updates() -> tuple[Callable[[], object], Callable[[], object]]:
+    """Adam's update of an MLP's parameters: parameter by parameter, and by the foreach functions."""
+    shapes = [(512, 784), *[(512, 512)] * 3, (10, 512)]
+    sides = []
+    for foreach in (False, True):
+        params = [torch.randn(shape) for out, width in shapes for shape in ((out, width), (out,))]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        sides.append(torch.optim.Adam(params, lr=1e-4, foreach=foreach).step)
+    return sides[0], sides[1]
+
+
 def pairs() -> list[Pair]:
-    """(what, in place of what, the program's way, the other way)."""
+    """(what, in place of what, the program's way, the other way, why it was left out)."""
     x, g = torch.randn(128, 512), torch.randn(128, 512)
     grams = [x @ x.T + torch.eye(128) for _ in range(5)]
     stack = torch.stack(grams)
@@ -61,19 +73,27 @@ def pairs() -> list[Pair]:
 
     ones, small = (1, 1), (padded[:, :, :16, :10, :10].contiguous(), gradients[:, None, :16, :8, :8].contiguous())
     return [
-        ("symmetric product in three of four blocks", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: halves(x)),
-        ("bfloat16", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: x.bfloat16() @ x.bfloat16().T),
+        ("symmetric product in three of four blocks", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: halves(x),
+         "rows are too short to gain; a convolution's Gram matrix, whose rows are longer, is made so"),
+        ("bfloat16", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: x.bfloat16() @ x.bfloat16().T,
+         "little of a whole step; an option, see the table of Gram matrices"),
         ("one batched Cholesky of 5 stages", "one a stage, 128 × 128",
-         lambda: [torch.linalg.cholesky_ex(gram) for gram in grams], lambda: torch.linalg.cholesky_ex(stack)),
+         lambda: [torch.linalg.cholesky_ex(gram) for gram in grams], lambda: torch.linalg.cholesky_ex(stack),
+         "no faster"),
         ("patches of all samples unfolded at once", "per-sample gradients of a 3×3 convolution, 64 channels, 16×16",
          lambda: conv._conv_gradients(padded, gradients.unsqueeze(1), (3, 3), ones, ones),
-         lambda: unfolded(images, gradients)),
+         lambda: unfolded(images, gradients), "slower"),
         ("patches of some samples at a time", "per-sample gradients of a 3×3 convolution, 16 channels, 8×8",
-         lambda: conv._conv_gradients(*small, (3, 3), ones, ones), lambda: in_pieces(*small)),
-        ("gradient, step and copy apart", "weight written by one product, 512 × 512", folded, apart),
+         lambda: conv._conv_gradients(*small, (3, 3), ones, ones), lambda: in_pieces(*small),
+         "slower where channels are few"),
+        ("gradient, step and copy apart", "weight written by one product, 512 × 512", folded, apart,
+         "slower"),
         ("Γ of a diagonal metric, exact", "Γ with the metric separated, 512 × 512, 128 samples",
          lambda: approximate.linear_separable_gram((x,), g, (None,), (True, False), (weight.square(),)),
-         lambda: linear.linear_gram((x,), g, (None,), (True, False), (weight.square(),))),
+         lambda: linear.linear_gram((x,), g, (None,), (True, False), (weight.square(),)),
+         "the default separates; `gram=\"exact\"` is there to compare"),
+        ("foreach functions", "Adam's update of the MLP, parameter by parameter", *updates(),
+         "no faster; and a player is updated when the forward sweep reaches it, by itself"),
     ]  # fmt: skip
 
 
@@ -85,13 +105,13 @@ def main(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = []
-    for what, instead, ours, other in pairs():
+    for what, instead, ours, other, why in pairs():
         found = interleaved(ours, other, count)
         rows.append((what, instead, f"{1e3 * found.base:.2f} ms", f"{1e3 * found.ours:.2f} ms",
-                     f"{found.ratio:.2f} ({found.low:.2f}–{found.high:.2f})"))  # fmt: skip
+                     f"{found.ratio:.2f} ({found.low:.2f}–{found.high:.2f})", why))  # fmt: skip
         print(*rows[-1], sep="  ", flush=True)
     if write:
-        header = ("alternative", "to", "the program's", "the alternative", "ratio (quartiles)")
+        header = ("alternative", "to", "the program's", "the alternative", "ratio (quartiles)", "why not")
         text = f"{machine(1)}. Medians of {count} interleaved pairs, CPU time (`benchmarks/tried.py`).\n\n"
         write_section("tried", "## Tried and left out\n\n" + text + markdown(header, rows))
 

@@ -28,9 +28,17 @@ class CompiledStep:
     Args:
         step: the generated function.
         options: ``True``, or keyword arguments of ``torch.compile`` (``backend``, ``mode``, ``dynamic``).
+
+    Raises:
+        CompileError: this torch cannot trace derivatives.
     """
 
     def __init__(self, step: Callable[..., Tensor], options: bool | Mapping[str, Any]) -> None:
+        if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            raise CompileError(
+                f"torch {torch.__version__} cannot take autograd.grad into a graph of torch.compile",
+                "Use a newer torch (2.13 is tested), or leave compile out",
+            )
         chosen = dict(options) if isinstance(options, Mapping) else {}
         self._step = torch.compile(step, **{"dynamic": True, **chosen, "fullgraph": True})
 
