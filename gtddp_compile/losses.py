@@ -74,6 +74,20 @@ class Loss:
         """The loss of ``change(outputs)``."""
         return replace(self, samples=lambda outputs, targets: self.samples(change(outputs), targets))
 
+    def count(self, phi: Tensor, outputs: Any, samples: int) -> None:
+        """There is one loss a sample.
+
+        Raises:
+            CompileError: there are more or fewer: the outputs do not have their samples along the leading axis.
+        """
+        if phi.shape[0] != samples:
+            shapes = ", ".join(_shape(value) for value in _tensors(outputs))
+            raise CompileError(
+                f"the loss {self.name} makes {phi.shape[0]} losses of outputs {shapes}, but the batch has {samples}"
+                " samples",
+                "Let the model return samples along the leading axis (tokens in sequences: (B, C, T)), or " + _CALLABLE,
+            )
+
     def total(self, phi: Tensor) -> Tensor:
         """``J``, a 0-d tensor: mean or sum of ``φ``."""
         return phi.mean() if self.reduction == "mean" else phi.sum()
@@ -159,7 +173,7 @@ def _check_value(loss: Loss, module: nn.Module, outputs: Any, targets: Any) -> N
         raise CompileError(
             f"the loss {loss.name} refuses outputs {_shape(_main(module, outputs, loss.name))} and targets"
             f" {_shape(targets)}: {error}",
-            "Give it the shapes and dtypes it documents",
+            _classes_last(module, outputs, targets) or "Give it the shapes and dtypes it documents",
         ) from error
     phi = loss.per_sample(outputs, targets)
     total, size = loss.total(phi).item(), loss.total(phi.abs()).item()
@@ -186,7 +200,7 @@ class _Callable:
         if not isinstance(phi, Tensor):
             raise CompileError(f"the loss {self.name} returned {type(phi).__name__}, not a tensor", remedy)
         leaves = [leaf for leaf in _tensors(outputs) if leaf.dim()]
-        if phi.dim() != 1 or (leaves and all(leaf.shape[0] != phi.shape[0] for leaf in leaves)):
+        if phi.dim() != 1 or (leaves and not any(_may_hold(leaf, phi.shape[0]) for leaf in leaves)):
             batch = f" for a batch of {leaves[0].shape[0]}" if leaves else ""
             scalar = ", a scalar," if phi.dim() == 0 else ""
             raise CompileError(f"the loss {self.name} returned shape {tuple(phi.shape)}{scalar}{batch}", remedy)
@@ -232,6 +246,11 @@ class _Elements:
 
 
 # --- small predicates ---------------------------------------------------------------------------------------
+
+
+def _may_hold(value: Tensor, samples: int) -> bool:
+    """Whether samples may lie along some axis of the value, alone or with something else."""
+    return samples > 0 and any(size % samples == 0 for size in value.shape)
 
 
 def is_kind(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -305,8 +324,21 @@ def _check_classes(loss: Loss, outputs: Tensor, targets: Tensor, ignored: int | 
         raise CompileError(
             f"the loss {loss.name} was given class target {int(targets[bad][0])} at {place}, but there are"
             f" {classes} classes",
-            f"Give targets from 0 to {classes - 1}" + ("" if ignored is None else f", or {ignored} to ignore one"),
+            _classes_last(loss.module, outputs, targets)
+            or f"Give targets from 0 to {classes - 1}" + ("" if ignored is None else f", or {ignored} to ignore one"),
         )
+
+
+def _classes_last(module: nn.Module | None, outputs: Any, targets: Any) -> str:
+    """What to do where the outputs look like (B, T, C), as a language model's; otherwise nothing."""
+    if module is None or not is_kind(module, *_NEGATIVE_LOG) or not isinstance(outputs, Tensor):
+        return ""
+    if outputs.dim() < 3 or not isinstance(targets, Tensor) or targets.shape != outputs.shape[:-1]:
+        return ""
+    return (
+        f"Classes lie along axis 1, (B, C, T), and the outputs are {_shape(outputs)}: return them transposed, or pass"
+        " a callable, lambda o, y: F.cross_entropy(o.transpose(1, -1), y, reduction='none').flatten(1).mean(1)"
+    )
 
 
 def _tensors(structure: Any) -> list[Tensor]:

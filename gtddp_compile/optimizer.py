@@ -26,7 +26,7 @@ from gtddp_compile.runtime.compiled import NotFactored
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
-from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
+from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch, check_states
 from gtddp_compile.runtime.precision import LOW, lift
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.setting import Group, Setting, buffer_infos, options_of
@@ -76,9 +76,10 @@ class CompiledOptimizer(torch.optim.Optimizer):
         check_fit(program, self._view.model)
         stored = {group.name: group for group in program.setting.groups} if program.setting else {}
         for group in self.param_groups:
-            if group["name"] not in stored:
+            if group["name"] in stored:
+                group.update(stored[group["name"]].options)
+            elif any(parameter.requires_grad for parameter in group["params"]):
                 raise CompileError(f"the program has no options for module {group['name']!r}", "Export it again")
-            group.update(stored[group["name"]].options)
         self._specialisations.adopt(program)
         self._current = program
         if example_inputs is not None:
@@ -107,11 +108,11 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
     def _setting(self) -> Setting:
         """What the program is used with now: learning rates and other options as they are in ``param_groups``."""
-        names = {id(parameter): name for name, parameter in self._view.named.items()}
-        groups = tuple(
-            Group(group["name"], tuple(names[id(p)] for p in group["params"]), options_of(group))
-            for group in self.param_groups
-        )
+        names = {id(parameter): name for name, parameter in self._view.named.items() if parameter.requires_grad}
+        trained = [
+            (group, tuple(names[id(p)] for p in group["params"] if id(p) in names)) for group in self.param_groups
+        ]
+        groups = tuple(Group(group["name"], own, options_of(group)) for group, own in trained if own)
         view = self._view
         return Setting(self._curvature, groups, self._loss, view.constants(), buffer_infos(view.model))
 
@@ -178,7 +179,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         Args:
             inputs: a tensor or a tuple of them, batch on the leading axis. It and the targets may be left out where
                 there are accumulated micro-batches.
-            targets: what the loss takes.
+            targets: what the loss takes; a function as loss may do without.
             closure: called before the step, whatever it returns: training loops (Lightning's) hang their hooks on it.
 
         Returns:
@@ -209,7 +210,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
             raise
 
     def _demand_batch(self, inputs: Any, targets: Any) -> None:
-        if inputs is None or targets is None or callable(inputs):
+        missing = targets is None and self._loss.module is not None  # a function may do without
+        if inputs is None or missing or callable(inputs):
             raise CompileError(
                 "the batch itself is needed: the program runs forward and backward passes",
                 "Call opt.step(inputs, targets); a closure does not stand for it",
@@ -271,6 +273,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         except Exception:
             restore_random_state(before)
             observe(self._view.model, inputs)
+            check_states(self.state)
             raise
 
     def _working_copy(self, program: UpdateProgram) -> tuple[dict[str, Tensor], dict[str, Tensor], frozenset[str]]:

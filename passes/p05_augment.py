@@ -88,6 +88,14 @@ def check_batch_axes(players: PlayerGraph, values: tuple[Value, ...]) -> None:
     moving = [value.name for value in values if not value.fixed and value.control is None]
     for name in sorted({*players.player_using, *moving}, key=ops.position.__getitem__):
         op = ops.by_name[name]
+        if op.shape == () and ops.batch:
+            raise CompileError(
+                f"it makes a single number of the {ops.batch} samples, a loss inside the model perhaps",
+                "Let the model return what the loss is computed from, and give the loss to compile_optimizer",
+                module=op.module,
+                operation=op.kind,
+                source=op.source or None,
+            )
         if op.shape is not None and ops.batch and not op.samples.fits(op.shape, ops.batch):
             raise CompileError(
                 f"its value has shape {op.shape}, and which of its elements belong to which of the {ops.batch} samples "

@@ -168,6 +168,14 @@ def test_a_model_that_cannot_be_differentiated() -> None:
     refused(lambda: compiled(model(lambda layer, x: layer.fc(x).sign().long())), "the model itself fails")
     strict = make(lambda net, x: net.a(x).detach(), a=(4, 3))
     refused(lambda: compiled(strict), "no output of the model depends on its trainable parameters")
+    with torch.inference_mode():
+        refused(lambda: compiled(model()), "torch.inference_mode() is on")
+
+
+def test_a_loss_inside_the_model_is_called_one() -> None:
+    net = make(lambda net, x: F.cross_entropy(net.a(x), TARGETS), a=(4, 3))
+    error = refused(lambda: compiled(net), "a single number of the 6 samples", "give the loss to compile_optimizer")
+    assert error.operation == "cross_entropy"
 
 
 def shuffled(net: Any, x: Tensor) -> Tensor:
@@ -199,6 +207,8 @@ def test_samples_that_no_axis_tells_apart(forward: Callable[..., Any], shape: tu
         (lambda: nn.Sequential(nn.LazyLinear(3)), "parameters have no shape yet: 0.weight, 0.bias"),
         (lambda: torch.jit.trace(model(), batch(6)), "Compile the module it was made from"),
         (lambda: nn.DataParallel(model()), "Compile its .module"),
+        (lambda: torch.compile(model(), backend="eager"), "wrapped by torch.compile"),
+        (lambda: nn.Linear(4, 3, device="meta"), "parameter 'weight' is on the meta device"),
     ],
 )
 def test_what_is_no_model(wrong: Callable[[], Any], said: str) -> None:
@@ -336,6 +346,25 @@ def test_changed_parameters_are_refused(change: Callable[[Any], Any], name: str)
     opt = compiled(net)
     change(net)
     refused(lambda: opt.step(batch(6), TARGETS), f"parameter '{name}", "added, removed or replaced", "again")
+
+
+def test_a_model_that_was_converted_after_its_first_step() -> None:
+    net = model().float()
+    opt = compiled(net, batch(6).float(), curvature="adam")
+    opt.step(batch(6).float(), TARGETS)
+    net.double()
+    before = everything(opt, net)
+    refused(lambda: opt.step(batch(6), TARGETS), "parameters are torch.float64", "state for them is torch.float32")
+    assert everything(opt, net) == before
+    opt.load_state_dict(opt.state_dict())
+    assert torch.isfinite(opt.step(batch(6), TARGETS))
+
+
+def test_hooks_on_gradients_are_pointed_out() -> None:
+    net = model()
+    net.out.bias.register_hook(lambda gradient: 0 * gradient)
+    with pytest.warns(UserWarning, match="gradient hooks of out.bias do not run"):
+        compiled(net)
 
 
 def test_a_model_that_keeps_changing_is_pointed_out() -> None:

@@ -156,6 +156,19 @@ def test_layer(name: str) -> None:
     assert largest(fast, off) > 1e-6
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_layers_in_single_precision(kind: str) -> None:
+    """In float32 they are oneDNN's, whose derivative needs what is only kept where gradients are recorded."""
+    model, (x,) = made(recurrent(kind))
+
+    def trained(dtype: torch.dtype) -> nn.Module:
+        own_copy = copy.deepcopy(model).to(dtype)
+        compile_optimizer(own_copy, x.to(dtype), loss=nn.CrossEntropyLoss(), lr=0.1).step(x.to(dtype), torch.arange(B))
+        return own_copy.double()
+
+    assert largest(trained(torch.float32), trained(torch.float64)) < 1e-5
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     build, why = REFUSED[name]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from arranged import NETWORKS, Arranged
 from exported import largest, load_module, named
+from networks import make
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gtddp_compile import UpdateProgram, compile_optimizer, kernels
+from gtddp_compile import CompileError, UpdateProgram, compile_optimizer, kernels
 from gtddp_compile.frontends import samples
 from gtddp_compile.graph import Layout
 from gtddp_compile.passes import p01_normalise as normalisation
@@ -242,3 +244,26 @@ def test_exported(name: str, tmp_path: Path) -> None:
         params, buffers, state, _ = module.step(params, buffers, state, x, y)
     assert largest(named(model)[0], params) < 1e-12
     assert largest(named(model)[0], named(again)[0]) == 0
+
+
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+def test_as_many_losses_as_samples(backend: Any) -> None:
+    """Tokens of all samples in one list: losses are made a sample by a function, not by the module."""
+    net = make(lambda net, x: net.b(torch.tanh(net.a(x))).flatten(0, 1), a=(4, 5), b=(5, 3))
+    leading = make(lambda net, x: net.b(torch.tanh(net.a(x))), a=(4, 5), b=(5, 3))
+
+    def by_sample(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none").unflatten(0, (6, 2)).mean(1)
+
+    x, y = torch.randn(6, 2, 4, dtype=torch.float64), torch.arange(12) % 3
+    opt = compile_optimizer(net, x, loss=nn.CrossEntropyLoss(), backend=backend)
+    with pytest.raises(CompileError, match=r"makes 12 losses of outputs \(12, 3\), but the batch has 6 samples"):
+        opt.step(x, y)
+    for model, loss in (
+        (net, by_sample),
+        (leading, lambda outputs, targets: by_sample(outputs.flatten(0, 1), targets)),
+    ):
+        opt = compile_optimizer(model, x, loss=loss, lr=0.5, backend=backend)
+        opt.step(x, y)
+        opt.step(x, y)
+    assert float((parameters(net) - parameters(leading)).abs().max()) < 1e-12

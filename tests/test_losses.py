@@ -327,6 +327,8 @@ def test_refused_at_once(loss: Any, message: str) -> None:
             real(B),
             r"takes class indices, or probabilities.*torch.float64 \(6,\)",
         ),
+        (nn.CrossEntropyLoss(), real(2, 3, C), torch.full((2, 3), 3), r"there are 3 classes.*o.transpose\(1, -1\), y,"),
+        (nn.CrossEntropyLoss(), real(2, 3, C), classes(2, 3) % 3, r"refuses outputs \(2, 3, 4\).*lie along axis 1"),
         (nn.CrossEntropyLoss(), real(B, C), classes(B).int(), r"CrossEntropyLoss refuses"),
         (nn.CrossEntropyLoss(), real(B, C), classes(B, 1), r"CrossEntropyLoss refuses"),
         (
@@ -341,7 +343,7 @@ def test_refused_at_once(loss: Any, message: str) -> None:
             real(B, C),
             r"returned shape \(6, 4\).*Return one loss a sample",
         ),
-        (lambda o, t: o[:2], real(B), real(B), r"returned shape \(2,\) for a batch of 6"),
+        (lambda o, t: o[:4], real(B), real(B), r"returned shape \(4,\) for a batch of 6"),
         (lambda o, t: 1.0, real(B), real(B), r"returned float, not a tensor"),
         (lambda o, t: o.detach(), real(B).requires_grad_(), real(B), r"does not depend on the outputs"),
         (lambda o, t: o, real(0), real(0), r"the batch is empty"),

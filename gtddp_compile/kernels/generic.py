@@ -68,7 +68,11 @@ def _generic_alone(
     batched: tuple[bool, ...],
     vectorised: bool,
 ) -> tuple[Tensor, ...]:
-    """``γ`` by evaluating the operation on batches of one sample."""
+    """``γ`` by evaluating the operation on batches of one sample.
+
+    With gradients recorded around ``torch.func`` too: layers of oneDNN (a float32 LSTM) keep what their derivative
+    needs only then.
+    """
 
     def alone(sample: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         pairs = zip(sample, batched, strict=True)
@@ -81,7 +85,8 @@ def _generic_alone(
     if vectorised:
         axes = (0, *(0 if split else None for split in batched))
         step = max(1, CHUNK // max(1, g[0].numel()))
-        result: tuple[Tensor, ...] = torch.func.vmap(one, in_dims=axes, chunk_size=step)(g, *operands)
+        with torch.enable_grad():
+            result: tuple[Tensor, ...] = torch.func.vmap(one, in_dims=axes, chunk_size=step)(g, *operands)
         return result
     rows = []
     for index in range(g.shape[0]):
@@ -214,6 +219,7 @@ def generic_directional(
     return torch.stack([(rows * change).reshape(g.shape[0], -1).sum(1) for rows, change in pairs]).sum(0)
 
 
+@torch.no_grad()
 def generic_probe(
     operands: tuple[Tensor, ...],
     g: Tensor,
@@ -226,8 +232,8 @@ def generic_probe(
 ) -> dict[str, bool]:
     """Options ``mixes``, ``vectorised``, ``forward_mode`` of this operation, by a trial at compile time.
 
-    Each faster way is taken only if it runs and agrees with the slow one. Whatever the operation raises when
-    it is evaluated as the model evaluates it (whole batch, plain reverse mode) is passed on.
+    Each faster way is taken only if it runs, without gradients as a step does, and agrees with the slow one. Whatever
+    the operation raises when it is evaluated as the model evaluates it (whole batch, plain reverse mode) is passed on.
     """
     common: dict[str, Any] = {"function": function, "batched": batched}
     plain: dict[str, Any] = {**common, "mixes": True, "vectorised": False}

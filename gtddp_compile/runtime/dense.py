@@ -86,6 +86,7 @@ class DenseBackend:
                 "Call it outside, or use backend='fast'",
             )
         graph, options = self.program.graph, self.program.options
+        m.samples = inputs[0].shape[0]
         trajectory = Trajectory(graph, p, b, inputs)
         phi, g = trajectory.terminal(m, targets)
         _, aim, start = m.terminal(

@@ -60,6 +60,7 @@ class FastBackend:
         ``plainly``: without torch.compile, whatever the options say, and looking at every factor as it is made.
         """
         precision = m.precision = Precision.around(p.values())
+        m.samples = inputs[0].shape[0]
         m.deferred = not plainly and not m.first and next(iter(p.values())).device.type != "cpu"
         other = precision.mixed or m.deferred
         step = self._function("step", precision, m.deferred) if other else self._step
@@ -83,7 +84,7 @@ class FastBackend:
         targets: Any,
     ) -> Micro:
         """The same for one micro-batch of an update; asks for what the update's micro-batches have in common."""
-        m.precision = Precision.around(p.values())
+        m.precision, m.samples = Precision.around(p.values()), inputs[0].shape[0]
         found: Micro = self._function("micro_step", m.precision)(m, p, b, q, self._again(b), inputs, targets)
         return found
 

@@ -64,6 +64,9 @@ class BaseMethod(BlockUpdates):
         terminal: which terminal Hessian.
         aside: memory for the old values of parameters, by name, kept by the caller from step to step while it is small.
         spare: memory for new tensors of states and metrics, by name and key, kept likewise.
+
+    Attributes:
+        samples: of the batch, against which losses are counted; ``None``: unknown.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class BaseMethod(BlockUpdates):
         self._settled: list[Tensor] | None = None
         self.precision = Precision()
         self.deferred = False
+        self.samples: int | None = None
         self._aside = {} if aside is None else aside
         self._written: dict[str, Tensor] = {}
         self._spare = {} if spare is None else spare
@@ -181,6 +185,8 @@ class BaseMethod(BlockUpdates):
         except (IndexError, RuntimeError, TypeError, ValueError):
             self._check(outputs, targets)  # says what is wrong with the targets, if it is they
             raise
+        if self.samples is not None:
+            self._loss.count(phi, outputs, self.samples)
         self.loss = self._loss.total(phi.detach())
         if not self.deferred and not math.isfinite(self.loss):
             raise NonFiniteLoss(self.loss)

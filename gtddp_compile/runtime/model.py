@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.runtime.precision import Precision
+from gtddp_compile.runtime.precision import Precision, lift
 
 
 def as_inputs(inputs: Any) -> tuple[Any, ...]:
@@ -23,7 +24,8 @@ def as_inputs(inputs: Any) -> tuple[Any, ...]:
         if not isinstance(value, Tensor):
             raise CompileError(
                 f"inputs must be tensors, got {type(value).__name__}",
-                "Pass a tensor, or a tuple of tensors in the order of the model's arguments",
+                "Pass a tensor, or a tuple of tensors in the order of the model's arguments; keywords and None are for"
+                " a module around the model to pass",
             )
     if not found:
         raise CompileError("there are no inputs", "Pass a tensor or a tuple of tensors")
@@ -31,7 +33,9 @@ def as_inputs(inputs: Any) -> tuple[Any, ...]:
 
 
 def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
-    """Refuse an empty batch, and inputs without a batch axis."""
+    """Refuse an empty batch, inputs without a batch axis, and inference mode."""
+    if torch.is_inference_mode_enabled():
+        raise CompileError("torch.inference_mode() is on, under which nothing has a gradient", "Train outside it")
     sizes = {value.shape[0] if value.dim() else None for value in inputs}
     if None in sizes:
         raise CompileError("an input has no batch axis", "Give every input a leading batch axis")
@@ -68,6 +72,11 @@ class ModelView:
         for kind, remedy in REFUSED.items():
             if isinstance(model, kind):
                 raise CompileError(f"a {type(model).__name__} cannot be compiled", remedy, module="")
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            raise CompileError(
+                "the model is wrapped by torch.compile",
+                "Pass the module that was given to torch.compile, and compile=True to have the step compiled",
+            )
         lazy = [name for name, value in model.named_parameters() if isinstance(value, UninitializedParameter)]
         if lazy:
             raise CompileError(
@@ -79,13 +88,23 @@ class ModelView:
         self.named: dict[str, nn.Parameter] = dict(model.named_parameters())
         if not any(p.requires_grad for p in self.named.values()):
             raise CompileError("the model has no trainable parameters", "Set requires_grad on those to train")
+        empty = next((name for name, value in self.named.items() if value.is_meta), None)
+        if empty is not None:
+            raise CompileError(
+                f"parameter {empty!r} is on the meta device, without values",
+                "Give it memory and values first: model.to_empty(device=...), then load or initialise them",
+                module=empty.rpartition(".")[0],
+            )
+        _say_unheard(self.named)
 
     def groups(self) -> list[dict[str, Any]]:
-        """One param_group for every module that owns trained parameters of its own, with its name."""
+        """One param_group for every module that owns parameters, with its name.
+
+        Frozen ones too, as torch.optim has them: they may be trained later.
+        """
         found: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.named.items():
-            if parameter.requires_grad:
-                found.setdefault(name.rpartition(".")[0], []).append(parameter)
+            found.setdefault(name.rpartition(".")[0], []).append(parameter)
         return [{"params": params, "name": module} for module, params in found.items()]
 
     def parameters(self) -> dict[str, Tensor]:
@@ -138,6 +157,23 @@ class ModelView:
         return modules, tuple(p.requires_grad for p in current.values()), Precision.around(current.values())
 
 
+def check_states(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Optimizer state lies where its parameter does, in its precision.
+
+    Raises:
+        CompileError: the model was moved or converted after its first step.
+    """
+    for parameter, state in states.items():
+        wanted = (parameter.device, lift(parameter.detach()).dtype)
+        for value in state.values():
+            if isinstance(value, Tensor) and value.dim() and (value.device, value.dtype) != wanted:
+                raise CompileError(
+                    f"the model's parameters are {parameter.dtype} on {parameter.device}, and the optimizer's state for"
+                    f" them is {value.dtype} on {value.device}",
+                    "Take the state along when the model is moved: opt.load_state_dict(opt.state_dict())",
+                )
+
+
 def _plain(module: nn.Module) -> Iterator[Any]:
     for name, value in vars(module).items():
         if name in OWN:
@@ -158,3 +194,14 @@ def _frozen(value: Any) -> Any:
     if type(value) in CONTAINERS:
         return tuple(map(_frozen, value))
     return value if type(value) in PLAIN else type(value)
+
+
+def _say_unheard(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Hooks on gradients would be passed over in silence."""
+    names = [n for n, p in parameters.items() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
+    if names:
+        warnings.warn(
+            f"gradient hooks of {', '.join(names)} do not run: a compiled step makes no p.grad; "
+            "put what they do into the model or the loss",
+            stacklevel=4,
+        )
