@@ -23,7 +23,7 @@ from common import machine, markdown, write_section
 from networks import NETWORKS
 from torch import Tensor, nn
 
-from gtddp_compile.kernels import conv, linear
+from gtddp_compile.kernels import conv, conv_pairs, linear
 
 FAR = 6
 COLUMNS = ("pairs", "patches", "pixels", "materialised")
@@ -74,7 +74,9 @@ class Shape:
             return linear.linear_gram_form(batch, self.positions, patch_size, self.weight[0])
         kernel, groups = int(torch.Size(self.weight[2:]).numel()), dict(self.options)["groups"]
         pixels = int(torch.Size(self.x[2:]).numel())
-        return conv.conv_gram_form(batch, self.positions, pixels, self.weight[1], kernel, self.weight[0] // groups)
+        return conv_pairs.conv_gram_form(
+            batch, self.positions, pixels, self.weight[1], kernel, self.weight[0] // groups
+        )
 
     def forms(self) -> list[str]:
         """Those that are timed."""
@@ -89,7 +91,7 @@ class Shape:
             "materialised": batch * inputs * outputs * (self.positions + batch),
         }
         possible = [form for form in FORMS[self.kind]
-                    if form != "pixels" or (kernel > 1 and max(pairs, pixels) <= 4 * conv.CHUNK)]  # fmt: skip
+                    if form != "pixels" or (kernel > 1 and max(pairs, pixels) <= 4 * conv_pairs.CHUNK)]  # fmt: skip
         return [form for form in possible if costs[form] <= FAR * min(costs[other] for other in possible)]
 
     def __str__(self) -> str:

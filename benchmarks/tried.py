@@ -13,7 +13,7 @@ import typer
 from common import interleaved, machine, markdown, write_section
 from torch import Tensor
 
-from gtddp_compile.kernels import approximate, conv, linear
+from gtddp_compile.kernels import approximate, linear, patches
 
 Pair = tuple[str, str, Callable[[], object], Callable[[], object], str]
 
@@ -36,11 +36,11 @@ def unfolded(x: Tensor, g: Tensor) -> Tensor:
 
 def in_pieces(x: Tensor, g: Tensor) -> Tensor:
     """Per-sample gradients of a 3×3 convolution from patches that are unfolded piece by piece."""
-    chosen, conv._conv_grouped = conv._conv_grouped, lambda positions, channels, kernel: False
+    chosen, patches._conv_grouped = patches._conv_grouped, lambda positions, channels, kernel: False
     try:
-        return conv._conv_gradients(x, g, (3, 3), (1, 1), (1, 1))
+        return patches._conv_gradients(x, g, (3, 3), (1, 1), (1, 1))
     finally:
-        conv._conv_grouped = chosen
+        patches._conv_grouped = chosen
 
 
 def updates() -> tuple[Callable[[], object], Callable[[], object]]:
@@ -81,10 +81,10 @@ def pairs() -> list[Pair]:
          lambda: [torch.linalg.cholesky_ex(gram) for gram in grams], lambda: torch.linalg.cholesky_ex(stack),
          "no faster"),
         ("patches of all samples unfolded at once", "per-sample gradients of a 3×3 convolution, 64 channels, 16×16",
-         lambda: conv._conv_gradients(padded, gradients.unsqueeze(1), (3, 3), ones, ones),
+         lambda: patches._conv_gradients(padded, gradients.unsqueeze(1), (3, 3), ones, ones),
          lambda: unfolded(images, gradients), "slower"),
         ("patches of some samples at a time", "per-sample gradients of a 3×3 convolution, 16 channels, 8×8",
-         lambda: conv._conv_gradients(*small, (3, 3), ones, ones), lambda: in_pieces(*small),
+         lambda: patches._conv_gradients(*small, (3, 3), ones, ones), lambda: in_pieces(*small),
          "slower where channels are few"),
         ("gradient, step and copy apart", "weight written by one product, 512 × 512", folded, apart,
          "slower"),

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from gtddp_compile import CompiledOptimizer, CompileError, Geometric, MonteCarlo, compile_optimizer
+from gtddp_compile.export.carry import Luggage
 
 STEPS = 10
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -365,3 +366,15 @@ def test_reads_like_a_page(tmp_path: Path) -> None:
     assert not unused
     kept = [line for line in text.splitlines() if "m.keep" in line]
     assert not kept
+
+
+@pytest.mark.parametrize("prefix", ["linear", "conv", "norm", "generic"])
+def test_source_stands_alone(prefix: str) -> None:
+    """What an exported program carries of a kernel, its text and that of all it names, runs without this package."""
+    luggage = Luggage()
+    luggage.take("gtddp_compile.kernels", f"{prefix}_gram")
+    text = "\n\n".join([*sorted(luggage.imports), *luggage.pieces.values()])
+    assert "gtddp_compile" not in text
+    namespace: dict[str, Any] = {"__name__": "exported"}
+    exec(compile(text, f"{prefix}.py", "exec"), namespace)
+    assert f"{prefix}_gram" in namespace

@@ -16,11 +16,11 @@ from gtddp_compile.kernels.conv import (
     conv_directional,
     conv_gram,
     conv_gram_diagonal,
-    conv_gram_form,
     conv_per_sample,
     conv_rows,
     conv_weighted,
 )
+from gtddp_compile.kernels.conv_pairs import conv_gram_form
 from gtddp_compile.kernels.coordinates import (
     coordinates_form,
     coordinates_gram,

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.conv import _conv_images, _conv_margins, _conv_padded, _conv_samples, conv_gram
+from gtddp_compile.kernels.conv import conv_gram
 from gtddp_compile.kernels.linear import linear_gram
+from gtddp_compile.kernels.patches import _conv_images, _conv_margins, _conv_padded, _conv_samples
 
 SMALLEST = 1e-30
 """A metric below this (a learning rate of 0) is no metric: entries are held there so that means stay finite."""

@@ -1,9 +1,8 @@
 """Per-sample parameter gradients of convolutions in one to three dimensions (theory: section 4d).
 
-With patches unfolded, a convolution is a linear layer at ``T`` output positions, group by group: ``x``
-becomes ``(B, G, n, T)`` with ``n = (channels / G) · kernel``, ``g`` is ``(B, G, m, T)`` with ``m = outputs /
-G``, and ``γ_i = Σ_t g_it x_itᵀ``. Patches are unfolded a bounded piece at a time (``CHUNK`` elements), each
-at most once a call.
+A convolution is a linear layer at its output positions, its inputs patches (``kernels/patches.py``): the weighted
+gradient is torch's own, the others come from per-sample gradients of a piece of the batch or of the input channels, or
+(``kernels/conv_pairs.py``) from pairs of positions.
 
 A sample may have several images (frames, windows): ``x`` is ``(B, k, channels, …)`` and ``g`` likewise, and ``γ_i``
 sums over them as over positions.
@@ -12,240 +11,31 @@ Options of every kernel: ``stride``, ``padding``, ``dilation`` (tuples, one entr
 ``"same"``) and ``groups``. Transposed convolutions go through the generic rule.
 """
 
-import itertools
 import math
-from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2**22
-"""Bound on the elements of an intermediate tensor: what is read again soon stays in the last-level cache."""
-
-ADD = 40
-"""What an elementwise multiplication or addition on a large tensor costs, in multiplications of a matrix product."""
-
-GROUPED = 256
-"""Output positions from which a grouped convolution of any number of channels beats unfolded patches on a CPU."""
-
-BLOCK = 8
-"""Channels that torch's own convolutions take together: with fewer, patches are faster."""
-
-
-def conv_gram_form(samples: int, positions: int, pixels: int, channels: int, kernel: int, outputs: int) -> str:
-    """The cheapest way to the Gram matrix of a spherical weight, by multiplications a group.
-
-    Args:
-        samples: ``B``.
-        positions: ``T``, of the output.
-        pixels: ``S``, of the input.
-        channels, outputs: of one group.
-        kernel: elements of the kernel; ``n = channels · kernel``.
-
-    Returns:
-        ``"patches"``: sum over pairs of positions, ``½ B² T² (n + m)``. ``"pixels"``: as that, but inner products
-        of patches are sums of inner products of pixels, ``B² S² channels`` and ``kernel`` additions a pair;
-        one block of memory, so for at most ``4 CHUNK`` pairs. ``"materialised"``: per-sample gradients, ``B m n T +
-        B² m n``.
-    """
-    patch, pairs = channels * kernel, (samples * positions) ** 2
-    costs = {
-        "patches": pairs * (patch + outputs + ADD) / 2,
-        "materialised": samples * patch * outputs * (positions + samples),
-    }
-    if kernel > 1 and max(pairs, (samples * pixels) ** 2) <= 4 * CHUNK:
-        costs["pixels"] = (samples * pixels) ** 2 * channels + pairs * (outputs + ADD * (1 + kernel / 2))
-    return min(costs, key=costs.__getitem__)
-
-
-def _conv_pieces(total: int, step: int) -> tuple[slice, ...]:
-    """Pieces of a bounded size. In a graph there is one: a loop would make its sizes constants."""
-    if torch.compiler.is_compiling():
-        return (slice(0, total),)
-    return tuple(slice(start, start + step) for start in range(0, total, step))
-
-
-def _conv_margins(
-    kernel: tuple[int, ...], padding: tuple[int, ...] | str, dilation: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
-    """Zeros before and after each axis; ``"same"`` puts the odd one after, as torch does."""
-    if padding == "valid":
-        return tuple((0, 0) for _ in kernel)
-    if isinstance(padding, str):
-        totals = [gap * (size - 1) for size, gap in zip(kernel, dilation, strict=True)]
-        return tuple((total // 2, total - total // 2) for total in totals)
-    return tuple((width, width) for width in padding)
-
-
-def _conv_padded(x: Tensor, margins: tuple[tuple[int, int], ...]) -> Tensor:
-    """``x`` with zeros around its spatial axes."""
-    widths = [width for pair in reversed(margins) for width in pair]
-    return F.pad(x, widths) if any(widths) else x
-
-
-def _conv_groups(values: Tensor, groups: int) -> Tensor:
-    """``(B, channels, …)`` as ``(B, G, channels / G, …)``."""
-    shape = values.shape
-    return values.reshape(shape[0], groups, shape[1] // groups, *shape[2:])
-
-
-def _conv_symmetric(
-    x: Tensor, weight: Tensor, padding: tuple[int, ...] | str, dilation: tuple[int, ...]
-) -> tuple[Tensor, tuple[int, ...]]:
-    """``x`` and a padding of equal widths on both sides that together say the same."""
-    margins = _conv_margins(tuple(weight.shape[2:]), padding, dilation)
-    if all(before == after for before, after in margins):
-        return x, tuple(before for before, _ in margins)
-    return _conv_padded(x, margins), tuple(0 for _ in margins)
-
-
-def _conv_windows(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    """A view ``(…, *kernel, *positions)`` of an input ``(…, *pixels)`` that is padded already."""
-    first, axes = x.dim() - len(kernel), len(kernel)
-    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(first + axis, gap * (size - 1) + 1, step)[..., ::gap]
-    return x.permute(*range(first), *range(first + axes, first + 2 * axes), *range(first, first + axes))
-
-
-def _conv_patches(
-    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
-) -> Tensor:
-    """Patches ``(B, G, n, T)`` of an input that is padded already."""
-    x = _conv_windows(x, kernel, stride, dilation)
-    positions = math.prod(x.shape[2 + len(kernel) :])
-    return x.reshape(x.shape[0], groups, x.shape[1] // groups * math.prod(kernel), positions)
-
-
-def _conv_grouped(positions: int, channels: int, kernel: int) -> bool:
-    """Whether a grouped convolution beats unfolded patches (measured: benchmarks/tried.py), whose copies weigh most."""
-    return kernel > 1 and channels >= BLOCK and (positions >= GROUPED or 16 * positions >= channels**2)
-
-
-def _conv_gradients(
-    x: Tensor, g: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> Tensor:
-    """``γ`` ``(B, G, m, n)`` from a padded ``x`` ``(B, G, channels, …)`` and ``g`` ``(B, G, m, …)``."""
-    samples, groups, channels = x.shape[:3]
-    outputs, positions = g.shape[2], g[0, 0, 0].numel()
-    if x.device.type == "cpu" and _conv_grouped(positions, channels, math.prod(kernel)):
-        # One weight gradient with every sample a group of its own, no patches unfolded; torch copies all it reads.
-        pieces = _conv_pieces(samples, max(1, 2 * CHUNK // (x[0].numel() + g[0].numel())))
-        if len(pieces) > 1:
-            return torch.cat([_conv_gradients(x[rows], g[rows], kernel, stride, dilation) for rows in pieces])
-        count, zeros = samples * groups, [0 for _ in kernel]
-        weight = x.new_empty(1).expand(count * outputs, channels, *kernel)
-        own, part = (value.reshape(1, -1, *value.shape[3:]) for value in (g, x))
-        gradients: Tensor = torch.ops.aten.convolution_backward(
-            own, part, weight, None, stride, zeros, dilation, False, zeros, count, [False, True, False]
-        )[1]
-        return gradients.reshape(samples, groups, outputs, -1)
-    step = max(1, CHUNK // (groups * channels * math.prod(kernel) * positions))
-    parts = ((g[rows].flatten(3), x[rows].flatten(1, 2)) for rows in _conv_pieces(samples, step))
-    blocks = [own @ _conv_patches(part, kernel, stride, dilation, groups).mT for own, part in parts]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-
-def _conv_blocks(
-    x: Tensor, g: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> Iterator[tuple[slice, Tensor]]:
-    """Per-sample gradients, some input channels at a time: ``(channels, (B, G, m, channels · kernel))``."""
-    step = max(1, CHUNK // (g.shape[0] * g.shape[1] * g.shape[2] * math.prod(kernel)))
-    for channels in _conv_pieces(x.shape[2], step):
-        yield channels, _conv_gradients(x[:, :, channels], g, kernel, stride, dilation)
-
-
-def _conv_add_gram(gram: Tensor, rows: Tensor) -> None:
-    """``gram += rows rowsᵀ``, three of its four blocks by products."""
-    half = len(rows) // 2
-    gram[:half].addmm_(rows[:half], rows.mT)
-    gram[half:, half:].addmm_(rows[half:], rows[half:].mT)
-    gram[half:, :half] = gram[:half, half:].mT
-
-
-def _conv_pairs(x: Tensor, g: Tensor) -> Tensor:
-    """``Σ_st (x_is · x_jt)(g_is · g_jt)``, ``(B, B)``: ``x`` ``(B, G, n, T)``, ``g`` ``(B, G, m, T)``.
-
-    Positions lie outermost, and of a pair of positions ``s < t`` and ``t < s`` only the first is computed: the
-    other is its transpose.
-    """
-    samples, groups, _, positions = x.shape
-    x, g = (value.permute(1, 3, 0, 2).contiguous() for value in (x, g))  # (G, T, B, …)
-    step = max(1, math.ceil(positions / 4))
-    if not torch.compiler.is_compiling():
-        step = max(1, min(step, CHUNK // (groups * samples**2 * positions)))
-    gram = x.new_zeros(samples, samples)
-    for start in range(0, positions, step):
-        stop = min(start + step, positions)
-        own = (x[:, start:stop].flatten(1, 2), g[:, start:stop].flatten(1, 2))
-        gram += _conv_pair_sum(*own, *own, samples)
-        if stop < positions:
-            later = _conv_pair_sum(*own, x[:, stop:].flatten(1, 2), g[:, stop:].flatten(1, 2), samples)
-            gram += later + later.mT
-    return gram
-
-
-def _conv_pair_sum(x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor, samples: int) -> Tensor:
-    """``(x xᵀ) ∘ (g gᵀ)`` of rows ``(G, positions · B, …)``, summed over groups and pairs of positions."""
-    product = (x @ other_x.mT).mul_(g @ other_g.mT)
-    return product.reshape(x.shape[0], -1, samples, other_x.shape[1] // samples, samples).sum((0, 1, 3))
-
-
-def _conv_pixel_pairs(
-    x: Tensor,
-    g: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    margins: tuple[tuple[int, int], ...],
-) -> Tensor:
-    """As :func:`_conv_pairs`, inner products of patches as sums of those of pixels.
-
-    ``x`` ``(B, G, channels, …)`` is not padded; ``g`` is ``(B, G, m, …)``. For each element ``k`` of the kernel the
-    pixel Gram matrix, moved by ``k`` in both its positions, is added; what lies in the margins is zero.
-    """
-    samples, groups, axes = x.shape[0], x.shape[1], len(kernel)
-    pixels, positions = tuple(x.shape[3:]), tuple(g.shape[3:])
-    order = (1, *range(3, 3 + axes), 0, 2)
-    rows = x.permute(order).reshape(groups, -1, x.shape[2])
-    of_pixels = (rows @ rows.mT).reshape(groups, *pixels, samples, *pixels, samples)
-    total = x.new_zeros(groups, *positions, samples, *positions, samples)
-    for element in itertools.product(*map(range, kernel)):
-        target, source = [], []
-        for axis, index in enumerate(element):
-            shift, step = index * dilation[axis] - margins[axis][0], stride[axis]
-            first = max(0, -(shift // step))  # the first output position whose pixel is there
-            last = min(positions[axis], (pixels[axis] - 1 - shift) // step + 1)
-            target.append(slice(first, max(first, last)))
-            source.append(slice(first * step + shift, max(first, last) * step + shift, step))
-        if all(part.stop > part.start for part in target):
-            whole = slice(None)
-            total[(whole, *target, whole, *target)] += of_pixels[(whole, *source, whole, *source)]
-    rows = g.permute(order).reshape(groups, -1, g.shape[2])
-    product = total.reshape(groups, rows.shape[1], rows.shape[1]).mul_(rows @ rows.mT)
-    return product.reshape(groups, -1, samples, math.prod(positions), samples).sum((0, 1, 3))
+from gtddp_compile.kernels.conv_pairs import _conv_add_gram, _conv_pairs, _conv_pixel_pairs, conv_gram_form
+from gtddp_compile.kernels.patches import (
+    _conv_beside,
+    _conv_blocks,
+    _conv_gradients,
+    _conv_groups,
+    _conv_images,
+    _conv_margins,
+    _conv_padded,
+    _conv_patches,
+    _conv_samples,
+    _conv_symmetric,
+    _conv_windows,
+)
 
 
 def _conv_metric(metric: Tensor, channels: slice, groups: int) -> Tensor:
     """A diagonal metric's part for a block: ``(G, m, channels · kernel)``."""
     shape = metric.shape
     return metric.reshape(groups, shape[0] // groups, *shape[1:])[:, :, channels].flatten(2)
-
-
-def _conv_images(operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """``x`` and ``g`` image by image: ``(B k, channels, …)``."""
-    x = operands[0]
-    return (x.flatten(0, 1), g.flatten(0, 1)) if g.dim() > params[0].dim() else (x, g)
-
-
-def _conv_samples(rows: Tensor, samples: int) -> Tensor:
-    """Rows of images ``(B k, …)`` added up sample by sample: ``(B, …)``."""
-    return rows if rows.shape[0] == samples else rows.unflatten(0, (samples, -1)).sum(1)
-
-
-def _conv_beside(rows: Tensor, samples: int) -> Tensor:
-    """Positions of all images of a sample side by side: ``(B k, G, n, T)`` as ``(B, G, n, k T)``."""
-    return rows if rows.shape[0] == samples else rows.unflatten(0, (samples, -1)).movedim(1, 3).flatten(3)
 
 
 def conv_weighted(

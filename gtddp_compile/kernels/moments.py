@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.conv import _conv_margins, _conv_padded, _conv_windows
 from gtddp_compile.kernels.kronecker import _kronecker_wide
+from gtddp_compile.kernels.patches import _conv_margins, _conv_padded, _conv_windows
 
 NARROW = 32
 """Elements of a patch below which products of rows are too narrow to be worth it."""
