@@ -1,9 +1,10 @@
 """What approximate Gram matrices keep of the update and of the training curve.
 
-Two networks on scikit-learn's digits, batch 128: the convolutional one of ``examples/digits.py`` and a multi-layer
-perceptron. ``error of w``: the relative error of a stage's weights against the exact ones, from the same parameters and
-state, median over stages, at every 5th step of an exact run. ``loss``: mean over seeds of the train loss after the
-epochs, with its standard deviation. ``step``: CPU time of a step against the exact one's, in turns.
+Three networks on scikit-learn's digits, batch 128: the convolutional one of ``examples/digits.py``, a multi-layer
+perceptron, and a transformer that takes an image's rows for tokens. ``error of w``: the relative error of a stage's
+weights against the exact ones, from the same parameters and state, median over stages, at every 5th step of an exact
+run. ``loss``: mean over seeds of the train loss after the epochs, with its standard deviation. ``step``: CPU time of a
+step against the exact one's, in turns; of ``Refreshed(k)``, of k steps in a row.
 
     python benchmarks/gram_fidelity.py --write
 """
@@ -18,31 +19,55 @@ import torch
 import typer
 from common import interleaved, machine, markdown, write_section
 from digit_images import digits
-from networks import DigitsNet, mlp
+from networks import DigitsNet, TransformerBlock, mlp
 from torch import Tensor, nn
 
-from gtddp_compile import Sketch, compile_optimizer
+from gtddp_compile import LowPrecision, Refreshed, Sketch, compile_optimizer
 
 BASES: dict[str, float] = {"sgd": 0.5, "rmsprop": 2e-3, "adam": 3e-3, "ekfac": 0.05}
 """Learning rates at which the base methods train well."""
 
 GRAMS: dict[str, Any] = {
     "exact": "exact", "auto": "auto", "separable": "separable", "Sketch(8)": Sketch(8), "Sketch(32)": Sketch(32),
-    "coarse": "coarse",
+    "coarse": "coarse", "LowPrecision()": LowPrecision(), "Refreshed(2)": Refreshed(2), "Refreshed(10)": Refreshed(10),
+    "Refreshed(100)": Refreshed(100),
 }  # fmt: skip
+POSITIONS = ("LowPrecision", "Refreshed")
+"""Options that change layers with positions alone: of the perceptron, which has none, nothing."""
+
 KRONECKER = ("exact", "auto")
 """What there is to choose for EK-FAC: its diagonal separated or not."""
+
+NETWORKS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    "digits": ((1, 8, 8), tuple(BASES)), "mlp": ((64,), tuple(BASES)), "tokens": ((8, 8), ("sgd", "adam")),
+}  # fmt: skip
+"""Shape of a sample, and the base methods that are measured."""
+
+
+class Tokens(nn.Module):
+    """A transformer of two blocks; the head reads the tokens' mean."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Linear(8, width), nn.Parameter(0.02 * torch.randn(1, 8, width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, 4, False) for _ in range(2)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        found: Tensor = self.head(self.norm(self.blocks(self.embed(rows) + self.position)).mean(1))
+        return found
+
 
 EPOCHS, BATCH = 5, 128
 
 
 class Flat(nn.Module):
-    """Images as rows, for the perceptron; as one channel, for the convolutional network."""
+    """Images as a network takes them: flat, as one channel, or row by row."""
 
     def __init__(self, network: str) -> None:
         super().__init__()
-        self.body = mlp((64, 256, 256, 256, 10)) if network == "mlp" else DigitsNet()
-        self.shape = (64,) if network == "mlp" else (1, 8, 8)
+        made = {"mlp": lambda: mlp((64, 256, 256, 256, 10)), "digits": DigitsNet, "tokens": Tokens}
+        self.body, self.shape = made[network](), NETWORKS[network][0]
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.body(x.reshape(-1, *self.shape))
@@ -92,27 +117,52 @@ def distance(approximate: Any, exact: list[Tensor]) -> float:
 def errors(network: str, curvature: str) -> dict[str, float]:
     """Median relative error of ``w`` by option, from the states of one exact run."""
     model, optimizer = make(network, curvature, "exact", 0)
-    others = {name: make(network, curvature, gram, 0) for name, gram in GRAMS.items() if name != "exact"}
-    if curvature == "ekfac":
-        others = {"auto": others["auto"]}
+    others = {name: make(network, curvature, GRAMS[name], 0) for name in rows_of(network, curvature)[1:]}
     found: dict[str, list[float]] = {name: [] for name in others}
     for index, (x, y) in enumerate(batches(0)):
         before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
         optimizer.step(x, y)
         exact = weights(optimizer)
-        for name, (other, approximate) in others.items() if index % 5 == 0 else ():
+        for name, (other, approximate) in others.items():
+            measured = index % 5 == 4
+            if not measured and not isinstance(GRAMS[name], Refreshed):
+                continue
             other.load_state_dict(before)
-            approximate.load_state_dict(state)
+            load(approximate, state)
             approximate.step(x, y)
-            found[name].append(distance(approximate, exact))
+            if measured:
+                found[name].append(distance(approximate, exact))
     return {"exact": 0.0, **{name: statistics.median(values) for name, values in found.items()}}
+
+
+def rows_of(network: str, curvature: str) -> list[str]:
+    """Options that say something about a network and a base method."""
+    known = KRONECKER if curvature == "ekfac" else tuple(GRAMS)
+    return [name for name in known if network != "mlp" or not name.startswith(POSITIONS)]
+
+
+def load(optimizer: Any, state: dict[str, Any]) -> None:
+    """Give an optimizer the state of another, but for what it holds of its own Gram matrices.
+
+    The state is copied: as torch.optim's, a loaded state is the optimizer's own from then on, and written in place.
+    """
+    held = {p: {k: v for k, v in own.items() if k.startswith("gram_")} for p, own in optimizer.state.items()}
+    optimizer.load_state_dict(copy.deepcopy(state))
+    for parameter, own in held.items():
+        optimizer.state[parameter].update(own)
 
 
 def speed(network: str, curvature: str, gram: Any, pairs: int) -> float:
     """A step's time against the exact one's."""
     x, y = batches(0)[0]
     (_, exact), (_, other) = make(network, curvature, "exact", 0), make(network, curvature, gram, 0)
-    return interleaved(lambda: exact.step(x, y), lambda: other.step(x, y), pairs).ratio
+    steps = gram.every if isinstance(gram, Refreshed) else 1
+
+    def run(optimizer: Any) -> None:
+        for _ in range(steps):
+            optimizer.step(x, y)
+
+    return interleaved(lambda: run(exact), lambda: run(other), max(3, pairs // steps), warm=1).ratio
 
 
 def main(
@@ -123,12 +173,11 @@ def main(
     """Measure; see the module's docstring."""
     torch.set_num_threads(1)
     rows = []
-    for network in ("digits", "mlp"):
-        for curvature in BASES:
+    for network, (_, curvatures) in NETWORKS.items():
+        for curvature in curvatures:
             error = errors(network, curvature)
-            for name, gram in {**GRAMS, "base method": None}.items():
-                if curvature == "ekfac" and gram is not None and name not in KRONECKER:
-                    continue
+            for name in (*rows_of(network, curvature), "base method"):
+                gram = GRAMS.get(name)
                 if gram is None:
                     losses = [trained(base(network, curvature, seed), seed) for seed in range(seeds)]
                     said, ratio = "–", "–"

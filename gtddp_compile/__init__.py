@@ -9,7 +9,7 @@ from gtddp_compile.curvature import EKFAC, KFAC, SGD, Adam, AdamW, Curvature, RM
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Sketch
+from gtddp_compile.options import LowPrecision, Refreshed, Sketch
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.terminal import Geometric, MonteCarlo
 
@@ -24,9 +24,11 @@ __all__ = [
     "ControlGraph",
     "Curvature",
     "Geometric",
+    "LowPrecision",
     "MonteCarlo",
     "Player",
     "RMSprop",
+    "Refreshed",
     "Shortcut",
     "Sketch",
     "Stage",

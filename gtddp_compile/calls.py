@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gtddp_compile.builder import Builder
-from gtddp_compile.costs import choose_gram, observes
+from gtddp_compile.costs import GramChoice, choose_gram, observes
 from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
 from gtddp_compile.responses import inputs_gram
@@ -97,9 +97,17 @@ def gram(b: Builder, t: int, player: Player, metric: str) -> str:
         return result
     if len(uses) == 1 and uses[0].names == player.parameters:
         use = uses[0]
-        choice = "exact" if b.factored else choose_gram(b.plan, use).approximate
+        chosen = GramChoice("") if b.factored else choose_gram(b.plan, use)
+        choice = chosen.approximate
         more: dict[str, Any] = {"columns": b.plan.columns, "seed": t} if choice == "sketch" else {}
         kernel = "gram" if choice == "exact" else f"{choice}_gram"
+        kernel = "low_gram" if chosen.low else kernel
+        if chosen.every:
+            kernels = [Function(b.kernel(use, name)) for name in (kernel, "pooled")]
+            b.emit("backward", t, (f"*{result}",), "m.held_gram", use.names, chosen.every, *kernels, operands(b, use),
+                   Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
+                   note=f"gamma M^-1 gamma^T every {chosen.every} steps", **b.options(use))  # fmt: skip
+            return result
         more.update(inputs_gram(b, t, player))
         others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks") if b.factored else ()
         first = [Function(name) for name in (b.kernel(use, kernel), *others)]

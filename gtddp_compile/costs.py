@@ -8,7 +8,7 @@ product of a vector with them, and the layer's input need not be held for the se
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gtddp_compile import kernels
 from gtddp_compile.graph import ControlGraph
@@ -39,15 +39,21 @@ class GramChoice:
             (sums over pairs of positions), ``"per-sample"`` (``γ`` itself), ``"sketch"`` or ``"centre"``.
         kept: whether ``γ`` is kept for the weighted gradients.
         approximate: ``"exact"``, ``"separable"``, ``"sketch"`` or ``"centre"``: which kernels make it.
+        low: in bfloat16.
+        every: steps from one to the next; 0: in each.
     """
 
     form: str
     kept: bool = False
     approximate: str = "exact"
+    low: bool = False
+    every: int = 0
 
     def __str__(self) -> str:
         said = [self.form, *(["kept"] if self.kept else [])]
-        return ", ".join(said + (["metric separated"] if self.approximate == "separable" else []))
+        said += ["metric separated"] if self.approximate == "separable" else []
+        said += ["bfloat16"] if self.low else []
+        return ", ".join(said + ([f"every {self.every} steps"] if self.every else []))
 
 
 def choose_gram(plan: Plan, use: Use) -> GramChoice:
@@ -57,7 +63,11 @@ def choose_gram(plan: Plan, use: Use) -> GramChoice:
     layer = _layer(plan.graph, use)
     if layer is None:
         return GramChoice("per-sample")
-    return layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0])
+    found = layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0])
+    fixed = found.kept or layer.positions == 1 or not use.wants[0] or layer.gram(found) <= NEGLIGIBLE
+    if fixed or found.approximate not in ("exact", "separable"):
+        return found
+    return replace(found, low=plan.low and found.form == "per-sample" and layer.prefix == "linear", every=plan.every)
 
 
 def observes(plan: Plan, use: Use) -> bool:
@@ -69,7 +79,9 @@ def observes(plan: Plan, use: Use) -> bool:
     if layer is None or layer.positions == 1 or not use.rule.pieces or not use.wants[0] or plan.metric != "diagonal":
         return False
     choice = choose_gram(plan, use)
-    return choice.form == "per-sample" and choice.approximate == "exact" and not choice.kept
+    if choice.kept or choice.low or choice.every:
+        return False
+    return choice.form == "per-sample" and choice.approximate == "exact"
 
 
 def separates(plan: Plan, use: Use) -> bool:

@@ -94,6 +94,8 @@ class Plan:
         metric: the curvature's kind; ``"rescaled"`` is a Kronecker one whose diagonal does not separate.
         gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"`` or ``"coarse"``.
         columns: of the sketch.
+        low: whether products of per-sample gradients are made in bfloat16.
+        every: steps between two Gram matrices of a layer with positions; 0 where they are made in each.
         segments: where the trajectory is run again from; ``None`` where it is kept.
     """
 
@@ -108,4 +110,6 @@ class Plan:
     metric: str = "spherical"
     gram: str = "exact"
     columns: int = 0
+    low: bool = False
+    every: int = 0
     segments: Segments | None = None

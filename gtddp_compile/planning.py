@@ -6,7 +6,7 @@ from gtddp_compile.cooperation import BY_PARAMETER, MetricRules
 from gtddp_compile.curvature import Curvature, Kronecker
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import LEADING, ControlGraph
-from gtddp_compile.options import Options, Sketch
+from gtddp_compile.options import LowPrecision, Options, Refreshed, Sketch
 from gtddp_compile.passes import collapse, derive, simplify
 from gtddp_compile.passes.p06_derive import Derived
 from gtddp_compile.plan import Plan
@@ -17,6 +17,12 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
     """Passes 6 to 8: derivation, collapse, plan. ``decay``: whether any group has coupled weight decay."""
     if options.factored:
         _check_columns(graph, options)
+    if isinstance(curvature, Kronecker) and isinstance(options.gram, LowPrecision | Refreshed):
+        raise CompileError(
+            f"gram={options.gram!r} with {curvature.name}: its Gram matrices are made of coordinates that its own "
+            "statistics and updates need anyway",
+            "Use gram='auto' with it",
+        )
     derived = derive(graph, options.recursion, metric_rules(options, curvature))
     form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored)
     plan = simplify(
@@ -30,6 +36,8 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
         metric="rescaled" if isinstance(curvature, Kronecker) and curvature.rescales else curvature.metric,
         gram=options.gram_kind,
         columns=options.gram.columns if isinstance(options.gram, Sketch) else Sketch().columns,
+        low=isinstance(options.gram, LowPrecision),
+        every=options.gram.every if isinstance(options.gram, Refreshed) else 0,
         memory=options.memory,
         terminal=terminal_weight(options.terminal_kind),
     )

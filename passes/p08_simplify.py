@@ -36,6 +36,8 @@ def simplify(
     metric: str = "spherical",
     gram: str = "exact",
     columns: int = 0,
+    low: bool = False,
+    every: int = 0,
     memory: str = "keep",
 ) -> Plan:
     """Decide what lives.
@@ -52,6 +54,7 @@ def simplify(
         metric: the curvature's kind, on which the form of the Gram matrices depends.
         gram: ``"exact"``, or which approximation of the Gram matrices was asked for.
         columns: of a sketch.
+        low, every: see :class:`gtddp_compile.plan.Plan`.
         memory: ``"keep"`` or ``"recompute"``, what becomes of the trajectory.
     """
     graph = derived.graph
@@ -87,6 +90,8 @@ def simplify(
         metric,
         gram,
         columns,
+        low,
+        every,
         choose_segments(graph, gradients=form.name != "base") if memory == "recompute" else None,
     )
 

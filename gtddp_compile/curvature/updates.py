@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gtddp_compile.curvature.base import Curvature
 from gtddp_compile.kernels.approximate import separated
+from gtddp_compile.kernels.pooled import gram_levels, held_blocks
 from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, weigh
 
 
@@ -132,6 +133,33 @@ class ParameterUpdates:
     def _memory(self, name: str) -> Mapping[str, Tensor]:
         """Memory for new tensors of a parameter, by key of its state; what is not there is allocated."""
         return {}
+
+    def held_gram(
+        self,
+        names: tuple[str, ...],
+        every: int,
+        gram: Callable[..., Tensor],
+        pooled: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        operands: tuple[Tensor, ...],
+        g: Tensor,
+        params: tuple[Tensor | None, ...],
+        wants: tuple[bool, ...],
+        metric: tuple[Any, ...],
+        rows: Sequence[slice],
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """``Γ`` of a layer every so many steps; in between this batch's parts at the levels held in the state."""
+        first, parts = names[0], pooled(operands, g, params, wants, metric, **options)
+        state = self.states[first]
+        age = state.get("gram_age", 0) % every
+        if age:
+            blocks = held_blocks(parts, (state["gram_diagonal"], state["gram_pooled"]), rows)
+        else:
+            blocks = gram_blocks(gram, operands, g, params, wants, metric, rows, **options)
+            own, shared = gram_levels(blocks, parts, rows)
+            state = {**state, "gram_diagonal": own, "gram_pooled": shared}
+        self.states[first] = {**state, "gram_age": age + 1}
+        return blocks
 
     def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """``M⁻¹ ℓ_u`` of each parameter."""

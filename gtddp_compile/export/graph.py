@@ -24,6 +24,7 @@ from gtddp_compile.export.parts import Parts
 from gtddp_compile.export.python import to_python
 from gtddp_compile.graph import BufferRef
 from gtddp_compile.losses import is_kind
+from gtddp_compile.options import Refreshed
 from gtddp_compile.passes.p10_emit import draws
 from gtddp_compile.terminal import ELEMENTWISE
 
@@ -83,6 +84,11 @@ def _refuse(parts: Parts) -> None:
             f"a .pt2 graph cannot hold {parts.curvature}: its factors are inverted only now and then, a branch on the"
             " step count",
             f"{REMEDY}, or use 'sgd', 'rmsprop', 'adam' or 'adamw'",
+        )
+    if isinstance(parts.options.gram, Refreshed):
+        raise CompileError(
+            f"a .pt2 graph cannot hold gram={parts.options.gram!r}: a branch on the step count",
+            f"{REMEDY}, or use gram='auto'",
         )
     if parts.options.factored:
         raise CompileError(

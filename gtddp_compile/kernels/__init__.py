@@ -7,6 +7,7 @@ from gtddp_compile.kernels.approximate import (
     conv_centre_gram,
     conv_separable_gram,
     conv_sketch_gram,
+    linear_low_gram,
     linear_separable_gram,
     linear_sketch_gram,
 )
@@ -107,6 +108,7 @@ from gtddp_compile.kernels.norm import (
     norm_prepare,
     norm_weighted,
 )
+from gtddp_compile.kernels.pooled import conv_pooled, linear_pooled
 from gtddp_compile.kernels.sweep import (
     add_gram,
     bind,
@@ -169,6 +171,7 @@ __all__ = [
     "conv_moment",
     "conv_moment_shares",
     "conv_per_sample",
+    "conv_pooled",
     "conv_rows",
     "conv_separable_gram",
     "conv_sketch_gram",
@@ -218,8 +221,10 @@ __all__ = [
     "linear_gram_diagonal",
     "linear_gram_form",
     "linear_inputs",
+    "linear_low_gram",
     "linear_per_sample",
     "linear_pieces",
+    "linear_pooled",
     "linear_response",
     "linear_rows",
     "linear_separable_gram",

@@ -42,6 +42,11 @@ def check_form(program: UpdateProgram) -> None:
             + ("it keeps one matrix over all samples" if dense else "its recursions add over all samples of the batch"),
             f"Use {'the fast backend' if dense else 'coupling=' + repr('full') + ' or a group size'}",
         )
+    if program.lowered.plan.every:
+        raise CompileError(
+            f"accumulate() with gram={program.options.gram!r}: its levels belong to steps, not to micro-batches",
+            "Use gram='auto' with it",
+        )
 
 
 @dataclass
