@@ -6,14 +6,14 @@ python benchmarks/tried.py --write
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from common import interleaved, machine, markdown, write_section
 from torch import Tensor
 
-from gtddp_compile.kernels import approximate, linear, patches
+from gtddp_compile.kernels import approximate, conv, linear, patches
 
 Pair = tuple[str, str, Callable[[], object], Callable[[], object], str]
 
@@ -72,6 +72,8 @@ def pairs() -> list[Pair]:
         new.addmm_(g.T, x, alpha=-0.1)
 
     ones, small = (1, 1), (padded[:, :, :16, :10, :10].contiguous(), gradients[:, None, :16, :8, :8].contiguous())
+    deep = (torch.randn(16, 1024, 4, 4),), torch.randn(16, 2048, 2, 2), (torch.randn(2048, 1024, 1, 1),), (True, False)
+    strided: dict[str, Any] = {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
     return [
         ("symmetric product in three of four blocks", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: halves(x),
          "rows are too short to gain; a convolution's Gram matrix, whose rows are longer, is made so"),
@@ -86,6 +88,11 @@ def pairs() -> list[Pair]:
         ("patches of some samples at a time", "per-sample gradients of a 3×3 convolution, 16 channels, 8×8",
          lambda: patches._conv_gradients(*small, (3, 3), ones, ones), lambda: in_pieces(*small),
          "slower where channels are few"),
+        ("torch's own weight gradient", "a 1×1 convolution's, 1024 → 2048 channels, 16 samples, stride 2 on 4×4",
+         lambda: conv.conv_weighted(*deep, **strided),
+         lambda: torch.ops.aten.convolution_backward(deep[1], deep[0][0], deep[2][0], None, [2, 2], [0, 0], [1, 1],
+                                                     False, [0, 0], 1, [False, True, False]),
+         "slower where the weight is larger than what its gradient is made of"),
         ("gradient, step and copy apart", "weight written by one product, 512 × 512", folded, apart,
          "slower"),
         ("Γ of a diagonal metric, exact", "Γ with the metric separated, 512 × 512, 128 samples",

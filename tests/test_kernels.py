@@ -196,10 +196,10 @@ def test_conv(case: str, metric: str, chunk: int) -> None:
 @settings(deadline=None, max_examples=100)
 @given(
     data=st.data(), metric=st.sampled_from(sorted(METRICS)),
-    form=st.sampled_from(["patches", "pixels", "materialised"]), grouped=st.booleans(),
+    form=st.sampled_from(["patches", "pixels", "materialised"]), grouped=st.booleans(), few=st.booleans(),
 )  # fmt: skip
-def test_conv_any_geometry(data: st.DataObject, metric: str, form: str, grouped: bool) -> None:
-    """Every geometry in every form of the Gram matrix, and both ways to per-sample gradients."""
+def test_conv_any_geometry(data: st.DataObject, metric: str, form: str, grouped: bool, few: bool) -> None:
+    """Every geometry in every form of the Gram matrix, and both ways to per-sample and to weighted gradients."""
     axes = data.draw(st.integers(1, 3))
 
     def each(low: int, high: int) -> tuple[int, ...]:
@@ -216,6 +216,7 @@ def test_conv_any_geometry(data: st.DataObject, metric: str, form: str, grouped:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULES["conv"], "conv_gram_form", lambda *shape: form)
         patch.setattr(patches, "_conv_grouped", lambda positions, channels, kernel: grouped and kernel > 1)
+        patch.setattr(MODULES["conv"], "_conv_few_rows", lambda g, weight: few)
         check("conv", convolution(**options), (x,), params, metric=metric, **options)
 
 

@@ -38,6 +38,32 @@ def _conv_metric(metric: Tensor, channels: slice, groups: int) -> Tensor:
     return metric.reshape(groups, shape[0] // groups, *shape[1:])[:, :, channels].flatten(2)
 
 
+def _conv_few_rows(g: Tensor, weight: Tensor) -> bool:
+    """Whether a weight is so much larger than what its gradient is made of that torch's own is slow on a CPU.
+
+    Measured (benchmarks/tried.py): one product is up to three times faster where all rows are at most half of either
+    side of the weight.
+    """
+    if torch.compiler.is_compiling() or g.device.type != "cpu":  # a graph must not depend on the batch's size
+        return False
+    return 2 * (g.numel() // g.shape[1]) <= min(weight.shape[0], weight[0].numel())
+
+
+def _conv_product(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """The weight's gradient as one product of output gradients and patches, ``(m, B T) (B T, n)``."""
+    kernel, axes = tuple(weight.shape[2:]), weight.dim() - 2
+    windows = _conv_windows(_conv_padded(x, _conv_margins(kernel, padding, dilation)), kernel, stride, dilation)
+    rows = windows.permute(0, *range(2 + axes, 2 + 2 * axes), *range(1, 2 + axes)).reshape(-1, weight[0].numel())
+    return (g.flatten(2).mT.reshape(-1, weight.shape[0]).mT @ rows).view_as(weight)
+
+
 def conv_weighted(
     operands: tuple[Tensor, ...],
     g: Tensor,
@@ -54,6 +80,8 @@ def conv_weighted(
     bias = (g.flatten(2).sum((0, 2)),) if wants[1] else ()
     if not wants[0]:
         return bias
+    if groups == 1 and _conv_few_rows(g, params[0]):
+        return (_conv_product(x, g, params[0], stride, padding, dilation), *bias)
     x, widths = _conv_symmetric(x, params[0], padding, dilation)
     zeros, only_weight = [0 for _ in stride], [False, True, False]
     weight: Tensor = torch.ops.aten.convolution_backward(
