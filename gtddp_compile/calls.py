@@ -6,8 +6,8 @@ from typing import Any
 
 from gtddp_compile.builder import Builder
 from gtddp_compile.costs import GramChoice, choose_gram, observes
-from gtddp_compile.graph import Player
-from gtddp_compile.instructions import Code, Function, Phase, Var
+from gtddp_compile.graph import BufferRef, Player
+from gtddp_compile.instructions import Code, Function, Phase, StageFunction, Var
 from gtddp_compile.responses import inputs_gram
 from gtddp_compile.uses import Use
 
@@ -49,6 +49,17 @@ def _unprepared(b: Builder, player: Player, use: Use) -> bool:
 def params(b: Builder, use: Use) -> tuple[object, ...]:
     """The use's parameters in the kernels' order."""
     return tuple(b.operand(ref) for ref in use.params)
+
+
+def player_function(b: Builder, use: Use) -> StageFunction:
+    """A use's operations as a function of its parameters and operands, for the generic kernels."""
+    buffers = {ref.name: b.name(f"buffer {ref.name}") for ref in use.operands if isinstance(ref, BufferRef)}
+    inputs = (*use.extras, *(f"buffer {r.name}" if isinstance(r, BufferRef) else r.name for r in use.operands))
+    params = tuple(ref.name for ref in use.params if ref is not None)
+    doc = f"{use.op} as a function of its parameters"
+    return StageFunction(
+        f"player_{b.name(use.key)}", -1, inputs, use.ops, (), (use.op,), params, doc, use.extras, buffers
+    )
 
 
 def _kept(b: Builder, t: int, player: Player) -> str:

@@ -17,14 +17,15 @@ from typing import Any
 from sympy import HadamardProduct, Identity, Inverse, MatrixExpr, OneMatrix
 
 from gtddp_compile import metrics
+from gtddp_compile.adjoints import as_read, pull, read_back, written_out
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.builder import Builder
-from gtddp_compile.calls import SAMPLES, directional, joins, prepare, weighted
+from gtddp_compile.calls import SAMPLES, directional, joins, player_function, prepare, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
 from gtddp_compile.errors import CompileError
 from gtddp_compile.forget import let_go
 from gtddp_compile.formulas import print_formula
-from gtddp_compile.graph import GUARD, LEADING, BufferRef, ControlGraph, Ref
+from gtddp_compile.graph import GUARD, LEADING, ControlGraph, Ref
 from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, Var
 from gtddp_compile.passes.p08_simplify import segments
 from gtddp_compile.plan import Contraction, Plan, StagePlan
@@ -60,7 +61,7 @@ def lower(plan: Plan) -> Lowered:
     sweeps = _sweeps(b, functions, {**{f.stage: f for f in functions}, **after})
     instructions = let_go(sweeps).kept() if plan.segments is None else run_again(sweeps, plan.segments, plan.graph)
     uses = {player.name: b.uses(player.name) for player in plan.graph.players}
-    players = tuple(_player_function(b, use) for found in uses.values() for use in found if use.function)
+    players = tuple(player_function(b, use) for found in uses.values() for use in found if use.function)
     return Lowered(plan, instructions, (*functions, *filter(None, after.values()), *players), uses, dict(b._names))
 
 
@@ -142,19 +143,11 @@ def _function(
         if isinstance(ref, Ref) and ref.name in inside
     ]
     players = ", ".join(graph.stages[stage].players) if stage >= 0 else "before the first player"
+    if chain := written_out(b, stage):  # nothing is asked of torch
+        returns, taps = [*returns, *read_back(chain), *(tap for tap in taps if responds(b, tap))], ()
     edges = tuple(tap for tap in taps if tap not in {*returns, *operands} and not responds(b, tap))
     written = tuple(dict.fromkeys([*returns, *taps, *operands]))
     return StageFunction(name, stage, inputs, ops, taps, written, doc=players, edges=edges)
-
-
-def _player_function(b: Builder, use: Use) -> StageFunction:
-    buffers = {ref.name: b.name(f"buffer {ref.name}") for ref in use.operands if isinstance(ref, BufferRef)}
-    inputs = (*use.extras, *(f"buffer {r.name}" if isinstance(r, BufferRef) else r.name for r in use.operands))
-    params = tuple(ref.name for ref in use.params if ref is not None)
-    doc = f"{use.op} as a function of its parameters"
-    return StageFunction(
-        f"player_{b.name(use.key)}", -1, inputs, use.ops, (), (use.op,), params, doc, use.extras, buffers
-    )
 
 
 def _inputs(b: Builder) -> None:
@@ -162,10 +155,11 @@ def _inputs(b: Builder) -> None:
 
 
 def _trajectory(b: Builder, function: StageFunction) -> None:
-    pulled = b.plan.stages[function.stage].pulled if function.stage >= 0 else ()
+    pulled = () if function.stage < 0 or written_out(b, function.stage) else b.plan.stages[function.stage].pulled
     for value in pulled:
         b.emit("trajectory", function.stage, (f"*{b.leaf(value, function.stage)}",), "leaf", Var(b.name(value)))
-    arguments = [Var(b.leaf(value, function.stage) if value in pulled else b.name(value)) for value in function.inputs]
+    read = partial(as_read, b) if written_out(b, function.stage) else lambda value: Var(b.name(value))
+    arguments = [Var(b.leaf(value, function.stage)) if value in pulled else read(value) for value in function.inputs]
     writes = tuple(b.name(name) for name in function.returns)
     note = f"f_{function.stage}" if function.stage >= 0 else "constant through the step"
     b.emit("trajectory", function.stage, writes, function.name, Var("p"), Var("b"), *arguments, note=note)
@@ -231,8 +225,11 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
     inputs = [Var(b.leaf(name, t)) for name in stage.pulled] + [Var(b.name(tap)) for tap in taps]
     writes = tuple(b.g(name, t) for name in stage.pulled) + tuple(b.g_as_it_lies(tap) for tap in taps)
     options = {"vectorised": vectorises(graph, t)} if b.factored else {}
-    b.emit("backward", t, writes, "pull_back_factors" if b.factored else "pull_back", outputs, inputs, gradients,
-           note="Q_x = f_x^T V_x; g of the players", **options)  # fmt: skip
+    if chain := written_out(b, t):
+        pull(b, stage, chain, gradients[0].name)
+    else:
+        b.emit("backward", t, writes, "pull_back_factors" if b.factored else "pull_back", outputs, inputs, gradients,
+               note="Q_x = f_x^T V_x; g of the players", **options)  # fmt: skip
     for name in stage.pulled:
         later = [reader for reader in segments(graph, graph.value[name]) if reader > t]
         if later:

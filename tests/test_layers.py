@@ -28,6 +28,7 @@ LAYERS = {
     "options": 3,
     "rules": 3,
     "terminal": 3,
+    "adjoints": 4,
     "builder": 4,
     "costs": 4,
     "calls": 4,

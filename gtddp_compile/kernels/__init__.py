@@ -3,6 +3,7 @@
 The contract that layer kernels share is in ``gtddp_compile.rules.base``.
 """
 
+from gtddp_compile.kernels.activations import relu_pulled, sigmoid_pulled, tanh_pulled
 from gtddp_compile.kernels.approximate import (
     conv_centre_gram,
     conv_separable_gram,
@@ -92,6 +93,7 @@ from gtddp_compile.kernels.linear import (
     linear_inputs,
     linear_per_sample,
     linear_pieces,
+    linear_pulled,
     linear_response,
     linear_rows,
     linear_subtract,
@@ -225,6 +227,7 @@ __all__ = [
     "linear_per_sample",
     "linear_pieces",
     "linear_pooled",
+    "linear_pulled",
     "linear_response",
     "linear_rows",
     "linear_separable_gram",
@@ -247,6 +250,7 @@ __all__ = [
     "pull_back_factors",
     "random_state",
     "recurrent",
+    "relu_pulled",
     "restore_random_state",
     "rows_directional",
     "rows_gram_diagonal",
@@ -264,8 +268,10 @@ __all__ = [
     "second_moment",
     "setitem",
     "shrink_samples",
+    "sigmoid_pulled",
     "solve",
     "split_columns",
+    "tanh_pulled",
     "tap",
     "terminal",
     "time_first",

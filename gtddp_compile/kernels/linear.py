@@ -139,6 +139,11 @@ def linear_response(h: Tensor, inputs: Tensor, g: Tensor, wants: tuple[bool, ...
     return torch.addmm(h, _linear_factor(inputs, rates), g, alpha=-1)
 
 
+def linear_pulled(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """``g W``, the gradient of ``x``."""
+    return (g @ weight.to(g.dtype)).to(x.dtype)
+
+
 def linear_forward(operands: tuple[Tensor, ...], params: tuple[Tensor | None, ...]) -> Tensor:
     """``x Wᵀ + b``."""
     weight, bias = params
