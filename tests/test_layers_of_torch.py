@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from gtddp_compile import CompileError, compile_optimizer
 
@@ -54,6 +55,18 @@ def attention(call: Any, *shapes: tuple[int, ...], **options: Any) -> Build:
 def recurrent(kind: str, call: Any = lambda m, x: m(x)[0], *more: tuple[int, ...], **options: Any) -> Build:
     options = {"batch_first": True, **options}
     return own(lambda: getattr(nn, kind)(4, 3, **options), (3, 4), *more, call=call, before=linear)
+
+
+class Rounded(torch.autograd.Function):
+    """Whose backward is not the derivative of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Any:
+        return (scale * x).round(), x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> Any:
+        return g - h, None
 
 
 def itself(m: nn.Module, x: Tensor) -> Tensor:
@@ -106,6 +119,11 @@ LAYERS: dict[str, Build] = {
     "weight norm": own(lambda: parametrizations.weight_norm(nn.Linear(4, 4)), (4,), before=linear),
     "spectral norm": own(lambda: parametrizations.spectral_norm(nn.Linear(4, 4)).eval(), (4,), before=linear),
     "orthogonal": own(lambda: parametrizations.orthogonal(nn.Linear(4, 4)), (4,), before=linear),
+}
+LAYERS |= {
+    "straight-through": own(linear, (4,), call=lambda m, x: Rounded.apply(m(x), 1.0)[0]),
+    "straight-through weights": own(linear, (4,), call=lambda m, x: F.linear(x, Rounded.apply(m.weight, 2.0)[1])),
+    "checkpoint": own(linear, (4,), call=lambda m, x: checkpoint(m, x, use_reentrant=True)),
 }
 REFUSED: dict[str, tuple[Build, str]] = {
     "max_norm": (words(lambda: nn.Embedding(7, 4, max_norm=0.5)), "max_norm rewrites its table"),

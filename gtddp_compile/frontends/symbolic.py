@@ -8,7 +8,9 @@ found by identity in constant time; a model is never changed by being traced.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -143,6 +145,39 @@ class Tracer(fx.Tracer):
         return Recorded(node, self)
 
 
+@cache
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` as one operation with the function's name."""
+
+    def apply(*args: Any) -> Any:
+        return function.apply(*args)
+
+    apply.__name__ = apply.__qualname__ = function.__name__
+    return apply
+
+
+@contextmanager
+def _functions_of_the_users_own() -> Iterator[None]:
+    """``torch.autograd.Function`` is recorded as it is: its ``backward`` need not be the derivative of its ``forward``
+    (straight-through estimators, reversed gradients), and torch.fx would trace into the latter alone. One that is given
+    a function to call (torch.utils.checkpoint) is traced through: parameters are used in there.
+    """
+    own = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        leaves = pytree.tree_leaves(args)
+        tracer = next((leaf.tracer for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
+        if tracer is None or any(callable(leaf) and not isinstance(leaf, fx.Proxy) for leaf in leaves):
+            return own.__get__(None, cls)(*args, **kwargs)
+        return tracer.create_proxy("call_function", applied(cls), args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = own  # type: ignore[method-assign]
+
+
 def trace_symbolically(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     """Record a model by torch.fx.
 
@@ -157,7 +192,7 @@ def trace_symbolically(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     tracer = Tracer(model, names)
     cast = torch.is_autocast_enabled("cpu")
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _functions_of_the_users_own():
             graph = tracer.trace(model)
     except Exception as error:  # the user's own code runs here and may raise anything
         raise Untraceable(
