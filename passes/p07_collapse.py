@@ -21,20 +21,18 @@ Departure from theory.md 4a, found by this proof and confirmed by the dense solv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
-from typing import Literal
 
-from sympy import DiagMatrix, HadamardProduct, Identity, Inverse, MatrixExpr, MatrixSymbol, OneMatrix, ZeroMatrix
+from sympy import Identity, Inverse, MatAdd, MatrixExpr, MatrixSymbol, ZeroMatrix
 
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.algebra.collapsed import Claim, CollapsedForm, FormName
 from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivation
-from gtddp_compile.algebra.symbols import SymmetricSymbol, is_equal
+from gtddp_compile.algebra.forms import Coupling, Equations, Law, build
+from gtddp_compile.algebra.symbols import Rule, SymmetricSymbol, is_equal
 from gtddp_compile.errors import CompileError
 from gtddp_compile.passes.p06_derive import Derived
-
-Coupling = Literal["full", "groups", "block"]
 
 
 def collapse(
@@ -47,19 +45,25 @@ def collapse(
     Raises:
         CompileError: the combination has no collapsed form, or the ansatz does not reproduce itself.
     """
-    claims: dict[str, Claim] = {}
     name = form_name(derived.recursion, coupling, feedback=feedback)
     factored = factored and name != "base"
+    claims: dict[str, Claim] = {}
     for stage in derived.stages:
         claims.update((claim.statement, claim) for claim in prove_span(stage.derivation, factored))
-    claims.update((claim.statement, claim) for claim in prove_update(derived.recursion, factored))
-    backward, forward = _form(name, coupling, factored)
+    backward, forward, proved = form_equations(name, derived.recursion, coupling, factored)
+    claims.update((claim.statement, claim) for claim in proved)
     return CollapsedForm(name, backward, forward, tuple(claims.values()), factored)
 
 
 @cache
-def _form(name: FormName, coupling: Coupling, factored: bool) -> Equations:
-    return (FACTORED_FORMS if factored else FORMS)[name](coupling)
+def form_equations(
+    name: FormName, recursion: Recursion, coupling: Coupling, factored: bool
+) -> tuple[Equations, Equations, tuple[Claim, ...]]:
+    """The form's equations of both sweeps from the law, with the claims about both; the same for every network."""
+    # Without feedback V_xx = 0, so that Q_uu = M whatever the recursion.
+    law, claims = prove_law("substituted" if name == "base" else recursion, factored)
+    backward, forward, proved = build(name, law, coupling, factored=factored)
+    return backward, forward, (*claims, *proved)
 
 
 def form_name(recursion: Recursion, coupling: Coupling, *, feedback: bool) -> FormName:
@@ -117,10 +121,11 @@ def prove_span(d: StageDerivation, factored: bool = False) -> tuple[Claim, ...]:
         _claim(f"Q_{i}{j} = G_{i} P' G_{j}^T", equation, ansatz, g[i] * variance * g[j].T)
         for (i, j), equation in d.q_xx.items()
     ]
-    if d.recursion == "levenberg":
-        for p, q in d.q_uu:
-            own = d.curvature.get((p, q), 0 * c[p] * c[q].T)
-            claims.append(_claim(f"Q_{p}{q} = C P' C^T + M", d.q_uu[p, q], ansatz, c[p] * variance * c[q].T + own))
+    for p, q in d.q_uu:
+        expected, said = d.curvature.get((p, q), 0 * c[p] * c[q].T), "M"
+        if d.recursion == "levenberg":
+            expected, said = c[p] * variance * c[q].T + expected, "C P' C^T + M"
+        claims.append(_claim(f"Q_{p}{q} = {said}", d.q_uu[p, q], ansatz, expected))
     return (*claims, *_prove_recursion(d, factored))
 
 
@@ -129,91 +134,116 @@ def _apart(letter: str, name: str, size: MatrixExpr, factored: bool) -> MatrixEx
     return MatrixSymbol(f"{letter}_{name}", size, 1) if factored else ZeroMatrix(size, 1)
 
 
+def in_span(
+    columns: MatrixExpr, inverse: MatrixExpr, outside: MatrixExpr, sign: int
+) -> tuple[MatrixExpr, MatrixExpr, MatrixExpr, MatrixExpr]:
+    """``k``, ``α``, ``P`` and ``δu`` of a stage: what the derivation is in the span of the gradients.
+
+    Args:
+        columns: ``C``, the gradients of the stage's controls.
+        inverse: ``Q_uu⁻¹``.
+        outside: the part of ``Q_u`` outside their span.
+        sign: -1 where Eq. 21-23 are read as printed.
+    """
+    alpha, variance = a.ALPHA_NEXT, a.VARIANCE_NEXT
+    k = -inverse * (columns * alpha + outside)
+    return (
+        k,
+        alpha + variance * columns.T * k,
+        variance - sign * variance * columns.T * inverse * columns * variance,
+        k - inverse * columns * variance * a.CHANGE,
+    )
+
+
+def _sign(recursion: Recursion) -> int:
+    return -1 if recursion == "printed" else 1
+
+
 def _prove_recursion(d: StageDerivation, factored: bool) -> list[Claim]:
-    """``α`` and ``P`` recur, with the coalition's controls side by side: ``Q_ûi = C P' G_iᵀ`` whatever ``Q_ûû``."""
+    """``k``, ``α``, ``P`` and ``δu``, the coalition's controls side by side: ``Q_ûi = C P' G_iᵀ``, any ``Q_ûû``."""
     size = d.joint_u.symbol.shape[0]
-    joint = MatrixSymbol("C", size, a.BATCH)
+    joint, rest = MatrixSymbol("C", size, a.BATCH), MatrixSymbol("L", size, 1)
     g = {i: MatrixSymbol(f"G_{i}", d.q_x[i].symbol.shape[0], a.BATCH) for i in d.pattern.inputs}
-    variance, inverse = a.VARIANCE_NEXT, Inverse(d.joint_uu.symbol)
+    change = {i: MatrixSymbol(f"delta_{i}", g[i].shape[0], 1) for i in g}
     apart = {i: _apart("A", i, g[i].shape[0], factored) for i in g}
     known: dict[MatrixExpr, MatrixExpr] = {d.q_x[i].symbol: (apart[i] + g[i] * a.ALPHA_NEXT).doit() for i in g}
-    known.update((d.joint_ux[i].symbol, joint * variance * g[i].T) for i in g)
-    known.update((d.q_xx[i, j].symbol, g[i] * variance * g[j].T) for i, j in d.q_xx)
-    gains = {d.gains[i].symbol: d.gains[i].expression for i in g}
-    sign = -1 if d.recursion == "printed" else 1
-    shrunk = variance - sign * variance * joint.T * inverse * joint * variance
+    known[d.joint_u.symbol] = joint * a.ALPHA_NEXT + rest
+    known.update((d.joint_ux[i].symbol, joint * a.VARIANCE_NEXT * g[i].T) for i in g)
+    known.update((d.q_xx[i, j].symbol, g[i] * a.VARIANCE_NEXT * g[j].T) for i, j in d.q_xx)
+    gains = {d.gains[i].symbol: d.gains[i].expression for i in g} | {d.k.symbol: d.k.expression}
+    k, alpha, variance, step = in_span(joint, Inverse(d.joint_uu.symbol), rest, _sign(d.recursion))
+    caused = MatAdd(*(g[i].T * change[i] for i in g)).doit()
+    moved = MatAdd(d.k.symbol, *(d.gains[i].symbol * change[i] for i in g)).doit()
+
+    def opened(equation: Equation) -> Equation:
+        return replace(equation, expression=equation.expression.xreplace(gains).doit())
+
     claims = [
-        _claim(f"V_{i} = {f'A_{i} + ' if factored else ''}G_{i} (alpha' + P' C^T k)", equation, known,
-               apart[i] + g[i] * (a.ALPHA_NEXT + variance * joint.T * d.k.symbol))
+        _claim("k = -Q_uu^-1 (C alpha' + L)", d.k, known, k),
+        _claim("delta_u = k + sum_i K_i delta_i = k - Q_uu^-1 C P' c, c = sum_i G_i^T delta_i",
+               opened(Equation(a.UPDATE, moved)), known, step.xreplace({a.CHANGE: caused}).doit()),
+    ]  # fmt: skip
+    claims += [
+        _claim(f"V_{i} = {f'A_{i} + ' if factored else ''}G_{i} (alpha' + P' C^T k)", opened(equation), known,
+               apart[i] + g[i] * alpha)
         for i, equation in d.new_value_x.items()
     ]  # fmt: skip
     if d.own:
         return claims + _prove_printed_coalition(d, g)
-    for (i, j), equation in d.new_value_xx.items():
-        opened = Equation(equation.symbol, equation.expression.xreplace(gains).doit())
-        claims.append(_claim(f"V_{i}{j} = G_{i} P G_{j}^T", opened, known, g[i] * shrunk * g[j].T))
-    return claims
+    return claims + [
+        _claim(f"V_{i}{j} = G_{i} P G_{j}^T", opened(equation), known, g[i] * variance * g[j].T)
+        for (i, j), equation in d.new_value_xx.items()
+    ]
 
 
 def _prove_printed_coalition(d: StageDerivation, g: dict[str, MatrixExpr]) -> list[Claim]:
-    """Eq. 23 as printed with cross terms: the same with ``Σ_p C_pᵀ N_p⁻¹ C_p`` in place of ``Γ``."""
+    """Eq. 23 as printed with cross terms: the law with ``Γ = Σ_p C_pᵀ N_p⁻¹ C_p``, whose ``P`` reads nothing else."""
     variance = a.VARIANCE_NEXT
     c = {p: MatrixSymbol(f"C_{p}", own.shape[0], a.BATCH) for p, own in d.own.items()}
     known: dict[MatrixExpr, MatrixExpr] = {d.q_ux[p, i].symbol: c[p] * variance * g[i].T for p in c for i in g}
     known.update((d.q_xx[i, j].symbol, g[i] * variance * g[j].T) for i, j in d.q_xx)
-    grown: MatrixExpr = variance
-    for p, own in d.own.items():
-        grown = grown + variance * c[p].T * Inverse(own) * c[p] * variance
+    gram = MatAdd(*(c[p].T * Inverse(own) * c[p] for p, own in d.own.items()))
+    law, _ = prove_law(d.recursion, False)
+    grown = law.variance.xreplace({a.GRAM: gram})
     return [
-        _claim(
-            f"V_{i}{j} = G_{i} P G_{j}^T, P = P' + P' sum_p C_p^T N_p^-1 C_p P'", equation, known, g[i] * grown * g[j].T
-        )
+        _claim(f"V_{i}{j} = G_{i} P G_{j}^T, Gamma = sum_p C_p^T N_p^-1 C_p", equation, known, g[i] * grown * g[j].T)
         for (i, j), equation in d.new_value_xx.items()
     ]
 
 
 @cache
-def prove_update(recursion: Recursion, factored: bool = False) -> tuple[Claim, ...]:
+def prove_law(recursion: Recursion, factored: bool) -> tuple[Law, tuple[Claim, ...]]:
     """The closed form of gains and recursion, by push-through; ``W = (P'⁻¹ + Γ)⁻¹`` where ``Q_uu = M + C P' Cᵀ``."""
-    linear = outside(factored)
-    shown = "b + l" if factored else "l"
-    c, m, variance = a.GRADIENTS, a.CURVATURE, a.VARIANCE_NEXT
-    m_inverse, information = Inverse(m), Inverse(variance)
+    c, m, variance, alpha = a.GRADIENTS, a.CURVATURE, a.VARIANCE_NEXT, a.ALPHA_NEXT
+    m_inverse, information, identity = Inverse(m), Inverse(variance), Identity(a.BATCH)
+    outside = a.BASE + a.DECAY if factored else a.DECAY
+    drift, update = c.T * m_inverse * outside, -m_inverse * (c * a.WEIGHTS + outside)
+    gram: Rule = ((c.T, m_inverse, c), a.GRAM)
     if recursion != "levenberg":
-        k = -m_inverse * (c * a.ALPHA_NEXT + linear)
-        update = k - m_inverse * c * variance * a.CHANGE
-        weights = a.ALPHA_NEXT + variance * a.CHANGE
-        return (
-            _identity(f"delta_u = -M^-1 (C w + {shown}), w = alpha' + P' c", update,
-                      -m_inverse * (c * weights + linear)),
-        )  # fmt: skip
-    identity = Identity(a.BATCH)
+        k, *found = in_span(c, m_inverse, outside, _sign(recursion))
+        shrunk = variance * (identity - _sign(recursion) * a.GRAM * variance)
+        weights = alpha + variance * a.CHANGE
+        return _proved(Law(k, alpha + variance * c.T * a.OPEN_GAIN, shrunk, weights, drift, update), found, (gram,))
     w = SymmetricSymbol("W", a.BATCH, a.BATCH)
-    rules = (
-        ((c.T, m_inverse, c), a.GRAM),
-        ((w, a.GRAM), identity - w * information),
-        ((a.GRAM, w), identity - information * w),
-    )
-    q_uu = m + c * variance * c.T
+    rules = (gram, ((w, a.GRAM), identity - w * information), ((a.GRAM, w), identity - information * w))
     inverse = m_inverse - m_inverse * c * w * c.T * m_inverse
-    pulled = MatrixSymbol("a", a.BATCH, 1)  # P'⁻¹ α'
-    drift = c.T * m_inverse * linear
-    k = -inverse * (c * variance * pulled + linear)
-    update = k - inverse * c * variance * a.CHANGE
-    return (
-        _identity("Q_uu (M^-1 - M^-1 C W C^T M^-1) = I", q_uu * inverse, Identity(a.CONTROLS), rules),
-        _identity("P = P' - P' C^T Q_uu^-1 C P' = W",
-                  variance - variance * c.T * inverse * c * variance, w, rules),
-        _identity("alpha = alpha' + P' C^T k = W (P'^-1 alpha' - s)",
-                  variance * pulled + variance * c.T * k, w * (pulled - drift), rules),
-        _identity(f"delta_u = -M^-1 (C W (P'^-1 alpha' - s + c) + {shown})",
-                  update, -m_inverse * (c * w * (pulled - drift + a.CHANGE) + linear), rules),
-    )  # fmt: skip
+    k, *found = in_span(c, inverse, outside, 1)
+    target = information * alpha - a.DRIFT
+    law, claims = _proved(Law(k, w * target, w, w * (target + a.CHANGE), drift, update), found, rules)
+    q_uu = (m + c * variance * c.T) * inverse
+    whole = _identity("Q_uu (M^-1 - M^-1 C W C^T M^-1) = I", q_uu, Identity(a.CONTROLS), rules)
+    return law.put({w: Inverse(information + a.GRAM)}), (whole, *claims)
 
 
-def outside(factored: bool) -> MatrixExpr:
-    """The part of ``Q_u`` outside the span of the columns: ``ℓ_u``, and ``b`` where the linear term is kept apart."""
-    return a.BASE + a.DECAY if factored else a.DECAY
+def _proved(law: Law, found: list[MatrixExpr], rules: tuple[Rule, ...]) -> tuple[Law, tuple[Claim, ...]]:
+    """The law, once it is ``found``: ``α``, ``P`` and ``δu`` in the span of the gradients."""
+    named = {a.OPEN_GAIN: law.gain, a.DRIFT: law.drift, a.WEIGHTS: law.weights}
+    closed = [law.alpha, law.variance, law.update.xreplace(named)]
+    shown, symbols = (law.alpha, law.variance, law.update), (a.ALPHA, a.VARIANCE, a.UPDATE)
+    return law, tuple(
+        _identity(f"{symbol} = {said}", left, right.xreplace(named).doit(), rules)
+        for symbol, said, left, right in zip(symbols, shown, found, closed, strict=True)
+    )
 
 
 def _pull_back(
@@ -233,127 +263,11 @@ def _identity(
     statement: str,
     left: MatrixExpr,
     right: MatrixExpr,
-    rules: tuple[tuple[tuple[MatrixExpr, ...], MatrixExpr], ...] = (),
+    rules: tuple[Rule, ...] = (),
 ) -> Claim:
     if not is_equal(left, right, rules):
         raise CompileError(
             f"the collapse is not applicable: {statement} does not follow from the derivation",
             "Use backend='dense', which runs the derivation itself, and report the network",
         )
-    return Claim(statement, left, right)
-
-
-# --- the forms --------------------------------------------------------------------------------------------------------
-
-Equations = tuple[dict[str, Equation], dict[str, Equation]]
-
-
-def _information_form(coupling: Coupling) -> Equations:
-    """No projection: ``Λ = P⁻¹`` and ``y = Λ α`` recur (4a); groups count ``B/b`` times."""
-    gram = a.GROUP_SCALE * a.GRAM if coupling == "groups" else a.GRAM
-    backward = _define(
-        (a.TARGET, a.TARGET_NEXT - a.DRIFT, "4a, weight decay"),
-        (a.INFORMATION, a.INFORMATION_NEXT + gram, "4a"),
-        (a.ALPHA, Inverse(a.INFORMATION) * a.TARGET, "4a"),
-    )
-    return backward, _define((a.WEIGHTS, Inverse(a.INFORMATION) * (a.TARGET + a.CHANGE), "4a"), _UPDATE)
-
-
-def _block_form(coupling: Coupling) -> Equations:
-    """The projection keeps the diagonal of ``P`` a stage: ``ρ = diag(X⁻¹)``, ``X = diag(ρ')⁻¹ + Γ``."""
-    known = Inverse(DiagMatrix(a.RHO_NEXT))
-    backward = _define(
-        (a.SYSTEM, known + a.GRAM, "4b, Levenberg"),
-        (a.TARGET, known * a.ALPHA_NEXT - a.DRIFT, "4b, Levenberg"),
-        (a.ALPHA, Inverse(a.SYSTEM) * a.TARGET, "4b, Levenberg"),
-        (a.RHO, _diagonal(Inverse(a.SYSTEM)), "4b, Levenberg"),
-    )
-    return backward, _define((a.WEIGHTS, Inverse(a.SYSTEM) * (a.TARGET + a.CHANGE), "4b, Levenberg"), _UPDATE)
-
-
-def _paper_form(coupling: Coupling, sign: int, source: str) -> Equations:
-    """``Q_uu = M``: one scalar pair a sample and stage (4b)."""
-    ones = OneMatrix(a.BATCH, 1)
-    shrink = ones - sign * HadamardProduct(a.RHO_NEXT, _diagonal(a.GRAM))
-    backward = _define(
-        (a.OPEN_GAIN, -Inverse(a.CURVATURE) * (a.GRADIENTS * a.ALPHA_NEXT + a.DECAY), "4, 4b"),
-        (a.ALPHA, a.ALPHA_NEXT + HadamardProduct(a.RHO_NEXT, a.GRADIENTS.T * a.OPEN_GAIN), source),
-        (a.RHO, HadamardProduct(a.RHO_NEXT, shrink), source),
-    )
-    weights = a.ALPHA_NEXT + HadamardProduct(a.RHO_NEXT, a.CHANGE)
-    return backward, _define((a.WEIGHTS, weights, source), _UPDATE)
-
-
-def _base_form(coupling: Coupling) -> Equations:
-    """Feedback off: the value function is the loss itself, ``α`` stays what it is at the end (Proposition 4)."""
-    return {}, _define((a.WEIGHTS, a.ALPHA_NEXT, "Prop. 4"), _UPDATE)
-
-
-def _diagonal(matrix: MatrixExpr) -> MatrixExpr:
-    """The diagonal as a vector: ``(A ∘ I) 1``."""
-    return HadamardProduct(matrix, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
-
-
-def _factored_information_form(coupling: Coupling) -> Equations:
-    """The same with B r columns: only ``s`` has more in it, since the ordinary gradient is outside their span (4c).
-
-    Inside a group of b samples, ``M`` and ``ℓ_u`` are its share ``1/τ`` of the batch's and ``b`` is its own, so that
-    ``b`` alone counts ``τ`` times in ``s``.
-    """
-    backward, _ = _information_form(coupling)
-    scale = a.GROUP_SCALE if coupling == "groups" else 1
-    base = scale * a.GRADIENTS.T * Inverse(a.CURVATURE) * a.BASE
-    drift = _define((a.DRIFT, base + a.GRADIENTS.T * Inverse(a.CURVATURE) * a.DECAY, "4c"))
-    return {**drift, **backward}, _define(
-        (a.WEIGHTS, Inverse(a.INFORMATION) * (a.TARGET + a.CHANGE), "4c"), _FACTORED_UPDATE
-    )
-
-
-def _factored_block_form(coupling: Coupling) -> Equations:
-    """The projection keeps a block of rank × rank a sample."""
-    known = Inverse(a.OWN_NEXT)
-    drift = a.GRADIENTS.T * Inverse(a.CURVATURE) * (a.BASE + a.DECAY)
-    backward = _define(
-        (a.DRIFT, drift.expand(), "4c, Levenberg"),
-        (a.SYSTEM, known + a.GRAM, "4c, Levenberg"),
-        (a.TARGET, known * a.ALPHA_NEXT - a.DRIFT, "4c, Levenberg"),
-        (a.ALPHA, Inverse(a.SYSTEM) * a.TARGET, "4c, Levenberg"),
-        (a.OWN, HadamardProduct(Inverse(a.SYSTEM), a.SAMPLES), "4c, Levenberg"),
-    )
-    weights = Inverse(a.SYSTEM) * (a.TARGET + a.CHANGE)
-    return backward, _define((a.WEIGHTS, weights, "4c, Levenberg"), _FACTORED_UPDATE)
-
-
-def _factored_paper_form(coupling: Coupling, sign: int, source: str) -> Equations:
-    """``Q_uu = M``: one block a sample and stage, ``Z ← q_x R`` with ``R Rᵀ = I - q_uᵀ M⁻¹ q_u`` (section 3)."""
-    own = HadamardProduct(a.GRAM, a.SAMPLES)
-    backward = _define(
-        (a.OPEN_GAIN, -Inverse(a.CURVATURE) * (a.GRADIENTS * a.ALPHA_NEXT + a.BASE + a.DECAY), "4, 3"),
-        (a.ALPHA, a.ALPHA_NEXT + a.OWN_NEXT * a.GRADIENTS.T * a.OPEN_GAIN, source),
-        (a.OWN, a.OWN_NEXT - sign * a.OWN_NEXT * own * a.OWN_NEXT, source),
-    )
-    return backward, _define((a.WEIGHTS, a.ALPHA_NEXT + a.OWN_NEXT * a.CHANGE, source), _FACTORED_UPDATE)
-
-
-_UPDATE = (a.UPDATE, -Inverse(a.CURVATURE) * (a.GRADIENTS * a.WEIGHTS + a.DECAY), "4, 28")
-_FACTORED_UPDATE = (a.UPDATE, -Inverse(a.CURVATURE) * (a.GRADIENTS * a.WEIGHTS + a.BASE + a.DECAY), "4, 28")
-
-
-def _define(*equations: tuple[MatrixExpr, MatrixExpr, str]) -> dict[str, Equation]:
-    return {str(symbol): Equation(symbol, expression, source) for symbol, expression, source in equations}
-
-
-Form = Callable[[Coupling], Equations]
-FORMS: dict[FormName, Form] = {
-    "information": _information_form,
-    "block": _block_form,
-    "substituted": lambda coupling: _paper_form(coupling, 1, "4b"),
-    "printed": lambda coupling: _paper_form(coupling, -1, "21-23 as printed"),
-    "base": _base_form,
-}
-FACTORED_FORMS: dict[FormName, Form] = {
-    "information": _factored_information_form,
-    "block": _factored_block_form,
-    "substituted": lambda coupling: _factored_paper_form(coupling, 1, "section 3"),
-    "printed": lambda coupling: _factored_paper_form(coupling, -1, "21-23 as printed, any rank"),
-}
+    return Claim(statement, left, right, rules)

@@ -85,12 +85,14 @@ def _sweeps(b: Builder, functions: tuple[StageFunction, ...], by_stage: Mapping[
 
 
 def check_update(plan: Plan) -> None:
-    """The instruction for the update is right only if the derived ``δu`` is ``-M⁻¹ (C w + ℓ)``."""
-    found = plan.form.forward["delta_u"].expression
-    gradient = a.GRADIENTS * a.WEIGHTS + (a.DECAY if plan.decay else 0 * a.DECAY)
-    gradient = gradient + (a.BASE if plan.form.factored else 0 * a.BASE)
-    if (found + Inverse(a.CURVATURE) * gradient).expand().doit() != 0 * a.UPDATE:
-        raise CompileError(f"no instruction computes the derived update {found}", "Use backend='dense'")
+    """The instructions for ``δu`` and ``k`` are right only if they are ``-M⁻¹ (C w + ℓ)`` and ``-M⁻¹ (C α' + ℓ)``."""
+    outside = (a.DECAY if plan.decay else 0 * a.DECAY) + (a.BASE if plan.form.factored else 0 * a.BASE)
+    for symbol, weights in (("delta_u", a.WEIGHTS), ("k", a.ALPHA_NEXT)):
+        equation = {**plan.form.backward, **plan.form.forward}.get(symbol)
+        expected = Inverse(a.CURVATURE) * (a.GRADIENTS * weights + outside)
+        if equation is not None and (equation.expression + expected).expand().doit() != 0 * a.UPDATE:
+            raise CompileError(f"no instruction computes the derived {symbol} = {equation.expression}",
+                               "Use backend='dense'")  # fmt: skip
 
 
 # --- sweep 1 ----------------------------------------------------------------------------------------------------------

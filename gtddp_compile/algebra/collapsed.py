@@ -10,7 +10,7 @@ from typing import Literal
 from sympy import MatrixExpr, MatrixSymbol, Symbol
 
 from gtddp_compile.algebra.derivation import Equation
-from gtddp_compile.algebra.symbols import SymmetricSymbol
+from gtddp_compile.algebra.symbols import Rule, SymmetricSymbol
 
 FormName = Literal["information", "block", "substituted", "printed", "base"]
 
@@ -53,11 +53,12 @@ SAMPLES = SymmetricSymbol("E", BATCH, BATCH)
 
 @dataclass(frozen=True)
 class Claim:
-    """An identity that was proved by exact rewriting before the collapse was used."""
+    """An identity that was proved by exact rewriting, by ``rules``, before the collapse was used."""
 
     statement: str
     left: MatrixExpr
     right: MatrixExpr
+    rules: tuple[Rule, ...] = ()
 
 
 @dataclass(frozen=True)
