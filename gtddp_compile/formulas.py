@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from sympy import DiagMatrix, HadamardProduct, Identity, Inverse, MatAdd, MatMul, MatrixExpr, Mul, OneMatrix, ZeroMatrix
 
-from gtddp_compile.algebra.collapsed import SAMPLES
+from gtddp_compile.algebra import collapsed as a
+from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.errors import CompileError
 
 
@@ -67,8 +68,8 @@ def print_formula(
         raise _unprintable(e)
 
     def own_blocks(e: HadamardProduct) -> str:
-        (inner,) = (arg for arg in e.args if arg != SAMPLES)
-        if SAMPLES in e.args and isinstance(inner, Inverse) and inner.arg in factors:
+        (inner,) = (arg for arg in e.args if arg != a.SAMPLES)
+        if a.SAMPLES in e.args and isinstance(inner, Inverse) and inner.arg in factors:
             return f"samples_of_inverse({factors[inner.arg]}, rank)"
         raise _unprintable(e)
 
@@ -89,6 +90,22 @@ def print_formula(
         raise _unprintable(e)
 
     return vector(expression) if expression.shape[1] == 1 else matrix(expression)
+
+
+def check_update(form: CollapsedForm, *, decay: bool) -> None:
+    """The instructions for ``δu`` and ``k`` are right only if they are ``-M⁻¹ (C w + ℓ)`` and ``-M⁻¹ (C α' + ℓ)``.
+
+    Raises:
+        CompileError: they are not; nothing else computes them.
+    """
+    outside = (a.DECAY if decay else 0 * a.DECAY) + (a.BASE if form.factored else 0 * a.BASE)
+    for equation in (*form.backward.values(), *form.forward.values()):
+        weights = {a.UPDATE: a.WEIGHTS, a.OPEN_GAIN: a.ALPHA_NEXT}.get(equation.symbol)
+        if (
+            weights is not None
+            and equation.expression != (-Inverse(a.CURVATURE) * (a.GRADIENTS * weights + outside)).doit()
+        ):
+            raise _unprintable(equation.expression)
 
 
 def _ordered(e: MatAdd, names: Mapping[MatrixExpr, str]) -> list[MatrixExpr]:

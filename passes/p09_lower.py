@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sympy import HadamardProduct, Identity, Inverse, MatrixExpr, OneMatrix
+from sympy import HadamardProduct, Identity, MatrixExpr, OneMatrix
 
 from gtddp_compile import metrics
 from gtddp_compile.adjoints import as_read, pull, read_back, written_out
@@ -22,9 +22,8 @@ from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import SAMPLES, directional, joins, player_function, prepare, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
-from gtddp_compile.errors import CompileError
 from gtddp_compile.forget import let_go
-from gtddp_compile.formulas import print_formula
+from gtddp_compile.formulas import check_update, print_formula
 from gtddp_compile.graph import GUARD, LEADING, ControlGraph, Ref
 from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, Var
 from gtddp_compile.passes.p08_simplify import segments
@@ -52,7 +51,7 @@ class Lowered:
 
 def lower(plan: Plan) -> Lowered:
     """Write the plan down."""
-    check_update(plan)
+    check_update(plan.form, decay=plan.decay)
     b = Builder(plan)
     for op in plan.graph.ops.ops:
         b.name(op.name)
@@ -82,17 +81,6 @@ def _sweeps(b: Builder, functions: tuple[StageFunction, ...], by_stage: Mapping[
         decided = b.written(partial(_decide, b, stage))
         forward[stage.index] = decided + b.written(partial(_run_again, b, stage, by_stage, last_read))
     return Sweeps(trajectory, loss, pulled, gains, recursion, forward, not any(s.statistics for s in b.plan.stages))
-
-
-def check_update(plan: Plan) -> None:
-    """The instructions for ``δu`` and ``k`` are right only if they are ``-M⁻¹ (C w + ℓ)`` and ``-M⁻¹ (C α' + ℓ)``."""
-    outside = (a.DECAY if plan.decay else 0 * a.DECAY) + (a.BASE if plan.form.factored else 0 * a.BASE)
-    for symbol, weights in (("delta_u", a.WEIGHTS), ("k", a.ALPHA_NEXT)):
-        equation = {**plan.form.backward, **plan.form.forward}.get(symbol)
-        expected = Inverse(a.CURVATURE) * (a.GRADIENTS * weights + outside)
-        if equation is not None and (equation.expression + expected).expand().doit() != 0 * a.UPDATE:
-            raise CompileError(f"no instruction computes the derived {symbol} = {equation.expression}",
-                               "Use backend='dense'")  # fmt: skip
 
 
 # --- sweep 1 ----------------------------------------------------------------------------------------------------------

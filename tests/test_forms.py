@@ -14,9 +14,11 @@ from torch import nn
 from gtddp_compile import CompileError, compile_optimizer
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.algebra import forms
+from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import RECURSIONS, Equation
 from gtddp_compile.algebra.forms import Form, Law, build
 from gtddp_compile.compiler import build_graph
+from gtddp_compile.formulas import check_update
 from gtddp_compile.options import Options
 from gtddp_compile.passes import p07_collapse
 from gtddp_compile.passes.p06_derive import derive
@@ -129,3 +131,14 @@ def test_symbols_mean_what_is_kept(name: Any, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(forms, "form_of", said)
         with pytest.raises(CompileError, match="is not what was proved"):
             build(name, law, "block", factored=False)
+
+
+@pytest.mark.parametrize("symbol", ["k", "delta_u"])
+def test_an_update_that_no_instruction_computes_is_refused(symbol: str) -> None:
+    backward, forward, claims = form_equations("printed", "printed", "block", False)
+    form = CollapsedForm("printed", backward, forward, claims)
+    check_update(form, decay=True)
+    sweep = backward if symbol == "k" else forward
+    changed = sweep | {symbol: replace(sweep[symbol], expression=2 * sweep[symbol].expression)}
+    with pytest.raises(CompileError, match="has no instruction"):
+        check_update(replace(form, **{"backward" if symbol == "k" else "forward": changed}), decay=True)
