@@ -1,10 +1,11 @@
 """What approximate Gram matrices keep of the update and of the training curve.
 
-Three networks on scikit-learn's digits, batch 128: the convolutional one of ``examples/digits.py``, a multi-layer
-perceptron, and a transformer that takes an image's rows for tokens. ``error of w``: the relative error of a stage's
-weights against the exact ones, from the same parameters and state, median over stages, at every 5th step of an exact
-run. ``loss``: mean over seeds of the train loss after the epochs, with its standard deviation. ``step``: CPU time of a
-step against the exact one's, in turns; of ``Refreshed(k)``, of k steps in a row.
+Networks on scikit-learn's digits, batch 128: the convolutional one of ``examples/digits.py``, with 16 channels and with
+32, a multi-layer perceptron, and a transformer that takes an image's rows for tokens. ``error of w``: the relative
+error of a stage's weights against the exact ones, from the same parameters and state, median over stages, at every 5th
+step of an exact run (of ``Refreshed``, between refreshes). ``loss``: mean over seeds of the train loss after the
+epochs, with its standard deviation. ``step``: CPU time of a step against the exact one's, in turns; of
+``Refreshed(k)``, of k steps in a row.
 
     python benchmarks/gram_fidelity.py --write
 """
@@ -32,14 +33,19 @@ GRAMS: dict[str, Any] = {
     "coarse": "coarse", "LowPrecision()": LowPrecision(), "Refreshed(2)": Refreshed(2), "Refreshed(10)": Refreshed(10),
     "Refreshed(100)": Refreshed(100),
 }  # fmt: skip
-POSITIONS = ("LowPrecision", "Refreshed")
-"""Options that change layers with positions alone: of the perceptron, which has none, nothing."""
+OTHERS = {
+    "digits": ("LowPrecision", "Refreshed"),
+    "mlp": ("LowPrecision", "Refreshed"),
+    "digits, 32": ("LowPrecision",),
+}
+"""Options that change nothing of a network: its gradients are kept, or there are no positions."""
 
 KRONECKER = ("exact", "auto")
 """What there is to choose for EK-FAC: its diagonal separated or not."""
 
 NETWORKS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-    "digits": ((1, 8, 8), tuple(BASES)), "mlp": ((64,), tuple(BASES)), "tokens": ((8, 8), ("sgd", "adam")),
+    "digits": ((1, 8, 8), tuple(BASES)), "digits, 32": ((1, 8, 8), ("sgd", "adam")), "mlp": ((64,), tuple(BASES)),
+    "tokens": ((8, 8), ("sgd", "adam")),
 }  # fmt: skip
 """Shape of a sample, and the base methods that are measured."""
 
@@ -66,7 +72,8 @@ class Flat(nn.Module):
 
     def __init__(self, network: str) -> None:
         super().__init__()
-        made = {"mlp": lambda: mlp((64, 256, 256, 256, 10)), "digits": DigitsNet, "tokens": Tokens}
+        made = {"mlp": lambda: mlp((64, 256, 256, 256, 10)), "digits": DigitsNet, "digits, 32": lambda: DigitsNet(32),
+                "tokens": Tokens}  # fmt: skip
         self.body, self.shape = made[network](), NETWORKS[network][0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,8 +131,10 @@ def errors(network: str, curvature: str) -> dict[str, float]:
         optimizer.step(x, y)
         exact = weights(optimizer)
         for name, (other, approximate) in others.items():
-            measured = index % 5 == 4
-            if not measured and not isinstance(GRAMS[name], Refreshed):
+            gram, measured = GRAMS[name], index % 5 == 4
+            if isinstance(gram, Refreshed):
+                measured = measured and index % gram.every > 0
+            elif not measured:
                 continue
             other.load_state_dict(before)
             load(approximate, state)
@@ -138,7 +147,7 @@ def errors(network: str, curvature: str) -> dict[str, float]:
 def rows_of(network: str, curvature: str) -> list[str]:
     """Options that say something about a network and a base method."""
     known = KRONECKER if curvature == "ekfac" else tuple(GRAMS)
-    return [name for name in known if network != "mlp" or not name.startswith(POSITIONS)]
+    return [name for name in known if not name.startswith(OTHERS.get(network, ()))]
 
 
 def load(optimizer: Any, state: dict[str, Any]) -> None:

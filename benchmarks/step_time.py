@@ -4,15 +4,18 @@ A step is what a training loop does with a batch: forward, backward and update; 
 of gains and the second forward sweep. Both are timed in turns in one process, after a comparison that the first losses
 agree; peak memory is that of a process of its own, above what the imports take. K-FAC and EK-FAC, which torch.optim has
 not, are timed in blocks of ten steps, so that their refreshes count, against the same method with ``feedback=False``
-and against a peer's (``peers.py``). Every finished row is kept in ``step_time.json`` and not measured again.
+and against a peer's (``peers.py``); ``gram=Refreshed(k)`` in blocks of k. Every finished row is kept in
+``step_time.json`` and not measured again.
 
     python benchmarks/step_time.py --write --quick       the tables of docs/performance.md, in a quarter of an hour
     python benchmarks/step_time.py mlp gpt6 --curvature sgd --option '{"gram": "coarse"}'
+    python benchmarks/step_time.py vit-small --curvature sgd --option '{"gram": "Refreshed(10)"}'
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +40,7 @@ from peers import PEERS, REFRESH, available, peer_step
 from rich.console import Console
 from rich.progress import track
 
-from gtddp_compile import compile_optimizer
+from gtddp_compile import LowPrecision, Refreshed, Sketch, compile_optimizer
 
 OPTIM: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05}),
@@ -102,8 +105,18 @@ def compiled_step(network: Network, curvature: str, batch: int, options: dict[st
     torch.manual_seed(0)
     model, (x, y) = network.build(), network.data(batch)
     own = OPTIM[curvature][1] if curvature in OPTIM else KRONECKER[curvature]
+    options = {key: option_of(value) for key, value in options.items()}
     optimizer = compile_optimizer(model, x, loss=network.losses, curvature=curvature, **own, **options)
     return lambda: optimizer.step(x, y)
+
+
+def option_of(value: Any) -> Any:
+    """An option from JSON; ``"Refreshed(10)"`` and the like stand for objects."""
+    found = re.fullmatch(r"(\w+)\((.*)\)", value) if isinstance(value, str) else None
+    if found is None:
+        return value
+    known = {kind.__name__: kind for kind in (LowPrecision, Refreshed, Sketch)}
+    return known[found[1]](*json.loads(f"[{found[2]}]"))
 
 
 def base_step(network: Network, curvature: str, against: str, batch: int) -> Step:
@@ -115,16 +128,15 @@ def base_step(network: Network, curvature: str, against: str, batch: int) -> Ste
     return compiled_step(network, curvature, batch, {"feedback": False})
 
 
-def measure(base: Step, ours: Step, curvature: str, pairs: int, clock: str) -> Ratio:
-    """Time both in turns, per step.
+def measure(base: Step, ours: Step, count: int, pairs: int, clock: str) -> Ratio:
+    """Time both in turns, per step, in blocks of ``count`` steps.
 
     Raises:
         RuntimeError: their first losses differ, so that they do not train the same network.
     """
     first, second = float(base()), float(ours())
     if abs(first - second) > 1e-3 * abs(first):
-        raise RuntimeError(f"{curvature}: the first losses are {first} and {second}")
-    count = REFRESH if curvature in KRONECKER else 1
+        raise RuntimeError(f"the first losses are {first} and {second}")
     found = interleaved(_block(base, count), _block(ours, count), max(1, pairs // count), clock, warm=1)
     return Ratio(found.base / count, found.ours / count, found.ratio, found.low, found.high)
 
@@ -177,7 +189,9 @@ def row(case: tuple[Any, ...], batch: int, pairs: int, clock: str, threads: int,
     name, curvature, options, against = case
     network = NETWORKS[name]
     base = base_step(network, curvature, against, batch)
-    found = measure(base, compiled_step(network, curvature, batch, options), curvature, pairs, clock)
+    gram = option_of(options.get("gram"))
+    count = REFRESH if curvature in KRONECKER else gram.every if isinstance(gram, Refreshed) else 1
+    found = measure(base, compiled_step(network, curvature, batch, options), count, pairs, clock)
     used = "–"
     if memory:
         arguments = [name, "--curvature", curvature, "--option", json.dumps(options), "--batch", str(batch)]
