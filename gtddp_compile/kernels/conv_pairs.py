@@ -29,12 +29,12 @@ def conv_gram_form(samples: int, positions: int, pixels: int, channels: int, ker
         ``"patches"``: sum over pairs of positions, ``½ B² T² (n + m)``. ``"pixels"``: as that, but inner products
         of patches are sums of inner products of pixels, ``B² S² channels`` and ``kernel`` additions a pair;
         one block of memory, so for at most ``4 CHUNK`` pairs. ``"materialised"``: per-sample gradients, ``B m n T +
-        B² m n``.
+        B² m n``, and patches copied, ``B T n``.
     """
     patch, pairs = channels * kernel, (samples * positions) ** 2
     costs = {
         "patches": pairs * (patch + outputs + ADD) / 2,
-        "materialised": samples * patch * outputs * (positions + samples),
+        "materialised": samples * patch * (outputs * (positions + samples) + (ADD * positions if kernel > 1 else 0)),
     }
     if kernel > 1 and max(pairs, (samples * pixels) ** 2) <= 4 * CHUNK:
         costs["pixels"] = (samples * pixels) ** 2 * channels + pairs * (outputs + ADD * (1 + kernel / 2))

@@ -22,6 +22,9 @@ GROUPED = 256
 BLOCK = 8
 """Channels that torch's own convolutions take together: with fewer, patches are faster."""
 
+VECTOR = 16
+"""Channels whose products torch's own convolutions compute together: the rest costs as much as one more of these."""
+
 
 def _conv_pieces(total: int, step: int) -> tuple[slice, ...]:
     """Pieces of a bounded size. In a graph there is one: a loop would make its sizes constants."""
@@ -115,6 +118,8 @@ def _conv_blocks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Per-sample gradients, some input channels at a time: ``(channels, (B, G, m, channels · kernel))``."""
     step = max(1, CHUNK // (g.shape[0] * g.shape[1] * g.shape[2] * math.prod(kernel)))
+    if step >= VECTOR and g[0, 0, 0].numel() >= GROUPED:
+        step = -(-step // VECTOR) * VECTOR
     for channels in _conv_pieces(x.shape[2], step):
         yield channels, _conv_gradients(x[:, :, channels], g, kernel, stride, dilation)
 
