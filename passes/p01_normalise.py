@@ -74,13 +74,14 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
             with untouched(model):
                 traced = front_end(model, inputs)
             _check_state(traced.read & reference.rewritten)
-            graph = masks_apart(_normal_form(traced, model))
-            graph, output = run(graph, model, inputs, reference)
+            for draws in (False, True):  # what the model draws and does not use moves what it draws after
+                graph = masks_apart(_normal_form(traced, model, draws=draws))
+                graph, output = run(graph, model, inputs, reference)
+                if agrees(graph, output, reference):
+                    return find_layouts(graph, model, inputs)
         except Untraceable as refusal:
             refusals.append(refusal)
             continue
-        if agrees(graph, output, reference):
-            return find_layouts(graph, model, inputs)
         refusals.append(Untraceable("what was recorded computes something else than the model"))
     with untouched(model):
         again = observe(model, inputs)
@@ -179,7 +180,8 @@ def _cannot(refusals: list[Untraceable]) -> CompileError:
 # --- the rewrite ------------------------------------------------------------------------------------------------------
 
 
-def _normal_form(traced: Traced, model: nn.Module) -> OpGraph:
+def _normal_form(traced: Traced, model: nn.Module, *, draws: bool) -> OpGraph:
+    """``draws``: operations that draw random numbers live, even if nothing reads what they compute."""
     cleaned, output = functionalise(traced)
     names = _Names()
     ops = [Op(names.own(name), "input", None) for name in argument_names(model, len(traced.inputs))]
@@ -210,7 +212,7 @@ def _normal_form(traced: Traced, model: nn.Module) -> OpGraph:
             value[clean.call.name] = Ref(name)
     returned = pytree.tree_map(resolve, output)
     ops += decisions.guards(names, ops)
-    kept = _alive(ops, returned)
+    kept = _alive(ops, returned, draws=draws)
     return OpGraph(
         tuple(op for op in ops if op.kind == "input" or op.name in kept),
         tuple(value[name].name for name in traced.inputs),
@@ -315,11 +317,11 @@ class _Decisions:
             yield Op(name, GUARD, kernels.guard, args, module=read.module, source=read.source)
 
 
-def _alive(ops: list[Op], output: Any) -> frozenset[str]:
+def _alive(ops: list[Op], output: Any, *, draws: bool) -> frozenset[str]:
     """Operations that the output depends on; batch-norms in training mode live for their buffers, guards to check."""
     wanted = {leaf.name for leaf in iter_leaves(output) if isinstance(leaf, Ref)}
     for op in reversed(ops):
-        if op.name in wanted or op.advances or op.kind == GUARD:
+        if op.name in wanted or op.advances or op.kind == GUARD or (draws and op.random):
             wanted.add(op.name)
             wanted.update(op.operands)
     return frozenset(wanted)

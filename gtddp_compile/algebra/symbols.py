@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache, reduce
+from typing import Any
 
-from sympy import Expr, Integer, MatAdd, MatMul, MatrixExpr, MatrixSymbol, ZeroMatrix, sympify
+from sympy import (
+    Expr,
+    Identity,
+    Integer,
+    MatAdd,
+    MatMul,
+    MatrixExpr,
+    MatrixSymbol,
+    Transpose,
+    ZeroMatrix,
+    sympify,
+)
 from sympy.matrices.expressions.blockmatrix import BlockMatrix, block_collapse
 
 Rule = tuple[tuple[MatrixExpr, ...], MatrixExpr]
@@ -69,12 +82,49 @@ def _first_match(factors: tuple[MatrixExpr, ...], rules: tuple[Rule, ...]) -> Ma
 def is_equal(left: MatrixExpr, right: MatrixExpr, rules: Iterable[Rule] = ()) -> bool:
     """Whether two matrix expressions are equal as polynomials in their noncommuting symbols, modulo ``rules``."""
     rules = tuple(rules)
-    return (not rules and _collected(left) == _collected(right)) or not terms(rewrite(left - right, rules))
+    return (not rules and products(left) == products(right)) or not terms(rewrite(left - right, rules))
 
 
-def _collected(expression: MatrixExpr) -> dict[tuple[MatrixExpr, ...], Expr]:
-    """The coefficient of every product: side by side this is much cheaper than the difference simplified."""
-    found: dict[tuple[MatrixExpr, ...], Expr] = {}
-    for coefficient, factors in terms(expression):
-        found[factors] = found.get(factors, Integer(0)) + coefficient
-    return {factors: coefficient for factors, coefficient in found.items() if coefficient != 0}
+Products = dict[tuple[MatrixExpr, ...], Any]
+"""A polynomial in noncommuting symbols: the coefficient of every product of them."""
+
+
+def products(expression: MatrixExpr) -> Products:
+    """The expanded sum as a polynomial, without simplification: inverses do not cancel.
+
+    Two expressions with the same polynomial are equal; the converse holds but for products with an inverse.
+    """
+    if isinstance(expression, ZeroMatrix):
+        return {}
+    if isinstance(expression, Identity):
+        return {(): 1}
+    if isinstance(expression, MatAdd):
+        found: Products = {}
+        for part in expression.args:
+            for factors, coefficient in products(part).items():
+                found[factors] = found.get(factors, 0) + coefficient
+        return {factors: coefficient for factors, coefficient in found.items() if coefficient != 0}
+    if isinstance(expression, MatMul):
+        return reduce(_times, (products(part) if part.is_Matrix else {(): _number(part)} for part in expression.args))
+    if isinstance(expression, Transpose) and not isinstance(expression.arg, MatrixSymbol):
+        inside = products(expression.arg)
+        return {tuple(map(_transposed, reversed(factors))): coefficient for factors, coefficient in inside.items()}
+    return {(expression,): 1}
+
+
+def _times(left: Products, right: Products) -> Products:
+    found: Products = {}
+    for first, one in left.items():
+        for second, other in right.items():
+            factors = first + second
+            found[factors] = found.get(factors, 0) + one * other
+    return found
+
+
+def _number(scalar: Expr) -> Any:
+    return int(scalar) if scalar.is_Integer else scalar
+
+
+@cache
+def _transposed(symbol: MatrixExpr) -> MatrixExpr:
+    return symbol.T.doit()

@@ -9,7 +9,6 @@ an index which depends on the data (tokens sorted by expert) are put back in ord
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import kernels
+from gtddp_compile.frontends.changes import Change, changes, decide, lies_as, within
 from gtddp_compile.frontends.reference import SEED, evaluate, leaves
 from gtddp_compile.frontends.traced import Untraceable
 from gtddp_compile.graph import GUARD, Method, Op, OpGraph, ParamRef, Ref
@@ -34,24 +34,41 @@ SPREADING = frozenset({"expand", "expand_as", "repeat", "tile", "broadcast_to"})
 ORDER = ".order"
 """Suffix of the operation that says in which order the rows that an operation takes lie sample by sample."""
 
-ROUNDING = 1000
-"""Units of rounding within which two values are the same."""
-
 REPEATS, COPIES = 2, 3
 """How often a sample is changed, and of how many samples one is made if there is no other."""
 
 STEPS = 6
 """How far indices are followed back."""
 
+PLAIN = (LEADING, Layout(0, "inner"))
+"""Layouts of samples one after the other, which are told quickly."""
+
+
+class _Failed:
+    """The value of an operation that a changed input does not let through, and of all that read it."""
+
+
+FAILED = _Failed()
+
 
 @dataclass(frozen=True)
 class Trial:
-    """The example inputs, and variants of them in which one sample each is another."""
+    """The example inputs, and variants of them in which one sample each is another.
+
+    Attributes:
+        batch: how many samples.
+        inputs: the example inputs.
+        variants: the same with one sample changed.
+        changed: which, in each variant.
+        inside: the inputs are left alone, and what a table holds for their words is changed a little instead, so that
+            every decision on values (which expert serves a token) stays what it was.
+    """
 
     batch: int
     inputs: tuple[Any, ...]
     variants: tuple[tuple[Any, ...], ...]
     changed: tuple[int, ...]
+    inside: bool = False
 
 
 def find_layouts(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> OpGraph:
@@ -68,12 +85,19 @@ def find_layouts(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> O
     moving = graph.reached
     if not batch or not any(_is_doubtful(op, batch) for op in graph.ops if op.name in moving):
         return graph
+    known: dict[str, Layout | None] = {}
     for trial in _trials(graph, inputs, batch):
         try:
-            return _with_layouts(graph, _found(graph, model, trial, moving))
-        except Untraceable:  # a changed input is none that the model takes, or the recording holds for one size alone
+            found, failed = _found(graph, model, trial, moving)
+        except Untraceable:  # the recording holds for one size alone
             continue
-    return _with_layouts(graph, {op.name: _of_one(op) for op in graph.ops if op.name in moving})
+        if failed and batch == 1:
+            continue
+        known = {name: layout if known.get(name) is None else known[name] for name, layout in found.items()}
+        if not failed:  # else a changed input is none that the model takes
+            return _with_layouts(graph, known)
+    known = known or {op.name: _of_one(op) for op in graph.ops if op.name in moving}
+    return _with_layouts(graph, known)
 
 
 def _is_doubtful(op: Op, batch: int) -> bool:
@@ -130,15 +154,19 @@ def _of_one(op: Op) -> Layout | None:
 
 
 def _trials(graph: OpGraph, inputs: tuple[Any, ...], batch: int) -> Iterator[Trial]:
-    """What to try, in order: whole numbers are changed boldly first, then only to what other samples have."""
+    """What to try, in order: words are changed boldly, then only to what other samples have, then not at all."""
     if batch == 1 and graph.frontend != "fx":
         return
+    count = batch if batch > 1 else COPIES
+    pairs = [(sample, seed) for sample in (0, count - 1) for seed in range(REPEATS)]
+    changed = tuple(sample for sample, _ in pairs)
     for bold in (True, False):
         base = inputs if batch > 1 else tuple(_several(value, bold=bold) for value in inputs)
-        count = batch if batch > 1 else COPIES
-        changes = [(sample, seed) for sample in (0, count - 1) for seed in range(REPEATS)]
-        variants = [tuple(_other(value, sample, count, seed, bold=bold) for value in base) for sample, seed in changes]
-        yield Trial(count, base, tuple(variants), tuple(sample for sample, _ in changes))
+        variants = [tuple(_other(value, sample, count, seed, bold=bold) for value in base) for sample, seed in pairs]
+        yield Trial(count, base, tuple(variants), changed)
+    if batch > 1:
+        variants = [tuple(_nudged(value, sample, count, seed) for value in inputs) for sample, seed in pairs]
+        yield Trial(count, inputs, tuple(variants), changed, inside=True)
 
 
 def _several(value: Any, *, bold: bool) -> Any:
@@ -174,10 +202,31 @@ def _like(own: Tensor, value: Tensor, seed: int, *, bold: bool) -> Tensor:
     return found
 
 
+def _nudged(value: Any, sample: int, batch: int, seed: int) -> Any:
+    """A value with one sample moved a little, so that what is decided on it stays as it was; whole numbers as they are.
+
+    The fourth root of what rounding is: far above that, and far below what tells two samples apart.
+    """
+    if not isinstance(value, Tensor) or not value.dim() or len(value) != batch or not value.numel():
+        return value
+    if not value.is_floating_point():
+        return value
+    source = torch.Generator().manual_seed(seed)
+    noise = torch.rand(value.shape[1:], generator=source, dtype=torch.float64).to(value.device, value.dtype)
+    size = torch.finfo(value.dtype).eps ** 0.25 * float(value.detach().abs().nan_to_num(0, 0, 0).max())
+    changed = value.detach().clone()
+    changed[sample] += size * (0.5 + noise)
+    return changed
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def _found(graph: OpGraph, model: nn.Module, trial: Trial, moving: frozenset[str]) -> dict[str, Layout | None]:
+def _found(
+    graph: OpGraph, model: nn.Module, trial: Trial, moving: frozenset[str]
+) -> tuple[dict[str, Layout | None], bool]:
+    """The layout of every value, and whether a changed input was let through by all operations."""
+    failed = False
     found: dict[str, Layout | None] = {name: LEADING for name in graph.inputs}
     orders = _Orders(graph)
     spread = frozenset(op.name for op in graph.ops if op.name not in moving and _is_spread(op, graph))
@@ -188,20 +237,32 @@ def _found(graph: OpGraph, model: nn.Module, trial: Trial, moving: frozenset[str
         if op.name not in moving or not isinstance(values[0], Tensor):
             found[op.name] = implied[0] if implied and not op.is_size else None  # parts of a tuple lie as a rule as it
             continue
-        if set(implied) == {LEADING} and _is_leading(values, trial):
+        if trial.inside and op.kind == "embedding" and set(implied) == {LEADING}:
             found[op.name] = LEADING
+            for run, sample in enumerate(trial.changed, 1):
+                values[run] = _nudged(values[run], sample, trial.batch, run)
+            continue
+        plain = implied[0] if implied and implied[0] in PLAIN and len(set(implied)) == 1 else None
+        if plain is not None and lies_as(plain, values, trial.changed, trial.batch):
+            found[op.name] = plain
             orders.note(op, values)
             continue
-        shape, unit = tuple(values[0].shape), _unit(values[0])
-        masks = [_differs(values[0], other, unit) for other in values[1:]]
-        layout = _decide(candidates(shape, trial.batch), masks, trial, implied)
-        if _is_dead(op, masks) and layout == LEADING and LEADING in implied:
+        failed |= any(value is FAILED for value in values)
+        seen = changes(values, trial.changed)
+        layout = decide(candidates(tuple(values[0].shape), trial.batch), seen, trial.batch, implied)
+        if _is_dead(op, seen) and layout in PLAIN and layout in implied:
             _change(values, trial)
         if layout is None:
             layout = next((o for o in orders.likely(op, implied) if orders.holds(o, values, trial)), None)
-        found[op.name] = layout
+        found[op.name] = layout if _is_shown(values, seen, trial) else None
         orders.note(op, values)
-    return {name: layout if _is_sound(layout, graph, found) else None for name, layout in found.items()}
+    return {name: layout if _is_sound(layout, graph, found) else None for name, layout in found.items()}, failed
+
+
+def _is_shown(values: Sequence[Any], seen: Sequence[Change | None], trial: Trial) -> bool:
+    """Where a changed input was not let through, the others must have shown where every changed sample lies."""
+    known = {change.sample for change in seen if change is not None and change.count}
+    return known == set(trial.changed) or not any(value is FAILED for value in values)
 
 
 def _is_sound(layout: Layout | None, graph: OpGraph, found: dict[str, Layout | None]) -> bool:
@@ -227,6 +288,8 @@ class _Orders:
     def note(self, op: Op, values: Sequence[Any]) -> None:
         """An index by which rows are taken: the order that undoes it."""
         for name in self._taking.get(op.name, ()):
+            if any(value is FAILED for value in values):
+                continue
             self._known[f"{name}{ORDER}"] = [torch.argsort(value, stable=True) for value in values]
             self._roots[f"{name}{ORDER}"] = self._ancestors(op.name)
 
@@ -241,11 +304,11 @@ class _Orders:
         orders, count = self._known[layout.order or ""], len(values[0]) if values[0].dim() else 0
         if count != len(orders[0]) or count % trial.batch:
             return False
+        if any(value is FAILED for value in values):
+            return False
         rows = [value[order] for value, order in zip(values, orders, strict=True)]
-        unit = _unit(rows[0])
-        pairs = zip((_differs(rows[0], other, unit) for other in rows[1:]), trial.changed, strict=True)
-        seen = [(mask, sample) for mask, sample in pairs if mask is not None and bool(mask.any())]
-        return bool(seen) and all(_within(mask, Layout(0, "inner"), sample, trial.batch) for mask, sample in seen)
+        seen = [change for change in changes(rows, trial.changed) if change is not None and change.count]
+        return bool(seen) and all(within(change, Layout(0, "inner"), trial.batch) for change in seen)
 
     def _ancestors(self, name: str) -> frozenset[str]:
         """Whole numbers that an operation computes or goes back to by a few steps."""
@@ -271,18 +334,19 @@ def _is_spread(op: Op, graph: OpGraph) -> bool:
     return shape is not None and (len(shape) < len(op.shape) or shape[0] == 1)
 
 
-def _is_dead(op: Op, masks: Sequence[Tensor | None]) -> bool:
+def _is_dead(op: Op, seen: Sequence[Change | None]) -> bool:
     """Whether no input changes a value (``x - x``), so that nothing would tell where it goes from here."""
-    unseen = not any(mask is None or bool(mask.any()) for mask in masks)
+    unseen = all(change is not None and not change.count for change in seen)
     return unseen and op.is_differentiable and op.kind not in REORDERING
 
 
 def _change(values: list[Any], trial: Trial) -> None:
     """Change the changed sample's part of a value, so that its way can be followed."""
     for run, sample in enumerate(trial.changed, 1):
-        if isinstance(values[run], Tensor) and values[run].dim() and len(values[run]) == trial.batch:
+        if isinstance(values[run], Tensor) and values[run].dim() and len(values[run]) % trial.batch == 0:
             changed = values[run].detach().clone()
-            changed[sample] = _like(changed[sample], changed, run, bold=True)
+            own = changed.unflatten(0, (trial.batch, -1))[sample]
+            own.copy_(_like(own, changed, run, bold=True))
             values[run] = changed
 
 
@@ -297,9 +361,9 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
         runs.append((dict(zip(graph.inputs, inputs, strict=True)), *leaves(model)))
     with torch.random.fork_rng(), torch.no_grad():
         for op in graph.ops:
-            for values, params, buffers in runs:
+            for run, (values, params, buffers) in enumerate(runs):
                 if op.target is not None:
-                    values[op.name] = _evaluate(op, values, params, buffers)
+                    values[op.name] = _evaluate(op, values, params, buffers, example=run == 0)
             found = [values[op.name] for values, _, _ in runs]
             yield op, found
             for (values, _, _), value in zip(runs, found, strict=True):
@@ -310,76 +374,25 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
                         del values[name]
 
 
-def _evaluate(op: Op, values: dict[str, Any], params: dict[str, Tensor], buffers: dict[str, Tensor]) -> Any:
+def _evaluate(
+    op: Op, values: dict[str, Any], params: dict[str, Tensor], buffers: dict[str, Tensor], *, example: bool
+) -> Any:
+    """``example``: the inputs are the example inputs, which every operation lets through.
+
+    Raises:
+        Untraceable: it raises on those.
+    """
+    if any(values[name] is FAILED for name in op.operands):
+        return FAILED
     if op.mixes_samples and op.args and isinstance(op.args[0], Ref):
         return values[op.args[0].name]
     if op.kind == GUARD:  # the operations that were recorded are asked, not whether a step would take them
         return None
     if op.random:
         torch.manual_seed(SEED)
-    return evaluate(op, values, params, buffers)
-
-
-def _is_leading(values: Sequence[Any], trial: Trial) -> bool:
-    """Whether only the changed sample's entry changed, bit for bit, and each did: the common case, told quickly."""
-    value, batch = values[0], trial.batch
-    if not value.dim() or len(value) != batch:
-        return False
-    unit = _unit(value)
-    for other, sample in zip(values[1:], trial.changed, strict=True):
-        if not isinstance(other, Tensor) or other.shape != value.shape:
-            return False
-        kept = ((0, sample), (sample + 1, batch))
-        if not all(torch.equal(value[start:end], other[start:end]) for start, end in kept):
-            return False
-        changed = _differs(value[sample], other[sample], unit)
-        if changed is None or not bool(changed.any()):
-            return False
-    return True
-
-
-def _unit(value: Tensor) -> float:
-    """What is no change in a value: the same row may be rounded otherwise beside other rows."""
-    if not (value.is_floating_point() or value.is_complex()) or not value.numel():
-        return 0.0
-    largest = float(torch.linalg.vector_norm(value, torch.inf))
-    if not math.isfinite(largest):
-        largest = float(value.abs().nan_to_num(0, 0, 0).max())
-    return ROUNDING * torch.finfo(value.dtype).eps * largest
-
-
-def _differs(value: Tensor, other: Any, unit: float) -> Tensor | None:
-    """Where two values differ by more than ``unit``; ``None`` if they cannot be compared."""
-    if not isinstance(other, Tensor) or other.shape != value.shape:
-        return None
-    if not (value.is_floating_point() or value.is_complex()):
-        return value != other
-    apart = ~((value - other).abs() <= unit)
-    if bool(apart.any()):  # infinities may be equal, and what is no number twice is no change
-        apart &= (value != other) & ~(value.isnan() & other.isnan())
-    return apart
-
-
-# --- decision ---------------------------------------------------------------------------------------------------------
-
-
-def _decide(
-    options: Sequence[Layout], masks: Sequence[Tensor | None], trial: Trial, implied: Sequence[Layout | None]
-) -> Layout | None:
-    """The layout that the trial allows; where it allows several, what the operands have, then the plain one."""
-    seen = [(mask, s) for mask, s in zip(masks, trial.changed, strict=True) if mask is not None and bool(mask.any())]
-    allowed = [o for o in options if all(_within(mask, o, s, trial.batch) for mask, s in seen)]
-    likely = [o for o in allowed if o in implied]
-    return next(iter(likely or [o for o in allowed if seen or o == LEADING]), None)
-
-
-def _within(mask: Tensor, layout: Layout, sample: int, batch: int) -> bool:
-    """Whether nothing outside the sample changed."""
-    rows = mask.movedim(layout.axis, 0)
-    if layout.fold == "":
-        own = rows[sample]
-    elif layout.fold == "inner":
-        own = rows.unflatten(0, (batch, -1))[sample]
-    else:
-        own = rows[sample::batch]
-    return int(own.sum()) == int(mask.sum())
+    try:
+        return evaluate(op, values, params, buffers)
+    except Untraceable:
+        if example:
+            raise
+        return FAILED
