@@ -98,6 +98,44 @@ def test_random_numbers_of_a_size_are_left_to_export() -> None:
     assert_same_numbers(graph, model)
 
 
+class Wasteful(nn.Module):
+    """Draws a mask that nothing reads before one that it uses: without the first, the second is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.side, self.b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        F.dropout(self.side(h), 0.3)
+        return self.b(F.dropout(h, 0.3))
+
+
+@pytest.mark.parametrize("front_end", ["fx", "export"])
+def test_random_numbers_that_nothing_reads_are_drawn_too(front_end: str) -> None:
+    torch.manual_seed(0)
+    model = Wasteful().double()
+    graph = normalise(model, (batch(4),), (FRONT_ENDS[front_end],))
+    assert [op.kind for op in graph.ops if op.random] == ["dropout", "dropout"]
+    assert_same_numbers(graph, model)
+
+
+def test_a_step_draws_what_nothing_reads() -> None:
+    """With feedback off it is torch's step, from the same random state; what reaches no output stays as it was."""
+    torch.manual_seed(0)
+    ours, theirs = Wasteful().double(), Wasteful().double()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = compile_optimizer(ours, batch(4), loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, feedback=False)
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    targets = torch.tensor([0, 2, 1, 0])
+    torch.manual_seed(7)
+    optimizer.step(batch(4), targets)
+    torch.manual_seed(7)
+    nn.CrossEntropyLoss()(theirs(batch(4)), targets).backward()
+    reference.step()
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=0, atol=1e-12)
+
+
 def assert_same_numbers(graph: OpGraph, model: nn.Module) -> None:
     torch.manual_seed(7)
     expected = model(batch(6))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from arranged import NETWORKS, Arranged
+from arranged import INNER, NETWORKS, Arranged
 from exported import largest, load_module, named
 from networks import make
 from torch import Tensor, nn
@@ -102,6 +102,56 @@ def test_the_quick_answer_is_the_long_one(name: str, monkeypatch: pytest.MonkeyP
     assert any(asked)
     monkeypatch.setattr(samples, "lies_as", lambda *given: False)
     assert layouts() == found
+
+
+class WordsThatOccur(nn.Module):
+    """Every word that occurs moves all tokens: other inputs have fewer, and the recording fails on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(6, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.embed(x).flatten(0, 1)
+        for word in (nn.functional.one_hot(x.flatten(), 6).sum(0) > 0).nonzero():
+            rows = rows + 0.1 * word
+        return torch.tanh(self.mix(rows)).view(len(x), -1, 3).sum(1)
+
+
+class SureOf(nn.Module):
+    """The only candidate has the probability 1, whatever the input: where it goes does not show in a change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.score, self.mix = nn.Embedding(6, 3), nn.Linear(3, 1), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.embed(x).flatten(0, 1)
+        order = x.flatten().argsort(stable=True)
+        weights = self.score(rows).softmax(-1)[order]
+        found = torch.tanh(self.mix(rows[order])) * weights
+        return found[order.argsort(stable=True)].view(len(x), -1, 3).sum(1)
+
+
+@pytest.mark.parametrize("kind", [WordsThatOccur, SureOf])
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+def test_what_a_changed_input_does_not_tell(kind: type[nn.Module], backend: str) -> None:
+    torch.manual_seed(0)
+    ours = kind().double()
+    theirs = copy.deepcopy(ours)
+    x, targets = torch.tensor([[0, 1, 2], [3, 4, 5], [0, 3, 1]]), torch.tensor([0, 2, 1])
+    options = {"loss": nn.CrossEntropyLoss(), "curvature": "sgd", "lr": 0.1}
+    graph = compile_optimizer(theirs, x, **options).graph
+    assert INNER in {str(op.layout)[-len(INNER) :] for op in graph.ops.ops}
+    compile_optimizer(ours, x, **options, backend=backend, feedback=False).step(x, targets)
+    reference = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    nn.CrossEntropyLoss()(theirs(x), targets).backward()
+    reference.step()
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=0, atol=1e-12)
+    both = [copy.deepcopy(ours), copy.deepcopy(ours)]
+    for model, way in zip(both, ("fast", "dense"), strict=True):
+        compile_optimizer(model, x, **options, backend=way).step(x, targets)
+    torch.testing.assert_close(*(list(model.parameters()) for model in both), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

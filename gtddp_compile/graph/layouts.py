@@ -37,7 +37,7 @@ class Layout:
         if self.axis >= len(shape):
             return False
         size = shape[self.axis]
-        return size % batch == 0 and size != batch if self.fold else size == batch
+        return size % batch == 0 and size > batch if self.fold else size == batch
 
     def sample_shape(self, shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
         """Shape of one sample's part: what the axis holds of it first, then the other axes in order."""
