@@ -62,6 +62,8 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
     lines = []
     for name in function.ops:
         text = printer.operation(graph.op(name), params=renamed)
+        if _overwrites(lowered, function, name):
+            text = f"F.relu({names[graph.op(name).operands[0]]}, inplace=True)"
         lines.append(f"{names[name]} = tap({text})" if name in function.taps else f"{names[name]} = {text}")
     returned = [f"edge({names[name]})" if name in function.edges else names[name] for name in function.returns]
     if function.params is not None:
@@ -70,6 +72,17 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
         lines.append(f"return ({', '.join(returned)}{',' if len(returned) == 1 else ''})")
     body = "\n    ".join([f'"""{function.doc}."""', *lines])
     return f"def {function.name}({', '.join(arguments)}):\n    {body}"
+
+
+def _overwrites(lowered: Lowered, function: StageFunction, name: str) -> bool:
+    """Whether a ReLU may write where it reads: a layer's output that neither autograd nor anybody else reads."""
+    ops = lowered.plan.graph.ops
+    op = ops.by_name[name]
+    if op.kind != "relu" or len(op.leaves) != 1 or len(op.operands) != 1:
+        return False
+    (before,) = op.operands
+    inner = before in function.ops and before not in (*function.returns, *function.taps)
+    return inner and ops.by_name[before].kind in ("linear", "conv") and ops.users[before] == (name,)
 
 
 @dataclass(frozen=True)

@@ -104,3 +104,24 @@ def test_under_autocast() -> None:
     base.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=1e-3)
+
+
+class ReadAgain(nn.Module):
+    """What goes into the activation is read beside it, and the second activation's input is torch's to keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(WIDTH, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.head(torch.relu(self.inner(torch.relu(h) + h)).square())
+
+
+# The first layer's output is read again: its new one is made from it.
+@pytest.mark.parametrize(("build", "places"), [(NETWORKS["relu"][0], 1), (ReadAgain, 0)])
+def test_activations_write_where_nobody_else_reads(build: Callable[[], nn.Module], places: int) -> None:
+    ours, theirs, opt = pair(build, lr=0.1)
+    assert opt.program.code.count("inplace=True") == places
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)

@@ -48,8 +48,8 @@ def terminal(
     if kind == "gradient":
         return ones, ones, start
     values = phi.detach().to(dtype)
-    floor = (1e-4 * values.abs().mean()).clamp_min(torch.finfo(dtype).tiny)
-    aims = torch.where(values > 0, values, ones).clamp_min(floor)
+    floor = values.abs().mean().mul_(1e-4).clamp_min_(torch.finfo(dtype).tiny)
+    aims = torch.threshold(values, 0.0, 1.0).clamp_min_(floor)
     if aim == 1.0 and own == 0.0:
         return ones, aims, start
     together = min(group or phi.shape[0], phi.shape[0])

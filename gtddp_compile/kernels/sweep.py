@@ -262,7 +262,7 @@ def factor_unchecked(blocks: Blocks) -> tuple[Blocks, tuple[Tensor, ...]]:
 
 
 def _cholesky(block: Tensor, unchecked: bool = False) -> tuple[Tensor, Tensor]:
-    lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
+    lift = block.trace() * torch.finfo(block.dtype).eps
     found: Tensor
     found, failed = torch.linalg.cholesky_ex(_lifted(block, lift), upper=True)
     if unchecked or torch.compiler.is_compiling():  # whether it failed is seen when the step is done
