@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -86,6 +86,33 @@ class Loss:
                 f"the loss {self.name} makes {phi.shape[0]} losses of outputs {shapes}, but the batch has {samples}"
                 " samples",
                 "Let the model return samples along the leading axis (tokens in sequences: (B, C, T)), or " + _CALLABLE,
+            )
+
+    def depend_on_outputs_alone(self, phi: Tensor, parameters: Mapping[int, str]) -> None:
+        """No trained parameter is read by the loss itself, past the outputs: its gradient there would be left out.
+
+        Args:
+            phi: with its graph.
+            parameters: names by where their values lie in memory (``data_ptr``).
+
+        Raises:
+            CompileError: one is.
+        """
+        found, seen, todo = set(), set(), [phi.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            read = getattr(node, "variable", None)
+            if isinstance(read, nn.Parameter) and read.data_ptr() in parameters:
+                found.add(parameters[read.data_ptr()])
+            todo += [after for after, _ in node.next_functions]
+        if found:
+            raise CompileError(
+                f"the loss {self.name} reads trained parameters itself, {', '.join(sorted(found))}: what it makes of"
+                " them is no function of the model's outputs, and would have no gradient",
+                "Use weight_decay, or let the model return the penalty beside its outputs, (B,)",
             )
 
     def total(self, phi: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ from gtddp_compile.runtime.compiled import NotFactored
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
-from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch, check_states
-from gtddp_compile.runtime.precision import LOW, lift
+from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
+from gtddp_compile.runtime.precision import lift
+from gtddp_compile.runtime.states import check_loaded, check_states, unrounded
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.setting import Group, Setting, buffer_infos, options_of
 
@@ -334,14 +335,9 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's; accumulated micro-batches stay, and are run again with the new state."""
+        check_loaded(state_dict, self.param_groups, self._curvature)
         super().load_state_dict(state_dict)
-        loaded = state_dict["state"]
-        for index, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
-            if parameter.dtype in LOW and index in loaded:  # torch rounds states to the parameter's precision
-                self.state[parameter] = {
-                    key: value.to(parameter.device) if isinstance(value, Tensor) and value.dim() else value
-                    for key, value in loaded[index].items()
-                }
+        self.state.update(unrounded(state_dict["state"], self.param_groups))
         if self._pending is not None:
             self._pending.again()
 

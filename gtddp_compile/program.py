@@ -111,6 +111,9 @@ class UpdateProgram:
         """The control graph with every stage's derivation as its note, made when the page asks for it."""
         return replace(self.graph, notes=StageNotes(self))
 
+    def __repr__(self) -> str:
+        return f"<UpdateProgram of {self.graph.name}: {self.curvature}, {len(self.lowered.instructions)} instructions>"
+
     def __str__(self) -> str:
         lines = [f"# {self.graph.name}: {self.curvature}, form {self.form.name}, coupling {self.options.coupling}"]
         heading: tuple[str, int] | None = None

@@ -247,53 +247,6 @@ def test_changed_attributes_and_hooks_are_followed() -> None:
     assert len(set(losses)) == len(losses)
 
 
-def test_layers_that_are_trained_later() -> None:
-    """As in torch.optim, a frozen backbone has its options and its scheduler from the beginning."""
-    case = networks.mlp()
-    model, plain = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    for one in (model, plain):
-        next(one.children()).requires_grad_(False)
-    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="adam", lr=0.1, feedback=False)
-    adam = torch.optim.Adam(plain.parameters(), lr=0.1)
-    schedulers = [torch.optim.lr_scheduler.ExponentialLR(one, 0.5) for one in (opt, adam)]
-    assert [group.name for group in opt.program.setting.groups] == [p.name for p in opt.graph.players]  # type: ignore[union-attr]
-    for index in range(4):
-        if index == 2:
-            for one in (model, plain):
-                one.requires_grad_(True)
-        x, y = case.batch(index)
-        opt.step(x, y)
-        adam.zero_grad()
-        LOSS(plain(x), y).backward()
-        adam.step()
-        for scheduler in schedulers:
-            scheduler.step()
-    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
-
-
-def test_groups_can_be_divided() -> None:
-    """No weight decay for biases: options are taken parameter by parameter."""
-    case = networks.mlp()
-    model, plain = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3}
-    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="adamw", feedback=False, **options)
-    for group in list(opt.param_groups):
-        biases = [p for p in group["params"] if p.ndim < 2]
-        group["params"] = [p for p in group["params"] if p.ndim >= 2]
-        opt.param_groups.append({**group, "params": biases, "weight_decay": 0.0, "name": group["name"] + ".bias"})
-    halves = [{"params": [p for p in plain.parameters() if (p.ndim < 2) == low]} for low in (False, True)]
-    halves[1]["weight_decay"] = 0.0  # type: ignore[assignment]
-    adamw = torch.optim.AdamW(halves, **options)
-    opt.load_state_dict(opt.state_dict())
-    for index in range(3):
-        x, y = case.batch(index)
-        opt.step(x, y)
-        adamw.zero_grad()
-        LOSS(plain(x), y).backward()
-        adamw.step()
-    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
-
-
 def test_a_function_as_loss_may_do_without_targets() -> None:
     case = networks.mlp()
     x = case.batch(0)[0]

@@ -268,5 +268,8 @@ class ControlGraph:
     def __str__(self) -> str:
         return draw.table(self.to_networkx())
 
+    def __repr__(self) -> str:
+        return f"<ControlGraph of {self.name}: {len(self.players)} players, {len(self.stages)} stages>"
+
     def _repr_html_(self) -> str:
         return f'<div style="overflow:auto;max-height:720px">{draw.svg(self.to_networkx(), 60)}</div>'

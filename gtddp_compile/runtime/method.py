@@ -187,6 +187,8 @@ class BaseMethod(BlockUpdates):
             raise
         if self.samples is not None:
             self._loss.count(phi, outputs, self.samples)
+        if self._first and self._loss.function is not None:
+            self._loss.depend_on_outputs_alone(phi, {self._params[name].data_ptr(): name for name in self.states})
         self.loss = self._loss.total(phi.detach())
         if not self.deferred and not math.isfinite(self.loss):
             raise NonFiniteLoss(self.loss)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.runtime.precision import Precision, lift
+from gtddp_compile.runtime.precision import Precision
 
 
 def as_inputs(inputs: Any) -> tuple[Any, ...]:
@@ -180,23 +180,6 @@ def _placed(modules: list[nn.Module]) -> list[tuple[object, ...]]:
         (*module._modules, *((name, id(parameter)) for name, parameter in module._parameters.items()))
         for module in modules
     ]
-
-
-def check_states(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Optimizer state lies where its parameter does, in its precision.
-
-    Raises:
-        CompileError: the model was moved or converted after its first step.
-    """
-    for parameter, state in states.items():
-        wanted = (parameter.device, lift(parameter.detach()).dtype)
-        for value in state.values():
-            if isinstance(value, Tensor) and value.dim() and (value.device, value.dtype) != wanted:
-                raise CompileError(
-                    f"the model's parameters are {parameter.dtype} on {parameter.device}, and the optimizer's state for"
-                    f" them is {value.dtype} on {value.device}",
-                    "Take the state along when the model is moved: opt.load_state_dict(opt.state_dict())",
-                )
 
 
 def _plain(module: nn.Module) -> Iterator[Any]:
