@@ -41,6 +41,8 @@ class Builder:
     """Source of every derived formula printed so far, with placeholders for the stage."""
     readers: Counter[str] = field(default_factory=Counter)
     """How many layers whose ``Γ`` separates read a value; empty before somebody asks (``responses``)."""
+    held: frozenset[str] = frozenset()
+    """Players' outputs that the forward sweep may want as they were (``remake``)."""
     _names: dict[str, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
     _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)

@@ -20,8 +20,8 @@ NAME = re.compile(r"(?<!['\w.])[A-Za-z_]\w*(?!['\w])")
 
 def let_go(sweeps: Sweeps) -> Sweeps:
     """The same sweeps with the contractions of such values split in two."""
-    reads = Counter(name for part in sweeps.forward.values() for one in part for name in _reads(one))
-    contracts = [one for part in sweeps.forward.values() for one in part if _splits(one)]
+    reads = Counter(name for part in sweeps.forward.values() for one in part for name in read_by(one))
+    contracts = [one for part in sweeps.forward.values() for one in part if compares(one)]
     compared = Counter(one.args[2].name for one in contracts)
     alone = {name for name, count in compared.items() if reads[name] == count}
     defined = {
@@ -43,7 +43,8 @@ def let_go(sweeps: Sweeps) -> Sweeps:
     return replace(sweeps, pulled=pulled, gains=gains, forward=forward)
 
 
-def _splits(instruction: Instruction) -> bool:
+def compares(instruction: Instruction) -> bool:
+    """Whether it is a contraction ``⟨g, x' - x⟩``, the new and the old value its second and third argument."""
     return instruction.function == "contract" and all(isinstance(arg, Var) for arg in instruction.args)
 
 
@@ -53,7 +54,7 @@ def _kept(contract: Instruction) -> str:
 
 def _split(part: tuple[Instruction, ...], alone: set[str]) -> Iterator[Instruction]:
     for one in part:
-        if _splits(one) and one.args[2].name in alone:
+        if compares(one) and one.args[2].name in alone:
             g, after, _ = one.args
             text = f"contract_value({g.name}, {after.name}) - {_kept(one)}"
             yield replace(one, function="=", args=(Code(text),))
@@ -61,5 +62,6 @@ def _split(part: tuple[Instruction, ...], alone: set[str]) -> Iterator[Instructi
             yield one
 
 
-def _reads(instruction: Instruction) -> set[str]:
+def read_by(instruction: Instruction) -> set[str]:
+    """Every name that an instruction reads."""
     return set(NAME.findall(render_instruction(replace(instruction, writes=()))))

@@ -117,7 +117,7 @@ def _without_leaves(instructions: Iterable[Instruction]) -> Iterable[Instruction
         if instruction.function == "leaf":
             sources[_variable(instruction.writes[0])] = instruction.args[0].name
         else:
-            yield replace(_rename(instruction, sources), phase="checkpoint")
+            yield replace(rename(instruction, sources), phase="checkpoint")
 
 
 def _copied(
@@ -125,18 +125,18 @@ def _copied(
 ) -> Iterable[Instruction]:
     """The instructions with variables of their own; ``names`` learns them."""
     for instruction in instructions:
-        read = _rename(instruction, names)
+        read = rename(instruction, names)
         names.update({v: f"{v}_{suffix}" for v in map(_variable, instruction.writes) if v != "_"})
         writes = tuple(re.sub(r"\w+", lambda m: names.get(m[0], m[0]), write) for write in instruction.writes)
         yield replace(read, writes=writes, phase=phase)
 
 
 def _renamed(instructions: Iterable[Instruction], names: Mapping[str, str]) -> Iterable[Instruction]:
-    return (_rename(instruction, names) for instruction in instructions)
+    return (rename(instruction, names) for instruction in instructions)
 
 
-def _rename(instruction: Instruction, names: Mapping[str, str]) -> Instruction:
-    """Reads of renamed variables; what is written keeps its name."""
+def rename(instruction: Instruction, names: Mapping[str, str]) -> Instruction:
+    """The instruction with what it reads renamed; what it writes keeps its name."""
     kwargs = instruction.kwargs
     return replace(
         instruction,

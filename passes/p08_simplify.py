@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
-from gtddp_compile.graph import ControlGraph, Stage, Value
+from gtddp_compile.graph import ControlGraph, Stage
 from gtddp_compile.passes.p06_derive import Derived, cut_after
 from gtddp_compile.plan import Contraction, Plan, StagePlan
 from gtddp_compile.segments import choose_segments
@@ -119,7 +119,7 @@ def _contractions(graph: ControlGraph) -> tuple[Contraction, ...]:
     found = []
     for value in graph.values:
         since = value.born
-        for reader in () if value.fixed else segments(graph, value):
+        for reader in () if value.fixed else graph.segments(value.name):
             found.append(Contraction(value.name, reader, since, value.born))
             since = value.born if value.control else reader
     return tuple(c for c in found if c.since + 1 < len(graph.stages))
@@ -136,16 +136,6 @@ def _by_stage(
             seen[t].append(contraction)
         made[contraction.born].append(contraction)
     return seen, made
-
-
-def segments(graph: ControlGraph, value: Value) -> tuple[int, ...]:
-    """The stages at which a value's gradient at the cut changes: each later reader, and the loss.
-
-    A tied control's uses do not accumulate along the cut: each later use is a contraction of its own.
-    """
-    readers = tuple(reader for reader in value.readers if reader > value.born)
-    total = len(graph.stages)
-    return (*readers, total) if value.dies == total and not value.control else readers
 
 
 def _stages_to_rerun(graph: ControlGraph, feeds: tuple[Contraction, ...]) -> set[int]:

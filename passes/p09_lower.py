@@ -26,9 +26,9 @@ from gtddp_compile.forget import let_go
 from gtddp_compile.formulas import check_update, print_formula
 from gtddp_compile.graph import GUARD, LEADING, ControlGraph, Ref
 from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, Var
-from gtddp_compile.passes.p08_simplify import segments
 from gtddp_compile.plan import Contraction, Plan, StagePlan
 from gtddp_compile.recompute import Sweeps, run_again
+from gtddp_compile.remake import ends, make_again
 from gtddp_compile.responses import functions_after, respond, responds
 from gtddp_compile.uses import Use
 
@@ -55,13 +55,14 @@ def lower(plan: Plan) -> Lowered:
     b = Builder(plan)
     for op in plan.graph.ops.ops:
         b.name(op.name)
-    functions = _stage_functions(b)
+    parts, functions = ends(b), _stage_functions(b)
     after = functions_after(b, functions)
-    sweeps = _sweeps(b, functions, {**{f.stage: f for f in functions}, **after})
+    sweeps, made = make_again(b, _sweeps(b, functions, {f.stage: f for f in functions} | after), parts)
     instructions = let_go(sweeps).kept() if plan.segments is None else run_again(sweeps, plan.segments, plan.graph)
     uses = {player.name: b.uses(player.name) for player in plan.graph.players}
-    players = tuple(player_function(b, use) for found in uses.values() for use in found if use.function)
-    return Lowered(plan, instructions, (*functions, *filter(None, after.values()), *players), uses, dict(b._names))
+    players = (player_function(b, use) for found in uses.values() for use in found if use.function)
+    run = (*functions, *made, *filter(None, after.values()), *players)
+    return Lowered(plan, instructions, run, uses, dict(b._names))
 
 
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...], by_stage: Mapping[int, StageFunction | None]) -> Sweeps:
@@ -135,7 +136,7 @@ def _function(
     players = ", ".join(graph.stages[stage].players) if stage >= 0 else "before the first player"
     if chain := written_out(b, stage):  # nothing is asked of torch
         returns, taps = [*returns, *read_back(chain), *(tap for tap in taps if responds(b, tap))], ()
-    edges = tuple(tap for tap in taps if tap not in {*returns, *operands} and not responds(b, tap))
+    edges = tuple(tap for tap in taps if tap not in {*returns, *operands, *b.held} and not responds(b, tap))
     written = tuple(dict.fromkeys([*returns, *taps, *operands]))
     return StageFunction(name, stage, inputs, ops, taps, written, doc=players, edges=edges)
 
@@ -211,7 +212,7 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
     taps = graph.uses_in(graph.stages[t].ops)
     opened = tuple(name for name in stage.opened)
     outputs = [Var(b.name(name)) for name in opened]
-    gradients = [Var(b.g(name, segments(graph, graph.value[name])[0])) for name in opened]
+    gradients = [Var(b.g(name, graph.segments(name)[0])) for name in opened]
     inputs = [Var(b.leaf(name, t)) for name in stage.pulled] + [Var(b.name(tap)) for tap in taps]
     writes = tuple(b.g(name, t) for name in stage.pulled) + tuple(b.g_as_it_lies(tap) for tap in taps)
     options = {"vectorised": vectorises(graph, t)} if b.factored else {}
@@ -221,7 +222,7 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
         b.emit("backward", t, writes, "pull_back_factors" if b.factored else "pull_back", outputs, inputs, gradients,
                note="Q_x = f_x^T V_x; g of the players", **options)  # fmt: skip
     for name in stage.pulled:
-        later = [reader for reader in segments(graph, graph.value[name]) if reader > t]
+        later = [reader for reader in graph.segments(name) if reader > t]
         if later:
             total = Code(f"{b.g(name, t)} + {b.g(name, later[0])}")
             b.emit("backward", t, (f"*{b.g(name, t)}",), "=", total, note=f"identity block: {name} waits on")

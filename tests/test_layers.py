@@ -39,6 +39,7 @@ LAYERS = {
     "plan": 4,
     "printing": 4,
     "recompute": 4,
+    "remake": 4,
     "responses": 4,
     "forget": 4,
     "segments": 4,

@@ -217,6 +217,15 @@ class ControlGraph:
         """Values by name."""
         return {value.name: value for value in self.values}
 
+    def segments(self, name: str) -> tuple[int, ...]:
+        """The stages at which a value's gradient at the cut changes: each later reader, and the loss.
+
+        A tied control's uses do not accumulate along the cut: each later use is a contraction of its own.
+        """
+        value, total = self.value[name], len(self.stages)
+        readers = tuple(reader for reader in value.readers if reader > value.born)
+        return (*readers, total) if value.dies == total and not value.control else readers
+
     @cached_property
     def guards(self) -> tuple[Op, ...]:
         """Decisions on values, as :attr:`OpGraph.guards`."""

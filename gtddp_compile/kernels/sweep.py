@@ -47,6 +47,27 @@ def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Seque
     return tuple(zeros_of(value) if g is None else g for value, g in zip(inputs, found, strict=True))
 
 
+def make_again(
+    function: Callable[..., tuple[Tensor, ...]],
+    p: dict[str, Tensor],
+    b: dict[str, Tensor | None],
+    values: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """What the end of a stage computes from ``values``, and the gradients of the ``wanted`` ones among them.
+
+    ``gradients``: of what it returns, where one enters.
+    """
+    with torch.enable_grad():
+        leaves = tuple(leaf(value) if want else value.detach() for value, want in zip(values, wanted, strict=True))
+        found = function(p, b, *leaves)
+    entered = [(value, g) for value, g in zip(found, gradients, strict=True) if g is not None]
+    inputs = [value for value, want in zip(leaves, wanted, strict=True) if want]
+    pulled = pull_back([value for value, _ in entered], inputs, [g for _, g in entered]) if inputs else ()
+    return (*(value.detach() for value in found), *pulled)
+
+
 def cut_off(outputs: Sequence[Tensor]) -> None:
     """Let go of the graph behind values that live on: it would keep what the stage began with, its leaves, alive."""
     for output in outputs:
