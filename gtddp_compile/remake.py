@@ -41,9 +41,12 @@ PASSING = frozenset(
 KEEPING = frozenset({"relu", "softmax", "sigmoid", "tanh"})
 """Kinds whose backward pass keeps what they return."""
 
-AIM = 1.25
-"""What a step holds between its sweeps, against what backpropagation holds before its backward pass, both estimated
-from the shapes with the parameters: parts are made again while it is more."""
+AIM = 1.4
+"""What a step holds between its sweeps, against what backpropagation holds at most, both with the parameters and
+estimated from the shapes: parts are made again while it is more."""
+
+MOVING = 4
+"""Values of the largest size that are there for a moment: of a layer what it reads, returns, and torch's own copies."""
 
 WORTH = 0.25
 """Least part of a part's own values that less is kept by making it again."""
@@ -155,7 +158,7 @@ class _Kept:
     """What the forward sweep needs of the sweeps before it."""
 
     def __init__(self, b: Builder, sweeps: Sweeps) -> None:
-        self._b, self._same = b, same_gradients(b)
+        self._b, self._same, self._sum = b, same_gradients(b), _added(b)
         self._size = dict(self._sizes())
         self._needed = {name for part in sweeps.forward.values() for one in part for name in _needed(one)}
 
@@ -199,16 +202,18 @@ class _Kept:
     def bytes(self, parts: Iterable[Part]) -> int:
         """What is kept for it."""
         found, made = self.needed(parts)
-        return sum(self._size.get(name, 0) for name in {self._same.get(name, name) for name in found - made.keys()})
+        kept = {self._same.get(name, name) for name in found - made.keys()}
+        return sum(self._size.get(name, 0) for name in {self._sum.get(name, name) for name in kept})
 
     def choose(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         """Leave out, one after the other, what does not pay; then, while the aim is kept, what pays least."""
         chosen = self._leave_out(parts, parts, lambda part, more: more < max(LEAST, WORTH * part.size))
-        aim, params = AIM * held_by_backpropagation(self._b.graph), _all_parameters(self._b.graph)
+        aim = AIM * held_by_backpropagation(self._b.graph)
+        beside = _all_parameters(self._b.graph) + MOVING * max(self._size.values(), default=0)
         least = self.bytes(chosen)
         gain = {part.function.name: self.bytes(p for p in chosen if p is not part) - least for part in chosen}
         order = sorted(chosen, key=lambda part: gain[part.function.name] / part.size)
-        return self._leave_out(chosen, order, lambda part, more: self._held + more + params <= aim)
+        return self._leave_out(chosen, order, lambda part, more: self._held + more + beside <= aim)
 
     def _leave_out(
         self, parts: Iterable[Part], order: Iterable[Part], enough: Callable[[Part, int], bool]
@@ -255,6 +260,18 @@ def _needed(instruction: Instruction) -> set[str]:
     """What an instruction reads; of an old value that is only compared with its new one, ``⟨g, x⟩`` is kept."""
     found = read_by(instruction)
     return found - {instruction.args[2].name} if compares(instruction) else found
+
+
+def _added(b: Builder) -> dict[str, str]:
+    """Of players' outputs that are added to something, the gradient: that of the sum."""
+    graph, found = b.graph, {}
+    for stage in b.plan.stages:
+        for name in stage.opened:
+            for operand in graph.op(name).operands if graph.op(name).kind == "add" else ():
+                alone = graph.ops.users[operand] == (name,) and graph.op(operand).shape == graph.op(name).shape
+                if alone and b.uses_at(operand):
+                    found[b.g_output(operand)] = b.g(name, graph.segments(name)[0])
+    return found
 
 
 def same_gradients(b: Builder) -> dict[str, str]:
