@@ -295,8 +295,10 @@ def main(
     / "build"
     / "coverage.json",
     jobs: Annotated[int, typer.Option(min=1, help="Architectures at a time.")] = 2,
-    seconds: Annotated[float, typer.Option(min=1, help="Limit for one architecture.")] = 180,
-    gigabytes: Annotated[float, typer.Option(min=1, help="Memory limit for one architecture.")] = 8,
+    seconds: Annotated[float, typer.Option(min=1, help="Limit for one architecture.")] = 300,
+    gigabytes: Annotated[
+        float, typer.Option(min=1, help="Memory limit for one architecture; alone, at the end, 2.5 times that.")
+    ] = 8,
     retry: Annotated[bool, typer.Option(help="Do again what did not pass.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Run nothing: write the report of what there is.")] = False,
     code: Annotated[str, typer.Option(help="Commits that were run, where git cannot say.")] = "",
@@ -322,9 +324,9 @@ def main(
     zoo.preload(wanted)
     warm(wanted)
 
-    def keep(outcome: pool.Outcome) -> bool:
+    def keep(outcome: pool.Outcome, *, alone: bool) -> bool:
         record = _record(outcome)
-        if record["status"] == "postponed":
+        if record["status"] == "postponed" or (not alone and record["problem"].startswith("out of memory")):
             return False
         records["/".join(outcome.key)] = record
         kept["environment"] = environment()
@@ -349,14 +351,14 @@ def main(
         for outcome in pool.run(
             [(pair, _job(*pair, alone=False)) for pair in todo], workers=jobs, gigabytes=gigabytes, **options
         ):
-            if keep(outcome):
+            if keep(outcome, alone=False):
                 progress.advance(task)
             else:
                 late.append(outcome.key)
         for outcome in pool.run(
             [(pair, _job(*pair, alone=True)) for pair in late], workers=1, gigabytes=2.5 * gigabytes, **options
         ):
-            keep(outcome)
+            keep(outcome, alone=True)
             progress.advance(task)
     if not records:
         console.print("nothing to report: none of the zoos is installed")
