@@ -83,7 +83,7 @@ def test_spherical_metric_without_norms_is_the_same_bit_for_bit() -> None:
 
 def saved_at_once(memory: str, feedback: bool) -> int:
     """The most elements that autograd holds at any time of a step."""
-    chain = nn.Sequential(*(layer for _ in range(25) for layer in (nn.Linear(4, 4), nn.GELU())))  # what autograd records
+    chain = nn.Sequential(*(layer for _ in range(25) for layer in (nn.Linear(4, 4), nn.GELU())))  # recorded
     x = torch.randn(8, 4)
     opt = compile_optimizer(chain, x, loss=LOSS, memory=memory, feedback=feedback)  # type: ignore[arg-type]
     held = most = 0
