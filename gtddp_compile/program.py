@@ -19,6 +19,7 @@ from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.columns import describe_terminal, vectorises
 from gtddp_compile.costs import choose_gram, separates
 from gtddp_compile.difference import ProgramDiff, compare
+from gtddp_compile.draw.style import few
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, read, write
 from gtddp_compile.graph import ControlGraph, Player
@@ -192,7 +193,7 @@ class UpdateProgram:
         shown = describe_terminal(self.graph, self.form, self.options)
         table = Table(
             title=f"{self.form.name} form, coupling {self.options.coupling}, {shown}",
-            caption=describe_memory(self.graph, self.lowered.plan.segments, gradients=self.form.name != "base"),
+            caption="\n".join(filter(None, (self._memory(), self._mixing()))),
         )
         for column in ("stage", "player", "kind", "rule", "parameters", "gram", "notes"):
             table.add_column(column, overflow="fold")
@@ -204,6 +205,16 @@ class UpdateProgram:
                 "; ".join(filter(None, self._remarks(player, uses))),
             )  # fmt: skip
         return rendered(table)
+
+    def _memory(self) -> str:
+        return describe_memory(self.graph, self.lowered.plan.segments, gradients=self.form.name != "base")
+
+    def _mixing(self) -> str:
+        """Which operations are read approximately (theory: 4e); without feedback none is."""
+        mixing = self.graph.ops.mixing
+        if not mixing or self.form.name == "base" or self.options.mixing == "exact":
+            return ""
+        return f"read sample by sample, an approximation: {few(mixing)}, which mix samples"
 
     def _remarks(self, player: Player, uses: tuple[Use, ...]) -> tuple[str, ...]:
         responds = self._called("m.respond", uses, "new output from X X^T")

@@ -37,6 +37,7 @@ from gtddp_compile.frontends import (
 from gtddp_compile.frontends.canonical import is_identity, is_random
 from gtddp_compile.frontends.functional import Clean, functionalise
 from gtddp_compile.frontends.masks import masks_apart
+from gtddp_compile.frontends.mixing import find_mixing
 from gtddp_compile.frontends.reference import agrees, observe, run
 from gtddp_compile.frontends.samples import find_layouts
 from gtddp_compile.frontends.traced import argument_names, parameter_infos, untouched
@@ -78,7 +79,7 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
                 graph = masks_apart(_normal_form(traced, model, draws=draws))
                 graph, output = run(graph, model, inputs, reference)
                 if agrees(graph, output, reference):
-                    return find_layouts(graph, model, inputs)
+                    return find_mixing(find_layouts(graph, model, inputs), model, inputs)
         except Untraceable as refusal:
             refusals.append(refusal)
             continue
@@ -113,7 +114,7 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
         return False
     if all(op.shape == tuple(value.shape) for op, value in pairs):
         return True
-    if graph.specialised:
+    if graph.specialised or graph.batch == 1:  # one sample does not tell where samples lie and whether they mix
         return False
     with untouched(model):
         reference = observe(model, inputs)
@@ -237,7 +238,6 @@ def _operation(clean: Clean, names: _Names, layers: set[str]) -> Op:
         source=call.source,
         advances=advances,
         random=is_random(form.kind, form.args, form.kwargs),
-        mixes_samples=form.kind == "batch_norm" and (bool(form.kwargs["training"]) or form.args[1] is None),
     )
 
 

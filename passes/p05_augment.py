@@ -100,7 +100,8 @@ def check_batch_axes(players: PlayerGraph, values: tuple[Value, ...]) -> None:
             raise CompileError(
                 f"its value has shape {op.shape}, and which of its elements belong to which of the {ops.batch} samples "
                 "is no matter of axes",
-                "Keep samples along an axis of their own, (B, T, n), or in order along one with others, (B T, n)",
+                "Keep samples along an axis of their own, (B, T, n), or in order along one with others, (B T, n); "
+                "compute what is of the whole batch where it is read, between the same two layers",
                 module=op.module,
                 operation=op.kind,
                 source=op.source or None,

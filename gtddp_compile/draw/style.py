@@ -30,6 +30,9 @@ FREE = Family("no parameters", "#ffffff", "#b9c0ca", "#414a57", "#667284")
 BLOCK = Family("block", "#eceff4", "#6f7c8e", "#262f3c", "#5c6878")
 FAMILIES = (LINEAR, CONV, NORM, EMBEDDING, OTHER)
 
+FEW = 4
+"""Names that are said of a long list."""
+
 SHORTCUT_COLOURS = {"identity": "#e0662f", "parametric": "#b0348c", "parameter_free": "#1792a8"}
 SHORTCUT_WORDS = {
     "identity": "identity shortcut",
@@ -97,7 +100,7 @@ def widest_cut(graph: nx.MultiDiGraph[str]) -> tuple[int, int]:
 
 
 def summary(graph: nx.MultiDiGraph[str]) -> str:
-    """One line: players, stages, widest cut, shortcuts, parameters without effect."""
+    """One line: players, stages, widest cut, shortcuts, parameters without effect, operations that mix samples."""
     data = graph.graph
     if "summary" in data:  # a view carries that of the whole
         return str(data["summary"])
@@ -110,7 +113,14 @@ def summary(graph: nx.MultiDiGraph[str]) -> str:
     ]
     if data["unused"]:
         parts.append(f"{plural(len(data['unused']), 'unused parameter')}: {', '.join(data['unused'])}")
+    if data["mixing"]:
+        parts.append(f"{plural(len(data['mixing']), 'operation')} mixing samples: {few(data['mixing'])}")
     return ", ".join(parts)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join([*names[:FEW], *([f"+{len(names) - FEW} more"] if len(names) > FEW else [])])
 
 
 def chars_wide(character: str) -> float:

@@ -117,14 +117,43 @@ def decide(
 
 def within(change: Change, layout: Layout, batch: int) -> bool:
     """Whether nothing outside the sample changed."""
-    rows = change.mask.movedim(layout.axis, 0)
+    return int(_own(change.mask, layout, change.sample, batch).count_nonzero()) == change.count
+
+
+def keep_own(values: list[Any], changed: Sequence[int], batch: int, known: Sequence[Layout | None]) -> Layout | None:
+    """Of a value that mixes samples, keep what each changed sample's own part is and put back what it does to others.
+
+    So the operations behind it can be followed.
+
+    Args:
+        values: for the example inputs, then for each variant; the latter are replaced.
+        changed: the sample that each variant changes.
+        batch: samples.
+        known: layouts of the moving operands.
+
+    Returns:
+        The layout the value is read in: one of its operands', if any fits.
+    """
+    kept = values[0]
+    if any(not isinstance(other, Tensor) or other.shape != kept.shape for other in values[1:]):
+        return None
+    plain = (layout for layout in known if layout is not None and layout.order is None)
+    layout = next((layout for layout in plain if layout.fits(tuple(kept.shape), batch)), None)
+    if layout is None and not all(known):
+        return None
+    for run, sample in enumerate(changed, 1):
+        found, values[run] = values[run], kept.clone()
+        if layout is not None:
+            _own(values[run], layout, sample, batch).copy_(_own(found, layout, sample, batch))
+    return layout
+
+
+def _own(value: Tensor, layout: Layout, sample: int, batch: int) -> Tensor:
+    """A view of what a sample has of a value."""
+    rows = value.movedim(layout.axis, 0)
     if layout.fold == "":
-        own = rows[change.sample]
-    elif layout.fold == "inner":
-        own = rows.unflatten(0, (batch, -1))[change.sample]
-    else:
-        own = rows[change.sample :: batch]
-    return int(own.count_nonzero()) == change.count
+        return rows[sample]
+    return rows.unflatten(0, (batch, -1))[sample] if layout.fold == "inner" else rows[sample::batch]
 
 
 def _is_inexact(value: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -176,6 +176,12 @@ def agrees(graph: OpGraph, found: Reference, expected: Reference) -> bool:
 def tensors(output: Any) -> Iterator[Tensor]:
     """Tensors of a nested output, in order."""
     return (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def only_moves(value: Tensor, operands: Iterable[Any]) -> bool:
+    """Whether every entry of a value is one of its operands', or zero: entries that are no longer where they were."""
+    given = [o.detach().flatten() for o in tensors(list(operands)) if o.dtype == value.dtype]
+    return bool(given) and bool(torch.isin(value.detach(), torch.cat([*given, value.new_zeros(1)])).all())
 
 
 def _size(value: Tensor) -> float:

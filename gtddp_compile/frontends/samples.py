@@ -2,9 +2,10 @@
 
 Most models keep samples along the leading axis throughout, and where shapes say so nothing is tried. Otherwise the
 recording is run five times side by side, without gradients: on the example inputs, and with their first or last sample
-changed, twice each. A layout holds for a value if nothing outside its sample changed. Operations that mix samples
-(batch-norm in training mode) are passed over: their value has the layout of what they normalise. Rows that are taken by
-an index which depends on the data (tokens sorted by expert) are put back in order first, by an operation added for it.
+changed, twice each. A layout holds for a value if nothing outside its sample changed. Of a value that mixes
+samples (batch-norm in training mode) each sample's own part is kept and the rest put back, so that it lies as what it
+was made of. Rows that are taken by an index which depends on the data (tokens sorted by expert) are put back in order
+first, by an operation added for it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import kernels
-from gtddp_compile.frontends.changes import Change, changes, decide, lies_as, within
-from gtddp_compile.frontends.reference import SEED, evaluate, leaves
+from gtddp_compile.frontends.changes import Change, changes, decide, keep_own, lies_as, within
+from gtddp_compile.frontends.reference import SEED, evaluate, leaves, only_moves
 from gtddp_compile.frontends.traced import Untraceable
 from gtddp_compile.graph import GUARD, Method, Op, OpGraph, ParamRef, Ref
-from gtddp_compile.graph.layouts import LEADING, Layout, candidates
+from gtddp_compile.graph.layouts import LEADING, UNKNOWN, Layout, candidates
 
 REORDERING = frozenset(
     {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT", "einsum", "rearrange"}
@@ -74,7 +75,7 @@ class Trial:
 def find_layouts(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> OpGraph:
     """The graph with the layout of every value whose samples do not lie along the leading axis.
 
-    Values of which no layout holds keep none: a later pass refuses them if they matter.
+    Values of which no layout holds are ``UNKNOWN``: a later pass refuses them if they matter.
 
     Args:
         graph: with shapes for ``inputs``.
@@ -111,8 +112,8 @@ def _is_doubtful(op: Op, batch: int) -> bool:
 
 def _with_layouts(graph: OpGraph, found: dict[str, Layout | None]) -> OpGraph:
     """The graph with layouts, and with an operation for every order that one of them names."""
-    layouts = {name: layout for name, layout in found.items() if layout not in (None, LEADING)}
-    orders = {layout.order for layout in layouts.values() if layout is not None and layout.order is not None}
+    layouts = {name: layout or UNKNOWN for name, layout in found.items() if layout != LEADING}
+    orders = {layout.order for layout in layouts.values() if layout.order is not None}
     ops: list[Op] = []
     for op in graph.ops:
         ops.append(replace(op, layout=layouts.get(op.name) if op.is_tensor else None))
@@ -145,9 +146,9 @@ def _taken_by(op: Op, graph: OpGraph) -> tuple[str, str] | None:
     return (index.name, op.args[0].name) if whole else None
 
 
-def _of_one(op: Op) -> Layout | None:
+def _of_one(op: Op) -> Layout:
     """All there is belongs to the only sample; its rows are compared as they lie, whatever order a router brings."""
-    return Layout(0, "inner") if op.shape and op.shape[0] != 1 else None
+    return Layout(0, "inner") if op.shape and op.shape[0] != 1 else LEADING
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def _trials(graph: OpGraph, inputs: tuple[Any, ...], batch: int) -> Iterator[Tri
     pairs = [(sample, seed) for sample in (0, count - 1) for seed in range(REPEATS)]
     changed = tuple(sample for sample, _ in pairs)
     for bold in (True, False):
-        base = inputs if batch > 1 else tuple(_several(value, bold=bold) for value in inputs)
+        base = inputs if batch > 1 else tuple(several(value, bold=bold) for value in inputs)
         variants = [tuple(_other(value, sample, count, seed, bold=bold) for value in base) for sample, seed in pairs]
         yield Trial(count, base, tuple(variants), changed)
     if batch > 1:
@@ -169,7 +170,7 @@ def _trials(graph: OpGraph, inputs: tuple[Any, ...], batch: int) -> Iterator[Tri
         yield Trial(count, inputs, tuple(variants), changed, inside=True)
 
 
-def _several(value: Any, *, bold: bool) -> Any:
+def several(value: Any, *, bold: bool) -> Any:
     """An input of one sample as one of several, all different."""
     if not isinstance(value, Tensor) or not value.dim() or len(value) != 1:
         return value
@@ -229,8 +230,9 @@ def _found(
     failed = False
     found: dict[str, Layout | None] = {name: LEADING for name in graph.inputs}
     orders = _Orders(graph)
+    still: set[str] = set()
     spread = frozenset(op.name for op in graph.ops if op.name not in moving and _is_spread(op, graph))
-    for op, values in _side_by_side(graph, model, trial):
+    for op, values, given in _side_by_side(graph, model, trial):
         if op.name in spread:
             _change(values, trial)
         implied = [found[name] for name in op.operands if found.get(name) is not None]
@@ -254,9 +256,18 @@ def _found(
             _change(values, trial)
         if layout is None:
             layout = next((o for o in orders.likely(op, implied) if orders.holds(o, values, trial)), None)
+        if layout is None and op.name in graph.smooth and not only_moves(values[0], given):
+            read = [name for name in op.operands if name in moving and not graph.by_name[name].is_size]
+            if graph.smooth.issuperset(read):  # what takes rows by whole numbers, or counts them, may undo it later
+                layout = keep_own(values, trial.changed, trial.batch, [found.get(name) for name in read])
         found[op.name] = layout if _is_shown(values, seen, trial) else None
         orders.note(op, values)
-    return {name: layout if _is_sound(layout, graph, found) else None for name, layout in found.items()}, failed
+        if layout is None and all(change is not None and not change.count for change in seen):
+            still.add(op.name)
+    told = {name: found[name] if _is_sound(found[name], graph, found) else None for name in moving}
+    if not failed or trial.inside:  # positions, a mask of sizes: nobody's, and the same for everybody
+        told.update(dict.fromkeys(still, LEADING))
+    return told, failed
 
 
 def _is_shown(values: Sequence[Any], seen: Sequence[Change | None], trial: Trial) -> bool:
@@ -350,10 +361,10 @@ def _change(values: list[Any], trial: Trial) -> None:
             values[run] = changed
 
 
-def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tuple[Op, list[Any]]]:
-    """Every operation with its values, for the inputs and each variant; they are let go after their last reader.
+def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tuple[Op, list[Any], list[Any]]]:
+    """Every operation with its values, for the inputs and each variant, and with what it reads for the inputs.
 
-    The list may be changed; the operations after it see what it holds then.
+    Values are let go after their last reader. Their list may be changed; later operations see what it holds then.
     """
     last = {name: op.name for op in graph.ops for name in op.operands}
     runs = []
@@ -365,7 +376,7 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
                 if op.target is not None:
                     values[op.name] = _evaluate(op, values, params, buffers, example=run == 0)
             found = [values[op.name] for values, _, _ in runs]
-            yield op, found
+            yield op, found, [runs[0][0][name] for name in op.operands]
             for (values, _, _), value in zip(runs, found, strict=True):
                 values[op.name] = value
             for name in {*op.operands, op.name}:
@@ -384,8 +395,6 @@ def _evaluate(
     """
     if any(values[name] is FAILED for name in op.operands):
         return FAILED
-    if op.mixes_samples and op.args and isinstance(op.args[0], Ref):
-        return values[op.args[0].name]
     if op.kind == GUARD:  # the operations that were recorded are asked, not whether a step would take them
         return None
     if op.random:

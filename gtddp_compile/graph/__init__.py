@@ -12,7 +12,7 @@ from gtddp_compile.graph.control import (
     Stage,
     Value,
 )
-from gtddp_compile.graph.layouts import LEADING, Layout
+from gtddp_compile.graph.layouts import LEADING, UNKNOWN, Layout
 from gtddp_compile.graph.ops import (
     DETACHED,
     GUARD,
@@ -33,6 +33,7 @@ __all__ = [
     "GUARD",
     "LEADING",
     "PROLOGUE",
+    "UNKNOWN",
     "BufferRef",
     "ControlGraph",
     "Layout",

@@ -20,7 +20,7 @@ class Layout:
     """The axis of a value along which samples lie, and what they share it with.
 
     Attributes:
-        axis: the axis.
+        axis: the axis; -1: none is known to be (:data:`UNKNOWN`).
         fold: ``""``: entry i is sample i; ``"inner"``: the axis is ``B·k``, k entries of sample 0 come first;
             ``"outer"``: it is ``k·B``, entry j belongs to sample ``j mod B``. k is whatever the axis has room for, so a
             layout holds for every size of the batch.
@@ -34,22 +34,28 @@ class Layout:
 
     def fits(self, shape: tuple[int, ...], batch: int) -> bool:
         """Whether a value of this shape can have ``batch`` samples there."""
-        if self.axis >= len(shape):
+        if not 0 <= self.axis < len(shape):
             return False
         size = shape[self.axis]
         return size % batch == 0 and size > batch if self.fold else size == batch
 
     def sample_shape(self, shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
         """Shape of one sample's part: what the axis holds of it first, then the other axes in order."""
+        if self.axis < 0:
+            return shape
         rest = shape[: self.axis] + shape[self.axis + 1 :]
         return (shape[self.axis] // batch, *rest) if self.fold else rest
 
     def __str__(self) -> str:
+        if self.axis < 0:
+            return "samples along no axis"
         fold = {"": "", "inner": ", B*k", "outer": ", k*B"}[self.fold]
         return f"samples along axis {self.axis}{fold}" + (f", in the order of {self.order}" if self.order else "")
 
 
 LEADING = Layout()
+UNKNOWN = Layout(-1)
+"""Of a value that depends on the inputs, and of which nothing tells what belongs to which sample (a batch's mean)."""
 
 
 def candidates(shape: tuple[int, ...], batch: int) -> tuple[Layout, ...]:

@@ -82,8 +82,10 @@ class Op:
         shape, dtype: of the value for the example inputs, batch axis included; ``None`` if it is not one tensor.
         advances: buffers that the operation writes (running statistics of a batch-norm in training mode).
         random: whether it draws random numbers (dropout in training mode).
-        mixes_samples: whether output sample i may depend on input sample j ≠ i (batch-norm in training mode).
-        layout: where the samples of its value lie; ``None``: along the leading axis, if it has any of its own.
+        mixes_samples: whether what it gives sample i depends on what players give sample j ≠ i (batch-norm in training
+            mode, ``h - h.mean(0)``), as was found by trial; it is read sample by sample (theory: 4e).
+        layout: where the samples of its value lie; ``None``: along the leading axis, if it has any of its own;
+            ``UNKNOWN``: it depends on them, but no axis has them.
     """
 
     name: str
@@ -225,6 +227,21 @@ class OpGraph:
             if any(name in found for name in op.operands):
                 found.add(op.name)
         return frozenset(found)
+
+    @cached_property
+    def smooth(self) -> frozenset[str]:
+        """Operations that derivatives of inputs or parameters lead to: not whole numbers, nor what is made of them."""
+        found: set[str] = set()
+        for op in self.ops:
+            made = bool(op.parameters) or op.kind == "input" or any(name in found for name in op.operands)
+            if made and not op.is_size and (op.is_differentiable or not op.is_tensor):
+                found.add(op.name)
+        return frozenset(found)
+
+    @cached_property
+    def mixing(self) -> tuple[str, ...]:
+        """Operations that mix samples, in order."""
+        return tuple(op.name for op in self.ops if op.mixes_samples)
 
     @cached_property
     def output_names(self) -> tuple[str, ...]:

@@ -35,8 +35,9 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
         it is, or ``None``).
 
         Graph attributes: ``name``, ``schedule``, ``players``, ``stages``, ``shortcuts``, ``values``, ``unused``,
-        ``prologue``, ``inputs``, ``outputs``: lists of names, or of dictionaries with the fields of
-        ``gtddp_compile.graph``'s classes of those names; a player's ``parameters`` are pairs of name and shape.
+        ``mixing`` (operations that mix samples), ``prologue``, ``inputs``, ``outputs``: lists of names, or of
+        dictionaries with the fields of ``gtddp_compile.graph``'s classes of those names; a player's ``parameters`` are
+        pairs of name and shape.
     """
     shapes = {info.name: list(info.shape) for info in graph.ops.parameters}
     outputs = graph.ops.output_names
@@ -48,6 +49,7 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
         shortcuts=[_shortcut(shortcut) for shortcut in graph.shortcuts],
         values=[_value(value) for value in graph.values],
         unused=list(graph.unused),
+        mixing=list(graph.ops.mixing),
         prologue=list(graph.prologue),
         inputs=list(graph.ops.inputs),
         outputs=list(outputs),

@@ -34,7 +34,7 @@ class ConvRule:
         if bound is None or op.target is None:
             return False
         has_batch = op.shape is None or len(op.shape) == AXES[op.target] + 2
-        return has_batch and bound["weight"] is not None and is_direct(bound, ("input",))
+        return has_batch and not op.mixes_samples and bound["weight"] is not None and is_direct(bound, ("input",))
 
     def operands(self, op: Op) -> tuple[Ref | BufferRef, ...]:
         """``(x,)``."""

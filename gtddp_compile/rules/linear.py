@@ -24,7 +24,13 @@ class LinearRule:
         """``F.linear`` of a value with a batch axis, its weight and bias parameters themselves."""
         bound = bind(op) if op.kind == "linear" else None
         has_batch = op.shape is None or len(op.shape) >= 2
-        return bound is not None and has_batch and bound["weight"] is not None and is_direct(bound, ("input",))
+        return (
+            bound is not None
+            and has_batch
+            and not op.mixes_samples
+            and bound["weight"] is not None
+            and is_direct(bound, ("input",))
+        )
 
     def operands(self, op: Op) -> tuple[Ref | BufferRef, ...]:
         """``(x,)``."""

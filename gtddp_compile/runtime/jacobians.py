@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.graph import GUARD, BufferRef, ControlGraph, Leaf, ParamRef, Player, map_leaves
+from gtddp_compile.graph import GUARD, UNKNOWN, BufferRef, ControlGraph, Leaf, ParamRef, Player, map_leaves
 from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.passes.p06_derive import cut_after
 from gtddp_compile.runtime.method import BaseMethod
@@ -203,7 +203,7 @@ class Trajectory:
     def _order(self, name: str, shape: torch.Size, values: Mapping[str, Any]) -> Tensor | None:
         """Entries sorted by the sample they belong to, which is told from their index along one axis."""
         layout = self.graph.op(name).layout if name in self.graph.ops.by_name else None
-        if layout is None:
+        if layout in (None, UNKNOWN):
             return None
         along, size = torch.arange(shape[layout.axis]), shape[layout.axis]
         rank = along if layout.order is None else torch.argsort(values[layout.order])  # where each entry belongs

@@ -1,0 +1,153 @@
+"""Operations that mix samples: found whatever they are called, read sample by sample, and said to be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile.passes import p01_normalise as normalisation
+from gtddp_compile.passes.p01_normalise import FRONT_ENDS
+
+WIDTH = 6
+MIXING: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
+    "centred": (lambda h: h - h.mean(0), ("sub",)),
+    "standardised": (lambda h: (h - h.mean(0)) / (h.std(0) + 1), ("sub", "div")),
+    "softmax": (lambda h: torch.softmax(h, 0), ("softmax",)),
+    "rolled": (lambda h: h + torch.roll(h, 1, 0), ("add",)),
+    "attending": (lambda h: h + (h @ h.T) @ h / 8, ("matmul", "matmul_1")),
+    "sorted": (lambda h: h + h.sort(0)[0], ("add",)),
+    "running sum": (lambda h: h.cumsum(0), ("cumsum",)),
+    "of the first": (lambda h: h * h[:1].tanh(), ("mul",)),
+}
+"""What is done to ``(B, n)``, and the operations that mix."""
+
+
+class Net(nn.Module):
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(5, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.tanh(self.b(self.between(torch.tanh(self.a(x))))))  # type: ignore[no-any-return]
+
+
+def data(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 5, generator=source, dtype=torch.float64), torch.randint(3, (size,), generator=source)
+
+
+def trained(model: nn.Module, example: int = 4, size: int = 4, **options: Any) -> tuple[Tensor, Any]:
+    model = copy.deepcopy(model).double()
+    opt = compile_optimizer(model, data(example)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", lr=1.0, **options)
+    for step in range(2):
+        opt.step(*data(size, step))
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), opt
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_read_sample_by_sample(name: str) -> None:
+    """As the dense backend reads them, which differs from what they are; and the program says so."""
+    between, ops = MIXING[name]
+    model = Net(between)
+    found, opt = trained(model)
+    assert opt.graph.ops.mixing == ops
+    for said in (str(opt.graph), opt.program.cost()):
+        assert ", ".join(ops) in said
+    torch.testing.assert_close(found, trained(model, backend="dense")[0], rtol=0, atol=1e-9)
+    exact, opt = trained(model, backend="dense", mixing="exact")
+    assert (found - exact).abs().max() > 1e-4
+    assert "approximation" not in opt.program.cost()
+
+
+@pytest.mark.parametrize(("example", "size"), [(1, 4), (WIDTH, 4), (4, WIDTH), (2, 3)])
+@pytest.mark.parametrize("name", ["centred", "attending"])
+def test_the_size_of_the_example_does_not_matter(name: str, example: int, size: int) -> None:
+    """One sample has none to mix with, and ``WIDTH`` samples make the batch's mean look like one entry a sample."""
+    model = Net(MIXING[name][0])
+    found, opt = trained(model, example, size)
+    assert opt.graph.ops.mixing == MIXING[name][1]
+    torch.testing.assert_close(found, trained(model, size, size, backend="dense")[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("example", [1, 4])
+def test_under_torch_export(example: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(MIXING["centred"][0])
+    expected = trained(model)[0]
+    monkeypatch.setattr(normalisation.normalise, "__defaults__", (FRONT_ENDS[1:],))
+    found, opt = trained(model, example)
+    assert (opt.graph.ops.frontend, opt.graph.ops.mixing) == ("export", ("sub",))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: h - h.mean(1, keepdim=True),
+        lambda h: h - h.mean(0).detach(),
+        lambda h: torch.stack([h, 2 * h], 0).sum(0),
+        lambda h: h[[2, 0, 3, 1]][[1, 3, 0, 2]],
+        lambda h: h * h.shape[0],
+        lambda h: h + nn.functional.dropout(h, 0.5),
+    ],
+)
+def test_what_does_not_mix(between: Callable[[Tensor], Tensor]) -> None:
+    """A sample's own mean, a constant, and rows that come back in order: derivatives go to their own sample alone."""
+    opt = trained(Net(between))[1]
+    assert opt.graph.ops.mixing == ()
+    assert "mix" not in str(opt.graph) + opt.program.cost()
+
+
+def test_a_scale_that_is_zero_for_now() -> None:
+    """The last batch-norm of a block begins at zero, where its derivatives vanish."""
+    norm = nn.BatchNorm1d(WIDTH)
+    nn.init.zeros_(norm.weight)
+    assert trained(Net(norm))[1].graph.ops.mixing == ("between",)
+    assert trained(Net(norm.eval()).eval())[1].graph.ops.mixing == ()
+
+
+class Shuffled(nn.Module):
+    """Rows that go to another sample, or to all of them, beyond the next layer."""
+
+    def __init__(self, away: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.away = nn.Linear(5, WIDTH), nn.Linear(WIDTH, WIDTH), away
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        return h + self.away(self.b(self.away(h)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("example", [4, WIDTH])
+@pytest.mark.parametrize("away", [lambda h: h.flip(0), lambda h: h.mean(0)])
+def test_a_layer_that_belongs_to_no_sample_is_refused(away: Callable[[Tensor], Tensor], example: int) -> None:
+    with pytest.raises(CompileError, match=f"of the {example} samples") as caught:
+        compile_optimizer(Shuffled(away).double(), data(example)[0], loss=nn.CrossEntropyLoss())
+    assert caught.value.source and "test_mixing.py" in caught.value.source
+    assert "whole batch" in str(caught.value)
+
+
+def test_a_mixing_layer_of_its_own() -> None:
+    """A layer that compares samples with its own weight is differentiated as what it is."""
+
+    class Bilinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.w, self.c = nn.Linear(5, WIDTH), nn.Parameter(torch.randn(WIDTH, WIDTH) / 4), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(x))
+            return self.c(torch.tanh(torch.einsum("bi,ij,cj->bcj", h, self.w, h).sum(1)))  # type: ignore[no-any-return]
+
+    model = Bilinear()
+    (found, opt), (expected, _) = (trained(model, backend=backend) for backend in ("fast", "dense"))
+    assert opt.graph.ops.mixing == ("einsum",)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
