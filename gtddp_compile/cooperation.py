@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from gtddp_compile.graph import ControlGraph, Op, Player, Ref, Stage
 from gtddp_compile.plan import BlockKind, MetricBlock
-from gtddp_compile.uses import Use, describe_use
+from gtddp_compile.uses import Use, arranged_shape, describe_use
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,18 @@ def _grouped(players: Iterable[Player], key: Callable[[Player], Hashable]) -> li
 
 def _joint_key(graph: ControlGraph, player: Player, use: Use, rules: MetricRules) -> Hashable:
     """Players with equal keys have cross terms: as many positions of the one as of the other, no groups."""
-    positions = _positions(graph.op(use.op), use)
+    positions = _positions(graph, use)
     if not rules.cooperative or positions is None or use.options.get("groups", 1) != 1:
         return player.name
     return positions
 
 
-def _positions(op: Op, use: Use) -> int | None:
-    if op.shape is None:
+def _positions(graph: ControlGraph, use: Use) -> int | None:
+    """Rows that a sample has of a layer, as its kernels see it."""
+    shape = arranged_shape(graph, use, use.op)
+    if shape is None:
         return None
-    return math.prod(op.shape[2:] if use.rule.name == "conv" else op.shape[1:-1])
+    return math.prod(shape[2:] if use.rule.name == "conv" else shape[1:-1])
 
 
 def _shared_key(graph: ControlGraph, use: Use) -> Hashable:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from gtddp_compile import kernels
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.plan import Plan
-from gtddp_compile.uses import Use
+from gtddp_compile.uses import Use, arranged_shape
 
 KEEP = 2.0
 """Per-sample gradients are kept up to so many times the elements of the layer's input and output."""
@@ -123,25 +123,13 @@ def shares_lines(plan: Plan, use: Use) -> bool:
 def _layer(graph: ControlGraph, use: Use) -> _Layer | None:
     """Shapes of a linear layer or convolution."""
     prefix = use.rule.prefix
-    shapes = [_arranged(graph, use, ref.name) for ref in use.operands if ref.name in graph.ops.position]
-    output = _arranged(graph, use, use.op)
+    shapes = [arranged_shape(graph, use, ref.name) for ref in use.operands if ref.name in graph.ops.position]
+    output = arranged_shape(graph, use, use.op)
     weight = graph.ops.parameter_info.get(use.params[0].name) if use.params and use.params[0] is not None else None
     if prefix not in ("linear", "conv") or not output or not shapes or not shapes[0] or weight is None:
         return None
     folded = prefix == "conv" and len(output) > len(weight.shape)
     return _Layer(prefix, shapes[0], output, tuple(weight.shape), use.options.get("groups", 1), folded)
-
-
-def _arranged(graph: ControlGraph, use: Use, name: str) -> tuple[int, ...] | None:
-    """Shape of a value as the kernels see it: samples leading; what a convolution has of each beside it last."""
-    op = graph.op(name)
-    if not use.layouts or not op.shape:
-        return op.shape
-    batch = graph.ops.batch or op.shape[0]
-    shape = op.samples.sample_shape(op.shape, batch)
-    if use.rule.prefix == "conv" and op.samples.fold:
-        shape = (*shape[1:], shape[0])
-    return (batch, *shape)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,18 @@ def _with_layouts(graph: ControlGraph, use: Use, batched: tuple[bool, ...]) -> U
     return replace(use, layouts=layouts, behind=2 if graph.op(use.op).kind in CHANNELS_FIRST else 1)
 
 
+def arranged_shape(graph: ControlGraph, use: Use, name: str) -> tuple[int, ...] | None:
+    """Shape of a value as the kernels see it: samples leading; what a convolution has of each beside it last."""
+    op = graph.op(name)
+    if not use.layouts or not op.shape:
+        return op.shape
+    batch = graph.ops.batch or op.shape[0]
+    shape = op.samples.sample_shape(op.shape, batch)
+    if use.rule.prefix == "conv" and op.samples.fold:
+        shape = (*shape[1:], shape[0])
+    return (batch, *shape)
+
+
 def use_key(graph: ControlGraph, player: Player, op: str) -> str:
     """A unique name of a player's use of an operation."""
     return op if len(graph.player_using.get(op, ())) < 2 else f"{op} of {player.name}"

@@ -289,6 +289,26 @@ def own_apart(net: Any, x: Tensor) -> Tensor:
     return net.head(torch.tanh(net.second(y, y.tanh())).sum(1))
 
 
+def gates() -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {name: nn.Linear(3, 3) for name in ("listed", "first", "apart", "once")}
+    return {"stem": nn.Linear(2, 3), **layers, "image": nn.Conv1d(3, 3, 1), "head": nn.Linear(3, 3)}
+
+
+def gates_that_lie_differently(net: Any, x: Tensor) -> Tensor:
+    """A coalition of which only some layers have samples along the leading axis; one has a single row of each."""
+    h = torch.tanh(net.stem(x))
+    rows = h.reshape(-1, 3)
+    y = torch.tanh(net.listed(rows)).view(h.shape) * torch.sigmoid(net.first(h.transpose(0, 1))).transpose(0, 1)
+    y = y * torch.sigmoid(net.image(rows.unsqueeze(-1))).view(h.shape) + net.apart(h)
+    return net.head(y.sum(1) * torch.sigmoid(net.once(h.mean(1))))
+
+
+def gates_apart(net: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(net.stem(x))
+    y = torch.tanh(net.listed(h)) * torch.sigmoid(net.first(h)) * torch.sigmoid(net.image(h.mT)).mT + net.apart(h)
+    return net.head(y.sum(1) * torch.sigmoid(net.once(h.mean(1))))
+
+
 INNER, OUTER, SECOND = "axis 0, B*k", "axis 0, k*B", "axis 1"
 
 NETWORKS = {
@@ -309,3 +329,5 @@ NETWORKS = {
     "views": Arranged(views, views_one_after_the_other, views_apart, (3,), frozenset({OUTER})),
     "layers by the generic rule": Arranged(own, own_with_samples, own_apart, (3, 2), frozenset({INNER})),
 }
+COALITION = Arranged(gates, gates_that_lie_differently, gates_apart, (3, 2), frozenset({INNER, SECOND}))
+"""Beside the others: its layers share one metric under Theorem 3."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from arranged import INNER, NETWORKS, Arranged
+from arranged import COALITION, INNER, NETWORKS, Arranged
 from exported import largest, load_module, named
 from networks import make
 from torch import Tensor, nn
@@ -199,6 +199,19 @@ def test_kronecker_factors(curvature: str, name: str) -> None:
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
     if name != "frames":  # which the other network writes with parameter expressions, in other blocks
         torch.testing.assert_close(found[0], trained(plain, case, **options), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+def test_cross_terms_of_layers_that_lie_differently(curvature: str) -> None:
+    """Theorem 3 pairs a sample's rows of one layer with those of another, wherever the model has them."""
+    folded, plain = COALITION.models()
+    options: dict[str, Any] = {"curvature": curvature, "lr": 0.01, "damping": 0.1, "steps": 1}
+    found = [trained(folded, COALITION, backend=backend, **options) for backend in ("fast", "dense")]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found[0], trained(plain, COALITION, **options), rtol=0, atol=1e-9)
+    opt = compile_optimizer(folded, COALITION.batch(0)[0], loss=nn.CrossEntropyLoss(), curvature=curvature)
+    blocks = [{p.name for p in block.players} for stage in opt.program.derived.stages for block in stage.blocks]
+    assert {"listed", "first", "image", "apart"} in blocks and {"once"} in blocks
 
 
 @pytest.mark.parametrize("size", [1, 3, 7])
