@@ -209,3 +209,43 @@ def test_attention_that_adds_a_trained_bias_and_drops(scale: float | None) -> No
     torch.testing.assert_close(step(model, x, front_end="fx", feedback=False), sgd(model, x), rtol=0, atol=1e-12)
     dense = step(model, x, front_end="fx", backend="dense")
     torch.testing.assert_close(step(model, x, front_end="fx"), dense, rtol=0, atol=1e-9)
+
+
+class Learned(nn.Module):
+    """Attention that drops weights and reads a trained table: as queries, keys, or as all three (DETR's decoder)."""
+
+    def __init__(self, reads: str, **options: Any) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+        self.table, self.reads, self.options = nn.Parameter(torch.randn(1, 2, 5, 2)), reads, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 2)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        options = {"dropout_p": 0.4, **self.options}
+        if self.reads == "all":
+            table = torch.tanh(self.table)
+            q = q * F.scaled_dot_product_attention(table, table, table, **options)
+        elif self.reads == "keys":
+            k = self.table.expand(x.shape[0], -1, -1, -1)
+        else:
+            q, k, v = self.table, k[:, :1], v[:, :1]  # one head for two
+            options["enable_gqa"] = True
+        if self.reads != "all":
+            q = F.scaled_dot_product_attention(q, k, v, **options)
+        return q.transpose(1, 2).flatten(2).mean(1)
+
+
+ROWS = torch.ones(5, 5, dtype=torch.bool).tril() & (torch.arange(5) != 1)[:, None]
+"""A mask that allows the second query nothing: torch gives it zeros."""
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"attn_mask": ROWS}, {"is_causal": True}], ids=lambda o: next(iter(o), "plain")
+)
+@pytest.mark.parametrize("reads", ["queries", "keys", "all"])
+def test_attention_that_reads_parameters_and_drops(reads: str, options: dict[str, Any]) -> None:
+    model = seeded(lambda: Learned(reads, **options)).double()
+    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(step(model, x, front_end="fx", feedback=False), sgd(model, x), rtol=0, atol=1e-12)
+    dense = step(model, x, front_end="fx", backend="dense")
+    torch.testing.assert_close(step(model, x, front_end="fx"), dense, rtol=0, atol=1e-9)

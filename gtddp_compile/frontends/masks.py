@@ -4,8 +4,8 @@ An embedding of positions that goes through dropout is ``u`` times a mask. As on
 draw random numbers; apart, the mask is a value like any other that no player moves, drawn once a sweep, and the product
 an expression of the parameters. ``dropout(1)`` draws what ``dropout(u)`` draws, in the same order.
 
-So it is with attention to which a trained bias of positions is added: where it drops weights, it is written out, and
-the sum of scores and bias alone reads the bias. That is how torch computes it then, so it draws the same too.
+So it is with attention that reads trained parameters (a bias of positions, learned queries): where it drops weights, it
+is written out as torch computes it then, so it draws the same too, and each of its operations reads its own parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from gtddp_compile import kernels
 from gtddp_compile.graph import Method, Op, OpGraph, ParamRef, Ref
 
 KIND, ATTENTION = "dropout", "scaled_dot_product_attention"
@@ -25,47 +26,68 @@ SIGNATURE = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "sc
 
 def masks_apart(graph: OpGraph) -> OpGraph:
     """The same function with every dropout of a parameter expression written as a product with its mask."""
-    made: set[str] = set()
-    ops: list[Op] = []
+    graph = _attention_apart(graph)
+    made, ops = _expressions(graph), list[Op]()
     for op in graph.ops:
-        if op.name not in graph.reached and (op.parameters or any(name in made for name in op.operands)):
-            made.add(op.name)
-            if op.random and op.kind == KIND and op.args and isinstance(op.args[0], Ref | ParamRef):
-                ops += _mask(op)
-                product = (op.args[0], Ref(f"{op.name}.mask"))
-                op = replace(op, kind="mul", target=operator.mul, args=product, kwargs={}, random=False)
-        if op.random and op.kind == ATTENTION and any(leaf.name in made for leaf in _refs(op)):
-            op = _written_out(op, ops)
+        if op.name in made and op.random and op.kind == KIND and op.args and isinstance(op.args[0], Ref | ParamRef):
+            ops += _mask(op)
+            product = (op.args[0], Ref(f"{op.name}.mask"))
+            op = replace(op, kind="mul", target=operator.mul, args=product, kwargs={}, random=False)
         ops.append(op)
     return replace(graph, ops=tuple(ops))
 
 
-def _refs(op: Op) -> list[Ref]:
-    return [leaf for leaf in op.leaves if isinstance(leaf, Ref)]
+def _expressions(graph: OpGraph) -> frozenset[str]:
+    """Operations on parameters, and on what is made of them alone."""
+    made: set[str] = set()
+    for op in graph.ops:
+        if op.name not in graph.reached and (op.parameters or any(name in made for name in op.operands)):
+            made.add(op.name)
+    return frozenset(made)
 
 
-def _written_out(op: Op, ops: list[Op]) -> Op:
-    """``dropout(softmax(s q kᵀ + bias)) v``; the last product is returned, the others are appended."""
-    given = {**dict(zip(SIGNATURE, op.args, strict=False)), **op.kwargs}
-    if given.get("enable_gqa") or given.get("is_causal"):
-        return op
+def _attention_apart(graph: OpGraph) -> OpGraph:
+    """The same function with every attention that draws and reads parameters written out."""
+    made, ops = _expressions(graph), list[Op]()
+    for op in graph.ops:
+        reads = bool(op.parameters) or any(name in made for name in op.operands)
+        ops += _written_out(op) if op.random and op.kind == ATTENTION and reads else (op,)
+    return replace(graph, ops=tuple(ops))
 
-    def add(word: str, kind: str, target: Any, *args: Any, **kwargs: Any) -> Ref:
+
+def _written_out(op: Op) -> tuple[Op, ...]:
+    """``dropout(softmax(s q kᵀ + mask)) v``, as torch computes it where it drops weights."""
+    given = {**dict.fromkeys(SIGNATURE), **dict(zip(SIGNATURE, op.args, strict=False)), **op.kwargs}
+    ops: list[Op] = []
+
+    def add(word: str, kind: str, target: Any, *args: Any) -> Ref:
         name, random = f"{op.name}.{word}", kind == KIND
-        ops.append(Op(name, kind, target, args, kwargs, module=op.module, source=op.source, random=random))
+        ops.append(Op(name, kind, target, args, module=op.module, source=op.source, random=random))
         return Ref(name)
 
-    keys = add("keys", "transpose", torch.transpose, given["key"], -2, -1)
-    scores = add("products", "matmul", torch.matmul, given["query"], keys)
-    scale = given.get("scale")
+    def size(word: str, value: Any, axis: int) -> Ref:
+        return add(word, "size", Method("size"), value, axis)
+
+    def spread(word: str, part: Any) -> Ref:
+        """Heads that several of the query's share, once for each of these."""
+        heads = size(f"{word}_queries", query, -3), size(f"{word}_heads", part, -3)
+        count = add(f"{word}_shared", "floordiv", operator.floordiv, *heads)
+        return add(f"{word}_spread", "repeat_interleave", torch.repeat_interleave, part, count, -3)
+
+    query, key, value, mask, scale = (given[name] for name in ("query", "key", "value", "attn_mask", "scale"))
+    if given["enable_gqa"]:
+        key, value = spread("key", key), spread("value", value)
+    scores = add("products", "matmul", torch.matmul, query, add("keys", "transpose", torch.transpose, key, -2, -1))
     if scale is None:
-        width = add("width", "size", Method("size"), given["query"], -1)
-        scale = add("scale", "pow", operator.pow, width, -0.5)
-    scores = add("scaled", "mul", operator.mul, scores, scale)
-    scores = add("scores", "add", operator.add, scores, given["attn_mask"])
-    weights = add("weights", "softmax", torch.softmax, scores, -1)
+        scale = add("scale", "pow", operator.pow, size("width", query, -1), -0.5)
+    weights = add("scaled", "mul", operator.mul, scores, scale)
+    if mask is None and not given["is_causal"]:
+        weights = add("weights", "softmax", torch.softmax, weights, -1)
+    else:
+        weights = add("scores", "masked_scores", kernels.masked_scores, weights, mask)
+        weights = add("weights", "softmax", torch.ops.aten._safe_softmax.default, weights, -1)
     kept = add("kept", KIND, F.dropout, weights, given["dropout_p"], True)
-    return replace(op, kind="matmul", target=torch.matmul, args=(kept, given["value"]), kwargs={}, random=False)
+    return (*ops, replace(op, kind="matmul", target=torch.matmul, args=(kept, value), kwargs={}, random=False))
 
 
 def _mask(op: Op) -> tuple[Op, ...]:

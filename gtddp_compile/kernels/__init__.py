@@ -83,7 +83,7 @@ from gtddp_compile.kernels.kronecker import (
     kronecker_widths,
     second_moment,
 )
-from gtddp_compile.kernels.layers import attention_mask, lstm_cell, recurrent, time_first
+from gtddp_compile.kernels.layers import attention_mask, lstm_cell, masked_scores, recurrent, time_first
 from gtddp_compile.kernels.linear import (
     linear_directional,
     linear_forward,
@@ -239,6 +239,7 @@ __all__ = [
     "lstm_cell",
     "made_rows",
     "make_again",
+    "masked_scores",
     "norm_directional",
     "norm_gamma",
     "norm_gram",

@@ -29,6 +29,16 @@ def attention_mask(
     return total.expand(q.shape[0], *total.shape[1:]) if total.dim() == 4 else total.expand(q.shape[0], 1, *total.shape)
 
 
+def masked_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores ``(…, T, S)`` with the mask of ``scaled_dot_product_attention``; ``None``: the causal one.
+
+    Unlike that of ``torch.nn.MultiheadAttention``, ``True`` allows.
+    """
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+
+
 def time_first(x: Tensor) -> Tensor:
     """``x`` itself, (B, T, n), laid out in memory with T first."""
     return x.transpose(0, 1).contiguous().transpose(0, 1)
