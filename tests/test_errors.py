@@ -221,6 +221,7 @@ INPUTS: dict[str, tuple[Any, str]] = {
     "text": ("text", "inputs must be tensors, got str"),
     "array": (np.zeros((6, 4)), "inputs must be tensors, got ndarray"),
     "list of numbers": ([1.0, 2.0], "inputs must be tensors, got float"),
+    "packed": (nn.utils.rnn.pack_sequence([torch.zeros(2, 4)]), "inputs must be tensors, got PackedSequence"),
     "dict": ({"x": torch.zeros(6, 4)}, "inputs must be tensors, got dict"),
     "nothing in a tuple": ((), "there are no inputs"),
     "no batch axis": (torch.tensor(1.0), "no batch axis"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from gtddp_compile import CompileError, compile_optimizer
@@ -131,6 +132,11 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "spectral norm in training": (
         own(lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), (4,)),
         "writes the buffer",
+    ),
+    "spectral norm, torch's first": (own(lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), (4,)), "writes the buffer"),
+    "packed sequences": (
+        recurrent("LSTM", lambda m, x: m(pack_padded_sequence(x, torch.tensor([3, 2, 1]), True))[1][0][0]),
+        "module 'layer', operation LSTM, at test_layers_of_torch.py:.* PackedSequence.* padded batch",
     ),
 }
 

@@ -111,7 +111,8 @@ def functionalise(traced: Traced) -> tuple[tuple[Clean, ...], Any]:
     """Calls without side effects, and the output in terms of them.
 
     Raises:
-        Untraceable: an in-place operation is seen through another view, or changes a parameter or buffer.
+        Untraceable: an in-place operation is seen through another view, or changes a parameter or buffer; an argument
+            ``out=`` is written.
     """
     memory = _Memory(_last_reads(traced))
     for name in traced.inputs:
@@ -123,6 +124,8 @@ def functionalise(traced: Traced) -> tuple[tuple[Clean, ...], Any]:
 
     for position, call in enumerate(traced.calls):
         form = canonical(call)
+        if form.kwargs.get("out") is not None:
+            raise _writes(call, form.kwargs["out"])
         first = call.args[0] if call.args else None
         form = replace(form, args=map_leaves(form.args, update), kwargs=map_leaves(form.kwargs, update))
         found.append(Clean(call, form))
@@ -168,7 +171,7 @@ def _last_reads(traced: Traced) -> dict[str, int]:
 
 
 def _writes(call: Call, first: Any) -> Untraceable:
-    what = "a constant"
+    what = "an argument out=" if isinstance(first, Ref) else "a constant"
     if isinstance(first, BufferRef):
         what = f"the buffer {first.name!r}"
     if isinstance(first, ParamRef):

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_forward_pre_hook
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, tensor_attributes
+from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, tensor_attributes, users_line
 from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
 
 SEED = 0
@@ -44,15 +45,17 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
     """Run the model on copies of its buffers; random state and model are left as they were.
 
     Raises:
-        CompileError: it raises, assigns a buffer, or returns no differentiable tensor.
+        CompileError: it raises, assigns a buffer, packs sequences, or returns no differentiable tensor.
     """
     params, buffers = leaves(model)
     before = tensor_attributes(model)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
         try:
-            with _assignments(model, buffers) as assigned:
+            with _assignments(model, buffers) as assigned, _padded(model):
                 output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
+        except CompileError:
+            raise
         except Exception as error:  # the user's own code runs here and may raise anything
             path, kind = module_of(error.__traceback__, model)
             shapes = ", ".join(f"{tuple(value.shape)}" for value in inputs)
@@ -66,7 +69,8 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
         for name in assigned:
             raise CompileError(
                 f"the forward pass writes the buffer {name!r}, which only normalisation layers may do",
-                "Keep the forward pass free of side effects: update it in the training loop",
+                "Keep the forward pass free of side effects: update it in the training loop, with the module that "
+                "writes it in evaluation mode for the step",
                 module=name.rpartition(".")[0],
             )
         _know_dataclasses(output)
@@ -117,6 +121,30 @@ def _assignments(model: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[li
     handle = register_module_buffer_registration_hook(note)
     try:
         yield found
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _padded(model: nn.Module) -> Iterator[None]:
+    """Refuse modules of the model that are given packed sequences: their rows lie by time, fewer at every step."""
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if id(module) in paths and any(isinstance(value, PackedSequence) for value in inputs):
+            raise CompileError(
+                "its input is a PackedSequence, whose rows are as many as the lengths say and lie along no axis of "
+                "samples",
+                "Give it the padded batch (B, T, n) and read each sample's states up to its length; a layer of one "
+                "direction computes the same there",
+                module=paths[id(module)],
+                operation=type(module).__name__,
+                source=users_line() or None,
+            )
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        yield
     finally:
         handle.remove()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.rnn import PackedSequence
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.runtime.precision import Precision
@@ -18,13 +19,14 @@ from gtddp_compile.runtime.precision import Precision
 
 def as_inputs(inputs: Any) -> tuple[Any, ...]:
     """Positional arguments of the model: a tensor, or a tuple or list of them."""
-    found = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+    found = tuple(inputs) if several else (inputs,)
     for value in found:
         if not isinstance(value, Tensor):
             raise CompileError(
                 f"inputs must be tensors, got {type(value).__name__}",
-                "Pass a tensor, or a tuple of tensors in the order of the model's arguments; keywords and None are for"
-                " a module around the model to pass",
+                "Pass a tensor, or a tuple of tensors in the order of the model's arguments (sequences padded); "
+                "keywords and None are for a module around the model to pass",
             )
     if not found:
         raise CompileError("there are no inputs", "Pass a tensor or a tuple of tensors")
