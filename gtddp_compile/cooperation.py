@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-from gtddp_compile.graph import ControlGraph, Op, Player, Ref, Stage
+from gtddp_compile.algebra.paths import carries, plain_scales
+from gtddp_compile.graph import ControlGraph, Player, Stage
 from gtddp_compile.plan import BlockKind, MetricBlock
 from gtddp_compile.uses import Use, arranged_shape, describe_use
 
@@ -51,7 +52,9 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
     if rules.cooperative and rules.shares:
         for group in _grouped(remaining, lambda p: _shared_key(graph, factored[p.name])):
             if len(group) > 1:
-                why = f"Corollary 7: the same input, outputs added up in {_sum_root(graph, group[0].op)}"
+                found = _sum_of(graph, factored[group[0].name].op)
+                assert found is not None  # alone otherwise
+                why = f"Corollary 7: the same input, outputs added up in {found[0]}"
                 blocks.append(MetricBlock("shared", tuple(group), why))
                 remaining = [player for player in remaining if player not in group]
     for group in _grouped(remaining, lambda p: _joint_key(graph, p, factored[p.name], rules)):
@@ -98,24 +101,27 @@ def _positions(graph: ControlGraph, use: Use) -> int | None:
 
 def _shared_key(graph: ControlGraph, use: Use) -> Hashable:
     """Players with equal keys have the same input, the same shape and the same output derivative."""
-    root = _sum_root(graph, use.op)
-    if root is None:
+    found = _sum_of(graph, use.op)
+    if found is None:
         return use.op
     shapes = tuple(graph.ops.parameter_info[name].shape for name in use.names)
-    return root, use.rule.name, use.operands, use.wants, shapes, tuple(sorted(use.options.items()))
+    return found, use.rule.name, use.operands, use.wants, shapes, tuple(sorted(use.options.items()))
 
 
-def _sum_root(graph: ControlGraph, name: str) -> str | None:
-    """The sum that a value goes into, and nowhere else: through plain additions of equal shapes; ``None``: none."""
-    root = None
-    while True:
-        users = graph.ops.users[name]
-        if len(users) != 1 or name in graph.ops.output_names or not _is_plain_sum(graph, graph.op(users[0])):
-            return root
-        name = root = users[0]
+def _sum_of(graph: ControlGraph, name: str) -> tuple[str, int] | None:
+    """The last sum that a value goes into and nowhere else, and how many times that has it; ``None``: none.
 
-
-def _is_plain_sum(graph: ControlGraph, op: Op) -> bool:
-    refs = [arg for arg in op.args if isinstance(arg, Ref)]
-    plain = op.kind == "add" and not op.kwargs and len(op.args) == len(refs) == 2 and refs[0] != refs[1]
-    return plain and op.shape is not None and all(graph.op(ref.name).shape == op.shape for ref in refs)
+    Its derivative by the value is a multiple of the identity (:func:`~gtddp_compile.algebra.paths.plain_scales`),
+    whatever is added, subtracted or reshaped on the way.
+    """
+    found, times = None, 1
+    while name not in graph.ops.output_names:
+        users = [op for op in map(graph.op, graph.ops.users[name]) if carries(op) and not op.reads_sizes]
+        plain = plain_scales(graph, users[0]) if len(users) == 1 else {}
+        if name not in plain:
+            break
+        times *= plain[name]
+        name = users[0].name
+        if len(plain) > 1:
+            found = name, times
+    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gtddp_compile.algebra.pattern import DENSE, IDENTITY, Entry
-from gtddp_compile.graph import DETACHED, ControlGraph, Op, ParamRef, Ref, Stage
+from gtddp_compile.graph import DETACHED, ControlGraph, Op, Ref, Stage
 
 ALIASES = frozenset(
     {"identity", "flatten", "reshape", "view", "unsqueeze", "squeeze", "contiguous", "clone"} | {"time_first"}
@@ -36,8 +36,7 @@ def stage_entries(graph: ControlGraph, stage: Stage, live_after: tuple[str, ...]
     read: set[str] = set()
     for name in stage.ops:
         op = graph.op(name)
-        carries = op.is_differentiable if op.is_tensor else not op.is_size
-        if carries and op.kind != DETACHED:
+        if carries(op):
             found[name] = _through(graph, op, found)
             for player in (*graph.player_using.get(name, ()), *graph.expressions.get(name, ())):
                 here = player.name in stage.players
@@ -55,31 +54,45 @@ def stage_entries(graph: ControlGraph, stage: Stage, live_after: tuple[str, ...]
     return StageEntries(state, control, frozenset(read))
 
 
+def carries(op: Op) -> bool:
+    """Whether a derivative by its operands may lead through the operation."""
+    return op.kind != DETACHED and (op.is_differentiable if op.is_tensor else not op.is_size)
+
+
 def _through(graph: ControlGraph, op: Op, found: dict[str, Sources]) -> Sources:
     """Entries of an operation's value from those of its operands."""
-    scales = _linear_scales(op)
+    plain = plain_scales(graph, op)
     result: Sources = {}
-    for position, leaf in enumerate(op.leaves):
-        if not isinstance(leaf, Ref) or leaf.name not in found:
-            continue
-        spreads = op.kind not in ALIASES and graph.op(leaf.name).shape != op.shape  # a broadcast: rectangular
-        scale = scales[position] if scales and not spreads else None
-        for source, entry in found[leaf.name].items():
+    for name in op.operands:
+        for source, entry in found.get(name, {}).items():
+            scale = plain.get(name)
             moved = DENSE if scale is None else Entry(scale * entry.identity, entry.dense)
             old = result.get(source, Entry())
             result[source] = Entry(old.identity + moved.identity, old.dense or moved.dense)
     return {source: entry for source, entry in result.items() if not entry.is_zero}
 
 
-def _linear_scales(op: Op) -> tuple[int, ...] | None:
-    """±1 for each operand of a plain sum, difference, negation or alias; ``None`` if the operation mixes entries."""
-    if any(isinstance(leaf, ParamRef) for leaf in op.leaves):
-        return None
+def plain_scales(graph: ControlGraph, op: Op) -> dict[str, int]:
+    """Operands by which the derivative is a multiple of the identity, and of which: sums, differences, reshapes.
+
+    What a sum spreads over more elements is none of them: that block is no square one.
+    """
+    if op.parameters:
+        return {}
     if op.kind in ALIASES:
-        return (1,) * len(op.leaves)
+        return {name: 1 for name in op.operands if graph.op(name).is_tensor}
+    found: dict[str, int] = {}
+    for arg, scale in zip(op.args, _scales(op), strict=False):
+        if isinstance(arg, Ref) and graph.op(arg.name).shape == op.shape:
+            found[arg.name] = found.get(arg.name, 0) + scale
+    return found
+
+
+def _scales(op: Op) -> tuple[int, ...]:
+    """Of each argument of a sum, a difference or a negation; of no other operation."""
     if op.kind == "neg":
         return (-1,)
-    plain = len(op.args) == 2 and not op.kwargs and all(isinstance(arg, Ref) for arg in op.args)
-    if plain and op.kind in ("add", "sub"):
-        return (1, 1) if op.kind == "add" else (1, -1)
-    return None
+    times = op.kwargs.get("alpha", 1)
+    if len(op.args) != 2 or op.kwargs.keys() - {"alpha"} or not isinstance(times, int):
+        return ()
+    return {"add": (1, times), "sub": (1, -times), "rsub": (-times, 1)}.get(op.kind, ())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,18 @@ class Canonical:
 
 def canonical(call: Call) -> Canonical:
     """The cleaned form of a recorded call."""
+    form = _cleaned(call)
+    return _by_position(form) if form.kind in ("add", "sub", "rsub") else form
+
+
+def _by_position(form: Canonical) -> Canonical:
+    """A sum or a difference of two arguments, neither of them by name."""
+    rest = {"input" if name == "self" else name: value for name, value in form.kwargs.items()}
+    named = [name for name in ("input", "other")[len(form.args) :] if name in rest]
+    return replace(form, args=(*form.args, *(rest.pop(name) for name in named)), kwargs=rest)
+
+
+def _cleaned(call: Call) -> Canonical:
     target, args, kwargs = call.target, call.args, dict(call.kwargs)
     if isinstance(target, OpOverload):
         return _of_aten(target, args, kwargs)
