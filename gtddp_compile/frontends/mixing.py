@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.reference import SEED, evaluate, leaves, only_moves
-from gtddp_compile.frontends.samples import COPIES, several
 from gtddp_compile.frontends.traced import Untraceable
+from gtddp_compile.frontends.trials import COPIES, several, some
 from gtddp_compile.graph import DETACHED, GUARD, UNKNOWN, Op, OpGraph
 
 FEW = (3, 2)
@@ -75,16 +75,9 @@ def _trials(graph: OpGraph, inputs: tuple[Any, ...]) -> Iterator[tuple[int, tupl
         return
     if general:
         few = next(size for size in FEW if size != batch)
-        yield few, tuple(_some(value, batch, few) for value in inputs), True
+        yield few, tuple(some(value, batch, few) for value in inputs), True
     yield batch, inputs, True
     yield batch, inputs, False
-
-
-def _some(value: Any, batch: int, count: int) -> Any:
-    """``count`` samples of an input, repeated if there are fewer."""
-    if not isinstance(value, Tensor) or not value.dim() or len(value) != batch:
-        return value
-    return value[torch.arange(count, device=value.device) % batch]
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,6 @@ class _Trial:
         """Operations that mix samples, and those whose value has entries of which nothing tells whose they are."""
         verdicts: dict[str, set[str]] = {"": set(), MIXES: set(), NOBODYS: set()}
         given = dict(zip(self._graph.inputs, inputs, strict=True))
-        last = {name: op.name for op in self._graph.ops for name in op.operands}
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(SEED)
             for op in self._graph.ops:
@@ -137,9 +129,8 @@ class _Trial:
                     value = self._evaluate(op, given)
                 self._values[op.name], verdict = self._seen(op, value, before)
                 verdicts[verdict].add(op.name)
-                for name in {*op.operands, op.name} - self._orders:
-                    if last.get(name, name) == op.name:
-                        del self._values[name]
+                for name in {*self._graph.finished[op.name]} - self._orders:
+                    del self._values[name]
         return verdicts[MIXES], verdicts[NOBODYS]
 
     def _evaluate(self, op: Op, given: Mapping[str, Any]) -> Any:
@@ -176,12 +167,10 @@ class _Trial:
             layout.order is not None and layout.order not in self._values
         ):
             return None
-        size = value.shape[layout.axis]
-        rank = torch.arange(size)
+        rank = torch.arange(value.shape[layout.axis])
         if layout.order is not None:
             rank = torch.argsort(self._values[layout.order].value).cpu()
-        owner = {"": rank, "inner": rank * batch // size, "outer": rank % batch}[layout.fold]
-        return _Part(value, layout.axis, owner)
+        return _Part(value, layout.axis, layout.owner(rank, batch))
 
     def _mixes(self, op: Op, value: Tensor, part: _Part, asked: Mapping[str, _Part]) -> bool:
         """Whether the first sample's part depends on what others have, or theirs on what it has."""

@@ -158,18 +158,14 @@ def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Re
     params, buffers = leaves(model)
     values: dict[str, Any] = dict(zip(graph.inputs, copy.deepcopy(inputs), strict=True))
     ops: list[Op] = []
-    # What autograd does not keep is let go. (A model that is one layer has an operation named "": None is no name.)
-    last: dict[str, str | None] = {name: op.name for op in graph.ops for name in op.operands}
-    last.update(dict.fromkeys(graph.output_names, None))
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
         for op in graph.ops:
             if op.target is not None:
                 values[op.name] = evaluate(op, values, params, buffers)
             ops.append(_with_shape(op, values[op.name]))
-            for name in {*op.operands, op.name}:
-                if last.get(name, name) == op.name:
-                    del values[name]
+            for name in graph.finished[op.name]:  # what autograd does not keep is let go
+                del values[name]
         output = map_leaves(graph.output, lambda leaf: _value(leaf, values, params, buffers))
         found = tuple(tensors(output))
         if not any(value.requires_grad for value in found):

@@ -11,7 +11,7 @@ first, by an operation added for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from gtddp_compile import kernels
 from gtddp_compile.frontends.changes import Change, changes, decide, keep_own, lies_as, within
 from gtddp_compile.frontends.reference import SEED, evaluate, leaves, only_moves
 from gtddp_compile.frontends.traced import Untraceable
+from gtddp_compile.frontends.trials import Trial, like, nudged, trials
 from gtddp_compile.graph import GUARD, Method, Op, OpGraph, ParamRef, Ref
 from gtddp_compile.graph.layouts import LEADING, UNKNOWN, Layout, candidates
 
@@ -35,13 +36,11 @@ SPREADING = frozenset({"expand", "expand_as", "repeat", "tile", "broadcast_to"})
 ORDER = ".order"
 """Suffix of the operation that says in which order the rows that an operation takes lie sample by sample."""
 
-REPEATS, COPIES = 2, 3
-"""How often a sample is changed, and of how many samples one is made if there is no other."""
-
 STEPS = 6
 """How far indices are followed back."""
 
-PLAIN = (LEADING, Layout(0, "inner"))
+LISTED = Layout(0, "inner")
+PLAIN = (LEADING, LISTED)
 """Layouts of samples one after the other, which are told quickly."""
 
 
@@ -50,26 +49,6 @@ class _Failed:
 
 
 FAILED = _Failed()
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The example inputs, and variants of them in which one sample each is another.
-
-    Attributes:
-        batch: how many samples.
-        inputs: the example inputs.
-        variants: the same with one sample changed.
-        changed: which, in each variant.
-        inside: the inputs are left alone, and what a table holds for their words is changed a little instead, so that
-            every decision on values (which expert serves a token) stays what it was.
-    """
-
-    batch: int
-    inputs: tuple[Any, ...]
-    variants: tuple[tuple[Any, ...], ...]
-    changed: tuple[int, ...]
-    inside: bool = False
 
 
 def find_layouts(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> OpGraph:
@@ -87,7 +66,7 @@ def find_layouts(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> O
     if not batch or not any(_is_doubtful(op, batch) for op in graph.ops if op.name in moving):
         return graph
     known: dict[str, Layout | None] = {}
-    for trial in _trials(graph, inputs, batch):
+    for trial in trials(graph, inputs, batch):
         try:
             found, failed = _found(graph, model, trial, moving)
         except Untraceable:  # the recording holds for one size alone
@@ -148,76 +127,7 @@ def _taken_by(op: Op, graph: OpGraph) -> tuple[str, str] | None:
 
 def _of_one(op: Op) -> Layout:
     """All there is belongs to the only sample; its rows are compared as they lie, whatever order a router brings."""
-    return Layout(0, "inner") if op.shape and op.shape[0] != 1 else LEADING
-
-
-# --- trials -----------------------------------------------------------------------------------------------------------
-
-
-def _trials(graph: OpGraph, inputs: tuple[Any, ...], batch: int) -> Iterator[Trial]:
-    """What to try, in order: words are changed boldly, then only to what other samples have, then not at all."""
-    if batch == 1 and graph.frontend != "fx":
-        return
-    count = batch if batch > 1 else COPIES
-    pairs = [(sample, seed) for sample in (0, count - 1) for seed in range(REPEATS)]
-    changed = tuple(sample for sample, _ in pairs)
-    for bold in (True, False):
-        base = inputs if batch > 1 else tuple(several(value, bold=bold) for value in inputs)
-        variants = [tuple(_other(value, sample, count, seed, bold=bold) for value in base) for sample, seed in pairs]
-        yield Trial(count, base, tuple(variants), changed)
-    if batch > 1:
-        variants = [tuple(_nudged(value, sample, count, seed) for value in inputs) for sample, seed in pairs]
-        yield Trial(count, inputs, tuple(variants), changed, inside=True)
-
-
-def several(value: Any, *, bold: bool) -> Any:
-    """An input of one sample as one of several, all different."""
-    if not isinstance(value, Tensor) or not value.dim() or len(value) != 1:
-        return value
-    return torch.cat([value, *(_like(value[0], value, seed, bold=bold)[None] for seed in range(1, COPIES))])
-
-
-def _other(value: Any, sample: int, batch: int, seed: int, *, bold: bool) -> Any:
-    """The input with one sample replaced: by another of the batch, then by ones that look like them."""
-    if not isinstance(value, Tensor) or not value.dim() or len(value) != batch or not value.numel():
-        return value
-    changed, own = value.detach().clone(), value.detach()[sample]
-    changed[sample] = value.detach()[batch - 1 - sample]
-    if seed or torch.equal(changed[sample], own):
-        changed[sample] = _like(own, value.detach(), 1 + seed, bold=bold)
-    return changed
-
-
-def _like(own: Tensor, value: Tensor, seed: int, *, bold: bool) -> Tensor:
-    """Another sample, such as the input could hold: a little beside it, or of words that the input has."""
-    source = torch.Generator().manual_seed(seed)
-    if own.is_floating_point() or own.is_complex():
-        noise = torch.rand(own.shape, generator=source, dtype=torch.float64)
-        return own + (0.5 + noise).to(own.device, own.dtype)
-    if own.dtype == torch.bool:
-        return ~own
-    picked = torch.randint(value.numel(), own.shape, generator=source)
-    found = value.flatten()[picked.to(value.device)]
-    if torch.equal(found, own):
-        found = own + (1 if int(value.min()) == 0 else -1) * int(bold)
-    return found
-
-
-def _nudged(value: Any, sample: int, batch: int, seed: int) -> Any:
-    """A value with one sample moved a little, so that what is decided on it stays as it was; whole numbers as they are.
-
-    The fourth root of what rounding is: far above that, and far below what tells two samples apart.
-    """
-    if not isinstance(value, Tensor) or not value.dim() or len(value) != batch or not value.numel():
-        return value
-    if not value.is_floating_point():
-        return value
-    source = torch.Generator().manual_seed(seed)
-    noise = torch.rand(value.shape[1:], generator=source, dtype=torch.float64).to(value.device, value.dtype)
-    size = torch.finfo(value.dtype).eps ** 0.25 * float(value.detach().abs().nan_to_num(0, 0, 0).max())
-    changed = value.detach().clone()
-    changed[sample] += size * (0.5 + noise)
-    return changed
+    return LISTED if op.shape and op.shape[0] != 1 else LEADING
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -242,7 +152,7 @@ def _found(
         if trial.inside and op.kind == "embedding" and set(implied) == {LEADING}:
             found[op.name] = LEADING
             for run, sample in enumerate(trial.changed, 1):
-                values[run] = _nudged(values[run], sample, trial.batch, run)
+                values[run] = nudged(values[run], sample, trial.batch, run)
             continue
         plain = implied[0] if implied and implied[0] in PLAIN and len(set(implied)) == 1 else None
         if plain is not None and lies_as(plain, values, trial.changed, trial.batch):
@@ -281,7 +191,7 @@ def _is_sound(layout: Layout | None, graph: OpGraph, found: dict[str, Layout | N
     if layout is None or layout.order is None:
         return True
     taken = _taken_by(graph.by_name[layout.order.removesuffix(ORDER)], graph)
-    return taken is not None and found.get(taken[1]) in (LEADING, Layout(0, "inner"))
+    return taken is not None and found.get(taken[1]) in PLAIN
 
 
 class _Orders:
@@ -319,7 +229,7 @@ class _Orders:
             return False
         rows = [value[order] for value, order in zip(values, orders, strict=True)]
         seen = [change for change in changes(rows, trial.changed) if change is not None and change.count]
-        return bool(seen) and all(within(change, Layout(0, "inner"), trial.batch) for change in seen)
+        return bool(seen) and all(within(change, LISTED, trial.batch) for change in seen)
 
     def _ancestors(self, name: str) -> frozenset[str]:
         """Whole numbers that an operation computes or goes back to by a few steps."""
@@ -357,7 +267,7 @@ def _change(values: list[Any], trial: Trial) -> None:
         if isinstance(values[run], Tensor) and values[run].dim() and len(values[run]) % trial.batch == 0:
             changed = values[run].detach().clone()
             own = changed.unflatten(0, (trial.batch, -1))[sample]
-            own.copy_(_like(own, changed, run, bold=True))
+            own.copy_(like(own, changed, run, bold=True))
             values[run] = changed
 
 
@@ -366,7 +276,6 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
 
     Values are let go after their last reader. Their list may be changed; later operations see what it holds then.
     """
-    last = {name: op.name for op in graph.ops for name in op.operands}
     runs = []
     for inputs in (trial.inputs, *trial.variants):
         runs.append((dict(zip(graph.inputs, inputs, strict=True)), *leaves(model)))
@@ -379,10 +288,9 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
             yield op, found, [runs[0][0][name] for name in op.operands]
             for (values, _, _), value in zip(runs, found, strict=True):
                 values[op.name] = value
-            for name in {*op.operands, op.name}:
-                if last.get(name, name) == op.name:
-                    for values, _, _ in runs:
-                        del values[name]
+            for name in graph.finished[op.name]:
+                for values, _, _ in runs:
+                    del values[name]
 
 
 def _evaluate(

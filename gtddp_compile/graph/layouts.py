@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 Fold = Literal["", "inner", "outer"]
 
 
@@ -45,6 +47,10 @@ class Layout:
             return shape
         rest = shape[: self.axis] + shape[self.axis + 1 :]
         return (shape[self.axis] // batch, *rest) if self.fold else rest
+
+    def owner(self, rank: Tensor, batch: int) -> Tensor:
+        """The sample that every entry of the axis belongs to, from the entries' places in the layout's order."""
+        return {"": rank, "inner": rank * batch // len(rank), "outer": rank % batch}[self.fold]
 
     def __str__(self) -> str:
         if self.axis < 0:

@@ -211,6 +211,17 @@ class OpGraph:
         return {name: tuple(users) for name, users in found.items()}
 
     @cached_property
+    def finished(self) -> dict[str, tuple[str, ...]]:
+        """Values that nobody reads after an operation, by its name; those that are returned are never finished."""
+        last = {op.name: op.name for op in self.ops}
+        last.update((name, op.name) for op in self.ops for name in op.operands)
+        found: dict[str, list[str]] = {op.name: [] for op in self.ops}
+        for name, reader in last.items():
+            if name not in self.output_names:
+                found[reader].append(name)
+        return {name: tuple(values) for name, values in found.items()}
+
+    @cached_property
     def reached(self) -> frozenset[str]:
         """Operations that an input's tensor reaches (its size alone does not count)."""
         found = set(self.inputs)

@@ -205,10 +205,10 @@ class Trajectory:
         layout = self.graph.op(name).layout if name in self.graph.ops.by_name else None
         if layout in (None, UNKNOWN):
             return None
-        along, size = torch.arange(shape[layout.axis]), shape[layout.axis]
+        along = torch.arange(shape[layout.axis])
         rank = along if layout.order is None else torch.argsort(values[layout.order])  # where each entry belongs
-        owner = {"": rank, "inner": rank * self.batch // size, "outer": rank % self.batch}[layout.fold]
-        key = owner if layout.order is None else rank  # within a sample as they lie, unless their order may change
+        # Within a sample as they lie, unless their order may change.
+        key = layout.owner(rank, self.batch) if layout.order is None else rank
         table = key.reshape([-1 if axis == layout.axis else 1 for axis in range(len(shape))]).expand(shape)
         order: Tensor = table.reshape(-1).argsort(stable=True)
         return order
