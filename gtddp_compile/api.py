@@ -69,7 +69,8 @@ def compile_optimizer(
             does, or ``"exact"``.
         cooperative: whether coalitions use the cross terms of a curvature that has them (``"kfac"``, ``"ekfac"``:
             Theorem 3, Corollary 7). By default they do, except with ``feedback=False``, which is exactly the base
-            method; True there too: the cooperative base method without feedback.
+            method; True there too: the cooperative base method without feedback. Their factors are as wide as their
+            layers together, 16384 at most; ``program.cost()`` says how wide.
         gram: how the Gram matrices are made. ``"auto"``: exactly, but for layers whose exact one would cost more than
             half of their own training step because the metric is diagonal: those have it separated. ``"exact"``.
             ``"separable"``: every diagonal metric as a product of one of outputs and one of inputs.

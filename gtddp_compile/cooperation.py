@@ -8,12 +8,13 @@ the same input whose outputs are only added up have the same rows altogether (Fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 from gtddp_compile.algebra.paths import carries, plain_scales
+from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, Stage
-from gtddp_compile.plan import BlockKind, MetricBlock
+from gtddp_compile.plan import MetricBlock
 from gtddp_compile.uses import Use, arranged_shape, describe_use
 
 
@@ -35,6 +36,9 @@ class MetricRules:
     shares: bool = False
     printed: bool = False
 
+
+LARGEST_JOINT = 2**14
+"""Longest side of a coalition's joint factors: 1 GiB in float32, and minutes to decompose at every refresh."""
 
 BY_PARAMETER = MetricRules()
 """Of a curvature that is spherical or diagonal."""
@@ -58,9 +62,7 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
                 blocks.append(MetricBlock("shared", tuple(group), why))
                 remaining = [player for player in remaining if player not in group]
     for group in _grouped(remaining, lambda p: _joint_key(graph, p, factored[p.name], rules)):
-        why = "Theorem 3: cross terms A_uv, B_uv" if len(group) > 1 else ""
-        kind: BlockKind = "printed" if rules.printed and len(group) > 1 else "kronecker"
-        blocks.append(MetricBlock(kind, tuple(group), why))
+        blocks.append(_joint(graph, group, factored, rules))
     order = {player.name: index for index, player in enumerate(players)}
     return tuple(sorted(blocks, key=lambda block: order[block.players[0].name]))
 
@@ -74,6 +76,30 @@ def _alone(graph: ControlGraph, player: Player, rules: MetricRules) -> MetricBlo
     """A player without rows: an exact block while it is small."""
     size = sum(math.prod(graph.ops.parameter_info[name].shape) for name in player.parameters)
     return MetricBlock("exact" if size <= rules.small else "diagonal", (player,))
+
+
+def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], rules: MetricRules) -> MetricBlock:
+    """A player alone, or several with cross terms.
+
+    Raises:
+        CompileError: a side of the several's factors is longer than :data:`LARGEST_JOINT`.
+    """
+    if len(group) == 1:
+        return MetricBlock("kronecker", tuple(group))
+    weights = [graph.ops.parameter_info[uses[player.name].names[0]].shape for player in group]
+    biases = sum(uses[player.name].wants[1] for player in group)
+    inputs, outputs = sum(math.prod(shape[1:]) for shape in weights) + biases, sum(shape[0] for shape in weights)
+    sizes = f"{inputs} x {inputs} and {outputs} x {outputs}"
+    if max(inputs, outputs) > LARGEST_JOINT:
+        op = graph.op(group[0].op)
+        raise CompileError(
+            f"the coalition of {', '.join(player.name for player in group)} has joint Kronecker factors of {sizes} "
+            f"(Theorem 3), and {LARGEST_JOINT} is the longest side that is made",
+            "Pass cooperative=False, with which every layer has factors of its own, or schedule='sequential'",
+            module=op.module, operation=op.kind, source=op.source or None,
+        )  # fmt: skip
+    why = f"Theorem 3: cross terms A_uv, B_uv; joint factors {sizes}"
+    return MetricBlock("printed" if rules.printed else "kronecker", tuple(group), why)
 
 
 def _grouped(players: Iterable[Player], key: Callable[[Player], Hashable]) -> list[list[Player]]:

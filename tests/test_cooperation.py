@@ -14,7 +14,7 @@ from test_fast_equals_dense import FORMS, assert_equal, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile import CompileError, compile_optimizer, cooperation
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.algebra.symbols import SymmetricSymbol, is_equal
@@ -389,3 +389,18 @@ def test_cooperative_is_true_false_or_by_default() -> None:
     case = gates(2)
     with pytest.raises(CompileError, match="cooperative"):
         compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, cooperative="yes")  # type: ignore[arg-type]
+
+
+def test_joint_factors_are_bounded_and_their_size_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers of three inputs, two of them with a bias, and three outputs each."""
+    case = gates(3)
+    opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="kfac")
+    opt.step(*case.batch(0))
+    state = opt.state[case.model.get_parameter("p0.weight")]
+    assert [state[name].shape[-1] for name in ("factor_x", "factor_g")] == [11, 9]
+    notes = " ".join(line.split("│")[-2].strip() for line in opt.program.cost().splitlines() if "│" in line)
+    assert "joint factors 11 x 11 and 9 x 9" in notes
+    monkeypatch.setattr(cooperation, "LARGEST_JOINT", 10)
+    with pytest.raises(CompileError, match=r"module 'p0', operation linear, at .*p0, p1, p2.*11 x 11.*cooperative=Fal"):
+        compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="kfac")
+    compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="kfac", cooperative=False)
