@@ -42,12 +42,22 @@ class Builder:
     readers: Counter[str] = field(default_factory=Counter)
     """How many layers whose ``Γ`` separates read a value; empty before somebody asks (``responses``)."""
     held: frozenset[str] = frozenset()
-    """Players' outputs that the forward sweep may want as they were (``remake``)."""
+    """Players' outputs that the forward sweep may want as they were (``ends``)."""
     _names: dict[str, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
     _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)
     _kept: dict[str, bool] = field(default_factory=dict)
     _written: set[str] = field(default_factory=set)
+
+    @classmethod
+    def like(cls, plan: Plan, names: Mapping[str, str], uses: Mapping[str, tuple[Use, ...]]) -> Builder:
+        """One that knows the names and uses of a program that is written down."""
+        return cls(plan, _names=dict(names), _taken=set(names.values()), _uses=dict(uses))
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Identifiers of the qualified names that have been asked for."""
+        return dict(self._names)
 
     @cached_property
     def outputs(self) -> frozenset[str]:

@@ -16,8 +16,11 @@ from gtddp_compile.passes import (
     emit,
     find_players,
     find_shortcuts,
+    let_go,
     lower,
+    make_again,
     normalise,
+    run_again,
     schedule,
 )
 from gtddp_compile.passes.p01_normalise import still_holds
@@ -40,9 +43,9 @@ def build_graph(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> 
 
 
 def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool) -> UpdateProgram:
-    """Passes 6 to 10: derivation to code. ``decay``: whether any group has coupled weight decay."""
+    """Passes 6 to 13: derivation to code. ``decay``: whether any group has coupled weight decay."""
     derived, plan = plan_program(graph, options, curvature, decay=decay)
-    lowered = lower(plan)
+    lowered = run_again(let_go(make_again(lower(plan))))
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name)
 
 

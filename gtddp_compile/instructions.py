@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Phase = Literal["trajectory", "loss", "backward", "forward", "checkpoint", "recompute", "gradients"]
@@ -51,6 +51,10 @@ class Function:
     name: str
 
 
+WORD = re.compile(r"""'[^']*'|"[^"]*"|(?<![\w.])[A-Za-z_]\w*""")
+"""Names in source text, and strings, which hold none (a parameter is often called like a variable)."""
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One call.
@@ -74,6 +78,38 @@ class Instruction:
 
     def __str__(self) -> str:
         return render_instruction(self)
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Names of the variables it defines."""
+        return tuple(name.removeprefix("*") for name in self.writes)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names that its arguments mention, each once, in order: variables, and functions handed over."""
+        found: dict[str, None] = {}
+
+        def seen(name: str) -> str:
+            found[name] = None
+            return name
+
+        _mapped((self.args, dict(self.kwargs or {})), seen)
+        return tuple(found)
+
+    def renamed(self, names: Mapping[str, str]) -> Instruction:
+        """The same with other variables in its arguments; what is written keeps its name."""
+        args, kwargs = _mapped((self.args, dict(self.kwargs or {})), lambda name: names.get(name, name))
+        return replace(self, args=args, kwargs=kwargs if self.kwargs is not None else None)
+
+
+def _mapped(value: Any, name: Callable[[str], str]) -> Any:
+    """An argument with ``name`` applied to every name in it."""
+    if isinstance(value, Var | Code | Function):
+        text = value.text if isinstance(value, Code) else value.name
+        return type(value)(WORD.sub(lambda found: found[0] if found[0][0] in "'\"" else name(found[0]), text))
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(item, name) for item in value)
+    return {key: _mapped(item, name) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)

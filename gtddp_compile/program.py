@@ -23,10 +23,10 @@ from gtddp_compile.draw.style import few
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, read, write
 from gtddp_compile.graph import ControlGraph, Player
+from gtddp_compile.lowered import Lowered
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
-from gtddp_compile.passes.p09_lower import Lowered
-from gtddp_compile.passes.p10_emit import Emitted
+from gtddp_compile.passes.p13_emit import Emitted
 from gtddp_compile.segments import describe_memory
 from gtddp_compile.setting import Setting
 from gtddp_compile.uses import Use

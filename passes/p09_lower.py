@@ -1,16 +1,15 @@
 """Lower: write the plan down as instructions, stage by stage, in the order they run.
 
-Takes a :class:`Plan`; guarantees a straight list of calls in single assignment and the dynamics of every stage as a
-function, so that emitting is printing. Four phases: the trajectory (sweep 1, cut at every stage), the loss, the
-backward sweep (gradients, statistics, Gram matrices, gains), the forward sweep (weights, updates, the layer again).
-B-vector and B×B formulas are printed from the derived expressions; the parameter update is recognised as
-``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted gradient and one call of the base method.
+Takes a :class:`Plan`; guarantees the calls of every sweep in single assignment, and the dynamics of every stage as a
+function; what is kept between the sweeps is for the passes after it to decide. Four phases: the trajectory (sweep 1,
+cut at every stage), the loss, the backward sweep (gradients, statistics, Gram matrices, gains), the forward sweep
+(weights, updates, the layer again). B-vector and B×B formulas are printed from the derived expressions; the parameter
+update is recognised as ``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted gradient and one call of the base method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,15 +21,13 @@ from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import SAMPLES, directional, joins, player_function, prepare, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
-from gtddp_compile.forget import let_go
+from gtddp_compile.ends import ends
 from gtddp_compile.formulas import check_update, print_formula
 from gtddp_compile.graph import GUARD, LEADING, ControlGraph, Ref
-from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, Var
+from gtddp_compile.instructions import Code, Function, StageFunction, Var
+from gtddp_compile.lowered import Sweeps, Written
 from gtddp_compile.plan import Contraction, Plan, StagePlan
-from gtddp_compile.recompute import Sweeps, run_again
-from gtddp_compile.remake import ends, make_again
 from gtddp_compile.responses import functions_after, respond, responds
-from gtddp_compile.uses import Use
 
 GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
 MOVED = a.GRADIENTS.T * a.OPEN_GAIN
@@ -38,18 +35,7 @@ VARIABLES = {"s": "s", "Lambda": "lambda", "X": "system", "y": "y", "alpha": "al
 """Variables of the collapsed equations of the backward sweep, in the order of evaluation."""
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """Instructions and stage functions; ``uses`` says how each player's parameters are differentiated."""
-
-    plan: Plan
-    instructions: tuple[Instruction, ...]
-    functions: tuple[StageFunction, ...]
-    uses: dict[str, tuple[Use, ...]]
-    names: dict[str, str]
-
-
-def lower(plan: Plan) -> Lowered:
+def lower(plan: Plan) -> Written:
     """Write the plan down."""
     check_update(plan.form, decay=plan.decay)
     b = Builder(plan)
@@ -57,12 +43,11 @@ def lower(plan: Plan) -> Lowered:
         b.name(op.name)
     parts, functions = ends(b), _stage_functions(b)
     after = functions_after(b, functions)
-    sweeps, made = make_again(b, _sweeps(b, functions, {f.stage: f for f in functions} | after), parts)
-    instructions = let_go(sweeps).kept() if plan.segments is None else run_again(sweeps, plan.segments, plan.graph)
+    sweeps = _sweeps(b, functions, {f.stage: f for f in functions} | after)
     uses = {player.name: b.uses(player.name) for player in plan.graph.players}
     players = (player_function(b, use) for found in uses.values() for use in found if use.function)
-    run = (*functions, *made, *filter(None, after.values()), *players)
-    return Lowered(plan, instructions, run, uses, dict(b._names))
+    others = (*filter(None, after.values()), *players)
+    return Written(plan, sweeps, parts, functions, others, uses, b.names)
 
 
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...], by_stage: Mapping[int, StageFunction | None]) -> Sweeps:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, Sketch, compile_optimizer, costs, kernels
+from gtddp_compile.instructions import WORD
 from gtddp_compile.kernels import approximate
-from gtddp_compile.passes.p10_emit import IDENTIFIER
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -226,6 +226,6 @@ def test_refusals(options: dict[str, Any]) -> None:
 def test_every_variable_is_freed_once_and_after_its_last_reader() -> None:
     lines = train(1, curvature="sgd", lr=0.1)[1].program.code.splitlines()
     freed = [name.strip() for line in lines if line.strip().startswith("del ") for name in line.strip()[4:].split(",")]
-    gradients = {name for line in lines for name in IDENTIFIER.findall(line) if name.startswith(("gh_", "rows_"))}
+    gradients = {name for line in lines for name in WORD.findall(line) if name.startswith(("gh_", "rows_"))}
     assert len(gradients) >= 4 and gradients - {"rows_weighted", "rows_of", "rows_directional"} <= set(freed)
     assert len(set(freed) - {"_"}) == len([name for name in freed if name != "_"])

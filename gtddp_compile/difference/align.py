@@ -18,13 +18,12 @@ from gtddp_compile import kernels
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.graph import BufferRef, ControlGraph, Op, ParamRef, Ref, map_leaves
 from gtddp_compile.graph.ops import Leaf
-from gtddp_compile.instructions import Code, Instruction, render_instruction
+from gtddp_compile.instructions import WORD, Code, Instruction, render_instruction
+from gtddp_compile.lowered import Lowered
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived
-from gtddp_compile.passes.p09_lower import Lowered
 from gtddp_compile.setting import Setting
 
-WORD = re.compile(r"('[^']*'|\"[^\"]*\")|\b[A-Za-z_]\w*")
 AT = re.compile(r"_at(\d+)$")
 STAGED = re.compile(r"(stage|alpha|factor|gamma|lambda|outside|lifted|[a-z])_(\d+)(?=$|_)")
 STAGE_FIRST = ("m.keep", "m.observe_block", "m.observe_factors")
@@ -125,7 +124,7 @@ class Alignment:
             here = Code(self.stage(instruction.stage))
             instruction = replace(instruction, args=(here, *instruction.args[1:]))
         text = render_instruction(instruction)
-        return WORD.sub(lambda found: found[0] if found[1] else self._word(found[0]), text)
+        return WORD.sub(lambda found: found[0] if found[0][0] in "'\"" else self._word(found[0]), text)
 
     def _word(self, word: str) -> str:
         if hasattr(kernels, word):  # a function's name: no variable is called like one

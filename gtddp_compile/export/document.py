@@ -30,9 +30,9 @@ from gtddp_compile.export.values import base64_of, loss_arguments, make_loss
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.instructions import Instruction, StageFunction
 from gtddp_compile.losses import Loss, absent, split
+from gtddp_compile.lowered import Lowered
 from gtddp_compile.options import Options
-from gtddp_compile.passes.p09_lower import Lowered
-from gtddp_compile.passes.p10_emit import Emitted, emit
+from gtddp_compile.passes.p13_emit import Emitted, emit
 from gtddp_compile.planning import plan_program
 from gtddp_compile.setting import BufferInfo, Group, Setting
 from gtddp_compile.uses import Use

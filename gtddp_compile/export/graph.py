@@ -25,7 +25,7 @@ from gtddp_compile.export.python import to_python
 from gtddp_compile.graph import BufferRef
 from gtddp_compile.losses import is_kind
 from gtddp_compile.options import Refreshed
-from gtddp_compile.passes.p10_emit import draws
+from gtddp_compile.passes.p13_emit import draws
 from gtddp_compile.terminal import ELEMENTWISE
 
 REMEDY = "Export as .py, which runs with torch alone too"

@@ -10,9 +10,9 @@ from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
+from gtddp_compile.lowered import Lowered
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived
-from gtddp_compile.passes.p09_lower import Lowered
 from gtddp_compile.setting import Setting
 
 VERSION = metadata.version("gtddp-compile")

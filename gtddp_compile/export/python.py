@@ -23,7 +23,7 @@ from gtddp_compile.export.losses import as_returned, loss_text
 from gtddp_compile.export.parts import Parts
 from gtddp_compile.export.values import tensor_text, value_text
 from gtddp_compile.instructions import Code, Instruction, render_instruction
-from gtddp_compile.passes.p10_emit import Style, body, draws, function_text
+from gtddp_compile.passes.p13_emit import Style, body, draws, function_text
 from gtddp_compile.printing import Printer
 
 RULE = "# " + "-" * (WIDTH - 2)

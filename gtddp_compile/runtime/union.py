@@ -19,7 +19,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import random_state, restore_random_state
-from gtddp_compile.passes.p10_emit import draws
+from gtddp_compile.passes.p13_emit import draws
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.fast import FastBackend, Micro, Request
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss

@@ -1,57 +1,46 @@
-"""Activation checkpointing: the program that runs segments of its stages again.
+"""Recompute: the sweeps one after the other; with activation checkpointing, segments of the trajectory run again.
 
-``memory="recompute"`` keeps the cut before every segment and lets go of all else: a segment of stages is run again from
-there when the backward sweep reaches it, and once more, with its gradients, when the forward sweep does. What crosses
-into a later segment (values of the cut, their gradients) is kept because later instructions read it.
+Takes the sweeps; guarantees a straight list of calls in single assignment. ``memory="recompute"`` keeps the cut before
+every segment and lets go of all else: a segment of stages is run again from there when the backward sweep reaches it,
+and once more, with its gradients, when the forward sweep does. What crosses into a later segment (values of the cut,
+their gradients) is kept because later instructions read it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 from gtddp_compile.graph import ControlGraph
-from gtddp_compile.instructions import Code, Function, Instruction, Phase, Var
+from gtddp_compile.instructions import Instruction, Phase, Var
+from gtddp_compile.lowered import Lowered, Sweeps, Written
 from gtddp_compile.segments import Segments
 
-WORD = re.compile(r"'[^']*'|(?<![\w.])[A-Za-z_]\w*")
+
+def run_again(written: Written) -> Lowered:
+    """The program as one list, with the trajectory kept or run again, segment by segment, in both directions."""
+    plan, sweeps, segments = written.plan, written.sweeps, written.plan.segments
+    if segments is None or len(segments.starts) == 1:
+        instructions = _once(sweeps)
+    else:
+        instructions = _Recomputed(sweeps, segments, plan.graph).instructions()
+    functions = (*written.dynamics, *written.others)
+    return Lowered(plan, tuple(instructions), functions, written.uses, written.names)
 
 
-@dataclass(frozen=True)
-class Sweeps:
-    """The instructions of a program by what they do, each by stage (-1: before the first stage, and the loss).
-
-    ``deferred``: nothing else of the backward sweep reads the recursion, so that all its B×B algebra comes at its end:
-    small operations between large products find nothing of what they need in the caches.
-    """
-
-    trajectory: Mapping[int, tuple[Instruction, ...]]
-    loss: tuple[Instruction, ...]
-    pulled: Mapping[int, tuple[Instruction, ...]]
-    gains: Mapping[int, tuple[Instruction, ...]]
-    recursion: Mapping[int, tuple[Instruction, ...]]
-    forward: Mapping[int, tuple[Instruction, ...]]
-    deferred: bool = False
-
-    def kept(self) -> tuple[Instruction, ...]:
-        """Every sweep once, the whole trajectory kept."""
-        found = [instruction for part in self.trajectory.values() for instruction in part] + list(self.loss)
-        stages = sorted(self.pulled, reverse=True)
-        for stage in stages:
-            found += [*self.pulled[stage], *self.gains[stage], *(() if self.deferred else self.recursion[stage])]
-        for stage in stages if self.deferred else ():
-            found += self.recursion[stage]
-        return tuple(found + [instruction for part in self.forward.values() for instruction in part])
-
-
-def run_again(sweeps: Sweeps, segments: Segments, graph: ControlGraph) -> tuple[Instruction, ...]:
-    """The same program with the trajectory run again, segment by segment, in both directions."""
-    if len(segments.starts) == 1:
-        return sweeps.kept()
-    return tuple(_Recomputed(sweeps, segments, graph).instructions())
+def _once(sweeps: Sweeps) -> Iterable[Instruction]:
+    """Every sweep once, the whole trajectory kept."""
+    for part in sweeps.trajectory.values():
+        yield from part
+    yield from sweeps.loss
+    stages = sorted(sweeps.pulled, reverse=True)
+    for t in stages:
+        yield from (*sweeps.pulled[t], *sweeps.gains[t], *(() if sweeps.deferred else sweeps.recursion[t]))
+    for t in stages if sweeps.deferred else ():
+        yield from sweeps.recursion[t]
+    for part in sweeps.forward.values():
+        yield from part
 
 
 class _Recomputed:
@@ -115,9 +104,9 @@ def _without_leaves(instructions: Iterable[Instruction]) -> Iterable[Instruction
     sources: dict[str, str] = {}
     for instruction in instructions:
         if instruction.function == "leaf":
-            sources[_variable(instruction.writes[0])] = instruction.args[0].name
+            sources[instruction.written[0]] = instruction.args[0].name
         else:
-            yield replace(rename(instruction, sources), phase="checkpoint")
+            yield replace(instruction.renamed(sources), phase="checkpoint")
 
 
 def _copied(
@@ -125,40 +114,18 @@ def _copied(
 ) -> Iterable[Instruction]:
     """The instructions with variables of their own; ``names`` learns them."""
     for instruction in instructions:
-        read = rename(instruction, names)
-        names.update({v: f"{v}_{suffix}" for v in map(_variable, instruction.writes) if v != "_"})
-        writes = tuple(re.sub(r"\w+", lambda m: names.get(m[0], m[0]), write) for write in instruction.writes)
+        read = instruction.renamed(names)
+        names.update({v: f"{v}_{suffix}" for v in instruction.written if v != "_"})
+        pairs = zip(instruction.writes, instruction.written, strict=True)
+        writes = tuple(write.replace(name, names.get(name, name)) for write, name in pairs)
         yield replace(read, writes=writes, phase=phase)
 
 
 def _renamed(instructions: Iterable[Instruction], names: Mapping[str, str]) -> Iterable[Instruction]:
-    return (rename(instruction, names) for instruction in instructions)
-
-
-def rename(instruction: Instruction, names: Mapping[str, str]) -> Instruction:
-    """The instruction with what it reads renamed; what it writes keeps its name."""
-    kwargs = instruction.kwargs
-    return replace(
-        instruction,
-        args=_tree(instruction.args, names),
-        kwargs=kwargs if kwargs is None else {key: _tree(value, names) for key, value in kwargs.items()},
-    )
-
-
-def _tree(value: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(value, Var | Code | Function):
-        text = value.text if isinstance(value, Code) else value.name
-        return type(value)(WORD.sub(lambda found: names.get(found[0], found[0]), text))
-    if isinstance(value, tuple | list):
-        return type(value)(_tree(item, names) for item in value)
-    return {key: _tree(item, names) for key, item in value.items()} if isinstance(value, dict) else value
+    return (instruction.renamed(names) for instruction in instructions)
 
 
 def _advancing_nothing(instruction: Instruction) -> Instruction:
     """Buffers advance in the first pass alone."""
     args = tuple(Var("b_again") if arg == Var("b") else arg for arg in instruction.args)
     return replace(instruction, args=args)
-
-
-def _variable(write: str) -> str:
-    return write.removeprefix("*")

@@ -1,36 +1,26 @@
-"""Values and gradients that follow elementwise from others that are kept are made again in the forward sweep.
+"""Make again: values and gradients that follow elementwise from others that are kept.
 
-A layer is updated from what it read and from the gradient of its output. Between two layers there often lies nothing
-but a normalisation and an activation; of what went into those and the gradient of what came out, which ``c`` needs
-anyhow, they make both again, at a price that no layer's product would notice. So of a convolution, its batch-norm and
-their activation two values are kept and not three: no more than backpropagation itself has to keep.
+Takes the sweeps; guarantees the same steps with less held between them. A layer is updated from what it read and from
+the gradient of its output. Between two layers there often lies nothing but a normalisation and an activation; of what
+went into those and the gradient of what came out, which ``c`` needs anyhow, they make both again in the forward sweep,
+at a price that no layer's product would notice. So of a convolution, its batch-norm and their activation two values are
+kept and not three: no more than backpropagation itself has to keep.
 
-A part of a stage can be made again if it ends the stage and autograd keeps what goes into it anyhow. Which parts are
-follows from the shapes: none, where a step holds little more than backpropagation does without them.
+Which parts (``gtddp_compile/ends.py``) are made again follows from the shapes: none, where a step holds little more
+than backpropagation does without them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import networkx as nx
-
-from gtddp_compile.adjoints import written_out
 from gtddp_compile.builder import Builder
-from gtddp_compile.forget import compares, read_by
+from gtddp_compile.ends import Part, bytes_of
 from gtddp_compile.graph import ControlGraph, Op
 from gtddp_compile.instructions import Function, Instruction, StageFunction, Var
-from gtddp_compile.recompute import Sweeps, rename
-
-HOLDING = frozenset(
-    {"batch_norm", "layer_norm", "group_norm", "rms_norm", "gelu", "silu", "mish", "elu", "leaky_relu", "softplus"}
-)
-"""Kinds whose backward pass keeps what they read until then."""
-
-CHEAP = HOLDING | {"relu", "add"}
-"""Kinds that may be made again: what they cost is of the order of reading and writing their values."""
+from gtddp_compile.lowered import Sweeps, Written, compares
 
 PASSING = frozenset(
     {"add", "cat", "flatten", "unflatten", "reshape", "view", "transpose", "permute", "chunk", "getitem", "relu"}
@@ -55,103 +45,18 @@ LEAST = 2**20
 """Bytes below which it is not worth a call."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """The end of a stage that can be made again.
-
-    Attributes:
-        function: its dynamics, from values that are kept to those that the stage returns.
-        gradients: of each value it returns, the variable of its gradient; ``None`` where none enters.
-        pulled: of each value it takes, the variable of its gradient if that is made again, else ``None``.
-        size: bytes of all values in it.
-    """
-
-    function: StageFunction
-    gradients: tuple[str | None, ...]
-    pulled: tuple[str | None, ...]
-    size: int
-
-
-def ends(b: Builder) -> tuple[Part, ...]:
-    """Every part of the network that can be made again; ``b.held`` learns which players' outputs they begin with."""
-    usable = b.plan.segments is None and not b.factored and b.plan.form.name in ("information", "block")
-    parts = tuple(part for stage in b.plan.stages for part in _ends(b, stage.index)) if usable else ()
-    inputs = ((name, part.function.stage) for part in parts for name in part.function.inputs)
-    b.held = frozenset(name for name, stage in inputs if b.graph.stage_of.get(name, -1) == stage)
-    return parts
-
-
-def _ends(b: Builder, t: int) -> Iterator[Part]:
-    """What ends a stage that torch differentiates, values that have nothing to do with each other apart."""
-    graph = b.graph
-    if written_out(b, t):
-        return
-    inside = {name for name in graph.stages[t].ops if graph.op(name).kind != "guard"}
-    ops: list[str] = []
-    for name in reversed([name for name in graph.stages[t].ops if name in inside]):
-        if _cheap(b, graph.op(name)) and all(user in ops for user in graph.ops.users[name] if user in inside):
-            ops.insert(0, name)
-    joined = nx.Graph((name, user) for name in ops for user in graph.ops.users[name] if user in ops)
-    joined.add_nodes_from(ops)
-    for index, together in enumerate(nx.connected_components(joined)):
-        part = _end(b, t, inside, tuple(name for name in ops if name in together), f"{index + 1}" if index else "")
-        if part is not None:
-            yield part
-
-
-def _end(b: Builder, t: int, inside: set[str], ops: tuple[str, ...], number: str) -> Part | None:
-    graph, stage = b.graph, b.plan.stages[t]
-    inputs = tuple(dict.fromkeys(o for name in ops for o in graph.op(name).operands if o not in ops))
-    returns = tuple(name for name in ops if name in b.outputs or set(graph.ops.users[name]) - inside)
-    readers = {o: [user for user in graph.ops.users[o] if user in inside] for o in inputs}
-    own = [o for o in inputs if o in inside]
-    if not all(_held(b, t, o) and all(graph.op(user).kind in HOLDING for user in readers[o]) for o in own):
-        return None
-    opened = [name for name in returns if name in stage.opened]
-    if not opened or all(graph.op(user).kind not in HOLDING for users in readers.values() for user in users):
-        return None
-    pulled = tuple(
-        b.g_output(o) if o in own else b.g(o, t) if _whole(b, t, o) and set(readers[o]) <= set(ops) else None
-        for o in inputs
-    )
-    gradients = tuple(b.g(name, b.graph.segments(name)[0]) if name in stage.opened else None for name in returns)
-    doc = f"the end of stage {t}, made again"
-    function = StageFunction(f"stage_{t}_end{number}", t, inputs, ops, (), returns, doc=doc)
-    return Part(function, gradients, pulled, sum(_bytes(graph.op(name)) for name in ops))
-
-
-def _cheap(b: Builder, op: Op) -> bool:
-    tensors = op.is_tensor and all(b.graph.op(name).is_tensor for name in op.operands)
-    return tensors and op.kind in CHEAP and not op.random and op.name not in b.graph.expressions
-
-
-def _held(b: Builder, t: int, op: str) -> bool:
-    """Whether a stage's own value is a player's output whose gradient is one variable, read by nothing but the part."""
-    uses = b.uses_at(op)
-    return len(uses) == 1 and not uses[0][1].layouts and op not in b.plan.stages[t].opened and op not in b.outputs
-
-
-def _whole(b: Builder, t: int, value: str) -> bool:
-    """Whether a value's gradient at the cut before stage ``t`` is what that stage alone pulls back."""
-    return value in b.plan.stages[t].pulled and b.graph.segments(value)[-1] == t
-
-
-def _bytes(op: Op) -> int:
-    return math.prod(op.shape) * op.dtype.itemsize if op.shape is not None and op.dtype is not None else 0
-
-
-# --- what to make again -----------------------------------------------------------------------------------------------
-
-
-def make_again(b: Builder, sweeps: Sweeps, parts: tuple[Part, ...]) -> tuple[Sweeps, tuple[StageFunction, ...]]:
-    """The sweeps with the parts made again that are worth it, and those parts' functions."""
-    if not parts:
-        return sweeps, ()
+def make_again(written: Written) -> Written:
+    """The program with the parts made again that are worth it."""
+    if not written.parts:
+        return written
+    b, sweeps = Builder.like(written.plan, written.names, written.uses), written.sweeps
     kept = _Kept(b, sweeps)
-    _, made = kept.needed(kept.choose(parts))
-    written = _Written(b, made)
-    forward = {t: tuple(written.stage(part)) for t, part in sweeps.forward.items()}
-    return replace(sweeps, forward=forward), tuple(written.functions.values())
+    _, made = kept.needed(kept.choose(written.parts))
+    again = _Again(b, made)
+    forward = {t: tuple(again.stage(part)) for t, part in sweeps.forward.items()}
+    return replace(
+        written, sweeps=replace(sweeps, forward=forward), dynamics=(*written.dynamics, *again.functions.values())
+    )
 
 
 class _Kept:
@@ -166,10 +71,10 @@ class _Kept:
         graph = self._b.graph
         for op in graph.ops.ops:
             if op.kind != "input":
-                yield self._b.name(op.name), _bytes(op)
-                yield self._b.g_output(op.name), _bytes(op)
+                yield self._b.name(op.name), bytes_of(op)
+                yield self._b.g_output(op.name), bytes_of(op)
             if op.name in graph.value:
-                yield from ((self._b.g(op.name, t), _bytes(op)) for t in graph.segments(op.name))
+                yield from ((self._b.g(op.name, t), bytes_of(op)) for t in graph.segments(op.name))
         for player in graph.players:
             if self._b.keeps(player.name):
                 (use,) = self._b.uses(player.name)
@@ -230,14 +135,14 @@ class _Kept:
 
 def held_by_backpropagation(graph: ControlGraph) -> int:
     """Bytes of parameters, and at most of what autograd keeps and of gradients of parameters, in turns; estimated."""
-    kept = sum(_bytes(op) for op in graph.ops.ops if _keeps(graph, op))
+    kept = sum(bytes_of(op) for op in graph.ops.ops if _keeps(graph, op))
     most = kept
     for stage in reversed(graph.stages):
         kept += sum(
             _parameter_bytes(graph, name) for player in stage.players for name in graph.player[player].parameters
         )
         most = max(most, kept)
-        kept -= sum(_bytes(graph.op(name)) for name in stage.ops if _keeps(graph, graph.op(name)))
+        kept -= sum(bytes_of(graph.op(name)) for name in stage.ops if _keeps(graph, graph.op(name)))
     return _all_parameters(graph) + most
 
 
@@ -258,7 +163,7 @@ def _parameter_bytes(graph: ControlGraph, name: str) -> int:
 
 def _needed(instruction: Instruction) -> set[str]:
     """What an instruction reads; of an old value that is only compared with its new one, ``⟨g, x⟩`` is kept."""
-    found = read_by(instruction)
+    found = set(instruction.reads)
     return found - {instruction.args[2].name} if compares(instruction) else found
 
 
@@ -301,7 +206,7 @@ def takes(b: Builder, part: Part) -> tuple[str, ...]:
 # --- writing it down --------------------------------------------------------------------------------------------------
 
 
-class _Written:
+class _Again:
     """The forward sweep, each part before the first instruction that reads anything of it.
 
     ``made``: which part makes which variable.
@@ -315,9 +220,9 @@ class _Written:
     def stage(self, instructions: tuple[Instruction, ...]) -> Iterator[Instruction]:
         """The instructions of one stage."""
         for one in instructions:
-            for name in sorted(read_by(one) & self._made.keys()):
+            for name in sorted(set(one.reads) & self._made.keys()):
                 yield from self._part(self._made[name], one.stage)
-            yield rename(one, self._names)
+            yield one.renamed(self._names)
 
     def _part(self, part: Part, stage: int) -> Iterator[Instruction]:
         function, b = part.function, self._b
@@ -335,6 +240,6 @@ class _Written:
              tuple(name and Var(name) for name in part.gradients), tuple(name is not None for name in part.pulled)),
             note=f"x and g of stage {function.stage} as they were",
         )  # fmt: skip
-        yield rename(found, self._names)
+        yield found.renamed(self._names)
         same = {name: name for name in writes} | {own: cut for own, cut in self._same.items() if cut in writes}
         self._names.update({name: f"{made}_again" for name, made in same.items() if name in self._made})

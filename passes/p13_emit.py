@@ -6,19 +6,14 @@ dynamics, run in both sweeps), one a player that goes through a generic kernel, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 from gtddp_compile.instructions import Code, Instruction, StageFunction, render, render_instruction
-from gtddp_compile.passes.p09_lower import Lowered
+from gtddp_compile.lowered import Lowered
 from gtddp_compile.printing import Printer
-
-IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
-QUOTED = re.compile(r"'[^']*'")
-"""Names of parameters and players, which often contain those of variables."""
 
 TITLES = {
     "trajectory": "sweep 1: the trajectory, cut before every stage",
@@ -188,10 +183,10 @@ def _show_and_free(
     """One line an instruction, and one that lets go of what nobody reads after it."""
     last: dict[str, int] = {}
     for instruction in lowered.instructions:
-        for name in (*_written(instruction), *IDENTIFIER.findall(QUOTED.sub("", render_instruction(instruction)))):
+        for name in (*instruction.written, *instruction.reads):
             last[name] = id(instruction)
     free: dict[int, list[str]] = {}
-    for name in dict.fromkeys(name for instruction in lowered.instructions for name in _written(instruction)):
+    for name in dict.fromkeys(name for instruction in lowered.instructions for name in instruction.written):
         if name not in ("phi", "inputs", "targets", "_"):
             free.setdefault(last[name], []).append(name)
     for instruction in lowered.instructions:
@@ -206,10 +201,6 @@ def _show_and_free(
         return lines
 
     return show
-
-
-def _written(instruction: Instruction) -> list[str]:
-    return [name.removeprefix("*") for name in instruction.writes]
 
 
 def _heading(instruction: Instruction) -> Sequence[str]:

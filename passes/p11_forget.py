@@ -1,31 +1,33 @@
-"""Values of the first trajectory that only their own change is asked of: an inner product is kept in their place.
+"""Forget: values of the first trajectory that only their own change is asked of.
 
-``c`` needs ``⟨g, δx⟩ = ⟨g, x'⟩ - ⟨g, x⟩``. Where the forward sweep reads an old value for this alone (what a
-normalisation takes in, an input whose layer keeps its per-sample gradients), ``⟨g, x⟩`` is computed when the backward
-sweep has ``g``: one number a sample instead of the value. Where somebody else reads it, the difference is taken first.
+Takes the sweeps; guarantees that an inner product is kept in the place of such a value: ``c`` needs
+``⟨g, δx⟩ = ⟨g, x'⟩ - ⟨g, x⟩``. Where the forward sweep reads an old value for this alone (what a normalisation takes
+in, an input whose layer keeps its per-sample gradients), ``⟨g, x⟩`` is computed when the backward sweep has ``g``: one
+number a sample instead of the value. Where somebody else reads it, the difference is taken first. Where the trajectory
+is run again, nothing is kept that could be let go of.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from gtddp_compile.instructions import Code, Instruction, Var, render_instruction
-from gtddp_compile.recompute import Sweeps
-
-NAME = re.compile(r"(?<!['\w.])[A-Za-z_]\w*(?!['\w])")
+from gtddp_compile.instructions import Code, Instruction
+from gtddp_compile.lowered import Written, compares
 
 
-def let_go(sweeps: Sweeps) -> Sweeps:
+def let_go(written: Written) -> Written:
     """The same sweeps with the contractions of such values split in two."""
-    reads = Counter(name for part in sweeps.forward.values() for one in part for name in read_by(one))
+    if written.plan.segments is not None:
+        return written
+    sweeps = written.sweeps
+    reads = Counter(name for part in sweeps.forward.values() for one in part for name in one.reads)
     contracts = [one for part in sweeps.forward.values() for one in part if compares(one)]
     compared = Counter(one.args[2].name for one in contracts)
     alone = {name for name, count in compared.items() if reads[name] == count}
     defined = {
-        write.removeprefix("*"): t for t, part in sweeps.pulled.items() for one in part for write in one.writes
+        name: t for t, part in sweeps.pulled.items() for one in part for name in one.written
     }  # the stage of the backward sweep that gives a gradient its last value; of the outputs', the loss does
     gains, pulled = dict(sweeps.gains), dict(sweeps.pulled)
     for one in contracts:
@@ -40,16 +42,11 @@ def let_go(sweeps: Sweeps) -> Sweeps:
             t = max(pulled)
             pulled[t] = (replace(product, stage=t), *pulled[t])
     forward = {t: tuple(_split(part, alone)) for t, part in sweeps.forward.items()}
-    return replace(sweeps, pulled=pulled, gains=gains, forward=forward)
-
-
-def compares(instruction: Instruction) -> bool:
-    """Whether it is a contraction ``⟨g, x' - x⟩``, the new and the old value its second and third argument."""
-    return instruction.function == "contract" and all(isinstance(arg, Var) for arg in instruction.args)
+    return replace(written, sweeps=replace(sweeps, pulled=pulled, gains=gains, forward=forward))
 
 
 def _kept(contract: Instruction) -> str:
-    return f"before_{contract.writes[0].removeprefix('*')}"
+    return f"before_{contract.written[0]}"
 
 
 def _split(part: tuple[Instruction, ...], alone: set[str]) -> Iterator[Instruction]:
@@ -60,8 +57,3 @@ def _split(part: tuple[Instruction, ...], alone: set[str]) -> Iterator[Instructi
             yield replace(one, function="=", args=(Code(text),))
         else:
             yield one
-
-
-def read_by(instruction: Instruction) -> set[str]:
-    """Every name that an instruction reads."""
-    return set(NAME.findall(render_instruction(replace(instruction, writes=()))))
