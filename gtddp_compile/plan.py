@@ -75,41 +75,50 @@ class StagePlan:
     rerun: bool
     statistics: bool
     blocks: tuple[MetricBlock, ...]
-    still: tuple[str, ...] = ()
+    still: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The simplified program: which gains live, which contractions are shared.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What was asked of a program beside the equations, by the options and the curvature.
 
     Attributes:
-        graph: the control graph.
-        form: the collapsed equations.
         coupling: ``"full"``, ``"block"`` or the group size.
-        stages: in forward order.
-        decay: whether ``ℓ_u`` is present.
+        decay: whether ``ℓ_u`` is present: any parameter has coupled weight decay.
         clip: bound on ``c``, in units of the aim; ``None`` for none.
         terminal: how the loss is expanded in the outputs: kind, aim and what of it counts one over the batch.
-        removed: what the pass left out and why, in words.
         metric: the curvature's kind; ``"rescaled"`` is a Kronecker one whose diagonal does not separate.
         gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"`` or ``"coarse"``.
         columns: of the sketch.
         low: whether products of per-sample gradients are made in bfloat16.
         every: steps between two Gram matrices of a layer with positions; 0 where they are made in each.
+    """
+
+    coupling: str | int
+    decay: bool
+    clip: float | None
+    terminal: tuple[str, float, float]
+    metric: str
+    gram: str
+    columns: int
+    low: bool
+    every: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Asked):
+    """The simplified program: which gains live, which contractions are shared.
+
+    Attributes:
+        graph: the control graph.
+        form: the collapsed equations.
+        stages: in forward order.
+        removed: what the pass left out and why, in words.
         segments: where the trajectory is run again from; ``None`` where it is kept.
     """
 
     graph: ControlGraph
     form: CollapsedForm
-    coupling: str | int
     stages: tuple[StagePlan, ...]
-    decay: bool
-    clip: float | None
-    terminal: tuple[str, float, float]
     removed: tuple[str, ...]
-    metric: str = "spherical"
-    gram: str = "exact"
-    columns: int = 0
-    low: bool = False
-    every: int = 0
-    segments: Segments | None = None
+    segments: Segments | None

@@ -9,7 +9,7 @@ from gtddp_compile.graph import LEADING, ControlGraph
 from gtddp_compile.options import LowPrecision, Options, Refreshed, Sketch
 from gtddp_compile.passes import collapse, derive, simplify
 from gtddp_compile.passes.p06_derive import Derived
-from gtddp_compile.plan import Plan
+from gtddp_compile.plan import Asked, Plan
 from gtddp_compile.terminal import terminal_weight
 
 
@@ -25,23 +25,25 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
         )
     derived = derive(graph, options.recursion, metric_rules(options, curvature))
     form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored)
-    plan = simplify(
-        derived,
-        form,
+    asked = Asked(
         coupling=options.coupling,
-        feedback=options.feedback,
-        statistics=curvature.needs_statistics,
         decay=decay,
         clip=options.feedback_clip,
+        terminal=terminal_weight(options.terminal_kind),
         metric="rescaled" if isinstance(curvature, Kronecker) and curvature.rescales else curvature.metric,
         gram=options.gram_kind,
         columns=options.gram.columns if isinstance(options.gram, Sketch) else Sketch().columns,
         low=isinstance(options.gram, LowPrecision),
         every=options.gram.every if isinstance(options.gram, Refreshed) else 0,
-        memory=options.memory,
-        terminal=terminal_weight(options.terminal_kind),
     )
-    return derived, plan
+    return derived, simplify(
+        derived,
+        form,
+        asked,
+        contracts=options.feedback is True,
+        statistics=curvature.needs_statistics,
+        recompute=options.memory == "recompute",
+    )
 
 
 def _check_columns(graph: ControlGraph, options: Options) -> None:

@@ -19,7 +19,6 @@ from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.columns import describe_terminal, vectorises
 from gtddp_compile.costs import choose_gram, separates
 from gtddp_compile.difference import ProgramDiff, compare
-from gtddp_compile.draw.style import few
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, read, write
 from gtddp_compile.graph import ControlGraph, Player
@@ -30,6 +29,7 @@ from gtddp_compile.passes.p13_emit import Emitted
 from gtddp_compile.segments import describe_memory
 from gtddp_compile.setting import Setting
 from gtddp_compile.uses import Use
+from gtddp_compile.wording import few
 
 Format = Literal["text", "latex", "sympy"]
 

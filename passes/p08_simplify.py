@@ -19,46 +19,25 @@ from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.graph import ControlGraph, Stage
 from gtddp_compile.passes.p06_derive import Derived, cut_after
-from gtddp_compile.plan import Contraction, Plan, StagePlan
+from gtddp_compile.plan import Asked, Contraction, Plan, StagePlan
 from gtddp_compile.segments import choose_segments
 
 
 def simplify(
-    derived: Derived,
-    form: CollapsedForm,
-    *,
-    coupling: str | int = "full",
-    feedback: bool | str = True,
-    statistics: bool = False,
-    decay: bool = False,
-    clip: float | None = 1.0,
-    terminal: tuple[str, float, float] = ("geometric", 1.0, 0.0),
-    metric: str = "spherical",
-    gram: str = "exact",
-    columns: int = 0,
-    low: bool = False,
-    every: int = 0,
-    memory: str = "keep",
+    derived: Derived, form: CollapsedForm, asked: Asked, *, contracts: bool, statistics: bool, recompute: bool
 ) -> Plan:
     """Decide what lives.
 
     Args:
         derived: the derivations of every stage.
         form: the collapsed equations.
-        coupling: ``"full"``, ``"block"`` or a group size.
-        feedback: True, ``"open"`` (``c = 0``) or False.
+        asked: what the plan takes over as it is.
+        contracts: whether ``c`` is there: feedback is on, and not ``"open"``.
         statistics: whether the curvature learns from ``Q_u``.
-        decay: whether any parameter has coupled weight decay.
-        clip: bound on ``c``.
-        terminal: how the loss is expanded in the outputs, see :class:`gtddp_compile.plan.Plan`.
-        metric: the curvature's kind, on which the form of the Gram matrices depends.
-        gram: ``"exact"``, or which approximation of the Gram matrices was asked for.
-        columns: of a sketch.
-        low, every: see :class:`gtddp_compile.plan.Plan`.
-        memory: ``"keep"`` or ``"recompute"``, what becomes of the trajectory.
+        recompute: whether the trajectory is run again instead of kept.
     """
     graph = derived.graph
-    feeds = _contractions(graph) if feedback is True else ()
+    feeds = _contractions(graph) if contracts else ()
     needs_alpha = statistics or form.name in ("substituted", "printed")
     rerun = _stages_to_rerun(graph, feeds)
     seen_at, made_at = _by_stage(feeds, len(graph.stages))
@@ -77,22 +56,13 @@ def simplify(
         )
         for stage in graph.stages
     )
-    removed = _describe(graph, stages, decay=decay, factored=form.factored)
     return Plan(
-        graph,
-        form if decay else without_decay(form),
-        coupling,
-        stages,
-        decay,
-        clip,
-        terminal,
-        removed,
-        metric,
-        gram,
-        columns,
-        low,
-        every,
-        choose_segments(graph, gradients=form.name != "base") if memory == "recompute" else None,
+        **vars(asked),
+        graph=graph,
+        form=form if asked.decay else without_decay(form),
+        stages=stages,
+        removed=_describe(graph, stages, decay=asked.decay, factored=form.factored),
+        segments=choose_segments(graph, gradients=form.name != "base") if recompute else None,
     )
 
 

@@ -18,6 +18,7 @@ LONGEST = 420
 # Low to high. A module imports only from its own layer or lower ones; gtddp_compile/__init__.py is above them all.
 LAYERS = {
     "errors": 0,
+    "wording": 0,
     "draw": 1,
     "graph": 1,
     "algebra": 2,

@@ -12,11 +12,11 @@ from gtddp_compile.draw.style import (
     TIED_COLOUR,
     block_text,
     family,
-    listed,
     shape_text,
     stage_title,
 )
 from gtddp_compile.draw.views import Views
+from gtddp_compile.wording import listed
 
 TEXT, EDGES = 50_000, 500
 """What Mermaid refuses by default, and GitHub with it: more characters or more edges in one diagram."""

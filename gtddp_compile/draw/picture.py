@@ -17,14 +17,13 @@ from gtddp_compile.draw.style import (
     Family,
     block_text,
     family,
-    listed,
-    plural,
     shape_text,
     shortened,
     stage_title,
     stages_text,
     text_width,
 )
+from gtddp_compile.wording import listed, plural
 
 NAME_SIZE, DETAIL_SIZE, FREE_SIZE = 12.0, 10.0, 11.0
 GLYPHS = {"add": "+", "sub": "−", "mul": "×"}

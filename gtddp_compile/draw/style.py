@@ -9,6 +9,8 @@ from typing import Any
 
 import networkx as nx
 
+from gtddp_compile.wording import few, plural
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -29,9 +31,6 @@ OTHER = Family("other players", "#e8e2f8", "#7d65c1", "#402a80", "#5b46a0")
 FREE = Family("no parameters", "#ffffff", "#b9c0ca", "#414a57", "#667284")
 BLOCK = Family("block", "#eceff4", "#6f7c8e", "#262f3c", "#5c6878")
 FAMILIES = (LINEAR, CONV, NORM, EMBEDDING, OTHER)
-
-FEW = 4
-"""Names that are said of a long list."""
 
 SHORTCUT_COLOURS = {"identity": "#e0662f", "parametric": "#b0348c", "parameter_free": "#1792a8"}
 SHORTCUT_WORDS = {
@@ -54,17 +53,6 @@ def shape_text(shape: Iterable[int] | None) -> str:
     if shape is None:
         return ""
     return "×".join(str(size) for size in shape) or "()"
-
-
-def plural(count: int, word: str, words: str | None = None) -> str:
-    """``1 stage``, ``2 stages``."""
-    return f"{count} {word if count == 1 else words or word + 's'}"
-
-
-def listed(names: Sequence[str], most: int = 12) -> str:
-    """Names with commas; of more than ``most`` the rest is counted."""
-    more = f", +{len(names) - most}" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def stages_text(span: Sequence[int] | None) -> str:
@@ -116,11 +104,6 @@ def summary(graph: nx.MultiDiGraph[str]) -> str:
     if data["mixing"]:
         parts.append(f"{plural(len(data['mixing']), 'operation')} mixing samples: {few(data['mixing'])}")
     return ", ".join(parts)
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join([*names[:FEW], *([f"+{len(names) - FEW} more"] if len(names) > FEW else [])])
 
 
 def chars_wide(character: str) -> float:

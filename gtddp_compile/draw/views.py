@@ -13,7 +13,8 @@ from typing import Any
 import networkx as nx
 
 from gtddp_compile.draw.blocks import Block, Item, signatures, start_of, stop_of, tree
-from gtddp_compile.draw.style import plural, stages_text, summary
+from gtddp_compile.draw.style import stages_text, summary
+from gtddp_compile.wording import plural
 
 PORTS = 6
 """So many values that enter are shown one by one."""

@@ -1,0 +1,24 @@
+"""Words for people: counts and lists, in pictures, tables and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+FEW = 4
+"""Names that are said of a long list in a sentence."""
+
+
+def plural(count: int, word: str, words: str | None = None) -> str:
+    """``1 stage``, ``2 stages``."""
+    return f"{count} {word if count == 1 else words or word + 's'}"
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Names with commas; of more than ``most`` the rest is counted."""
+    more = f", +{len(names) - most}" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return listed(names, FEW) + (" more" if len(names) > FEW else "")
