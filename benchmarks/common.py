@@ -16,6 +16,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PERFORMANCE = DOCS / "performance.md"
@@ -82,6 +83,21 @@ def interleaved(
     ratios = [b / a for a, b in zip(first, second, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if pairs > 1 else ratios * 3
     return Ratio(statistics.median(first), statistics.median(second), middle, low, high)
+
+
+def torch_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a training loop of torch does with a batch; it returns the loss before the update."""
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model(x), y)
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
 
 
 def keep_heap() -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -33,21 +35,8 @@ GRAMS: dict[str, Any] = {
     "coarse": "coarse", "LowPrecision()": LowPrecision(), "Refreshed(2)": Refreshed(2), "Refreshed(10)": Refreshed(10),
     "Refreshed(100)": Refreshed(100),
 }  # fmt: skip
-OTHERS = {
-    "digits": ("LowPrecision", "Refreshed"),
-    "mlp": ("LowPrecision", "Refreshed"),
-    "digits, 32": ("LowPrecision",),
-}
-"""Options that change nothing of a network: its gradients are kept, or there are no positions."""
-
 KRONECKER = ("exact", "auto")
 """What there is to choose for EK-FAC: its diagonal separated or not."""
-
-NETWORKS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-    "digits": ((1, 8, 8), tuple(BASES)), "digits, 32": ((1, 8, 8), ("sgd", "adam")), "mlp": ((64,), tuple(BASES)),
-    "tokens": ((8, 8), ("sgd", "adam")),
-}  # fmt: skip
-"""Shape of a sample, and the base methods that are measured."""
 
 
 class Tokens(nn.Module):
@@ -64,30 +53,53 @@ class Tokens(nn.Module):
         return found
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network to train.
+
+    Attributes:
+        build: makes it.
+        shape: of a sample, as it takes it.
+        bases: the base methods that are measured.
+        idle: options that change nothing of it, by the beginnings of their names: its gradients are kept, or there are
+            no positions.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    bases: tuple[str, ...] = tuple(BASES)
+    idle: tuple[str, ...] = ()
+
+
+NETWORKS: dict[str, Network] = {
+    "digits": Network(DigitsNet, (1, 8, 8), idle=("LowPrecision", "Refreshed")),
+    "digits, 32": Network(lambda: DigitsNet(32), (1, 8, 8), ("sgd", "adam"), ("LowPrecision",)),
+    "mlp": Network(lambda: mlp((64, 256, 256, 256, 10)), (64,), idle=("LowPrecision", "Refreshed")),
+    "tokens": Network(Tokens, (8, 8), ("sgd", "adam")),
+}
+
 EPOCHS, BATCH = 5, 128
 
 
 class Flat(nn.Module):
     """Images as a network takes them: flat, as one channel, or row by row."""
 
-    def __init__(self, network: str) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        made = {"mlp": lambda: mlp((64, 256, 256, 256, 10)), "digits": DigitsNet, "digits, 32": lambda: DigitsNet(32),
-                "tokens": Tokens}  # fmt: skip
-        self.body, self.shape = made[network](), NETWORKS[network][0]
+        self.body, self.shape = network.build(), network.shape
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.body(x.reshape(-1, *self.shape))
         return found
 
 
-def make(network: str, curvature: str, gram: Any, seed: int) -> tuple[nn.Module, Any]:
-    """A fresh model and its optimizer."""
+def make(network: str, curvature: str, seed: int, **options: Any) -> tuple[nn.Module, Any]:
+    """A fresh model and its optimizer; ``feedback=False`` is torch.optim's own update (Proposition 4)."""
     torch.manual_seed(seed)
-    model = Flat(network)
+    model = Flat(NETWORKS[network])
     loss = nn.CrossEntropyLoss()
     return model, compile_optimizer(
-        model, torch.zeros(BATCH, 64), loss=loss, curvature=curvature, lr=BASES[curvature], gram=gram
+        model, torch.zeros(BATCH, 64), loss=loss, curvature=curvature, lr=BASES[curvature], **options
     )
 
 
@@ -123,8 +135,8 @@ def distance(approximate: Any, exact: list[Tensor]) -> float:
 
 def errors(network: str, curvature: str) -> dict[str, float]:
     """Median relative error of ``w`` by option, from the states of one exact run."""
-    model, optimizer = make(network, curvature, "exact", 0)
-    others = {name: make(network, curvature, GRAMS[name], 0) for name in rows_of(network, curvature)[1:]}
+    model, optimizer = make(network, curvature, 0, gram="exact")
+    others = {name: make(network, curvature, 0, gram=GRAMS[name]) for name in rows_of(network, curvature)[1:]}
     found: dict[str, list[float]] = {name: [] for name in others}
     for index, (x, y) in enumerate(batches(0)):
         before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
@@ -147,7 +159,7 @@ def errors(network: str, curvature: str) -> dict[str, float]:
 def rows_of(network: str, curvature: str) -> list[str]:
     """Options that say something about a network and a base method."""
     known = KRONECKER if curvature == "ekfac" else tuple(GRAMS)
-    return [name for name in known if not name.startswith(OTHERS.get(network, ()))]
+    return [name for name in known if not name.startswith(NETWORKS[network].idle)]
 
 
 def load(optimizer: Any, state: dict[str, Any]) -> None:
@@ -164,7 +176,7 @@ def load(optimizer: Any, state: dict[str, Any]) -> None:
 def speed(network: str, curvature: str, gram: Any, pairs: int) -> float:
     """A step's time against the exact one's."""
     x, y = batches(0)[0]
-    (_, exact), (_, other) = make(network, curvature, "exact", 0), make(network, curvature, gram, 0)
+    (_, exact), (_, other) = (make(network, curvature, 0, gram=one) for one in ("exact", gram))
     steps = gram.every if isinstance(gram, Refreshed) else 1
 
     def run(optimizer: Any) -> None:
@@ -182,16 +194,16 @@ def main(
     """Measure; see the module's docstring."""
     torch.set_num_threads(1)
     rows = []
-    for network, (_, curvatures) in NETWORKS.items():
-        for curvature in curvatures:
+    for network, found in NETWORKS.items():
+        for curvature in found.bases:
             error = errors(network, curvature)
             for name in (*rows_of(network, curvature), "base method"):
                 gram = GRAMS.get(name)
                 if gram is None:
-                    losses = [trained(base(network, curvature, seed), seed) for seed in range(seeds)]
+                    losses = [trained(make(network, curvature, seed, feedback=False), seed) for seed in range(seeds)]
                     said, ratio = "–", "–"
                 else:
-                    losses = [trained(make(network, curvature, gram, seed), seed) for seed in range(seeds)]
+                    losses = [trained(make(network, curvature, seed, gram=gram), seed) for seed in range(seeds)]
                     said, ratio = f"{error[name]:.3f}", f"{speed(network, curvature, gram, pairs):.2f}"
                 rows.append((network, curvature, name, said, spread(losses), ratio))
                 print(*rows[-1], sep="  ", flush=True)
@@ -204,16 +216,6 @@ def main(
 def spread(values: list[float]) -> str:
     """Mean and standard deviation."""
     return f"{statistics.mean(values):.4f} ± {statistics.pstdev(values):.4f}"
-
-
-def base(network: str, curvature: str, seed: int) -> tuple[nn.Module, Any]:
-    """The base method alone: ``feedback=False`` is torch.optim's own update (Proposition 4)."""
-    torch.manual_seed(seed)
-    model = Flat(network)
-    return model, compile_optimizer(
-        model, torch.zeros(BATCH, 64), loss=nn.CrossEntropyLoss(), curvature=curvature, lr=BASES[curvature],
-        feedback=False,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

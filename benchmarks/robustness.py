@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from common import torch_step
 from digit_images import CACHE, Images, digits, mnist_5k
 from rich.progress import track
 from torch import Tensor, nn
@@ -103,16 +104,7 @@ class ConvNet(nn.Module):
 
 def base(model: nn.Module, x: Tensor, curvature: str, lr: float) -> Step:
     """torch.optim's own optimizer."""
-    optimizer = TORCH[curvature](model.parameters(), lr=lr)
-
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = LOSS(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    return torch_step(model, TORCH[curvature](model.parameters(), lr=lr), LOSS)
 
 
 def compiled(edit: Callable[[str], str] | None = None, **options: Any) -> Make:

@@ -24,7 +24,7 @@ from typing import Annotated
 
 import torch
 import typer
-from common import DOCS, machine, markdown, peak, reset_peak, resident
+from common import DOCS, machine, markdown, peak, reset_peak, resident, torch_step
 from digit_images import CACHE
 from matplotlib.figure import Figure
 from networks import DigitsNet, ResidualMLP
@@ -123,21 +123,13 @@ def step_of(case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
         model, x = model.double(), x.double()
     loss = nn.CrossEntropyLoss()
     if case.side == "torch":
-        plain = torch.optim.SGD(model.parameters(), lr=0.1)
-        return model, lambda: _plain_step(plain, model, loss, x, y)
+        plain = torch_step(model, torch.optim.SGD(model.parameters(), lr=0.1), loss)
+        return model, lambda: plain(x, y)
     compiled = compile_optimizer(
         model, x, loss=loss, curvature="sgd", lr=0.1,
         backend="dense" if case.side == "dense" else "fast", memory="recompute" if case.side == "recompute" else "keep",
     )  # fmt: skip
     return model, lambda: compiled.step(x, y)
-
-
-def _plain_step(optimizer: torch.optim.Optimizer, model: nn.Module, loss: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    optimizer.zero_grad()
-    value: Tensor = loss(model(x), y)
-    value.backward()
-    optimizer.step()
-    return value.detach()
 
 
 def measure(case: Case) -> dict[str, float]:

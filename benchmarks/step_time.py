@@ -33,6 +33,7 @@ from common import (
     peak,
     reset_peak,
     resident,
+    torch_step,
     write_section,
 )
 from networks import NETWORKS, Network
@@ -88,16 +89,8 @@ def optim_step(network: Network, curvature: str, batch: int) -> Step:
     torch.manual_seed(0)
     model, (x, y) = network.build(), network.data(batch)
     kind, options = OPTIM[curvature]
-    optimizer = kind(model.parameters(), **options)
-
-    def step() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = network.loss(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    step = torch_step(model, kind(model.parameters(), **options), network.loss)
+    return lambda: step(x, y)
 
 
 def compiled_step(network: Network, curvature: str, batch: int, options: dict[str, Any]) -> Step:
@@ -246,7 +239,7 @@ def main(
 
 def write_table(known: dict[str, list[str]], threads: int, clock: str) -> None:
     """The section of docs/performance.md."""
-    stamps = sorted({row[-1] for row in known.values()})
+    stamps = [row[-1] for row in known.values()]  # in the order of measurement
     text = (
         f"{machine(threads)}; `benchmarks/step_time.py`, rows measured from {stamps[0]} to {stamps[-1]}. "
         f"Medians of interleaved pairs, {clock} time; quartiles of the pairs' ratios. Both sides "

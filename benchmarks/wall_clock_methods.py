@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from common import torch_step
 from digit_images import Images, digits, mnist_5k
 from torch import Tensor, nn
 
@@ -116,15 +117,7 @@ def make(method: Method, rate: float, model: nn.Module, example: Tensor) -> Step
     if method.side == "asdl":
         return _peer(model, rate, **options)
     optimizer = getattr(torch.optim, options.pop("kind"))(model.parameters(), lr=rate, **options)
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = LOSS(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    return torch_step(model, optimizer, LOSS)
 
 
 @contextmanager
