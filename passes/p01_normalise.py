@@ -49,7 +49,6 @@ ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_t
 DECISION = "_assert_scalar"
 READS = frozenset({"item", "_local_scalar_dense"})
 """Kinds that make a number of a tensor's value."""
-RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[FrontEnd, ...] = FRONT_ENDS) -> OpGraph:
