@@ -15,6 +15,9 @@ from torch import Tensor
 CHUNK = 2**20
 """Bound on the elements of an intermediate tensor."""
 
+HALVED = 2**22
+"""Multiplications from which on a CPU's symmetric product is made by halves."""
+
 
 def linear_gram_form(samples: int, positions: int, inputs: int, outputs: int) -> str:
     """The cheaper way to the Gram matrix of a spherical weight, by multiplications.
@@ -124,8 +127,16 @@ def linear_subtract(
 
 
 def linear_inputs(x: Tensor) -> Tensor:
-    """``X Xᵀ``, ``(B, B)``, of one row a sample."""
-    return x @ x.mT
+    """``X Xᵀ``, ``(B, B)``, of one row a sample; of a large one the block below the diagonal is a copy."""
+    samples, inputs = x.shape
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or samples**2 * inputs < HALVED:
+        return x @ x.mT
+    half = samples // 2
+    first, second, product = x[:half], x[half:], x.new_empty(samples, samples)
+    torch.mm(first, x.mT, out=product[:half])
+    torch.mm(second, second.mT, out=product[half:, half:])
+    product[half:, :half] = product[:half, half:].mT
+    return product
 
 
 def _linear_factor(inputs: Tensor, metric: tuple[Tensor | float, ...]) -> Tensor:
@@ -162,7 +173,7 @@ def linear_gram(
     """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape. ``inputs``: ``X Xᵀ`` if known."""
     x = operands[0]
     if x.dim() == 2 and all(not isinstance(entry, Tensor) or entry.dim() == 0 for entry in metric):
-        gram = g @ g.mT
+        gram = linear_inputs(g)
         if not wants[0]:
             return gram.mul_(metric[-1])
         return gram.mul_(_linear_factor(linear_inputs(x) if inputs is None else inputs, metric))

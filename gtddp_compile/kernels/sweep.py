@@ -283,22 +283,22 @@ def factor_unchecked(blocks: Blocks) -> tuple[Blocks, tuple[Tensor, ...]]:
 
 
 def _cholesky(block: Tensor, unchecked: bool = False) -> tuple[Tensor, Tensor]:
-    lift = block.trace() * torch.finfo(block.dtype).eps
+    eps = torch.finfo(block.dtype).eps
     found: Tensor
-    found, failed = torch.linalg.cholesky_ex(_lifted(block, lift), upper=True)
+    found, failed = torch.linalg.cholesky_ex(_lifted(block, eps), upper=True)
     if unchecked or torch.compiler.is_compiling():  # whether it failed is seen when the step is done
         return torch.where(failed == 0, found, torch.nan), failed
     if failed:
         said = "a Gram matrix is not definite to rounding: 1000 eps trace is added to its diagonal"
         warnings.warn(said, RuntimeWarning, stacklevel=2)
-        found = torch.linalg.cholesky(_lifted(block, 1000 * lift), upper=True)
+        found = torch.linalg.cholesky(_lifted(block, 1000 * eps), upper=True)
     return found, failed
 
 
-def _lifted(block: Tensor, lift: Tensor) -> Tensor:
-    """The block with ``lift`` added to its diagonal."""
+def _lifted(block: Tensor, share: float) -> Tensor:
+    """The block with a share of its trace added to its diagonal."""
     found = block.clone()
-    found.diagonal().add_(lift)
+    found.diagonal().add_(block.trace(), alpha=share)
     return found
 
 
