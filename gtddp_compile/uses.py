@@ -183,20 +183,28 @@ LARGEST_TRIAL = 2**22
 def probe_generic(graph: ControlGraph, use: Use) -> Mapping[str, Any]:
     """Options of the generic kernels: their faster ways are tried on random tensors of the traced shapes.
 
-    Players that read buffers or sizes (unknown to the graph), and very large ones, are not tried.
+    Players that read buffers or sizes (unknown to the graph), very large ones, and those that take no random values are
+    not tried.
     """
     samples = graph.ops.batch or (graph.op(use.op).shape or (1,))[0]
     sizes = sum(math.prod(graph.ops.parameter_info[name].shape) for name in use.names)
-    untried = use.extras or any(isinstance(ref, BufferRef) for ref in (*use.operands, *use.params))
-    if untried or samples * sizes > LARGEST_TRIAL:
+    unknown = use.extras or any(isinstance(ref, BufferRef) for ref in (*use.operands, *use.params))
+    found = None if unknown or samples * sizes > LARGEST_TRIAL else _tried(graph, use, samples)
+    if found is None:
         unsure = any(graph.op(name).kind in NO_FORWARD_MODE for name in use.ops)
         reverse = {"forward_mode": False} if unsure else {}
         return {**use.options, "mixes": use.options["mixes"] or _repeats(graph, use, samples), **reverse}
-    try:
-        found = _trial(graph, use, samples, highest=1)
-    except (IndexError, RuntimeError):  # a table with one row, say
-        found = _trial(graph, use, samples, highest=0)
     return {**use.options, **found}
+
+
+def _tried(graph: ControlGraph, use: Use, samples: int) -> Mapping[str, Any] | None:
+    """Which faster ways agree; ``None`` if the player takes no random values: a table with one row, sizes of a mask."""
+    for highest in (1, 0):
+        try:
+            return _trial(graph, use, samples, highest)
+        except (IndexError, RuntimeError):
+            continue
+    return None
 
 
 def _trial(graph: ControlGraph, use: Use, samples: int, highest: int) -> Mapping[str, Any]:

@@ -34,7 +34,7 @@ from gtddp_compile.frontends import (
     trace_symbolically,
     trace_values,
 )
-from gtddp_compile.frontends.canonical import is_identity, is_random
+from gtddp_compile.frontends.canonical import is_identity, is_random, python_number
 from gtddp_compile.frontends.functional import Clean, functionalise
 from gtddp_compile.frontends.masks import masks_apart
 from gtddp_compile.frontends.mixing import find_mixing
@@ -193,9 +193,8 @@ def _normal_form(traced: Traced, model: nn.Module, *, draws: bool) -> OpGraph:
 
     decisions = _Decisions()
     for clean in cleaned:
-        form = replace(
-            clean.form, args=map_leaves(clean.form.args, resolve), kwargs=map_leaves(clean.form.kwargs, resolve)
-        )
+        args, kwargs = map_leaves((clean.form.args, clean.form.kwargs), resolve, python_number)
+        form = replace(clean.form, args=args, kwargs=kwargs)
         if form.kind == DECISION:
             decisions.note(form.args)
         if form.kind in ASSERTIONS:

@@ -7,6 +7,7 @@ import random as random_numbers
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,21 @@ def without_gradient(m: Any, x: Tensor) -> Tensor:
     return m.b(torch.tanh(m.a(x))) * scale
 
 
-FORWARDS = (asks_whether_it_is_traced, sizes_of_what_is_made, operators, parts, random, decides, without_gradient)
+def numbers_of_numpy(m: Any, x: Tensor) -> Tensor:
+    scale = np.sqrt(np.float64(x.shape[-1]))
+    return m.b(torch.tanh(m.a(x) * scale).clamp(max=np.float32(0.5))[:, slice(np.int64(0), None)])  # type: ignore[no-any-return]
+
+
+FORWARDS = (
+    numbers_of_numpy,
+    asks_whether_it_is_traced,
+    sizes_of_what_is_made,
+    operators,
+    parts,
+    random,
+    decides,
+    without_gradient,
+)
 
 
 @pytest.fixture

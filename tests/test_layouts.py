@@ -133,8 +133,25 @@ class SureOf(nn.Module):
         return found[order.argsort(stable=True)].view(len(x), -1, 3).sum(1)
 
 
+class OneExpert(nn.Module):
+    """All tokens go to one expert, whatever the input; how many go to each is counted in numbers with a point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.experts = nn.Embedding(6, 3), nn.Parameter(torch.randn(2, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.embed(x).flatten(0, 1)
+        chosen = torch.stack((rows.tanh() + 3, rows.tanh()), -1).mean(1).argmax(-1)
+        order = chosen.argsort(stable=True)
+        ends = chosen.float().histc(2, 0, 1).cumsum(0)
+        expert = torch.searchsorted(ends, torch.arange(len(rows)).float(), right=True)
+        found = torch.where(expert.unsqueeze(1) == 0, rows[order] @ self.experts[0], rows[order] @ self.experts[1])
+        return torch.tanh(found[order.argsort(stable=True)]).view(len(x), -1, 3).sum(1)
+
+
 @pytest.mark.filterwarnings("ignore:the path through the model depends on values")
-@pytest.mark.parametrize("kind", [WordsThatOccur, SureOf])
+@pytest.mark.parametrize("kind", [WordsThatOccur, SureOf, OneExpert])
 @pytest.mark.parametrize("backend", ["fast", "dense"])
 def test_what_a_changed_input_does_not_tell(kind: type[nn.Module], backend: str) -> None:
     torch.manual_seed(0)

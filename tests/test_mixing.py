@@ -23,6 +23,7 @@ MIXING: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
     "attending": (lambda h: h + (h @ h.T) @ h / 8, ("matmul", "matmul_1")),
     "sorted": (lambda h: h + h.sort(0)[0], ("add",)),
     "running sum": (lambda h: h.cumsum(0), ("cumsum",)),
+    "beside": (lambda h: torch.cat((h[:, :3], h[:, 3:].roll(1, 0)), 1), ("cat",)),
     "of the first": (lambda h: h * h[:1].tanh(), ("mul",)),
 }
 """What is done to ``(B, n)``, and the operations that mix."""

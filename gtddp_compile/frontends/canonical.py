@@ -112,6 +112,11 @@ def kind_of(name: str) -> str:
     return KINDS.get(name, name)
 
 
+def python_number(value: Any) -> Any:
+    """A number as Python's own: numpy's, which a model may compute its constants with, are printed otherwise."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
 def is_random(kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether the call draws random numbers."""
     if kind in RANDOM:

@@ -153,12 +153,17 @@ class _Trial:
             return _Value(value, before), NOBODYS if unknown else ""
         asked = {name: own for name, own in before.items() if op.name in self._deciding or name in self._moved}
         mixes = value.requires_grad and bool(asked) and self._mixes(op, value, part, asked)
-        if mixes and only_moves(leaf, [own.tensor for own in asked.values()]):
+        if mixes and not self._meets(op) and only_moves(leaf, [own.tensor for own in asked.values()]):
             return _Value(value, before), NOBODYS
         if not moves and op.name not in self._read:
             return _Value(leaf), MIXES if mixes else ""
         leaf.requires_grad_()
         return _Value(leaf, {op.name: part}), MIXES if mixes else ""
+
+    def _meets(self, op: Op) -> bool:
+        """Whether an operand with samples comes together with one that has none of its own."""
+        reached = {read: self._values[read].reached for read in op.operands}
+        return len({read in parts for read, parts in reached.items() if parts}) > 1
 
     def _part(self, op: Op, value: Tensor) -> _Part | None:
         """Which entries are whose, where the layout says so."""

@@ -162,7 +162,7 @@ def _found(
         failed |= any(value is FAILED for value in values)
         seen = changes(values, trial.changed)
         layout = decide(candidates(tuple(values[0].shape), trial.batch), seen, trial.batch, implied)
-        if _is_dead(op, seen) and layout in PLAIN and layout in implied:
+        if op.name in graph.smooth and _is_dead(op, seen) and layout in PLAIN and layout in implied:
             _change(values, trial)
         if layout is None:
             layout = next((o for o in orders.likely(op, implied) if orders.holds(o, values, trial)), None)
@@ -256,9 +256,11 @@ def _is_spread(op: Op, graph: OpGraph) -> bool:
 
 
 def _is_dead(op: Op, seen: Sequence[Change | None]) -> bool:
-    """Whether no input changes a value (``x - x``), so that nothing would tell where it goes from here."""
-    unseen = all(change is not None and not change.count for change in seen)
-    return unseen and op.is_differentiable and op.kind not in REORDERING
+    """Whether no input changes a value (``x - x``), so that nothing would tell where it goes from here.
+
+    Only of values that derivatives lead to: another of a router's numbers would name another expert.
+    """
+    return all(change is not None and not change.count for change in seen) and op.kind not in REORDERING
 
 
 def _change(values: list[Any], trial: Trial) -> None:

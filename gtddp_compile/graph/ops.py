@@ -293,21 +293,25 @@ def iter_leaves(tree: Any) -> Iterator[Leaf]:
             yield from iter_leaves(item)
 
 
-def map_leaves(tree: Any, change: Callable[[Leaf], Any]) -> Any:
-    """The same nested structure with every reference replaced by ``change(reference)``."""
+def map_leaves(tree: Any, change: Callable[[Leaf], Any], constant: Callable[[Any], Any] = lambda value: value) -> Any:
+    """The same nested structure with every reference replaced by ``change(reference)``, all else by ``constant(it)``."""
+
+    def map_in(part: Any) -> Any:
+        return map_leaves(part, change, constant)
+
     if isinstance(tree, Ref | ParamRef | BufferRef):
         return change(tree)
     if isinstance(tree, tuple):
-        return tuple(map_leaves(item, change) for item in tree)
+        return tuple(map(map_in, tree))
     if isinstance(tree, list):
-        return [map_leaves(item, change) for item in tree]
+        return list(map(map_in, tree))
     if isinstance(tree, Mapping):
-        return {key: map_leaves(item, change) for key, item in tree.items()}
+        return {key: map_in(item) for key, item in tree.items()}
     if isinstance(tree, slice):
-        return slice(*(map_leaves(part, change) for part in (tree.start, tree.stop, tree.step)))
+        return slice(*map(map_in, (tree.start, tree.stop, tree.step)))
     if type(tree) in pytree.SUPPORTED_NODES:  # a dataclass: what it holds, in a tuple
-        return tuple(map_leaves(item, change) for item in _parts(tree))
-    return tree
+        return tuple(map(map_in, _parts(tree)))
+    return constant(tree)
 
 
 def _parts(tree: Any) -> list[Any]:
