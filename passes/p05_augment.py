@@ -39,12 +39,15 @@ class Lives:
 
 
 def moved_by_players(graph: PlayerGraph) -> frozenset[str]:
-    """Operations whose values can change in a step: a player acts on them, not through sizes alone."""
+    """Operations whose values can change in a step: a player acts on them, not through sizes alone.
+
+    What is kept for its random numbers or its buffers and does not lead to the output is none: nothing of it counts.
+    """
     found = {name for player in graph.players for name in (*player.uses, *player.expressions)}
     for op in graph.ops.ops:
         if not op.reads_sizes and any(o in found for o in op.operands):
             found.add(op.name)
-    return frozenset(found)
+    return frozenset(found & graph.ops.returned)
 
 
 def find_lives(schedule: Schedule) -> Lives:

@@ -78,7 +78,16 @@ def numbers_of_numpy(m: Any, x: Tensor) -> Tensor:
     return m.b(torch.tanh(m.a(x) * scale).clamp(max=np.float32(0.5))[:, slice(np.int64(0), None)])  # type: ignore[no-any-return]
 
 
+def drawn_in_vain(m: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(m.a(x))
+    aside = m.b(h)
+    found = F.dropout(m.b(h), 0.5)
+    F.dropout(aside, 0.5)
+    return found * torch.rand_like(found)
+
+
 FORWARDS = (
+    drawn_in_vain,
     numbers_of_numpy,
     asks_whether_it_is_traced,
     sizes_of_what_is_made,

@@ -250,6 +250,15 @@ class OpGraph:
         return frozenset(found)
 
     @cached_property
+    def returned(self) -> frozenset[str]:
+        """Operations that the output depends on, be it without derivatives."""
+        found = set(self.output_names)
+        for op in reversed(self.ops):
+            if op.name in found:
+                found.update(op.operands)
+        return frozenset(found)
+
+    @cached_property
     def mixing(self) -> tuple[str, ...]:
         """Operations that mix samples, in order."""
         return tuple(op.name for op in self.ops if op.mixes_samples)
@@ -294,7 +303,7 @@ def iter_leaves(tree: Any) -> Iterator[Leaf]:
 
 
 def map_leaves(tree: Any, change: Callable[[Leaf], Any], constant: Callable[[Any], Any] = lambda value: value) -> Any:
-    """The same nested structure with every reference replaced by ``change(reference)``, all else by ``constant(it)``."""
+    """The same nested structure with references replaced by ``change(reference)``, all else by ``constant(it)``."""
 
     def map_in(part: Any) -> Any:
         return map_leaves(part, change, constant)
