@@ -172,7 +172,8 @@ def _loss(b: Builder) -> None:
 
 def _terminal(b: Builder, end: int) -> None:
     form, coupling = b.plan.form.name, b.plan.coupling
-    b.emit("loss", end, (f"*alpha_{end}",), "=", Code("start * ones"), note="alpha_T")
+    values = {name: Code(str(value).replace("/", " / ")) for name, value in a.terminal().items()}
+    b.emit("loss", end, (f"*alpha_{end}",), "=", Code(f"{values['alpha'].text} * ones"), note="alpha_T")
     if form in ("information", "block"):
         b.emit("loss", end, (), "m.keep", end, alpha=Var(f"alpha_{end}"))
     if form != "base":
@@ -181,11 +182,11 @@ def _terminal(b: Builder, end: int) -> None:
     if form == "information":
         if isinstance(coupling, int):
             b.emit("loss", end, ("*tau",), "group_scale", Var("rows"), Code("phi.shape[0]"), note="B / b")
-        b.emit("loss", end, (f"*y_{end}",), "=", Code("aim"), note="y_T = P_T^-1 alpha_T")
-        b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal", Code("aim / start"), Var("rows"),
+        b.emit("loss", end, (f"*y_{end}",), "=", values["y"], note="y_T = P_T^-1 alpha_T")
+        b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal", values["Lambda"], Var("rows"),
                note="Lambda_T = P_T^-1")  # fmt: skip
     elif form != "base":
-        b.emit("loss", end, (f"*rho_{end}",), "=", Code("start / aim"), note="rho_T: P_T = diag(rho_T)")
+        b.emit("loss", end, (f"*rho_{end}",), "=", values["rho"], note="rho_T: P_T = diag(rho_T)")
 
 
 # --- backward sweep ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sympy import MatrixExpr, MatrixSymbol, Symbol
+from sympy import Expr, MatrixExpr, MatrixSymbol, Symbol
 
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.algebra.symbols import Rule, SymmetricSymbol
@@ -49,6 +49,16 @@ OWN, OWN_NEXT = SymmetricSymbol("R", BATCH, BATCH), SymmetricSymbol("R'", BATCH,
 """``P`` projected on the samples: a block of rank × rank a sample (``diag(ρ)`` where the rank is one)."""
 SAMPLES = SymmetricSymbol("E", BATCH, BATCH)
 """``I_B ⊗ 1 1ᵀ``: which columns belong to the same sample."""
+
+
+START, AIM = Symbol("start", positive=True), Symbol("aim", positive=True)
+"""At the end of the trajectory ``V_x = start g`` and ``V_xx = start g gᵀ / aim``, sample by sample."""
+
+
+def terminal() -> dict[str, Expr]:
+    """What every sample has at the end: ``P_T`` is diagonal there, and ``Λ_T = P_T⁻¹``, ``y_T = P_T⁻¹ α_T``."""
+    alpha, rho = START, START / AIM
+    return {"alpha": alpha, "rho": rho, "Lambda": 1 / rho, "y": alpha / rho}
 
 
 @dataclass(frozen=True)
