@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from test_layers import LAYERS
 
 from gtddp_compile import compile_optimizer, passes
 
@@ -69,6 +70,11 @@ def test_paths_that_are_named_exist() -> None:
 def test_the_architecture_lists_the_passes() -> None:
     rows = re.findall(r"^\| `(p\d\d_\w+)` \|", read("docs/architecture.md"), re.MULTILINE)
     assert rows == [function.__module__.rpartition(".")[2] for function in passes.PIPELINE]
+
+
+def test_the_architecture_lists_the_layers() -> None:
+    rows = re.findall(r"^\| (\d+) \| (`.*?) \|", read("docs/architecture.md"), re.MULTILINE)
+    assert {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)`", names)} == LAYERS
 
 
 def test_the_options_in_the_usage_exist() -> None:

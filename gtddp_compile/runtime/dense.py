@@ -1,8 +1,10 @@
 """The dense backend: the derivation itself, executed with explicit Jacobians and matrices.
 
-Slow and memory-hungry on purpose: it multiplies out what the collapse avoids, shares no formula with the generated
-code,
-and is what that code is compared with. For networks of a few hundred activations.
+Slow and memory-hungry on purpose: it multiplies out what the collapse avoids, and is what the generated code is
+compared with. Of its own are Jacobians, the value recursion, gains, projections, clips and the solves with ``M``. What
+it shares with that code is the derivation and the base method's side (``runtime.method``): the loss a sample,
+``start``, the aim and sampled terminal columns, the curvature's statistics and factors, and how a gradient is consumed;
+for those the tests have other oracles. For networks of a few hundred activations.
 """
 
 from __future__ import annotations

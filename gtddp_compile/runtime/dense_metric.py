@@ -1,8 +1,8 @@
 """The stage's whole curvature ``M`` as an explicit matrix: what the dense backend solves with.
 
 Statistics of players' metrics are taken here from unfolded inputs and the dense value function, and ``M⁻¹`` is built
-entry by entry from Kronecker products of the factors' maps: nothing is shared with the kernels of the fast program
-but the running averages.
+entry by entry from Kronecker products of the factors' maps. Shared with the fast program is what the base method makes
+of them: factors and their running averages (``observe_block``), and their maps, damping and rates (``block_metric``).
 """
 
 from __future__ import annotations
