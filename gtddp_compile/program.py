@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -240,13 +241,7 @@ class UpdateProgram:
 
     def _size(self, player: Player) -> int:
         sizes = self.graph.ops.parameter_info
-        total = 0
-        for name in player.parameters:
-            count = 1
-            for length in sizes[name].shape:
-                count *= length
-            total += count
-        return total
+        return sum(math.prod(sizes[name].shape) for name in player.parameters)
 
     def _gram(self, uses: tuple[Use, ...]) -> str:
         if self.form.name == "base":

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gtddp_compile import kernels
-from gtddp_compile.frontends.changes import Change, changes, decide, keep_own, lies_as, within
+from gtddp_compile.frontends.changes import Change, changes, decide, keep_own, lies_as
+from gtddp_compile.frontends.orders import Orders, is_sound, operations, order_after
 from gtddp_compile.frontends.reference import SEED, evaluate, leaves, only_moves
 from gtddp_compile.frontends.traced import Untraceable
-from gtddp_compile.frontends.trials import Trial, like, nudged, trials
-from gtddp_compile.graph import GUARD, Method, Op, OpGraph, ParamRef, Ref
-from gtddp_compile.graph.layouts import LEADING, UNKNOWN, Layout, candidates
+from gtddp_compile.frontends.trials import FAILED, Trial, is_stopped, like, nudged, trials
+from gtddp_compile.graph import GUARD, Op, OpGraph, ParamRef
+from gtddp_compile.graph.layouts import LEADING, LISTED, UNKNOWN, Layout, candidates
 
 REORDERING = frozenset(
     {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT", "einsum", "rearrange"}
@@ -33,22 +33,8 @@ REORDERING = frozenset(
 SPREADING = frozenset({"expand", "expand_as", "repeat", "tile", "broadcast_to"})
 """Kinds that give every sample a copy."""
 
-ORDER = ".order"
-"""Suffix of the operation that says in which order the rows that an operation takes lie sample by sample."""
-
-STEPS = 6
-"""How far indices are followed back."""
-
-LISTED = Layout(0, "inner")
 PLAIN = (LEADING, LISTED)
 """Layouts of samples one after the other, which are told quickly."""
-
-
-class _Failed:
-    """The value of an operation that a changed input does not let through, and of all that read it."""
-
-
-FAILED = _Failed()
 
 
 def find_layouts(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> OpGraph:
@@ -96,33 +82,9 @@ def _with_layouts(graph: OpGraph, found: dict[str, Layout | None]) -> OpGraph:
     ops: list[Op] = []
     for op in graph.ops:
         ops.append(replace(op, layout=layouts.get(op.name) if op.is_tensor else None))
-        if f"{op.name}{ORDER}" in orders:
-            index, source = _taken_by(op, graph) or ("", "")
-            if (graph.by_name[source].shape or ())[:1] == graph.by_name[index].shape:
-                source = index  # as many rows; the value itself may be computed by a later stage than the order is read
-            sizes = [
-                Op(f"{op.name}.{word}", "size", Method("size"), (Ref(name), 0), module=op.module, source=op.source)
-                for word, name in (("rows", source), ("samples", graph.inputs[0]))
-            ]
-            arguments = (Ref(index), *(Ref(size.name) for size in sizes))
-            shape, dtype = graph.by_name[index].shape, torch.int64
-            order = Op(f"{op.name}{ORDER}", "order_of_rows", kernels.order_of_rows, arguments, module=op.module)
-            ops += [*sizes, replace(order, source=op.source, shape=shape, dtype=dtype)]
+        if order_after(op) in orders:
+            ops += operations(op, graph)
     return replace(graph, ops=tuple(ops))
-
-
-def _taken_by(op: Op, graph: OpGraph) -> tuple[str, str] | None:
-    """The index by which an operation takes rows of a value, and that value: ``value[index]``."""
-    if op.kind not in ("index", "getitem", "index_select") or len(op.args) < 2 or not isinstance(op.args[0], Ref):
-        return None
-    picked = op.args[2] if op.kind == "index_select" and op.args[1] == 0 else op.args[1]
-    if isinstance(picked, list | tuple) and len(picked) == 1:
-        picked = picked[0]
-    if not isinstance(picked, Ref):
-        return None
-    index = graph.by_name[picked.name]
-    whole = index.dtype in (torch.int64, torch.int32) and len(index.shape or ()) == 1
-    return (index.name, op.args[0].name) if whole else None
 
 
 def _of_one(op: Op) -> Layout:
@@ -139,7 +101,7 @@ def _found(
     """The layout of every value, and whether a changed input was let through by all operations."""
     failed = False
     found: dict[str, Layout | None] = {name: LEADING for name in graph.inputs}
-    orders = _Orders(graph)
+    orders = Orders(graph)
     still: set[str] = set()
     spread = frozenset(op.name for op in graph.ops if op.name not in moving and _is_spread(op, graph))
     for op, values, given in _side_by_side(graph, model, trial):
@@ -159,7 +121,7 @@ def _found(
             found[op.name] = plain
             orders.note(op, values)
             continue
-        failed |= any(value is FAILED for value in values)
+        failed |= is_stopped(values)
         seen = changes(values, trial.changed)
         layout = decide(candidates(tuple(values[0].shape), trial.batch), seen, trial.batch, implied)
         if op.name in graph.smooth and _is_dead(op, seen) and layout in PLAIN and layout in implied:
@@ -174,7 +136,7 @@ def _found(
         orders.note(op, values)
         if layout is None and all(change is not None and not change.count for change in seen):
             still.add(op.name)
-    told = {name: found[name] if _is_sound(found[name], graph, found) else None for name in moving}
+    told = {name: found[name] if is_sound(found[name], graph, found) else None for name in moving}
     if not failed or trial.inside:  # positions, a mask of sizes: nobody's, and the same for everybody
         told.update(dict.fromkeys(still, LEADING))
     return told, failed
@@ -183,66 +145,7 @@ def _found(
 def _is_shown(values: Sequence[Any], seen: Sequence[Change | None], trial: Trial) -> bool:
     """Where a changed input was not let through, the others must have shown where every changed sample lies."""
     known = {change.sample for change in seen if change is not None and change.count}
-    return known == set(trial.changed) or not any(value is FAILED for value in values)
-
-
-def _is_sound(layout: Layout | None, graph: OpGraph, found: dict[str, Layout | None]) -> bool:
-    """An order is one of samples if the rows that are taken lie sample by sample."""
-    if layout is None or layout.order is None:
-        return True
-    taken = _taken_by(graph.by_name[layout.order.removesuffix(ORDER)], graph)
-    return taken is not None and found.get(taken[1]) in PLAIN
-
-
-class _Orders:
-    """Orders in which rows may have to be taken, with their values in every run."""
-
-    def __init__(self, graph: OpGraph) -> None:
-        self._graph = graph
-        self._known: dict[str, list[Tensor]] = {}
-        self._roots: dict[str, frozenset[str]] = {}
-        self._taking: dict[str, list[str]] = {}
-        for op in graph.ops:
-            for index, _ in filter(None, [_taken_by(op, graph)]):
-                self._taking.setdefault(index, []).append(op.name)
-
-    def note(self, op: Op, values: Sequence[Any]) -> None:
-        """An index by which rows are taken: the order that undoes it."""
-        for name in self._taking.get(op.name, ()):
-            if any(value is FAILED for value in values):
-                continue
-            self._known[f"{name}{ORDER}"] = [torch.argsort(value, stable=True) for value in values]
-            self._roots[f"{name}{ORDER}"] = self._ancestors(op.name)
-
-    def likely(self, op: Op, implied: Sequence[Layout | None]) -> Iterator[Layout]:
-        """Those of the operands, then those that go back to the same indices."""
-        yield from (o for o in implied if o is not None and o.order is not None)
-        roots = frozenset().union(*(self._ancestors(name) for name in op.operands))
-        yield from (Layout(0, "inner", name) for name, known in self._roots.items() if roots & known)
-
-    def holds(self, layout: Layout, values: Sequence[Any], trial: Trial) -> bool:
-        """Whether the samples of a value lie so, once its rows are put in order, and something changed at all."""
-        orders, count = self._known[layout.order or ""], len(values[0]) if values[0].dim() else 0
-        if count != len(orders[0]) or count % trial.batch:
-            return False
-        if any(value is FAILED for value in values):
-            return False
-        rows = [value[order] for value, order in zip(values, orders, strict=True)]
-        seen = [change for change in changes(rows, trial.changed) if change is not None and change.count]
-        return bool(seen) and all(within(change, LISTED, trial.batch) for change in seen)
-
-    def _ancestors(self, name: str) -> frozenset[str]:
-        """Whole numbers that an operation computes or goes back to by a few steps."""
-        found: set[str] = set()
-        pending = [(name, 0)]
-        while pending:
-            current, depth = pending.pop()
-            op = self._graph.by_name[current]
-            if current in found or op.is_differentiable or op.is_size or op.kind == "input" or depth > STEPS:
-                continue
-            found.add(current)
-            pending += [(operand, depth + 1) for operand in op.operands]
-        return frozenset(found)
+    return known == set(trial.changed) or not is_stopped(values)
 
 
 def _is_spread(op: Op, graph: OpGraph) -> bool:
@@ -303,7 +206,7 @@ def _evaluate(
     Raises:
         Untraceable: it raises on those.
     """
-    if any(values[name] is FAILED for name in op.operands):
+    if is_stopped(values[name] for name in op.operands):
         return FAILED
     if op.kind == GUARD:  # the operations that were recorded are asked, not whether a step would take them
         return None

@@ -6,7 +6,7 @@ its own, and last such a small change that every decision on values stays what i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,18 @@ from gtddp_compile.graph import OpGraph
 
 REPEATS, COPIES = 2, 3
 """How often a sample is changed, and of how many samples one is made if there is no other."""
+
+
+class _Failed:
+    """The value of an operation that a changed input does not let through, and of all that read it."""
+
+
+FAILED = _Failed()
+
+
+def is_stopped(values: Iterable[Any]) -> bool:
+    """Whether one of the inputs has not been let through on the way to an operation's values."""
+    return any(value is FAILED for value in values)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ class Layout:
 
 
 LEADING = Layout()
+LISTED = Layout(0, "inner")
+"""Of rows in one list, those of sample 0 first."""
 UNKNOWN = Layout(-1)
 """Of a value that depends on the inputs, and of which nothing tells what belongs to which sample (a batch's mean)."""
 
