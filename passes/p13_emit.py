@@ -1,7 +1,8 @@
 """Emit: print the instructions as Python source.
 
 Takes the lowered program; guarantees source text whose functions are straight lines of calls: one function a stage (its
-dynamics, run in both sweeps), one a player that goes through a generic kernel, and ``step``. Nothing is decided here.
+dynamics, run in both sweeps), one a player that goes through a generic kernel, and ``step``. Decided here is what
+is of the text alone: where a ReLU may write into what it reads, and after which line a variable is let go of.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from gtddp_compile.instructions import Code, Instruction, StageFunction, render, render_instruction
+from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, render, render_instruction
 from gtddp_compile.lowered import Lowered
 from gtddp_compile.printing import Printer
 
@@ -137,44 +138,44 @@ def emit_micro(lowered: Lowered) -> str:
     What belongs to the whole update is asked for by ``yield name, arguments``, the method of ``m`` and what this
     micro-batch would call it with; the answer comes back by ``send``.
     """
-
-    def asked(instruction: Instruction) -> Instruction:
-        if instruction.function == "m.descend_by":  # a gradient of its own, that can be added to the others'
-            names, weighted, _subtract, *args = instruction.args
-            gradient = Instruction("forward", 0, (), render(weighted), tuple(args), instruction.kwargs)
-            return replace(instruction, function="=", args=(
-                Code(f"yield 'descend', ({render(names)}, {render_instruction(gradient)})"),
-            ), kwargs=None)  # fmt: skip
-        if instruction.function == "m.descend_rows":
-            names, weighted, _rows, *args = instruction.args
-            gradient = Instruction("backward", 0, (), render(weighted), tuple(args), instruction.kwargs)
-            return replace(instruction, function="=", args=(
-                Code(f"yield 'descend_block', ('kronecker', ({render(names)},), ({render_instruction(gradient)},))"),
-            ), kwargs=None)  # fmt: skip
-        if instruction.function == "m.respond":  # to the update of all micro-batches: the layer itself
-            _names, _response, forward, *_rest, operands, params = instruction.args
-            return replace(instruction, function=render(forward), args=(operands, params))
-        if instruction.function == "m.observe_gram":  # statistics are the update's, the Gram matrix is its own
-            names, weighted, gram, _pieces, operands, g, alpha, params, wants, rows = instruction.args
-            own = Instruction(
-                "backward", 0, (), "weigh", (weighted, operands, g, alpha, params, wants), instruction.kwargs
-            )
-            metric = Code(f"m.metric({render(names)})")
-            after = Instruction(
-                "backward", 0, (), "gram_blocks", (gram, operands, g, params, wants, metric, rows), instruction.kwargs
-            )
-            seen = f"(yield 'observe', ({render(names)}, {render_instruction(own)}))"
-            return replace(instruction, function="=", kwargs=None, args=(
-                Code(f"({seen}, {render_instruction(after)})[1]"),
-            ))  # fmt: skip
-        if instruction.function not in SHARED:
-            return instruction
-        request = f"yield {instruction.function.removeprefix('m.')!r}, {render(instruction.args)}"
-        return replace(instruction, function="=", args=(Code(request),))
-
-    text = "\n    ".join([*body(lowered, Style(_show_and_free(lowered, asked), _heading)), "return phi"])
+    text = "\n    ".join([*body(lowered, Style(_show_and_free(lowered, _asked), _heading)), "return phi"])
     doc = '"""One micro-batch of a step."""'
     return f"def micro_step(m, p, b, q, b_again, inputs, targets):\n    {doc}\n    {text}\n"
+
+
+def _asked(instruction: Instruction) -> Instruction:
+    """What a micro-batch does in an instruction's place."""
+    args = instruction.args
+    if instruction.function == "m.descend_by":  # a gradient of its own, that can be added to the others'
+        names, weighted, _subtract, *rest = args
+        gradient = _call(instruction, weighted, *rest)
+        return _answer(instruction, f"yield 'descend', ({render(names)}, {gradient})")
+    if instruction.function == "m.descend_rows":
+        names, weighted, _rows, *rest = args
+        gradient = _call(instruction, weighted, *rest)
+        return _answer(instruction, f"yield 'descend_block', ('kronecker', ({render(names)},), ({gradient},))")
+    if instruction.function == "m.respond":  # to the update of all micro-batches: the layer itself
+        _names, _response, forward, *_rest, operands, params = args
+        return replace(instruction, function=render(forward), args=(operands, params))
+    if instruction.function == "m.observe_gram":  # statistics are the update's, the Gram matrix is its own
+        names, weighted, gram, _pieces, operands, g, alpha, params, wants, rows = args
+        own = _call(instruction, Function("weigh"), weighted, operands, g, alpha, params, wants)
+        metric = Code(f"m.metric({render(names)})")
+        after = _call(instruction, Function("gram_blocks"), gram, operands, g, params, wants, metric, rows)
+        return _answer(instruction, f"((yield 'observe', ({render(names)}, {own})), {after})[1]")
+    if instruction.function in SHARED:
+        return _answer(instruction, f"yield {instruction.function.removeprefix('m.')!r}, {render(args)}")
+    return instruction
+
+
+def _call(instruction: Instruction, function: Function, *args: Any) -> str:
+    """The text of another function's call, with an instruction's options."""
+    return render_instruction(replace(instruction, writes=(), function=render(function), args=args))
+
+
+def _answer(instruction: Instruction, request: str) -> Instruction:
+    """What is written is what comes back."""
+    return replace(instruction, function="=", args=(Code(request),), kwargs=None)
 
 
 def _show_and_free(
