@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
-from gtddp_compile.algebra.paths import carries, plain_scales
+from gtddp_compile.algebra.paths import plain_scales
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, Stage
 from gtddp_compile.plan import MetricBlock
@@ -142,7 +142,7 @@ def _sum_of(graph: ControlGraph, name: str) -> tuple[str, int] | None:
     """
     found, times = None, 1
     while name not in graph.ops.output_names:
-        users = [op for op in map(graph.op, graph.ops.users[name]) if carries(op) and not op.reads_sizes]
+        users = [op for op in map(graph.op, graph.ops.users[name]) if op.carries_gradient and not op.reads_sizes]
         plain = plain_scales(graph, users[0]) if len(users) == 1 else {}
         if name not in plain:
             break

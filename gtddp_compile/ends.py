@@ -6,7 +6,6 @@ made again is decided when the whole program is written down (``passes/p10_remak
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import networkx as nx
 
 from gtddp_compile.adjoints import written_out
 from gtddp_compile.builder import Builder
-from gtddp_compile.graph import Op
+from gtddp_compile.graph import GUARD, Op
 from gtddp_compile.instructions import StageFunction
 
 HOLDING = frozenset(
@@ -57,7 +56,7 @@ def _ends(b: Builder, t: int) -> Iterator[Part]:
     graph = b.graph
     if written_out(b, t):
         return
-    inside = {name for name in graph.stages[t].ops if graph.op(name).kind != "guard"}
+    inside = {name for name in graph.stages[t].ops if graph.op(name).kind != GUARD}
     ops: list[str] = []
     for name in reversed([name for name in graph.stages[t].ops if name in inside]):
         if _cheap(b, graph.op(name)) and all(user in ops for user in graph.ops.users[name] if user in inside):
@@ -88,7 +87,7 @@ def _end(b: Builder, t: int, inside: set[str], ops: tuple[str, ...], number: str
     gradients = tuple(b.g(name, b.graph.segments(name)[0]) if name in stage.opened else None for name in returns)
     doc = f"the end of stage {t}, made again"
     function = StageFunction(f"stage_{t}_end{number}", t, inputs, ops, (), returns, doc=doc)
-    return Part(function, gradients, pulled, sum(bytes_of(graph.op(name)) for name in ops))
+    return Part(function, gradients, pulled, sum(graph.op(name).nbytes for name in ops))
 
 
 def _cheap(b: Builder, op: Op) -> bool:
@@ -105,8 +104,3 @@ def _held(b: Builder, t: int, op: str) -> bool:
 def _whole(b: Builder, t: int, value: str) -> bool:
     """Whether a value's gradient at the cut before stage ``t`` is what that stage alone pulls back."""
     return value in b.plan.stages[t].pulled and b.graph.segments(value)[-1] == t
-
-
-def bytes_of(op: Op) -> int:
-    """Bytes of an operation's value; 0 if its shape is not known."""
-    return math.prod(op.shape) * op.dtype.itemsize if op.shape is not None and op.dtype is not None else 0

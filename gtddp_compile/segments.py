@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import isqrt, prod
+from math import isqrt
 
-from gtddp_compile.graph import ControlGraph, Op
+from gtddp_compile.graph import ControlGraph
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ def choose_segments(graph: ControlGraph, *, gradients: bool) -> Segments:
     ``gradients``: whether the forward sweep needs ``g`` at the cuts and of the players' outputs beside the values.
     """
     copies = 2 if gradients else 1
-    stage_bytes = [copies * sum(_bytes(graph.op(name)) for name in stage.ops) for stage in graph.stages]
+    stage_bytes = [copies * sum(graph.op(name).nbytes for name in stage.ops) for stage in graph.stages]
     if not any(stage_bytes):  # shapes unknown to the recording: every stage counts the same
         stage_bytes = [1] * len(graph.stages)
     moved = {value.name for value in graph.values if value.born >= 0 and value.control is None}
-    cuts = [copies * sum(_bytes(graph.op(name)) for name in stage.live if name in moved) for stage in graph.stages]
+    cuts = [copies * sum(graph.op(name).nbytes for name in stage.live if name in moved) for stage in graph.stages]
     kept = sum(stage_bytes)
     found = [Segments((0,), kept, kept)]
     for parts in range(2, 2 * isqrt(len(stage_bytes)) + 2):
@@ -60,10 +60,6 @@ def describe_memory(graph: ControlGraph, segments: Segments | None, *, gradients
 
 def _shown(size: int) -> str:
     return f"{size / 2**20:.1f} MiB" if size >= 2**17 else f"{size / 2**10:.1f} KiB"
-
-
-def _bytes(op: Op) -> int:
-    return prod(op.shape) * op.dtype.itemsize if op.shape is not None and op.dtype is not None else 0
 
 
 def _cheapest(stages: list[int], cuts: list[int], bound: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import DETACHED, Op, OpGraph, Player, PlayerGraph
+from gtddp_compile.graph import Op, OpGraph, Player, PlayerGraph
 
 Reads = dict[str, tuple[str, ...]]
 """Trained parameters by operation."""
@@ -25,17 +25,12 @@ Reads = dict[str, tuple[str, ...]]
 # --- predicates -------------------------------------------------------------------------------------------------------
 
 
-def carries_gradient(op: Op) -> bool:
-    """Whether gradients can pass through the operation: not a size, an index, or a detached value."""
-    return op.kind != DETACHED and (op.is_differentiable or not (op.is_tensor or op.is_size))
-
-
 def reaches_output(graph: OpGraph) -> frozenset[str]:
     """Operations from which a gradient can come back: on a differentiable path to an output."""
-    found = {name for name in graph.output_names if carries_gradient(graph.by_name[name])}
+    found = {name for name in graph.output_names if graph.by_name[name].carries_gradient}
     for op in reversed(graph.ops):
         if op.name in found:
-            found.update(name for name in op.operands if carries_gradient(graph.by_name[name]))
+            found.update(name for name in op.operands if graph.by_name[name].carries_gradient)
     return frozenset(found)
 
 
@@ -46,7 +41,7 @@ def find_expressions(graph: OpGraph, trained: frozenset[str]) -> Reads:
     """Parameter expressions, with the trained parameters they read, directly or through others."""
     found: Reads = {}
     for op in graph.ops:
-        if op.name in graph.reached or op.random or op.advances or not carries_gradient(op):
+        if op.name in graph.reached or op.random or op.advances or not op.carries_gradient:
             continue
         names = read_by(op, found, trained)
         if names:

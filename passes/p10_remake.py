@@ -12,12 +12,11 @@ than backpropagation does without them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from gtddp_compile.builder import Builder
-from gtddp_compile.ends import Part, bytes_of
+from gtddp_compile.ends import Part
 from gtddp_compile.graph import ControlGraph, Op
 from gtddp_compile.instructions import Function, Instruction, StageFunction, Var
 from gtddp_compile.lowered import Sweeps, Written, compares
@@ -71,14 +70,14 @@ class _Kept:
         graph = self._b.graph
         for op in graph.ops.ops:
             if op.kind != "input":
-                yield self._b.name(op.name), bytes_of(op)
-                yield self._b.g_output(op.name), bytes_of(op)
+                yield self._b.name(op.name), op.nbytes
+                yield self._b.g_output(op.name), op.nbytes
             if op.name in graph.value:
-                yield from ((self._b.g(op.name, t), bytes_of(op)) for t in graph.segments(op.name))
+                yield from ((self._b.g(op.name, t), op.nbytes) for t in graph.segments(op.name))
         for player in graph.players:
             if self._b.keeps(player.name):
                 (use,) = self._b.uses(player.name)
-                size = sum(_parameter_bytes(graph, name) for name in use.names)
+                size = sum(graph.ops.parameter_info[name].nbytes for name in use.names)
                 yield f"rows_{self._b.name(use.key)}", size * (graph.ops.batch or 1)
 
     def needed(self, parts: Iterable[Part]) -> tuple[set[str], dict[str, Part]]:
@@ -135,14 +134,16 @@ class _Kept:
 
 def held_by_backpropagation(graph: ControlGraph) -> int:
     """Bytes of parameters, and at most of what autograd keeps and of gradients of parameters, in turns; estimated."""
-    kept = sum(bytes_of(op) for op in graph.ops.ops if _keeps(graph, op))
+    kept = sum(op.nbytes for op in graph.ops.ops if _keeps(graph, op))
     most = kept
     for stage in reversed(graph.stages):
         kept += sum(
-            _parameter_bytes(graph, name) for player in stage.players for name in graph.player[player].parameters
+            graph.ops.parameter_info[name].nbytes
+            for player in stage.players
+            for name in graph.player[player].parameters
         )
         most = max(most, kept)
-        kept -= sum(bytes_of(graph.op(name)) for name in stage.ops if _keeps(graph, graph.op(name)))
+        kept -= sum(graph.op(name).nbytes for name in stage.ops if _keeps(graph, graph.op(name)))
     return _all_parameters(graph) + most
 
 
@@ -153,12 +154,7 @@ def _keeps(graph: ControlGraph, op: Op) -> bool:
 
 
 def _all_parameters(graph: ControlGraph) -> int:
-    return sum(_parameter_bytes(graph, name) for name in graph.ops.parameter_info)
-
-
-def _parameter_bytes(graph: ControlGraph, name: str) -> int:
-    info = graph.ops.parameter_info[name]
-    return math.prod(info.shape) * info.dtype.itemsize
+    return sum(info.nbytes for info in graph.ops.parameter_info.values())
 
 
 def _needed(instruction: Instruction) -> set[str]:

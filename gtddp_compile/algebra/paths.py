@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gtddp_compile.algebra.pattern import DENSE, IDENTITY, Entry
-from gtddp_compile.graph import DETACHED, ControlGraph, Op, Ref, Stage
+from gtddp_compile.graph import ControlGraph, Op, Ref, Stage
 
 ALIASES = frozenset(
     {"identity", "flatten", "reshape", "view", "unsqueeze", "squeeze", "contiguous", "clone"} | {"time_first"}
@@ -36,7 +36,7 @@ def stage_entries(graph: ControlGraph, stage: Stage, live_after: tuple[str, ...]
     read: set[str] = set()
     for name in stage.ops:
         op = graph.op(name)
-        if carries(op):
+        if op.carries_gradient:
             found[name] = _through(graph, op, found)
             for player in (*graph.player_using.get(name, ()), *graph.expressions.get(name, ())):
                 here = player.name in stage.players
@@ -52,11 +52,6 @@ def stage_entries(graph: ControlGraph, stage: Stage, live_after: tuple[str, ...]
         state[output] = {s: entry for s, entry in sources.items() if not s.startswith(CONTROL)}
         control[output] = {s[len(CONTROL) :]: e for s, e in sources.items() if s.startswith(CONTROL)}
     return StageEntries(state, control, frozenset(read))
-
-
-def carries(op: Op) -> bool:
-    """Whether a derivative by its operands may lead through the operation."""
-    return op.kind != DETACHED and (op.is_differentiable if op.is_tensor else not op.is_size)
 
 
 def _through(graph: ControlGraph, op: Op, found: dict[str, Sources]) -> Sources:

@@ -7,6 +7,7 @@ is a plain function of values, parameters, buffers and literals: a ``torch.nn.Li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -127,6 +128,16 @@ class Op:
         """Whether the value is a tensor that gradients can pass through."""
         return self.dtype is not None and (self.dtype.is_floating_point or self.dtype.is_complex)
 
+    @property
+    def carries_gradient(self) -> bool:
+        """Whether gradients can pass through the operation: not a size, an index, or a detached value."""
+        return self.kind != DETACHED and (self.is_differentiable if self.is_tensor else not self.is_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the value; 0 where its shape is not known."""
+        return math.prod(self.shape) * self.dtype.itemsize if self.shape is not None and self.dtype is not None else 0
+
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
         """Every reference in the arguments, in order, repeats kept."""
@@ -152,6 +163,11 @@ class ParameterInfo:
     dtype: torch.dtype
     trainable: bool = True
     aliases: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
