@@ -6,7 +6,7 @@ made again is decided when the whole program is written down (``passes/p10_remak
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -43,12 +43,15 @@ class Part:
 
 
 def ends(b: Builder) -> tuple[Part, ...]:
-    """Every part of the network that can be made again; ``b.held`` learns which players' outputs they begin with."""
+    """Every part of the network that can be made again."""
     usable = b.plan.segments is None and not b.factored and b.plan.form.name in ("information", "block")
-    parts = tuple(part for stage in b.plan.stages for part in _ends(b, stage.index)) if usable else ()
+    return tuple(part for stage in b.plan.stages for part in _ends(b, stage.index)) if usable else ()
+
+
+def begun_with(b: Builder, parts: Iterable[Part]) -> frozenset[str]:
+    """Players' outputs that the parts begin with, in the parts' own stages."""
     inputs = ((name, part.function.stage) for part in parts for name in part.function.inputs)
-    b.held = frozenset(name for name, stage in inputs if b.graph.stage_of.get(name, -1) == stage)
-    return parts
+    return frozenset(name for name, stage in inputs if b.graph.stage_of.get(name, -1) == stage)
 
 
 def _ends(b: Builder, t: int) -> Iterator[Part]:

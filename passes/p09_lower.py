@@ -21,7 +21,7 @@ from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import SAMPLES, directional, joins, player_function, prepare, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
-from gtddp_compile.ends import ends
+from gtddp_compile.ends import begun_with, ends
 from gtddp_compile.formulas import check_update, print_formula
 from gtddp_compile.graph import GUARD, LEADING, ControlGraph, Ref
 from gtddp_compile.instructions import Code, Function, StageFunction, Var
@@ -41,7 +41,9 @@ def lower(plan: Plan) -> Written:
     b = Builder(plan)
     for op in plan.graph.ops.ops:
         b.name(op.name)
-    parts, functions = ends(b), _stage_functions(b)
+    parts = ends(b)
+    b.held = begun_with(b, parts)
+    functions = _stage_functions(b)
     after = functions_after(b, functions)
     sweeps = _sweeps(b, functions, {f.stage: f for f in functions} | after)
     uses = {player.name: b.uses(player.name) for player in plan.graph.players}
