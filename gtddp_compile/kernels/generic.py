@@ -17,6 +17,7 @@ Options, the same for every kernel (``generic_probe`` finds them by a trial at c
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,12 @@ from torch import Tensor
 
 CHUNK = 2**21
 """Bound on the elements of an intermediate tensor, ``γ`` itself excepted."""
+SIZES = (RuntimeError, ValueError, IndexError, AssertionError)
+"""What torch raises where sizes do not fit: its operators, and the functions of ``torch.nn.functional`` before them."""
+UNSUPPORTED = (RuntimeError, UserWarning)
+"""What torch raises, or warns of, where ``vmap`` or ``jvp`` has no rule (``NotImplementedError`` is one of them)."""
+LOOPS = "There is a performance drop"
+"""How the warning begins that ``vmap`` has no rule and loops itself: no faster way than ours, and one that warns."""
 
 
 def _generic_closed(
@@ -232,8 +239,9 @@ def generic_probe(
 ) -> dict[str, bool]:
     """Options ``mixes``, ``vectorised``, ``forward_mode`` of this operation, by a trial at compile time.
 
-    Each faster way is taken only if it runs, without gradients as a step does, and agrees with the slow one. Whatever
-    the operation raises when it is evaluated as the model evaluates it (whole batch, plain reverse mode) is passed on.
+    Each faster way is taken only if it runs, without gradients as a step does, and agrees with the slow one. What torch
+    says where one sample alone is no input (:data:`SIZES`), or where it has no rule for a batch of derivatives
+    (:data:`UNSUPPORTED`), leaves the slow way; anything else that is raised is a defect, and passed on.
     """
     common: dict[str, Any] = {"function": function, "batched": batched}
     plain: dict[str, Any] = {**common, "mixes": True, "vectorised": False}
@@ -241,10 +249,14 @@ def generic_probe(
     size = max(1.0, *(float(rows.abs().max()) for rows in expected if rows.numel()))
     precision = math.sqrt(torch.finfo(g.dtype).eps) * size
 
-    def agrees(attempt: Callable[[], tuple[Tensor, ...]], reference: tuple[Tensor, ...]) -> bool:
+    def agrees(
+        attempt: Callable[[], tuple[Tensor, ...]], reference: tuple[Tensor, ...], refusals: tuple[type[Exception], ...]
+    ) -> bool:
         try:
-            found = attempt()
-        except Exception:  # an unsupported operation may raise anything; the slow way remains
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=LOOPS, category=UserWarning)
+                found = attempt()
+        except refusals:
             return False
         pairs = zip(found, reference, strict=True)
         return all(
@@ -256,8 +268,8 @@ def generic_probe(
         return generic_per_sample(operands, g, params, wants, **{**common, **options})
 
     split = batched or tuple(True for _ in operands)
-    alone = not mixes and any(split) and agrees(lambda: gamma(mixes=False, vectorised=False), expected)
-    vectorised = agrees(lambda: gamma(mixes=not alone, vectorised=True), expected)
+    alone = not mixes and any(split) and agrees(lambda: gamma(mixes=False, vectorised=False), expected, SIZES)
+    vectorised = agrees(lambda: gamma(mixes=not alone, vectorised=True), expected, UNSUPPORTED)
     pairs = zip(params, wants, strict=True)
     change = tuple(torch.ones_like(param) for param, want in pairs if want and param is not None)
 
@@ -268,5 +280,5 @@ def generic_probe(
     return {
         "mixes": not alone,
         "vectorised": vectorised,
-        "forward_mode": agrees(lambda: along(True), along(False)),
+        "forward_mode": agrees(lambda: along(True), along(False), UNSUPPORTED),
     }
