@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gtddp_compile.kernels.conv_pairs import _conv_add_gram, _conv_pairs, _conv_pixel_pairs, conv_gram_form
 from gtddp_compile.kernels.patches import (
+    CHUNK,
     _conv_beside,
     _conv_blocks,
     _conv_gradients,
@@ -26,6 +27,7 @@ from gtddp_compile.kernels.patches import (
     _conv_margins,
     _conv_padded,
     _conv_patches,
+    _conv_pieces,
     _conv_samples,
     _conv_symmetric,
     _conv_windows,
@@ -203,8 +205,11 @@ def conv_per_sample(
     x, g = _conv_images(operands, g, params)
     if wants[0]:
         kernel = tuple(params[0].shape[2:])
-        x = _conv_groups(_conv_padded(x, _conv_margins(kernel, padding, dilation)), groups)
-        gradients = _conv_gradients(x, _conv_groups(g, groups), kernel, stride, dilation)
+        margins, parts = _conv_margins(kernel, padding, dilation), []
+        for rows in _conv_pieces(len(x), max(1, CHUNK // (x[0].numel() + g[0].numel()))):  # padded, and copied by torch
+            images = _conv_groups(_conv_padded(x[rows], margins), groups)
+            parts.append(_conv_gradients(images, _conv_groups(g[rows], groups), kernel, stride, dilation))
+        gradients = parts[0] if len(parts) == 1 else torch.cat(parts)
         result.append(_conv_samples(gradients, samples).reshape(samples, *params[0].shape))
     if wants[1]:
         result.append(_conv_samples(g.flatten(2).sum(2), samples))
