@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile.frontends import traced
 from gtddp_compile.graph import OpGraph
 from gtddp_compile.passes import find_players, normalise
 
@@ -29,6 +30,20 @@ def shapes(graph: OpGraph) -> list[tuple[Any, ...]]:
         (op.name, op.kind, op.module, op.operands, op.parameters, op.shape, op.advances, op.random, op.mixes_samples)
         for op in graph.ops
     ]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_whose_a_line_is(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, this package lies beside torch and the model libraries."""
+    if installed:
+        monkeypatch.setattr(traced, "OURS", (f"{traced.SITE}/gtddp_compile/", traced.OURS[-1]))
+    ours = (
+        [f"{traced.SITE}/gtddp_compile/api.py"] if installed else [traced.__file__, find_players.__code__.co_filename]
+    )
+    for name in (*ours, nn.__file__, copy.__file__, "<string>"):
+        assert not traced.is_users(name), name
+    for name in (__file__, f"{traced.SITE}/torchvision/models/resnet.py"):
+        assert traced.is_users(name), name
 
 
 # --- one normal form --------------------------------------------------------------------------------------------------

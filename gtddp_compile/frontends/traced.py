@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 
 from gtddp_compile.graph import ParameterInfo
 
-OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"])
-SITE = str(Path(torch.__file__).parents[1])
+PACKAGE, TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
+OURS = tuple(f"{folder}{os.sep}" for folder in (PACKAGE, PACKAGE.parent / "passes", TORCH))
+"""Folders of this package (its passes lie beside it in the source tree) and of torch."""
+PYTHONS, SITE = sysconfig.get_paths()["stdlib"], str(TORCH.parent)
+"""Folders of Python's own modules, and of those that are installed, which may lie in the former."""
 
 
 class Untraceable(Exception):
@@ -138,9 +142,8 @@ def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
 
 def is_users(filename: str) -> bool:
     """Whether a file is neither torch's nor this package's nor Python's own."""
-    if filename.startswith(SITE):
-        return not filename.startswith(OURS[1])
-    return not filename.startswith(OURS) and not filename.startswith("<")
+    pythons = filename.startswith((PYTHONS, "<")) and not filename.startswith(SITE)
+    return not pythons and not filename.startswith(OURS)
 
 
 def users_line(frame: FrameType | None = None) -> str:
