@@ -153,6 +153,7 @@ def test_a_product_by_halves_is_the_whole_product(samples: int, monkeypatch: pyt
     monkeypatch.setattr(MODULES["linear"], "HALVED", 0)
     x = draw(samples, 4)
     close(kernels.linear_inputs(x), torch.einsum("ik,jk->ij", x, x))
+    close(kernels.joint_gram((x,), (0.3,), kernels.rows_of(samples, None)), 0.3 * torch.einsum("ik,jk->ij", x, x)[None])
     check("linear", linear, (x,), (draw(3, 4), draw(3)), metric="spherical")
 
 

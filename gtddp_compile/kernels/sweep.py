@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.linear import pieces
+from gtddp_compile.kernels.linear import linear_inputs, pieces
 
 Blocks = tuple[Tensor, ...]
 
@@ -207,7 +207,7 @@ def joint_gram(gradients: tuple[Tensor, ...], metric: tuple[Any, ...], rows: Seq
 def _rows_gram(gamma: Tensor, inverse: Any) -> Tensor:
     """``γ M⁻¹ γᵀ`` of one parameter, ``γ`` ``(B, m)``; a diagonal metric is applied a bounded piece at a time."""
     if not isinstance(inverse, Tensor) or inverse.dim() == 0:
-        scaled: Tensor = (gamma @ gamma.mT) * inverse
+        scaled: Tensor = linear_inputs(gamma) * inverse
         return scaled
     gram = gamma.new_zeros(gamma.shape[0], gamma.shape[0])
     step = max(1, 2**22 // gamma.shape[0])
