@@ -15,7 +15,7 @@ from torch import Tensor
 CHUNK = 2**20
 """Bound on the elements of an intermediate tensor."""
 
-HALVED = 2**22
+HALVED = 2**23
 """Multiplications from which on a CPU's symmetric product is made by halves."""
 
 
