@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import CompileError, Sketch, compile_optimizer, costs, kernels
 from gtddp_compile.instructions import WORD
-from gtddp_compile.kernels import approximate
+from gtddp_compile.kernels import approximate, linear
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -32,6 +32,18 @@ def outer(weight: Tensor, groups: int) -> Tensor:
     rows, columns = draw(weight.shape[0], seed=1).abs() + 0.1, draw(groups, weight.shape[1], seed=2).abs() + 0.1
     table = rows.reshape(groups, -1, 1) * columns[:, None]
     return table.reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2)).expand_as(weight).contiguous()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_a_product_by_halves_is_the_whole_product(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "HALVED", 0)
+    x, g, weight, bias = draw(samples, 4), draw(samples, 3), draw(3, 4), draw(3)
+    gamma = g.unsqueeze(2) * x.unsqueeze(1)
+    pairs = torch.einsum("imn,jmn->ij", gamma, gamma)
+    (joint,) = kernels.joint_gram((gamma,), (0.3,), kernels.rows_of(samples, None))
+    both = kernels.linear_gram((x,), g, (weight, bias), (True, True), (0.3, 0.5))
+    torch.testing.assert_close(joint, 0.3 * pairs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(both, 0.3 * pairs + 0.5 * torch.einsum("im,jm->ij", g, g), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

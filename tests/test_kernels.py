@@ -148,15 +148,6 @@ def test_linear_any_shape(samples: int, positions: list[int], n: int, m: int, bi
     check("linear", linear, (draw(samples, *positions, n),), params, metric=metric)
 
 
-@pytest.mark.parametrize("samples", [1, 2, 5])
-def test_a_product_by_halves_is_the_whole_product(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULES["linear"], "HALVED", 0)
-    x = draw(samples, 4)
-    close(kernels.linear_inputs(x), torch.einsum("ik,jk->ij", x, x))
-    close(kernels.joint_gram((x,), (0.3,), kernels.rows_of(samples, None)), 0.3 * torch.einsum("ik,jk->ij", x, x)[None])
-    check("linear", linear, (x,), (draw(3, 4), draw(3)), metric="spherical")
-
-
 def test_linear_gram_takes_the_cheaper_form() -> None:
     assert kernels.linear_gram_form(64, 1, 100, 100) == "pairs"
     assert kernels.linear_gram_form(64, 2, 512, 512) == "pairs"
