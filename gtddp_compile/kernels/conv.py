@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.conv_pairs import _conv_add_gram, _conv_pairs, _conv_pixel_pairs, conv_gram_form
+from gtddp_compile.kernels.linear import pieces
 from gtddp_compile.kernels.patches import (
     CHUNK,
     _conv_beside,
@@ -27,7 +28,6 @@ from gtddp_compile.kernels.patches import (
     _conv_margins,
     _conv_padded,
     _conv_patches,
-    _conv_pieces,
     _conv_samples,
     _conv_symmetric,
     _conv_windows,
@@ -206,7 +206,7 @@ def conv_per_sample(
     if wants[0]:
         kernel = tuple(params[0].shape[2:])
         margins, parts = _conv_margins(kernel, padding, dilation), []
-        for rows in _conv_pieces(len(x), max(1, CHUNK // (x[0].numel() + g[0].numel()))):  # padded, and copied by torch
+        for rows in pieces(len(x), max(1, CHUNK // (x[0].numel() + g[0].numel()))):  # padded, and copied by torch
             images = _conv_groups(_conv_padded(x[rows], margins), groups)
             parts.append(_conv_gradients(images, _conv_groups(g[rows], groups), kernel, stride, dilation))
         gradients = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gtddp_compile.kernels.linear import pieces
+
 CHUNK = 2**22
 """Bound on the elements of an intermediate tensor: what is read again soon stays in the last-level cache."""
 
@@ -24,13 +26,6 @@ BLOCK = 8
 
 VECTOR = 16
 """Channels whose products torch's own convolutions compute together: the rest costs as much as one more of these."""
-
-
-def _conv_pieces(total: int, step: int) -> tuple[slice, ...]:
-    """Pieces of a bounded size. In a graph there is one: a loop would make its sizes constants."""
-    if torch.compiler.is_compiling():
-        return (slice(0, total),)
-    return tuple(slice(start, start + step) for start in range(0, total, step))
 
 
 def _conv_margins(
@@ -97,9 +92,9 @@ def _conv_gradients(
     outputs, positions = g.shape[2], g[0, 0, 0].numel()
     if x.device.type == "cpu" and _conv_grouped(positions, channels, math.prod(kernel)):
         # One weight gradient with every sample a group of its own, no patches unfolded; torch copies all it reads.
-        pieces = _conv_pieces(samples, max(1, 2 * CHUNK // (x[0].numel() + g[0].numel())))
-        if len(pieces) > 1:
-            return torch.cat([_conv_gradients(x[rows], g[rows], kernel, stride, dilation) for rows in pieces])
+        parts = pieces(samples, max(1, 2 * CHUNK // (x[0].numel() + g[0].numel())))
+        if len(parts) > 1:
+            return torch.cat([_conv_gradients(x[rows], g[rows], kernel, stride, dilation) for rows in parts])
         count, zeros = samples * groups, [0 for _ in kernel]
         weight = x.new_empty(1).expand(count * outputs, channels, *kernel)
         own, part = (value.reshape(1, -1, *value.shape[3:]) for value in (g, x))
@@ -108,8 +103,8 @@ def _conv_gradients(
         )[1]
         return gradients.reshape(samples, groups, outputs, -1)
     step = max(1, CHUNK // (groups * channels * math.prod(kernel) * positions))
-    parts = ((g[rows].flatten(3), x[rows].flatten(1, 2)) for rows in _conv_pieces(samples, step))
-    blocks = [own @ _conv_patches(part, kernel, stride, dilation, groups).mT for own, part in parts]
+    pairs = ((g[rows].flatten(3), x[rows].flatten(1, 2)) for rows in pieces(samples, step))
+    blocks = [own @ _conv_patches(part, kernel, stride, dilation, groups).mT for own, part in pairs]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
@@ -120,7 +115,7 @@ def _conv_blocks(
     step = max(1, CHUNK // (g.shape[0] * g.shape[1] * g.shape[2] * math.prod(kernel)))
     if step >= VECTOR and g[0, 0, 0].numel() >= GROUPED:
         step = -(-step // VECTOR) * VECTOR
-    for channels in _conv_pieces(x.shape[2], step):
+    for channels in pieces(x.shape[2], step):
         yield channels, _conv_gradients(x[:, :, channels], g, kernel, stride, dilation)
 
 
