@@ -205,10 +205,11 @@ def _parameter(value: Tensor, *, away: bool) -> Tensor:
     if not away or not (value.is_floating_point() or value.is_complex()):
         return value
     zero = value == 0
-    if not bool(zero.any()):
+    count = int(zero.count_nonzero())
+    if not count:
         return value
-    drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float32)
-    return torch.where(zero, (drawn / AWAY).to(value.device, value.dtype), value)
+    drawn = torch.rand(count, generator=torch.Generator().manual_seed(SEED), dtype=torch.float32)
+    return value.masked_scatter(zero, (drawn / AWAY).to(value.device, value.dtype))
 
 
 def _moved(graph: OpGraph, deciding: set[str]) -> set[str]:
