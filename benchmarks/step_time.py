@@ -7,7 +7,7 @@ not, are timed in blocks of ten steps, so that their refreshes count, against th
 and against a peer's (``peers.py``); ``gram=Refreshed(k)`` in blocks of k. Every finished row is kept in
 ``step_time.json`` and not measured again.
 
-    python benchmarks/step_time.py --write --quick       the tables of docs/performance.md, in a quarter of an hour
+    python benchmarks/step_time.py --write --quick       the tables of docs/performance.md, in half an hour
     python benchmarks/step_time.py mlp gpt6 --curvature sgd --option '{"gram": "coarse"}'
     python benchmarks/step_time.py vit-small --curvature sgd --option '{"gram": "Refreshed(10)"}'
 """
@@ -226,7 +226,7 @@ def main(
         size = batch or network.batch
         key = json.dumps([*case, size, clock, threads])
         if key not in known:
-            count = pairs or (min(network.pairs, 30 if network.pairs > 30 else 2) if quick else network.pairs)
+            count = pairs or (min(network.pairs, 30 if network.pairs > 30 else 5) if quick else network.pairs)
             found = row(case, size, count, clock, threads, memory and (case[1] == "sgd" or not quick))
             known[key] = [*found, measured()]
             RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
