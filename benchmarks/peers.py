@@ -5,7 +5,8 @@ embeddings and plain parameters (``NotImplementedError``), so that of the timed 
 ``mlp`` alone; its curvature is a Monte-Carlo Fisher matrix, one draw a sample. A step here is what its documentation
 shows: Fisher matrix of the batch, gradient, solve, update. ASDL (package ``asdfghjkl``, MIT) has K-FAC with running
 averages; here with the empirical Fisher matrix, whose gradients are those of the step, as ours (its EK-FAC, which its
-source calls unsupported, has no period for the eigenbases: EK-FAC is timed against ASDL's K-FAC too). Both make the matrices' inverses (the eigenbasis) every
+source calls unsupported, has no period for the eigenbases: EK-FAC is timed against ASDL's K-FAC too). Both make the
+matrices' inverses (the eigenbasis) every
 :data:`REFRESH` steps as ours are made, and the statistics (EK-FAC: the diagonal in the basis) every step; ASDL's own
 default, statistics as seldom as inverses, is a method that knows less. BackPACK has K-FAC factors but no optimizer of
 its own that keeps them, curvlinops computes linear operators of fixed parameters: neither has a step that could be
@@ -25,7 +26,11 @@ from networks import Network
 from torch.utils.data import DataLoader, TensorDataset
 
 REFRESH, DAMPING = 10, 1e-3
-PEERS = {"nngeometry": ("nngeometry", ("kfac", "ekfac")), "asdl": ("asdl", ("kfac",)), "asdl's kfac": ("asdl", ("ekfac",))}
+PEERS = {
+    "nngeometry": ("nngeometry", ("kfac", "ekfac")),
+    "asdl": ("asdl", ("kfac",)),
+    "asdl's kfac": ("asdl", ("ekfac",)),
+}
 """By name: the module, and what it has."""
 INSTALL = "pip install --no-deps nngeometry==0.4 asdfghjkl==0.1a5"
 
