@@ -204,8 +204,10 @@ def test_cuts_against_brute_force(graph: PlayerGraph, how: str, data: st.DataObj
         assert v.dies == (count if v.name in outputs else max(readers[v.name]))
         assert set(v.readers) == {r for r in readers[v.name] if v.control is None or r > v.born}
         if v.control is None:
-            above = {v.name, *(nx.ancestors(edges, v.name) if v.name in edges else ())}
-            assert v.fixed == (not above & moved_at)
+            above, below = (
+                {v.name, *(way(edges, v.name) if v.name in edges else ())} for way in (nx.ancestors, nx.descendants)
+            )
+            assert v.fixed == (not above & moved_at or not below & outputs)
     order = list(ops.position)
     for stage in found.stages:
         names = [n.removeprefix("params:") for n in stage.live]
