@@ -36,10 +36,12 @@ def machine(threads: int) -> str:
 
 
 def measured() -> str:
-    """When something was measured, and of which commit."""
-    git = ["git", "-C", str(DOCS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    return f"{datetime.now(UTC):%d %B, %H:%M} ({commit})"
+    """When something was measured, and of which commit; "changed" if code differs from it (tables are written anyway)."""
+    git = ["git", "-C", str(DOCS.parent)]
+    described = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=True)
+    code = ("gtddp_compile", "passes", "benchmarks/*.py")
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+    return f"{datetime.now(UTC):%d %B, %H:%M} ({described.stdout.strip()}{', changed' if changed else ''})"
 
 
 @dataclass(frozen=True)
