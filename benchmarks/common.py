@@ -36,7 +36,7 @@ def machine(threads: int) -> str:
 
 
 def measured() -> str:
-    """When something was measured, and of which commit; "changed" if code differs from it (tables are written anyway)."""
+    """When something was measured, and of which commit; "changed" if code differs from it (tables always do)."""
     git = ["git", "-C", str(DOCS.parent)]
     described = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=True)
     code = ("gtddp_compile", "passes", "benchmarks/*.py")
