@@ -58,6 +58,7 @@ def updates() -> tuple[Callable[[], object], Callable[[], object]]:
 def pairs() -> list[Pair]:
     """(what, in place of what, the program's way, the other way, why it was left out)."""
     x, g = torch.randn(128, 512), torch.randn(128, 512)
+    short = x[:, :256].contiguous()
     grams = [x @ x.T + torch.eye(128) for _ in range(5)]
     stack = torch.stack(grams)
     images, gradients = torch.randn(128, 64, 16, 16), torch.randn(128, 64, 16, 16)
@@ -75,8 +76,8 @@ def pairs() -> list[Pair]:
     deep = (torch.randn(16, 1024, 4, 4),), torch.randn(16, 2048, 2, 2), (torch.randn(2048, 1024, 1, 1),), (True, False)
     strided: dict[str, Any] = {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
     return [
-        ("symmetric product in three of four blocks", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: halves(x),
-         "rows are too short to gain; a convolution's Gram matrix, whose rows are longer, is made so"),
+        ("symmetric product in three of four blocks", "X Xᵀ, 128 × 256", lambda: short @ short.T, lambda: halves(short),
+         "rows are too short to gain; longer ones are made so"),
         ("bfloat16", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: x.bfloat16() @ x.bfloat16().T,
          "little of a whole step; an option, see the table of Gram matrices"),
         ("one batched Cholesky of 5 stages", "one a stage, 128 × 128",
