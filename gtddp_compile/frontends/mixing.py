@@ -115,6 +115,7 @@ class _Trial:
         self._followed = _followed(graph)
         self._orders = {op.layout.order for op in graph.ops if op.layout is not None}
         self._values: dict[str, _Value] = {}
+        self._drawn = torch.empty(0)
 
     def found(self, inputs: tuple[Any, ...]) -> tuple[set[str], set[str]]:
         """Operations that mix samples, and those whose value has entries of which nothing tells whose they are."""
@@ -181,7 +182,7 @@ class _Trial:
         """Whether the first sample's part depends on what others have, or theirs on what it has."""
         first = torch.arange(self._batch) == 0
         for others in (first, ~first):
-            cotangent = torch.randn(value.shape, dtype=value.dtype).to(value.device)
+            cotangent = self._cotangent(value)
             rows, index = part.of(cotangent, others)
             rows[index.to(rows.device)] = 0
             wanted = [own.tensor for own in asked.values()]
@@ -197,6 +198,13 @@ class _Trial:
                 if bool((rows[index.to(rows.device)].nan_to_num(0.0, 1.0, 1.0) != 0).any()):
                     return True
         return False
+
+    def _cotangent(self, value: Tensor) -> Tensor:
+        """Random numbers of a value's shape, the same for all: drawing them anew would be most of the trial."""
+        if len(self._drawn) < value.numel():
+            self._drawn = torch.randn(value.numel())
+        found = self._drawn[: value.numel()].view(value.shape).to(value.device, value.dtype, copy=True)
+        return found * (1 + 1j) if found.is_complex() else found
 
 
 def _parameter(value: Tensor, *, away: bool) -> Tensor:
