@@ -46,6 +46,11 @@ def _unprepared(b: Builder, player: Player, use: Use) -> bool:
     return use.rule.prepare and not use.layouts and b.keeps(player.name)
 
 
+def moments(b: Builder, op: str) -> str:
+    """The variable of a batch-norm's moments."""
+    return f"moments_{b.name(op)}"
+
+
 def params(b: Builder, use: Use) -> tuple[object, ...]:
     """The use's parameters in the kernels' order."""
     return tuple(b.operand(ref) for ref in use.params)
@@ -69,8 +74,12 @@ def _kept(b: Builder, t: int, player: Player) -> str:
     if b.first_time(name):
         raw = _unprepared(b, player, use)
         found = tuple(b.operand(ref) for ref in use.operands) if raw else operands(b, use)
+        more: dict[str, Any] = {}
+        if raw and use.options.get("form") == "batch" and use.options.get("training"):
+            more["moments"] = Var(moments(b, use.op))
+            b.emit("backward", t, (f"*{moments(b, use.op)}",), "batch_moments", found[0], note="mean, variance")
         b.emit("backward", t, (f"*{name}",), b.kernel(use, "gamma" if raw else "per_sample"), found,
-               Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use))  # fmt: skip
+               Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use), **more)  # fmt: skip
     return name
 
 

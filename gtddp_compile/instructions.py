@@ -128,6 +128,8 @@ class StageFunction:
         extras: for a player's function, those of ``inputs`` that are no tensors: they come first.
         edges: those of ``returns`` whose gradient alone is asked for: where they lie in the graph is returned instead.
         buffers: for a player's function, variables of the buffers it takes, by the buffers' names.
+        moments: of batch-norms in training among ``ops``, variables of the batch's moments; they come first. A stage
+            finds the others itself.
     """
 
     name: str
@@ -141,6 +143,7 @@ class StageFunction:
     extras: tuple[str, ...] = ()
     buffers: Mapping[str, str] = field(default_factory=dict)
     edges: tuple[str, ...] = ()
+    moments: Mapping[str, str] = field(default_factory=dict)
 
 
 def identifier(name: str, taken: Callable[[str], bool]) -> str:

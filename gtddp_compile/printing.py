@@ -57,8 +57,10 @@ class Printer:
         self._name = name
         self.constants: dict[str, Any] = {}
 
-    def operation(self, op: Op, *, params: Mapping[str, str] | None = None) -> str:
-        """Right-hand side of the operation's assignment; ``params`` renames parameters (a player's own function)."""
+    def operation(self, op: Op, *, params: Mapping[str, str] | None = None, more: Mapping[str, str] = {}) -> str:
+        """Right-hand side of the operation's assignment; ``params`` renames parameters (a player's own function),
+        ``more`` are keyword arguments, as text.
+        """
 
         def show(value: Any) -> str:
             return self._value(value, params)
@@ -72,6 +74,7 @@ class Printer:
         if target is operator.neg:
             return f"-{args[0]}"
         args += [f"{key}={show(value)}" for key, value in op.kwargs.items()]
+        args += [f"{key}={text}" for key, text in more.items()]
         if isinstance(target, Method):
             return f"{args[0]}.{target.name}({', '.join(args[1:])})"
         return f"{self._target(target)}({', '.join(args)})"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from gtddp_compile.builder import Builder
+from gtddp_compile.calls import moments
 from gtddp_compile.ends import Part
 from gtddp_compile.graph import ControlGraph, Op
 from gtddp_compile.instructions import Function, Instruction, StageFunction, Var
@@ -51,7 +52,7 @@ def make_again(written: Written) -> Written:
     b, sweeps = Builder.like(written.plan, written.names, written.uses), written.sweeps
     kept = _Kept(b, sweeps)
     _, made = kept.needed(kept.choose(written.parts))
-    again = _Again(b, made)
+    again = _Again(b, made, {name for part in sweeps.gains.values() for one in part for name in one.written})
     forward = {t: tuple(again.stage(part)) for t, part in sweeps.forward.items()}
     return replace(
         written, sweeps=replace(sweeps, forward=forward), dynamics=(*written.dynamics, *again.functions.values())
@@ -205,11 +206,11 @@ def takes(b: Builder, part: Part) -> tuple[str, ...]:
 class _Again:
     """The forward sweep, each part before the first instruction that reads anything of it.
 
-    ``made``: which part makes which variable.
+    ``made``: which part makes which variable. ``written``: variables of the backward sweep, moments among them.
     """
 
-    def __init__(self, b: Builder, made: dict[str, Part]) -> None:
-        self._b, self._made, self._same = b, made, same_gradients(b)
+    def __init__(self, b: Builder, made: dict[str, Part], written: set[str]) -> None:
+        self._b, self._made, self._same, self._written = b, made, same_gradients(b), written
         self._names: dict[str, str] = {}
         self.functions: dict[str, StageFunction] = {}
 
@@ -221,10 +222,14 @@ class _Again:
             yield one.renamed(self._names)
 
     def _part(self, part: Part, stage: int) -> Iterator[Instruction]:
-        function, b = part.function, self._b
+        b, known = self._b, {op: moments(self._b, op) for op in part.function.ops}
+        function = replace(part.function, moments={op: name for op, name in known.items() if name in self._written})
         if function.name in self.functions:
             return
         self.functions[function.name] = function
+        dynamics = (
+            f"bind({', '.join((function.name, *function.moments.values()))})" if function.moments else function.name
+        )
         for name in takes(b, part):
             if name in self._made:
                 yield from self._part(self._made[name], stage)
@@ -232,7 +237,7 @@ class _Again:
         wanted = {self._same.get(name, name) for name, maker in self._made.items() if maker is part}
         found = Instruction(
             "forward", stage, tuple(f"{name}_again" if name in wanted else "_" for name in writes), "make_again",
-            (Function(function.name), Var("p"), Var("b_again"), tuple(Var(b.name(name)) for name in function.inputs),
+            (Function(dynamics), Var("p"), Var("b_again"), tuple(Var(b.name(name)) for name in function.inputs),
              tuple(name and Var(name) for name in part.gradients), tuple(name is not None for name in part.pulled)),
             note=f"x and g of stage {function.stage} as they were",
         )  # fmt: skip

@@ -1,7 +1,24 @@
 """Batch-norm in normal form: its buffers are arguments, advanced in place where they are given."""
 
+import math
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gtddp_compile.kernels.linear import pieces
+
+CACHED = 2**18
+"""Elements that are centred at a time: they stay in the second-level cache."""
+
+FEW = 8
+"""Positions below which torch finds a batch's moments as fast."""
+
+FULL = (torch.float32, torch.float64)
+
+Moments = tuple[Tensor, Tensor]
+"""Mean and (biased) variance of every channel, ``(C,)`` each."""
 
 
 def batch_norm(
@@ -15,12 +32,14 @@ def batch_norm(
     training: bool = False,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
+    moments: Moments | None = None,
 ) -> Tensor:
     """``h = (x - mean) / √(var + eps) ∘ w + b`` over axis 1, as ``torch.nn.BatchNorm1d`` to ``3d`` compute it.
 
     In training mode the batch's own statistics normalise and the buffers that are not ``None`` advance by
     ``momentum`` (``None``: cumulative average); the second forward sweep passes ``None``. In evaluation mode the
-    running statistics normalise, or the batch's own where there are none.
+    running statistics normalise, or the batch's own where there are none. ``moments``: those of ``x``, where somebody
+    has them; they are not constants to autograd, and in half precision and compiled code torch finds its own.
     """
     if not training:
         own = running_mean is None
@@ -32,4 +51,77 @@ def batch_norm(
             factor = float(num_batches_tracked.reciprocal())
     mean = None if running_mean is None else running_mean.detach()
     var = None if running_var is None else running_var.detach()
-    return F.batch_norm(x, mean, var, weight, bias, True, factor, eps)
+    half = x.dtype not in FULL or (weight is not None and weight.dtype != x.dtype)
+    if moments is None or half or torch.compiler.is_compiling():
+        return F.batch_norm(x, mean, var, weight, bias, True, factor, eps)
+    if mean is not None and var is not None:
+        entries = x.numel() // x.shape[1]
+        mean.lerp_(moments[0].to(mean.dtype), factor)
+        var.lerp_((moments[1] * (entries / (entries - 1))).to(var.dtype), factor)
+    found: Tensor = _Normalised.apply(x, *moments, weight, bias, eps)  # type: ignore[no-untyped-call]
+    return found
+
+
+def quick_moments(x: Tensor) -> Moments | None:
+    """:func:`batch_moments` where they are found faster here than by torch: in a sweep of a stage.
+
+    Measured (benchmarks/tried.py): on a CPU torch spends several times as long on them as on normalising.
+    """
+    here = x.device.type == "cpu" and x.dtype in FULL and not torch.compiler.is_compiling()
+    many = here and x.dim() > 2 and x.is_contiguous() and math.prod(x.shape[2:]) >= FEW
+    return batch_moments(x) if many else None
+
+
+def batch_moments(x: Tensor) -> Moments:
+    """Mean and variance of a batch's channels (axis 1), in two passes and in float32 at least; no gradient."""
+    with torch.no_grad():
+        precise = torch.promote_types(x.dtype, torch.float32)
+        lines = x.detach().flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)
+        entries = x.shape[0] * lines.shape[2]
+        mean = lines.sum(2, dtype=precise).sum(0) / entries
+        whole = torch.compiler.is_compiling()
+        rows = (slice(None),) if whole else pieces(len(x), max(1, CACHED * len(x) // max(1, x.numel())))
+        squares = torch.zeros_like(mean)
+        for part in rows:
+            centred = lines[part] - mean.unsqueeze(1)
+            squares += torch.linalg.vector_norm(centred, dim=2).square().sum(0)
+    return mean, squares / entries
+
+
+class _Normalised(torch.autograd.Function):
+    """torch's own normalisation and its own gradient, with the moments given."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, mean, var, weight, _, eps = inputs
+        ctx.save_for_backward(x, mean, var, weight)
+        ctx.save_for_forward(x, mean, var, weight)
+        ctx.eps = eps
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, var, weight = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[index] for index in (0, 3, 4)]
+        found = torch.ops.aten.native_batch_norm_backward(
+            g, x, weight, None, None, mean, (var + ctx.eps).rsqrt(), True, ctx.eps, wanted
+        )
+        own, scale, shift = (one if want else None for one, want in zip(found, wanted, strict=True))
+        return own, None, None, scale, shift, None
+
+    @staticmethod
+    def jvp(ctx: Any, moved: Tensor, *rest: Tensor | None) -> Tensor:
+        x, mean, var, weight = ctx.saved_tensors
+        _, _, scale, shift, _ = rest
+        axes, shape = [0, *range(2, x.dim())], (-1, *(1,) * (x.dim() - 2))
+        rstd = (var + ctx.eps).rsqrt().view(shape)
+        normal = (x - mean.view(shape)) * rstd
+        found = (moved - moved.mean(axes, True) - normal * (normal * moved).mean(axes, True)) * rstd
+        found = found if weight is None else found * weight.view(shape)
+        found = found if scale is None else found + normal * scale.view(shape)
+        return found if shift is None else found + shift.view(shape)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gtddp_compile.kernels.batch_norm import Moments, batch_moments
+
 CHUNK = 2**18
 """Elements of what is computed from some of the samples at a time: they stay in the second-level cache."""
 
@@ -84,12 +86,16 @@ def norm_gamma(
     form: str,
     eps: float | None = 1e-5,
     training: bool = False,
+    moments: Moments | None = None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """``γ`` from operands that are not prepared, some samples at a time: ``x̂`` never exists as a whole."""
+    """``γ`` from operands that are not prepared, some samples at a time: ``x̂`` never exists as a whole.
+
+    ``moments``: a batch's, where somebody has them.
+    """
     step = g.shape[0] if torch.compiler.is_compiling() else max(1, CHUNK * g.shape[0] // max(1, g.numel()))
     if form == "batch" and training:
-        return _norm_batch_gamma(operands[0], g, wants, 1e-5 if eps is None else eps, step)
+        return _norm_batch_gamma(operands[0], g, wants, 1e-5 if eps is None else eps, step, moments)
     found = []
     for x, own in zip(operands[0].split(step), g.split(step), strict=True):
         prepared = norm_prepare((x, *operands[1:]), form=form, eps=eps, training=training, **options)
@@ -97,20 +103,18 @@ def norm_gamma(
     return tuple(torch.cat(rows) for rows in zip(*found, strict=True))
 
 
-def _norm_batch_gamma(x: Tensor, g: Tensor, wants: tuple[bool, ...], eps: float, step: int) -> tuple[Tensor, ...]:
-    """The same under the batch's own statistics: ``γ_w = Σ g ∘ (x - mean) / √(var + eps)``, two passes over ``x``."""
-    precise = x.dtype if x.dtype == torch.float64 else torch.float32
+def _norm_batch_gamma(
+    x: Tensor, g: Tensor, wants: tuple[bool, ...], eps: float, step: int, moments: Moments | None
+) -> tuple[Tensor, ...]:
+    """The same under the batch's own statistics: ``γ_w = Σ g ∘ (x - mean) / √(var + eps)``."""
     shift = _norm_positions(g, "batch", ())
     if not wants[0]:
         return (shift,)
-    entries = x.shape[0] * x[0, 0].numel()
-    mean = (_norm_positions(x, "batch", ()).to(precise).sum(0) / entries).reshape(-1, *(1,) * (x.dim() - 2))
-    squares, products = torch.zeros_like(mean).flatten(), []
+    mean, variance = batch_moments(x) if moments is None else moments
+    centre, products = mean.reshape(-1, *(1,) * (x.dim() - 2)), []
     for part, own in zip(x.split(step), g.split(step), strict=True):
-        centred = part.to(precise) - mean
-        squares += _norm_positions(centred.square(), "batch", ()).sum(0)
-        products.append(_norm_positions(centred.mul_(own), "batch", ()))
-    scale = (torch.cat(products) * (squares / entries + eps).rsqrt()).to(g.dtype)
+        products.append(_norm_positions((part - centre).mul_(own), "batch", ()))
+    scale = (torch.cat(products) * (variance + eps).rsqrt()).to(g.dtype)
     return (scale, shift) if len(wants) > 1 and wants[1] else (scale,)
 
 
