@@ -12,7 +12,7 @@ than backpropagation does without them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from gtddp_compile.builder import Builder
@@ -222,25 +222,49 @@ class _Again:
             yield one.renamed(self._names)
 
     def _part(self, part: Part, stage: int) -> Iterator[Instruction]:
-        b, known = self._b, {op: moments(self._b, op) for op in part.function.ops}
-        function = replace(part.function, moments={op: name for op, name in known.items() if name in self._written})
+        b, known = self._b, self._known(part)
+        function = replace(part.function, moments={op: name for op, (name, _) in known.items()})
         if function.name in self.functions:
             return
         self.functions[function.name] = function
-        dynamics = (
-            f"bind({', '.join((function.name, *function.moments.values()))})" if function.moments else function.name
-        )
         for name in takes(b, part):
             if name in self._made:
                 yield from self._part(self._made[name], stage)
-        writes = makes(b, part)
+        for name, sums in known.values():
+            if sums:
+                yield Instruction(
+                    "forward", stage, (f"*{name}",), "batch_known", tuple(map(Var, sums)), note="means of g too"
+                )
+        writes, bound = makes(b, part), ", ".join((function.name, *function.moments.values()))
         wanted = {self._same.get(name, name) for name, maker in self._made.items() if maker is part}
         found = Instruction(
             "forward", stage, tuple(f"{name}_again" if name in wanted else "_" for name in writes), "make_again",
-            (Function(dynamics), Var("p"), Var("b_again"), tuple(Var(b.name(name)) for name in function.inputs),
-             tuple(name and Var(name) for name in part.gradients), tuple(name is not None for name in part.pulled)),
+            (Function(f"bind({bound})" if known else function.name), Var("p"), Var("b_again"),
+             tuple(Var(b.name(name)) for name in function.inputs), tuple(name and Var(name) for name in part.gradients),
+             tuple(name is not None for name in part.pulled), tuple(name in wanted for name in writes)),
+            {"by_entry": True} if self._by_entry(part, known) else None,
             note=f"x and g of stage {function.stage} as they were",
         )  # fmt: skip
         yield found.renamed(self._names)
         same = {name: name for name in writes} | {own: cut for own, cut in self._same.items() if cut in writes}
         self._names.update({name: f"{made}_again" for name, made in same.items() if name in self._made})
+
+    def _known(self, part: Part) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Of its batch-norms, the variable of what is known of the batch, and what that is still to be made of."""
+        found: dict[str, tuple[str, tuple[str, ...]]] = {}
+        for op in part.function.ops:
+            name, uses = moments(self._b, op), self._b.uses_at(op)
+            if name in self._written:
+                ((_, use),) = uses
+                both = use.wants == (True, True)
+                found[op] = (
+                    (f"known_{self._b.name(op)}", (name, f"rows_{self._b.name(use.key)}")) if both else (name, ())
+                )
+        return found
+
+    def _by_entry(self, part: Part, known: Mapping[str, tuple[str, tuple[str, ...]]]) -> bool:
+        """Whether its values are all of one shape, samples first, and no sample's entries depend on another's."""
+        ops = [self._b.graph.op(name) for name in (*part.function.inputs, *part.function.ops)]
+        alike = len({op.shape for op in ops}) == 1 and not any(op.layout for op in ops)
+        norms = [op.name for op in ops if op.name in part.function.ops and op.kind == "batch_norm"]
+        return alike and all(known.get(name, ("", ()))[1] for name in norms)

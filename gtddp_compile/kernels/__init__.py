@@ -13,7 +13,7 @@ from gtddp_compile.kernels.approximate import (
     linear_sketch_gram,
 )
 from gtddp_compile.kernels.arrange import apart, apart_all, arranged, contract_arranged, order_of_rows, together
-from gtddp_compile.kernels.batch_norm import batch_moments, batch_norm, quick_moments
+from gtddp_compile.kernels.batch_norm import batch_known, batch_moments, batch_norm, quick_moments
 from gtddp_compile.kernels.conv import (
     conv_directional,
     conv_gram,
@@ -151,6 +151,7 @@ __all__ = [
     "apart_all",
     "arranged",
     "attention_mask",
+    "batch_known",
     "batch_moments",
     "batch_norm",
     "bernoulli_like_first",

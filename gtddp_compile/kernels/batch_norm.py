@@ -17,8 +17,9 @@ FEW = 8
 
 FULL = (torch.float32, torch.float64)
 
-Moments = tuple[Tensor, Tensor]
-"""Mean and (biased) variance of every channel, ``(C,)`` each."""
+Moments = tuple[Tensor, ...]
+"""Of every channel, ``(C,)`` each: mean and (biased) variance; then, where the gradient of what was normalised is known
+too, what it sums up to with ``x̂`` and alone, a sample."""
 
 
 def batch_norm(
@@ -51,15 +52,15 @@ def batch_norm(
             factor = float(num_batches_tracked.reciprocal())
     mean = None if running_mean is None else running_mean.detach()
     var = None if running_var is None else running_var.detach()
-    half = x.dtype not in FULL or (weight is not None and weight.dtype != x.dtype)
-    if moments is None or half or torch.compiler.is_compiling():
+    if moments is None or torch.compiler.is_compiling():
         return F.batch_norm(x, mean, var, weight, bias, True, factor, eps)
     if mean is not None and var is not None:
         entries = x.numel() // x.shape[1]
         mean.lerp_(moments[0].to(mean.dtype), factor)
         var.lerp_((moments[1] * (entries / (entries - 1))).to(var.dtype), factor)
-    found: Tensor = _Normalised.apply(x, *moments, weight, bias, eps)  # type: ignore[no-untyped-call]
-    return found
+    wide = (None if value is None else value.to(moments[0].dtype) for value in (x, weight, bias))
+    found: Tensor = _Normalised.apply(*wide, eps, *moments)  # type: ignore[no-untyped-call]
+    return found.to(x.dtype)
 
 
 def quick_moments(x: Tensor) -> Moments | None:
@@ -79,13 +80,20 @@ def batch_moments(x: Tensor) -> Moments:
         lines = x.detach().flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)
         entries = x.shape[0] * lines.shape[2]
         mean = lines.sum(2, dtype=precise).sum(0) / entries
-        whole = torch.compiler.is_compiling()
-        rows = (slice(None),) if whole else pieces(len(x), max(1, CACHED * len(x) // max(1, x.numel())))
+        rows = pieces(len(x), max(1, CACHED * len(x) // max(1, x.numel())))
         squares = torch.zeros_like(mean)
         for part in rows:
             centred = lines[part] - mean.unsqueeze(1)
             squares += torch.linalg.vector_norm(centred, dim=2).square().sum(0)
     return mean, squares / entries
+
+
+def batch_known(moments: Moments, rows: tuple[Tensor, Tensor]) -> Moments:
+    """A batch's moments with what the gradient sums up to, from ``γ`` of the weight and of the bias, ``(B, C)`` each.
+
+    With them the normalisation and its gradient are taken entry by entry: of any part of the batch.
+    """
+    return (*moments[:2], *(gamma.mean(0).to(moments[0].dtype) for gamma in rows))
 
 
 class _Normalised(torch.autograd.Function):
@@ -94,30 +102,31 @@ class _Normalised(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *moments: Tensor) -> Tensor:
+        return F.batch_norm(x, *moments[:2], weight, bias, False, 0.0, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, mean, var, weight, _, eps = inputs
-        ctx.save_for_backward(x, mean, var, weight)
-        ctx.save_for_forward(x, mean, var, weight)
+        x, weight, _, eps, *moments = inputs
+        ctx.save_for_backward(x, weight, *moments)
+        ctx.save_for_forward(x, weight, *moments)
         ctx.eps = eps
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, var, weight = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[index] for index in (0, 3, 4)]
-        found = torch.ops.aten.native_batch_norm_backward(
-            g, x, weight, None, None, mean, (var + ctx.eps).rsqrt(), True, ctx.eps, wanted
-        )
-        own, scale, shift = (one if want else None for one, want in zip(found, wanted, strict=True))
-        return own, None, None, scale, shift, None
+        x, weight, mean, var, *sums = ctx.saved_tensors
+        wanted, others, rstd = list(ctx.needs_input_grad[:3]), (None,) * (3 + len(sums)), (var + ctx.eps).rsqrt()
+        if sums and wanted == [True, False, False]:
+            return _known_gradient(x, g, rstd if weight is None else rstd * weight, (mean, var, *sums), ctx.eps), *(
+                None, None, *others
+            )  # fmt: skip
+        found = torch.ops.aten.native_batch_norm_backward(g, x, weight, None, None, mean, rstd, True, ctx.eps, wanted)
+        return (*(one if want else None for one, want in zip(found, wanted, strict=True)), *others)
 
     @staticmethod
     def jvp(ctx: Any, moved: Tensor, *rest: Tensor | None) -> Tensor:
-        x, mean, var, weight = ctx.saved_tensors
-        _, _, scale, shift, _ = rest
+        x, weight, mean, var, *_ = ctx.saved_tensors
+        scale, shift, *_ = rest
         axes, shape = [0, *range(2, x.dim())], (-1, *(1,) * (x.dim() - 2))
         rstd = (var + ctx.eps).rsqrt().view(shape)
         normal = (x - mean.view(shape)) * rstd
@@ -125,3 +134,11 @@ class _Normalised(torch.autograd.Function):
         found = found if weight is None else found * weight.view(shape)
         found = found if scale is None else found + normal * scale.view(shape)
         return found if shift is None else found + shift.view(shape)
+
+
+def _known_gradient(x: Tensor, g: Tensor, scale: Tensor, known: Moments, eps: float) -> Tensor:
+    """``(g - mean(g) - x̂ mean(g x̂)) ∘ w / √(var + eps)``, the means from what is known."""
+    mean, var, with_normal, alone = known
+    share = -scale / math.prod(x.shape[2:])
+    found = F.batch_norm(x, mean, var, with_normal * share, alone * share, False, 0.0, eps)
+    return found.add_(g * scale.view(-1, *(1,) * (x.dim() - 2)))

@@ -15,6 +15,9 @@ from gtddp_compile.kernels.linear import linear_inputs, pieces
 
 Blocks = tuple[Tensor, ...]
 
+AGAIN = 2**19
+"""Elements of a value that are made again at a time."""
+
 WEIGHED = 2**20
 """Elements of ``g`` that are scaled at a time."""
 
@@ -54,11 +57,38 @@ def make_again(
     values: tuple[Tensor, ...],
     gradients: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
-) -> tuple[Tensor, ...]:
+    read: tuple[bool, ...],
+    by_entry: bool = False,
+) -> tuple[Tensor | None, ...]:
     """What the end of a stage computes from ``values``, and the gradients of the ``wanted`` ones among them.
 
-    ``gradients``: of what it returns, where one enters.
+    ``gradients``: of what it returns, where one enters. ``read``: of all that is returned, what somebody reads; the
+    rest is ``None``. ``by_entry``: all values have one shape and no samples meet, so that some are taken at a time:
+    what is between is read again from the cache, and never there as a whole.
     """
+    entries, samples = values[0].numel(), len(values[0])
+    rows = max(1, AGAIN * samples // max(1, entries)) if by_entry else samples
+    if rows >= samples or torch.compiler.is_compiling() or not all(value.is_contiguous() for value in values):
+        found = _make_again(function, p, b, values, gradients, wanted)
+        return tuple(one if wants else None for one, wants in zip(found, read, strict=True))
+    whole = tuple(torch.empty_like(values[0]) if wants else None for wants in read)
+    for part in pieces(samples, rows):
+        own = tuple(value[part] for value in values), tuple(None if g is None else g[part] for g in gradients)
+        for value, one in zip(whole, _make_again(function, p, b, *own, wanted), strict=True):
+            if value is not None:
+                value[part] = one
+    return whole
+
+
+def _make_again(
+    function: Callable[..., tuple[Tensor, ...]],
+    p: dict[str, Tensor],
+    b: dict[str, Tensor | None],
+    values: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """:func:`make_again` of some samples."""
     with torch.enable_grad():
         leaves = tuple(leaf(value) if want else value.detach() for value, want in zip(values, wanted, strict=True))
         found = function(p, b, *leaves)
