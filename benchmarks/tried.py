@@ -13,7 +13,7 @@ import typer
 from common import interleaved, machine, markdown, write_section
 from torch import Tensor
 
-from gtddp_compile.kernels import approximate, conv, linear, patches
+from gtddp_compile.kernels import approximate, batch_moments, batch_norm, conv, linear, patches
 
 Pair = tuple[str, str, Callable[[], object], Callable[[], object], str]
 
@@ -72,6 +72,7 @@ def pairs() -> list[Pair]:
         new.copy_(weight)
         new.addmm_(g.T, x, alpha=-0.1)
 
+    maps, affine = torch.randn(128, 64, 32, 32), (torch.randn(64), torch.randn(64))
     ones, small = (1, 1), (padded[:, :, :16, :10, :10].contiguous(), gradients[:, None, :16, :8, :8].contiguous())
     deep = (torch.randn(16, 1024, 4, 4),), torch.randn(16, 2048, 2, 2), (torch.randn(2048, 1024, 1, 1),), (True, False)
     strided: dict[str, Any] = {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
@@ -94,6 +95,10 @@ def pairs() -> list[Pair]:
          lambda: torch.ops.aten.convolution_backward(deep[1], deep[0][0], deep[2][0], None, [2, 2], [0, 0], [1, 1],
                                                      False, [0, 0], 1, [False, True, False]),
          "slower where the weight is larger than what its gradient is made of"),
+        ("torch's own moments", "a batch-norm's value in training, 128 × 64 × 32 × 32",
+         lambda: batch_norm(maps, None, None, None, *affine, training=True, moments=batch_moments(maps)),
+         lambda: batch_norm(maps, None, None, None, *affine, training=True),
+         "slower on a CPU; what a model is recorded and checked with"),
         ("batched dot products", "⟨g, δx⟩ of every sample, 128 × 512",
          lambda: (g - x).mul_(g).sum(1), lambda: torch.bmm((g - x).unsqueeze(1), g.unsqueeze(2)).flatten(),
          "slower"),

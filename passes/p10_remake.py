@@ -266,5 +266,5 @@ class _Again:
         """Whether its values are all of one shape, samples first, and no sample's entries depend on another's."""
         ops = [self._b.graph.op(name) for name in (*part.function.inputs, *part.function.ops)]
         alike = len({op.shape for op in ops}) == 1 and not any(op.layout for op in ops)
-        norms = [op.name for op in ops if op.name in part.function.ops and op.kind == "batch_norm"]
-        return alike and all(known.get(name, ("", ()))[1] for name in norms)
+        met = [op.name for op in ops if op.kind == "batch_norm" and (op.kwargs.get("training") or op.args[1] is None)]
+        return alike and all(known.get(name, ("", ()))[1] for name in met if name in part.function.ops)

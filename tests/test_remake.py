@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer, costs
+from gtddp_compile.kernels import sweep
 from gtddp_compile.passes import p10_remake as remake
 
 
@@ -53,12 +54,16 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_step_is_the_derived_one(eager: None, training: bool) -> None:
+@pytest.mark.parametrize("size", [1, 2**19], ids=["by sample", "at once"])
+def test_step_is_the_derived_one(eager: None, training: bool, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "AGAIN", size)
     found, code = step("fast", training)
     expected, _ = step("dense", training)
     made = [line.partition(" = make_again(")[0].strip() for line in code.splitlines() if " = make_again(" in line]
     assert len(made) == 5, "first, a, b and what joins the mapping to it, the perceptron's activation"
     assert any("gh_up_again" in line for line in made)
+    assert code.count("by_entry=True") == len(made)
+    assert code.count(" = batch_known(") == (4 if training else 0)
     for ours, derived in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, derived, rtol=0, atol=1e-9)
 
