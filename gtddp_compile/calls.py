@@ -76,8 +76,8 @@ def _kept(b: Builder, t: int, player: Player) -> str:
         found = tuple(b.operand(ref) for ref in use.operands) if raw else operands(b, use)
         more: dict[str, Any] = {}
         if raw and use.options.get("form") == "batch" and use.options.get("training"):
-            more["moments"] = Var(moments(b, use.op))
-            b.emit("backward", t, (f"*{moments(b, use.op)}",), "batch_moments", found[0], note="mean, variance")
+            more["moments"], x = Var(moments(b, use.op)), b.operand(use.operands[0])
+            b.emit("backward", t, (f"*{moments(b, use.op)}",), "batch_moments", x, note="mean, variance")
         b.emit("backward", t, (f"*{name}",), b.kernel(use, "gamma" if raw else "per_sample"), found,
                Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use), **more)  # fmt: skip
     return name

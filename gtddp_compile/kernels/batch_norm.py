@@ -103,7 +103,8 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *moments: Tensor) -> Tensor:
-        return F.batch_norm(x, *moments[:2], weight, bias, False, 0.0, eps)
+        mean, var, *_ = moments
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -117,9 +118,8 @@ class _Normalised(torch.autograd.Function):
         x, weight, mean, var, *sums = ctx.saved_tensors
         wanted, others, rstd = list(ctx.needs_input_grad[:3]), (None,) * (3 + len(sums)), (var + ctx.eps).rsqrt()
         if sums and wanted == [True, False, False]:
-            return _known_gradient(x, g, rstd if weight is None else rstd * weight, (mean, var, *sums), ctx.eps), *(
-                None, None, *others
-            )  # fmt: skip
+            own = _known_gradient(x, g, rstd if weight is None else rstd * weight, (mean, var, *sums), ctx.eps)
+            return (own, None, None, *others)
         found = torch.ops.aten.native_batch_norm_backward(g, x, weight, None, None, mean, rstd, True, ctx.eps, wanted)
         return (*(one if want else None for one, want in zip(found, wanted, strict=True)), *others)
 
@@ -140,5 +140,6 @@ def _known_gradient(x: Tensor, g: Tensor, scale: Tensor, known: Moments, eps: fl
     """``(g - mean(g) - x̂ mean(g x̂)) ∘ w / √(var + eps)``, the means from what is known."""
     mean, var, with_normal, alone = known
     share = -scale / math.prod(x.shape[2:])
-    found = F.batch_norm(x, mean, var, with_normal * share, alone * share, False, 0.0, eps)
-    return found.add_(g * scale.view(-1, *(1,) * (x.dim() - 2)))
+    found: Tensor = F.batch_norm(x, mean, var, with_normal * share, alone * share, False, 0.0, eps)
+    found += g * scale.view(-1, *(1,) * (x.dim() - 2))
+    return found
