@@ -141,5 +141,4 @@ def _known_gradient(x: Tensor, g: Tensor, scale: Tensor, known: Moments, eps: fl
     mean, var, with_normal, alone = known
     share = -scale / math.prod(x.shape[2:])
     found: Tensor = F.batch_norm(x, mean, var, with_normal * share, alone * share, False, 0.0, eps)
-    found += g * scale.view(-1, *(1,) * (x.dim() - 2))
-    return found
+    return found + g * scale.view(-1, *(1,) * (x.dim() - 2))
