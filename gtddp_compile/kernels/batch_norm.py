@@ -130,7 +130,7 @@ class _Normalised(torch.autograd.Function):
         axes, shape = [0, *range(2, x.dim())], (-1, *(1,) * (x.dim() - 2))
         rstd = (var + ctx.eps).rsqrt().view(shape)
         normal = (x - mean.view(shape)) * rstd
-        found = (moved - moved.mean(axes, True) - normal * (normal * moved).mean(axes, True)) * rstd
+        found: Tensor = (moved - moved.mean(axes, True) - normal * (normal * moved).mean(axes, True)) * rstd
         found = found if weight is None else found * weight.view(shape)
         found = found if scale is None else found + normal * scale.view(shape)
         return found if shift is None else found + shift.view(shape)
@@ -141,4 +141,4 @@ def _known_gradient(x: Tensor, g: Tensor, scale: Tensor, known: Moments, eps: fl
     mean, var, with_normal, alone = known
     share = -scale / math.prod(x.shape[2:])
     found: Tensor = F.batch_norm(x, mean, var, with_normal * share, alone * share, False, 0.0, eps)
-    return found + g * scale.view(-1, *(1,) * (x.dim() - 2))
+    return found.add_(g * scale.view(-1, *(1,) * (x.dim() - 2)))
