@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import interleaved, machine, markdown, write_section
+from common import interleaved, keep_heap, machine, markdown, write_section
 from torch import Tensor
 
 from gtddp_compile.kernels import approximate, batch_moments, batch_norm, conv, linear, patches
@@ -133,4 +133,5 @@ def main(
 
 
 if __name__ == "__main__":
+    keep_heap()
     typer.run(main)

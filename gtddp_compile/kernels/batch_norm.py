@@ -12,8 +12,8 @@ from gtddp_compile.kernels.linear import pieces
 CACHED = 2**18
 """Elements that are centred at a time: they stay in the second-level cache."""
 
-FEW = 8
-"""Positions below which torch finds a batch's moments as fast."""
+FEW, SMALL = 32, 2**18
+"""Positions, and elements, below which torch finds a batch's moments as fast."""
 
 FULL = (torch.float32, torch.float64)
 
@@ -69,8 +69,8 @@ def quick_moments(x: Tensor) -> Moments | None:
     Measured (benchmarks/tried.py): on a CPU torch spends several times as long on them as on normalising.
     """
     here = x.device.type == "cpu" and x.dtype in FULL and not torch.compiler.is_compiling()
-    many = here and x.dim() > 2 and x.is_contiguous() and math.prod(x.shape[2:]) >= FEW
-    return batch_moments(x) if many else None
+    large = here and x.numel() >= SMALL and math.prod(x.shape[2:]) >= FEW and x.is_contiguous()
+    return batch_moments(x) if large else None
 
 
 def batch_moments(x: Tensor) -> Moments:
