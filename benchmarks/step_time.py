@@ -237,6 +237,17 @@ def main(
         write_table(known, threads, clock)
 
 
+def in_order(known: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Rows as they are looked for, whatever was measured last: by base method, network and options."""
+    kinds, names = [*OPTIM, *KRONECKER], list(NETWORKS)
+
+    def place(key: str) -> tuple[int, int, int]:
+        name, curvature, options, *_ = json.loads(key)
+        return kinds.index(curvature), names.index(name), len(options)
+
+    return dict(sorted(known.items(), key=lambda item: place(item[0])))
+
+
 def write_table(known: dict[str, list[str]], threads: int, clock: str) -> None:
     """The section of docs/performance.md."""
     stamps = [row[-1] for row in known.values()]  # in the order of measurement
@@ -246,7 +257,7 @@ def write_table(known: dict[str, list[str]], threads: int, clock: str) -> None:
         "with `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` so high that freed memory is kept for the next "
         "step (peak memory without). The aim for peak memory is 1.40 everywhere.\n\n"
     )
-    rows = [(*row[:8], _aim(key), row[8]) for key, row in known.items()]
+    rows = [(*row[:8], _aim(key), row[8]) for key, row in in_order(known).items()]
     write_section("step time", "## One step\n\n" + text + markdown(HEADER, rows))
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from common import DOCS, markdown, write_section
-from step_time import RESULTS
+from step_time import RESULTS, in_order
 from wall_clock import COMPARED, RAW, TARGET, Run, chosen_runs, compared
 from wall_clock_methods import DATA
 
@@ -21,7 +21,7 @@ COLUMNS = ("sgd", "sgd coarse", "rmsprop", "adam", "kfac", "ekfac")
 def steps() -> str:
     """Ratio of a compiled step to the base method's, a row a network."""
     found: dict[str, dict[str, str]] = {}
-    for key, row in json.loads(RESULTS.read_text(encoding="utf-8")).items():
+    for key, row in in_order(json.loads(RESULTS.read_text(encoding="utf-8"))).items():
         name, curvature, options, against, *_ = json.loads(key)
         column = f"{curvature} coarse" if options == {"gram": "coarse"} else curvature if not options else ""
         if against == "feedback=False" or column not in COLUMNS:
