@@ -12,8 +12,11 @@ from gtddp_compile.kernels.linear import pieces
 CACHED = 2**18
 """Elements that are centred at a time: they stay in the second-level cache."""
 
-FEW, SMALL = 32, 2**18
-"""Positions, and elements, below which torch finds a batch's moments as fast."""
+FEW = 32
+"""Positions below which torch finds a batch's moments as fast."""
+
+SMALL = 2**18
+"""Elements below which it does."""
 
 FULL = (torch.float32, torch.float64)
 
