@@ -72,9 +72,14 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
 
 
 def _more(lowered: Lowered, function: StageFunction, name: str) -> dict[str, str]:
-    """Of a batch-norm in training that is a stage's, where it has the moments from."""
+    """Of a batch-norm in training that is a stage's, where it has the moments from.
+
+    Without feedback they are torch's own: such a step is the base method's to the last bit, however rounding grows.
+    """
     op = lowered.plan.graph.op(name)
     if op.target is not batch_norm or not op.kwargs.get("training") or function.params is not None:
+        return {}
+    if lowered.plan.form.name == "base":
         return {}
     return {"moments": function.moments.get(name, f"quick_moments({lowered.names[op.operands[0]]})")}
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from gtddp_compile import compile_optimizer
 from gtddp_compile.kernels import batch_known, batch_moments, batch_norm, norm_gamma, quick_moments
 from gtddp_compile.kernels import batch_norm as kernel
 from gtddp_compile.kernels.batch_norm import FEW, SMALL
@@ -123,3 +124,13 @@ def test_torch_finds_them_where_it_is_as_fast() -> None:
 def test_one_value_a_channel_is_torchs_error() -> None:
     with pytest.raises(ValueError, match="more than 1 value"):
         kernel(torch.randn(1, 3), None, None, None, None, None, training=True, moments=quick_moments(torch.randn(1, 3)))
+
+
+def test_without_feedback_they_are_torchs() -> None:
+    model, x = (
+        nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)),
+        torch.randn(4, 2, 2, 2),
+    )
+    for feedback in (False, True):
+        program = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=0.1, feedback=feedback).program
+        assert ("quick_moments" in program.code) is feedback
