@@ -6,11 +6,10 @@ embeddings and plain parameters (``NotImplementedError``), so that of the timed 
 shows: Fisher matrix of the batch, gradient, solve, update. ASDL (package ``asdfghjkl``, MIT) has K-FAC with running
 averages; here with the empirical Fisher matrix, whose gradients are those of the step, as ours (its EK-FAC, which its
 source calls unsupported, has no period for the eigenbases: EK-FAC is timed against ASDL's K-FAC too). Both make the
-matrices' inverses (the eigenbasis) every
-:data:`REFRESH` steps as ours are made, and the statistics (EK-FAC: the diagonal in the basis) every step; ASDL's own
-default, statistics as seldom as inverses, is a method that knows less. BackPACK has K-FAC factors but no optimizer of
-its own that keeps them, curvlinops computes linear operators of fixed parameters: neither has a step that could be
-timed.
+matrices' inverses (the eigenbasis) every :data:`REFRESH` steps as ours are made, and the statistics (EK-FAC: the
+diagonal in the basis) every step; ASDL's own default, statistics as seldom as inverses, is a method that knows less.
+BackPACK has K-FAC factors but no optimizer of its own that keeps them, curvlinops computes linear operators of fixed
+parameters: neither has a step that could be timed.
 """
 
 from __future__ import annotations

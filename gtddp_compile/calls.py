@@ -51,6 +51,11 @@ def moments(b: Builder, op: str) -> str:
     return f"moments_{b.name(op)}"
 
 
+def kept_rows(b: Builder, use: Use) -> str:
+    """The variable of a use's per-sample gradients where they are kept."""
+    return f"rows_{b.name(use.key)}"
+
+
 def params(b: Builder, use: Use) -> tuple[object, ...]:
     """The use's parameters in the kernels' order."""
     return tuple(b.operand(ref) for ref in use.params)
@@ -70,7 +75,7 @@ def player_function(b: Builder, use: Use) -> StageFunction:
 def _kept(b: Builder, t: int, player: Player) -> str:
     """``γ`` of a player whose per-sample gradients are kept, built the first time; returns the variable."""
     (use,) = b.uses(player.name)
-    name = f"rows_{b.name(use.key)}"
+    name = kept_rows(b, use)
     if b.first_time(name):
         raw = _unprepared(b, player, use)
         found = tuple(b.operand(ref) for ref in use.operands) if raw else operands(b, use)

@@ -128,8 +128,8 @@ class StageFunction:
         extras: for a player's function, those of ``inputs`` that are no tensors: they come first.
         edges: those of ``returns`` whose gradient alone is asked for: where they lie in the graph is returned instead.
         buffers: for a player's function, variables of the buffers it takes, by the buffers' names.
-        moments: of batch-norms in training among ``ops``, variables of the batch's moments; they come first. A stage
-            finds the others itself.
+        moments: of batch-norms in training among ``ops``, the variable of what is known of the batch (these come
+            first), or ``""`` where the function finds the moments itself; torch finds those of the others.
     """
 
     name: str

@@ -25,6 +25,7 @@ from gtddp_compile.ends import begun_with, ends
 from gtddp_compile.formulas import check_update, print_formula
 from gtddp_compile.graph import GUARD, LEADING, ControlGraph, Ref
 from gtddp_compile.instructions import Code, Function, StageFunction, Var
+from gtddp_compile.kernels import batch_norm
 from gtddp_compile.lowered import Sweeps, Written
 from gtddp_compile.plan import Contraction, Plan, StagePlan
 from gtddp_compile.responses import functions_after, respond, responds
@@ -125,7 +126,16 @@ def _function(
         returns, taps = [*returns, *read_back(chain), *(tap for tap in taps if responds(b, tap))], ()
     edges = tuple(tap for tap in taps if tap not in {*returns, *operands, *b.held} and not responds(b, tap))
     written = tuple(dict.fromkeys([*returns, *taps, *operands]))
-    return StageFunction(name, stage, inputs, ops, taps, written, doc=players, edges=edges)
+    return StageFunction(name, stage, inputs, ops, taps, written, doc=players, edges=edges, moments=_moments(b, ops))
+
+
+def _moments(b: Builder, ops: tuple[str, ...]) -> dict[str, str]:
+    """Batch-norms whose moments the function finds itself: where there is feedback.
+
+    Without it they are torch's own: such a step is the base method's to the last bit, however rounding grows.
+    """
+    norms = [op for op in map(b.graph.op, ops) if op.target is batch_norm and op.kwargs.get("training")]
+    return {op.name: "" for op in norms if b.plan.form.name != "base"}
 
 
 def _inputs(b: Builder) -> None:

@@ -13,10 +13,10 @@ than backpropagation does without them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from gtddp_compile.builder import Builder
-from gtddp_compile.calls import moments
+from gtddp_compile.calls import kept_rows, moments
 from gtddp_compile.ends import Part
 from gtddp_compile.graph import ControlGraph, Op
 from gtddp_compile.instructions import Function, Instruction, StageFunction, Var
@@ -79,7 +79,7 @@ class _Kept:
             if self._b.keeps(player.name):
                 (use,) = self._b.uses(player.name)
                 size = sum(graph.ops.parameter_info[name].nbytes for name in use.names)
-                yield f"rows_{self._b.name(use.key)}", size * (graph.ops.batch or 1)
+                yield kept_rows(self._b, use), size * (graph.ops.batch or 1)
 
     def needed(self, parts: Iterable[Part]) -> tuple[set[str], dict[str, Part]]:
         """Variables that are read in the forward sweep if these parts are made again, and which part makes which."""
@@ -203,6 +203,19 @@ def takes(b: Builder, part: Part) -> tuple[str, ...]:
 # --- writing it down --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the batch where a batch-norm is made again.
+
+    Attributes:
+        name: the variable.
+        sums: what the variable is made of in the forward sweep; nothing where it is that of the moments alone.
+    """
+
+    name: str
+    sums: tuple[str, ...] = ()
+
+
 class _Again:
     """The forward sweep, each part before the first instruction that reads anything of it.
 
@@ -223,18 +236,17 @@ class _Again:
 
     def _part(self, part: Part, stage: int) -> Iterator[Instruction]:
         b, known = self._b, self._known(part)
-        function = replace(part.function, moments={op: name for op, (name, _) in known.items()})
+        function = replace(part.function, moments={op: one.name for op, one in known.items()})
         if function.name in self.functions:
             return
         self.functions[function.name] = function
         for name in takes(b, part):
             if name in self._made:
                 yield from self._part(self._made[name], stage)
-        for name, sums in known.values():
-            if sums:
-                yield Instruction(
-                    "forward", stage, (f"*{name}",), "batch_known", tuple(map(Var, sums)), note="means of g too"
-                )
+        for one in known.values():
+            if one.sums:
+                yield Instruction("forward", stage, (f"*{one.name}",), "batch_known", tuple(map(Var, one.sums)),
+                                  note="means of g too")  # fmt: skip
         writes, bound = makes(b, part), ", ".join((function.name, *function.moments.values()))
         wanted = {self._same.get(name, name) for name, maker in self._made.items() if maker is part}
         found = Instruction(
@@ -249,22 +261,20 @@ class _Again:
         same = {name: name for name in writes} | {own: cut for own, cut in self._same.items() if cut in writes}
         self._names.update({name: f"{made}_again" for name, made in same.items() if name in self._made})
 
-    def _known(self, part: Part) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """Of its batch-norms, the variable of what is known of the batch, and what that is still to be made of."""
-        found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    def _known(self, part: Part) -> dict[str, _Known]:
+        """What is known of the batch, by the part's batch-norms."""
+        found = {}
         for op in part.function.ops:
-            name, uses = moments(self._b, op), self._b.uses_at(op)
+            name = moments(self._b, op)
             if name in self._written:
-                ((_, use),) = uses
-                both = use.wants == (True, True)
-                found[op] = (
-                    (f"known_{self._b.name(op)}", (name, f"rows_{self._b.name(use.key)}")) if both else (name, ())
-                )
+                ((_, use),) = self._b.uses_at(op)
+                sums = (name, kept_rows(self._b, use)) if use.wants == (True, True) else ()
+                found[op] = _Known(f"known_{self._b.name(op)}" if sums else name, sums)
         return found
 
-    def _by_entry(self, part: Part, known: Mapping[str, tuple[str, tuple[str, ...]]]) -> bool:
+    def _by_entry(self, part: Part, known: Mapping[str, _Known]) -> bool:
         """Whether its values are all of one shape, samples first, and no sample's entries depend on another's."""
-        ops = [self._b.graph.op(name) for name in (*part.function.inputs, *part.function.ops)]
-        alike = len({op.shape for op in ops}) == 1 and not any(op.layout for op in ops)
+        inputs, ops = (tuple(map(self._b.graph.op, names)) for names in (part.function.inputs, part.function.ops))
+        alike = len({op.shape for op in (*inputs, *ops)}) == 1 and not any(op.layout for op in (*inputs, *ops))
         met = [op.name for op in ops if op.kind == "batch_norm" and (op.kwargs.get("training") or op.args[1] is None)]
-        return alike and all(known.get(name, ("", ()))[1] for name in met if name in part.function.ops)
+        return alike and all(name in known and known[name].sums for name in met)

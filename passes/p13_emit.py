@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any
 
 from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, render, render_instruction
-from gtddp_compile.kernels import batch_norm
 from gtddp_compile.lowered import Lowered
 from gtddp_compile.printing import Printer
 
@@ -49,7 +48,7 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
     graph, names = lowered.plan.graph, lowered.names
     inputs = [names[name] for name in function.inputs]
     if function.params is None:
-        arguments, renamed = [*function.moments.values(), "p", "b", *inputs], None
+        arguments, renamed = [*filter(None, function.moments.values()), "p", "b", *inputs], None
     else:
         extras = [names[name] for name in function.extras]
         rest = [name for name in inputs if name not in extras]
@@ -58,7 +57,10 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
         renamed.update(function.buffers)
     lines = []
     for name in function.ops:
-        text = printer.operation(graph.op(name), params=renamed, more=_more(lowered, function, name))
+        more = {}
+        if name in function.moments:
+            more["moments"] = function.moments[name] or f"quick_moments({names[graph.op(name).operands[0]]})"
+        text = printer.operation(graph.op(name), params=renamed, more=more)
         if _overwrites(lowered, function, name):
             text = f"F.relu({names[graph.op(name).operands[0]]}, inplace=True)"
         lines.append(f"{names[name]} = tap({text})" if name in function.taps else f"{names[name]} = {text}")
@@ -69,19 +71,6 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
         lines.append(f"return ({', '.join(returned)}{',' if len(returned) == 1 else ''})")
     body = "\n    ".join([f'"""{function.doc}."""', *lines])
     return f"def {function.name}({', '.join(arguments)}):\n    {body}"
-
-
-def _more(lowered: Lowered, function: StageFunction, name: str) -> dict[str, str]:
-    """Of a batch-norm in training that is a stage's, where it has the moments from.
-
-    Without feedback they are torch's own: such a step is the base method's to the last bit, however rounding grows.
-    """
-    op = lowered.plan.graph.op(name)
-    if op.target is not batch_norm or not op.kwargs.get("training") or function.params is not None:
-        return {}
-    if lowered.plan.form.name == "base":
-        return {}
-    return {"moments": function.moments.get(name, f"quick_moments({lowered.names[op.operands[0]]})")}
 
 
 def _overwrites(lowered: Lowered, function: StageFunction, name: str) -> bool:

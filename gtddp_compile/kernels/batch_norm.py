@@ -18,8 +18,6 @@ FEW = 32
 SMALL = 2**18
 """Elements below which it does."""
 
-FULL = (torch.float32, torch.float64)
-
 Moments = tuple[Tensor, ...]
 """Of every channel, ``(C,)`` each: mean and (biased) variance; then, where the gradient of what was normalised is known
 too, what it sums up to with ``x̂`` and alone, a sample."""
@@ -43,7 +41,7 @@ def batch_norm(
     In training mode the batch's own statistics normalise and the buffers that are not ``None`` advance by
     ``momentum`` (``None``: cumulative average); the second forward sweep passes ``None``. In evaluation mode the
     running statistics normalise, or the batch's own where there are none. ``moments``: those of ``x``, where somebody
-    has them; they are not constants to autograd, and in half precision and compiled code torch finds its own.
+    has them; they are not constants to autograd. Compiled code finds its own.
     """
     if not training:
         own = running_mean is None
@@ -71,7 +69,7 @@ def quick_moments(x: Tensor) -> Moments | None:
 
     Measured (benchmarks/tried.py): on a CPU torch spends several times as long on them as on normalising.
     """
-    here = x.device.type == "cpu" and x.dtype in FULL and not torch.compiler.is_compiling()
+    here = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
     large = here and x.numel() >= SMALL and math.prod(x.shape[2:]) >= FEW and x.is_contiguous()
     return batch_moments(x) if large else None
 

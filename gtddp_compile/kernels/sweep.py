@@ -68,30 +68,29 @@ def make_again(
     """
     entries, samples = values[0].numel(), len(values[0])
     rows = max(1, AGAIN * samples // max(1, entries)) if by_entry else samples
+    dynamics = functools.partial(function, p, b)
     if rows >= samples or torch.compiler.is_compiling() or not all(value.is_contiguous() for value in values):
-        found = _make_again(function, p, b, values, gradients, wanted)
+        found = _again(dynamics, values, gradients, wanted)
         return tuple(one if wants else None for one, wants in zip(found, read, strict=True))
     whole = tuple(torch.empty_like(values[0]) if wants else None for wants in read)
     for part in pieces(samples, rows):
         own = tuple(value[part] for value in values), tuple(None if g is None else g[part] for g in gradients)
-        for value, one in zip(whole, _make_again(function, p, b, *own, wanted), strict=True):
+        for value, one in zip(whole, _again(dynamics, *own, wanted), strict=True):
             if value is not None:
                 value[part] = one
     return whole
 
 
-def _make_again(
-    function: Callable[..., tuple[Tensor, ...]],
-    p: dict[str, Tensor],
-    b: dict[str, Tensor | None],
-    values: tuple[Tensor, ...],
-    gradients: tuple[Tensor | None, ...],
-    wanted: tuple[bool, ...],
+def _again(
+    dynamics: Callable[..., tuple[Tensor, ...]],
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """:func:`make_again` of some samples."""
     with torch.enable_grad():
         leaves = tuple(leaf(value) if want else value.detach() for value, want in zip(values, wanted, strict=True))
-        found = function(p, b, *leaves)
+        found = dynamics(*leaves)
     entered = [(value, g) for value, g in zip(found, gradients, strict=True) if g is not None]
     inputs = [value for value, want in zip(leaves, wanted, strict=True) if want]
     pulled = pull_back([value for value, _ in entered], inputs, [g for _, g in entered]) if inputs else ()
