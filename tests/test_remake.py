@@ -92,3 +92,24 @@ def test_no_more_is_made_again_than_the_aim_asks_for(eager: None, monkeypatch: p
         )
         counts.append(optimizer.program.code.count(" = make_again("))
     assert counts == sorted(counts, reverse=True) and counts[-1] == 0 and len(set(counts)) > 2, counts
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_some_samples_at_a_time_give_what_all_give(
+    memory: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the values' precisions and layout are."""
+    torch.manual_seed(0)
+    x, y, g = (torch.randn(5, 3, 4, 2).to(memory_format=memory) for _ in range(3))
+
+    def made() -> tuple[Tensor | None, ...]:
+        values, read = (x.bfloat16(), y), (True, False, True)
+        return sweep.make_again(lambda p, b, *v: (v[0] + v[1].sin(),), {}, {}, values, (g,), (True, True), read, True)
+
+    expected = made()
+    monkeypatch.setattr(sweep, "AGAIN", 1)
+    for ours, whole in zip(made(), expected, strict=True):
+        assert (ours is None) == (whole is None)
+        if ours is not None and whole is not None:
+            assert ours.dtype == whole.dtype
+            torch.testing.assert_close(ours, whole, rtol=0, atol=0)

@@ -69,13 +69,18 @@ def make_again(
     entries, samples = values[0].numel(), len(values[0])
     rows = max(1, AGAIN * samples // max(1, entries)) if by_entry else samples
     dynamics = functools.partial(function, p, b)
-    if rows >= samples or torch.compiler.is_compiling() or not all(value.is_contiguous() for value in values):
+    if rows >= samples or torch.compiler.is_compiling():
         found = _again(dynamics, values, gradients, wanted)
         return tuple(one if wants else None for one, wants in zip(found, read, strict=True))
-    whole = tuple(torch.empty_like(values[0]) if wants else None for wants in read)
+    whole: tuple[Tensor | None, ...] = ()
     for part in pieces(samples, rows):
         own = tuple(value[part] for value in values), tuple(None if g is None else g[part] for g in gradients)
-        for value, one in zip(whole, _again(dynamics, *own, wanted), strict=True):
+        found = _again(dynamics, *own, wanted)
+        whole = whole or tuple(
+            torch.empty_like(values[0], dtype=one.dtype) if wants else None
+            for one, wants in zip(found, read, strict=True)
+        )
+        for value, one in zip(whole, found, strict=True):
             if value is not None:
                 value[part] = one
     return whole
