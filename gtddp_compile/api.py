@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gtddp_compile.algebra.derivation import Recursion
+from gtddp_compile.algebra.forms import Rollout
 from gtddp_compile.curvature import Curvature, resolve
 from gtddp_compile.errors import CompileError
 from gtddp_compile.losses import split
@@ -25,6 +26,11 @@ def compile_optimizer(
     loss: nn.Module | Callable[[Any, Any], Tensor] | None = None,
     curvature: str | Curvature = "sgd",
     feedback: Feedback = True,
+    rollout: Rollout | None = None,
+    inertia: float | None = None,
+    max_step: float | None = None,
+    line_search: tuple[float, ...] | None = None,
+    max_grad_norm: float | None = None,
     feedback_clip: float | None = 1.0,
     schedule: str | Mapping[str, int] = "asap",
     coupling: str | int = "full",
@@ -51,7 +57,20 @@ def compile_optimizer(
             its options as further keywords (``lr``, ``weight_decay``, …: torch.optim's names and defaults), or an
             object such as ``RMSprop(lr=1e-3)``.
         feedback: True; ``"open"``: open gains only; False: exactly the base method (Proposition 4).
-        feedback_clip: bound on the predicted change of a sample's loss that is believed, in units of its aim (see
+        rollout: ``"linear"``: the policy is rolled out on the linearised dynamics: one joint step of all stages, the
+            exact minimiser of the coupled model, without a second forward sweep. ``"nonlinear"``: on the network
+            itself, stage by stage. ``None``: linear where there is a joint step, which the paper's recursions,
+            ``coupling="block"`` and ``feedback="open"`` have not.
+        inertia: ``μ`` of the momentum inside the model, in [0, 1): the metric regularises towards ``μ`` times the last
+            step instead of zero, so that what this batch determines is not overshot. A base method's own momentum is
+            refused beside it. ``None``: what the curvature suggests, 0 for the first-order methods.
+        max_step: cap on the norm in the metric ``M`` of what the batch adds to the step (with ``inertia`` 0: of the
+            step); for rollout ``"linear"``.
+        line_search: step lengths, tried by forward passes on the batch: the best is taken, and none that is worse than
+            no step.
+        max_grad_norm: the weighted gradient is clipped as ``torch.nn.utils.clip_grad_norm_`` clips; with
+            ``feedback=False`` exactly that.
+        feedback_clip: (nonlinear rollout) bound on the predicted change of a sample's loss that is believed, in units of its aim (see
             ``terminal``); ``None``: none.
         schedule: ``"asap"``, ``"alap"``, ``"sequential"``, or a mapping of player names to stages.
         coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation).
@@ -95,18 +114,23 @@ def compile_optimizer(
         CompileError: with the module, operation and source line where there is one, why, and what to do.
     """
     options = Options(
-        feedback,
-        feedback_clip,
-        schedule,
-        coupling,
-        recursion,
-        terminal,
-        backend,
-        mixing,
-        cooperative,
-        gram,
-        memory,
-        compile,
+        feedback=feedback,
+        feedback_clip=feedback_clip,
+        schedule=schedule,
+        coupling=coupling,
+        recursion=recursion,
+        terminal=terminal,
+        backend=backend,
+        mixing=mixing,
+        cooperative=cooperative,
+        gram=gram,
+        memory=memory,
+        compile=compile,
+        rollout=rollout,
+        inertia=inertia,
+        max_step=max_step,
+        line_search=line_search,
+        max_grad_norm=max_grad_norm,
     )
     if program is not None:
         return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)

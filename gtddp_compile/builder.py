@@ -13,6 +13,7 @@ from typing import Any
 from sympy import MatrixExpr
 
 from gtddp_compile import kernels
+from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.costs import choose_gram
 from gtddp_compile.graph import BufferRef, ControlGraph, ParamRef, Player, Ref, map_leaves
 from gtddp_compile.instructions import Buffer, Function, Instruction, Param, Phase, Var, identifier, render
@@ -43,6 +44,8 @@ class Builder:
     """How many layers whose ``Γ`` separates read a value; empty before somebody asks (``responses``)."""
     held: frozenset[str] = frozenset()
     """Players' outputs that the forward sweep may want as they were (``ends``)."""
+    gradients: dict[str, str] = field(default_factory=dict)
+    """Variables of players' weighted gradients, where all are made before the first is used."""
     _names: dict[str, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
     _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)
@@ -76,8 +79,12 @@ class Builder:
 
     @property
     def drifts(self) -> bool:
-        """Whether ``s`` is there: weight decay, or an ordinary gradient that is kept apart."""
-        return self.plan.decay or self.factored
+        """Whether ``s`` is there: weight decay, inertia, or an ordinary gradient that is kept apart."""
+        return self.plan.linear or self.factored
+
+    def alpha(self, t: int) -> str:
+        """The variable of what statistics at stage ``t`` are taken from: ``α`` after it, in the linear rollout ``α_T``."""
+        return f"alpha_{len(self.plan.stages) if self.plan.form.name == 'joint' else t + 1}"
 
     @property
     def rows(self) -> str:
@@ -173,7 +180,7 @@ class Builder:
                 and alone
                 and self.plan.metric in METRICS
                 and not self.factored
-                and self.plan.form.name in ("information", "block")
+                and self.plan.form.name in LEVENBERG
             )
             self._kept[player] = usable and choose_gram(self.plan, uses[0]).kept
         return self._kept[player]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.builder import Builder
 from gtddp_compile.costs import GramChoice, choose_gram, observes
 from gtddp_compile.graph import BufferRef, Player
@@ -152,7 +153,7 @@ def observed_gram(b: Builder, t: int, player: Player) -> str | None:
     (use,), result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     functions = [Function(b.kernel(use, name)) for name in ("weighted", "gram", "pieces")]
     b.emit("backward", t, (f"*{result}",), "m.observe_gram", use.names, *functions, operands(b, use),
-           Var(b.g_output(use.op)), Var(f"alpha_{t + 1}"), params(b, use), use.wants, Var(b.rows),
+           Var(b.g_output(use.op)), Var(b.alpha(t)), params(b, use), use.wants, Var(b.rows),
            note="Q_u, M^-1, gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
     return result
 
@@ -160,7 +161,7 @@ def observed_gram(b: Builder, t: int, player: Player) -> str | None:
 def joins(b: Builder, player: Player) -> bool:
     """Whether :func:`observed_gram` makes a player's ``Γ``."""
     uses, plan = b.uses(player.name), b.plan
-    if plan.form.name != "information" or b.factored or plan.decay:
+    if plan.form.name not in COUPLED or b.factored or plan.linear:
         return False
     return len(uses) == 1 and uses[0].names == player.parameters and observes(plan, uses[0])
 
@@ -168,7 +169,7 @@ def joins(b: Builder, player: Player) -> bool:
 def separated_groups(b: Builder, player: Player) -> int | None:
     """Groups of a weight whose diagonal metric is separated for ``Γ``; ``None``: its kernel takes the whole."""
     uses = b.uses(player.name)
-    alone = len(uses) == 1 and uses[0].names == player.parameters and b.plan.form.name == "information"
+    alone = len(uses) == 1 and uses[0].names == player.parameters and b.plan.form.name in COUPLED
     if b.plan.metric != "diagonal" or b.factored or not alone or not uses[0].wants[0] or b.keeps(player.name):
         return None
     exact = choose_gram(b.plan, uses[0]).approximate == "exact"

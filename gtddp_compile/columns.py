@@ -34,7 +34,7 @@ def terminal_columns(b: Builder, end: int) -> None:
     b.emit("loss", end, (f"*alpha_{end}",), "=", Code("ones.repeat_interleave(rank) * 0"), note="V_x = A + G alpha")
     b.emit("loss", end, (), "m.keep", end, alpha=Var(f"alpha_{end}"), start=Var("start"),
            samples=Code("phi.shape[0]"))  # fmt: skip
-    if form == "information":
+    if form in a.COUPLED:
         b.emit("loss", end, (f"*y_{end}",), "=", Code(f"alpha_{end}"), note="y_T = P_T^-1 alpha_T")
         b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal",
                Code("ones.repeat_interleave(rank) / start"), Var("rows"), note="Lambda_T = P_T^-1")  # fmt: skip

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from gtddp_compile import kernels
+from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.plan import Plan
 from gtddp_compile.uses import Use, arranged_shape
@@ -100,7 +101,7 @@ def choose_coordinates(plan: Plan, use: Use) -> str:
     """
     layer = _layer(plan.graph, use)
     form = plan.form.name
-    if layer is None or plan.segments is not None or plan.form.factored or form not in ("base", "information", "block"):
+    if layer is None or plan.segments is not None or plan.form.factored or form not in ("base", *LEVENBERG):
         return ""
     found = layer.coordinates(bias=any(use.wants[1:]))
     if not use.wants[0] or (form == "base" and (plan.decay or not layer.few)):

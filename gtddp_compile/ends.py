@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from gtddp_compile.adjoints import written_out
+from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.builder import Builder
 from gtddp_compile.graph import GUARD, Op
 from gtddp_compile.instructions import StageFunction
@@ -44,7 +45,7 @@ class Part:
 
 def ends(b: Builder) -> tuple[Part, ...]:
     """Every part of the network that can be made again."""
-    usable = b.plan.segments is None and not b.factored and b.plan.form.name in ("information", "block")
+    usable = b.plan.segments is None and not b.factored and b.plan.form.name in LEVENBERG
     return tuple(part for stage in b.plan.stages for part in _ends(b, stage.index)) if usable else ()
 
 

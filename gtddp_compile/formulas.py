@@ -16,6 +16,7 @@ def print_formula(
     names: Mapping[MatrixExpr, str],
     factors: Mapping[MatrixExpr, str],
     samples: Mapping[MatrixExpr, str] | None = None,
+    total: MatrixExpr | None = None,
 ) -> str:
     """Python source of a formula.
 
@@ -24,6 +25,7 @@ def print_formula(
         names: variable of every symbol, and of every subexpression that already has one.
         factors: variable of the Cholesky factors of every matrix whose inverse may occur.
         samples: variable of every matrix that is held as one block a sample, shape (B, r, r).
+        total: a matrix that nobody reads again: what is added to it is added in place.
     """
     samples = samples or {}
 
@@ -76,6 +78,9 @@ def print_formula(
     def matrix(e: MatrixExpr) -> str:
         if e in names:
             return names[e]
+        if isinstance(e, MatAdd) and total in e.args:
+            rest = [matrix(term) for term in _ordered(e, names) if term != total]
+            return f"blocks_into({names[total]}, {', '.join(rest)})"
         if isinstance(e, MatAdd):
             return f"blocks_add({', '.join(matrix(term) for term in _ordered(e, names))})"
         if isinstance(e, Inverse) and isinstance(e.arg, DiagMatrix):
@@ -92,13 +97,13 @@ def print_formula(
     return vector(expression) if expression.shape[1] == 1 else matrix(expression)
 
 
-def check_update(form: CollapsedForm, *, decay: bool) -> None:
+def check_update(form: CollapsedForm, *, linear: bool) -> None:
     """The instructions for ``δu`` and ``k`` are right only if they are ``-M⁻¹ (C w + ℓ)`` and ``-M⁻¹ (C α' + ℓ)``.
 
     Raises:
         CompileError: they are not; nothing else computes them.
     """
-    outside = (a.DECAY if decay else 0 * a.DECAY) + (a.BASE if form.factored else 0 * a.BASE)
+    outside = (a.DECAY if linear else 0 * a.DECAY) + (a.BASE if form.factored else 0 * a.BASE)
     for equation in (*form.backward.values(), *form.forward.values()):
         weights = {a.UPDATE: a.WEIGHTS, a.OPEN_GAIN: a.ALPHA_NEXT}.get(equation.symbol)
         if (

@@ -16,7 +16,8 @@ class Sweeps:
     """The instructions of a program by what they do, each by stage (-1: before the first stage, and the loss).
 
     ``deferred``: nothing else of the backward sweep reads the recursion, so that all its B×B algebra comes at its end:
-    small operations between large products find nothing of what they need in the caches.
+    small operations between large products find nothing of what they need in the caches. ``decision``: what comes
+    between the backward sweep and the updates: the weights of the joint step, the norm of all gradients.
     """
 
     trajectory: Mapping[int, tuple[Instruction, ...]]
@@ -26,6 +27,7 @@ class Sweeps:
     recursion: Mapping[int, tuple[Instruction, ...]]
     forward: Mapping[int, tuple[Instruction, ...]]
     deferred: bool = False
+    decision: tuple[Instruction, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -153,19 +153,49 @@ def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dic
     return names
 
 
-def decide(b: Builder, t: int, block: MetricBlock, weights: str) -> None:
+def decide(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str) -> None:
     """The weighted gradients of a block and what the base method makes of them."""
     note = "delta_u = -M^-1 (C w + l)"
     if _coordinates(b, block) and not b.plan.decay:
         step = f"step_{_identity(b, block)}"
         kept = Var(f"coordinates_{_identity(b, block)}")
-        b.emit("forward", t, (f"*{step}",), "coordinates_step", kept, Var(weights), Var(_metric(b, block)),
+        b.emit(phase, t, (f"*{step}",), "coordinates_step", kept, Var(weights), Var(_metric(b, block)),
                note="M^-1 C w / lr")  # fmt: skip
         verb, deltas = _verb(b, block)
-        b.emit("forward", t, deltas, f"m.{verb}_steps", block.kind, _names(block), (Var(step),), note=note)
-    elif not _descends(b, "forward", t, block, weights, note):
-        gradients = {p.name: weighted(b, "forward", t, p, weights, "grad", "C w") for p in block.players}
-        update(b, "forward", t, block, gradients, note)
+        b.emit(phase, t, deltas, f"m.{verb}_steps", block.kind, _names(block), (Var(step),), note=note)
+    elif not _descends(b, phase, t, block, weights, note):
+        gradients = {p.name: weighted(b, phase, t, p, weights, "grad", "C w") for p in block.players}
+        update(b, phase, t, block, gradients, note)
+
+
+# --- all gradients before the first update -----------------------------------------------------------------------------
+
+
+def base_gradients(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
+    """Feedback off, the gradients clipped together: statistics that are not taken from them, and the gradients."""
+    for player in block.players:
+        b.gradients[player.name] = weighted(b, "backward", t, player, alpha, "grad", "Q_u")
+    if block.kind != "parameters":
+        _statistics(b, t, block, alpha, {})
+
+
+def clipped(b: Builder, weights: str) -> None:
+    """Every player's weighted gradient, all clipped by the norm of all (torch.nn.utils.clip_grad_norm_)."""
+    stages = [stage for stage in reversed(b.plan.stages) if stage.players]
+    players = [player for stage in stages for block in stage.blocks for player in block.players]
+    for player in players if b.plan.form.name == "joint" else ():
+        b.gradients[player.name] = weighted(b, "joint", player.stage, player, weights, "grad", "C w")
+    writes = tuple(f"clipped_{b.identity(player)}" for player in players)
+    found = [Var(b.gradients[player.name]) for player in players]
+    b.emit("joint", 0, writes, "clip_gradients", b.plan.max_grad_norm, *found, note="as clip_grad_norm_")
+
+
+def update_clipped(b: Builder, t: int, block: MetricBlock) -> None:
+    """The base method consumes the clipped gradients of a block."""
+    gradients = {player.name: f"clipped_{b.identity(player)}" for player in block.players}
+    if b.plan.form.name == "base" and block.kind == "parameters":
+        _statistics(b, t, block, None, gradients, "joint")
+    update(b, "joint", t, block, gradients, "delta_u = -M^-1 (C w + l)")
 
 
 def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str, note: str) -> bool:
@@ -251,13 +281,15 @@ def _metric(b: Builder, block: MetricBlock) -> str:
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-def _statistics(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str]) -> tuple[Var, ...]:
+def _statistics(
+    b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str], phase: Phase = "backward"
+) -> tuple[Var, ...]:
     """What the curvature learns; the layers' rows, where the metric is made of them."""
     if block.kind == "parameters":
         (player,) = block.players
         known = Var(opens[player.name]) if player.name in opens else None
         note = "statistics of the base method" if known else "the base method counts its steps"
-        b.emit("backward", t, (), "m.observe", player.parameters, known, note=note)
+        b.emit(phase, t, (), "m.observe", player.parameters, known, note=note)
         return ()
     assert alpha is not None
     if block.kind == "diagonal":

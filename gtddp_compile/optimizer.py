@@ -62,7 +62,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self._aside: dict[str, Tensor] = {}
         self._spare: dict[str, dict[str, Tensor]] = {}
         self._pending: Accumulated | None = None
-        super().__init__(self._view.groups(), curvature.defaults())
+        inertia = {"inertia": options.inertia} if options.inertia else {}
+        super().__init__(self._view.groups(), curvature.defaults() | inertia)
         if example_inputs is not None:
             batch = as_inputs(example_inputs)
             check_batch(batch, None)

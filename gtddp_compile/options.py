@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
+from gtddp_compile.algebra.forms import Rollout
 from gtddp_compile.errors import CompileError
 from gtddp_compile.terminal import Geometric, MonteCarlo, Terminal, is_rank_one
 
@@ -121,6 +122,11 @@ class Options:
     gram: Gram = "auto"
     memory: Memory = "keep"
     compile: bool | Mapping[str, Any] = False
+    rollout: Rollout | None = None
+    inertia: float | None = None
+    max_step: float | None = None
+    line_search: tuple[float, ...] | None = None
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         if not _is_one_of(self.feedback, True, False, "open"):
@@ -161,6 +167,7 @@ class Options:
         if self.memory == "recompute" and self.backend == "dense":
             raise CompileError("memory='recompute': the dense backend keeps every matrix", "Use backend='fast' with it")
         self._check_gram()
+        self._check_rollout()
         clip = self.feedback_clip
         if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
             raise _unknown("feedback_clip", clip, "a positive number or None")
@@ -199,6 +206,58 @@ class Options:
                 f"gram={self.gram!r} approximates the Gram matrices of the fast backend's rank-one form",
                 "Use it with backend='fast', recursion='levenberg' and terminal 'gradient' or 'geometric'",
             )
+
+    def _check_rollout(self) -> None:
+        if self.rollout not in (None, "linear", "nonlinear"):
+            raise _unknown("rollout", self.rollout, "'linear', 'nonlinear' or None")
+        if self.rollout == "linear" and self.feedback is not False and not self._has_joint_step:
+            kind = f"feedback={self.feedback!r}, coupling={self.coupling!r}, recursion={self.recursion!r}"
+            raise CompileError(
+                f"rollout='linear' is the joint step of all stages, and there is none with {kind}",
+                "Use feedback=True, recursion='levenberg' and coupling='full' or a group size with it, or leave it out",
+            )
+        inertia = self.inertia
+        if inertia is not None and (isinstance(inertia, bool) or not 0 <= inertia < 1):
+            raise _unknown("inertia", inertia, "a number that is at least 0 and less than 1, or None")
+        if inertia and (not self.feedback or self.recursion != "levenberg" or self.coupling == "block"):
+            raise CompileError(
+                f"inertia={inertia!r} is momentum inside the model of coupled samples, which this program has not",
+                "Use it with feedback, recursion='levenberg' and coupling='full' or a group size; a base method has "
+                "its own option momentum",
+            )
+        for name in ("max_step", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not value > 0):
+                raise _unknown(name, value, "a positive number or None")
+        if self.max_step is not None and self.rollout_kind != "linear":
+            raise CompileError(
+                f"max_step={self.max_step!r} caps the joint step, and this program decides stage by stage",
+                "Use it with rollout='linear' and feedback=True",
+            )
+        if self.max_grad_norm is not None and self.feedback is not False and self.rollout_kind != "linear":
+            raise CompileError(
+                f"max_grad_norm={self.max_grad_norm!r}: the norm is that of all parameters' weighted gradients, and here "
+                "a stage's is known when the stages before have moved",
+                "Use it with rollout='linear', or with feedback=False",
+            )
+        if self.max_grad_norm is not None and (self.backend == "dense" or self.memory == "recompute"):
+            raise CompileError(
+                f"max_grad_norm={self.max_grad_norm!r} needs every weighted gradient before the first update, which "
+                f"backend={self.backend!r}, memory={self.memory!r} has not",
+                "Use it with backend='fast' and memory='keep'",
+            )
+        grid = self.line_search
+        if grid is not None and (not grid or any(isinstance(s, bool) or not s > 0 for s in grid)):
+            raise _unknown("line_search", grid, "a tuple of positive step lengths, or None")
+
+    @property
+    def _has_joint_step(self) -> bool:
+        return self.feedback is True and self.recursion == "levenberg" and self.coupling != "block"
+
+    @property
+    def rollout_kind(self) -> Rollout:
+        """``"linear"`` by default where the stages have a joint step: not for the paper's recursions or open gains."""
+        return self.rollout or ("linear" if self._has_joint_step else "nonlinear")
 
     @property
     def cooperates(self) -> bool:

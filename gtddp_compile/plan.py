@@ -84,7 +84,10 @@ class Asked:
 
     Attributes:
         coupling: ``"full"``, ``"block"`` or the group size.
-        decay: whether ``ℓ_u`` is present: any parameter has coupled weight decay.
+        decay: whether any parameter has coupled weight decay.
+        inertia: whether the metric regularises towards the last step.
+        max_step: cap on the joint step's norm in the metric; ``None`` for none.
+        max_grad_norm: cap on the norm of the weighted gradient; ``None`` for none.
         clip: bound on ``c``, in units of the aim; ``None`` for none.
         terminal: how the loss is expanded in the outputs: kind, aim and what of it counts one over the batch.
         metric: the curvature's kind; ``"rescaled"`` is a Kronecker one whose diagonal does not separate.
@@ -96,6 +99,9 @@ class Asked:
 
     coupling: str | int
     decay: bool
+    inertia: bool
+    max_step: float | None
+    max_grad_norm: float | None
     clip: float | None
     terminal: tuple[str, float, float]
     metric: str
@@ -103,6 +109,11 @@ class Asked:
     columns: int
     low: bool
     every: int
+
+    @property
+    def linear(self) -> bool:
+        """Whether ``ℓ_u`` is present."""
+        return self.decay or self.inertia
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,14 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
             "Use gram='auto' with it",
         )
     derived = derive(graph, options.recursion, metric_rules(options, curvature))
-    form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored)
+    form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored,
+                    rollout=options.rollout_kind, inertia=bool(options.inertia))  # fmt: skip
     asked = Asked(
         coupling=options.coupling,
         decay=decay,
+        inertia=bool(options.inertia),
+        max_step=options.max_step,
+        max_grad_norm=options.max_grad_norm,
         clip=options.feedback_clip,
         terminal=terminal_weight(options.terminal_kind),
         metric="rescaled" if isinstance(curvature, Kronecker) and curvature.rescales else curvature.metric,
@@ -40,7 +44,7 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
         derived,
         form,
         asked,
-        contracts=options.feedback is True,
+        contracts=options.feedback is True and options.rollout_kind == "nonlinear",
         statistics=curvature.needs_statistics,
         recompute=options.memory == "recompute",
     )

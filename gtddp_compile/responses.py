@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.builder import Builder
 from gtddp_compile.costs import choose_gram
 from gtddp_compile.graph import ParamRef, Player, Ref
@@ -25,7 +26,7 @@ from gtddp_compile.uses import Use
 def _separate_use(b: Builder, player: Player) -> Use | None:
     """The player's only use, if its ``Γ`` is ``(X Xᵀ) ∘ (G Gᵀ)`` over the whole batch."""
     plan, uses = b.plan, b.uses(player.name)
-    whole = plan.form.name == "information" and plan.coupling == "full" and not b.factored
+    whole = plan.form.name in COUPLED and plan.coupling == "full" and not b.factored
     if not whole or plan.metric != "spherical" or len(uses) > 1 or uses[0].names != player.parameters:
         return None
     (use,) = uses
@@ -38,7 +39,7 @@ def _separate_use(b: Builder, player: Player) -> Use | None:
 def responding(b: Builder, player: Player) -> Use | None:
     """The player's use, if its new output is made from ``X Xᵀ``: its input is still, and wider than the batch."""
     stage = b.plan.stages[b.graph.stage_of[player.op]]
-    if not stage.rerun or player.name not in stage.still or b.plan.decay or b.plan.segments is not None:
+    if not stage.rerun or player.name not in stage.still or b.plan.linear or b.plan.segments is not None:
         return None
     use = _separate_use(b, player)
     shape = None if use is None else b.graph.op(_input(use)).shape

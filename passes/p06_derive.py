@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from sympy import Identity, Integer, Inverse, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
+from sympy import Identity, Integer, Inverse, MatAdd, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
 from sympy.matrices.expressions.blockmatrix import BlockMatrix
 
 from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivation
@@ -234,10 +234,36 @@ def derive_pattern(
     if recursion == "printed" and coupled:
         own = {p: SymmetricSymbol(f"N_{p}", dimension[p], dimension[p]) for p in us}
         new_xx = _printed_coalition(new_xx, q_xx, q_ux, own)
+    change = {i: MatrixSymbol(f"delta_{i}", size[i], 1) for i in ins}
+    moved = {p: MatrixSymbol(f"delta_{p}", dimension[p], 1) for p in us}
+    rolled = _rolled_out(pattern, state, control, change, moved, k, gains)
     return StageDerivation(
         pattern, recursion, state, control, value_x, value_xx, linear, curvature,
-        q_x, q_u, q_uu, q_ux, q_xx, joint_u, joint_uu, joint_ux, k, gains, new_x, new_xx, own,
+        q_x, q_u, q_uu, q_ux, q_xx, joint_u, joint_uu, joint_ux, k, gains, new_x, new_xx, own, change, moved, rolled,
     )  # fmt: skip
+
+
+def _rolled_out(
+    pattern: StagePattern,
+    state: dict[tuple[str, str], MatrixExpr],
+    control: dict[tuple[str, str], MatrixExpr],
+    change: dict[str, MatrixSymbol],
+    moved: dict[str, MatrixSymbol],
+    k: Equation,
+    gains: dict[str, Equation],
+) -> dict[str, Equation]:
+    """The policy on the linearised dynamics: ``δû = k + K̂ δx̂`` and ``δx̂' = f̂_x δx̂ + f̂_u δû`` (Eq. 28; Eq. 3 for one
+    trajectory). ``"u"``: the coalition's controls side by side.
+    """
+    us = pattern.controls
+    symbol = moved[us[0]] if len(us) == 1 else MatrixSymbol("delta_û", *k.symbol.shape)
+    policy = MatAdd(k.symbol, *(gains[i].symbol * change[i] for i in pattern.inputs)).doit()
+    found = {"u": Equation(symbol, policy, "4, 28")}
+    for o in pattern.outputs:
+        parts = [state[o, i] * change[i] for i in pattern.inputs] + [control[o, p] * moved[p] for p in us]
+        total = MatAdd(*(part.doit() for part in parts)).doit()
+        found[o] = Equation(MatrixSymbol(f"delta'_{o}", state[o, pattern.inputs[0]].shape[0], 1), total, "linearised")
+    return found
 
 
 def _curvature(

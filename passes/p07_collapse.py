@@ -11,6 +11,10 @@ and, where ``Q_uu = M + C P' Cᵀ``, the Woodbury identity turns it into informa
 depends on the coupling: without projection ``Λ = P⁻¹`` and ``y = Λ α`` recur by themselves; with the paper's
 block-diagonal projection only the diagonal of ``P`` survives a stage.
 
+Rolled out on the linearised dynamics, ``c' = c + Cᵀ δu = c - Γ w - s``, and with it ``Λ' w' = y' + c' = Λ' w``: the
+weights of a stage are those of the stage before, hence of the first, where ``c = 0``. That ``w`` does not depend on
+the stage is proved too (``prove_rolled_out`` on every pattern, ``_same_weights`` in ``algebra/forms.py``).
+
 Richer terminal factors (r columns a sample) do not contain the linear term in their span: it is kept apart,
 ``V_x = A + G α`` with ``A`` pulled back like a gradient, ``α`` zero at the end, and ``b = f_uᵀ A``. The same proof
 gives the same recursions with ``ℓ_u`` replaced by ``b + ℓ_u`` and B by B r columns; gradients are the case ``A = 0``.
@@ -29,44 +33,55 @@ from sympy import Identity, Inverse, MatAdd, MatrixExpr, MatrixSymbol, ZeroMatri
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.algebra.collapsed import Claim, CollapsedForm, FormName
 from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivation
-from gtddp_compile.algebra.forms import Coupling, Equations, Law, build
+from gtddp_compile.algebra.forms import Coupling, Equations, Law, Rollout, build
 from gtddp_compile.algebra.symbols import Rule, SymmetricSymbol, is_equal
 from gtddp_compile.errors import CompileError
 from gtddp_compile.passes.p06_derive import Derived
 
 
 def collapse(
-    derived: Derived, coupling: Coupling = "full", *, feedback: bool = True, factored: bool = False
+    derived: Derived,
+    coupling: Coupling = "full",
+    *,
+    feedback: bool = True,
+    factored: bool = False,
+    rollout: Rollout = "nonlinear",
+    inertia: bool = False,
 ) -> CollapsedForm:
-    """Prove the ansatz on every pattern, then choose the form for this recursion and coupling.
+    """Prove the ansatz on every pattern, then choose the form for this recursion, coupling and rollout.
 
-    ``factored``: the terminal Hessian has factors of its own, so that the linear term is kept apart.
+    ``factored``: the terminal Hessian has factors of its own, so that the linear term is kept apart. ``inertia``: the
+    curvature regularises towards ``μ`` times the last step, ``½ (δu - μ v)ᵀ M (δu - μ v)``, so that ``ℓ_u`` has ``-μ M v``.
 
     Raises:
         CompileError: the combination has no collapsed form, or the ansatz does not reproduce itself.
     """
-    name = form_name(derived.recursion, coupling, feedback=feedback)
+    name = form_name(derived.recursion, coupling, feedback=feedback, rollout=rollout)
     factored = factored and name != "base"
     claims: dict[str, Claim] = {}
     for stage in derived.stages:
         claims.update((claim.statement, claim) for claim in prove_span(stage.derivation, factored))
-    backward, forward, proved = form_equations(name, derived.recursion, coupling, factored)
+        if name == "joint":
+            claims.update((claim.statement, claim) for claim in prove_rolled_out(stage.derivation))
+    backward, forward, proved = form_equations(name, derived.recursion, coupling, factored, inertia)
     claims.update((claim.statement, claim) for claim in proved)
     return CollapsedForm(name, backward, forward, tuple(claims.values()), factored)
 
 
 @cache
 def form_equations(
-    name: FormName, recursion: Recursion, coupling: Coupling, factored: bool
+    name: FormName, recursion: Recursion, coupling: Coupling, factored: bool, inertia: bool = False
 ) -> tuple[Equations, Equations, tuple[Claim, ...]]:
     """The form's equations of both sweeps from the law, with the claims about both; the same for every network."""
     # Without feedback V_xx = 0, so that Q_uu = M whatever the recursion.
     law, claims = prove_law("substituted" if name == "base" else recursion, factored)
-    backward, forward, proved = build(name, law, coupling, factored=factored)
+    backward, forward, proved = build(name, law, coupling, factored=factored, inertia=inertia)
     return backward, forward, (*claims, *proved)
 
 
-def form_name(recursion: Recursion, coupling: Coupling, *, feedback: bool) -> FormName:
+def form_name(
+    recursion: Recursion, coupling: Coupling, *, feedback: bool, rollout: Rollout = "nonlinear"
+) -> FormName:
     """Which collapsed form serves an allowed combination of options."""
     if recursion != "levenberg" and coupling != "block":
         raise CompileError(
@@ -77,7 +92,7 @@ def form_name(recursion: Recursion, coupling: Coupling, *, feedback: bool) -> Fo
         return "base"
     if coupling == "block":
         return "block" if recursion == "levenberg" else recursion
-    return "information"
+    return "joint" if rollout == "linear" else "information"
 
 
 # --- the proofs -------------------------------------------------------------------------------------------------------
@@ -127,6 +142,20 @@ def prove_span(d: StageDerivation, factored: bool = False) -> tuple[Claim, ...]:
             expected, said = c[p] * variance * c[q].T + expected, "C P' C^T + M"
         claims.append(_claim(f"Q_{p}{q} = {said}", d.q_uu[p, q], ansatz, expected))
     return (*claims, *_prove_recursion(d, factored))
+
+
+@cache
+def prove_rolled_out(d: StageDerivation) -> tuple[Claim, ...]:
+    """``c' = c + Cᵀ δu`` on the linearised dynamics, ``c = Σ_i G_iᵀ δx_i``: proved for this pattern."""
+    outputs = d.pattern.outputs
+    g_after = {o: MatrixSymbol(f"G'_{o}", d.value_x[o].shape[0], a.BATCH) for o in outputs}
+    g = {i: _pull_back(d.state, outputs, i, g_after) for i in d.pattern.inputs}
+    c = {p: _pull_back(d.control, outputs, p, g_after) for p in d.pattern.controls}
+    after = MatAdd(*(g_after[o].T * d.rolled[o].expression for o in outputs))
+    before = MatAdd(*(g[i].T * d.change[i] for i in g))
+    pushed = MatAdd(*(c[p].T * d.moved[p] for p in c))
+    said = f"c' = c + sum_p C_p^T delta_p ({', '.join(d.pattern.controls)}; linearised dynamics)"
+    return (_identity(said, after.doit(), (before + pushed).doit()),)
 
 
 def _apart(letter: str, name: str, size: MatrixExpr, factored: bool) -> MatrixExpr:

@@ -7,7 +7,7 @@ Takes the derivations and the collapsed form; guarantees a :class:`Plan` in whic
 * zero and identity blocks are not multiplied out: a waiting value's gradient and contraction are carried, so the cost
   of ``c`` is linear in the (value, reader) pairs instead of in the stages a value crosses;
 * a stage whose new values nobody compares with the old ones is not run again (always the last one);
-* ``α`` is computed only where statistics or the form ask for it;
+* ``α`` is computed only where statistics or the form ask for it; in the linear rollout both take ``α_T``;
 * with ``ℓ_u = 0`` the drift ``s`` is zero and ``y`` stays the ones.
 """
 
@@ -41,6 +41,7 @@ def simplify(
     needs_alpha = statistics or form.name in ("substituted", "printed")
     rerun = _stages_to_rerun(graph, feeds)
     seen_at, made_at = _by_stage(feeds, len(graph.stages))
+    joint = form.name == "joint"
     stages = tuple(
         StagePlan(
             index=stage.index,
@@ -59,9 +60,9 @@ def simplify(
     return Plan(
         **vars(asked),
         graph=graph,
-        form=form if asked.decay else without_decay(form),
+        form=form if asked.linear else without_decay(form),
         stages=stages,
-        removed=_describe(graph, stages, decay=asked.decay, factored=form.factored),
+        removed=_describe(graph, stages, linear=asked.linear, factored=form.factored, joint=joint),
         segments=choose_segments(graph, gradients=form.name != "base") if recompute else None,
     )
 
@@ -135,17 +136,21 @@ def without_decay(form: CollapsedForm) -> CollapsedForm:
     return replace(form, backward=backward, forward=forward)
 
 
-def _describe(graph: ControlGraph, stages: tuple[StagePlan, ...], *, decay: bool, factored: bool) -> tuple[str, ...]:
+def _describe(
+    graph: ControlGraph, stages: tuple[StagePlan, ...], *, linear: bool, factored: bool, joint: bool
+) -> tuple[str, ...]:
     dead = [str(stage.index) for stage in stages if not stage.feeds]
     idle = [str(stage.index) for stage in stages if not stage.rerun]
     fixed = [value.name for value in graph.values if value.fixed]
     said = []
-    if dead:
+    if joint:
+        said.append("no forward sweep: on the linearised dynamics the weights are the same at every stage")
+    elif dead:
         said.append(f"feedback gain dead at stage {', '.join(dead)}: nothing before it has moved")
-    if idle:
+    if idle and not joint:
         said.append(f"stage {', '.join(idle)} not run again: nobody compares its new values")
     if fixed:
         said.append(f"no gradient for {', '.join(fixed)}: no player acts on it")
-    if not decay and not factored:
-        said.append("drift s = 0: no coupled weight decay")
+    if not linear and not factored:
+        said.append("drift s = 0: no coupled weight decay, no inertia")
     return tuple(said)

@@ -38,7 +38,7 @@ VARIABLES = {"s": "s", "Lambda": "lambda", "X": "system", "y": "y", "alpha": "al
 
 def lower(plan: Plan) -> Written:
     """Write the plan down."""
-    check_update(plan.form, decay=plan.decay)
+    check_update(plan.form, linear=plan.linear)
     b = Builder(plan)
     for op in plan.graph.ops.ops:
         b.name(op.name)
@@ -64,6 +64,10 @@ def _sweeps(b: Builder, functions: tuple[StageFunction, ...], by_stage: Mapping[
         pulled[stage.index] = b.written(partial(_pull_back, b, stage))
         gains[stage.index] = b.written(partial(_gains, b, stage))
         recursion[stage.index] = b.written(partial(_information, b, stage))
+    if b.plan.form.name == "joint" or b.plan.max_grad_norm is not None:
+        decision = b.written(partial(_decide_together, b))
+        together = {stage.index: b.written(partial(_update, b, stage)) for stage in reversed(b.plan.stages)}
+        return Sweeps(trajectory, loss, pulled, gains, recursion, together, decision=decision)
     again = [(stage.index, by_stage[stage.index]) for stage in b.plan.stages if stage.rerun]
     last_read = {name: t for t, function in again for name in (function.inputs if function else ())}
     for stage in b.plan.stages if b.plan.form.name != "base" else ():
@@ -186,17 +190,20 @@ def _terminal(b: Builder, end: int) -> None:
     form, coupling = b.plan.form.name, b.plan.coupling
     values = {name: Code(str(value).replace("/", " / ")) for name, value in a.terminal().items()}
     b.emit("loss", end, (f"*alpha_{end}",), "=", Code(f"{values['alpha'].text} * ones"), note="alpha_T")
-    if form in ("information", "block"):
+    if form in a.LEVENBERG:
         b.emit("loss", end, (), "m.keep", end, alpha=Var(f"alpha_{end}"))
     if form != "base":
         group = coupling if isinstance(coupling, int) else None
         b.emit("loss", end, ("*rows",), "rows_of", Code("phi.shape[0]"), group, note="groups of samples")
-    if form == "information":
-        if isinstance(coupling, int):
+    if form in a.COUPLED:
+        if isinstance(coupling, int) or b.plan.max_step is not None:
             b.emit("loss", end, ("*tau",), "group_scale", Var("rows"), Code("phi.shape[0]"), note="B / b")
         b.emit("loss", end, (f"*y_{end}",), "=", values["y"], note="y_T = P_T^-1 alpha_T")
-        b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal", values["Lambda"], Var("rows"),
-               note="Lambda_T = P_T^-1")  # fmt: skip
+        if form == "joint":
+            b.emit("loss", end, ("*information",), "=", values["Lambda"], note="the diagonal of P_T^-1")
+            b.emit("loss", end, (), "m.keep", end, information=Var("information"), rows=Var("rows"))
+        diagonal = Var("information") if form == "joint" else values["Lambda"]
+        b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal", diagonal, Var("rows"), note="Lambda_T = P_T^-1")
     elif form != "base":
         b.emit("loss", end, (f"*rho_{end}",), "=", values["rho"], note="rho_T: P_T = diag(rho_T)")
 
@@ -230,25 +237,25 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
 
 def _gains(b: Builder, stage: StagePlan) -> None:
     """Statistics, Gram matrices and the collapsed recursion of one stage."""
-    t, form, after = stage.index, b.plan.form, stage.index + 1
+    t, form, alpha = stage.index, b.plan.form, b.alpha(stage.index)
     if form.name == "base":
+        write = metrics.base_update if b.plan.max_grad_norm is None else metrics.base_gradients
         for block in stage.blocks:
-            metrics.base_update(b, t, block, f"alpha_{len(b.plan.stages)}")
+            write(b, t, block, f"alpha_{len(b.plan.stages)}")
         return
     opens: dict[str, str] = {}
-    paper = form.name not in ("information", "block")
+    paper = form.name not in a.LEVENBERG
     for player in [player for block in stage.blocks if paper or block.kind == "parameters" for player in block.players]:
         if stage.statistics and not joins(b, player):
-            opens[player.name] = weighted(b, "backward", t, player, f"alpha_{after}", "qu", "Q_u = f_u^T V_x")
-    found = [metrics.observe(b, t, block, f"alpha_{after}" if stage.statistics else None, opens)
-             for block in stage.blocks]  # fmt: skip
+            opens[player.name] = weighted(b, "backward", t, player, alpha, "qu", "Q_u = f_u^T V_x")
+    found = [metrics.observe(b, t, block, alpha if stage.statistics else None, opens) for block in stage.blocks]
     if paper:
         _paper(b, stage, opens, found)
         return
-    if b.plan.decay:
+    if b.plan.linear:
         drifts = {name: variable for block in found for name, variable in metrics.drift(b, t, block).items()}
         drift = f"fall_{t}" if b.factored else f"s_{t}"
-        directional(b, "backward", t, stage.players, drifts, drift, "gamma M^-1 l_u")
+        directional(b, "backward", t, stage.players, drifts, drift, "gamma M^-1 l")
     grams = {", ".join(p.name for p in o.block.players): metrics.block_gram(b, t, o) for o in found}
     b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in grams.items()})
     total = f"columns_{t}" if b.factored else f"gamma_{t}"
@@ -282,16 +289,17 @@ def _formula(b: Builder, t: int, expression: MatrixExpr) -> Code:
     """A derived formula at stage ``t``; printed once, whatever the number of stages."""
     if expression not in b.formulas:
         factors = {a.INFORMATION: "factor_{t}", a.SYSTEM: "factor_{t}"}
-        b.formulas[expression] = print_formula(expression, _environment(b), factors, sample_matrices())
+        total = a.INFORMATION_NEXT if b.plan.form.name == "joint" else None
+        b.formulas[expression] = print_formula(expression, _environment(b), factors, sample_matrices(), total)
     return Code(b.formulas[expression].format(t=t, after=t + 1))
 
 
 def _information(b: Builder, stage: StagePlan) -> None:
     """The information form and its per-sample projection, equation by equation as derived."""
     t = stage.index
-    if b.plan.form.name not in ("information", "block"):
+    if b.plan.form.name not in a.LEVENBERG:
         return
-    block = b.plan.form.name == "block"
+    block, joint = b.plan.form.name == "block", b.plan.form.name == "joint"
     alpha = t > 0 and (block or b.plan.stages[t - 1].statistics)
     wanted = {"alpha": alpha, "y": block or b.drifts, "rho": t > 0, "R": t > 0}
     for symbol, variable in VARIABLES.items():
@@ -300,9 +308,9 @@ def _information(b: Builder, stage: StagePlan) -> None:
             continue
         code = _formula(b, t, equation.expression)
         b.emit("backward", t, (f"*{variable}_{t}",), "=", code, note=f"{symbol} ({equation.source})")
-        if symbol in ("Lambda", "X"):
+        if symbol in ("Lambda", "X") and not joint:
             b.emit("backward", t, (f"factor_{t}", f"lifted_{t}"), "factor", Var(f"{variable}_{t}"), note="Cholesky")
-    figures: dict[str, Any] = {name: Var(f"{name}_{t}") for name in ("factor", "lifted")}
+    figures: dict[str, Any] = {} if joint else {name: Var(f"{name}_{t}") for name in ("factor", "lifted")}
     figures["target"] = Var(_formula(b, t, a.TARGET).text)
     if b.drifts:
         figures["drift"] = Var(f"s_{t}")
@@ -338,6 +346,37 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[metr
 # --- forward sweep ----------------------------------------------------------------------------------------------------
 
 
+def _decide_together(b: Builder) -> None:
+    """``w`` of the joint step, every player's weighted gradient where their norm is asked for."""
+    joint, end = b.plan.form.name == "joint", len(b.plan.stages)
+    if joint:
+        b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var("lambda_0"), note="Cholesky, the only one")
+        equation = b.plan.form.forward["w"]
+        code = _formula(b, 0, equation.expression)
+        b.emit("joint", 0, ("*w",), "=", code, note=f"w ({equation.source}): of every stage")
+        if b.plan.max_step is not None:
+            target = Var(_formula(b, 0, a.TARGET).text)
+            b.emit("joint", 0, ("*w_capped",), "cap_step", Var("w"), target, Var("information"), Var("tau"),
+                   Var("rows"), b.plan.max_step, note="|delta u|_M at most max_step")  # fmt: skip
+        b.emit("joint", 0, (), "m.keep", end, lifted=Var("lifted_0"), weights=Var(_weights(b)))
+    if b.plan.max_grad_norm is not None:
+        metrics.clipped(b, _weights(b))
+
+
+def _weights(b: Builder) -> str:
+    """The variable of the weights that every stage takes."""
+    return "w" if b.plan.max_step is None else "w_capped"
+
+
+def _update(b: Builder, stage: StagePlan) -> None:
+    """One weighted gradient a player, and the base method; nobody has to move before anybody else."""
+    for block in stage.blocks:
+        if b.plan.max_grad_norm is not None:
+            metrics.update_clipped(b, stage.index, block)
+        else:
+            metrics.decide(b, "joint", stage.index, block, _weights(b))
+
+
 def _decide(b: Builder, stage: StagePlan) -> None:
     """``w``, one weighted gradient a player, and the base method."""
     t = stage.index
@@ -354,7 +393,7 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     b.emit("forward", t, (f"*w_{t}",), "=", _formula(b, t, expression), note=f"w ({source})")
     b.emit("forward", t, (), "m.keep", t, weights=Var(f"w_{t}"))
     for block in stage.blocks:
-        metrics.decide(b, t, block, f"w_{t}")
+        metrics.decide(b, "forward", t, block, f"w_{t}")
 
 
 def _run_again(

@@ -19,7 +19,7 @@ from gtddp_compile.builder import Builder
 from gtddp_compile.calls import kept_rows, moments
 from gtddp_compile.ends import Part
 from gtddp_compile.graph import ControlGraph, Op
-from gtddp_compile.instructions import Function, Instruction, StageFunction, Var
+from gtddp_compile.instructions import Function, Instruction, Phase, StageFunction, Var
 from gtddp_compile.lowered import Sweeps, Written, compares
 
 PASSING = frozenset(
@@ -231,10 +231,10 @@ class _Again:
         """The instructions of one stage."""
         for one in instructions:
             for name in sorted(set(one.reads) & self._made.keys()):
-                yield from self._part(self._made[name], one.stage)
+                yield from self._part(self._made[name], one.phase, one.stage)
             yield one.renamed(self._names)
 
-    def _part(self, part: Part, stage: int) -> Iterator[Instruction]:
+    def _part(self, part: Part, phase: Phase, stage: int) -> Iterator[Instruction]:
         b, known = self._b, self._known(part)
         function = replace(part.function, moments={op: one.name for op, one in known.items()})
         if function.name in self.functions:
@@ -242,15 +242,15 @@ class _Again:
         self.functions[function.name] = function
         for name in takes(b, part):
             if name in self._made:
-                yield from self._part(self._made[name], stage)
+                yield from self._part(self._made[name], phase, stage)
         for one in known.values():
             if one.sums:
-                yield Instruction("forward", stage, (f"*{one.name}",), "batch_known", tuple(map(Var, one.sums)),
+                yield Instruction(phase, stage, (f"*{one.name}",), "batch_known", tuple(map(Var, one.sums)),
                                   note="means of g too")  # fmt: skip
         writes, bound = makes(b, part), ", ".join((function.name, *function.moments.values()))
         wanted = {self._same.get(name, name) for name, maker in self._made.items() if maker is part}
         found = Instruction(
-            "forward", stage, tuple(f"{name}_again" if name in wanted else "_" for name in writes), "make_again",
+            phase, stage, tuple(f"{name}_again" if name in wanted else "_" for name in writes), "make_again",
             (Function(f"bind({bound})" if known else function.name), Var("p"), Var("b_again"),
              tuple(Var(b.name(name)) for name in function.inputs), tuple(name and Var(name) for name in part.gradients),
              tuple(name is not None for name in part.pulled), tuple(name in wanted for name in writes)),

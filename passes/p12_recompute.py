@@ -39,6 +39,7 @@ def _once(sweeps: Sweeps) -> Iterable[Instruction]:
         yield from (*sweeps.pulled[t], *sweeps.gains[t], *(() if sweeps.deferred else sweeps.recursion[t]))
     for t in stages if sweeps.deferred else ():
         yield from sweeps.recursion[t]
+    yield from sweeps.decision
     for part in sweeps.forward.values():
         yield from part
 
@@ -70,16 +71,17 @@ class _Recomputed:
                 yield from self._segment_again(index, "_back", names)
             for t in reversed(self._segments[index]):
                 yield from _renamed((*sweeps.pulled[t], *sweeps.gains[t], *sweeps.recursion[t]), names)
+        yield from sweeps.decision
+        phase: Phase = "joint" if sweeps.decision else "forward" if sweeps.forward else "backward"
         for index in range(last + 1 if sweeps.forward else 0):
             names = {}
             yield from self._segment_again(index, "_old", names)
             for t in reversed(self._segments[index]):
                 yield from _copied(sweeps.pulled[t], "_old", names, "gradients")
-            yield from self._rewind(index, "forward")
+            yield from self._rewind(index, phase) if phase == "forward" else ()
             for t in self._segments[index]:
                 yield from _renamed(sweeps.forward[t], names)
         if self._rewound:
-            phase: Phase = "forward" if sweeps.forward else "backward"
             stage = self._segments[-1][-1] if sweeps.forward else 0
             yield Instruction(phase, stage, (), "m.settle", note="a step draws as much as one forward pass")
 

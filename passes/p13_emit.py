@@ -21,6 +21,7 @@ TITLES = {
     "loss": "the end of the trajectory: losses and the terminal value function",
     "backward": "backward sweep: gradients and gains",
     "forward": "sweep 2: every stage decides and moves on",
+    "joint": "the joint step: one factor, and the same weights for every player",
     "checkpoint": "sweep 1: the trajectory, of which only the beginning of every segment is kept",
     "recompute": "a segment again, from its beginning",
     "gradients": "its gradients again",
@@ -102,7 +103,8 @@ def draws(lowered: Lowered) -> bool:
 
 def _rewinds(lowered: Lowered) -> bool:
     """Whether the random state is handled here: programs that run segments again say themselves when they rewind."""
-    return draws(lowered) and all(instruction.function != "m.mark" for instruction in lowered.instructions)
+    found = lowered.instructions
+    return draws(lowered) and any(one.phase == "forward" for one in found) and all(one.function != "m.mark" for one in found)
 
 
 def body(lowered: Lowered, style: Style) -> list[str]:

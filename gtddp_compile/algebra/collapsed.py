@@ -12,7 +12,11 @@ from sympy import Expr, MatrixExpr, MatrixSymbol, Symbol
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.algebra.symbols import Rule, SymmetricSymbol
 
-FormName = Literal["information", "block", "substituted", "printed", "base"]
+FormName = Literal["joint", "information", "block", "substituted", "printed", "base"]
+COUPLED: tuple[FormName, ...] = ("joint", "information")
+"""Forms that couple the samples of a batch, or of a group of it, by one matrix: the linear and the nonlinear rollout."""
+LEVENBERG: tuple[FormName, ...] = (*COUPLED, "block")
+"""Forms whose stage Hessian is ``M + f_uᵀ V_xx f_u``."""
 
 BATCH = Symbol("B", integer=True, positive=True)
 CONTROLS = Symbol("m", integer=True, positive=True)
@@ -26,7 +30,12 @@ BASE = MatrixSymbol("b", CONTROLS, 1)
 """``f_uᵀ A``: the ordinary gradient ``γᵀ α_T``; present where the linear term is kept apart (richer factors)."""
 CURVATURE = SymmetricSymbol("M", CONTROLS, CONTROLS)
 DECAY = MatrixSymbol("l", CONTROLS, 1)
-"""``ℓ_u``: gradient of the coupled weight decay."""
+"""``ℓ_u``: gradient of the coupled weight decay and of inertia, ``λ u - μ M v``."""
+MOMENTUM = MatrixSymbol("v", CONTROLS, 1)
+"""``v``: the last step's ``δu``, which inertia regularises towards instead of zero."""
+WEIGHT_DECAY = MatrixSymbol("d", CONTROLS, 1)
+"""``λ u``: gradient of the coupled weight decay alone."""
+INERTIA = Symbol("mu", nonnegative=True)
 CHANGE = MatrixSymbol("c", BATCH, 1)
 """``c``: first-order change of each sample's loss that the stages before have already caused."""
 GRAM = SymmetricSymbol("Gamma", BATCH, BATCH)
@@ -76,7 +85,8 @@ class CollapsedForm:
     """The equations the fast program runs, one set for every stage, and the claims they rest on.
 
     Attributes:
-        name: ``"information"`` (theory: 4a, full batch coupling and groups), ``"block"`` (per-sample coupling,
+        name: ``"joint"`` (full batch coupling and groups, the policy rolled out on the linearised dynamics: one ``w`` for
+            all stages), ``"information"`` (the same coupling, rolled out on the network), ``"block"`` (per-sample coupling,
             Levenberg stage Hessian), ``"substituted"`` and ``"printed"`` (4b, the paper's own), ``"base"`` (feedback
             off).
         backward: equations of the backward sweep, in order, by the name of what they define.

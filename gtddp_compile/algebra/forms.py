@@ -27,10 +27,11 @@ from sympy import (
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.algebra.collapsed import Claim, FormName
 from gtddp_compile.algebra.derivation import Equation
-from gtddp_compile.algebra.symbols import is_equal, rewrite
+from gtddp_compile.algebra.symbols import SymmetricSymbol, is_equal, rewrite
 from gtddp_compile.errors import CompileError
 
 Coupling = Literal["full", "groups", "block"]
+Rollout = Literal["linear", "nonlinear"]
 Equations = dict[str, Equation]
 
 NEXT: dict[MatrixExpr, MatrixExpr] = {
@@ -85,6 +86,10 @@ class Form:
 def form_of(name: FormName, *, factored: bool) -> Form:
     """What each form keeps; ``factored``: a block of ``P`` a sample in place of a number."""
     state, projected = (a.OWN, a.OWN_NEXT) if factored else (a.RHO, DiagMatrix(a.RHO_NEXT))
+    if name == "joint":
+        sources = {"": "4a", "y": "4f", "w": "4f"} | ({"s": "4c"} if factored else {})
+        kept = Inverse(a.INFORMATION_NEXT)
+        return Form(kept, kept * a.TARGET_NEXT, a.INFORMATION, None, sources)
     if name == "information":
         sources = {"": "4a", "y": "4a, weight decay"} | ({"s": "4c", "w": "4c"} if factored else {})
         kept = Inverse(a.INFORMATION_NEXT)
@@ -99,7 +104,7 @@ def form_of(name: FormName, *, factored: bool) -> Form:
 
 
 def build(
-    name: FormName, law: Law, coupling: Coupling, *, factored: bool
+    name: FormName, law: Law, coupling: Coupling, *, factored: bool, inertia: bool = False
 ) -> tuple[Equations, Equations, tuple[Claim, ...]]:
     """Equations of the backward and of the forward sweep, and what was proved of them.
 
@@ -109,14 +114,24 @@ def build(
         CompileError: the equations are not the law, which is an error of this package.
     """
     form, claims = form_of(name, factored=factored), []
-    if coupling == "groups" and name == "information":
+    update = law.update
+    if coupling == "groups" and name in a.COUPLED:
         batch, (law, claim) = law, _in_a_group(law)
+        update = _share(update)
         claims.append(claim)
         if not factored:
             claims.append(_proof("s of a group is the batch's", law.drift, batch.drift))
     equations = tuple(_equations(form, law, factored=factored))
     claims += _proved(name, form, law, equations)
+    if name == "joint":
+        claims.append(_same_weights(law, update))
+        equations = tuple(_joint(equations))
     sweeps: tuple[Equations, Equations] = ({}, {})
+    if inertia:
+        linear = a.WEIGHT_DECAY - a.INERTIA * a.CURVATURE * a.MOMENTUM
+        sweeps[0]["l"] = Equation(a.DECAY, linear, "4f, inertia")
+        alone = Inverse(a.CURVATURE) * a.WEIGHT_DECAY - a.INERTIA * a.MOMENTUM
+        claims.append(_proof("M^-1 l = M^-1 d - mu v", (Inverse(a.CURVATURE) * linear).doit().expand().doit(), alone))
     for equation in equations:
         sweeps[equation.symbol in (a.WEIGHTS, a.UPDATE)][str(equation.symbol)] = equation
     return *sweeps, tuple(claims)
@@ -150,6 +165,43 @@ def _equations(form: Form, law: Law, *, factored: bool) -> Iterator[Equation]:
             yield said(form.state, projection(here.variance, form.state))
         yield said(a.WEIGHTS, here.weights)
     yield Equation(a.UPDATE, law.update, "4, 28")
+
+
+def _joint(equations: tuple[Equation, ...]) -> Iterator[Equation]:
+    """The equations of the linear rollout: ``w`` of the first stage, where nothing has moved, is every stage's."""
+    for equation in equations:
+        if equation.symbol == a.WEIGHTS:
+            yield replace(equation, expression=equation.expression.xreplace({a.CHANGE: 0 * a.CHANGE}).doit())
+        elif equation.symbol != a.ALPHA:  # statistics are taken from α_T: P' is not known before the last of them
+            yield equation
+
+
+def _same_weights(law: Law, update: MatrixExpr) -> Claim:
+    """``Λ' w' = Λ' w``: on the linearised dynamics the weights do not depend on the stage.
+
+    ``update``: ``δu`` as it is rolled out: the batch's, or that of a group which stands for it. What it changes, ``c' =
+    c + Cᵀ δu``, is what the next stage answers to, ``Λ' w' = y' + c'`` (the equation of ``w`` one stage on).
+    """
+    product = (a.GRADIENTS.T, Inverse(a.CURVATURE), a.GRADIENTS)
+    after, system = Inverse(a.INFORMATION_NEXT), SymmetricSymbol("W", a.BATCH, a.BATCH)
+    there = law.put({a.VARIANCE_NEXT: after, a.ALPHA_NEXT: after * a.TARGET_NEXT})
+    inverse, _ = _system(there)  # Λ = Λ' + τ Γ
+    weights = there.weights.xreplace({Inverse(inverse): system, a.DRIFT: law.drift}).doit()
+    added = (inverse - a.INFORMATION_NEXT).expand().doit()
+    scale = added.as_coeff_matrices()[0] if isinstance(added, MatMul) else Integer(1)
+    pushed = (a.GRADIENTS.T * update).doit().expand().doit()
+    answer = a.TARGET_NEXT + a.CHANGE + pushed.xreplace({a.WEIGHTS: weights}).doit()
+    rules = (
+        (product, a.GRAM),
+        ((a.GRAM, system), (Identity(a.BATCH) - a.INFORMATION_NEXT * system) / scale),
+    )
+    statement = "Lambda' w' = Lambda' w: the weights are the same at every stage (linear rollout)"
+    if not is_equal(answer, a.INFORMATION_NEXT * weights, rules):
+        raise CompileError(
+            f"{statement} does not follow from what was proved of a stage",
+            "This is an error of gtddp_compile: report it. rollout='nonlinear' does not rest on it",
+        )
+    return Claim(statement, answer, a.INFORMATION_NEXT * weights, rules)
 
 
 def _system(law: Law) -> tuple[MatrixExpr, MatrixExpr]:

@@ -73,12 +73,17 @@ class BlockUpdates(ParameterUpdates):
         return [(shape[2], shape[1]) for shape in shapes], [self._groups[player[0]] for player in names]
 
     def drift_block(self, kind: BlockKind, names: Names) -> tuple[tuple[Tensor, ...], ...]:
-        """``M⁻¹ ℓ_u`` of every player."""
+        """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of every player."""
+        if all(self._linear(name) is None for player in names for name in player):
+            return tuple(tuple(self._less_inertia(name, None) for name in player) for player in names)
         linear = []
         for player in names:
             terms = [(self._params[name], self._linear(name)) for name in player]
             linear.append(tuple(torch.zeros_like(param) if term is None else term for param, term in terms))
-        return self._scaled(kind, names, self._directions(kind, names, linear), 1)
+        found = self._scaled(kind, names, self._directions(kind, names, linear), 1)
+        return tuple(
+            tuple(map(self._less_inertia, player, parts)) for player, parts in zip(names, found, strict=True)
+        )
 
     def open_block(
         self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
@@ -128,6 +133,11 @@ class BlockUpdates(ParameterUpdates):
     def _descend(self, names: Names, directions: Sequence[tuple[Tensor, ...]]) -> None:
         for player, parts in zip(names, directions, strict=True):
             for name, direction in zip(player, parts, strict=True):
+                if "inertia" in self._groups[name]:
+                    param, group = self._params[name], self._groups[name]
+                    delta, self.states[name] = self._kronecker.consume(param, direction, self.states[name], group)
+                    self._writable(name).add_(self._carried(name, delta))
+                    continue
                 target = self._writable(name)
                 self.states[name] = self._kronecker.advance(target, direction, self.states[name], self._groups[name])
 
@@ -140,6 +150,7 @@ class BlockUpdates(ParameterUpdates):
                 delta, self.states[name] = self._kronecker.consume(
                     param, direction, self.states[name], self._groups[name]
                 )
+                delta = self._carried(name, delta)
                 self._new[name] = (param + delta).to(param.dtype)
                 deltas.append(delta)
             found.append(tuple(deltas))

@@ -162,12 +162,30 @@ class ParameterUpdates:
         return blocks
 
     def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """``M⁻¹ ℓ_u`` of each parameter."""
+        """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of each parameter."""
         found = []
-        for name, inverse in zip(names, self.metric(names), strict=True):
+        for name in names:
             linear = self._curvature.linear_term(self._params[name], self._groups[name])
-            found.append(torch.zeros_like(self._params[name]) if linear is None else inverse * linear)
+            decayed = None if linear is None else self._inverse(name) * linear
+            found.append(self._less_inertia(name, decayed))
         return tuple(found)
+
+    def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
+        """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``."""
+        last, mu = self.states[name].get("last_step"), self._groups[name].get("inertia", 0.0)
+        if last is None or not mu:
+            return torch.zeros_like(self._params[name]) if direction is None else direction
+        return last * -mu if direction is None else torch.sub(direction, last, alpha=mu)
+
+    def _carried(self, name: str, delta: Tensor) -> Tensor:
+        """``δu + μ v``, put down as the last step."""
+        if "inertia" not in self._groups[name]:
+            return delta
+        last, mu = self.states[name].get("last_step"), self._groups[name]["inertia"]
+        if last is not None and mu:
+            delta = torch.add(delta, last, alpha=mu, out=self._memory(name).get("last_step"))
+        self.states[name] = {**self.states[name], "last_step": delta}
+        return delta
 
     def open_gain(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``k = -M⁻¹ (γᵀ α + ℓ_u)`` (Eq. 4 with Table 1's ``Q_uu``)."""
@@ -182,6 +200,7 @@ class ParameterUpdates:
             delta, self.states[name] = self._curvature.apply(
                 param, self._with_decay(name, gradient), self.states[name], self._groups[name]
             )
+            delta = self._carried(name, delta)
             self._new[name] = (param + delta).to(param.dtype)
             found.append(delta)
         return tuple(found)
@@ -190,6 +209,12 @@ class ParameterUpdates:
         """As :meth:`apply` where nobody reads ``δu``: one pass over the new parameter."""
         for name, gradient in zip(names, gradients, strict=True):
             g_hat = self._with_decay(name, gradient)
+            if "inertia" in self._groups[name]:
+                delta, self.states[name] = self._curvature.apply(
+                    self._params[name], g_hat, self.states[name], self._groups[name]
+                )
+                self._writable(name).add_(self._carried(name, delta))
+                continue
             target = self._writable(name)
             self.states[name] = self._curvature.descend(
                 target, g_hat, self.states[name], self._groups[name],
@@ -236,6 +261,8 @@ class ParameterUpdates:
         """``η`` of each parameter where ``δu = -η ĝ``, and a product in float32 can write the parameter."""
         if any(self._params[name].dtype in (torch.bfloat16, torch.float16) for name in names):
             return None
+        if any("inertia" in self._groups[name] for name in names):
+            return None
         rates = tuple(self._curvature.rate(self._groups[name]) for name in names)
         return None if None in rates else rates  # type: ignore[return-value]
 
@@ -265,6 +292,10 @@ class ParameterUpdates:
             decay = self._curvature.linear_term(self._params[name], self._groups[name])
             found.append((torch.zeros_like(self._params[name]) if decay is None else decay).flatten())
         return torch.cat(found)
+
+    def carried_flat(self, names: tuple[str, ...]) -> Tensor:
+        """``μ v`` of one player, its parameters flat and side by side."""
+        return torch.cat([-self._less_inertia(name, None).flatten() for name in names])
 
     def shape(self, name: str) -> torch.Size:
         """A parameter's shape."""

@@ -294,6 +294,14 @@ def blocks_add(*terms: Blocks) -> Blocks:
     return tuple(functools.reduce(torch.add, blocks) for blocks in zip(*terms, strict=True))
 
 
+def blocks_into(total: Blocks, *terms: Blocks) -> Blocks:
+    """The total with the terms added to it in place, block by block."""
+    for blocks in zip(total, *terms, strict=True):
+        for term in blocks[1:]:
+            blocks[0].add_(term)
+    return total
+
+
 def blocks_scale(factors: tuple[float, ...], blocks: Blocks) -> Blocks:
     """Each group's block times its own factor."""
     return tuple(factor * block for factor, block in zip(factors, blocks, strict=True))
@@ -346,6 +354,35 @@ def solve(factors: Blocks, vector: Tensor) -> Tensor:
 
 def _solve(block: Tensor, vector: Tensor) -> Tensor:
     return torch.cholesky_solve(vector.unsqueeze(1), block, upper=True).squeeze(1)
+
+
+def cap_step(weights: Tensor, target: Tensor, information: Tensor, scales: Sequence[float], rows: Sequence[slice],
+             bound: float) -> Tensor:  # fmt: skip
+    """``w``, shorter where the step it asks for is longer than the bound in the metric ``M``.
+
+    ``(M⁻¹ C w)ᵀ M (M⁻¹ C w) = wᵀ Γ w = wᵀ (y - Λ_T w)``, as ``(Λ_T + Γ) w = y``: no product with ``Γ``. A group stands for
+    the batch; its own step is capped, and so is their mean.
+
+    Args:
+        weights, target: ``w`` and ``y``, ``(B,)``.
+        information: the diagonal of ``Λ_T``, ``(B,)``.
+        scales: ``τ`` of every group.
+        rows: of every group.
+        bound: the longest step.
+    """
+    found = []
+    for row, scale in zip(rows, scales, strict=True):
+        w = weights[row]
+        square = scale * (w @ (target[row] - information[row] * w))
+        found.append(w * (bound / square.clamp_min(torch.finfo(w.dtype).tiny).sqrt()).clamp_max(1.0))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def clip_gradients(bound: float, *gradients: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+    """As ``torch.nn.utils.clip_grad_norm_``: all gradients times ``bound / (norm + 1e-6)`` where that is below 1."""
+    norms = torch.stack([torch.linalg.vector_norm(part) for player in gradients for part in player])
+    scale = (bound / (torch.linalg.vector_norm(norms) + 1e-6)).clamp_max(1.0)
+    return tuple(tuple(part * scale.to(part.dtype) for part in player) for player in gradients)
 
 
 def inverse_diagonal(factors: Blocks) -> Tensor:

@@ -10,7 +10,7 @@ for those the tests have other oracles. For networks of a few hundred activation
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,10 +41,18 @@ class Group:
 
 @dataclass
 class Gains:
-    """Gains of one stage for one group: ``δu = k + Σ K_v δv``, controls side by side."""
+    """Gains of one stage for one group: ``δu = k + Σ K_v δv``, controls side by side.
+
+    ``values``, ``size``, ``widths``: what the derivation's symbols stand for, sizes of their axes, and of every value
+    after the stage; ``metric``: the stage's ``M`` and ``ℓ_u``.
+    """
 
     k: Tensor
     feedback: dict[str, Tensor]
+    values: dict[Any, Tensor]
+    size: dict[Any, int]
+    widths: dict[str, int]
+    metric: tuple[Tensor, Tensor, list[int]]
 
 
 class DenseBackend:
@@ -109,10 +117,13 @@ class DenseBackend:
                 blocks = blocks.effective(after)
                 jacobians = trajectory.assemble(stage.index, blocks)
             seen = Seen(trajectory, blocks, jacobians, start)
-            gains.insert(0, self._sweep(m, stage, seen, groups))
+            gains.insert(0, self._sweep(m, stage, seen, groups, after))
             hessian = jacobians.pull_back_hessian(hessian) if self._factored else outer_products(g)
             measures.insert(0, hessian)
-        self._forward(m, q, trajectory, groups, gains, measures, aim)
+        if options.feedback is True and options.rollout_kind == "linear":
+            self._joint(m, groups, gains)
+        else:
+            self._forward(m, q, trajectory, groups, gains, measures, aim)
         return phi
 
     def _metric(self, m: BaseMethod, stage: DerivedStage) -> DenseMetric:
@@ -146,17 +157,21 @@ class DenseBackend:
         stage: DerivedStage,
         seen: Seen,
         groups: list[Group],
+        g: dict[str, Tensor],
     ) -> list[Gains]:
-        """Statistics from all groups, then every group's gains and value recursion."""
+        """Statistics from all groups, then every group's gains and value recursion; ``g``: at the cut after the stage."""
         jacobians = seen.jacobians
         batch = sum(len(group.samples) for group in groups)
         names = {letter: self.program.graph.player[player].parameters for letter, player in stage.controls.items()}
         opened = [self._environment(stage, jacobians.rows(group.samples, batch), group) for group in groups]
+        seen_by, learned = self._learned_from(seen.start, groups, g), opened
+        if seen_by is not groups:
+            learned = [self._environment(stage, jacobians.rows(group.samples, batch), group) for group in seen_by]
         gradients = {}
         for letter in names:
             equation = stage.derivation.q_u[letter]
             total = None
-            for values, size in opened:
+            for values, size in learned:
                 like = values[next(iter(stage.derivation.value_x.values()))]
                 values[stage.derivation.linear[letter]] = like.new_zeros(size[equation.symbol.shape[0]], 1)
                 found = evaluate(equation.expression, values, size)
@@ -164,7 +179,7 @@ class DenseBackend:
             assert total is not None
             gradients[stage.controls[letter]] = total
         metric = self._metric(m, stage)
-        whole = {name: torch.cat([group.value_x[name] for group in groups]) for name in groups[0].value_x}
+        whole = {name: torch.cat([group.value_x[name] for group in seen_by]) for name in groups[0].value_x}
         metric.observe(seen, whole, gradients)
         matrices = metric.matrices()
         if stage.derivation.own:
@@ -173,6 +188,15 @@ class DenseBackend:
         return [
             self._group_gains(m, stage, group, values, size, (*matrices, metric.sizes))
             for group, (values, size) in zip(groups, opened, strict=True)
+        ]
+
+    def _learned_from(self, start: float, groups: list[Group], g: dict[str, Tensor]) -> list[Group]:
+        """Whose ``V_x`` statistics are taken from: the groups', in the linear rollout that of ordinary gradients."""
+        if self.program.options.feedback is not True or self.program.options.rollout_kind != "linear":
+            return groups
+        return [
+            replace(group, value_x={name: start * g[name][group.samples].reshape(-1, 1) for name in group.value_x})
+            for group in groups
         ]
 
     def _environment(
@@ -217,12 +241,14 @@ class DenseBackend:
                     values[d.curvature[letter, other]] = group.share * blocks[n][k]
         for equation in d.equations():
             values[equation.symbol] = evaluate(equation.expression, values, size)
+        after = {name: group.value_x[name].shape[0] for outs in stage.outputs.values() for name in outs}
         self._advance(m, stage, group, values)
         feedback: dict[str, Tensor] = {}
         for i, ins in stage.inputs.items():
             widths = [group.value_x[name].shape[0] for name in ins]
             feedback.update(zip(ins, values[d.gains[i].symbol].split(widths, 1), strict=True))
-        return Gains(group.share * values[d.k.symbol], {name: group.share * gain for name, gain in feedback.items()})
+        shared = {name: group.share * gain for name, gain in feedback.items()}
+        return Gains(group.share * values[d.k.symbol], shared, values, size, after, metric)
 
     def _advance(self, m: BaseMethod, stage: DerivedStage, group: Group, values: dict[Any, Tensor]) -> None:
         """The value function at the cut before the stage, projected as the coupling says."""
@@ -271,6 +297,51 @@ class DenseBackend:
                 for c, (rows_c, own_c) in where[1].items():
                     value_xx[a, c][rows_a, rows_c] -= missing[own_a, own_c]
         return negative
+
+    # --- the linear rollout -------------------------------------------------------------------------------------------
+
+    def _joint(self, m: BaseMethod, groups: list[Group], gains: list[list[Gains]]) -> None:
+        """The policy rolled out on the linearised dynamics, ``δx̂' = f̂_x δx̂ + f̂_u δû``, stage by stage.
+
+        A group's own rollout is that of a batch like it; the update is the groups' by their shares.
+        """
+        steps = [self._rolled_out([found[n] for found in gains]) for n in range(len(groups))]
+        for stage, *found in zip(self.program.derived.stages, *steps, strict=True):
+            total = sum(group.share * delta for group, delta in zip(groups, found, strict=True))
+            assert isinstance(total, Tensor)
+            self._apply(m, stage, total)
+
+    def _rolled_out(self, gains: list[Gains]) -> list[Tensor]:
+        """``δû`` of every stage for one group."""
+        change: dict[str, Tensor] = {}
+        steps: list[Tensor] = []
+        for stage, found in zip(self.program.derived.stages, gains, strict=True):
+            d, values, size = stage.derivation, dict(found.values), found.size
+            for i, ins in stage.inputs.items():
+                rows = size[d.q_x[i].symbol.shape[0]]
+                moved = [change[name] for name in ins if name in change]  # before the first stage nothing has moved
+                values[d.change[i]] = torch.cat(moved) if moved else found.k.new_zeros(rows, 1)
+            delta = evaluate(d.rolled["u"].expression, values, size)
+            steps.append(delta)
+            pieces = delta.split(found.metric[2])
+            values.update((d.moved[letter], piece) for letter, piece in zip(stage.controls, pieces, strict=True))
+            change = {}
+            for o, outs in stage.outputs.items():
+                after = evaluate(d.rolled[o].expression, values, size)
+                change.update(zip(outs, after.split([found.widths[name] for name in outs]), strict=True))
+        return self._capped(steps, gains)
+
+    def _capped(self, steps: list[Tensor], gains: list[Gains]) -> list[Tensor]:
+        """The part ``-M⁻¹ (C w)`` that the samples ask for within ``max_step``, its norm in ``M``."""
+        bound = self.program.options.max_step
+        if bound is None:
+            return steps
+        metrics = [found.metric[:2] for found in gains]
+        carried = [-torch.linalg.solve(curvature, linear) for curvature, linear in metrics]
+        asked = [step - own for step, own in zip(steps, carried, strict=True)]
+        square = sum(float((part.T @ metric[0] @ part).sum()) for part, metric in zip(asked, metrics, strict=True))
+        scale = min(1.0, bound / max(square, torch.finfo(steps[0].dtype).tiny) ** 0.5)
+        return [own + scale * part for own, part in zip(carried, asked, strict=True)]
 
     # --- forward sweep ------------------------------------------------------------------------------------------------
 

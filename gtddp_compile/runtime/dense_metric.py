@@ -107,9 +107,11 @@ class DenseMetric:
     # --- the matrix ---------------------------------------------------------------------------------------------------
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """``M`` ``(m, m)`` and ``ℓ_u`` ``(m, 1)``."""
-        linear = torch.cat([self._m.linear_flat(player.parameters) for player in self._players])
-        return torch.linalg.inv(self._inverse()), linear.unsqueeze(1)
+        """``M`` ``(m, m)`` and ``ℓ_u = λ u - μ M v`` ``(m, 1)``."""
+        linear = torch.cat([self._m.linear_flat(player.parameters) for player in self._players]).unsqueeze(1)
+        carried = torch.cat([self._m.carried_flat(player.parameters) for player in self._players]).unsqueeze(1)
+        curvature = torch.linalg.inv(self._inverse())
+        return curvature, linear - curvature @ carried
 
     def own_matrices(self) -> list[Tensor]:
         """Every player's curvature without cross terms: what Eq. 23 as printed reads."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.passes.p13_emit import draws
@@ -24,7 +25,7 @@ from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.fast import FastBackend, Micro, Request
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 
-FORMS = ("base", "information")
+FORMS = ("base", *COUPLED)
 OF_LAYERS = ("observe_block", "observe_factors")
 """Requests whose argument is rows of layers."""
 
