@@ -79,7 +79,9 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
     layers = _statistics(b, t, block, alpha, opens)
     coordinates = _kept(b, t, block, alpha) if _coordinates(b, block) else ""
     metric = _metric(b, block)
-    if block.kind in OF_PLAYERS:
+    if block.kind == "channels":
+        b.emit("backward", t, (f"*{metric}",), "m.channels_metric", block.players[0].parameters, note="M^-1 of x X")
+    elif block.kind in OF_PLAYERS:
         b.emit("backward", t, (f"*{metric}",), "m.block_metric", block.kind, _names(block), note="M^-1")
     else:
         separated = separated_groups(b, block.players[0])
@@ -95,7 +97,7 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
 def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
     """``M⁻¹ ℓ_u`` of every player."""
     names = {player.name: f"drift_{b.identity(player)}" for player in found.block.players}
-    if found.of_players:
+    if found.of_players or found.block.kind == "channels":
         arguments = (found.block.kind, _names(found.block))
         b.emit("backward", t, tuple(names.values()), "m.drift_block", *arguments, note="M^-1 l_u")
     else:
@@ -108,6 +110,11 @@ def block_gram(b: Builder, t: int, found: Observed) -> str:
     """``Γ`` of a block."""
     if not found.of_players:
         (player,) = found.block.players
+        if found.block.kind == "channels":
+            (use,), whitened = b.uses(player.name), f"white_{b.identity(player)}"
+            b.emit("backward", t, (f"*{whitened}",), "conv_whitened", operands(b, use), Var(b.g_output(use.op)),
+                   params(b, use), Var(f"maps_{b.identity(player)}"), note="x X at every pixel")  # fmt: skip
+            return gram(b, t, player, found.metric, Var(whitened))
         return observed_gram(b, t, player) or gram(b, t, player, found.metric)
     result = f"gamma_{t}_{_identity(b, found.block)}"
     uses = [use for player in found.block.players for use in b.uses(player.name)]
@@ -142,7 +149,7 @@ def block_sample_gram(b: Builder, t: int, found: Observed) -> str:
 def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dict[str, str]:
     """``k`` of every player."""
     names, note = {player.name: f"k_{b.identity(player)}" for player in found.block.players}, "k = -M^-1 Q_u (4)"
-    if found.of_players:
+    if found.of_players or found.block.kind == "channels":
         gradients = tuple(Var(opens[name]) for name in names)
         arguments = (found.block.kind, _names(found.block), gradients)
         b.emit("backward", t, tuple(names.values()), "m.open_block", *arguments, note=note)
@@ -217,7 +224,7 @@ def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str
 def update(b: Builder, phase: Phase, t: int, block: MetricBlock, gradients: dict[str, str], note: str) -> None:
     """The base method consumes the gradients of a block; ``δu`` is written down where somebody reads it."""
     verb, deltas = _verb(b, block)
-    if block.kind in OF_PLAYERS:
+    if block.kind in (*OF_PLAYERS, "channels"):
         found = tuple(Var(gradients[player.name]) for player in block.players)
         b.emit(phase, t, deltas, f"m.{verb}_block", block.kind, _names(block), found, note=note)
     else:
@@ -290,6 +297,13 @@ def _statistics(
         known = Var(opens[player.name]) if player.name in opens else None
         note = "statistics of the base method" if known else "the base method counts its steps"
         b.emit(phase, t, (), "m.observe", player.parameters, known, note=note)
+        return ()
+    if block.kind == "channels":
+        (player,) = block.players
+        (use,), whitened = b.uses(player.name), f"maps_{b.identity(player)}"
+        b.emit(phase, t, (f"*{whitened}",), "m.observe_channels", player.parameters, operands(b, use),
+               Var(b.g_output(use.op)), params(b, use), block.positions, use.options["groups"],
+               note="A = E[x x^T] of a pixel's channels")  # fmt: skip
         return ()
     if block.kind == "uniform":
         (player,) = block.players
