@@ -107,7 +107,7 @@ def separates(plan: Plan, use: Use) -> bool:
 def choose_coordinates(plan: Plan, use: Use) -> str:
     """In which form a layer's per-sample gradients are kept where its Kronecker metric is diagonal.
 
-    ``"rows"``, ``"samples"`` (:mod:`gtddp_compile.kernels.coordinates`), or ``""`` where they are too large, or where
+    ``"rows"``, ``"samples"``, ``"dual"`` (:mod:`gtddp_compile.kernels.coordinates`), or ``""`` where they are too large, or where
     nobody reads them twice: without feedback only an update from few rows is cheaper than one from the gradient.
     """
     layer = _layer(plan.graph, use)
@@ -117,6 +117,8 @@ def choose_coordinates(plan: Plan, use: Use) -> str:
     found = layer.coordinates(bias=any(use.wants[1:]))
     if not use.wants[0] or (form == "base" and (plan.decay or not layer.few)):
         return ""
+    if found == "rows" and layer.positions == 1 and form in LEVENBERG and plan.metric == "kronecker":
+        return "dual"
     return found
 
 

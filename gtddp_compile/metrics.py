@@ -291,9 +291,13 @@ def _kept(b: Builder, t: int, block: MetricBlock, alpha: str | None) -> str:
     """Coordinates of a block's per-sample gradients, and the moments that are taken from them."""
     identity, names = _identity(b, block), _names(block)
     maps, found = f"maps_{identity}", f"coordinates_{identity}"
+    rows, form = [Var(name) for name in _rows(b, block.players[0])], _coordinates(b, block)
+    if form == "dual":
+        b.emit("backward", t, (f"*{maps}",), "m.block_inverses", names, note="A^-1, B^-1")
+        b.emit("backward", t, (f"*{found}",), "dual_coordinates", *rows, Var(maps), note="x, g, x A^-1, g B^-1")
+        return found
     b.emit("backward", t, (f"*{maps}",), "m.block_maps", names, note="where M is diagonal")
-    b.emit("backward", t, (f"*{found}",), "kronecker_coordinates", *(Var(name) for name in _rows(b, block.players[0])),
-           Var(maps), _coordinates(b, block), note="gamma there")  # fmt: skip
+    b.emit("backward", t, (f"*{found}",), "kronecker_coordinates", *rows, Var(maps), form, note="gamma there")
     if b.plan.metric == "rescaled":
         moment = f"moment_{identity}"
         b.emit("backward", t, (f"*{moment}",), "coordinates_moment", Var(found), Var(alpha or ""), Var("start"),

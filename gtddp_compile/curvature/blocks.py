@@ -85,6 +85,11 @@ class BlockUpdates(ParameterUpdates):
         state = self.states[names[0][0]]
         return state["map_x"], state.get("map_g")
 
+    def block_inverses(self, names: Names) -> tuple[Tensor, Tensor | None]:
+        """``(A⁻¹, B⁻¹)`` of one player (``None``: the identity), made when the maps were."""
+        state = self.states[names[0][0]]
+        return state["inverse_x"], state.get("inverse_g")
+
     def observe_moment(self, names: tuple[str, ...], moments: tuple[Tensor, ...]) -> None:
         """Running ``E[γ²]`` of parameters with the diagonal rule."""
         for name, moment in zip(names, moments, strict=True):

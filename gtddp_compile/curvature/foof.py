@@ -107,10 +107,8 @@ class FOOF(Kronecker):
 
         if self._running(found[0], group, {"factor_x": (groups, width, width)}, factors):
             found[0].update(self.refreshed("channels", found[0], group))
-            maps = found[0]["map_x"]
-            found[0]["inverse_x"] = maps @ maps.mT
             if sketch is not None:
-                found[0]["filters"] = channel_filters(maps, tuple(shape[1:]), *sketch)
+                found[0]["filters"] = channel_filters(found[0]["map_x"], tuple(shape[1:]), *sketch)
         return found
 
     def factor_keys(self) -> tuple[str, ...]:
@@ -126,7 +124,7 @@ class FOOF(Kronecker):
         x = state["factor_x"]
         mean = x.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(x.dtype).tiny)
         map_x, failed = inverse_root(x, group["damping"] * mean)
-        return {"map_x": map_x, "fallbacks": state.get("fallbacks", 0) + failed}
+        return {"map_x": map_x, "inverse_x": map_x @ map_x.mT, "fallbacks": state.get("fallbacks", 0) + failed}
 
     def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
         """None."""

@@ -62,7 +62,9 @@ class KFAC(Kronecker):
         a, b = split_damping(x, g, group["damping"], pi=group["pi"], exact=kind == "exact")
         map_x, failed_x = inverse_root(x, a)
         map_g, failed_g = inverse_root(g, b)
-        return {"map_x": map_x, "map_g": map_g, "fallbacks": state.get("fallbacks", 0) + failed_x + failed_g}
+        inverses = {"inverse_x": map_x @ map_x.mT, "inverse_g": map_g @ map_g.mT}
+        failed = state.get("fallbacks", 0) + failed_x + failed_g
+        return {"map_x": map_x, "map_g": map_g, **inverses, "fallbacks": failed}
 
     def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
         """None."""

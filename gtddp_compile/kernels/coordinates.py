@@ -3,7 +3,9 @@
 With rows ``x`` ``(B, G, T, n)`` and ``g`` ``(B, G, T, m)`` (``kernels/kronecker.py``) and maps ``X``, ``Y`` of one
 player, ``γ̂_i = Yᵀ γ_i X = Σ_t (g_it Y)(x_it X)ᵀ`` is what everything else of the step is made of: ``Γ_ij = η ⟨γ̂_i, s ∘
 γ̂_j⟩``, EK-FAC's moments ``E[(α γ̂)²]`` and the update ``M⁻¹ C w / η = Y (s ∘ Σ_i w_i γ̂_i) Xᵀ``. Coordinates are the
-pair ``(x X, g Y)`` (form ``"rows"``), or ``(γ̂,)`` (form ``"samples"``), where a sample has more positions than pay.
+pair ``(x X, g Y)`` (form ``"rows"``), or ``(γ̂,)`` (form ``"samples"``), where a sample has more positions than pay. With
+one position a sample nothing has to be mapped back: form ``"dual"`` is ``(x, g, x A⁻¹, g B⁻¹)``, ``Γ = η (x A⁻¹ xᵀ) ∘ (g
+B⁻¹ gᵀ)`` and ``M⁻¹ C w / η = (w ∘ g B⁻¹)ᵀ (x A⁻¹)``.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import _separate
-from gtddp_compile.kernels.linear import linear_gram
+from gtddp_compile.kernels.linear import linear_gram, linear_inputs
 
 Coordinates = tuple[Tensor, ...]
 Metric = tuple[tuple[tuple[Tensor, Tensor | None], ...], Tensor | float, Tensor | None, tuple[float, ...]]
@@ -55,6 +57,13 @@ def kronecker_coordinates(x: Tensor, g: Tensor, maps: tuple[Tensor, Tensor | Non
     return (gamma if map_g is None else map_g.mT @ gamma,)
 
 
+def dual_coordinates(x: Tensor, g: Tensor, inverses: tuple[Tensor, Tensor | None]) -> Coordinates:
+    """A layer's rows, and the same times the inverse factors (``None``: the identity)."""
+    inverse_x, inverse_g = inverses
+    x, g = x.to(inverse_x.dtype), g.to(inverse_x.dtype)
+    return x, g, _coordinates_map(x, inverse_x), g if inverse_g is None else _coordinates_map(g, inverse_g)
+
+
 def _coordinates_map(rows: Tensor, matrix: Tensor) -> Tensor:
     """``(B, G, T, n)`` times ``(G, n, N)``: one product a group, not one a sample."""
     samples, groups, positions, width = rows.shape
@@ -93,6 +102,12 @@ def _coordinates_gram(coordinates: Coordinates, scale: Tensor | float) -> Tensor
         (gamma,) = coordinates
         whole: Tensor = (gamma * scale).flatten(1) @ gamma.flatten(1).mT
         return whole
+    if len(coordinates) == 4:
+        flat = [part[:, :, 0].transpose(0, 1) for part in coordinates]  # (G, B, n): one position
+        x, g, mapped_x, mapped_g = flat
+        by_g = torch.stack([linear_inputs(own) for own in g]) if mapped_g is g else mapped_g @ g.mT
+        dual: Tensor = (mapped_x @ x.mT).mul_(by_g).sum(0)
+        return (dual + dual.T) / 2  # symmetric but for rounding, which Cholesky does not mind, and the rest might
     x, g = coordinates
     found = [
         linear_gram((x[:, k],), g[:, k], (), (True, False), (scale[k] if isinstance(scale, Tensor) else scale,))
@@ -121,6 +136,9 @@ def coordinates_step(coordinates: Coordinates, weights: Tensor, metric: Metric) 
     """
     ((map_x, map_g),), scale, _, _ = metric
     weights = weights.to(coordinates[0].dtype)
+    if len(coordinates) == 4:
+        _, _, x, g = coordinates
+        return _coordinates_flat(g * weights.reshape(-1, 1, 1, 1)).mT @ _coordinates_flat(x)
     if len(coordinates) == 1:
         return _coordinates_back(_coordinates_sum(weights, coordinates[0]) * scale, map_x, map_g)
     x, g = _coordinates_flat(coordinates[0]), _coordinates_flat(coordinates[1] * weights.reshape(-1, 1, 1, 1))
