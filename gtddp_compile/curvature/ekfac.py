@@ -42,7 +42,7 @@ class EKFAC(Kronecker):
         damping: ``λ``, added to ``s``.
         refresh: steps between two eigendecompositions.
         stat_every: steps between two updates of the factors' averages; ``s`` is updated every step.
-        early: number of first steps in which both are made every time.
+        early: in so many first steps both are made more often, at steps 1, 2, 3, 5, 9, …
 
     Raises:
         CompileError: an option is out of range.

@@ -44,7 +44,7 @@ class FOOF(Kronecker):
         stat_decay: weight of the past in the running average of ``A``.
         refresh: steps between two inversions.
         stat_every: steps between two updates of the average.
-        early: number of first steps in which both are made every time.
+        early: in so many first steps both are made more often, at steps 1, 2, 3, 5, 9, …
         momentum: as torch.optim.SGD's, of the preconditioned gradient; not beside ``inertia``.
         weight_decay: coupled decay ``λ u``, part of the gradient.
         maximize: not available: negate the loss.

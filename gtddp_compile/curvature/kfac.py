@@ -37,7 +37,7 @@ class KFAC(Kronecker):
         refresh: steps between two inversions of the factors.
         stat_every: steps between two updates of the factors' averages. What lies between two refreshes is not read
             before the second, so a multiple of ``refresh`` loses only the averaging; the batches left out cost nothing.
-        early: number of first steps in which both are made every time.
+        early: in so many first steps both are made more often, at steps 1, 2, 3, 5, 9, …
         momentum: as torch.optim.SGD's, of the preconditioned gradient.
         weight_decay: coupled decay ``λ u``, part of the gradient, not of the statistics.
         small: largest number of parameters of an exact block.

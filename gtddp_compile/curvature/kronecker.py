@@ -224,7 +224,7 @@ class Kronecker(ABC):
             lead["averaged"] = lead["age"] = torch.zeros_like(lead["step"])
         age = int(lead["age"])
         lead["age"] = lead["age"] + 1
-        early = age < group["early"]
+        early = age < group["early"] and age & (age - 1) == 0  # the first steps, ever further apart
         if early or age % group["stat_every"] == 0:
             lead["averaged"] = lead["averaged"] + 1
             lead.update(factors(None if fresh else lead, self._keep(lead["averaged"], group)))
