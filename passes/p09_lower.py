@@ -201,7 +201,7 @@ def _terminal(b: Builder, end: int) -> None:
         b.emit("loss", end, (f"*y_{end}",), "=", values["y"], note="y_T = P_T^-1 alpha_T")
         if form == "joint":
             b.emit("loss", end, ("*information",), "=", values["Lambda"], note="the diagonal of P_T^-1")
-            b.emit("loss", end, (), "m.keep", end, information=Var("information"), rows=Var("rows"))
+            b.emit("loss", end, (), "m.keep", end, information=Var("information"))
         diagonal = Var("information") if form == "joint" else values["Lambda"]
         b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal", diagonal, Var("rows"), note="Lambda_T = P_T^-1")
     elif form != "base":

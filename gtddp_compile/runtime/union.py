@@ -297,6 +297,8 @@ def _merged(key: str, parts: list[Any], shares: list[float]) -> Any:
         return tuple(block * share**-0.5 for blocks, share in pairs for block in blocks)
     if key == "lifted":
         return tuple(failed for part in parts for failed in part)
+    if key == "information":  # of P_T⁻¹, likewise
+        return torch.cat([part / share for part, share in pairs])
     if key in ("alpha", "weights"):
         return torch.cat([part * share for part, share in pairs])
     if key == "start":
