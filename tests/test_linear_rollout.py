@@ -1,0 +1,451 @@
+"""The linear rollout: one joint step, equal to a dense solve over all parameters (`primal.py`) to 1e-9 in float64."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import networks
+import pytest
+import random_networks
+import torch
+from exported import largest, load_module, named
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from networks import Case, Net, make
+from primal import Primal
+from test_linear_quadratic import PROBLEMS, data
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gtddp_compile import CompiledOptimizer, CompileError, Geometric, UpdateProgram, compile_optimizer
+from gtddp_compile.algebra import forms
+from gtddp_compile.options import Options
+from gtddp_compile.passes.p07_collapse import prove_law
+from gtddp_compile.terminal import Terminal
+
+LOSS, SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
+SIZE = 5
+
+
+def tied() -> Case:
+    """A layer of three uses, one of them transposed."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        x = torch.tanh(net.a(torch.tanh(net.stem(x))))
+        x = x + torch.tanh(net.a(x)) + torch.sin(F.linear(x, net.a.weight.T))
+        return net.head(x)
+
+    return Case(make(forward, stem=(3, 2), a=(2, 2), head=(2, 3)), (3,), {})
+
+
+def two_outputs() -> Case:
+    """The first output waits for the second."""
+
+    def forward(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.tanh(net.stem(x))
+        early = net.early(x)
+        return early, net.late(torch.tanh(net.a(x)) + early)
+
+    return Case(make(forward, stem=(3, 2), early=(2, 3), a=(2, 3), late=(3, 2)), (3,), {})
+
+
+def classified(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def of_both(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs[0], targets, reduction="none") + outputs[1].square().sum(1)
+
+
+NETWORKS = {
+    "chain": networks.mlp,
+    "residual": networks.residual,
+    "nested": networks.nested,
+    "projection": networks.projection,
+    "gated": networks.gated,
+    "tied": tied,
+    "two outputs": two_outputs,
+}
+# Of compile_optimizer; what the oracle calls otherwise is translated in `oracle`.
+SETUPS: dict[str, dict[str, Any]] = {
+    "sgd": {"curvature": "sgd", "lr": 0.5},
+    "inertia, groups": {"curvature": "sgd", "lr": 0.3, "weight_decay": 0.05, "inertia": 0.9, "coupling": 2,
+                        "terminal": Geometric(0.3, own=2.0)},
+    "rmsprop": {"curvature": "rmsprop", "lr": 0.02, "terminal": "gradient", "inertia": 0.5},
+    "adam, ggn": {"curvature": "adam", "lr": 0.02, "terminal": "ggn", "weight_decay": 0.1},
+    "ggn, groups": {"curvature": "sgd", "lr": 0.5, "terminal": "ggn", "coupling": 3, "inertia": 0.8},
+    "capped": {"curvature": "adam", "lr": 0.02, "max_step": 0.1, "inertia": 0.7, "weight_decay": 0.1, "coupling": 3},
+}  # fmt: skip
+
+
+def method(options: dict[str, Any]) -> dict[str, Any]:
+    """The base method's own options."""
+    return {key: value for key, value in options.items() if key in ("lr", "weight_decay", "damping", "betas", "alpha")}
+
+
+def oracle(model: nn.Module, loss: Any = classified, *, total: bool = False, **options: Any) -> Primal:
+    terminal = options.get("terminal", "geometric")
+    if terminal == "geometric":
+        terminal = Geometric()
+    if isinstance(terminal, Geometric):
+        terminal = (terminal.aim, terminal.own)
+    coupling = options.get("coupling", "full")
+    return Primal(
+        model, loss, options["curvature"], method(options), terminal,
+        None if coupling == "full" else coupling, options.get("inertia", 0.0), options.get("max_step"), total,
+    )  # fmt: skip
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def loss_of(network: str) -> Any:
+    return of_both if network == "two outputs" else LOSS
+
+
+def assert_primal(
+    case: Case, loss: Any, steps: int, backend: Any, per_sample: Any = classified, **options: Any
+) -> None:
+    model = copy.deepcopy(case.model)
+    expected = oracle(case.model, per_sample, total=loss is SUM, **options)
+    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=loss, backend=backend, **options)
+    for step in range(steps):
+        x, y = case.batch(step, SIZE)
+        before = expected.u
+        opt.step(x, y), expected.step((x,), y)
+        assert (expected.u - before).abs().max() > 1e-3
+        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_is_the_primal_step(network: str, setup: str) -> None:
+    per_sample = of_both if network == "two outputs" else classified
+    assert_primal(NETWORKS[network](), loss_of(network), 3, "fast", per_sample, **SETUPS[setup])
+
+
+@pytest.mark.parametrize(
+    ("network", "setup"),
+    [(network, "inertia, groups") for network in NETWORKS]
+    + [("projection", setup) for setup in SETUPS if setup != "inertia, groups"],
+)
+def test_the_rolled_out_policy_is_the_primal_step(network: str, setup: str) -> None:
+    """The dense backend: gains stage by stage, the policy on the linearised dynamics, which the program never does."""
+    per_sample = of_both if network == "two outputs" else classified
+    options = {key: value for key, value in SETUPS[setup].items()}
+    if options["curvature"] == "adam":  # `_apply` goes through the same first moment
+        options["betas"] = (0.5, 0.9)
+    assert_primal(NETWORKS[network](), loss_of(network), 2, "dense", per_sample, **options)
+
+
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+def test_kronecker_factors(backend: Any) -> None:
+    """Explicit ``(A + π √λ I) ⊗ (B + √λ/π I)`` a layer, from the ordinary gradients."""
+    options = {"curvature": "kfac", "lr": 0.5, "damping": 1e-2, "inertia": 0.9, "weight_decay": 0.05}
+    model = copy.deepcopy((case := networks.mlp()).model)
+    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS, backend=backend, refresh=1, coupling=3, **options)
+    expected = oracle(case.model, coupling=3, **options)
+    for step in range(3):
+        x, y = case.batch(step, SIZE)
+        opt.step(x, y), expected.step((x,), y)
+        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("terminal", ["geometric", "ggn"])
+def test_a_loss_that_is_a_sum(terminal: str) -> None:
+    assert_primal(networks.residual(), SUM, 2, "fast", terminal=terminal, curvature="sgd", lr=0.1, coupling=2)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(plan=random_networks.plans(), inertia=st.sampled_from([0.0, 0.9]), schedule=st.sampled_from(["asap", "alap"]))
+def test_random_networks(plan: random_networks.Plan, inertia: float, schedule: str) -> None:
+    options = {"curvature": "sgd", "lr": 0.1, "inertia": inertia, "terminal": "gradient"}
+    model = plan.build()
+    start = flat(model)
+    expected = oracle(plan.build(), random_networks.loss, **options)
+    opt = compile_optimizer(model, plan.batch(0)[0], loss=random_networks.loss, schedule=schedule, **options)
+    for step in range(2):
+        inputs, targets = plan.batch(step)
+        opt.step(inputs, targets), expected.step(inputs, targets)
+    scale = max(1.0, float(expected.u.abs().max()))
+    torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9 * scale)
+    assume((flat(model) - start).abs().max() > 1e-6)
+
+
+# --- optimal control --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_both_rollouts_are_one_on_linear_dynamics(name: str) -> None:
+    """A network that is linear in its controls, and a quadratic loss."""
+    model = PROBLEMS[name]()
+    x, y = data(model)
+    found = []
+    for rollout in ("linear", "nonlinear"):
+        for coupling in ("full", 3):
+            own = copy.deepcopy(model)
+            opt = compile_optimizer(own, x, loss=nn.MSELoss(), curvature="sgd", lr=0.5, terminal="ggn",
+                                    feedback_clip=None, rollout=rollout, coupling=coupling)  # fmt: skip
+            opt.step(x, y)
+            found.append(flat(own))
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-10)
+    torch.testing.assert_close(found[1], found[3], rtol=0, atol=1e-10)  # one stage, or all samples move alike
+    assert ((found[0] - found[1]).abs().max() > 1e-6) == (name == "single")
+
+
+# --- micro-batches, memory, compilation, files ------------------------------------------------------------------------
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgd": {"curvature": "sgd", "lr": 0.5, "inertia": 0.9, "weight_decay": 0.05, "max_step": 0.3},
+    "adam": {"curvature": "adam", "lr": 0.02},
+    "kfac": {"curvature": "kfac", "lr": 0.2, "damping": 1e-2, "refresh": 2, "inertia": 0.5},
+    "ggn": {"curvature": "sgd", "lr": 0.5, "terminal": "ggn", "inertia": 0.5},
+}
+
+
+def optimizer(case: Case, **options: Any) -> tuple[nn.Module, CompiledOptimizer]:
+    model = copy.deepcopy(case.model)
+    return model, compile_optimizer(model, case.batch(0, 6)[0], **{"loss": LOSS, **options})
+
+
+@pytest.mark.parametrize("loss", [LOSS, SUM], ids=["mean", "sum"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_micro_batches_are_groups(name: str, loss: nn.Module) -> None:
+    case = networks.projection()
+    options = {**OPTIONS[name], "loss": loss}
+    parts, ours = optimizer(case, **options)
+    whole, theirs = optimizer(case, coupling=4, **options)
+    for step in range(2):
+        x, y = case.batch(step, 10)
+        ours.accumulate(x[:4], y[:4])
+        ours.accumulate(x[4:8], y[4:8])
+        ours.step(x[8:], y[8:]), theirs.step(x, y)
+        torch.testing.assert_close(flat(parts), flat(whole), rtol=0, atol=1e-9)
+    for key, value in theirs.diagnostics.items():
+        assert ours.diagnostics[key] == pytest.approx(value, rel=1e-6, abs=1e-12), key
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_memory(name: str) -> None:
+    case = networks.nested()
+    kept, ours = optimizer(case, **OPTIONS[name])
+    again, theirs = optimizer(case, memory="recompute", **OPTIONS[name])
+    for step in range(2):
+        x, y = case.batch(step, 6)
+        ours.step(x, y), theirs.step(x, y)
+    torch.testing.assert_close(flat(again), flat(kept), rtol=0, atol=1e-12)
+    assert "checkpoint" in {one.phase for one in theirs.program.lowered.instructions}
+
+
+def test_torch_compile() -> None:
+    torch._dynamo.reset()
+    case = Case(make(lambda net, x: net.b(torch.tanh(net.a(x))), a=(3, 2), b=(2, 3)), (3,), {})
+    options = {**OPTIONS["sgd"], "coupling": 3}
+    plain, ours = optimizer(case, **options)
+    graph, theirs = optimizer(case, compile={"backend": "eager"}, **options)
+    for step in range(3):
+        x, y = case.batch(step, 6)
+        torch.testing.assert_close(theirs.step(x, y), ours.step(x, y), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(flat(graph), flat(plain), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_files(name: str, tmp_path: Path) -> None:
+    """``.json`` is the program, ``.py`` and (where there is one) ``.pt2`` the step."""
+    case = networks.residual()
+    model, opt = optimizer(case, **OPTIONS[name])
+    opt.program.export(tmp_path / "step.json")
+    program = UpdateProgram.load(tmp_path / "step.json")
+    assert program.code == opt.program.code and program.options == opt.program.options
+    program.export(tmp_path / "step.py")
+    module = load_module(tmp_path / "step.py")
+    params, buffers = named(model)
+    state = module.init_state(params)
+    graph = None
+    if name in ("sgd", "adam"):
+        program.export(tmp_path / "step.pt2")
+        loaded = torch.export.load(tmp_path / "step.pt2")
+        graph = (*named(model), loaded.example_inputs[0][2])
+    for step in range(2):
+        x, y = case.batch(step, 6)
+        opt.step(x, y)
+        params, buffers, state, _ = module.step(params, buffers, state, (x,), y)
+        assert largest(params, named(model)[0]) < 1e-12
+        if graph is not None:
+            graph = loaded.module()(*graph, (x,), y)[:3]
+            assert largest(graph[0], named(model)[0]) < 1e-12
+
+
+# --- the base methods -------------------------------------------------------------------------------------------------
+
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
+}
+
+
+@pytest.mark.parametrize("bound", [0.2, 100.0])
+@pytest.mark.parametrize("name", BASES)
+def test_gradients_are_clipped_as_torch_clips_them(name: str, bound: float) -> None:
+    case, (base, options) = networks.projection(), BASES[name]
+    ours, opt = optimizer(case, curvature=name, feedback=False, max_grad_norm=bound, **options)
+    theirs = copy.deepcopy(case.model)
+    reference = base(theirs.parameters(), **options)
+    clipped = []
+    for step in range(3):
+        x, y = case.batch(step, 6)
+        opt.step(x, y)
+        reference.zero_grad()
+        LOSS(theirs(x), y).backward()
+        clipped.append(float(nn.utils.clip_grad_norm_(theirs.parameters(), bound)) > bound)
+        reference.step()
+        torch.testing.assert_close(flat(ours), flat(theirs), rtol=0, atol=1e-12)
+    assert all(clipped) == any(clipped) == (bound < 1)
+
+
+@pytest.mark.parametrize("inertia", [0.0, 0.9])
+def test_the_weighted_gradient_is_clipped(inertia: float) -> None:
+    """Of the joint step ``-lr C w`` all parameters together are shortened; inertia is none of it."""
+    case, lr, bound = networks.gated(), 0.5, 0.05
+    expected = oracle(case.model, curvature="sgd", lr=lr, inertia=inertia)
+    model, opt = optimizer(case, curvature="sgd", lr=lr, inertia=inertia, max_grad_norm=bound)
+    for step in range(2):
+        x, y = case.batch(step, 6)
+        before, last = expected.u, expected.last
+        opt.step(x, y), expected.step((x,), y)
+        asked = expected.last - inertia * last
+        assert asked.norm() / lr > bound
+        expected.last = inertia * last + asked * (bound / (asked.norm() / lr + 1e-6))
+        expected.u = before + expected.last
+        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+
+
+def test_without_inertia_there_is_no_last_step() -> None:
+    _, opt = optimizer(networks.mlp(), curvature="sgd", lr=0.1)
+    assert "inertia" not in opt.param_groups[0]
+    model, opt = optimizer(networks.mlp(), curvature="sgd", lr=0.1, inertia=0.9)
+    before = flat(model)
+    opt.step(*networks.mlp().batch(0, 6))
+    assert opt.param_groups[0]["inertia"] == 0.9
+    last = torch.cat([opt.state[p]["last_step"].flatten() for p in model.parameters()])
+    torch.testing.assert_close(last, flat(model) - before, rtol=0, atol=1e-15)
+
+
+# --- diagnostics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"coupling": 3}, {"terminal": "ggn"}, {"terminal": "ggn", "coupling": 3}], ids=str
+)
+def test_diagnostics_mean_what_they_mean_in_the_nonlinear_rollout(options: dict[str, Any]) -> None:
+    """Open gains and the predicted decrease do not depend on the rollout; the first stage has no feedback in either."""
+    case, found = networks.projection(), []
+    for rollout in ("linear", "nonlinear"):
+        _, opt = optimizer(case, curvature="sgd", lr=0.5, weight_decay=0.05, rollout=rollout, **options)
+        opt.step(*case.batch(0, 6))
+        found.append(opt.diagnostics)
+    linear, nonlinear = found
+    assert linear["open_norm"] == pytest.approx(nonlinear["open_norm"], rel=1e-9)
+    assert (
+        linear["predicted_decrease"] == pytest.approx(nonlinear["predicted_decrease"], rel=1e-9)
+        and linear["predicted_decrease"] > 0
+    )
+    assert linear["feedback_norm"].keys() == nonlinear["feedback_norm"].keys()
+    assert linear["feedback_norm"]["stem"] < 1e-12 < 1e-4 < linear["feedback_norm"]["head"]
+    assert linear["lifted_grams"] == 0 and linear["clipped_changes"] == 0
+
+
+# --- the theorem and the program --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coupling", ["full", 3])
+@pytest.mark.parametrize("terminal", ["geometric", "ggn"])
+def test_the_weights_are_the_same_at_every_stage(terminal: Terminal, coupling: Any) -> None:
+    """One factor, no stage run twice, and the claim it rests on."""
+    case = networks.projection()
+    _, opt = optimizer(case, curvature="adam", terminal=terminal, coupling=coupling, inertia=0.9)
+    program = opt.program
+    claims = [claim for claim in program.form.claims if "the weights are the same at every stage" in claim.statement]
+    assert len(claims) == 1 and program.form.name == "joint"
+    called = [one.function for one in program.lowered.instructions]
+    assert called.count("factor") == 1
+    functions = [function.name for function in program.lowered.functions]
+    assert len(functions) >= len(opt.graph.stages)
+    assert all(called.count(name) == 1 for name in functions)
+    assert not any(one.phase == "forward" for one in program.lowered.instructions)
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_another_law_has_other_weights(factored: bool) -> None:
+    law, _ = prove_law("levenberg", factored)
+    assert "same at every stage" in forms._same_weights(law, law.update).statement
+    grouped, _ = forms._in_a_group(law)
+    assert "same at every stage" in forms._same_weights(grouped, forms._share(law.update)).statement
+    altered = (
+        (replace(law, drift=-law.drift), law.update),
+        (replace(law, drift=2 * law.drift), law.update),
+        (law, -law.update),
+        (replace(law, weights=-law.weights), law.update),
+        (replace(law, weights=2 * law.weights), law.update),
+        (grouped, law.update),
+    )
+    for other, update in altered:
+        with pytest.raises(CompileError, match=r"the weights are the same at every stage.*does not follow"):
+            forms._same_weights(other, update)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_where_it_is_the_default() -> None:
+    assert Options().rollout_kind == Options(coupling=4).rollout_kind == "linear"
+    for other in ({"feedback": "open"}, {"feedback": False}, {"coupling": "block"}, {"rollout": "nonlinear"},
+                  {"coupling": "block", "recursion": "printed"}):  # fmt: skip
+        assert Options(**other).rollout_kind == "nonlinear"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rollout": "curved"}, "option rollout='curved' is not known.*'linear', 'nonlinear'"),
+        ({"rollout": "linear", "feedback": "open"}, "rollout='linear' is the joint step.*feedback='open'"),
+        ({"rollout": "linear", "coupling": "block"}, "rollout='linear' is the joint step.*coupling='block'"),
+        ({"rollout": "linear", "coupling": "block", "recursion": "printed"}, "rollout='linear'.*recursion='printed'"),
+        ({"inertia": 1.0}, "option inertia=1.0 is not known.*at least 0 and less than 1"),
+        ({"inertia": -0.1}, "option inertia=-0.1 is not known"),
+        ({"inertia": True}, "option inertia=True is not known"),
+        ({"inertia": 0.5, "feedback": False}, "inertia=0.5 is momentum inside the model.*own option momentum"),
+        ({"inertia": 0.5, "coupling": "block"}, "inertia=0.5 is momentum inside the model"),
+        ({"inertia": 0.5, "coupling": "block", "recursion": "substituted"}, "inertia=0.5 is momentum inside the model"),
+        ({"max_step": 0.0}, "option max_step=0.0 is not known.*positive number"),
+        ({"max_step": True}, "option max_step=True is not known"),
+        ({"max_grad_norm": -1.0}, "option max_grad_norm=-1.0 is not known.*positive number"),
+        ({"max_step": 1.0, "rollout": "nonlinear"}, "max_step=1.0 caps the joint step.*rollout='linear'"),
+        ({"max_step": 1.0, "feedback": False}, "max_step=1.0 caps the joint step"),
+        ({"max_step": 1.0, "terminal": "ggn"}, "max_step=1.0 shortens the weights.*terminal='ggn'"),
+        ({"max_grad_norm": 1.0, "rollout": "nonlinear"}, "max_grad_norm=1.0.*the stages before have moved"),
+        ({"max_grad_norm": 1.0, "feedback": "open"}, "max_grad_norm=1.0.*rollout='linear'"),
+        ({"max_grad_norm": 1.0, "backend": "dense"}, "max_grad_norm=1.0.*backend='dense'"),
+        ({"max_grad_norm": 1.0, "memory": "recompute"}, "max_grad_norm=1.0.*memory='recompute'"),
+        ({"line_search": ()}, r"option line_search=\(\) is not known"),
+        ({"line_search": (1.0, -0.5)}, "option line_search=.*positive step lengths"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(CompileError, match=said):
+        compile_optimizer(Net(lambda net, x: net.a(x), a=nn.Linear(2, 2)), loss=LOSS, curvature="sgd", **options)
+
+
+def test_feedback_off_has_either_rollout() -> None:
+    case, found = networks.mlp(), []
+    for rollout in ("linear", "nonlinear"):
+        model, opt = optimizer(case, curvature="sgd", lr=0.1, feedback=False, rollout=rollout)
+        opt.step(*case.batch(0, 6))
+        found.append(flat(model))
+    assert torch.equal(*found)
