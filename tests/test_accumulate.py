@@ -19,7 +19,7 @@ SIZE = 4
 
 
 def optimizer(model: nn.Module, x: Tensor, **options: Any) -> CompiledOptimizer:
-    return compile_optimizer(model, x, **{"loss": LOSS, "lr": 0.1, **options})
+    return compile_optimizer(model, x, **{"curvature": "sgd", "loss": LOSS, "lr": 0.1, **options})
 
 
 def step_of_parts(opt: CompiledOptimizer, x: Tensor, y: Tensor, size: int = SIZE) -> Tensor:

@@ -31,7 +31,7 @@ def test_a_step_whose_gram_matrices_overflow_is_skipped() -> None:
     with torch.no_grad():
         model[1].weight.mul_(1e8)
     before = copy.deepcopy(model.state_dict())
-    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=0.1)
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1)
     loss = opt.step(x, y)
     assert torch.isfinite(loss) and opt.diagnostics["skipped"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -43,7 +43,7 @@ def test_larger_lifts_are_counted(coupling: int | str, blocks: int, monkeypatch:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
-    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), coupling=coupling, lr=0.1)
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", coupling=coupling, lr=0.1)
     opt.step(x, y)
     assert opt.diagnostics["lifted_grams"] == 0
     true_cholesky, calls = torch.linalg.cholesky_ex, []

@@ -110,7 +110,9 @@ def test_sum_loss() -> None:
     found = []
     for backend in ("fast", "dense"):
         model = copy.deepcopy(case.model)
-        opt = compile_optimizer(model, loss=nn.CrossEntropyLoss(reduction="sum"), lr=0.1, backend=backend)  # type: ignore[arg-type]
+        opt = compile_optimizer(
+            model, loss=nn.CrossEntropyLoss(reduction="sum"), curvature="sgd", lr=0.1, backend=backend
+        )  # type: ignore[arg-type]
         for step in range(3):
             opt.step(*case.batch(step))
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))

@@ -47,7 +47,7 @@ def network(depth: int) -> nn.Sequential:
 
 def test_what_a_normalisation_takes_in_is_not_held() -> None:
     optimizer = compile_optimizer(
-        network(3), torch.randn(4, 3, 8, 8), loss=nn.CrossEntropyLoss(), lr=0.1, gram="coarse"
+        network(3), torch.randn(4, 3, 8, 8), loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, gram="coarse"
     )
     program = optimizer.program
     text = [render_instruction(i) for i in program.lowered.instructions if i.phase == "forward"]
@@ -63,7 +63,7 @@ def test_peak_of_a_step() -> None:
     model, x, y = network(8), torch.randn(8, 3, 16, 16), torch.randint(4, (8,))
     with Held() as plain:
         F.cross_entropy(model(x), y).backward()
-    optimizer = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=0.1, gram="coarse")
+    optimizer = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, gram="coarse")
     optimizer.step(x, y)
     with Held() as ours:
         optimizer.step(x, y)

@@ -79,7 +79,9 @@ def test_a_form_typed_in_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(forms, "_equations", typed)
     form_equations.cache_clear()
     with pytest.raises(CompileError, match="y = s \\+ y' is not what was proved"):
-        compile_optimizer(networks.mlp().model, networks.mlp().batch(0)[0], loss=nn.CrossEntropyLoss(), lr=0.1)
+        compile_optimizer(
+            networks.mlp().model, networks.mlp().batch(0)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1
+        )
     form_equations.cache_clear()
 
 

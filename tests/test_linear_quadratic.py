@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer
 
-EXACT: dict[str, Any] = {"loss": nn.MSELoss(), "terminal": "ggn", "feedback_clip": None}
+EXACT: dict[str, Any] = {"curvature": "sgd", "loss": nn.MSELoss(), "terminal": "ggn", "feedback_clip": None}
 
 
 def only_biases(model: nn.Module) -> nn.Module:

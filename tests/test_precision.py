@@ -31,7 +31,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def compiled(model: nn.Module, **options: Any) -> CompiledOptimizer:
-    return compile_optimizer(model, **{"loss": LOSS, "lr": 0.1, **options})
+    return compile_optimizer(model, **{"curvature": "sgd", "loss": LOSS, "lr": 0.1, **options})
 
 
 def example(name: str, dtype: torch.dtype) -> Example:
