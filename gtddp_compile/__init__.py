@@ -5,7 +5,7 @@ the gains of Differential Dynamic Programming symbolically and generates the pro
 """
 
 from gtddp_compile.api import compile_optimizer
-from gtddp_compile.curvature import EKFAC, KFAC, SGD, Adam, AdamW, Curvature, RMSprop
+from gtddp_compile.curvature import EKFAC, FOOF, KFAC, SGD, Adam, AdamW, Curvature, RMSprop
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
 from gtddp_compile.optimizer import CompiledOptimizer
@@ -15,6 +15,7 @@ from gtddp_compile.terminal import Geometric, MonteCarlo
 
 __all__ = [
     "EKFAC",
+    "FOOF",
     "KFAC",
     "SGD",
     "Adam",

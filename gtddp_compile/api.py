@@ -13,7 +13,7 @@ from gtddp_compile.curvature import Curvature, resolve
 from gtddp_compile.errors import CompileError
 from gtddp_compile.losses import split
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading
+from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, suggested
 from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.terminal import Terminal, check_terminal
@@ -24,7 +24,7 @@ def compile_optimizer(
     example_inputs: Tensor | tuple[Any, ...] | None = None,
     *,
     loss: nn.Module | Callable[[Any, Any], Tensor] | None = None,
-    curvature: str | Curvature = "sgd",
+    curvature: str | Curvature = "foof",
     feedback: Feedback = True,
     rollout: Rollout | None = None,
     inertia: float | None = None,
@@ -53,7 +53,7 @@ def compile_optimizer(
             specialised at the first step.
         loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)``
             returning one loss a sample, shape (B,).
-        curvature: ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"adamw"``, ``"kfac"``, ``"ekfac"`` with
+        curvature: ``"foof"``, ``"kfac"``, ``"ekfac"``, ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` with
             its options as further keywords (``lr``, ``weight_decay``, …: torch.optim's names and defaults), or an
             object such as ``RMSprop(lr=1e-3)``.
         feedback: True; ``"open"``: open gains only; False: exactly the base method (Proposition 4).
@@ -137,6 +137,7 @@ def compile_optimizer(
     if loss is None:
         raise CompileError("no loss was given", "Pass loss=torch.nn.CrossEntropyLoss(), or another")
     base, losses = resolve(curvature, **curvature_options), split(loss)
+    options = suggested(options, base)
     check_terminal(losses, options.terminal_kind)
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))  # refuses before it traces
     return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options).seal()
@@ -154,7 +155,7 @@ def _with_program(
     """Train by a program that was loaded: everything but a function as loss comes from it."""
     if program.setting is None:
         raise CompileError("the program has no base method and loss", "Use one from UpdateProgram.load or opt.program")
-    if options != Options() or curvature != "sgd" or curvature_options:
+    if options != Options() or curvature != "foof" or curvature_options:
         raise CompileError(
             "options were given beside the program, which was derived with its own",
             "Leave them out, or leave out program= to compile with them",

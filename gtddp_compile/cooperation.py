@@ -28,6 +28,7 @@ class MetricRules:
         cooperative: whether a coalition uses cross terms.
         shares: whether the curvature has Corollary 7's form.
         printed: whether the value Hessian reads each player's own curvature beside the coalition's (Eq. 23).
+        inputs_alone: whether the metric is of inputs alone: only players whose outputs are added up are in one.
     """
 
     kronecker: bool = False
@@ -35,6 +36,7 @@ class MetricRules:
     cooperative: bool = True
     shares: bool = False
     printed: bool = False
+    inputs_alone: bool = False
 
 
 LARGEST_JOINT = 2**14
@@ -73,9 +75,19 @@ def is_factored(player: Player, uses: tuple[Use, ...]) -> bool:
 
 
 def _alone(graph: ControlGraph, player: Player, rules: MetricRules) -> MetricBlock:
-    """A player without rows: an exact block while it is small."""
+    """A player without rows: an exact block while it is small, or a multiple of the identity."""
+    if rules.inputs_alone:
+        return MetricBlock("uniform", (player,), positions=_uses_of_a_sample(graph, player))
     size = sum(math.prod(graph.ops.parameter_info[name].shape) for name in player.parameters)
     return MetricBlock("exact" if size <= rules.small else "diagonal", (player,))
+
+
+def _uses_of_a_sample(graph: ControlGraph, player: Player) -> float:
+    """At how many positions a sample uses each of a player's parameters, at least 1: outputs by parameters."""
+    sizes = [math.prod(graph.ops.parameter_info[name].shape) for name in player.parameters]
+    shapes = [graph.op(use).shape for use in player.uses]
+    outputs = [math.prod(shape) / (graph.ops.batch or shape[0]) for shape in shapes if shape]
+    return max(1.0, sum(outputs) / max(sizes)) if outputs and all(sizes) else 1.0
 
 
 def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], rules: MetricRules) -> MetricBlock:
@@ -114,6 +126,9 @@ def _joint_key(graph: ControlGraph, player: Player, use: Use, rules: MetricRules
     positions = _positions(graph, use)
     if not rules.cooperative or positions is None or use.options.get("groups", 1) != 1:
         return player.name
+    if rules.inputs_alone:
+        added = _sum_of(graph, use.op)
+        return player.name if added is None or added[1] != 1 else (positions, added)
     return positions
 
 

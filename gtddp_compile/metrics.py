@@ -291,6 +291,10 @@ def _statistics(
         note = "statistics of the base method" if known else "the base method counts its steps"
         b.emit(phase, t, (), "m.observe", player.parameters, known, note=note)
         return ()
+    if block.kind == "uniform":
+        (player,) = block.players
+        b.emit(phase, t, (), "m.observe_uniform", player.parameters, block.positions, note="input 1 at so many positions")
+        return ()
     assert alpha is not None
     if block.kind == "diagonal":
         (player,) = block.players

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.algebra.forms import Rollout
+from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
 from gtddp_compile.terminal import Geometric, MonteCarlo, Terminal, is_rank_one
 
@@ -276,6 +277,25 @@ class Options:
         if isinstance(self.coupling, int):
             return "groups"
         return "block" if self.coupling == "block" else "full"
+
+
+def suggested(options: Options, curvature: Curvature) -> Options:
+    """The options with what the curvature suggests where nothing was said: inertia, and the aim.
+
+    Raises:
+        CompileError: inertia beside a momentum of the base method.
+    """
+    settings = curvature.defaults()
+    moved = settings.get("momentum", 0) or settings.get("betas", (0,))[0]
+    if options.inertia and moved:
+        raise CompileError(
+            f"inertia={options.inertia!r} beside {curvature.name}'s own momentum {moved!r}: two memories of one step",
+            "Leave one out (momentum=0, or betas=(0, …), for inertia)",
+        )
+    coupled = options.feedback is True and options.recursion == "levenberg" and options.coupling != "block"
+    known = getattr(curvature, "suggests", {}) if coupled else {}
+    inertia = options.inertia if options.inertia is not None else 0.0 if moved else known.get("inertia", 0.0)
+    return replace(options, inertia=inertia, terminal=options.terminal or known.get("terminal"))
 
 
 def _is_one_of(value: object, *choices: object) -> bool:

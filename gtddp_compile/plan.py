@@ -28,7 +28,7 @@ class Contraction:
     born: int
 
 
-BlockKind = Literal["parameters", "diagonal", "exact", "kronecker", "printed", "shared"]
+BlockKind = Literal["parameters", "diagonal", "uniform", "exact", "kronecker", "printed", "shared"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class MetricBlock:
         kind: ``"parameters"`` (spherical or diagonal, parameter by parameter); for Kronecker-factored curvatures
             ``"kronecker"`` (one player, or a coalition with cross terms: Theorem 3), ``"printed"``
             (such a coalition, each player's own curvature kept beside: Eq. 23), ``"shared"`` (Corollary 7),
-            ``"exact"`` (``E[γ γᵀ]``) or ``"diagonal"`` (``E[γ²]``).
+            ``"exact"`` (``E[γ γᵀ]``), ``"diagonal"`` (``E[γ²]``) or, where the metric is of inputs alone, ``"uniform"``
+            (a multiple of the identity).
+        positions: of a ``"uniform"`` block, at how many places a sample uses each parameter.
         players: in order.
         why: one line for the reader, where the choice needs words.
     """
@@ -47,6 +49,7 @@ class MetricBlock:
     kind: BlockKind
     players: tuple[Player, ...]
     why: str = ""
+    positions: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Asked:
     max_step: float | None
     max_grad_norm: float | None
     clip: float | None
-    terminal: tuple[str, float, float]
+    terminal: tuple[str, float, float, float]
     metric: str
     gram: str
     columns: int

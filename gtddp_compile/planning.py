@@ -71,4 +71,7 @@ def metric_rules(options: Options, curvature: Curvature) -> MetricRules:
     """Which players are in one metric; with feedback off only where ``cooperative=True`` was said (Proposition 4)."""
     if not isinstance(curvature, Kronecker):
         return BY_PARAMETER
-    return MetricRules(True, curvature.small, options.cooperates, curvature.shares, options.recursion == "printed")
+    printed = options.recursion == "printed"
+    return MetricRules(
+        True, curvature.small, options.cooperates, curvature.shares, printed, inputs_alone=curvature.inputs_alone
+    )

@@ -69,7 +69,7 @@ FactorKind = Literal["cross_entropy", "elementwise", "explicit"]
 
 @dataclass(frozen=True)
 class Geometric:
-    """``"geometric"`` with another aim: ``H = ∇φ ∇φᵀ / (κ φ)``, ``κ = aim + own / b`` for b samples that are coupled.
+    """``"geometric"`` with another aim: ``H = ∇φ ∇φᵀ / (κ φ)``, ``κ = aim b / (b + half) + own / b`` for b coupled samples.
 
     The model of a sample's loss is least where it has fallen by ``κ φ``, and ``feedback_clip`` is in units of that. A
     greater κ holds a step back less. Up to 2 the model never promises a negative loss; ``aim=2`` is Gauss-Newton on the
@@ -83,18 +83,21 @@ class Geometric:
     Args:
         aim: part of κ for every batch.
         own: part of κ that counts one over the size of the batch, or of the groups of ``coupling``.
+        half: size at which the aim is half: few samples say little about the others, and are not to be fitted at once.
 
     Raises:
-        CompileError: the aim is not positive, or ``own`` is negative.
+        CompileError: the aim is not positive, or ``own`` or ``half`` is negative.
     """
 
     aim: float = 1.0
     own: float = 0.0
+    half: float = 0.0
 
     def __post_init__(self) -> None:
-        for option, value, ok in (("aim", self.aim, self.aim > 0), ("own", self.own, self.own >= 0)):
+        options = (("aim", self.aim, self.aim > 0), ("own", self.own, self.own >= 0), ("half", self.half, self.half >= 0))
+        for option, value, ok in options:
             if isinstance(value, bool) or not ok or math.isinf(value):
-                raise CompileError(f"Geometric has {option}={value!r}", "Give aim > 0 and own >= 0, both finite")
+                raise CompileError(f"Geometric has {option}={value!r}", "Give aim > 0, own >= 0 and half >= 0, all finite")
 
 
 Terminal = Literal["geometric", "gradient", "ggn"] | MonteCarlo | Geometric
@@ -105,11 +108,11 @@ def is_rank_one(terminal: Terminal) -> bool:
     return isinstance(terminal, Geometric) or terminal in ("geometric", "gradient")
 
 
-def terminal_weight(terminal: Terminal) -> tuple[str, float, float]:
-    """What the weight of a sample's gradient is made of: its kind, and ``aim`` and ``own`` of :class:`Geometric`."""
+def terminal_weight(terminal: Terminal) -> tuple[str, float, float, float]:
+    """What the weight of a sample's gradient is made of: its kind, and the options of :class:`Geometric`."""
     if isinstance(terminal, Geometric):
-        return "geometric", terminal.aim, terminal.own
-    return ("geometric" if terminal == "geometric" else "gradient"), 1.0, 0.0
+        return "geometric", terminal.aim, terminal.own, terminal.half
+    return ("geometric" if terminal == "geometric" else "gradient"), 1.0, 0.0, 0.0
 
 
 def check_terminal(loss: Loss, terminal: Terminal) -> None:

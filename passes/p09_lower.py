@@ -180,7 +180,7 @@ def _loss(b: Builder) -> None:
         b.emit("loss", end, gradients, "loss_gradient", Var("phi"), leaves, note="g_T")
     kind, *weight = b.plan.terminal
     group = b.plan.coupling if isinstance(b.plan.coupling, int) else None
-    more = () if weight == [1.0, 0.0] else (*weight, group)
+    more = () if weight == [1.0, 0.0, 0.0] else (*weight, group)
     b.emit("loss", end, ("ones", "aim", "start"), "m.terminal", Var("phi"), kind, *more,
            note="V_x = start g, V_xx = start g g^T / aim; start = 1/B or 1")  # fmt: skip
     (terminal_columns if b.factored else _terminal)(b, end)

@@ -131,7 +131,7 @@ def _step(lowered: Lowered) -> str:
 
 
 SHARED = frozenset(f"m.{name}" for name in (
-    "terminal", "observe", "observe_block", "observe_moment", "apply", "apply_block", "descend", "descend_block",
+    "terminal", "observe", "observe_block", "observe_moment", "observe_uniform", "apply", "apply_block", "descend", "descend_block",
     "observe_factors", "observe_coordinates", "apply_steps", "descend_steps",
 ))  # fmt: skip
 """What micro-batches of one update have in common: statistics, updates, and the weight of a batch in them."""

@@ -9,6 +9,7 @@ from gtddp_compile.curvature.adam import Adam, AdamW
 from gtddp_compile.curvature.base import Curvature, Group, MetricKind, State
 from gtddp_compile.curvature.blocks import BlockUpdates
 from gtddp_compile.curvature.ekfac import EKFAC
+from gtddp_compile.curvature.foof import FOOF
 from gtddp_compile.curvature.kfac import KFAC
 from gtddp_compile.curvature.kronecker import Kronecker
 from gtddp_compile.curvature.rmsprop import RMSprop
@@ -18,6 +19,7 @@ from gtddp_compile.errors import CompileError
 
 __all__ = [
     "EKFAC",
+    "FOOF",
     "KFAC",
     "SGD",
     "Adam",
@@ -40,6 +42,7 @@ REGISTRY: dict[str, Any] = {
     "adamw": AdamW,
     "kfac": KFAC,
     "ekfac": EKFAC,
+    "foof": FOOF,
 }
 """The base methods by name: frozen dataclasses that implement :class:`Curvature`."""
 

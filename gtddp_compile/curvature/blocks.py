@@ -47,10 +47,15 @@ class BlockUpdates(ParameterUpdates):
         first = names[0][0]
         self.states[first] = self._kronecker.observe_coordinates(moment, self.states[first], self._groups[first])
 
-    def block_maps(self, names: Names) -> tuple[Tensor, Tensor]:
-        """``(X, Y)`` of one player: into coordinates where its metric is diagonal."""
+    def observe_uniform(self, names: tuple[str, ...], positions: float) -> None:
+        """Parameters without rows under a metric of inputs alone (:class:`gtddp_compile.FOOF`)."""
+        for name in names:
+            self.states[name] = self._kronecker.observe_uniform(self.states[name], positions)
+
+    def block_maps(self, names: Names) -> tuple[Tensor, Tensor | None]:
+        """``(X, Y)`` of one player: into coordinates where its metric is diagonal (``None``: the identity)."""
         state = self.states[names[0][0]]
-        return state["map_x"], state["map_g"]
+        return state["map_x"], state.get("map_g")
 
     def observe_moment(self, names: tuple[str, ...], moments: tuple[Tensor, ...]) -> None:
         """Running ``E[γ²]`` of parameters with the diagonal rule."""
@@ -184,7 +189,7 @@ class BlockUpdates(ParameterUpdates):
         parts = tuple(self._params[name] for name in names) if gradients is None else gradients
         if kind == "exact":
             return torch.cat([part.flatten() for part in parts]).reshape(1, -1, 1)
-        groups = self.states[names[0]]["factor_g"].shape[0] if "factor_g" in self.states[names[0]] else 1
+        groups = self.states[names[0]]["factor_x"].shape[0] if "factor_x" in self.states[names[0]] else 1
         bias_last = sorted(parts, key=torch.Tensor.dim, reverse=True)
         return torch.cat([part.reshape(groups, part.shape[0] // groups, -1) for part in bias_last], -1)
 

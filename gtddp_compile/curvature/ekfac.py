@@ -42,10 +42,13 @@ class EKFAC(Kronecker):
         damping: ``λ``, added to ``s``.
         refresh: steps between two eigendecompositions.
         stat_every: steps between two updates of the factors' averages; ``s`` is updated every step.
+        early: number of first steps in which both are made every time.
 
     Raises:
         CompileError: an option is out of range.
     """
+
+    small: int = 256
 
     name = "ekfac"
     shares = True

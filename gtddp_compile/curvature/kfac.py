@@ -37,6 +37,7 @@ class KFAC(Kronecker):
         refresh: steps between two inversions of the factors.
         stat_every: steps between two updates of the factors' averages. What lies between two refreshes is not read
             before the second, so a multiple of ``refresh`` loses only the averaging; the batches left out cost nothing.
+        early: number of first steps in which both are made every time.
         momentum: as torch.optim.SGD's, of the preconditioned gradient.
         weight_decay: coupled decay ``λ u``, part of the gradient, not of the statistics.
         small: largest number of parameters of an exact block.
@@ -50,6 +51,7 @@ class KFAC(Kronecker):
         CompileError: an option is out of range.
     """
 
+    small: int = 256
     pi: bool = True
 
     name = "kfac"

@@ -59,13 +59,17 @@ class Kronecker(ABC):
     damping: float = 1e-3
     stat_decay: float = 0.95
     refresh: int = 10
-    stat_every: int = 1
+    stat_every: int = 10
     momentum: float = 0.0
     weight_decay: float = 0.0
-    small: int = 256
     maximize: bool = False
+    early: int = 10
 
     name = "kronecker"
+    small = 0
+    """Largest number of parameters of an exact block."""
+    inputs_alone = False
+    """Whether the metric is of inputs alone; players without rows then have a multiple of the identity."""
     shares = False
     """Whether there is a form of its own for players of the same rows (Corollary 7)."""
     rescales = False
@@ -98,8 +102,8 @@ class Kronecker(ABC):
         check_ranges(name, options, "lr", "damping", "momentum", "weight_decay")
         if not 0.0 <= number(name, "stat_decay", options["stat_decay"]) < 1.0:
             raise out_of_range(name, "stat_decay", options["stat_decay"], "a value in [0, 1)")
-        for option, least in (("refresh", 1), ("stat_every", 1), ("small", 0)):
-            value = options[option]
+        for option, least in (("refresh", 1), ("stat_every", 1), ("early", 0), ("small", 0)):
+            value = options.get(option, least)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise out_of_range(name, option, value, f"an integer that is at least {least}")
 
@@ -196,20 +200,19 @@ class Kronecker(ABC):
         """
         found = [self._stepped(state) for state in states]
         lead = found[0]
-        shapes = kronecker_factor_shapes(layers)
+        shapes = {key: shape for key, shape in kronecker_factor_shapes(layers).items() if key in self.factor_keys()}
         fresh = any(key not in lead or lead[key].shape != shapes[key] for key in shapes)
         if fresh:  # the first step, or a block that was put together differently when it was compiled again
             lead["averaged"] = lead["age"] = torch.zeros_like(lead["step"])
         age = int(lead["age"])
         lead["age"] = lead["age"] + 1
-        if age % group["stat_every"] == 0:
+        early = age < group["early"]
+        if early or age % group["stat_every"] == 0:
             lead["averaged"] = lead["averaged"] + 1
-            old = None if fresh else (lead["factor_x"], lead["factor_g"])
-            keep = self._keep(lead["averaged"], group)
-            lead["factor_x"], lead["factor_g"] = kronecker_factors(layers, start, old, keep)
+            lead.update(self.factors(layers, start, None if fresh else lead, self._keep(lead["averaged"], group)))
         # load_state_dict casts a state to the parameter's own precision; factors are at least float32.
         lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
-        due = age % group["refresh"] == 0
+        due = early or age % group["refresh"] == 0
         if due:
             lead.update(self.refreshed(kind, lead, group))
         if moments:
@@ -264,6 +267,15 @@ class Kronecker(ABC):
         scale, _ = self.scales("kronecker", own, groups[0], 1)
         return split_maps(own, widths), scale, None, rates
 
+    def factor_keys(self) -> tuple[str, ...]:
+        """Keys of the factors in a state."""
+        return ("factor_x", "factor_g")
+
+    def factors(self, layers: Sequence[Layer], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
+        """Running averages of the factors, of which ``keep`` is from the old ones."""
+        before = None if old is None else (old["factor_x"], old["factor_g"])
+        return dict(zip(self.factor_keys(), kronecker_factors(layers, start, before, keep), strict=True))
+
     @abstractmethod
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
         """``"map_x"``, ``"map_g"`` (and what belongs to them) from the running factors."""
@@ -296,7 +308,7 @@ class Kronecker(ABC):
 def split_maps(state: State, widths: Sequence[tuple[int, int]]) -> Maps:
     """Every player's rows of the joint maps: ``x̂ = Σ_p x_p X_p``."""
     xs = state["map_x"].split([n for n, _ in widths], 1)
-    gs = state["map_g"].split([m for _, m in widths], 1)
+    gs = state["map_g"].split([m for _, m in widths], 1) if "map_g" in state else [None] * len(widths)
     return tuple(zip(xs, gs, strict=True))
 
 

@@ -181,7 +181,7 @@ class ParameterUpdates:
         """``δu + μ v``, put down as the last step."""
         if "inertia" not in self._groups[name]:
             return delta
-        last, mu = self.states[name].get("last_step"), self._groups[name]["inertia"]
+        last, mu = self.states[name].get("last_step"), self._groups[name].get("inertia", 0.0)
         if last is not None and mu:
             delta = torch.add(delta, last, alpha=mu, out=self._memory(name).get("last_step"))
         self.states[name] = {**self.states[name], "last_step": delta}

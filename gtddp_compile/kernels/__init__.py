@@ -72,6 +72,7 @@ from gtddp_compile.kernels.inplace import (
 from gtddp_compile.kernels.kronecker import (
     factor_layer,
     flat_rows,
+    input_factor,
     kronecker_factor_shapes,
     kronecker_factors,
     kronecker_gram,
@@ -212,6 +213,7 @@ __all__ = [
     "gram_blocks",
     "group_scale",
     "guard",
+    "input_factor",
     "inverse_diagonal",
     "joint_gram",
     "joint_sample_grams",

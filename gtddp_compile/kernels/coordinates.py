@@ -16,7 +16,7 @@ from gtddp_compile.kernels.approximate import _separate
 from gtddp_compile.kernels.linear import linear_gram
 
 Coordinates = tuple[Tensor, ...]
-Metric = tuple[tuple[tuple[Tensor, Tensor], ...], Tensor | float, Tensor | None, tuple[float, ...]]
+Metric = tuple[tuple[tuple[Tensor, Tensor | None], ...], Tensor | float, Tensor | None, tuple[float, ...]]
 
 
 def coordinates_form(samples: int, positions: int, inputs: int, outputs: int) -> str:
@@ -45,13 +45,14 @@ def made_rows(
     return operands[0], g
 
 
-def kronecker_coordinates(x: Tensor, g: Tensor, maps: tuple[Tensor, Tensor], form: str) -> Coordinates:
+def kronecker_coordinates(x: Tensor, g: Tensor, maps: tuple[Tensor, Tensor | None], form: str) -> Coordinates:
     """The coordinates of a layer's rows."""
     map_x, map_g = maps
-    x, g = x.to(map_x.dtype), g.to(map_g.dtype)
+    x, g = x.to(map_x.dtype), g.to(map_x.dtype)
     if form == "rows":
-        return _coordinates_map(x, map_x), _coordinates_map(g, map_g)
-    return (map_g.mT @ _coordinates_map(g.mT @ x, map_x),)
+        return _coordinates_map(x, map_x), g if map_g is None else _coordinates_map(g, map_g)
+    gamma = _coordinates_map(g.mT @ x, map_x)
+    return (gamma if map_g is None else map_g.mT @ gamma,)
 
 
 def _coordinates_map(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -121,9 +122,14 @@ def coordinates_step(coordinates: Coordinates, weights: Tensor, metric: Metric) 
     ((map_x, map_g),), scale, _, _ = metric
     weights = weights.to(coordinates[0].dtype)
     if len(coordinates) == 1:
-        return map_g @ (_coordinates_sum(weights, coordinates[0]) * scale) @ map_x.mT
+        return _coordinates_back(_coordinates_sum(weights, coordinates[0]) * scale, map_x, map_g)
     x, g = _coordinates_flat(coordinates[0]), _coordinates_flat(coordinates[1] * weights.reshape(-1, 1, 1, 1))
     if not isinstance(scale, Tensor) and few_rows(x.shape[1], x.shape[2], g.shape[2]):
-        found: Tensor = (g @ map_g.mT).mT @ (x @ map_x.mT)
+        found: Tensor = (g if map_g is None else g @ map_g.mT).mT @ (x @ map_x.mT)
         return found if scale == 1.0 else found * scale
-    return map_g @ (g.mT @ x * scale) @ map_x.mT
+    return _coordinates_back(g.mT @ x * scale, map_x, map_g)
+
+
+def _coordinates_back(matrix: Tensor, map_x: Tensor, map_g: Tensor | None) -> Tensor:
+    """``Y matrix Xᵀ``."""
+    return (matrix if map_g is None else map_g @ matrix) @ map_x.mT

@@ -6,7 +6,7 @@ A layer is seen as *rows*: homogeneous inputs ``x`` ``(B, G, T, n)`` (a one appe
 
 * ``maps``: for every player ``(X, Y)``, ``(G, n, N)`` and ``(G, m, M)``: ``x̂ = x X`` and ``ĝ = g Y`` are coordinates in
   which ``M`` is diagonal (K-FAC: Cholesky factors of the inverses, EK-FAC: eigenbases; players that decide together
-  have rows of one joint matrix);
+  have rows of one joint matrix; FOOF has no ``Y``: ``None``, the identity);
 * ``scale``: the inverse of that diagonal, a float or ``(G, M, N)``; the learning rates are not in it;
 * ``cross``: ``None``, or for players of the same rows (Corollary 7) what ties each to every one, itself included;
 * ``rates``: the players' learning rates ``η_p``; ``M⁻¹`` has the factor ``√(η_p η_q)``.
@@ -34,7 +34,7 @@ CHUNK = 2**24
 """Bound on the elements of an intermediate tensor."""
 
 Layer = tuple[Any, ...]
-Maps = tuple[tuple[Tensor, Tensor], ...]
+Maps = tuple[tuple[Tensor, Tensor | None], ...]
 Metric = tuple[Maps, Tensor | float, Tensor | None, tuple[float, ...]]
 
 
@@ -151,6 +151,21 @@ def kronecker_factors(
     return total_x, total_g
 
 
+def input_factor(layers: Sequence[Layer], old: Tensor | None = None, keep: float = 0.0) -> Tensor:
+    """``A`` of :func:`kronecker_factors` alone."""
+    share = (1.0 - keep if old is not None else 1.0) / layers[0][2].shape[0]
+    made = _moment_made(layers)
+    if made is not None:
+        made = made.mul_(share)
+        return made if old is None else made.add_(old, alpha=keep)
+    total, beta = old, keep if old is not None else 1.0
+    for part in _kronecker_slices(layers, _kronecker_all(layers)):
+        x = _side_by_side([_kronecker_rows(layer, part)[0] for layer in layers])
+        total, beta = _gram_added(total, x, beta, share), 1.0
+    assert total is not None
+    return total
+
+
 def _moment_made(layers: Sequence[Layer]) -> Tensor | None:
     """``Σ x xᵀ`` ``(G, n, n)`` where a layer of made rows has a kernel for it."""
     rows, operands, _, params, wants, options = layers[0]
@@ -218,16 +233,22 @@ def _kronecker_gamma(layers: Sequence[Layer], metric: Metric, part: slice) -> Te
     total: Tensor | None = None
     for (x, g), (map_x, map_g), rate in zip(rows, maps, rates, strict=False):
         (samples, _, positions, inputs), outputs = x.shape, g.shape[-1]
-        wide_x, wide_g = map_x.shape[-1], map_g.shape[-1]
-        mapped = positions * (inputs * wide_x + outputs * wide_g)
+        wide_x, wide_g = map_x.shape[-1], outputs if map_g is None else map_g.shape[-1]
+        mapped = positions * (inputs * wide_x + (0 if map_g is None else outputs * wide_g))
         pairs = samples * positions**2 * (wide_x + wide_g)
         made = positions * wide_x * wide_g + samples * wide_x * wide_g
-        here = positions * inputs * outputs + outputs * (inputs * wide_x + wide_g * wide_x)
+        here = positions * inputs * outputs + outputs * (inputs * wide_x + (0 if map_g is None else wide_g * wide_x))
         if positions == 1 or here + samples * wide_x * wide_g >= mapped + min(pairs, made):
             return None
-        gamma = map_g.mT @ (g.mT @ x @ map_x) * (1.0 if cross is not None else rate**0.5)
+        gamma = _to_coordinates(g.mT @ x, map_x, map_g) * (1.0 if cross is not None else rate**0.5)
         total = gamma if total is None else total + gamma
     return total
+
+
+def _to_coordinates(matrix: Tensor, map_x: Tensor, map_g: Tensor | None) -> Tensor:
+    """``Yᵀ matrix X`` (``map_g`` ``None``: ``Y = I``)."""
+    mapped = matrix @ map_x
+    return mapped if map_g is None else map_g.mT @ mapped
 
 
 def _kronecker_scale(metric: Metric) -> Tensor | float:
@@ -274,7 +295,8 @@ def _kronecker_gram_of(layers: Sequence[Layer], metric: Metric, scale: Tensor | 
             for k in range(x.shape[1])
         ]
         return torch.stack(found).sum(0)
-    samples, outputs, inputs = row.stop - row.start, metric[0][0][1].shape[-1], metric[0][0][0].shape[-1]
+    samples, inputs = row.stop - row.start, metric[0][0][0].shape[-1]
+    outputs = _kronecker_rows(layers[0], slice(0, 1))[1].shape[-1] if metric[0][0][1] is None else metric[0][0][1].shape[-1]
     gram = metric[0][0][0].new_zeros(samples, samples)
     step = max(1, CHUNK // (samples * inputs * metric[0][0][0].shape[0]))
     for start in range(0, outputs, step):
@@ -318,13 +340,13 @@ def kronecker_precondition(gradients: Sequence[Tensor], metric: Metric) -> tuple
     """
     maps, scale, cross, rates = metric
     inner = [
-        map_g.mT @ _kronecker_wide(gradient) @ map_x * rate**0.5
+        _to_coordinates(_kronecker_wide(gradient), map_x, map_g) * rate**0.5
         for gradient, (map_x, map_g), rate in zip(gradients, maps, rates, strict=True)
     ]
     total = sum(inner[1:], inner[0])
     found = []
     for own, (map_x, map_g), rate, gradient in zip(inner, maps, rates, gradients, strict=True):
         scaled = total * scale if cross is None else own * scale + total * cross
-        back = map_g @ scaled @ map_x.mT * (rate**-0.5 if rate else 0.0)
+        back = (scaled if map_g is None else map_g @ scaled) @ map_x.mT * (rate**-0.5 if rate else 0.0)
         found.append(back.to(gradient.dtype))
     return tuple(found)

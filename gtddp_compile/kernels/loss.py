@@ -31,14 +31,20 @@ def class_mean_scale(outputs: Tensor, targets: Tensor, weight: Tensor | None, ig
 
 
 def terminal(
-    phi: Tensor, reduction: str, kind: str, aim: float = 1.0, own: float = 0.0, group: int | None = None
+    phi: Tensor,
+    reduction: str,
+    kind: str,
+    aim: float = 1.0,
+    own: float = 0.0,
+    half: float = 0.0,
+    group: int | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """Ones and the aim, ``(B,)`` each, and ``α_T``: 1/B for a mean loss, 1 for a sum.
 
     ``V_xx = α_T ∇φ ∇φᵀ / aim``: the quadratic model of a sample's loss is least where it has fallen by the aim. For
     ``"gradient"`` (Proposition 5) that is 1, whatever the loss; for ``"geometric"`` it is the loss itself: the
     second-order expansion of a loss whose logarithm is linear in the outputs, which cross-entropy tends to where a
-    sample is nearly fitted; or it is ``aim + own / b`` times the loss in groups of b samples (``None``: all of them). A
+    sample is nearly fitted; or it is ``aim b / (b + half) + own / b`` times the loss in groups of b samples (``None``: all of them). A
     loss that is not positive has no logarithm: it counts as 1. Losses below 10⁻⁴ of the mean are held there, so that
     fitted samples do not make the value function singular.
     """
@@ -50,7 +56,7 @@ def terminal(
     values = phi.detach().to(dtype)
     floor = values.abs().mean().mul_(1e-4).clamp_min_(torch.finfo(dtype).tiny)
     aims = torch.threshold(values, 0.0, 1.0).clamp_min_(floor)
-    if aim == 1.0 and own == 0.0:
+    if (aim, own, half) == (1.0, 0.0, 0.0):
         return ones, aims, start
     together = min(group or phi.shape[0], phi.shape[0])
-    return ones, aims * (aim + own / together), start
+    return ones, aims * (aim * together / (together + half) + own / together), start

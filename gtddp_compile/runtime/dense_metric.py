@@ -57,6 +57,8 @@ class DenseMetric:
             names = tuple(player.parameters for player in block.players)
             if block.kind == "parameters":
                 self._m.observe(names[0], self._m.unflatten(names[0], opened[block.players[0].name]))
+            elif block.kind == "uniform":
+                self._m.observe_uniform(names[0], block.positions)
             elif block.kind == "diagonal":
                 moment = self._rows(seen, value_x, block.players[0]).square().sum(0) / seen.start
                 self._m.observe_moment(names[0], self._m.unflatten(names[0], moment))
@@ -149,7 +151,9 @@ class DenseMetric:
                 if weights is None:
                     continue
                 rate = (rates[p] * rates[q]) ** 0.5
-                factors = zip(maps[p][1], maps[p][0], maps[q][1], maps[q][0], strict=True)
+                left_g, right_g = (self._output_map(maps[n], player) for n, player in ((p, left), (q, right)))
+                sides = (left_g, maps[p][0], right_g, maps[q][0])
+                factors = zip(*(side.contiguous() for side in sides), strict=True)
                 whole = torch.block_diag(
                     *(
                         rate * torch.kron(gl, xl) @ _diagonal(weights, k, gl, xl) @ torch.kron(gr, xr).T
@@ -158,6 +162,14 @@ class DenseMetric:
                 )
                 rows, columns = self._order(block, left), self._order(block, right)
                 inverse[offsets[left.name], offsets[right.name]] = whole[rows][:, columns]
+
+    def _output_map(self, maps: tuple[Tensor, Tensor | None], player: Player) -> Tensor:
+        """``Y``, of every group; a metric of inputs alone has the identity."""
+        x, g = maps
+        if g is not None:
+            return g
+        rows = max((self._m.shape(name) for name in player.parameters), key=len)[0] // len(x)
+        return torch.eye(rows, dtype=x.dtype).repeat(len(x), 1, 1)
 
     def _order(self, block: MetricBlock, player: Player) -> Tensor:
         """Position of every parameter entry among the entries of ``(G, m, n)`` matrices, bias last in a row."""

@@ -211,10 +211,10 @@ class BaseMethod(BlockUpdates):
         return tuple(torch.cat([g.unsqueeze(0), z.detach()]) for g, z in zip(gradients, columns, strict=True))
 
     def terminal(
-        self, phi: Tensor, kind: str, aim: float = 1.0, own: float = 0.0, group: int | None = None
+        self, phi: Tensor, kind: str, aim: float = 1.0, own: float = 0.0, half: float = 0.0, group: int | None = None
     ) -> tuple[Tensor, Tensor, float]:
         """The terminal value function, see :func:`gtddp_compile.kernels.terminal`."""
-        return kernels.terminal(phi, self._loss.reduction, kind, aim, own, group)
+        return kernels.terminal(phi, self._loss.reduction, kind, aim, own, half, group)
 
     def explicit_hessian(self, outputs: Any, targets: Any, leaves: tuple[Tensor, ...]) -> Tensor:
         """``H_i``, ``(B, n, n)``: the loss's own, or the product of the sampled columns."""

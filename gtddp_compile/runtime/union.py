@@ -203,9 +203,9 @@ class Union:
             name, arguments = part.request
             if self._base:
                 part.collected.append(part.request)
-            elif name == "observe" and arguments[1] is None:
+            elif name == "observe_uniform" or (name == "observe" and arguments[1] is None):
                 if not self._parts or part is self._parts[0]:
-                    self.method.observe(*arguments)
+                    getattr(self.method, name)(*arguments)
             else:
                 return
             part.resume()
