@@ -348,8 +348,7 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[metr
 
 def _decide_together(b: Builder) -> None:
     """``w`` of the joint step, every player's weighted gradient where their norm is asked for."""
-    joint, end = b.plan.form.name == "joint", len(b.plan.stages)
-    if joint:
+    if b.plan.form.name == "joint":
         b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var("lambda_0"), note="Cholesky, the only one")
         equation = b.plan.form.forward["w"]
         code = _formula(b, 0, equation.expression)
@@ -358,7 +357,7 @@ def _decide_together(b: Builder) -> None:
             target = Var(_formula(b, 0, a.TARGET).text)
             b.emit("joint", 0, ("*w_capped",), "cap_step", Var("w"), target, Var("information"), Var("tau"),
                    Var("rows"), b.plan.max_step, note="|delta u|_M at most max_step")  # fmt: skip
-        b.emit("joint", 0, (), "m.keep", end, lifted=Var("lifted_0"), weights=Var(_weights(b)))
+        b.emit("joint", 0, (), "m.keep", 0, lifted=Var("lifted_0"), weights=Var(_weights(b)))
     if b.plan.max_grad_norm is not None:
         metrics.clipped(b, _weights(b))
 

@@ -122,6 +122,7 @@ class DenseBackend:
             measures.insert(0, hessian)
         if options.feedback is True and options.rollout_kind == "linear":
             self._joint(m, groups, gains)
+            trajectory.settle()
         else:
             self._forward(m, q, trajectory, groups, gains, measures, aim)
         return phi

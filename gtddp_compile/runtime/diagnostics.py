@@ -36,9 +36,9 @@ class Diagnostics:
         return self._found
 
     def _evaluate(self) -> dict[str, Any]:
-        end = max(self._kept, default=0)
-        if "weights" in self._kept.get(end, {}):  # the joint step's: of a stage's own weights nothing reads them there
-            self._stages = with_factors(self._kept, end)
+        joint = self._program is not None and self._program.form.name == "joint"
+        if joint and "weights" in self._kept.get(0, {}):  # the dense backend keeps none
+            self._stages = with_factors(self._kept)
         stages = self._stages.values()
         found: dict[str, Any] = {
             "loss": float(self._loss) if self._loss is not None else None,
@@ -115,30 +115,26 @@ class Diagnostics:
         return total
 
 
-def with_factors(figures: Mapping[int, Mapping[str, Any]], end: int) -> dict[int, dict[str, Any]]:
+def with_factors(figures: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """Figures of the joint step as those of the stage-by-stage one: every stage's factor of ``Λ_t``, and its ``w``.
 
     ``Λ_t = Λ_T + τ Σ Γ_s`` over the stages ``s`` from t on; ``w`` is the same at every stage.
     """
-    last = figures[end]
+    last, weights = figures[max(figures)], figures[0]["weights"]
     found = {index: dict(figure) for index, figure in figures.items()}
     total: tuple[Tensor, ...] | None = None
     for index in sorted((index for index, figure in figures.items() if "gammas" in figure), reverse=True):
         for gamma in figures[index]["gammas"].values():
             scales = _scales(gamma)
             if "start" in last:  # the ordinary gradient is a column beside those of the factor
-                rank = last["weights"].numel() // int(last["samples"])
-                gamma, _ = kernels.split_columns(gamma, rank, 1.0, scales)
+                gamma, _ = kernels.split_columns(gamma, weights.numel() // int(last["samples"]), 1.0, scales)
             if total is None:
-                rows = _rows(gamma)
-                diagonal = (
-                    last["information"] if "information" in last else torch.ones_like(last["weights"]) / last["start"]
-                )
-                total = kernels.blocks_diagonal(diagonal, rows)
+                diagonal = last["information"] if "information" in last else torch.ones_like(weights) / last["start"]
+                total = kernels.blocks_diagonal(diagonal, _rows(gamma))
             total = kernels.blocks_add(total, kernels.blocks_scale(scales, gamma))
         assert total is not None
         found[index]["factor"], _ = kernels.factor(total)
-        found[index]["weights"] = last["weights"]
+        found[index]["weights"] = weights
     return found
 
 
