@@ -29,9 +29,9 @@ class Primal:
     Args:
         model: any module that treats samples apart; it is not written.
         loss: ``(outputs, targets) -> (B,)``.
-        method: ``"sgd"``, ``"rmsprop"``, ``"adam"`` or ``"kfac"`` (a chain of linear layers with biases).
+        method: ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"kfac"`` or ``"foof"`` (of linear layers with biases).
         options: of the method.
-        terminal: ``"gradient"``, ``(aim, own)`` of the geometric one, or ``"ggn"``.
+        terminal: ``"gradient"``, ``(aim, own, half)`` of the geometric one, or ``"ggn"``.
         group: size of the groups; ``None``: the whole batch.
         total: the loss is summed over samples, not averaged.
     """
@@ -40,7 +40,7 @@ class Primal:
     loss: Callable[[Any, Any], Tensor]
     method: str = "sgd"
     options: dict[str, Any] = field(default_factory=dict)
-    terminal: str | tuple[float, float] = (1.0, 0.0)
+    terminal: str | tuple[float, float, float] = (1.0, 0.0, 0.0)
     group: int | None = None
     inertia: float = 0.0
     max_step: float | None = None
@@ -97,8 +97,8 @@ class Primal:
         """``M``, from the statistics of the ordinary gradients, with the decay's where torch.optim has it."""
         o, lr = self.options, self.options["lr"]
         self.steps += 1
-        if self.method == "kfac":
-            return self.kfac(gamma, inputs[0]) / lr
+        if self.method in ("kfac", "foof"):
+            return self.kronecker(gamma, inputs[0]) / lr
         if self.method == "sgd":
             return torch.eye(len(self.u), dtype=self.u.dtype) / lr
         decay = o.get("alpha", 0.99) if self.method == "rmsprop" else o.get("betas", (0.9, 0.999))[1]
@@ -106,8 +106,8 @@ class Primal:
         second = self.second if self.method == "rmsprop" else self.second / (1 - decay**self.steps)
         return torch.diag((second.sqrt() + 1e-8) / lr)
 
-    def kfac(self, gamma: Tensor, x: Tensor) -> Tensor:
-        """``(A + π √λ I) ⊗ (B + √λ/π I)`` of every layer, in the order weight, bias."""
+    def kronecker(self, gamma: Tensor, x: Tensor) -> Tensor:
+        """``(A + π √λ I) ⊗ (B + √λ/π I)`` of every layer, in the order weight, bias; FOOF's ``(A + λ ā I) ⊗ I``."""
         inputs: dict[str, Tensor] = {}
         handles = [
             module.register_forward_hook(lambda _, args, __, name=name: inputs.__setitem__(name, args[0]))
@@ -124,8 +124,12 @@ class Primal:
             new = [wide.T @ wide / len(wide), g.T @ g / len(g)]
             old = self.factors.get(name, new)
             a, b = self.factors[name] = [keep * o + (1 - keep) * n for o, n in zip(old, new, strict=True)]
-            pi, root = (a.diagonal().mean() / b.diagonal().mean()).sqrt(), self.options["damping"] ** 0.5
-            a, b = a + pi * root * torch.eye(len(a)).double(), b + root / pi * torch.eye(len(b)).double()
+            eye_a, eye_b, damping = torch.eye(len(a)).double(), torch.eye(len(b)).double(), self.options["damping"]
+            pi, mean = (a.diagonal().mean() / b.diagonal().mean()).sqrt(), a.diagonal().mean()
+            if self.method == "foof":
+                a, b = a + damping * mean * eye_a, eye_b
+            else:
+                a, b = a + pi * damping**0.5 * eye_a, b + damping**0.5 / pi * eye_b
             m, n = len(b), len(a)
             entries = torch.arange(m * n).reshape(m, n)
             order = torch.cat([entries[:, :-1].flatten(), entries[:, -1]])
@@ -154,9 +158,10 @@ class Primal:
             return self.hessians(tuple(x[rows] for x in inputs), y[rows]).sum(0)
         weight = torch.ones_like(phi)
         if isinstance(self.terminal, tuple):
-            aim, own = self.terminal
+            aim, own, half = self.terminal
+            size = min(self.group or len(phi), len(phi))
             assert (phi > 1e-4 * phi.mean()).all()  # below, the package holds it there
-            weight = 1 / (phi * (aim + own / min(self.group or len(phi), len(phi))))
+            weight = 1 / (phi * (aim * size / (size + half) + own / size))
         return (gamma[rows].T * weight[rows]) @ gamma[rows]
 
     def capped(self, step: Tensor, metric: Tensor, held: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "rmsprop": {"curvature": "rmsprop", "lr": 0.02, "terminal": "gradient", "inertia": 0.5},
     "adam, ggn": {"curvature": "adam", "lr": 0.02, "terminal": "ggn", "weight_decay": 0.1},
     "ggn, groups": {"curvature": "sgd", "lr": 0.5, "terminal": "ggn", "coupling": 3, "inertia": 0.8},
-    "capped": {"curvature": "adam", "lr": 0.02, "max_step": 0.1, "inertia": 0.7, "weight_decay": 0.1, "coupling": 3},
+    "capped": {"curvature": "rmsprop", "lr": 0.02, "max_step": 0.1, "inertia": 0.7, "weight_decay": 0.1, "coupling": 3},
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def oracle(model: nn.Module, loss: Any = classified, *, total: bool = False, **o
     if terminal == "geometric":
         terminal = Geometric()
     if isinstance(terminal, Geometric):
-        terminal = (terminal.aim, terminal.own)
+        terminal = (terminal.aim, terminal.own, terminal.half)
     coupling = options.get("coupling", "full")
     return Primal(
         model, loss, options["curvature"], method(options), terminal,
@@ -136,16 +136,15 @@ def test_is_the_primal_step(network: str, setup: str) -> None:
 def test_the_rolled_out_policy_is_the_primal_step(network: str, setup: str) -> None:
     """The dense backend: gains stage by stage, the policy on the linearised dynamics, which the program never does."""
     per_sample = of_both if network == "two outputs" else classified
-    options = {key: value for key, value in SETUPS[setup].items()}
-    if options["curvature"] == "adam":  # `_apply` goes through the same first moment
-        options["betas"] = (0.5, 0.9)
-    assert_primal(NETWORKS[network](), loss_of(network), 2, "dense", per_sample, **options)
+    assert_primal(NETWORKS[network](), loss_of(network), 2, "dense", per_sample, **SETUPS[setup])
 
 
 @pytest.mark.parametrize("backend", ["fast", "dense"])
-def test_kronecker_factors(backend: Any) -> None:
-    """Explicit ``(A + π √λ I) ⊗ (B + √λ/π I)`` a layer, from the ordinary gradients."""
-    options = {"curvature": "kfac", "lr": 0.5, "damping": 1e-2, "inertia": 0.9, "weight_decay": 0.05}
+@pytest.mark.parametrize("curvature", ["kfac", "foof"])
+def test_kronecker_factors(curvature: str, backend: Any) -> None:
+    """Explicit ``(A + π √λ I) ⊗ (B + √λ/π I)`` or ``(A + λ ā I) ⊗ I`` a layer, from the ordinary gradients."""
+    options: dict[str, Any] = {"curvature": curvature, "lr": 0.5, "damping": 1e-2, "inertia": 0.9, "weight_decay": 0.05,
+                               "terminal": "geometric"}  # fmt: skip
     model = copy.deepcopy((case := networks.mlp()).model)
     opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS, backend=backend, refresh=1, coupling=3, **options)
     expected = oracle(case.model, coupling=3, **options)
@@ -153,6 +152,19 @@ def test_kronecker_factors(backend: Any) -> None:
         x, y = case.batch(step, SIZE)
         opt.step(x, y), expected.step((x,), y)
         torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+
+
+def test_the_defaults() -> None:
+    """Nothing said: FOOF with inertia 0.9 and an aim of 0.6 that few samples have less of, coupled as a whole."""
+    model = copy.deepcopy((case := networks.nested()).model)
+    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS)
+    options = {"lr": 3.0, "damping": 0.1, "inertia": 0.9, "terminal": Geometric(0.6, half=8.0)}
+    expected = oracle(case.model, curvature="foof", **options)
+    for step in range(4):
+        x, y = case.batch(step, SIZE)
+        opt.step(x, y), expected.step((x,), y)
+        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+    assert opt.program.form.name == "joint"
 
 
 @pytest.mark.parametrize("terminal", ["geometric", "ggn"])
@@ -368,7 +380,7 @@ def test_diagnostics_mean_what_they_mean_in_the_nonlinear_rollout(options: dict[
 def test_the_weights_are_the_same_at_every_stage(terminal: Terminal, coupling: Any) -> None:
     """One factor, no stage run twice, and the claim it rests on."""
     case = networks.projection()
-    _, opt = optimizer(case, curvature="adam", terminal=terminal, coupling=coupling, inertia=0.9)
+    _, opt = optimizer(case, curvature="rmsprop", terminal=terminal, coupling=coupling, inertia=0.9)
     program = opt.program
     claims = [claim for claim in program.form.claims if "the weights are the same at every stage" in claim.statement]
     assert len(claims) == 1 and program.form.name == "joint"
@@ -422,6 +434,8 @@ def test_where_it_is_the_default() -> None:
         ({"inertia": 0.5, "feedback": False}, "inertia=0.5 is momentum inside the model.*own option momentum"),
         ({"inertia": 0.5, "coupling": "block"}, "inertia=0.5 is momentum inside the model"),
         ({"inertia": 0.5, "coupling": "block", "recursion": "substituted"}, "inertia=0.5 is momentum inside the model"),
+        ({"inertia": 0.5, "momentum": 0.9}, "inertia=0.5 beside sgd's own momentum 0.9.*momentum=0"),
+        ({"inertia": 0.5, "curvature": "adam"}, "inertia=0.5 beside adam's own momentum 0.9.*betas"),
         ({"max_step": 0.0}, "option max_step=0.0 is not known.*positive number"),
         ({"max_step": True}, "option max_step=True is not known"),
         ({"max_grad_norm": -1.0}, "option max_grad_norm=-1.0 is not known.*positive number"),
@@ -439,7 +453,7 @@ def test_where_it_is_the_default() -> None:
 )  # fmt: skip
 def test_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(CompileError, match=said):
-        compile_optimizer(Net(lambda net, x: net.a(x), a=nn.Linear(2, 2)), loss=LOSS, curvature="sgd", **options)
+        compile_optimizer(Net(lambda net, x: net.a(x), a=nn.Linear(2, 2)), loss=LOSS, **{"curvature": "sgd", **options})
 
 
 def test_feedback_off_has_either_rollout() -> None:
