@@ -41,7 +41,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"curvature": "rmsprop", "lr": 0.01},
     {"curvature": "adam", "lr": 0.01, "weight_decay": 0.1},
     {"curvature": "kfac"},
-    {"curvature": "foof", "inertia": 0.9},
+    {"curvature": "foof", "terminal": "geometric", "inertia": 0.9},
     {"curvature": "ekfac", "weight_decay": 0.1, "damping": 0.1},
     {"curvature": "ekfac", "small": 0},
     {"rollout": "nonlinear"},

@@ -6,6 +6,7 @@ import re
 import weakref
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
