@@ -64,7 +64,7 @@ def test_buffers_advance_once_and_random_numbers_are_drawn_once() -> None:
 def test_dropout_masks_are_shared_by_both_sweeps() -> None:
     """With gains of zero (lr = 0) nothing moves, so no predicted change can be seen anywhere."""
     model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd", lr=1e-30)
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd", lr=1e-30, rollout="nonlinear")
     opt.step(*batch())
     stages = opt._diagnostics._stages
     changes = [stage["change"] for stage in stages.values() if "change" in stage]

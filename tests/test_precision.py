@@ -21,7 +21,7 @@ LOW = [torch.bfloat16, torch.float16]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"curvature": "sgd", "momentum": 0.9, "weight_decay": 0.01, "memory": "recompute"},
-    {"curvature": "rmsprop", "lr": 0.01},
+    {"curvature": "rmsprop", "lr": 0.01, "eps": 1e-3},
     {"curvature": "adam", "lr": 0.01, "gram": "separable"},
     {"curvature": "ekfac"},
     {"terminal": "ggn", "coupling": 2},

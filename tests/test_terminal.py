@@ -125,10 +125,11 @@ def test_losses(loss: nn.Module, form: str) -> None:
 @pytest.mark.parametrize("options", [{"feedback": "open"}, {"feedback_clip": None}, {"feedback_clip": 0.02}], ids=str)
 @pytest.mark.parametrize("form", ["full", "substituted"])
 def test_options_of_the_feedback(form: str, options: dict[str, Any]) -> None:
-    found = [trained(networks.residual(), nn.CrossEntropyLoss(), terminal="ggn", lr=0.5, **FORMS[form], **options)[0]
-             for options in (options, {})]  # fmt: skip
+    """Which the linear rollout has not."""
+    same: dict[str, Any] = {"terminal": "ggn", "curvature": "sgd", "lr": 0.5, "rollout": "nonlinear", **FORMS[form]}
+    found = [trained(networks.residual(), nn.CrossEntropyLoss(), **same, **chosen)[0] for chosen in (options, {})]
     assert (found[0] - found[1]).abs().max() > 1e-7 or options["feedback_clip"] is None
-    assert_equal(networks.residual(), terminal="ggn", curvature="sgd", lr=0.5, **FORMS[form], **options)
+    assert_equal(networks.residual(), **same, **options)
 
 
 def test_radicands_are_clipped_by_eigenvalues_and_counted() -> None:
