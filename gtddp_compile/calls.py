@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gtddp_compile.algebra.collapsed import COUPLED
@@ -114,8 +115,11 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
     return total
 
 
-def gram(b: Builder, t: int, player: Player, metric: str) -> str:
-    """``Γ`` of one player (over all columns, the gradient's included, where there are several)."""
+def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
+    """``Γ`` of one player (over all columns, the gradient's included, where there are several).
+
+    ``given``: what the kernel takes in place of the use's operands: inputs in the metric's own coordinates.
+    """
     uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     if b.keeps(player.name):
         b.emit("backward", t, (f"*{result}",), "joint_gram", Var(_kept(b, t, player)), Var(metric), Var(b.rows),
@@ -125,7 +129,7 @@ def gram(b: Builder, t: int, player: Player, metric: str) -> str:
         use = uses[0]
         chosen = GramChoice("") if b.factored else choose_gram(b.plan, use)
         choice = chosen.approximate
-        more: dict[str, Any] = {"columns": b.plan.columns, "seed": t} if choice == "sketch" else {}
+        more: dict[str, Any] = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
         kernel = "gram" if choice == "exact" else f"{choice}_gram"
         kernel = "low_gram" if chosen.low else kernel
         if chosen.every:
@@ -137,7 +141,8 @@ def gram(b: Builder, t: int, player: Player, metric: str) -> str:
         more.update(inputs_gram(b, t, player))
         others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks") if b.factored else ()
         first = [Function(name) for name in (b.kernel(use, kernel), *others)]
-        b.emit("backward", t, (f"*{result}",), "factor_gram" if b.factored else "gram_blocks", *first, operands(b, use),
+        taken = given or operands(b, use)
+        b.emit("backward", t, (f"*{result}",), "factor_gram" if b.factored else "gram_blocks", *first, taken,
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T", **b.options(use), **more)  # fmt: skip
         return result
@@ -206,10 +211,10 @@ def output_gradient(b: Builder, use: Use, weights: str) -> Code:
 
 def directional(
     b: Builder, phase: Phase, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
-    only: frozenset[str] | None = None,
+    only: frozenset[str] | None = None, added: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones)."""
-    parts = []
+    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``."""
+    parts = list(added)
     for player in players:
         for use in b.uses(player.name):
             if only is not None and use.op not in only:

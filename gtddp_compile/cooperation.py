@@ -53,7 +53,12 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
         return tuple(MetricBlock("parameters", (player,)) for player in players)
     uses = {player.name: tuple(describe_use(graph, player, graph.op(use)) for use in player.uses) for player in players}
     factored = {player.name: uses[player.name][0] for player in players if is_factored(player, uses[player.name])}
-    blocks = [_alone(graph, player, rules) for player in players if player.name not in factored]
+    of_channels = [name for name, use in factored.items() if rules.inputs_alone and use.rule.name == "conv"]
+    blocks = [
+        MetricBlock("channels", (graph.player[name],), positions=float(_positions(graph, factored.pop(name)) or 1))
+        for name in of_channels
+    ]
+    blocks += [_alone(graph, player, rules) for player in players if player.name not in (*factored, *of_channels)]
     remaining = [player for player in players if player.name in factored]
     if rules.cooperative and rules.shares:
         for group in _grouped(remaining, lambda p: _shared_key(graph, factored[p.name])):

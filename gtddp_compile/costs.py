@@ -27,6 +27,14 @@ step (forward, gradient of the input, gradient of the weight)."""
 LARGEST = 2**24
 """Elements of rows, and of per-sample gradients, up to which a Kronecker metric's coordinates are kept."""
 
+UNFOLDED = 4.0
+"""What a multiplication of unfolded patches, sample by sample, costs against one of torch's own convolutions (measured:
+benchmarks/tried.py)."""
+
+SKETCHED = 128
+"""Columns of a sketched per-sample gradient, at least: fewer than are needed for the steps to a target to be those of
+the exact ``Γ`` (docs/performance.md)."""
+
 NEGLIGIBLE = 2.0**20
 """Multiplications of a Gram matrix that nobody would notice: always exact."""
 
@@ -42,6 +50,7 @@ class GramChoice:
         approximate: ``"exact"``, ``"separable"``, ``"sketch"`` or ``"centre"``: which kernels make it.
         low: in bfloat16.
         every: steps from one to the next; 0: in each.
+        columns: signs an input of the sketch; 0: as many as the option says.
     """
 
     form: str
@@ -49,6 +58,7 @@ class GramChoice:
     approximate: str = "exact"
     low: bool = False
     every: int = 0
+    columns: int = 0
 
     def __str__(self) -> str:
         said = [self.form, *(["kept"] if self.kept else [])]
@@ -64,7 +74,8 @@ def choose_gram(plan: Plan, use: Use) -> GramChoice:
     layer = _layer(plan.graph, use)
     if layer is None:
         return GramChoice("per-sample")
-    found = layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0])
+    found = layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0],
+                         sketches=plan.form.name == "joint" and not plan.form.factored)  # fmt: skip
     fixed = found.kept or layer.positions == 1 or not use.wants[0] or layer.gram(found) <= NEGLIGIBLE
     if fixed or found.approximate not in ("exact", "separable"):
         return found
@@ -144,15 +155,23 @@ class _Layer:
     groups: int
     folded: bool = False
 
-    def choice(self, gram: str, columns: int, *, diagonal: bool, weight: bool) -> GramChoice:
-        """The form of the Gram matrix that the option ``gram`` asks for."""
+    def choice(
+        self, gram: str, columns: int, *, diagonal: bool, weight: bool, sketches: bool = False
+    ) -> GramChoice:
+        """The form of the Gram matrix that the option ``gram`` asks for; ``sketches``: of ``"auto"`` too."""
         exact = self._exact(diagonal=diagonal, separated=False, weight=weight)
         if gram == "exact":
             return exact
         separated = self._exact(diagonal=False, separated=diagonal, weight=weight)
         if gram == "auto":
-            cheap = self.gram(exact) <= max(NEGLIGIBLE, FRACTION * 3 * self.weighted)
-            return exact if cheap or self.cost(exact) <= self.cost(separated) else separated
+            slow = UNFOLDED if self.prefix == "conv" and sketches else 1.0
+            cheap = self.gram(exact) <= NEGLIGIBLE or slow * self.gram(exact) <= FRACTION * 3 * self.weighted
+            if cheap or not sketches or not weight:
+                return exact if cheap or self.cost(exact) <= self.cost(separated) else separated
+            few = max(4, -(-SKETCHED * self.groups // self.weight[0]))
+            if self.sketch(few) < min(slow * self.gram(exact), slow * self.gram(separated)):
+                return GramChoice(f"sketch of {few} columns", False, "sketch", columns=few)
+            return exact if self.cost(exact) <= self.cost(separated) else separated
         found = separated
         if gram in ("sketch", "coarse") and self.sketch(columns) + self.weighted < self.cost(found):
             found = GramChoice(f"sketch of {columns} columns", False, "sketch")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import (
     gram,
@@ -23,7 +24,7 @@ from gtddp_compile.calls import (
     weighted,
 )
 from gtddp_compile.columns import sample_gram
-from gtddp_compile.costs import choose_coordinates, separates, shares_lines
+from gtddp_compile.costs import choose_coordinates, choose_gram, separates, shares_lines
 from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
 from gtddp_compile.plan import MetricBlock
@@ -79,7 +80,9 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
     layers = _statistics(b, t, block, alpha, opens)
     coordinates = _kept(b, t, block, alpha) if _coordinates(b, block) else ""
     metric = _metric(b, block)
-    if block.kind in OF_PLAYERS:
+    if block.kind == "channels":
+        b.emit("backward", t, (f"*{metric}",), "m.channels_metric", block.players[0].parameters, note="M^-1 of x X")
+    elif block.kind in OF_PLAYERS:
         b.emit("backward", t, (f"*{metric}",), "m.block_metric", block.kind, _names(block), note="M^-1")
     else:
         separated = separated_groups(b, block.players[0])
@@ -92,10 +95,35 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
     return Observed(block, metric, layers, own, coordinates)
 
 
+def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tuple[str, str] | None:
+    """Variables of a convolution's sketched ``Γ`` and of ``⟨γ_i, M⁻¹ ℓ_u⟩``, where one product makes both."""
+    if _sketch(b, t, found.block) is None:
+        return None
+    (player,) = found.block.players
+    (use,), identity = b.uses(player.name), b.identity(player)
+    gamma, moved = f"gamma_{t}_{identity}", f"s_{t}_{identity}"
+    direction = None
+    if player.name in drifts:
+        direction = tuple(Code(f"{drifts[player.name]}[{player.parameters.index(name)}]") for name in use.names)
+    b.emit("backward", t, (gamma, moved if direction else "_"), "conv_sketched", operands(b, use),
+           Var(b.g_output(use.op)), params(b, use), use.wants, Var(f"maps_{identity}"), Var(found.metric), direction,
+           Var(b.rows), note="gamma M^-1 gamma^T; gamma M^-1 l", **b.options(use))  # fmt: skip
+    return gamma, moved if direction else ""
+
+
+def _sketch(b: Builder, t: int, block: MetricBlock) -> tuple[int, int] | None:
+    """Columns and seed of the sketch that a convolution's ``Γ`` is made by, where it is."""
+    if block.kind != "channels" or b.factored or b.plan.form.name not in LEVENBERG:
+        return None
+    (use,) = b.uses(block.players[0].name)
+    chosen = choose_gram(b.plan, use)
+    return (chosen.columns or b.plan.columns, t) if chosen.approximate == "sketch" else None
+
+
 def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
     """``M⁻¹ ℓ_u`` of every player."""
     names = {player.name: f"drift_{b.identity(player)}" for player in found.block.players}
-    if found.of_players:
+    if found.of_players or found.block.kind == "channels":
         arguments = (found.block.kind, _names(found.block))
         b.emit("backward", t, tuple(names.values()), "m.drift_block", *arguments, note="M^-1 l_u")
     else:
@@ -108,6 +136,11 @@ def block_gram(b: Builder, t: int, found: Observed) -> str:
     """``Γ`` of a block."""
     if not found.of_players:
         (player,) = found.block.players
+        if found.block.kind == "channels":
+            (use,), whitened = b.uses(player.name), f"white_{b.identity(player)}"
+            b.emit("backward", t, (f"*{whitened}",), "conv_whitened", operands(b, use), Var(b.g_output(use.op)),
+                   params(b, use), Var(f"maps_{b.identity(player)}"), note="x X at every pixel")  # fmt: skip
+            return gram(b, t, player, found.metric, Var(whitened))
         return observed_gram(b, t, player) or gram(b, t, player, found.metric)
     result = f"gamma_{t}_{_identity(b, found.block)}"
     uses = [use for player in found.block.players for use in b.uses(player.name)]
@@ -142,7 +175,7 @@ def block_sample_gram(b: Builder, t: int, found: Observed) -> str:
 def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dict[str, str]:
     """``k`` of every player."""
     names, note = {player.name: f"k_{b.identity(player)}" for player in found.block.players}, "k = -M^-1 Q_u (4)"
-    if found.of_players:
+    if found.of_players or found.block.kind == "channels":
         gradients = tuple(Var(opens[name]) for name in names)
         arguments = (found.block.kind, _names(found.block), gradients)
         b.emit("backward", t, tuple(names.values()), "m.open_block", *arguments, note=note)
@@ -217,7 +250,7 @@ def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str
 def update(b: Builder, phase: Phase, t: int, block: MetricBlock, gradients: dict[str, str], note: str) -> None:
     """The base method consumes the gradients of a block; ``δu`` is written down where somebody reads it."""
     verb, deltas = _verb(b, block)
-    if block.kind in OF_PLAYERS:
+    if block.kind in (*OF_PLAYERS, "channels"):
         found = tuple(Var(gradients[player.name]) for player in block.players)
         b.emit(phase, t, deltas, f"m.{verb}_block", block.kind, _names(block), found, note=note)
     else:
@@ -290,6 +323,13 @@ def _statistics(
         known = Var(opens[player.name]) if player.name in opens else None
         note = "statistics of the base method" if known else "the base method counts its steps"
         b.emit(phase, t, (), "m.observe", player.parameters, known, note=note)
+        return ()
+    if block.kind == "channels":
+        (player,) = block.players
+        (use,), whitened = b.uses(player.name), f"maps_{b.identity(player)}"
+        b.emit(phase, t, (f"*{whitened}",), "m.observe_channels", player.parameters, operands(b, use),
+               Var(b.g_output(use.op)), params(b, use), block.positions, use.options["groups"],
+               *filter(None, [_sketch(b, t, block)]), note="A = E[x x^T] of a pixel's channels")  # fmt: skip
         return ()
     if block.kind == "uniform":
         (player,) = block.players

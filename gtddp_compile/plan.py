@@ -28,7 +28,7 @@ class Contraction:
     born: int
 
 
-BlockKind = Literal["parameters", "diagonal", "uniform", "exact", "kronecker", "printed", "shared"]
+BlockKind = Literal["parameters", "diagonal", "uniform", "channels", "exact", "kronecker", "printed", "shared"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class MetricBlock:
             ``"kronecker"`` (one player, or a coalition with cross terms: Theorem 3), ``"printed"``
             (such a coalition, each player's own curvature kept beside: Eq. 23), ``"shared"`` (Corollary 7),
             ``"exact"`` (``E[γ γᵀ]``), ``"diagonal"`` (``E[γ²]``) or, where the metric is of inputs alone, ``"uniform"``
-            (a multiple of the identity).
-        positions: of a ``"uniform"`` block, at how many places a sample uses each parameter.
+            (a multiple of the identity) and ``"channels"`` (a convolution: of its input channels at a pixel).
+        positions: of a ``"uniform"`` block, at how many places a sample uses each parameter; of ``"channels"``, its bias.
         players: in order.
         why: one line for the reader, where the choice needs words.
     """

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.curvature.base import Group
+from gtddp_compile.curvature.foof import FOOF
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.curvature.updates import ParameterUpdates
 from gtddp_compile.kernels.coordinates import coordinates_step, few_rows, kronecker_coordinates
+from gtddp_compile.kernels.channels import channel_step
 from gtddp_compile.kernels.kronecker import Layer, Metric, kronecker_precondition
+from gtddp_compile.kernels.patches import _conv_images
 
 Names = tuple[tuple[str, ...], ...]
 
@@ -51,6 +54,31 @@ class BlockUpdates(ParameterUpdates):
         """Parameters without rows under a metric of inputs alone (:class:`gtddp_compile.FOOF`)."""
         for name in names:
             self.states[name] = self._kronecker.observe_uniform(self.states[name], positions)
+
+    def observe_channels(
+        self, names: tuple[str, ...], x: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor, ...], positions: float,
+        groups: int, sketch: tuple[int, int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Statistics of a convolution's channels (:class:`gtddp_compile.FOOF`).
+
+        Returns:
+            ``X`` with ``X Xᵀ = A⁻¹``, or with ``sketch`` (columns, seed) the filters that project whitened patches.
+        """
+        assert isinstance(self._kronecker, FOOF)  # the compiler emits this call for no other
+        images, _ = _conv_images(x, g, params)
+        states = [self.states[name] for name in names]
+        shape, group = tuple(self._params[names[0]].shape), self._groups[names[0]]
+        found = self._kronecker.observe_channels(images, positions, shape, groups, states, group, sketch)
+        self.states.update(zip(names, found, strict=True))
+        maps: Tensor = found[0]["map_x" if sketch is None else "filters"]
+        return maps
+
+    def channels_metric(self, names: tuple[str, ...]) -> tuple[float, ...]:
+        """``M⁻¹`` of a convolution's weight in whitened channels, and of its bias."""
+        return tuple(
+            float(self._groups[name]["lr"]) if self._params[name].dim() > 1 else float(self._inverse(name))
+            for name in names
+        )
 
     def block_maps(self, names: Names) -> tuple[Tensor, Tensor | None]:
         """``(X, Y)`` of one player: into coordinates where its metric is diagonal (``None``: the identity)."""
@@ -167,9 +195,20 @@ class BlockUpdates(ParameterUpdates):
         self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
     ) -> list[tuple[Tensor, ...]]:
         """``(M⁻¹ ĝ)_p / η_p``."""
+        if kind == "channels":
+            return [self._channel_directions(*pair) for pair in zip(names, gradients, strict=True)]
         folded = [self._fold(kind, player, parts) for player, parts in zip(names, gradients, strict=True)]
         found = kronecker_precondition(folded, self.block_metric(kind, names))
         return [self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True)]
+
+    def _channel_directions(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inverse = self.states[names[0]]["inverse_x"]
+        return tuple(
+            channel_step(gradient, inverse)
+            if gradient.dim() > 1
+            else gradient * (self._inverse(name) / float(self._groups[name]["lr"]))
+            for name, gradient in zip(names, gradients, strict=True)
+        )
 
     def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """``M⁻¹ (C w + ℓ) / η`` parameter by parameter, from ``M⁻¹ C w / η``."""

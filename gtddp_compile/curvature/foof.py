@@ -14,6 +14,7 @@ from gtddp_compile.curvature.checks import Scalar, scalar
 from gtddp_compile.curvature.kfac import inverse_root
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.kernels.kronecker import Layer, input_factor
+from gtddp_compile.kernels.channels import channel_factor, channel_filters
 from gtddp_compile.terminal import Geometric
 
 
@@ -25,8 +26,12 @@ class FOOF(Kronecker):
     positions, running averages), without its gradient factor. Cheaper than :class:`KFAC`: no gradient statistics and
     one inverse a layer. With feedback off it is the published method, ``δW = -lr G (A + λ ā I)⁻¹``.
 
-    Players whose outputs are added up decide as the one layer that they are, of the inputs side by side (Theorem 3 with
-    ``B = I``); others have nothing to do with each other. Parameters that are no layer's weight (normalisations,
+    A convolution's ``A`` is the covariance of its input channels at a pixel, for every element of the kernel (spatially
+    uncorrelated: Grosse and Martens 2016, sec. 4): steps to a target are those of the whole patches' (docs/robustness.md),
+    at a hundredth of the price.
+
+    Linear layers whose outputs are added up decide as the one layer that they are, of the inputs side by side (Theorem 3
+    with ``B = I``); others have nothing to do with each other. Parameters that are no layer's weight (normalisations,
     embeddings, bare ones) have the input 1 at the P positions of a sample at which they are used: ``M = P (1 + λ) I / lr``.
 
     Do not use it where layers' outputs differ by orders of magnitude in how much the loss depends on them (very deep
@@ -52,7 +57,7 @@ class FOOF(Kronecker):
     damping: float = 0.1
 
     name = "foof"
-    suggests: ClassVar[Mapping[str, Any]] = {"inertia": 0.9, "terminal": Geometric(aim=0.6, half=8.0)}
+    suggests: ClassVar[Mapping[str, Any]] = {"inertia": 0.9, "terminal": Geometric(aim=0.6, half=16.0)}
     """What docs/robustness.md found to serve every network and batch size it tried."""
     inputs_alone = True
 
@@ -78,6 +83,35 @@ class FOOF(Kronecker):
 
     def _scaled(self, g_hat: Tensor, state: State, group: Group) -> Tensor:
         return g_hat / (state["positions"] * (1.0 + group["damping"]))
+
+    def observe_channels(
+        self, x: Tensor, positions: float, shape: tuple[int, ...], groups: int, states: Sequence[State], group: Group,
+        sketch: tuple[int, int] | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """States of a convolution's parameters after its channels' covariance.
+
+        Args:
+            x: inputs, ``(images, channels, pixels…)``.
+            positions: of the output, in a sample.
+            shape: of the weight.
+            groups: of the convolution.
+            states: of its parameters, the weight's first.
+            group: their options.
+            sketch: columns and seed of the random filters that ``Γ`` is made by; ``None``: it is made by others.
+        """
+        found = [{**self._stepped(state), "positions": positions} for state in states]
+        width = x.shape[1] // groups
+
+        def factors(old: State | None, keep: float) -> dict[str, Tensor]:
+            return {"factor_x": channel_factor(x, positions, groups, None if old is None else old["factor_x"], keep)}
+
+        if self._running(found[0], group, {"factor_x": (groups, width, width)}, factors):
+            found[0].update(self.refreshed("channels", found[0], group))
+            maps = found[0]["map_x"]
+            found[0]["inverse_x"] = maps @ maps.mT
+            if sketch is not None:
+                found[0]["filters"] = channel_filters(maps, tuple(shape[1:]), *sketch)
+        return found
 
     def factor_keys(self) -> tuple[str, ...]:
         """``A`` alone."""

@@ -4,6 +4,7 @@ The curvature belongs to a *block*: one player, its weight and bias jointly, or 
 A block is
 
 * ``"kronecker"``: linear and convolution layers, from their homogeneous inputs and ``V_h``;
+* ``"channels"``: convolutions under a metric of inputs alone, from the covariance of the channels at a pixel;
 * ``"printed"``: the same of a coalition, with each player's own factors beside the joint ones (Eq. 23 reads them);
 * ``"shared"``: players with the same rows (Corollary 7; EK-FAC alone);
 * ``"exact"``: any other player of at most ``small`` parameters, the ``E[γ γᵀ]`` of its per-sample gradients (the same
@@ -17,7 +18,7 @@ A block's factors are in the state of its first parameter; every parameter has i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -44,10 +45,10 @@ from gtddp_compile.kernels.kronecker import (
     kronecker_widths,
 )
 
-BlockKind = Literal["kronecker", "printed", "shared", "exact"]
+BlockKind = Literal["kronecker", "channels", "printed", "shared", "exact"]
 
 MAPS = ("map_x", "map_g", "null_x", "null_g", "moment")
-DERIVED = (*MAPS, *(f"own_{key}" for key in MAPS))
+DERIVED = (*MAPS, "inverse_x", "filters", *(f"own_{key}" for key in MAPS))
 """Keys of a block's state that are made of its factors."""
 
 
@@ -201,6 +202,23 @@ class Kronecker(ABC):
         found = [self._stepped(state) for state in states]
         lead = found[0]
         shapes = {key: shape for key, shape in kronecker_factor_shapes(layers).items() if key in self.factor_keys()}
+        due = self._running(lead, group, shapes, lambda old, keep: self.factors(layers, start, old, keep))
+        if due:
+            lead.update(self.refreshed(kind, lead, group))
+        if moments:
+            lead.update(self.moments(layers, start, lead, group))
+        if kind == "printed":
+            lead.update(self._own(layers, start, lead, group, due=due or "own_map_x" not in lead))
+        return found
+
+    def _running(
+        self,
+        lead: dict[str, Any],
+        group: Group,
+        shapes: Mapping[str, tuple[int, ...]],
+        factors: Callable[[State | None, float], dict[str, Tensor]],
+    ) -> bool:
+        """Take the batch into the running factors, when its turn is; whether what is made of them is due."""
         fresh = any(key not in lead or lead[key].shape != shapes[key] for key in shapes)
         if fresh:  # the first step, or a block that was put together differently when it was compiled again
             lead["averaged"] = lead["age"] = torch.zeros_like(lead["step"])
@@ -209,17 +227,10 @@ class Kronecker(ABC):
         early = age < group["early"]
         if early or age % group["stat_every"] == 0:
             lead["averaged"] = lead["averaged"] + 1
-            lead.update(self.factors(layers, start, None if fresh else lead, self._keep(lead["averaged"], group)))
+            lead.update(factors(None if fresh else lead, self._keep(lead["averaged"], group)))
         # load_state_dict casts a state to the parameter's own precision; factors are at least float32.
         lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
-        due = early or age % group["refresh"] == 0
-        if due:
-            lead.update(self.refreshed(kind, lead, group))
-        if moments:
-            lead.update(self.moments(layers, start, lead, group))
-        if kind == "printed":
-            lead.update(self._own(layers, start, lead, group, due=due or "own_map_x" not in lead))
-        return found
+        return early or age % group["refresh"] == 0
 
     def _own(self, layers: Sequence[Layer], start: float, lead: State, group: Group, *, due: bool) -> dict[str, Tensor]:
         """What every player's curvature would be alone, side by side in coordinates of its own."""

@@ -57,6 +57,12 @@ class DenseMetric:
             names = tuple(player.parameters for player in block.players)
             if block.kind == "parameters":
                 self._m.observe(names[0], self._m.unflatten(names[0], opened[block.players[0].name]))
+            elif block.kind == "channels":
+                use = describe_use(self._graph, block.players[0], self._graph.op(block.players[0].op))
+                x = seen.trajectory.values[use.operands[0].name]
+                weight = seen.trajectory.p[names[0][0]] if len(use.names) else None
+                output = seen.trajectory.values[use.op]
+                self._m.observe_channels(names[0], (x,), output, (weight,), block.positions, use.options["groups"])
             elif block.kind == "uniform":
                 self._m.observe_uniform(names[0], block.positions)
             elif block.kind == "diagonal":
@@ -100,7 +106,7 @@ class DenseMetric:
         parts = dict(zip((player.name for player in self._players), consumed.split(self.sizes), strict=True))
         for block in self._blocks:
             pieces = tuple(self._m.unflatten(p.parameters, parts[p.name]) for p in block.players)
-            if block.kind in OF_PLAYERS:
+            if block.kind in (*OF_PLAYERS, "channels"):
                 names = tuple(player.parameters for player in block.players)
                 self._m.apply_block(block.kind, names, pieces)  # type: ignore[arg-type]
             else:
@@ -133,7 +139,9 @@ class DenseMetric:
         like = self._m.linear_flat(self._players[0].parameters)
         inverse = like.new_zeros(ends[-1], ends[-1])
         for block in self._blocks:
-            if block.kind in OF_PLAYERS:
+            if block.kind == "channels":
+                self._fill_channels(inverse, offsets[block.players[0].name], block.players[0])
+            elif block.kind in OF_PLAYERS:
                 self._fill(inverse, offsets, block, own=own and len(block.players) > 1)
             else:
                 (player,) = block.players
@@ -162,6 +170,20 @@ class DenseMetric:
                 )
                 rows, columns = self._order(block, left), self._order(block, right)
                 inverse[offsets[left.name], offsets[right.name]] = whole[rows][:, columns]
+
+    def _fill_channels(self, inverse: Tensor, where: slice, player: Player) -> None:
+        """``M⁻¹`` of a convolution's weight acts on its input channels alone; a bias is a multiple of the identity."""
+        parts = []
+        for name in player.parameters:
+            shape, rate = self._m.shape(name), self._m.channels_metric((name,))[0]
+            if len(shape) == 1:
+                parts.append(rate * torch.eye(shape[0], dtype=inverse.dtype))
+                continue
+            maps = self._m.states[player.parameters[0]]["map_x"]
+            channels = (maps @ maps.mT).repeat_interleave(shape[0] // len(maps), 0)
+            kernel = torch.eye(shape[2:].numel(), dtype=inverse.dtype)
+            parts.append(rate * torch.block_diag(*(torch.kron(own.contiguous(), kernel) for own in channels)))
+        inverse[where, where] = torch.block_diag(*parts)
 
     def _output_map(self, maps: tuple[Tensor, Tensor | None], player: Player) -> Tensor:
         """``Y``, of every group; a metric of inputs alone has the identity."""
