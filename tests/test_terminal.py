@@ -101,8 +101,8 @@ def test_geometric_by_name_and_aims_that_are_refused() -> None:
     found = [trained(networks.residual(), nn.CrossEntropyLoss(), lr=0.5, terminal=t)[0]
              for t in ("geometric", Geometric(), Geometric(2.0))]  # fmt: skip
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-    for options in ({"aim": 0.0}, {"aim": float("inf")}, {"own": -1.0}, {"aim": float("nan")}):
-        with pytest.raises(CompileError, match="Give aim > 0 and own >= 0"):
+    for options in ({"aim": 0.0}, {"aim": float("inf")}, {"own": -1.0}, {"aim": float("nan")}, {"half": -1.0}):
+        with pytest.raises(CompileError, match="Give aim > 0, own >= 0 and half >= 0"):
             Geometric(**options)
 
 
@@ -194,9 +194,8 @@ def test_samples_mixed_by_batch_norm_are_read_column_by_column() -> None:
         new |= unpack(u, params, stage.names)
         moved = stage.step(moved, new)
     model = copy.deepcopy(case.model)
-    compile_optimizer(
-        model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=lr, terminal="ggn", feedback_clip=None
-    ).step(x, y)
+    options: dict[str, Any] = {"terminal": "ggn", "feedback_clip": None, "rollout": "nonlinear"}
+    compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=lr, **options).step(x, y)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), new[name], rtol=0, atol=1e-12)
 
