@@ -26,6 +26,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kfac": {"curvature": "kfac", "lr": 0.2, "damping": 1e-2, "refresh": 2, "inertia": 0.5},
     "ggn": {"curvature": "sgd", "lr": 0.5, "terminal": "ggn", "inertia": 0.5},
 }
+CLIPPED: dict[str, dict[str, Any]] = {
+    "clipped": {"curvature": "kfac", "lr": 0.2, "refresh": 1, "inertia": 0.5, "max_grad_norm": 0.2},
+    "clipped alone": {"curvature": "adam", "lr": 0.02, "feedback": False, "max_grad_norm": 0.2},
+}
 
 
 @pytest.mark.parametrize("loss", [LOSS, SUM], ids=["mean", "sum"])
@@ -43,6 +47,16 @@ def test_micro_batches_are_groups(name: str, loss: nn.Module) -> None:
         torch.testing.assert_close(flat(parts), flat(whole), rtol=0, atol=1e-9)
     for key, value in theirs.diagnostics.items():
         assert ours.diagnostics[key] == pytest.approx(value, rel=1e-6, abs=1e-12), key
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_micro_batches_cannot_clip_the_gradient_of_their_union(feedback: bool) -> None:
+    case = networks.mlp()
+    model, opt = optimizer(case, curvature="sgd", lr=0.1, max_grad_norm=0.1, feedback=feedback)
+    before = flat(model)
+    with pytest.raises(CompileError, match=r"accumulate\(\) with max_grad_norm=0.1.*the union's gradients"):
+        opt.accumulate(*case.batch(0, 6))
+    assert torch.equal(before, flat(model))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -69,11 +83,11 @@ def test_torch_compile() -> None:
     torch.testing.assert_close(flat(graph), flat(plain), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, *CLIPPED])
 def test_files(name: str, tmp_path: Path) -> None:
     """``.json`` is the program, ``.py`` and (where there is one) ``.pt2`` the step."""
     case = networks.residual()
-    model, opt = optimizer(case, **OPTIONS[name])
+    model, opt = optimizer(case, **(OPTIONS | CLIPPED)[name])
     opt.program.export(tmp_path / "step.json")
     program = UpdateProgram.load(tmp_path / "step.json")
     assert program.code == opt.program.code and program.options == opt.program.options
