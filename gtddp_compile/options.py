@@ -235,6 +235,12 @@ class Options:
                 f"max_step={self.max_step!r} caps the joint step, and this program decides stage by stage",
                 "Use it with rollout='linear' and feedback=True",
             )
+        if self.max_step is not None and self.factored:
+            raise CompileError(
+                f"max_step={self.max_step!r} shortens the weights of samples, and with terminal={self.terminal!r} the "
+                "gradient is kept apart from them",
+                "Use it with terminal 'geometric' or 'gradient'",
+            )
         if self.max_grad_norm is not None and self.feedback is not False and self.rollout_kind != "linear":
             raise CompileError(
                 f"max_grad_norm={self.max_grad_norm!r}: the norm is that of all parameters' weighted gradients, and here "

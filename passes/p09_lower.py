@@ -16,19 +16,19 @@ from typing import Any
 from sympy import HadamardProduct, Identity, MatrixExpr, OneMatrix
 
 from gtddp_compile import metrics
-from gtddp_compile.adjoints import as_read, pull, read_back, written_out
+from gtddp_compile.adjoints import as_read, pull, written_out
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import SAMPLES, directional, joins, player_function, prepare, weighted
 from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
+from gtddp_compile.dynamics import stage_functions
 from gtddp_compile.ends import begun_with, ends
 from gtddp_compile.formulas import check_update, print_formula
-from gtddp_compile.graph import GUARD, LEADING, ControlGraph, Ref
+from gtddp_compile.graph import LEADING
 from gtddp_compile.instructions import Code, Function, StageFunction, Var
-from gtddp_compile.kernels import batch_norm
 from gtddp_compile.lowered import Sweeps, Written
 from gtddp_compile.plan import Contraction, Plan, StagePlan
-from gtddp_compile.responses import functions_after, respond, responds
+from gtddp_compile.responses import functions_after, respond
 
 GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
 MOVED = a.GRADIENTS.T * a.OPEN_GAIN
@@ -44,7 +44,7 @@ def lower(plan: Plan) -> Written:
         b.name(op.name)
     parts = ends(b)
     b.held = begun_with(b, parts)
-    functions = _stage_functions(b)
+    functions = stage_functions(b)
     after = functions_after(b, functions)
     sweeps = _sweeps(b, functions, {f.stage: f for f in functions} | after)
     uses = {player.name: b.uses(player.name) for player in plan.graph.players}
@@ -77,69 +77,6 @@ def _sweeps(b: Builder, functions: tuple[StageFunction, ...], by_stage: Mapping[
 
 
 # --- sweep 1 ----------------------------------------------------------------------------------------------------------
-
-
-def _stage_functions(b: Builder) -> tuple[StageFunction, ...]:
-    graph = b.graph
-    # Sizes of parameter expressions are read before the stage at which those are decided on.
-    inner = tuple(n for n in graph.with_expressions(graph.prologue) if graph.op(n).kind not in ("input", GUARD))
-    named: list[tuple[str, int, tuple[str, ...], tuple[str, ...]]] = [("prologue", -1, inner, ())] if inner else []
-    for stage in graph.stages:
-        ordered = graph.with_expressions(stage.ops)
-        named.append((f"stage_{stage.index}", stage.index, ordered, graph.uses_in(stage.ops)))
-    # Parameter expressions are evaluated in every function that reads them, and so read there what they read.
-    read = frozenset(name for _, _, ops, _ in named for name in _read_outside(graph, ops))
-    return tuple(_function(b, *which, read) for which in named)
-
-
-def _read_outside(graph: ControlGraph, ops: tuple[str, ...]) -> tuple[str, ...]:
-    inside = set(ops)
-    return tuple(
-        dict.fromkeys(o for op in ops if graph.op(op).kind != GUARD for o in graph.op(op).operands if o not in inside)
-    )
-
-
-def _function(
-    b: Builder, name: str, stage: int, ops: tuple[str, ...], taps: tuple[str, ...], read: frozenset[str]
-) -> StageFunction:
-    """Inputs are what the operations read from outside, returns what anybody outside reads: guards are outside.
-
-    ``read``: what any function reads from outside.
-    """
-    graph = b.graph
-    inputs = _read_outside(graph, ops)
-    ops = tuple(op for op in ops if graph.op(op).kind != GUARD)
-    inside = set(ops)
-    outputs = b.outputs
-    returns = [
-        op
-        for op in ops
-        if (op in outputs and graph.stage_of[op] == stage)
-        or (op not in graph.expressions and (op in read or any(user not in inside for user in graph.ops.users[op])))
-        or op in b.orders
-    ]
-    operands = [
-        ref.name
-        for tap in taps
-        for _, use in b.uses_at(tap)
-        for ref in (*use.operands, *(Ref(extra) for extra in use.extras))
-        if isinstance(ref, Ref) and ref.name in inside
-    ]
-    players = ", ".join(graph.stages[stage].players) if stage >= 0 else "before the first player"
-    if chain := written_out(b, stage):  # nothing is asked of torch
-        returns, taps = [*returns, *read_back(chain), *(tap for tap in taps if responds(b, tap))], ()
-    edges = tuple(tap for tap in taps if tap not in {*returns, *operands, *b.held} and not responds(b, tap))
-    written = tuple(dict.fromkeys([*returns, *taps, *operands]))
-    return StageFunction(name, stage, inputs, ops, taps, written, doc=players, edges=edges, moments=_moments(b, ops))
-
-
-def _moments(b: Builder, ops: tuple[str, ...]) -> dict[str, str]:
-    """Batch-norms whose moments the function finds itself: where there is feedback.
-
-    Without it they are torch's own: such a step is the base method's to the last bit, however rounding grows.
-    """
-    norms = [op for op in map(b.graph.op, ops) if op.target is batch_norm and op.kwargs.get("training")]
-    return {op.name: "" for op in norms if b.plan.form.name != "base"}
 
 
 def _inputs(b: Builder) -> None:
@@ -201,7 +138,7 @@ def _terminal(b: Builder, end: int) -> None:
         b.emit("loss", end, (f"*y_{end}",), "=", values["y"], note="y_T = P_T^-1 alpha_T")
         if form == "joint":
             b.emit("loss", end, ("*information",), "=", values["Lambda"], note="the diagonal of P_T^-1")
-            b.emit("loss", end, (), "m.keep", end, information=Var("information"), rows=Var("rows"))
+            b.emit("loss", end, (), "m.keep", end, information=Var("information"))
         diagonal = Var("information") if form == "joint" else values["Lambda"]
         b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal", diagonal, Var("rows"), note="Lambda_T = P_T^-1")
     elif form != "base":
@@ -356,8 +293,7 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[metr
 
 def _decide_together(b: Builder) -> None:
     """``w`` of the joint step, every player's weighted gradient where their norm is asked for."""
-    joint, end = b.plan.form.name == "joint", len(b.plan.stages)
-    if joint:
+    if b.plan.form.name == "joint":
         b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var("lambda_0"), note="Cholesky, the only one")
         equation = b.plan.form.forward["w"]
         code = _formula(b, 0, equation.expression)
@@ -366,7 +302,7 @@ def _decide_together(b: Builder) -> None:
             target = Var(_formula(b, 0, a.TARGET).text)
             b.emit("joint", 0, ("*w_capped",), "cap_step", Var("w"), target, Var("information"), Var("tau"),
                    Var("rows"), b.plan.max_step, note="|delta u|_M at most max_step")  # fmt: skip
-        b.emit("joint", 0, (), "m.keep", end, lifted=Var("lifted_0"), weights=Var(_weights(b)))
+        b.emit("joint", 0, (), "m.keep", 0, lifted=Var("lifted_0"), weights=Var(_weights(b)))
     if b.plan.max_grad_norm is not None:
         metrics.clipped(b, _weights(b))
 

@@ -19,7 +19,7 @@ SIZE = 4
 
 
 def optimizer(model: nn.Module, x: Tensor, **options: Any) -> CompiledOptimizer:
-    return compile_optimizer(model, x, **{"loss": LOSS, "lr": 0.1, **options})
+    return compile_optimizer(model, x, **{"curvature": "sgd", "loss": LOSS, "lr": 0.1, **options})
 
 
 def step_of_parts(opt: CompiledOptimizer, x: Tensor, y: Tensor, size: int = SIZE) -> Tensor:
@@ -41,8 +41,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"curvature": "rmsprop", "lr": 0.01},
     {"curvature": "adam", "lr": 0.01, "weight_decay": 0.1},
     {"curvature": "kfac"},
-    {"curvature": "ekfac", "weight_decay": 0.1},
+    {"curvature": "foof", "terminal": "geometric", "inertia": 0.9},
+    {"curvature": "ekfac", "weight_decay": 0.1, "damping": 0.1},
     {"curvature": "ekfac", "small": 0},
+    {"rollout": "nonlinear"},
+    {"rollout": "nonlinear", "curvature": "adam", "lr": 0.01, "weight_decay": 0.1},
+    {"rollout": "nonlinear", "terminal": "ggn"},
     {"terminal": "ggn"},
     {"feedback": "open"},
     {"loss": nn.CrossEntropyLoss(reduction="sum"), "lr": 0.02},
@@ -68,7 +72,8 @@ def test_equals_one_step_on_the_union(options: dict[str, Any], memory: str) -> N
     one, other = (list(opt.state_dict()["state"].values()) for opt in (ours, theirs))
     for a, b in zip(one, other, strict=True):
         assert a.keys() == b.keys()
-        assert all(torch.allclose(torch.as_tensor(a[key]), torch.as_tensor(b[key]), 1e-9, 1e-9) for key in a)
+        keys = [key for key in a if not key.startswith("map_")]  # a null space has any basis
+        assert all(torch.allclose(torch.as_tensor(a[key]), torch.as_tensor(b[key]), 1e-9, 1e-9) for key in keys)
 
 
 def test_groups_within_micro_batches_are_groups_of_the_union() -> None:
@@ -141,7 +146,7 @@ def noisy(**options: Any) -> tuple[nn.Module, CompiledOptimizer, Callable[[int],
 @pytest.mark.parametrize("options", [{}, {"memory": "recompute"}, {"curvature": "adam", "terminal": MonteCarlo(2)}])
 def test_masks_of_each_micro_batch_are_the_same_in_both_sweeps(options: dict[str, Any]) -> None:
     """With a vanishing learning rate nothing moves, so nothing may be seen to have moved."""
-    _, opt, batch = noisy(**{**options, "lr": 1e-30})
+    _, opt, batch = noisy(**{**options, "rollout": "nonlinear", "lr": 1e-30})
     opt.accumulate(*batch(0))
     opt.step(*batch(1))
     changes = [stage["change"] for stage in opt._diagnostics._stages.values() if "change" in stage]

@@ -83,7 +83,7 @@ def test_equals_the_dense_backend(network: str, curvature: str) -> None:
 
 def test_values_carry_no_graph() -> None:
     """What a stage that torch differentiates hands to one that is written out is cut off it."""
-    ours, theirs, opt = pair(Twice, lr=0.1)
+    ours, theirs, opt = pair(Twice, curvature="sgd", lr=0.1)
     code = opt.program.code
     assert ".detach())" in code and "tanh_pulled(" in code
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -118,10 +118,13 @@ class ReadAgain(nn.Module):
         return self.head(torch.relu(self.inner(torch.relu(h) + h)).square())
 
 
-# The first layer's output is read again: its new one is made from it.
-@pytest.mark.parametrize(("build", "places"), [(NETWORKS["relu"][0], 1), (ReadAgain, 0)])
-def test_activations_write_where_nobody_else_reads(build: Callable[[], nn.Module], places: int) -> None:
-    ours, theirs, opt = pair(build, lr=0.1)
+# In the nonlinear rollout the first layer's output is read again: its new one is made from it.
+@pytest.mark.parametrize(
+    ("build", "rollout", "places"),
+    [(NETWORKS["relu"][0], "nonlinear", 1), (NETWORKS["relu"][0], "linear", 2), (ReadAgain, "nonlinear", 0)],
+)
+def test_activations_write_where_nobody_else_reads(build: Callable[[], nn.Module], rollout: str, places: int) -> None:
+    ours, theirs, opt = pair(build, curvature="sgd", lr=0.1, rollout=rollout)
     assert opt.program.code.count("inplace=True") == places
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)

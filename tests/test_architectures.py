@@ -34,7 +34,7 @@ def targets(given: Example) -> Tensor:
 
 
 def compiled(given: Example, **options: Any) -> Any:
-    return compile_optimizer(given.model, given.inputs, loss=loss, **{"lr": 0.05, **options})
+    return compile_optimizer(given.model, given.inputs, loss=loss, **{"curvature": "sgd", "lr": 0.05, **options})
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:

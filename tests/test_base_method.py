@@ -92,8 +92,9 @@ def test_random_numbers_are_drawn_in_the_model_s_order(schedule: str | dict[str,
         torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
 @pytest.mark.parametrize("schedule", ["asap", "alap"])
-def test_feedback_with_draws_in_later_stages_equals_the_dense_derivation(schedule: str) -> None:
+def test_feedback_with_draws_in_later_stages_equals_the_dense_derivation(schedule: str, rollout: Any) -> None:
     """A dropout of the input runs beside a player: its value never moves, whichever stage computes it."""
     torch.manual_seed(0)
     model = TwoBranches().double().train()
@@ -101,9 +102,8 @@ def test_feedback_with_draws_in_later_stages_equals_the_dense_derivation(schedul
     found = []
     for backend in ("fast", "dense"):
         ours = copy.deepcopy(model)
-        opt = compile_optimizer(
-            ours, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.5, schedule=schedule, backend=backend
-        )
+        options = {"curvature": "sgd", "lr": 0.5, "schedule": schedule, "backend": backend, "rollout": rollout}
+        opt = compile_optimizer(ours, x, loss=nn.CrossEntropyLoss(), **options)
         torch.manual_seed(1)
         for _ in range(3):
             opt.step(x, y)

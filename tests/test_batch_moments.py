@@ -132,5 +132,7 @@ def test_without_feedback_they_are_torchs() -> None:
         torch.randn(4, 2, 2, 2),
     )
     for feedback in (False, True):
-        program = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=0.1, feedback=feedback).program
+        program = compile_optimizer(
+            model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, feedback=feedback
+        ).program
         assert ("quick_moments" in program.code) is feedback

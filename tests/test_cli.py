@@ -138,7 +138,7 @@ def test_derive(here: Path) -> None:
 def test_options_reach_the_derivation(here: Path) -> None:
     words = ("derive", "user_net:Net", "-i", "2,4", "--stage", "0")
     paper = run(*words, "--coupling", "block", "--recursion", "printed", "--curvature", "rmsprop").stdout
-    assert "printed form" in paper and "information form" in run(*words).stdout
+    assert "printed form" in paper and "joint form" in run(*words).stdout
     assert run(*words, "--loss", "user_net:absolute").exit_code == 0
     assert "(4c)" not in run(*words).stdout and "(4c)" in run(*words, "--terminal", "2").stdout
     steep = run(*words, "--terminal", "steep")

@@ -46,8 +46,8 @@ def pair(
     other = copy.deepcopy(plain)
     x, _ = batch(6, 0)
     return (
-        compile_optimizer(plain, x, loss=LOSS, **options),
-        compile_optimizer(other, x, loss=LOSS, compile={"backend": backend}, **options),
+        compile_optimizer(plain, x, loss=LOSS, **{"curvature": "sgd", **options}),
+        compile_optimizer(other, x, loss=LOSS, compile={"backend": backend}, **{"curvature": "sgd", **options}),
         plain,
         other,
     )
@@ -133,11 +133,13 @@ def test_a_factor_that_fails_is_made_again_without_a_graph(monkeypatch: pytest.M
 )  # fmt: skip
 def test_what_is_no_graph_is_refused(options: dict[str, Any], word: str) -> None:
     with pytest.raises(CompileError, match=word):
-        compile_optimizer(Residual().double(), batch(6, 0)[0], loss=LOSS, compile=True, **options)
+        compile_optimizer(
+            Residual().double(), batch(6, 0)[0], loss=LOSS, compile=True, **{"curvature": "sgd", **options}
+        )
 
 
 def test_random_layers_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 3))
     with pytest.raises(CompileError, match="random numbers") as error:
-        compile_optimizer(model, torch.randn(3, 4), loss=LOSS, compile=True)
+        compile_optimizer(model, torch.randn(3, 4), loss=LOSS, curvature="sgd", compile=True)
     assert error.value.module == "1"

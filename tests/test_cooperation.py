@@ -388,7 +388,7 @@ def test_equation_23_reads_the_curvature_that_each_player_has_alone(kind: str) -
 def test_cooperative_is_true_false_or_by_default() -> None:
     case = gates(2)
     with pytest.raises(CompileError, match="cooperative"):
-        compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, cooperative="yes")  # type: ignore[arg-type]
+        compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd", cooperative="yes")  # type: ignore[arg-type]
 
 
 def test_joint_factors_are_bounded_and_their_size_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,7 +206,7 @@ def test_factors_are_made_when_they_are_due(monkeypatch: pytest.MonkeyPatch) -> 
         return original(*args, **options)
 
     monkeypatch.setattr(kernels, "conv_moment", counted)
-    opt = compile_optimizer(case.model, case.batch(0, 5)[0], loss=LOSS, curvature="kfac", stat_every=2)
+    opt = compile_optimizer(case.model, case.batch(0, 5)[0], loss=LOSS, curvature="kfac", stat_every=2, early=0)
     for step in range(4):
         opt.step(*case.batch(step, 5))
     assert len(calls) == 2 * 2  # two layers

@@ -49,7 +49,7 @@ def model(forward: Callable[[Any, Tensor], Any] | None = None) -> Any:
 
 
 def compiled(net: nn.Module, inputs: Any = None, **options: Any) -> CompiledOptimizer:
-    return compile_optimizer(net, batch(6) if inputs is None else inputs, loss=LOSS, **options)
+    return compile_optimizer(net, batch(6) if inputs is None else inputs, loss=LOSS, **{"curvature": "sgd", **options})
 
 
 def everything(opt: CompiledOptimizer, net: nn.Module) -> str:

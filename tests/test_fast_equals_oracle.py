@@ -21,7 +21,7 @@ CONV = {"conv_residual": conv_residual, "conv_residual_eval": lambda: conv_resid
 
 
 def arguments(setting: str, options: Options) -> dict[str, Any]:
-    """The package's words for a setting and the oracle's options."""
+    """The package's words for a setting and the oracle's options; the oracle rolls out on the network itself."""
     name, keywords = SETTINGS[setting]
     loss = torch.nn.CrossEntropyLoss(reduction=options.reduction)
     return {
@@ -32,6 +32,7 @@ def arguments(setting: str, options: Options) -> dict[str, Any]:
         "feedback": options.feedback,
         "feedback_clip": options.clip,
         "terminal": options.terminal,
+        "rollout": "nonlinear",
         **keywords,
     }
 

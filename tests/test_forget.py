@@ -6,6 +6,7 @@ import re
 import weakref
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,9 +47,8 @@ def network(depth: int) -> nn.Sequential:
 
 
 def test_what_a_normalisation_takes_in_is_not_held() -> None:
-    optimizer = compile_optimizer(
-        network(3), torch.randn(4, 3, 8, 8), loss=nn.CrossEntropyLoss(), lr=0.1, gram="coarse"
-    )
+    options = {"curvature": "sgd", "lr": 0.1, "gram": "coarse", "rollout": "nonlinear"}
+    optimizer = compile_optimizer(network(3), torch.randn(4, 3, 8, 8), loss=nn.CrossEntropyLoss(), **options)
     program = optimizer.program
     text = [render_instruction(i) for i in program.lowered.instructions if i.phase == "forward"]
     assert any("contract_value(g_v3_at3, v3_new) - before_d_v3_at3" in line for line in text)  # the second layer's
@@ -57,13 +57,15 @@ def test_what_a_normalisation_takes_in_is_not_held() -> None:
     assert "return (v5, edge(v4))" in program.code
 
 
-def test_peak_of_a_step() -> None:
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
+def test_peak_of_a_step(rollout: Any) -> None:
     """Values and gradients of both cuts of a layer would be twice what plain training holds, outputs thrice."""
     torch.manual_seed(0)
     model, x, y = network(8), torch.randn(8, 3, 16, 16), torch.randint(4, (8,))
     with Held() as plain:
         F.cross_entropy(model(x), y).backward()
-    optimizer = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=0.1, gram="coarse")
+    options = {"curvature": "sgd", "lr": 0.1, "gram": "coarse", "rollout": rollout}
+    optimizer = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), **options)
     optimizer.step(x, y)
     with Held() as ours:
         optimizer.step(x, y)

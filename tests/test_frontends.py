@@ -301,7 +301,7 @@ def test_outputs_of_every_structure(kind: str, front_end: str) -> None:
         )  # fmt: skip
         return F.cross_entropy(logits, targets, reduction="none")
 
-    opt = compile_optimizer(model, batch(4), loss=loss, lr=0.1)
+    opt = compile_optimizer(model, batch(4), loss=loss, curvature="sgd", lr=0.1)
     assert torch.isfinite(opt.step(batch(6), torch.arange(6) % 3))
 
 
@@ -350,7 +350,7 @@ def test_the_model_is_not_changed_by_compiling(kind: type[Remembering], training
     torch.manual_seed(3)
     random, x = torch.get_rng_state(), batch(4)
     kept = x.clone()
-    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss())
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd")
     assert opt.graph.ops.frontend == ("fx" if kind is Remembering else "export")
     assert list(state(model)) == before
     assert_same(model.state_dict(), weights)
@@ -368,5 +368,5 @@ def test_the_model_is_not_changed_by_a_refusal() -> None:
     model = seeded(Refused)
     before = list(state(model))
     with pytest.raises(CompileError):
-        compile_optimizer(model, batch(4), loss=nn.CrossEntropyLoss())
+        compile_optimizer(model, batch(4), loss=nn.CrossEntropyLoss(), curvature="sgd")
     assert list(state(model)) == before

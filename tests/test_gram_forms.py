@@ -141,7 +141,7 @@ def train(steps: int = 3, **options: Any) -> tuple[list[Tensor], Any]:
 OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"curvature": "sgd", "lr": 0.5, "momentum": 0.9},
     "decay": {"curvature": "rmsprop", "lr": 0.01, "weight_decay": 0.1},
-    "adam, groups": {"curvature": "adam", "lr": 0.01, "coupling": 2},
+    "adam, groups": {"curvature": "adam", "lr": 0.01, "eps": 1e-3, "coupling": 2},
     "block": {"curvature": "sgd", "lr": 0.5, "coupling": "block"},
 }
 

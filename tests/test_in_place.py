@@ -146,6 +146,6 @@ def test_a_training_step_with_in_place_operations_is_the_base_methods() -> None:
         optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
         F.cross_entropy(plain(batch(6)), torch.arange(6) % 3).backward()
         optimizer.step()
-        opt = compile_optimizer(model, batch(4), loss=nn.CrossEntropyLoss(), lr=0.1, feedback=False)
+        opt = compile_optimizer(model, batch(4), loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, feedback=False)
         opt.step(batch(6), torch.arange(6) % 3)
         assert_same(list(model.parameters()), list(plain.parameters()))

@@ -114,7 +114,7 @@ CURVATURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "substituted"])
 @pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize("network", CASES)
 def test_fast_equals_dense(network: str, curvature: str, form: str) -> None:
@@ -286,12 +286,15 @@ def test_options_are_checked(kind: Any, options: dict[str, Any], message: str) -
 
 
 def test_statistics_come_from_v_h() -> None:
-    """With feedback the factors are those of ``α g_h``: they differ from the plain gradient's wherever P has shrunk."""
+    """With feedback the factors are those of ``α g_h``: they differ from the plain gradient's wherever P has shrunk;
+    not in the linear rollout, whose P is not known before.
+    """
     case, found = networks.mlp(), []
-    for feedback in (True, False):
+    for options in ({"rollout": "nonlinear"}, {"feedback": False}, {"rollout": "linear"}):
         model = copy.deepcopy(case.model)
-        opt = compile_optimizer(model, loss=LOSS, curvature="kfac", lr=0.5, feedback=feedback)
+        opt = compile_optimizer(model, loss=LOSS, curvature="kfac", lr=0.5, **options)  # type: ignore[arg-type]
         opt.step(*case.batch(0))
         found.append({name: opt.state[p]["factor_g"] for name, p in model.named_parameters() if "weight" in name})
     torch.testing.assert_close(found[0]["c.weight"], found[1]["c.weight"])  # α_T = 1/B
     assert (found[0]["a.weight"] - found[1]["a.weight"]).abs().max() > 1e-6
+    torch.testing.assert_close(found[2], found[1])

@@ -42,6 +42,7 @@ LAYERS = {
     "plan": 4,
     "printing": 4,
     "responses": 4,
+    "dynamics": 4,
     "segments": 4,
     "uses": 4,
     "setting": 4,

@@ -161,7 +161,7 @@ def test_layer(name: str) -> None:
 
     def trained(**options: Any) -> nn.Module:
         own_copy = copy.deepcopy(model)
-        opt = compile_optimizer(own_copy, inputs, loss=nn.CrossEntropyLoss(), lr=0.1, **options)
+        opt = compile_optimizer(own_copy, inputs, loss=nn.CrossEntropyLoss(), lr=0.1, **{"curvature": "sgd", **options})
         torch.manual_seed(1)
         for _ in range(2):
             opt.step(inputs, y)
@@ -187,7 +187,9 @@ def test_recurrent_layers_in_single_precision(kind: str) -> None:
 
     def trained(dtype: torch.dtype) -> nn.Module:
         own_copy = copy.deepcopy(model).to(dtype)
-        compile_optimizer(own_copy, x.to(dtype), loss=nn.CrossEntropyLoss(), lr=0.1).step(x.to(dtype), torch.arange(B))
+        compile_optimizer(own_copy, x.to(dtype), loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1).step(
+            x.to(dtype), torch.arange(B)
+        )
         return own_copy.double()
 
     assert largest(trained(torch.float32), trained(torch.float64)) < 1e-5
@@ -198,4 +200,4 @@ def test_refused(name: str) -> None:
     build, why = REFUSED[name]
     model, inputs = made(build)
     with pytest.raises(CompileError, match=why):
-        compile_optimizer(model, inputs, loss=nn.CrossEntropyLoss())
+        compile_optimizer(model, inputs, loss=nn.CrossEntropyLoss(), curvature="sgd")

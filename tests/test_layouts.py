@@ -38,7 +38,9 @@ def trained(
 ) -> Tensor:
     model = copy.deepcopy(model)
     before = parameters(model)
-    opt = compile_optimizer(model, case.batch(0, example)[0], loss=nn.CrossEntropyLoss(), **options)
+    opt = compile_optimizer(
+        model, case.batch(0, example)[0], loss=nn.CrossEntropyLoss(), **{"curvature": "sgd", **options}
+    )
     for step in range(steps):
         opt.step(*case.batch(step, size))
     after = parameters(model)
@@ -81,7 +83,7 @@ def test_feedback_off_is_torch(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_layouts_are_found(name: str) -> None:
     case = NETWORKS[name]
-    graph = compile_optimizer(case.models()[0], case.batch(0)[0], loss=nn.CrossEntropyLoss()).graph
+    graph = compile_optimizer(case.models()[0], case.batch(0)[0], loss=nn.CrossEntropyLoss(), curvature="sgd").graph
     found = {str(op.layout) for op in graph.ops.ops if op.layout is not None and (op.shape or ())[1:]}
     assert all(any(word in text for text in found) for word in case.layouts), found
 
@@ -92,7 +94,7 @@ def test_the_quick_answer_is_the_long_one(name: str, monkeypatch: pytest.MonkeyP
     case = NETWORKS[name]
 
     def layouts() -> dict[str, Layout | None]:
-        graph = compile_optimizer(case.models()[0], case.batch(0)[0], loss=nn.CrossEntropyLoss()).graph
+        graph = compile_optimizer(case.models()[0], case.batch(0)[0], loss=nn.CrossEntropyLoss(), curvature="sgd").graph
         return {op.name: op.layout for op in graph.ops.ops}
 
     asked: list[bool] = []
@@ -245,7 +247,9 @@ def test_example_of_one_sample(name: str) -> None:
     case, options = NETWORKS[name], {"curvature": "sgd", "lr": 0.1}
     found = []
     for model in case.models():
-        opt = compile_optimizer(model, case.batch(0, 1)[0], loss=nn.CrossEntropyLoss(), **options)  # type: ignore[arg-type]
+        opt = compile_optimizer(
+            model, case.batch(0, 1)[0], loss=nn.CrossEntropyLoss(), **{"curvature": "sgd", **options}
+        )  # type: ignore[arg-type]
         for step, size in enumerate((1, 5)):
             opt.step(*case.batch(step, size))
         found.append(parameters(model))
@@ -310,7 +314,7 @@ def test_exported(name: str, tmp_path: Path) -> None:
     case = NETWORKS[name]
     model, again = case.models()[0], case.models()[0]
     options: dict[str, Any] = {"curvature": "sgd", "lr": 0.1}
-    opt = compile_optimizer(model, case.batch(0)[0], loss=nn.CrossEntropyLoss(), **options)
+    opt = compile_optimizer(model, case.batch(0)[0], loss=nn.CrossEntropyLoss(), **{"curvature": "sgd", **options})
     opt.program.export(tmp_path / "step.py")
     opt.program.export(tmp_path / "program.json")
     stored = UpdateProgram.load(tmp_path / "program.json")
@@ -337,14 +341,14 @@ def test_as_many_losses_as_samples(backend: Any) -> None:
         return F.cross_entropy(outputs, targets, reduction="none").unflatten(0, (6, 2)).mean(1)
 
     x, y = torch.randn(6, 2, 4, dtype=torch.float64), torch.arange(12) % 3
-    opt = compile_optimizer(net, x, loss=nn.CrossEntropyLoss(), backend=backend)
+    opt = compile_optimizer(net, x, loss=nn.CrossEntropyLoss(), curvature="sgd", backend=backend)
     with pytest.raises(CompileError, match=r"makes 12 losses of outputs \(12, 3\), but the batch has 6 samples"):
         opt.step(x, y)
     for model, loss in (
         (net, by_sample),
         (leading, lambda outputs, targets: by_sample(outputs.flatten(0, 1), targets)),
     ):
-        opt = compile_optimizer(model, x, loss=loss, lr=0.5, backend=backend)
+        opt = compile_optimizer(model, x, loss=loss, curvature="sgd", lr=0.5, backend=backend)
         opt.step(x, y)
         opt.step(x, y)
     assert float((parameters(net) - parameters(leading)).abs().max()) < 1e-12

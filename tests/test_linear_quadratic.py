@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer
 
-EXACT: dict[str, Any] = {"loss": nn.MSELoss(), "terminal": "ggn", "feedback_clip": None}
+EXACT: dict[str, Any] = {"curvature": "sgd", "loss": nn.MSELoss(), "terminal": "ggn", "feedback_clip": None}
 
 
 def only_biases(model: nn.Module) -> nn.Module:
@@ -79,26 +79,28 @@ def optimum(model: nn.Module, x: Tensor, y: Tensor, lr: float) -> dict[str, Tens
     return {name: p + part.reshape(p.shape) for (name, p), part in zip(u.items(), step, strict=True)}
 
 
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
 @pytest.mark.parametrize("backend", ["fast", "dense"])
 @pytest.mark.parametrize("lr", [0.5, 100.0])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_one_step_is_the_optimum_of_the_regularised_problem(name: str, lr: float, backend: Any) -> None:
+def test_one_step_is_the_optimum_of_the_regularised_problem(name: str, lr: float, backend: Any, rollout: Any) -> None:
     model = PROBLEMS[name]()
     x, y = data(model)
     expected = optimum(model, x, y, lr)
-    compile_optimizer(model, x, lr=lr, backend=backend, **EXACT).step(x, y)
+    compile_optimizer(model, x, lr=lr, backend=backend, rollout=rollout, **EXACT).step(x, y)
     for key, value in trained(model).items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_one_step_reaches_the_lowest_loss(name: str) -> None:
+def test_one_step_reaches_the_lowest_loss(name: str, rollout: Any) -> None:
     """With the regulariser out of the way (lr 1e6) the loss after one step is the least-squares optimum's, to 1e-10."""
     model = PROBLEMS[name]()
     x, y = data(model)
     best = copy.deepcopy(model)
     best.load_state_dict(optimum(model, x, y, 1e12), strict=False)
-    before = float(compile_optimizer(model, x, lr=1e6, **EXACT).step(x, y))
+    before = float(compile_optimizer(model, x, lr=1e6, rollout=rollout, **EXACT).step(x, y))
     lowest, found = (float(nn.functional.mse_loss(m(x), y).detach()) for m in (best, model))
     assert lowest < 0.9 * before
     assert found - lowest < 1e-10
@@ -114,7 +116,8 @@ def test_the_single_layer_is_the_normal_equations() -> None:
     torch.testing.assert_close(model.a.bias.detach(), solution[4], rtol=0, atol=1e-10)
 
 
-def test_the_chain_is_a_riccati_recursion() -> None:
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
+def test_the_chain_is_a_riccati_recursion(rollout: Any) -> None:
     """One sample, so that the state is the textbook's: gains by the discrete Riccati equation, written out here."""
     model, lr = chain(), 2.0
     x, y = data(model, 1)
@@ -133,7 +136,7 @@ def test_the_chain_is_a_riccati_recursion() -> None:
     for layer, (k, feedback) in zip(layers, gains, strict=True):
         controls.append(layer.bias.detach() + k + feedback @ change)
         change = layer.weight.detach() @ change + k + feedback @ change
-    compile_optimizer(model, x, lr=lr, **EXACT).step(x, y)
+    compile_optimizer(model, x, lr=lr, rollout=rollout, **EXACT).step(x, y)
     for layer, control in zip(layers, controls, strict=True):
         torch.testing.assert_close(layer.bias.detach(), control, rtol=0, atol=1e-10)
 

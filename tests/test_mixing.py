@@ -130,7 +130,7 @@ class Shuffled(nn.Module):
 @pytest.mark.parametrize("away", [lambda h: h.flip(0), lambda h: h.mean(0)])
 def test_a_layer_that_belongs_to_no_sample_is_refused(away: Callable[[Tensor], Tensor], example: int) -> None:
     with pytest.raises(CompileError, match=f"of the {example} samples") as caught:
-        compile_optimizer(Shuffled(away).double(), data(example)[0], loss=nn.CrossEntropyLoss())
+        compile_optimizer(Shuffled(away).double(), data(example)[0], loss=nn.CrossEntropyLoss(), curvature="sgd")
     assert caught.value.source and "test_mixing.py" in caught.value.source
     assert "whole batch" in str(caught.value)
 

@@ -50,7 +50,7 @@ def batch(seed: int = 0, size: int = 7) -> tuple[Tensor, Tensor]:
 def test_buffers_advance_once_and_random_numbers_are_drawn_once() -> None:
     model = Noisy()
     plain = copy.deepcopy(model)
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, lr=0.1)
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd", lr=0.1)
     torch.manual_seed(3)
     opt.step(*batch())
     after = torch.get_rng_state()
@@ -64,7 +64,7 @@ def test_buffers_advance_once_and_random_numbers_are_drawn_once() -> None:
 def test_dropout_masks_are_shared_by_both_sweeps() -> None:
     """With gains of zero (lr = 0) nothing moves, so no predicted change can be seen anywhere."""
     model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, lr=1e-30)
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd", lr=1e-30, rollout="nonlinear")
     opt.step(*batch())
     stages = opt._diagnostics._stages
     changes = [stage["change"] for stage in stages.values() if "change" in stage]
@@ -171,7 +171,7 @@ def test_scheduler_and_groups() -> None:
 
 def test_hooks_and_zero_grad() -> None:
     case = networks.mlp()
-    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0)[0], loss=LOSS, lr=0.1)
+    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0)[0], loss=LOSS, curvature="sgd", lr=0.1)
     seen: list[str] = []
     opt.register_step_pre_hook(lambda *a: seen.append("before"))
     opt.register_step_post_hook(lambda *a: seen.append("after"))
@@ -183,7 +183,7 @@ def test_hooks_and_zero_grad() -> None:
 
 def test_groups_cannot_be_added() -> None:
     case = networks.mlp()
-    opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS)
+    opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd")
     with pytest.raises(CompileError, match="compile_optimizer again"):
         opt.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
@@ -199,7 +199,7 @@ def test_specialised_at_the_first_step() -> None:
 
 def test_mode_and_frozen_parameters_are_respected_after_a_change() -> None:
     model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, lr=0.1)
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd", lr=0.1)
     opt.step(*batch())
     model.eval()
     model.fc.weight.requires_grad_(False)
@@ -250,13 +250,13 @@ def test_changed_attributes_and_hooks_are_followed() -> None:
 def test_a_function_as_loss_may_do_without_targets() -> None:
     case = networks.mlp()
     x = case.batch(0)[0]
-    opt = compile_optimizer(copy.deepcopy(case.model), x, loss=lambda y, _: y.square().mean(1), lr=0.1)
+    opt = compile_optimizer(copy.deepcopy(case.model), x, loss=lambda y, _: y.square().mean(1), curvature="sgd", lr=0.1)
     assert opt.accumulate(x, None) == opt.step(x)
 
 
 def test_replaced_parameter_is_refused() -> None:
     model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS)
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd")
     model.fc.weight = nn.Parameter(torch.zeros(6, 4))
     with pytest.raises(CompileError, match=r"fc\.weight.*replaced"):
         opt.step(*batch())
@@ -265,7 +265,7 @@ def test_replaced_parameter_is_refused() -> None:
 @pytest.mark.parametrize("inputs", [None, "text", torch.zeros(0, 4), torch.zeros(3, 5), [], torch.tensor(1.0)])
 def test_malformed_inputs(inputs: Any) -> None:
     model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS)
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd")
     before = snapshot(model, opt)
     with pytest.raises((CompileError, RuntimeError)):
         opt.step(inputs, torch.zeros(3, dtype=torch.long))
@@ -281,13 +281,13 @@ def test_unknown_options_are_refused_by_name() -> None:
         {"feedback_clip": "a"}, {"feedback_clip": True},
     ):  # fmt: skip
         with pytest.raises(CompileError) as error:
-            compile_optimizer(model, x, loss=LOSS, **options)  # type: ignore[arg-type]
+            compile_optimizer(model, x, loss=LOSS, **{"curvature": "sgd", **options})  # type: ignore[arg-type]
         assert next(iter(options)).split("_")[0] in str(error.value), options
 
 
 def test_batch_of_one_and_other_sizes() -> None:
     case = networks.residual()
-    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0)[0], loss=LOSS, lr=0.1)
+    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0)[0], loss=LOSS, curvature="sgd", lr=0.1)
     for size in (1, 2, 9):
         assert torch.isfinite(opt.step(*case.batch(0, size)))
 
@@ -296,7 +296,7 @@ def test_batch_of_one_and_other_sizes() -> None:
 def test_lower_precision(dtype: torch.dtype) -> None:
     case = networks.residual()
     model = copy.deepcopy(case.model).to(dtype)
-    opt = compile_optimizer(model, case.batch(0)[0].to(dtype), loss=LOSS, lr=0.5)
+    opt = compile_optimizer(model, case.batch(0)[0].to(dtype), loss=LOSS, curvature="sgd", lr=0.5)
     x, y = case.batch(0)
     first = float(opt.step(x.to(dtype), y))
     for _ in range(20):
@@ -310,7 +310,7 @@ def test_non_contiguous_inputs() -> None:
     found = []
     for value in (x, x.T.contiguous().T):
         model = copy.deepcopy(case.model)
-        compile_optimizer(model, x, loss=LOSS, lr=0.1).step(value, y)
+        compile_optimizer(model, x, loss=LOSS, curvature="sgd", lr=0.1).step(value, y)
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
 
@@ -324,7 +324,7 @@ def test_non_contiguous_inputs() -> None:
 def test_states_stay_the_tensors_they_are(options: dict[str, Any]) -> None:
     """As in torch.optim, who holds a state's tensor sees what it is after every step; a copy stays what it was."""
     model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, **options)
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, **{"curvature": "sgd", **options})
     opt.step(*batch())
     opt.step(*batch(1))
     held = [(state, key, value) for state in opt.state.values() for key, value in state.items() if value.dim()]

@@ -136,7 +136,9 @@ def test_an_update_without_feedback_is_the_base_methods(name: str) -> None:
     expected = PLAYERS[name]
     model, targets = model_of(expected), torch.arange(6) % 3
     plain = copy.deepcopy(model)
-    opt = compile_optimizer(model, inputs(6), loss=nn.CrossEntropyLoss(), lr=0.3, momentum=0.9, feedback=False)
+    opt = compile_optimizer(
+        model, inputs(6), loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.3, momentum=0.9, feedback=False
+    )
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.9)
     for _ in range(3):
         optimizer.zero_grad()
@@ -203,10 +205,10 @@ def test_a_parameters_device_and_type_are_no_gradient() -> None:
 def test_nothing_to_train_is_refused() -> None:
     frozen = Expected(head_on_three, {}, frozen=(*A, *B))
     with pytest.raises(CompileError, match="no trainable parameters"):
-        compile_optimizer(model_of(frozen), inputs(6), loss=nn.CrossEntropyLoss())
+        compile_optimizer(model_of(frozen), inputs(6), loss=nn.CrossEntropyLoss(), curvature="sgd")
     stray = Expected(lambda net, x: x @ torch.ones(4, 3).double() + 0 * net.a(x).detach()[:, :3], {}, frozen=B)
     with pytest.raises(CompileError, match=r"no output .* depends on its trainable parameters"):
-        compile_optimizer(model_of(stray), inputs(6), loss=nn.CrossEntropyLoss())
+        compile_optimizer(model_of(stray), inputs(6), loss=nn.CrossEntropyLoss(), curvature="sgd")
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ LOW = [torch.bfloat16, torch.float16]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"curvature": "sgd", "momentum": 0.9, "weight_decay": 0.01, "memory": "recompute"},
-    {"curvature": "rmsprop", "lr": 0.01},
+    {"curvature": "rmsprop", "lr": 0.01, "eps": 1e-3},
     {"curvature": "adam", "lr": 0.01, "gram": "separable"},
     {"curvature": "ekfac"},
     {"terminal": "ggn", "coupling": 2},
@@ -31,7 +31,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def compiled(model: nn.Module, **options: Any) -> CompiledOptimizer:
-    return compile_optimizer(model, **{"loss": LOSS, "lr": 0.1, **options})
+    return compile_optimizer(model, **{"curvature": "sgd", "loss": LOSS, "lr": 0.1, **options})
 
 
 def example(name: str, dtype: torch.dtype) -> Example:

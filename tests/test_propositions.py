@@ -39,7 +39,13 @@ def gradient_at_the_end(states: list[State], y: Tensor) -> Tensor:
 def compiled(case: Case, x: Tensor, y: Tensor, **options: Any) -> Params:
     """Parameters after one step of the compiled optimizer."""
     model = copy.deepcopy(case.model)
-    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), feedback_clip=None, **options)
+    opt = compile_optimizer(
+        model,
+        x,
+        loss=nn.CrossEntropyLoss(),
+        feedback_clip=None,
+        **{"curvature": "sgd", "rollout": "nonlinear", **options},
+    )
     opt.step(x, y)
     return {name: p.detach() for name, p in model.named_parameters()}
 

@@ -13,7 +13,8 @@ from gtddp_compile import compile_optimizer
 OPTIONS = (
     {"curvature": "sgd", "lr": 0.1, "weight_decay": 0.05},
     {"curvature": "rmsprop", "lr": 1e-2},
-    {"curvature": "sgd", "lr": 0.1, "coupling": 2, "feedback_clip": 0.05},
+    {"curvature": "sgd", "lr": 0.1, "coupling": 2, "inertia": 0.9},
+    {"curvature": "sgd", "lr": 0.1, "coupling": 2, "feedback_clip": 0.05, "rollout": "nonlinear"},
     {"curvature": "sgd", "lr": 0.05, "coupling": "block"},
     {"curvature": "adam", "lr": 1e-2, "coupling": "block", "recursion": "substituted"},
 )

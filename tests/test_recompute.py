@@ -38,7 +38,9 @@ def deep(depth: int = 8) -> Example:
 
 def trained(example: Example, memory: str, steps: int = 3, **options: Any) -> tuple[list[Tensor], CompiledOptimizer]:
     model = copy.deepcopy(example.model)
-    opt = compile_optimizer(model, example.inputs, loss=LOSS, memory=memory, **{"lr": 0.1, **options})  # type: ignore[arg-type]
+    opt = compile_optimizer(
+        model, example.inputs, loss=LOSS, memory=memory, **{"curvature": "sgd", "lr": 0.1, **options}
+    )  # type: ignore[arg-type]
     torch.manual_seed(5)
     losses = [opt.step(example.inputs, targets_for(3, example.inputs[0].shape[0])) for _ in range(steps)]
     return [*losses, *model.state_dict().values(), torch.get_rng_state()], opt
@@ -85,7 +87,7 @@ def saved_at_once(memory: str, feedback: bool) -> int:
     """The most elements that autograd holds at any time of a step."""
     chain = nn.Sequential(*(layer for _ in range(25) for layer in (nn.Linear(4, 4), nn.GELU())))  # recorded
     x = torch.randn(8, 4)
-    opt = compile_optimizer(chain, x, loss=LOSS, memory=memory, feedback=feedback)  # type: ignore[arg-type]
+    opt = compile_optimizer(chain, x, loss=LOSS, curvature="sgd", memory=memory, feedback=feedback)  # type: ignore[arg-type]
     held = most = 0
 
     class Packed:
@@ -113,7 +115,7 @@ def test_autograd_holds_a_segment_at_a_time(feedback: bool) -> None:
 
 def test_segments_of_a_chain_are_about_the_square_root_of_its_depth() -> None:
     chain = nn.Sequential(*(layer for _ in range(36) for layer in (nn.Linear(4, 4), nn.Tanh())))
-    opt = compile_optimizer(chain, torch.randn(8, 4), loss=LOSS, memory="recompute")
+    opt = compile_optimizer(chain, torch.randn(8, 4), loss=LOSS, curvature="sgd", memory="recompute")
     segments = opt.program.lowered.plan.segments
     assert segments is not None
     sizes = [after - before for before, after in pairwise((*segments.starts, 36))]
@@ -143,12 +145,12 @@ def test_what_is_exported_runs_segments_again(tmp_path: Path) -> None:
 def test_cost_says_what_is_held() -> None:
     _, opt = trained(deep(), "keep", 0)
     assert "memory='recompute' would hold" in " ".join(opt.program.cost().split())
-    tiny = compile_optimizer(nn.Linear(2, 3), torch.randn(4, 2), loss=LOSS, memory="recompute")
+    tiny = compile_optimizer(nn.Linear(2, 3), torch.randn(4, 2), loss=LOSS, curvature="sgd", memory="recompute")
     assert "in one segment" in " ".join(tiny.program.cost().split())
 
 
 def test_refusals() -> None:
     with pytest.raises(CompileError, match=r"memory=.recompute.*dense"):
-        compile_optimizer(nn.Linear(2, 3), loss=LOSS, memory="recompute", backend="dense")
+        compile_optimizer(nn.Linear(2, 3), loss=LOSS, curvature="sgd", memory="recompute", backend="dense")
     with pytest.raises(CompileError, match="memory"):
-        compile_optimizer(nn.Linear(2, 3), loss=LOSS, memory="some")  # type: ignore[arg-type]
+        compile_optimizer(nn.Linear(2, 3), loss=LOSS, curvature="sgd", memory="some")  # type: ignore[arg-type]

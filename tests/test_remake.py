@@ -39,7 +39,8 @@ def step(backend: str, training: bool = True) -> tuple[list[Tensor], str]:
     torch.manual_seed(0)
     model = Joined().double().train(training)
     x, y = torch.randn(5, 2, 3, 3, dtype=torch.float64), torch.randint(3, (5,))
-    optimizer = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=0.3, backend=backend)
+    options = {"curvature": "sgd", "lr": 0.3, "backend": backend, "rollout": "nonlinear"}
+    optimizer = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), **options)
     for _ in range(2):
         optimizer.step(x, y)
     return [p.detach() for p in model.parameters()], optimizer.program.code
@@ -87,9 +88,8 @@ def test_no_more_is_made_again_than_the_aim_asks_for(eager: None, monkeypatch: p
     counts = []
     for aim in (0.0, 1.0, 1.1, 1.2, 1.3, 10.0):
         monkeypatch.setattr(remake, "AIM", aim)
-        optimizer = compile_optimizer(
-            network(5), torch.randn(4, 3, 8, 8), loss=nn.CrossEntropyLoss(), lr=0.1, gram="coarse"
-        )
+        options = {"curvature": "sgd", "lr": 0.1, "gram": "coarse", "rollout": "nonlinear"}
+        optimizer = compile_optimizer(network(5), torch.randn(4, 3, 8, 8), loss=nn.CrossEntropyLoss(), **options)
         counts.append(optimizer.program.code.count(" = make_again("))
     assert counts == sorted(counts, reverse=True) and counts[-1] == 0 and len(set(counts)) > 2, counts
 

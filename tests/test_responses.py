@@ -63,7 +63,7 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tens
 
 def trained(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> Tensor:
     model, x, y = made(name, dtype)
-    opt = compile_optimizer(model, x, loss=LOSS, **{"lr": 0.3, **options})
+    opt = compile_optimizer(model, x, loss=LOSS, **{"curvature": "sgd", "rollout": "nonlinear", "lr": 0.3, **options})
     opt.param_groups[0]["lr"] = 0.2
     for _ in range(3):
         opt.step(x, y)
@@ -92,7 +92,7 @@ def test_an_option_that_changes_after_compilation() -> None:
     found = []
     for backend in ("fast", "dense"):
         model, x, y = made("attends")
-        opt = compile_optimizer(model, x, loss=LOSS, lr=0.3, backend=backend)  # type: ignore[arg-type]
+        opt = compile_optimizer(model, x, loss=LOSS, curvature="sgd", rollout="nonlinear", lr=0.3, backend=backend)  # type: ignore[arg-type]
         for momentum in (0.0, 0.9, 0.9, 0.0):
             for group in opt.param_groups:
                 group["momentum"] = momentum
@@ -103,17 +103,22 @@ def test_an_option_that_changes_after_compilation() -> None:
 
 def test_which_layers_do() -> None:
     """Those whose input is still and wider than the batch; not in the last stage, whose output nobody compares."""
-    counts = {name: responds(compile_optimizer(*made(name)[:2], loss=LOSS)) for name in MODELS}
+    counts = {
+        name: responds(compile_optimizer(*made(name)[:2], loss=LOSS, curvature="sgd", rollout="nonlinear"))
+        for name in MODELS
+    }
     assert counts == {"plain": 1, "frozen": 1, "attends": 3, "late": 2}
     model, x, _ = made("plain")
-    assert responds(compile_optimizer(model, torch.cat([x, x]), loss=LOSS)) == 0
-    assert responds(compile_optimizer(model, x, loss=LOSS, curvature="adam")) == 0
-    assert responds(compile_optimizer(model, x, loss=LOSS, memory="recompute")) == 0
+    assert responds(compile_optimizer(model, torch.cat([x, x]), loss=LOSS, curvature="sgd", rollout="nonlinear")) == 0
+    assert responds(compile_optimizer(model, x, loss=LOSS, curvature="adam", rollout="nonlinear")) == 0
+    assert (
+        responds(compile_optimizer(model, x, loss=LOSS, curvature="sgd", rollout="nonlinear", memory="recompute")) == 0
+    )
 
 
 def test_layers_of_one_input_share_its_gram_matrix() -> None:
     model, x, _ = made("attends")
-    code = compile_optimizer(model, x, loss=LOSS).program.code
+    code = compile_optimizer(model, x, loss=LOSS, curvature="sgd", rollout="nonlinear").program.code
     assert code.count(" = linear_inputs(") == 1 and code.count("inputs=inputs_x") == 3
 
 
@@ -121,7 +126,7 @@ def test_micro_batches_run_the_layer_on_the_update_of_them_all() -> None:
     found = []
     for accumulated in (False, True):
         model, x, y = made("late")
-        opt = compile_optimizer(model, x, loss=LOSS, lr=0.3, coupling=2)
+        opt = compile_optimizer(model, x, loss=LOSS, curvature="sgd", rollout="nonlinear", lr=0.3, coupling=2)
         if accumulated:
             opt.accumulate(x[:2], y[:2])
             opt.step(x[2:], y[2:])
@@ -136,7 +141,7 @@ def test_micro_batches_of_a_program_with_responses() -> None:
     found = []
     for accumulated in (False, True):
         model, x, y = made("late")
-        opt = compile_optimizer(model, x, loss=LOSS, lr=0.3)
+        opt = compile_optimizer(model, x, loss=LOSS, curvature="sgd", rollout="nonlinear", lr=0.3)
         assert responds(opt) == 2
         if accumulated:
             opt.accumulate(x, y)
@@ -149,11 +154,11 @@ def test_micro_batches_of_a_program_with_responses() -> None:
 @pytest.mark.parametrize("suffix", [".py", ".json"])
 def test_exported_programs(suffix: str, tmp_path: Path) -> None:
     model, x, y = made("attends")
-    opt = compile_optimizer(copy.deepcopy(model), x, loss=LOSS, lr=0.3)
+    opt = compile_optimizer(copy.deepcopy(model), x, loss=LOSS, curvature="sgd", rollout="nonlinear", lr=0.3)
     path = tmp_path / f"step{suffix}"
     opt.program.export(path)
     ours = copy.deepcopy(model)
-    own = compile_optimizer(ours, x, loss=LOSS, lr=0.3)
+    own = compile_optimizer(ours, x, loss=LOSS, curvature="sgd", rollout="nonlinear", lr=0.3)
     if suffix == ".py":
         module, (params, buffers) = load_module(path), named(model)
         state = module.init_state(params)
@@ -161,7 +166,7 @@ def test_exported_programs(suffix: str, tmp_path: Path) -> None:
             params, buffers, state, _ = module.step(params, buffers, state, x, y)
     else:
         theirs = copy.deepcopy(model)
-        other = compile_optimizer(theirs, x, loss=LOSS, lr=0.3)
+        other = compile_optimizer(theirs, x, loss=LOSS, curvature="sgd", rollout="nonlinear", lr=0.3)
         other.adopt(type(opt.program).load(path))
         for _ in range(2):
             other.step(x, y)
@@ -175,7 +180,7 @@ def test_exported_programs(suffix: str, tmp_path: Path) -> None:
 def test_autocast_sees_no_rounding_of_its_own(momentum: float) -> None:
     """With a vanishing learning rate nothing moves, neither what is made from ``X Xᵀ`` nor what runs again."""
     model, x, y = made("attends", torch.float32)
-    opt = compile_optimizer(model, x, loss=LOSS, lr=1e-30, momentum=momentum)
+    opt = compile_optimizer(model, x, loss=LOSS, curvature="sgd", rollout="nonlinear", lr=1e-30, momentum=momentum)
     with torch.autocast("cpu", torch.bfloat16):
         opt.step(x, y)
     changes = [stage["change"] for stage in opt._diagnostics._stages.values() if "change" in stage]

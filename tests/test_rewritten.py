@@ -50,7 +50,7 @@ def rewritten(case: Case, run: Callable[..., Tensor]) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", [*REGIMES, "joint"])
 @pytest.mark.parametrize("setting", ["momentum", "rmsprop", "adam"])
 @pytest.mark.parametrize(
     ("build", "run"), [(residual, residual_over_z), (nested, nested_over_z), (projection, projection_over_z)]
@@ -59,7 +59,9 @@ def test_same_update(build: Callable[[], Case], run: Callable[..., Tensor], sett
     case = build()
     module = rewritten(case, run)
     data = batches(case, 5)
-    options = arguments(setting, COUPLINGS[regime])
+    options = arguments(setting, COUPLINGS["full" if regime == "joint" else regime])
+    if regime == "joint":
+        options["rollout"] = "linear"
     first = compile_optimizer(case.model, data[0][0][0], **options)
     second = compile_optimizer(module, data[0][0][0], **options)
     before = parameters(module)

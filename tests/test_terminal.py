@@ -41,7 +41,7 @@ def trained(
     """All parameters after training, and how many radicands were clipped."""
     model = copy.deepcopy(case.model)
     torch.manual_seed(5)
-    opt = compile_optimizer(model, case.batch(0, size)[0], loss=loss, **options)
+    opt = compile_optimizer(model, case.batch(0, size)[0], loss=loss, **{"curvature": "sgd", **options})
     clipped = []
     for step in range(steps):
         x, y = case.batch(step, size)
@@ -90,7 +90,7 @@ def test_the_aim_is_a_multiple_of_the_loss(coupling: Any, share: int) -> None:
         change -= lr * mine.T @ torch.linalg.solve(torch.diag(6 * aim) + 6 / share * lr * mine @ mine.T, aim)
     start = torch.cat([p.detach().flatten() for p in parameters])
     opt = compile_optimizer(
-        model, x, loss=nn.CrossEntropyLoss(), lr=lr, coupling=coupling, terminal=Geometric(1.5, 2.0)
+        model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=lr, coupling=coupling, terminal=Geometric(1.5, 2.0)
     )
     opt.step(x, y)
     found = torch.cat([p.detach().flatten() for p in parameters]) - start
@@ -101,8 +101,8 @@ def test_geometric_by_name_and_aims_that_are_refused() -> None:
     found = [trained(networks.residual(), nn.CrossEntropyLoss(), lr=0.5, terminal=t)[0]
              for t in ("geometric", Geometric(), Geometric(2.0))]  # fmt: skip
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
-    for options in ({"aim": 0.0}, {"aim": float("inf")}, {"own": -1.0}, {"aim": float("nan")}):
-        with pytest.raises(CompileError, match="Give aim > 0 and own >= 0"):
+    for options in ({"aim": 0.0}, {"aim": float("inf")}, {"own": -1.0}, {"aim": float("nan")}, {"half": -1.0}):
+        with pytest.raises(CompileError, match="Give aim > 0, own >= 0 and half >= 0"):
             Geometric(**options)
 
 
@@ -125,10 +125,11 @@ def test_losses(loss: nn.Module, form: str) -> None:
 @pytest.mark.parametrize("options", [{"feedback": "open"}, {"feedback_clip": None}, {"feedback_clip": 0.02}], ids=str)
 @pytest.mark.parametrize("form", ["full", "substituted"])
 def test_options_of_the_feedback(form: str, options: dict[str, Any]) -> None:
-    found = [trained(networks.residual(), nn.CrossEntropyLoss(), terminal="ggn", lr=0.5, **FORMS[form], **options)[0]
-             for options in (options, {})]  # fmt: skip
+    """Which the linear rollout has not."""
+    same: dict[str, Any] = {"terminal": "ggn", "curvature": "sgd", "lr": 0.5, "rollout": "nonlinear", **FORMS[form]}
+    found = [trained(networks.residual(), nn.CrossEntropyLoss(), **same, **chosen)[0] for chosen in (options, {})]
     assert (found[0] - found[1]).abs().max() > 1e-7 or options["feedback_clip"] is None
-    assert_equal(networks.residual(), terminal="ggn", curvature="sgd", lr=0.5, **FORMS[form], **options)
+    assert_equal(networks.residual(), **same, **options)
 
 
 def test_radicands_are_clipped_by_eigenvalues_and_counted() -> None:
@@ -150,7 +151,7 @@ def test_sampling_follows_torchs_random_state() -> None:
 
     def updates(seed: int) -> list[torch.Tensor]:
         model = copy.deepcopy(case.model)
-        opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=0.5, terminal=MonteCarlo(1))
+        opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.5, terminal=MonteCarlo(1))
         torch.manual_seed(seed)
         found = []
         for _ in range(2):
@@ -193,7 +194,8 @@ def test_samples_mixed_by_batch_norm_are_read_column_by_column() -> None:
         new |= unpack(u, params, stage.names)
         moved = stage.step(moved, new)
     model = copy.deepcopy(case.model)
-    compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=lr, terminal="ggn", feedback_clip=None).step(x, y)
+    options: dict[str, Any] = {"terminal": "ggn", "feedback_clip": None, "rollout": "nonlinear"}
+    compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=lr, **options).step(x, y)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), new[name], rtol=0, atol=1e-12)
 
@@ -215,7 +217,9 @@ def test_tied_parameters() -> None:
     y = torch.tensor([0, 1, 1, 0])
     found = []
     for model in (copy.deepcopy(case.model), untied(case.model)):
-        opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=1e-3, terminal="ggn", feedback="open")
+        opt = compile_optimizer(
+            model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=1e-3, terminal="ggn", feedback="open"
+        )
         opt.step(x, y)
         found.append(dict(model.named_parameters()))
     start = dict(case.model.named_parameters())["layer.weight"]
@@ -256,7 +260,7 @@ def test_what_vmap_does_not_support_is_pulled_back_column_by_column() -> None:
     for power in (cube, lambda x: x**3):
         model = networks.make(lambda net, x, power=power: net.b(power(net.a(x))), a=(4, 5), b=(5, 3))
         x, y = networks.mlp().batch(0)
-        opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), lr=0.5, terminal="ggn")
+        opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.5, terminal="ggn")
         assert ("column at a" in opt.program.cost()) == (power is cube)
         opt.step(x, y)
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
@@ -266,16 +270,16 @@ def test_what_vmap_does_not_support_is_pulled_back_column_by_column() -> None:
 def test_cost_and_diagnostics_say_what_runs() -> None:
     case = networks.residual()
     x, y = case.batch(0, 4)
-    options = {"loss": nn.CrossEntropyLoss(), "lr": 0.1}
+    options: dict[str, Any] = {"loss": nn.CrossEntropyLoss(), "curvature": "sgd", "lr": 0.1}
     for terminal, form, said in (
         ("ggn", "full", "matrices of size B*3"),
         (MonteCarlo(2), "groups", "matrices of size 3*2"),
         ("ggn", "substituted", "3 x 3 a sample"),
         ("gradient", "full", "1 column a sample"),
     ):
-        opt = compile_optimizer(case.model, x, terminal=terminal, **options, **FORMS[form])  # type: ignore[arg-type]
+        opt = compile_optimizer(case.model, x, terminal=terminal, **options, **FORMS[form])
         assert said in " ".join(opt.program.cost().split())
-    opt = compile_optimizer(case.model, x, terminal="ggn", **options)  # type: ignore[arg-type]
+    opt = compile_optimizer(case.model, x, terminal="ggn", **options)
     before = float(opt.step(x, y))
     after = float(nn.functional.cross_entropy(case.model(x), y).detach())
     # ½ Q_uᵀ Q_uu⁻¹ Q_u summed over the stages: the decrease of the quadratic model, for small steps that of the loss.
@@ -296,7 +300,9 @@ def test_refused_by_name(options: dict[str, Any], said: str, backend: Any) -> No
     case = networks.residual()
     with pytest.raises(CompileError, match=said):
         compile_optimizer(
-            case.model, case.batch(0)[0], **{"loss": nn.CrossEntropyLoss(), "backend": backend, **options}
+            case.model,
+            case.batch(0)[0],
+            **{"curvature": "sgd", "loss": nn.CrossEntropyLoss(), "backend": backend, **options},
         )
 
 
@@ -308,13 +314,20 @@ def test_refused_ranks_losses_and_mixing() -> None:
     x, y = case.batch(0)
     start = copy.deepcopy(case.model.state_dict())
     for backend in ("fast", "dense"):
-        opt = compile_optimizer(case.model, loss=saddle, terminal="ggn", backend=backend)  # type: ignore[arg-type]
+        opt = compile_optimizer(case.model, loss=saddle, curvature="sgd", terminal="ggn", backend=backend)  # type: ignore[arg-type]
         with pytest.raises(CompileError, match="saddle is not convex in the network's outputs here"):
             opt.step(x, y)
     assert all(torch.equal(value, start[name]) for name, value in case.model.state_dict().items())
     mixing = networks.conv_residual(training=True)
     with pytest.raises(CompileError, match="mixes samples with terminal='ggn'"):
-        compile_optimizer(mixing.model, mixing.batch(0)[0], loss=nn.CrossEntropyLoss(), terminal="ggn", backend="dense")
+        compile_optimizer(
+            mixing.model,
+            mixing.batch(0)[0],
+            loss=nn.CrossEntropyLoss(),
+            curvature="sgd",
+            terminal="ggn",
+            backend="dense",
+        )
 
 
 def saddle(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

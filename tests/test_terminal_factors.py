@@ -179,7 +179,7 @@ def test_a_loss_of_the_users_own_trains() -> None:
     """Without a formula: through its explicit Hessian, Newton's method on a linear model."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
-    opt = compile_optimizer(model, loss=quartic, terminal="ggn", lr=1e6)
+    opt = compile_optimizer(model, loss=quartic, curvature="sgd", terminal="ggn", lr=1e6)
     x, y = real(6, 4), real(6, 3)
     losses = [float(opt.step(x, y)) for _ in range(12)]
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(quartic(model(x), y).mean(), model.parameters())])

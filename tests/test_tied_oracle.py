@@ -132,7 +132,12 @@ def test_tied_weights_against_explicit_matrices(name: str, backend: str) -> None
     stages, start, losses = by_hand(x, y)
     before = [p.detach().clone() for p in parameters]
     expected = solve(stages, start, [p.flatten() for p in before], losses)
-    options: dict[str, Any] = {"terminal": "gradient", "feedback_clip": None, "backend": backend}
+    options: dict[str, Any] = {
+        "terminal": "gradient",
+        "feedback_clip": None,
+        "rollout": "nonlinear",
+        "backend": backend,
+    }
     opt = compile_optimizer(model, x, loss=loss, curvature="sgd", lr=LR, **options)
     assert len(opt.graph.players[0].uses) == 2, "one player, two uses"
     opt.step(x, y)

@@ -41,7 +41,7 @@ def test_nothing_is_read_before_the_step_is_done(
 ) -> None:
     case = getattr(networks, network)()
     x, y = case.batch(0, 5)
-    opt = compile_optimizer(case.model, x, loss=LOSS, **options)
+    opt = compile_optimizer(case.model, x, loss=LOSS, **{"curvature": "sgd", **options})
     params = on_meta(dict(case.model.named_parameters()))
     groups = {name: opt.param_groups[0] for name in params}
     states = {name: opt._curvature.init_state(value, groups[name]) for name, value in params.items()}
@@ -65,7 +65,7 @@ def test_nothing_is_read_before_the_step_is_done(
 
 def test_what_is_seen_at_the_end() -> None:
     case = networks.residual()
-    opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS)
+    opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd")
     m = BaseMethod(opt._curvature, {}, {}, {}, {}, opt._loss, first=False)
     m.loss, good, bad = torch.tensor(1.0), torch.ones(3), torch.tensor([1.0, float("nan")])
     m.figures = {0: {"weights": good}, 1: {}, 2: {"weights": good}}
@@ -83,7 +83,7 @@ def test_a_factor_that_fails_is_taken_back_and_looked_at(monkeypatch: pytest.Mon
     found = []
     for broken in (False, True):
         case = networks.residual()
-        opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, lr=0.3)
+        opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd", lr=0.3)
         opt.step(*case.batch(0))
         if broken:
             once = iter([True])

@@ -239,7 +239,7 @@ class Kronecker(ABC):
         for layer, x, g in zip(layers, *spans(widths), strict=True):
             own: dict[str, Any] = {"age": lead["age"]}
             if due:
-                own |= {"factor_x": lead["factor_x"][:, x, x], "factor_g": lead["factor_g"][:, g, g]}
+                own |= {key: lead[key][:, at, at] for key, at in zip(self.factor_keys(), (x, g), strict=False)}
                 own |= self.refreshed("kronecker", own, group)
             else:
                 places = {"map_x": (x, x), "map_g": (g, g), "null_x": (x,), "null_g": (g,), "moment": (g, x)}

@@ -160,7 +160,8 @@ def _examples(parts: Parts, module: ModuleType) -> tuple[Any, ...]:
 def _state(parts: Parts, module: ModuleType, params: dict[str, Tensor]) -> Any:
     """The initial state, with everything that the first step adds: a graph's state has the same keys at every step.
 
-    A momentum buffer of zeros is what none is, unless the first gradient is not dampened as the others are.
+    A momentum buffer or a last step of zeros is what none is, unless the first gradient is not
+    dampened as the others are.
 
     Raises:
         CompileError: SGD with dampening.
@@ -174,6 +175,8 @@ def _state(parts: Parts, module: ModuleType, params: dict[str, Tensor]) -> Any:
                     f"{REMEDY}, or use dampening=0",
                 )
             state[name]["momentum_buffer"] = torch.zeros_like(params[name])
+        if "inertia" in options:
+            state[name]["last_step"] = torch.zeros_like(params[name])
     return state
 
 

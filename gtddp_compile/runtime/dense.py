@@ -22,6 +22,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.dense_metric import DenseMetric, Seen
+from gtddp_compile.runtime.dense_rollout import Gains, rolled_out
 from gtddp_compile.runtime.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.precision import Precision
@@ -37,22 +38,6 @@ class Group:
     value_x: dict[str, Tensor]
     value_xx: dict[tuple[str, str], Tensor]
     width: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Gains:
-    """Gains of one stage for one group: ``δu = k + Σ K_v δv``, controls side by side.
-
-    ``values``, ``size``, ``widths``: what the derivation's symbols stand for, sizes of their axes, and of every value
-    after the stage; ``metric``: the stage's ``M`` and ``ℓ_u``.
-    """
-
-    k: Tensor
-    feedback: dict[str, Tensor]
-    values: dict[Any, Tensor]
-    size: dict[Any, int]
-    widths: dict[str, int]
-    metric: tuple[Tensor, Tensor, list[int]]
 
 
 class DenseBackend:
@@ -122,6 +107,7 @@ class DenseBackend:
             measures.insert(0, hessian)
         if options.feedback is True and options.rollout_kind == "linear":
             self._joint(m, groups, gains)
+            trajectory.settle()
         else:
             self._forward(m, q, trajectory, groups, gains, measures, aim)
         return phi
@@ -159,7 +145,7 @@ class DenseBackend:
         groups: list[Group],
         g: dict[str, Tensor],
     ) -> list[Gains]:
-        """Statistics from all groups, then every group's gains and value recursion; ``g``: at the cut after the stage."""
+        """Statistics from all groups, then every group's gains and value recursion; ``g``: at the cut after it."""
         jacobians = seen.jacobians
         batch = sum(len(group.samples) for group in groups)
         names = {letter: self.program.graph.player[player].parameters for letter, player in stage.controls.items()}
@@ -305,43 +291,12 @@ class DenseBackend:
 
         A group's own rollout is that of a batch like it; the update is the groups' by their shares.
         """
-        steps = [self._rolled_out([found[n] for found in gains]) for n in range(len(groups))]
-        for stage, *found in zip(self.program.derived.stages, *steps, strict=True):
+        stages, bound = self.program.derived.stages, self.program.options.max_step
+        steps = [rolled_out(stages, [found[n] for found in gains], bound) for n in range(len(groups))]
+        for stage, *found in zip(stages, *steps, strict=True):
             total = sum(group.share * delta for group, delta in zip(groups, found, strict=True))
             assert isinstance(total, Tensor)
             self._apply(m, stage, total)
-
-    def _rolled_out(self, gains: list[Gains]) -> list[Tensor]:
-        """``δû`` of every stage for one group."""
-        change: dict[str, Tensor] = {}
-        steps: list[Tensor] = []
-        for stage, found in zip(self.program.derived.stages, gains, strict=True):
-            d, values, size = stage.derivation, dict(found.values), found.size
-            for i, ins in stage.inputs.items():
-                rows = size[d.q_x[i].symbol.shape[0]]
-                moved = [change[name] for name in ins if name in change]  # before the first stage nothing has moved
-                values[d.change[i]] = torch.cat(moved) if moved else found.k.new_zeros(rows, 1)
-            delta = evaluate(d.rolled["u"].expression, values, size)
-            steps.append(delta)
-            pieces = delta.split(found.metric[2])
-            values.update((d.moved[letter], piece) for letter, piece in zip(stage.controls, pieces, strict=True))
-            change = {}
-            for o, outs in stage.outputs.items():
-                after = evaluate(d.rolled[o].expression, values, size)
-                change.update(zip(outs, after.split([found.widths[name] for name in outs]), strict=True))
-        return self._capped(steps, gains)
-
-    def _capped(self, steps: list[Tensor], gains: list[Gains]) -> list[Tensor]:
-        """The part ``-M⁻¹ (C w)`` that the samples ask for within ``max_step``, its norm in ``M``."""
-        bound = self.program.options.max_step
-        if bound is None:
-            return steps
-        metrics = [found.metric[:2] for found in gains]
-        carried = [-torch.linalg.solve(curvature, linear) for curvature, linear in metrics]
-        asked = [step - own for step, own in zip(steps, carried, strict=True)]
-        square = sum(float((part.T @ metric[0] @ part).sum()) for part, metric in zip(asked, metrics, strict=True))
-        scale = min(1.0, bound / max(square, torch.finfo(steps[0].dtype).tiny) ** 0.5)
-        return [own + scale * part for own, part in zip(carried, asked, strict=True)]
 
     # --- forward sweep ------------------------------------------------------------------------------------------------
 

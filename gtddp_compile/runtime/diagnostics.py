@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +25,8 @@ class Diagnostics:
         *,
         skipped: bool = False,
     ) -> None:
-        self._loss, self._stages, self._program, self._skipped = loss, figures or {}, program, skipped
+        self._loss, self._kept, self._program, self._skipped = loss, figures or {}, program, skipped
+        self._stages: Mapping[int, Mapping[str, Any]] = self._kept
         self._found: dict[str, Any] | None = None
 
     def figures(self) -> Mapping[str, Any]:
@@ -34,6 +36,9 @@ class Diagnostics:
         return self._found
 
     def _evaluate(self) -> dict[str, Any]:
+        joint = self._program is not None and self._program.form.name == "joint"
+        if joint and "weights" in self._kept.get(0, {}):  # the dense backend keeps none
+            self._stages = with_factors(self._kept)
         stages = self._stages.values()
         found: dict[str, Any] = {
             "loss": float(self._loss) if self._loss is not None else None,
@@ -110,12 +115,46 @@ class Diagnostics:
         return total
 
 
+def with_factors(figures: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Figures of the joint step as those of the stage-by-stage one: every stage's factor of ``Λ_t``, and its ``w``.
+
+    ``Λ_t = Λ_T + τ Σ Γ_s`` over the stages ``s`` from t on; ``w`` is the same at every stage.
+    """
+    last, weights = figures[max(figures)], figures[0]["weights"]
+    found = {index: dict(figure) for index, figure in figures.items()}
+    total: tuple[Tensor, ...] | None = None
+    for index in sorted((index for index, figure in figures.items() if "gammas" in figure), reverse=True):
+        for gamma in figures[index]["gammas"].values():
+            scales = _scales(gamma)
+            if "start" in last:  # the ordinary gradient is a column beside those of the factor
+                gamma, _ = kernels.split_columns(gamma, weights.numel() // int(last["samples"]), 1.0, scales)
+            if total is None:
+                diagonal = last["information"] if "information" in last else torch.ones_like(weights) / last["start"]
+                total = kernels.blocks_diagonal(diagonal, _rows(gamma))
+            total = kernels.blocks_add(total, kernels.blocks_scale(scales, gamma))
+        assert total is not None
+        found[index]["factor"], _ = kernels.factor(total)
+        found[index]["weights"] = weights
+    return found
+
+
+def _rows(blocks: tuple[Tensor, ...]) -> tuple[slice, ...]:
+    """Rows of every block of a matrix."""
+    ends = list(itertools.accumulate(block.shape[0] for block in blocks))
+    return tuple(slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False))
+
+
+def _scales(blocks: tuple[Tensor, ...]) -> tuple[float, ...]:
+    """``τ`` of every group, which is a block: it stands for the batch."""
+    total = sum(block.shape[0] for block in blocks)
+    return tuple(total / block.shape[0] for block in blocks)
+
+
 def _product(gamma: tuple[Tensor, ...], left: Tensor, right: Tensor, *, scaled: bool = False) -> float:
     """``leftᵀ Γ right``; ``scaled``: each group's part as often as it stands for the batch."""
-    sizes = [block.shape[0] for block in gamma]
-    total = 0.0
-    for v, block, w in zip(left.split(sizes), gamma, right.split(sizes), strict=True):
-        total += float(v @ block @ w) * (sum(sizes) / block.shape[0] if scaled else 1.0)
+    total, scales = 0.0, _scales(gamma) if scaled else (1.0,) * len(gamma)
+    for row, block, scale in zip(_rows(gamma), gamma, scales, strict=True):
+        total += float(left[row] @ block @ right[row]) * scale
     return total
 
 

@@ -321,6 +321,10 @@ class Trajectory:
         restore_random_state(self._random[t])
         self._run(t, moved, q, self._still)
         moved.update(self._copies(q, t))
+        self.settle()
+
+    def settle(self) -> None:
+        """The random state after the first sweep: a step draws as much as one forward pass."""
         restore_random_state(self._random[len(self.graph.stages)])
 
     def change(self, moved: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:

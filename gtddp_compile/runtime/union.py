@@ -43,6 +43,12 @@ def check_form(program: UpdateProgram) -> None:
             + ("it keeps one matrix over all samples" if dense else "its recursions add over all samples of the batch"),
             f"Use {'the fast backend' if dense else 'coupling=' + repr('full') + ' or a group size'}",
         )
+    if program.options.max_grad_norm is not None:
+        raise CompileError(
+            f"accumulate() with max_grad_norm={program.options.max_grad_norm!r}: the norm is that of the union's "
+            "gradients, and every micro-batch would clip its own",
+            "Leave one of them out",
+        )
     if program.lowered.plan.every:
         raise CompileError(
             f"accumulate() with gram={program.options.gram!r}: its levels belong to steps, not to micro-batches",
@@ -297,6 +303,8 @@ def _merged(key: str, parts: list[Any], shares: list[float]) -> Any:
         return tuple(block * share**-0.5 for blocks, share in pairs for block in blocks)
     if key == "lifted":
         return tuple(failed for part in parts for failed in part)
+    if key == "information":  # of P_T⁻¹, likewise
+        return torch.cat([part / share for part, share in pairs])
     if key in ("alpha", "weights"):
         return torch.cat([part * share for part, share in pairs])
     if key == "start":
