@@ -179,6 +179,11 @@ class Options:
         return self.terminal or ("geometric" if self.recursion == "levenberg" else "gradient")
 
     @property
+    def papers_scale(self) -> bool:
+        """Whether ``V_xx = V_x V_xᵀ`` at the end, sample by sample: Proposition 5 in the paper's own recursions."""
+        return self.recursion != "levenberg" and self.terminal_kind == "gradient"
+
+    @property
     def factored(self) -> bool:
         """Whether the terminal factor has columns of its own, apart from the gradient."""
         return not is_rank_one(self.terminal_kind)

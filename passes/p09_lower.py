@@ -119,13 +119,15 @@ def _loss(b: Builder) -> None:
     group = b.plan.coupling if isinstance(b.plan.coupling, int) else None
     more = () if weight == [1.0, 0.0, 0.0] else (*weight, group)
     b.emit("loss", end, ("ones", "aim", "start"), "m.terminal", Var("phi"), kind, *more,
-           note="V_x = start g, V_xx = start g g^T / aim; start = 1/B or 1")  # fmt: skip
+           note="V_x = start g; start = 1/B or 1; where a sample's loss is to fall: by the aim")  # fmt: skip
     (terminal_columns if b.factored else _terminal)(b, end)
 
 
 def _terminal(b: Builder, end: int) -> None:
     form, coupling = b.plan.form.name, b.plan.coupling
-    values = {name: Code(str(value).replace("/", " / ")) for name, value in a.terminal().items()}
+    papers = form not in a.LEVENBERG and b.plan.terminal[0] == "gradient"
+    start = a.terminal(papers_scale=papers)
+    values = {name: Code(str(value).replace("/", " / ").replace("**", " ** ")) for name, value in start.items()}
     b.emit("loss", end, (f"*alpha_{end}",), "=", Code(f"{values['alpha'].text} * ones"), note="alpha_T")
     if form in a.LEVENBERG:
         b.emit("loss", end, (), "m.keep", end, alpha=Var(f"alpha_{end}"))
@@ -142,7 +144,8 @@ def _terminal(b: Builder, end: int) -> None:
         diagonal = Var("information") if form == "joint" else values["Lambda"]
         b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal", diagonal, Var("rows"), note="Lambda_T = P_T^-1")
     elif form != "base":
-        b.emit("loss", end, (f"*rho_{end}",), "=", values["rho"], note="rho_T: P_T = diag(rho_T)")
+        b.emit("loss", end, (f"*rho_{end}",), "=", values["rho"],
+               note="rho_T: V_xx = V_x V_x^T (Prop. 5)" if papers else "rho_T: P_T = diag(rho_T)")  # fmt: skip
 
 
 # --- backward sweep ---------------------------------------------------------------------------------------------------

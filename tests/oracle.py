@@ -9,7 +9,8 @@ The network is a list of `Stage`s over hand-written augmented states. Two indepe
   only one that defines section 4e's reading of operations that mix samples (batch-norm).
 
 Definitions, where the text leaves a choice. Scale: the loss is `s * sum(phi)` with `s = 1/B` ("mean") or 1
-("sum"); `V_x = s grad`, `V_xx = s grad gradᵀ`.
+("sum"); `V_x = s grad`, `V_xx = s grad gradᵀ`, or `V_x V_xᵀ`, `s²` in place of `s`, where the paper's own recursions
+take the paper's terminal Hessian (Proposition 5: the factor is the gradient of the batch's cost).
 
 Groups of b (consecutive samples, the last one ragged, `b_j` its own size): each group stands for the batch,
 so it runs the whole recursion for its own mean loss, `(B/b_j) s * sum over the group`, with the metric M of
@@ -73,6 +74,10 @@ class Options:
         if self.terminal == "gradient":
             return torch.ones_like(phi)
         return phi.clamp_min(1e-4 * float(phi.mean()))
+
+    def scale_xx(self, scale: float) -> float:
+        """What stands before grad gradᵀ / aim in V_xx at the end."""
+        return scale**2 if self.recursion != "levenberg" and self.terminal == "gradient" else scale
 
     def groups(self, batch: int) -> list[slice]:
         size = self.coupling if isinstance(self.coupling, int) else batch
@@ -202,7 +207,7 @@ def ddp_step(
     scale = 1 / batch if options.reduction == "mean" else 1.0
     record.loss = float(phi.sum() * scale)
     aim = options.aim(phi)
-    z = g * (scale / aim).sqrt()[:, None] if options.feedback is not False else torch.zeros_like(g)
+    z = g * (options.scale_xx(scale) / aim).sqrt()[:, None] if options.feedback is not False else torch.zeros_like(g)
     groups = [Group(rows, scale * g[rows].flatten(), outer_blocks(z[rows]), z[rows]) for rows in options.groups(batch)]
     gradients = {len(stages): g}
     metrics: dict[int, Tensor] = {}
@@ -278,7 +283,7 @@ def collapsed_step(
     gradients, gammas = sample_gradients(stages, params, states, g)
     groups, block = options.groups(batch), options.coupling == "block"
     aim = options.aim(phi)
-    P = scale * torch.diag(1 / aim)
+    P = options.scale_xx(scale) * torch.diag(1 / aim)
     y, alpha = aim, torch.full_like(phi, scale)
     plans: dict[int, Callable[[Tensor], Tensor]] = {}
     metrics: dict[int, Tensor] = {}

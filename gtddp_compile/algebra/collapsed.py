@@ -64,9 +64,12 @@ START, AIM = Symbol("start", positive=True), Symbol("aim", positive=True)
 """At the end of the trajectory ``V_x = start g`` and ``V_xx = start g gᵀ / aim``, sample by sample."""
 
 
-def terminal() -> dict[str, Expr]:
-    """What every sample has at the end: ``P_T`` is diagonal there, and ``Λ_T = P_T⁻¹``, ``y_T = P_T⁻¹ α_T``."""
-    alpha, rho = START, START / AIM
+def terminal(*, papers_scale: bool = False) -> dict[str, Expr]:
+    """What every sample has at the end: ``P_T`` is diagonal there, and ``Λ_T = P_T⁻¹``, ``y_T = P_T⁻¹ α_T``.
+
+    ``papers_scale``: Proposition 5's factor is the gradient of the batch's cost, so that ``V_xx = V_x V_xᵀ``.
+    """
+    alpha, rho = START, START**2 / AIM if papers_scale else START / AIM
     return {"alpha": alpha, "rho": rho, "Lambda": 1 / rho, "y": alpha / rho}
 
 

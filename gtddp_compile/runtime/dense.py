@@ -126,7 +126,7 @@ class DenseBackend:
     ) -> Group:
         """``V_x = α_T g`` and ``V_xx`` block-diagonal in the samples: ``H_i`` over B and the aim (section 2)."""
         keep = 1.0 if self.program.options.feedback else 0.0  # Proposition 4: no value Hessian
-        weight = keep * start / aim[samples]
+        weight = keep * start / aim[samples] * (start if self.program.options.papers_scale else 1.0)
         mine = {name: value[samples] for name, value in g.items()}
         value_x = {name: start * value.reshape(-1, 1) for name, value in mine.items()}
         value_xx = {}
