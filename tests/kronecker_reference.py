@@ -17,7 +17,7 @@ class Reference:
 
     def __init__(self, model: nn.Module, kind: str, **options: Any) -> None:
         self.model, self.kind = model, kind
-        defaults = {"lr": 1e-2, "damping": 1e-3, "stat_decay": 0.95, "refresh": 10, "stat_every": 1,
+        defaults = {"lr": 1e-2, "damping": 1e-3, "stat_decay": 0.95, "refresh": 10, "stat_every": 10,
                     "momentum": 0.0, "weight_decay": 0.0, "small": 256, "pi": True, "early": 10}  # fmt: skip
         self.options = defaults | options
         self.memory: dict[str, dict[str, Any]] = {}
@@ -69,7 +69,7 @@ class Reference:
         keep = min(1 - 1 / self.steps, o["stat_decay"])
 
         def average(key: str, new: Tensor, every: int = 1) -> Tensor:
-            if self.steps <= o["early"] or (self.steps - 1) % every == 0:
+            if self._early() or (self.steps - 1) % every == 0:
                 count = memory[f"{key} averaged"] = memory.get(f"{key} averaged", 0) + 1
                 kept = min(1 - 1 / count, o["stat_decay"])
                 memory[key] = new if key not in memory else kept * memory[key] + (1 - kept) * new
@@ -88,13 +88,17 @@ class Reference:
         else:
             a = torch.ones(1, 1, 1, dtype=flat.dtype)
             b = average("B", (gamma.T @ gamma / len(gamma))[None], o["stat_every"])
-        if self.steps <= o["early"] or (self.steps - 1) % o["refresh"] == 0:
+        if self._early() or (self.steps - 1) % o["refresh"] == 0:
             memory["blocks"] = [(a[k], b[k]) for k in range(len(a))]
             memory.pop("moment", None)
         solved = self._solve(memory, keep, flat[order], gamma[:, order], exact=rows is None)
         back = torch.empty_like(flat)
         back[order] = solved
         return self._momentum(own, p, back)
+
+    def _early(self) -> bool:
+        """Steps 1, 2, 3, 5, 9, …"""
+        return self.steps in (1, *(1 + 2**k for k in range(9))) and self.steps <= self.options["early"]
 
     def _solve(self, memory: dict[str, Any], keep: float, flat: Tensor, gamma: Tensor, *, exact: bool) -> Tensor:
         """Every group of the layer by its own dense matrix, `kron(B, A)` on rows (output, input)."""
