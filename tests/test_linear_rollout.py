@@ -17,7 +17,7 @@ from test_linear_quadratic import PROBLEMS, data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gtddp_compile import CompiledOptimizer, Geometric, compile_optimizer
+from gtddp_compile import FOOF, CompiledOptimizer, Geometric, compile_optimizer
 
 LOSS, SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
 SIZE = 5
@@ -148,10 +148,11 @@ def test_kronecker_factors(curvature: str, backend: Any) -> None:
 
 
 def test_the_defaults() -> None:
-    """Nothing said: FOOF with inertia 0.9 and an aim of 0.6 that few samples have less of, coupled as a whole."""
+    """Nothing said: FOOF with the inertia and the aim that it suggests, coupled as a whole."""
     model = copy.deepcopy((case := networks.nested()).model)
     opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS)
-    options = {"lr": 3.0, "damping": 0.1, "inertia": 0.9, "terminal": Geometric(0.6, half=8.0)}
+    options = {"lr": FOOF.lr, "damping": FOOF.damping, **FOOF.suggests}
+    assert options["inertia"] > 0 and options["terminal"].half > 0
     expected = oracle(case.model, curvature="foof", **options)
     for step in range(3):  # statistics are taken in each; later only now and then
         x, y = case.batch(step, SIZE)
