@@ -70,8 +70,8 @@ def compile_optimizer(
             no step.
         max_grad_norm: the weighted gradient is clipped as ``torch.nn.utils.clip_grad_norm_`` clips; with
             ``feedback=False`` exactly that.
-        feedback_clip: (nonlinear rollout) bound on the predicted change of a sample's loss that is believed, in units of its aim (see
-            ``terminal``); ``None``: none.
+        feedback_clip: (nonlinear rollout) bound on the predicted change of a sample's loss that is believed, in units
+            of its aim (see ``terminal``); ``None``: none.
         schedule: ``"asap"``, ``"alap"``, ``"sequential"``, or a mapping of player names to stages.
         coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation).
         recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``).

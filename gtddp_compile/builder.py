@@ -83,7 +83,7 @@ class Builder:
         return self.plan.linear or self.factored
 
     def alpha(self, t: int) -> str:
-        """The variable of what statistics at stage ``t`` are taken from: ``α`` after it, in the linear rollout ``α_T``."""
+        """What statistics at stage ``t`` are taken from: ``α`` after it, in the linear rollout ``α_T``."""
         return f"alpha_{len(self.plan.stages) if self.plan.form.name == 'joint' else t + 1}"
 
     @property

@@ -8,6 +8,7 @@ product of a vector with them, and the layer's input need not be held for the se
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from gtddp_compile import kernels
@@ -82,6 +83,22 @@ def choose_gram(plan: Plan, use: Use) -> GramChoice:
     return replace(found, low=plan.low and found.form == "per-sample" and layer.prefix == "linear", every=plan.every)
 
 
+def rollout_units(plan: Plan, uses: Iterable[Use]) -> tuple[float, float] | None:
+    """Multiplications of a step of both rollouts against a training step's; ``None``: of no layer are they known.
+
+    A training step's are three products a layer: forward, gradient of the input, of the weight. The linear rollout has
+    ``Γ`` beside them, and with inertia ``⟨γ_i, v⟩``; the nonlinear one runs every layer again, too.
+    """
+    base = linear = again = 0.0
+    for use in uses:
+        layer = _layer(plan.graph, use)
+        if layer is not None and use.wants[0]:
+            base += 3 * layer.weighted
+            linear += 2 * layer.weighted + layer.cost(choose_gram(plan, use)) + plan.inertia * layer.weighted
+            again += layer.weighted
+    return (linear / base, (linear + again) / base) if base else None
+
+
 def observes(plan: Plan, use: Use) -> bool:
     """Whether a layer's per-sample gradients, which an exact ``Γ`` under a diagonal metric is made of, give its
     statistics too: where they are cheaper to make than twice the weighted gradient, that is, where they are summed
@@ -107,8 +124,9 @@ def separates(plan: Plan, use: Use) -> bool:
 def choose_coordinates(plan: Plan, use: Use) -> str:
     """In which form a layer's per-sample gradients are kept where its Kronecker metric is diagonal.
 
-    ``"rows"``, ``"samples"``, ``"dual"`` (:mod:`gtddp_compile.kernels.coordinates`), or ``""`` where they are too large, or where
-    nobody reads them twice: without feedback only an update from few rows is cheaper than one from the gradient.
+    ``"rows"``, ``"samples"``, ``"dual"`` (:mod:`gtddp_compile.kernels.coordinates`), or ``""`` where they are too
+    large, or where nobody reads them twice: without feedback only an update from few rows is cheaper than one from
+    the gradient.
     """
     layer = _layer(plan.graph, use)
     form = plan.form.name
@@ -157,9 +175,7 @@ class _Layer:
     groups: int
     folded: bool = False
 
-    def choice(
-        self, gram: str, columns: int, *, diagonal: bool, weight: bool, sketches: bool = False
-    ) -> GramChoice:
+    def choice(self, gram: str, columns: int, *, diagonal: bool, weight: bool, sketches: bool = False) -> GramChoice:
         """The form of the Gram matrix that the option ``gram`` asks for; ``sketches``: of ``"auto"`` too."""
         exact = self._exact(diagonal=diagonal, separated=False, weight=weight)
         if gram == "exact":
@@ -247,6 +263,8 @@ class _Layer:
     def cost(self, choice: GramChoice) -> float:
         """The Gram matrix and the weighted gradient."""
         batch, outputs = self.output[0], self.weight[0]
+        if choice.approximate in ("sketch", "centre"):
+            return self.weighted + self.sketch(choice.columns or 1)
         if choice.form == "per-sample":
             build = self.weighted + batch**2 * math.prod(self.weight)
             return build + (batch * math.prod(self.weight) if choice.kept else self.weighted)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Phase = Literal["trajectory", "loss", "backward", "forward", "joint", "checkpoint", "recompute", "gradients"]
-"""Of ``"forward"`` and ``"joint"`` a program has one: the policy rolled out on the network, or on its linearisation. The last three are of programs that run the trajectory again (``memory="recompute"``)."""
+"""Of ``"forward"`` and ``"joint"`` a program has one: the policy rolled out on the network, or on its linearisation.
+The last three are of programs that run the trajectory again (``memory="recompute"``)."""
 
 
 @dataclass(frozen=True, slots=True)

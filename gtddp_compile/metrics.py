@@ -201,7 +201,7 @@ def decide(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str) -
         update(b, phase, t, block, gradients, note)
 
 
-# --- all gradients before the first update -----------------------------------------------------------------------------
+# --- all gradients before the first update ----------------------------------------------------------------------------
 
 
 def base_gradients(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
@@ -337,7 +337,9 @@ def _statistics(
         return ()
     if block.kind == "uniform":
         (player,) = block.players
-        b.emit(phase, t, (), "m.observe_uniform", player.parameters, block.positions, note="input 1 at so many positions")
+        b.emit(
+            phase, t, (), "m.observe_uniform", player.parameters, block.positions, note="input 1 at so many positions"
+        )
         return ()
     assert alpha is not None
     if block.kind == "diagonal":

@@ -25,6 +25,7 @@ from gtddp_compile.runtime.accumulated import Accumulated
 from gtddp_compile.runtime.compiled import NotFactored
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
+from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
 from gtddp_compile.runtime.precision import lift
@@ -240,6 +241,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
         with self._in_the_model_s_words(inputs, before):
             try:
                 backend.run(m, params, buffers, new, inputs, targets, **how)
+                if self._options.line_search is not None:
+                    self._choose_length(m, inputs, targets, before)
             except NotFactored:
                 m.undo()
                 restore_random_state(before)
@@ -255,6 +258,16 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 m.undo()
                 raise
         return self._done(program, m, originals, {name: buffers[name] for name in advancing})
+
+    def _choose_length(self, m: BaseMethod, inputs: tuple[Any, ...], targets: Any, before: Any) -> None:
+        after, grid = random_state(), self._options.line_search
+        assert grid is not None
+        view = self._view
+        length = choose_length(
+            m, grid, view.model, view.buffers(), self._loss, inputs, targets, lambda: restore_random_state(before)
+        )
+        restore_random_state(after)
+        m.keep(0, step_length=length)
 
     def _done(
         self, program: UpdateProgram, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]

@@ -248,8 +248,8 @@ class Options:
             )
         if self.max_grad_norm is not None and self.feedback is not False and self.rollout_kind != "linear":
             raise CompileError(
-                f"max_grad_norm={self.max_grad_norm!r}: the norm is that of all parameters' weighted gradients, and here "
-                "a stage's is known when the stages before have moved",
+                f"max_grad_norm={self.max_grad_norm!r}: the norm is that of all parameters' weighted gradients, and "
+                "here a stage's is known when the stages before have moved",
                 "Use it with rollout='linear', or with feedback=False",
             )
         if self.max_grad_norm is not None and (self.backend == "dense" or self.memory == "recompute"):

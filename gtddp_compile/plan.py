@@ -41,7 +41,7 @@ class MetricBlock:
             (such a coalition, each player's own curvature kept beside: Eq. 23), ``"shared"`` (Corollary 7),
             ``"exact"`` (``E[γ γᵀ]``), ``"diagonal"`` (``E[γ²]``) or, where the metric is of inputs alone, ``"uniform"``
             (a multiple of the identity) and ``"channels"`` (a convolution: of its input channels at a pixel).
-        positions: of a ``"uniform"`` block, at how many places a sample uses each parameter; of ``"channels"``, its bias.
+        positions: of a ``"uniform"`` block, how often a sample uses each parameter; of ``"channels"``, the bias.
         players: in order.
         why: one line for the reader, where the choice needs words.
     """

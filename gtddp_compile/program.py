@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from sympy import latex
 
-from gtddp_compile.algebra.collapsed import CollapsedForm
+from gtddp_compile.algebra.collapsed import COUPLED, CollapsedForm
 from gtddp_compile.algebra.derivation import Equation, StageDerivation, equation_text
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.columns import describe_terminal, vectorises
-from gtddp_compile.costs import choose_gram, separates
+from gtddp_compile.costs import choose_gram, rollout_units, separates
 from gtddp_compile.difference import ProgramDiff, compare
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, read, write
@@ -194,7 +194,7 @@ class UpdateProgram:
         shown = describe_terminal(self.graph, self.form, self.options)
         table = Table(
             title=f"{self.form.name} form, coupling {self.options.coupling}, {shown}",
-            caption="\n".join(filter(None, (self._memory(), self._mixing()))),
+            caption="\n".join(filter(None, (self._products(), self._memory(), self._mixing()))),
         )
         for column in ("stage", "player", "kind", "rule", "parameters", "gram", "notes"):
             table.add_column(column, overflow="fold")
@@ -206,6 +206,19 @@ class UpdateProgram:
                 "; ".join(filter(None, self._remarks(player, uses))),
             )  # fmt: skip
         return rendered(table)
+
+    def _products(self) -> str:
+        """Both rollouts beside each other."""
+        plan = self.lowered.plan
+        if self.form.name not in COUPLED or self.form.factored:
+            return ""
+        found = rollout_units(plan, (use for uses in self.lowered.uses.values() for use in uses))
+        if found is None:
+            return ""
+        linear, again = (f"{units:.2f}" for units in found)
+        return (
+            f"multiplications of a training step's (layers of known shape): rollout linear {linear}, nonlinear {again}"
+        )
 
     def _memory(self) -> str:
         return describe_memory(self.graph, self.lowered.plan.segments, gradients=self.form.name != "base")

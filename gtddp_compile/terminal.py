@@ -69,7 +69,7 @@ FactorKind = Literal["cross_entropy", "elementwise", "explicit"]
 
 @dataclass(frozen=True)
 class Geometric:
-    """``"geometric"`` with another aim: ``H = ∇φ ∇φᵀ / (κ φ)``, ``κ = aim b / (b + half) + own / b`` for b coupled samples.
+    """``"geometric"`` with another aim: ``H = ∇φ ∇φᵀ / (κ φ)``, ``κ = aim b / (b + half) + own / b``, b samples.
 
     The model of a sample's loss is least where it has fallen by ``κ φ``, and ``feedback_clip`` is in units of that. A
     greater κ holds a step back less. Up to 2 the model never promises a negative loss; ``aim=2`` is Gauss-Newton on the
@@ -94,10 +94,14 @@ class Geometric:
     half: float = 0.0
 
     def __post_init__(self) -> None:
-        options = (("aim", self.aim, self.aim > 0), ("own", self.own, self.own >= 0), ("half", self.half, self.half >= 0))
+        options = (
+            ("aim", self.aim, self.aim > 0),
+            ("own", self.own, self.own >= 0),
+            ("half", self.half, self.half >= 0),
+        )
         for option, value, ok in options:
             if isinstance(value, bool) or not ok or math.isinf(value):
-                raise CompileError(f"Geometric has {option}={value!r}", "Give aim > 0, own >= 0 and half >= 0, all finite")
+                raise CompileError(f"Geometric has {option}={value!r}", "Give aim > 0, own >= 0, half >= 0, all finite")
 
 
 Terminal = Literal["geometric", "gradient", "ggn"] | MonteCarlo | Geometric

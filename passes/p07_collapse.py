@@ -51,7 +51,7 @@ def collapse(
     """Prove the ansatz on every pattern, then choose the form for this recursion, coupling and rollout.
 
     ``factored``: the terminal Hessian has factors of its own, so that the linear term is kept apart. ``inertia``: the
-    curvature regularises towards ``μ`` times the last step, ``½ (δu - μ v)ᵀ M (δu - μ v)``, so that ``ℓ_u`` has ``-μ M v``.
+    curvature regularises towards ``μ`` times the last step, ``½ (δu - μ v)ᵀ M (δu - μ v)``: ``ℓ_u`` has ``-μ M v``.
 
     Raises:
         CompileError: the combination has no collapsed form, or the ansatz does not reproduce itself.
@@ -79,9 +79,7 @@ def form_equations(
     return backward, forward, (*claims, *proved)
 
 
-def form_name(
-    recursion: Recursion, coupling: Coupling, *, feedback: bool, rollout: Rollout = "nonlinear"
-) -> FormName:
+def form_name(recursion: Recursion, coupling: Coupling, *, feedback: bool, rollout: Rollout = "nonlinear") -> FormName:
     """Which collapsed form serves an allowed combination of options."""
     if recursion != "levenberg" and coupling != "block":
         raise CompileError(

@@ -104,7 +104,11 @@ def draws(lowered: Lowered) -> bool:
 def _rewinds(lowered: Lowered) -> bool:
     """Whether the random state is handled here: programs that run segments again say themselves when they rewind."""
     found = lowered.instructions
-    return draws(lowered) and any(one.phase == "forward" for one in found) and all(one.function != "m.mark" for one in found)
+    return (
+        draws(lowered)
+        and any(one.phase == "forward" for one in found)
+        and all(one.function != "m.mark" for one in found)
+    )
 
 
 def body(lowered: Lowered, style: Style) -> list[str]:
@@ -131,8 +135,8 @@ def _step(lowered: Lowered) -> str:
 
 
 SHARED = frozenset(f"m.{name}" for name in (
-    "terminal", "observe", "observe_block", "observe_moment", "observe_uniform", "apply", "apply_block", "descend", "descend_block",
-    "observe_factors", "observe_coordinates", "apply_steps", "descend_steps",
+    "terminal", "observe", "observe_block", "observe_moment", "observe_uniform", "observe_channels", "observe_factors",
+    "observe_coordinates", "apply", "apply_block", "apply_steps", "descend", "descend_block", "descend_steps",
 ))  # fmt: skip
 """What micro-batches of one update have in common: statistics, updates, and the weight of a batch in them."""
 

@@ -14,7 +14,7 @@ from gtddp_compile.algebra.symbols import Rule, SymmetricSymbol
 
 FormName = Literal["joint", "information", "block", "substituted", "printed", "base"]
 COUPLED: tuple[FormName, ...] = ("joint", "information")
-"""Forms that couple the samples of a batch, or of a group of it, by one matrix: the linear and the nonlinear rollout."""
+"""Forms that couple the samples of a batch or group by one matrix: the linear and the nonlinear rollout."""
 LEVENBERG: tuple[FormName, ...] = (*COUPLED, "block")
 """Forms whose stage Hessian is ``M + f_uᵀ V_xx f_u``."""
 
@@ -88,10 +88,10 @@ class CollapsedForm:
     """The equations the fast program runs, one set for every stage, and the claims they rest on.
 
     Attributes:
-        name: ``"joint"`` (full batch coupling and groups, the policy rolled out on the linearised dynamics: one ``w`` for
-            all stages), ``"information"`` (the same coupling, rolled out on the network), ``"block"`` (per-sample coupling,
-            Levenberg stage Hessian), ``"substituted"`` and ``"printed"`` (4b, the paper's own), ``"base"`` (feedback
-            off).
+        name: ``"joint"`` (full batch coupling and groups, the policy rolled out on the linearised dynamics: one
+            ``w`` for all stages), ``"information"`` (the same coupling, rolled out on the network),
+            ``"block"`` (per-sample coupling, Levenberg stage Hessian), ``"substituted"`` and ``"printed"``
+            (4b, the paper's own), ``"base"`` (feedback off).
         backward: equations of the backward sweep, in order, by the name of what they define.
         forward: equations of the forward sweep.
         factored: whether the columns are pulled-back factors (``V_x = A + G α``) instead of gradients (``V_x = G α``).

@@ -16,8 +16,8 @@ from gtddp_compile.curvature.base import Group
 from gtddp_compile.curvature.foof import FOOF
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.curvature.updates import ParameterUpdates
-from gtddp_compile.kernels.coordinates import coordinates_step, few_rows, kronecker_coordinates
 from gtddp_compile.kernels.channels import channel_step
+from gtddp_compile.kernels.coordinates import coordinates_step, few_rows, kronecker_coordinates
 from gtddp_compile.kernels.kronecker import Layer, Metric, kronecker_precondition
 from gtddp_compile.kernels.patches import _conv_images
 
@@ -119,9 +119,7 @@ class BlockUpdates(ParameterUpdates):
             terms = [(self._params[name], self._linear(name)) for name in player]
             linear.append(tuple(torch.zeros_like(param) if term is None else term for param, term in terms))
         found = self._scaled(kind, names, self._directions(kind, names, linear), 1)
-        return tuple(
-            tuple(map(self._less_inertia, player, parts)) for player, parts in zip(names, found, strict=True)
-        )
+        return tuple(tuple(map(self._less_inertia, player, parts)) for player, parts in zip(names, found, strict=True))
 
     def open_block(
         self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]

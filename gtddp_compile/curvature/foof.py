@@ -13,8 +13,8 @@ from gtddp_compile.curvature.base import NONE, Group, Memory, State
 from gtddp_compile.curvature.checks import Scalar, scalar
 from gtddp_compile.curvature.kfac import inverse_root
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
-from gtddp_compile.kernels.kronecker import Layer, input_factor
 from gtddp_compile.kernels.channels import channel_factor, channel_filters
+from gtddp_compile.kernels.kronecker import Layer, input_factor
 from gtddp_compile.terminal import Geometric
 
 
@@ -26,13 +26,14 @@ class FOOF(Kronecker):
     positions, running averages), without its gradient factor. Cheaper than :class:`KFAC`: no gradient statistics and
     one inverse a layer. With feedback off it is the published method, ``δW = -lr G (A + λ ā I)⁻¹``.
 
-    A convolution's ``A`` is the covariance of its input channels at a pixel, for every element of the kernel (spatially
-    uncorrelated: Grosse and Martens 2016, sec. 4): steps to a target are those of the whole patches' (docs/robustness.md),
-    at a hundredth of the price.
+    A convolution's ``A`` is the covariance of its input channels at a pixel, for every element of the kernel
+    (spatially uncorrelated: Grosse and Martens 2016): steps to a target are those of whole patches
+    (docs/robustness.md), at a hundredth of the price.
 
-    Linear layers whose outputs are added up decide as the one layer that they are, of the inputs side by side (Theorem 3
-    with ``B = I``); others have nothing to do with each other. Parameters that are no layer's weight (normalisations,
-    embeddings, bare ones) have the input 1 at the P positions of a sample at which they are used: ``M = P (1 + λ) I / lr``.
+    Linear layers whose outputs are added up decide as the one layer that they are, of the inputs side by side (Theorem
+    3 with ``B = I``); others have nothing to do with each other. Parameters that are no layer's weight (normalisations,
+    embeddings, bare ones) have the input 1 at the P positions of a sample at which they are used: ``M = P (1 + λ) I /
+    lr``.
 
     Do not use it where layers' outputs differ by orders of magnitude in how much the loss depends on them (very deep
     networks without normalisation): :class:`KFAC`.

@@ -43,4 +43,9 @@ def write(parts: Parts, path: Path) -> None:
     save = FORMATS.get(path.suffix)
     if save is None:
         raise CompileError(f"there is no export format {path.suffix!r}", f"Choose one of {', '.join(FORMATS)}")
+    if parts.options.line_search is not None and path.suffix in (".py", ".pt2"):
+        raise CompileError(
+            f"line_search={parts.options.line_search!r} tries steps by running the model, which {path.suffix} has not",
+            "Export as .json, or compile without it",
+        )
     save(parts, path)

@@ -1,4 +1,4 @@
-"""The metric of a convolution's input channels: ``M⁻¹`` acts on the channels of a pixel, whatever its place in the patch."""
+"""The metric of a convolution's input channels: ``M⁻¹`` acts on the channels of a pixel, wherever it is."""
 
 import math
 from collections.abc import Sequence
@@ -15,9 +15,7 @@ CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 """By the axes of the input."""
 
 
-def channel_factor(
-    x: Tensor, positions: float, groups: int, old: Tensor | None = None, keep: float = 0.0
-) -> Tensor:
+def channel_factor(x: Tensor, positions: float, groups: int, old: Tensor | None = None, keep: float = 0.0) -> Tensor:
     """``A`` ``(G, c, c)``: ``Σ x xᵀ`` over the pixels of a sample, as often as an element of the kernel meets them.
 
     With ``old`` the running average ``keep · old + (1 - keep) · new``. ``x`` is ``(images, channels, pixels…)``; a
@@ -32,15 +30,16 @@ def channel_factor(
 
 
 def conv_whitened(operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor, ...], maps: Tensor) -> tuple[Tensor]:
-    """The input in coordinates where the metric is spherical, ``x X`` at every pixel; ``maps`` is ``X``, ``(G, c, c)``."""
+    """The input in coordinates where the metric is spherical, ``x X`` at every pixel; ``X`` is ``(G, c, c)``."""
     (x, _), shape = _conv_images(operands, g, params), operands[0].shape
     filters = maps.mT.reshape(-1, maps.shape[-1], *(1 for _ in shape[g.dim() - params[0].dim() + 2 :])).to(x.dtype)
     return (CONVOLUTIONS[x.dim()](x, filters, groups=maps.shape[0]).reshape(shape),)
 
 
 def channel_filters(maps: Tensor, shape: tuple[int, ...], columns: int, seed: int) -> Tensor:
-    """Random filters with the metric's map in them, ``(G · columns, c, kernel…)``: patches times them are projections of
-    whitened patches, ``E[f fᵀ] = A⁻¹ / columns``.
+    """Random filters with the metric's map in them, ``(G · columns, c, kernel…)``.
+
+    Patches times them are projections of whitened patches, ``E[f fᵀ] = A⁻¹ / columns``.
     """
     groups, count = maps.shape[0], math.prod(shape)
     random = _signs(groups * columns, count, maps, seed) * (count / columns) ** 0.5

@@ -3,9 +3,9 @@
 With rows ``x`` ``(B, G, T, n)`` and ``g`` ``(B, G, T, m)`` (``kernels/kronecker.py``) and maps ``X``, ``Y`` of one
 player, ``γ̂_i = Yᵀ γ_i X = Σ_t (g_it Y)(x_it X)ᵀ`` is what everything else of the step is made of: ``Γ_ij = η ⟨γ̂_i, s ∘
 γ̂_j⟩``, EK-FAC's moments ``E[(α γ̂)²]`` and the update ``M⁻¹ C w / η = Y (s ∘ Σ_i w_i γ̂_i) Xᵀ``. Coordinates are the
-pair ``(x X, g Y)`` (form ``"rows"``), or ``(γ̂,)`` (form ``"samples"``), where a sample has more positions than pay. With
-one position a sample nothing has to be mapped back: form ``"dual"`` is ``(x, g, x A⁻¹, g B⁻¹)``, ``Γ = η (x A⁻¹ xᵀ) ∘ (g
-B⁻¹ gᵀ)`` and ``M⁻¹ C w / η = (w ∘ g B⁻¹)ᵀ (x A⁻¹)``.
+pair ``(x X, g Y)`` (form ``"rows"``), or ``(γ̂,)`` (form ``"samples"``), where a sample has more positions than pay.
+With one position a sample nothing has to be mapped back: form ``"dual"`` is ``(x, g, x A⁻¹, g B⁻¹)``, ``Γ = η (x A⁻¹
+xᵀ) ∘ (g B⁻¹ gᵀ)`` and ``M⁻¹ C w / η = (w ∘ g B⁻¹)ᵀ (x A⁻¹)``.
 """
 
 from collections.abc import Sequence

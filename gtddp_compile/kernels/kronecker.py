@@ -296,7 +296,9 @@ def _kronecker_gram_of(layers: Sequence[Layer], metric: Metric, scale: Tensor | 
         ]
         return torch.stack(found).sum(0)
     samples, inputs = row.stop - row.start, metric[0][0][0].shape[-1]
-    outputs = _kronecker_rows(layers[0], slice(0, 1))[1].shape[-1] if metric[0][0][1] is None else metric[0][0][1].shape[-1]
+    outputs = (
+        _kronecker_rows(layers[0], slice(0, 1))[1].shape[-1] if metric[0][0][1] is None else metric[0][0][1].shape[-1]
+    )
     gram = metric[0][0][0].new_zeros(samples, samples)
     step = max(1, CHUNK // (samples * inputs * metric[0][0][0].shape[0]))
     for start in range(0, outputs, step):

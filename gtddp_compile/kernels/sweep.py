@@ -360,8 +360,8 @@ def cap_step(weights: Tensor, target: Tensor, information: Tensor, scales: Seque
              bound: float) -> Tensor:  # fmt: skip
     """``w``, shorter where the step it asks for is longer than the bound in the metric ``M``.
 
-    ``(M⁻¹ C w)ᵀ M (M⁻¹ C w) = wᵀ Γ w = wᵀ (y - Λ_T w)``, as ``(Λ_T + Γ) w = y``: no product with ``Γ``. A group stands for
-    the batch; its own step is capped, and so is their mean.
+    ``(M⁻¹ C w)ᵀ M (M⁻¹ C w) = wᵀ Γ w = wᵀ (y - Λ_T w)``, as ``(Λ_T + Γ) w = y``: no product with ``Γ``. A group
+    stands for the batch; its own step is capped, and so is their mean.
 
     Args:
         weights, target: ``w`` and ``y``, ``(B,)``.

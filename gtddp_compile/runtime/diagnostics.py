@@ -46,6 +46,9 @@ class Diagnostics:
             "clipped_changes": sum(self._clipped(stage) for stage in stages if "predicted" in stage),
             "clipped_radicands": int(sum(int(stage["radicands"]) for stage in stages if "radicands" in stage)),
         }
+        lengths = [stage["step_length"] for stage in stages if "step_length" in stage]
+        if lengths:
+            found["step_length"] = lengths[0]
         fallbacks = [value for stage in stages for key, value in stage.items() if key.startswith("fallbacks ")]
         if fallbacks:
             found["solve_fallbacks"] = int(sum(fallbacks))

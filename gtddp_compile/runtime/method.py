@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +118,23 @@ class BaseMethod(BlockUpdates):
             for name, param in self._written.items():
                 param.copy_(self._aside[name])
         self._written.clear()
+
+    def moved(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Every trained parameter's name, its value before the step and after."""
+        for name in self.states:
+            yield name, self._params[name], self._new[name]
+
+    def lengthen(self, length: float) -> None:
+        """Make the step so many times as long."""
+        with torch.no_grad():
+            for name, old, new in list(self.moved()):
+                value = torch.lerp(old, new, length) if length else old
+                if name in self._written:
+                    self._written[name].copy_(value)
+                else:
+                    self._new[name] = value
+                if "last_step" in self.states[name]:
+                    self.states[name] = {**self.states[name], "last_step": self.states[name]["last_step"] * length}
 
     def commit(self, originals: Mapping[str, Tensor]) -> None:
         """Write those new parameters that are not written yet into the model's own; old values are done with."""

@@ -28,6 +28,8 @@ from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 FORMS = ("base", *COUPLED)
 OF_LAYERS = ("observe_block", "observe_factors")
 """Requests whose argument is rows of layers."""
+OF_CHANNELS = "observe_channels"
+"""The request whose argument is a convolution's input."""
 
 
 def check_form(program: UpdateProgram) -> None:
@@ -47,6 +49,11 @@ def check_form(program: UpdateProgram) -> None:
         raise CompileError(
             f"accumulate() with max_grad_norm={program.options.max_grad_norm!r}: the norm is that of the union's "
             "gradients, and every micro-batch would clip its own",
+            "Leave one of them out",
+        )
+    if program.options.line_search is not None:
+        raise CompileError(
+            f"accumulate() with line_search={program.options.line_search!r}: a length is chosen on one batch",
             "Leave one of them out",
         )
     if program.lowered.plan.every:
@@ -222,6 +229,8 @@ class Union:
 
 def scaled(name: str, arguments: tuple[Any, ...], weight: float) -> tuple[Any, ...]:
     """A request's gradients times a weight; names and kinds as they are."""
+    if name == OF_CHANNELS:  # a mean over samples, whatever they weigh
+        return arguments
     if name not in OF_LAYERS:
         return (*arguments[:-1], _tree(lambda value: value * weight, arguments[-1]))
     stage, kind, names, layers, start = arguments
@@ -262,6 +271,10 @@ def _added(sums: list[Request], part: Part) -> list[Request]:
 
 
 def _joined(name: str, left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:
+    if name == OF_CHANNELS:
+        names, operands, g, *rest = left
+        more = tuple(torch.cat(pair) for pair in zip(operands, right[1], strict=True))
+        return names, more, torch.cat([g, right[2]]), *rest
     if name not in OF_LAYERS:
         return (*left[:-1], _sum(left[-1], right[-1]))
     layers = []
