@@ -359,8 +359,9 @@ def test_reads_like_a_page(tmp_path: Path) -> None:
     text = (tmp_path / "step.py").read_text()
     ast.parse(text)
     assert max(map(len, text.splitlines())) <= 120
-    for stage in opt.graph.stages:
-        assert text.count(f"# stage {stage.index}: {', '.join(stage.players)}") == 3
+    for stage in opt.graph.stages:  # the first one's matrix is factored before the last one moves
+        times = 4 if stage.index == 0 else 3
+        assert text.count(f"# stage {stage.index}: {', '.join(stage.players)}") == times
     assert "type: ignore" not in text and "gtddp_compile" not in text.replace("Written by gtddp_compile", "")
     unused = [name for name in ("generic_gram", "norm_gram_diagonal", "blocks_scale", "class SGD") if name in text]
     assert not unused
