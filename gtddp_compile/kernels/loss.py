@@ -41,12 +41,13 @@ def terminal(
 ) -> tuple[Tensor, Tensor, float]:
     """Ones and the aim, ``(B,)`` each, and ``α_T``: 1/B for a mean loss, 1 for a sum.
 
-    ``V_xx = α_T ∇φ ∇φᵀ / aim`` (``V_x V_xᵀ`` in the paper's own recursions): the quadratic model of a sample's loss is least where it has fallen by the aim. For
-    ``"gradient"`` (Proposition 5) that is 1, whatever the loss; for ``"geometric"`` it is the loss itself: the
-    second-order expansion of a loss whose logarithm is linear in the outputs, which cross-entropy tends to where a
-    sample is nearly fitted; or it is ``aim b / (b + half) + own / b`` times the loss in groups of b samples (``None``: all of them). A
-    loss that is not positive has no logarithm: it counts as 1. Losses below 10⁻⁴ of the mean are held there, so that
-    fitted samples do not make the value function singular.
+    ``V_xx = α_T ∇φ ∇φᵀ / aim`` (``V_x V_xᵀ`` in the paper's own recursions): the quadratic model of a sample's loss is
+    least where it has fallen by the aim. For ``"gradient"`` (Proposition 5) that is 1, whatever the loss; for
+    ``"geometric"`` it is the loss itself: the second-order expansion of a loss whose logarithm is linear in the
+    outputs, which cross-entropy tends to where a sample is nearly fitted; or it is ``aim b / (b + half) + own / b``
+    times the loss in groups of b samples (``None``: all of them). A loss that is not positive has no logarithm: it
+    counts as 1. Losses below 10⁻⁴ of the mean are held there, so that fitted samples do not make the value function
+    singular.
     """
     dtype = phi.dtype if phi.dtype in (torch.float32, torch.float64) else torch.float32
     ones = torch.ones(phi.shape[0], dtype=dtype, device=phi.device)
