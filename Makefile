@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test lint bench clean
 
 help:
-	@echo "make demo   train the digits network by a derived optimizer, write digits.html"
+	@echo "make demo   train the digits network beside tuned SGD and Adam, write digits.html"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, and mypy --strict on the installed wheel"
 	@echo "make bench  the benchmarks (minutes to hours; tables go to docs/)"

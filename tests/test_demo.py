@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from gtddp_compile.demo.experiment import Experiment, Method, Run, Scale, findings, verdicts
+
 DEMO = Path(__file__).parent.parent / "examples" / "digits.py"
-STEPS, SEEDS = 4, 2
+STEPS, SEEDS = 6, 2
+LABELS = ("SGD, Nesterov 0.9", "Adam", "the paper's form", "the default")
 
 
 class Page(HTMLParser):
@@ -39,8 +43,8 @@ class Page(HTMLParser):
             self.rows[-1].append("")
 
     def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] in ("td", "small") and self.rows:
-            self.rows[-1][-1] += data
+        if self._open and self._open[-1] in ("td", "b") and self.rows:
+            self.rows[-1][-1] += data if self._open[-1] == "b" else data.lstrip()
 
     def handle_endtag(self, tag: str) -> None:
         while self._open and self._open.pop() != tag:
@@ -67,13 +71,27 @@ def test_report_loads_nothing(made: tuple[str, str]) -> None:
 
 def test_report_is_complete(made: tuple[str, str]) -> None:
     page = Page(made[1])
-    assert page.counts["svg"] >= 1 + 2 * 2  # the graph; steps and seconds of at least two learning rates
-    assert page.counts["table"] == 1
+    assert page.counts["svg"] >= 1 + 2 * 4  # the graph; loss and accuracy by steps and seconds at two batch sizes
+    assert page.counts["table"] == 2 + 1
     rows = [row for row in page.rows if row]
-    assert len(rows) % 3 == 0 and {row[1] for row in rows} == {"base", "paper", "default"}
-    assert all(row[-1].endswith(f"of {SEEDS}") for row in rows)
-    for text in ("conv2", "Eq. 9", f"After {STEPS} steps", "diverged", "ms/step"):
-        assert text in made[1], text
+    results, sweep = [row for row in rows if len(row) == 8], [row for row in rows if len(row) == 5]
+    assert len(results) == 2 * len(LABELS) and len(results) + len(sweep) == len(rows)
+    for text in (*LABELS, "conv2", "Eq. 9", f"Batch 8, {STEPS} steps", "Batch 128, 1 steps", "Compiling"):
+        assert text.replace("'", "&#39;") in made[1], text
+
+
+def test_sweep_is_shown_and_its_best_is_used(made: tuple[str, str]) -> None:
+    rows = [row for row in Page(made[1]).rows if row]
+    swept = {"SGD, Nesterov 0.9": {"0.01", "0.03", "0.1"}, "Adam": {"0.001", "0.003", "0.01", "0.03"}}
+    for number, batch in enumerate(("8", "128")):
+        for label, least in swept.items():
+            tried = {row[2].removeprefix("chosen: "): row for row in rows if row[:2] == [batch, label]}
+            (chosen,) = (rate for rate, row in tried.items() if row[2] != rate)
+            finals = {rate: float(row[4]) for rate, row in tried.items() if row[4] != "not finite"}
+            assert least <= tried.keys()
+            assert finals[chosen] == min(finals.values())  # nobody reaches the target in so few steps
+            used = [row[1] for row in rows if len(row) == 8 and row[0].startswith(label)]
+            assert chosen == used[number]
 
 
 def test_ids_are_apart(made: tuple[str, str]) -> None:
@@ -82,5 +100,39 @@ def test_ids_are_apart(made: tuple[str, str]) -> None:
 
 
 def test_terminal_shows_the_same_result(made: tuple[str, str]) -> None:
-    for text in ("base", "paper", "default", "ms/step", "diverged", "out.html"):
+    for text in (*LABELS, "sweep", "ms/step", "batch 8", "batch 128", "out.html"):
         assert text in made[0], text
+
+
+def run_of(method: str, losses: list[float], seconds: list[float]) -> Run:
+    """A run that was evaluated every ten steps."""
+    found = Run(method_of(method), SCALE, 0.1, 0, list(range(0, 10 * len(losses), 10)), seconds, losses)
+    found.accuracies = [0.9] * len(losses)
+    return found
+
+
+def method_of(name: str) -> Method:
+    return Method(name, f"method {name}", "", lambda model, images, lr: lambda images, labels: images)
+
+
+SCALE = Scale(8, 30, 3)
+
+
+def test_it_says_who_won_and_who_lost() -> None:
+    """The default is ahead by steps, behind by time, and level in accuracy; the paper's form never gets there."""
+    runs = (
+        run_of("sgd", [2.3, 0.2, 0.04, 0.01], [0.0, 0.1, 0.2, 0.3]),
+        run_of("paper", [2.3, 2.0, math.nan, math.nan], [0.0, 1.0, 2.0, 3.0]),
+        run_of("default", [2.3, 0.04, 0.03, 0.02], [0.0, 1.0, 2.0, 3.0]),
+    )
+    experiment = Experiment(tuple(run.method for run in runs), (SCALE,), (), runs, 1, 1.0, (100, 10))
+    assert [(answer, first) for _, answer, first in verdicts(experiment, SCALE)] == [
+        ("method default: 10; method sgd 20, method paper never", True),
+        ("method sgd: 0.20 s; method default 1.00 s, method paper never", False),
+        ("method sgd: 0.01; method default 0.02, method paper not finite", False),
+        ("method sgd and method paper and method default: 90.0 %", True),
+    ]
+    text = " ".join(findings(experiment))
+    assert "is first by steps to train loss 0.05 and validation accuracy at the end" in text
+    assert "is not first by processor time to train loss 0.05 and train loss at the end" in text
+    assert "diverged: method paper with 1 of 1 seeds" in text

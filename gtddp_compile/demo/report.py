@@ -1,4 +1,4 @@
-"""The page of ``digits.py``: control graph, one stage's derivation, training curves, table, and what they say.
+"""The page of ``digits.py``: who won, tables, training curves, the sweep, control graph, one stage's derivation.
 
 Everything on it comes from the experiment and the optimizer it is given; it loads nothing from elsewhere.
 """
@@ -8,242 +8,172 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import io
-import math
 import os
 import platform
 import re
-import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from gtddp_compile.demo.experiment import (
+    TARGET,
+    Experiment,
+    Method,
+    Scale,
+    Spread,
+    Summary,
+    Verdict,
+    findings,
+    said,
+    verdicts,
+)
 from gtddp_compile.optimizer import CompiledOptimizer
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from gtddp_compile.demo.digits import Experiment, Run, Setting, Summary
-
-# Okabe and Ito's colours: apart for colour-blind eyes; dash and marker tell them apart without colour
+# Okabe and Ito's colours: apart for colour-blind eyes; dashes tell them apart without colour. The page replaces them by
+# its own, so that they change with its scheme.
 LOOKS: dict[str, dict[str, Any]] = {
-    "base": {"color": "#4d4d4d", "linestyle": (0, (5, 2)), "marker": "s"},
-    "paper": {"color": "#d55e00", "linestyle": (0, (1, 1.4)), "marker": "^"},
-    "default": {"color": "#0072b2", "linestyle": "-", "marker": "o"},
+    "sgd": {"color": "#4d4d4d", "linestyle": (0, (5, 2))},
+    "adam": {"color": "#009e73", "linestyle": (0, (5, 1.5, 1, 1.5))},
+    "paper": {"color": "#d55e00", "linestyle": (0, (1, 1.4))},
+    "default": {"color": "#0072b2", "linestyle": "-"},
 }
+INK, RULE = "#3a4556", "#e6eaf0"
+COLOURS = {INK: "var(--ink)", RULE: "var(--rule)"} | {look["color"]: f"var(--{name})" for name, look in LOOKS.items()}
 TEMPLATE = Path(__file__).with_name("digits.html.j2")
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 TOP = 30.0
-GUESSING = math.log(10)
+FLOOR = 80.0
+"""The lowest validation accuracy that is drawn, in per cent."""
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": "#8a94a3", "axes.labelcolor": "#3a4556", "xtick.color": "#3a4556", "ytick.color": "#3a4556",
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "text.color": INK,
     "svg.fonttype": "path", "svg.hashsalt": "digits",
 }  # fmt: skip
 
 
-def write_report(path: Path, experiment: Experiment, optimizer: CompiledOptimizer) -> list[str]:
-    """Write the page; the sentences that the data allow are on it and are returned."""
-    said = findings(experiment)
+def write_report(path: Path, experiment: Experiment, optimizer: CompiledOptimizer) -> None:
+    """Write the page."""
     stage = _inside(optimizer)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         experiment=experiment,
-        rows=[_row(row) for row in experiment.summaries()],
-        findings=said,
+        findings=findings(experiment),
+        results=[_result(experiment, scale) for scale in experiment.scales],
+        sweeps=[
+            (scale, method, _swept(experiment, scale, method))
+            for scale in experiment.scales
+            for method in experiment.methods
+            if experiment.swept(scale, method)
+        ],
         graph=optimizer.graph.to_svg(),
         stage=stage,
         players=", ".join(optimizer.graph.stages[stage].players),
         derivation=_lines(str(optimizer.program.derivation(stage=stage, format="text"))),
-        curves=[
-            (setting, _curve(experiment, setting, "steps"), _curve(experiment, setting, "seconds"))
-            for setting in experiment.settings
-        ],
-        keys=[(method, _key(method.name)) for method in experiment.methods],
         made=_made(experiment),
-        guessing=GUESSING,
+        target=f"{TARGET:g}",
         top=TOP,
+        floor=FLOOR,
     )
     path.write_text(page, encoding="utf-8")
-    return said
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _result(experiment: Experiment, scale: Scale) -> tuple[Scale, list[Verdict], list[dict[str, object]], list[str]]:
+    """All of one batch size: who won, rows of the table, curves."""
+    drawn = [(what, along) for what in ("losses", "accuracies") for along in ("steps", "seconds")]
+    rows = [_row(row) for row in experiment.summaries(scale)]
+    return scale, verdicts(experiment, scale), rows, [_curve(experiment, scale, *which) for which in drawn]
 
 
 def _row(row: Summary) -> dict[str, object]:
-    """One row of the table, in words."""
-    percent = tuple(100 * value for value in row.accuracy)
+    """One row of a table, in words: figures are a median and a range."""
     return {
-        "setting": row.setting.name,
         "method": row.method,
-        "loss": said_spread(row.final, "{:.2g}"),
-        "accuracy": said_spread(percent, "{:.1f}"),  # type: ignore[arg-type]
-        "ms": f"{row.ms:.2f}" if math.isfinite(row.ms) else "–",
-        "diverged": row.diverged,
-        "runs": len(row.runs),
-    }
+        "rate": row.rate,
+        "figures": [
+            _said(row.steps, "{:.0f}"), _said(row.seconds, "{:.2f}"), _said(row.final, "{:.2g}"),
+            _said(row.accuracy, "{:.1f}"), (f"{row.ms:.2f}", ""), (f"{row.compile_seconds:.2f}", ""),
+        ],
+        "diverged": f"{row.diverged} of {len(row.runs)}" if row.diverged else "",
+    }  # fmt: skip
+
+
+def _said(values: Spread, form: str) -> tuple[str, str]:
+    """Median, and range: two texts."""
+    median, least, greatest = (said(value, form) for value in values)
+    return median, "" if least == greatest else f"{least} to {greatest}"
+
+
+def _swept(experiment: Experiment, scale: Scale, method: Method) -> list[tuple[str, str, str, bool]]:
+    """The sweep of one method: rate, steps to the target, final loss, whether it was chosen."""
+    runs = experiment.swept(scale, method)
+    best = min(runs, key=lambda run: run.final)
+    return [
+        (
+            f"{run.rate:g}",
+            said(run.until_target(run.steps), "{:.0f}"),
+            said(run.final, "{:.2g}", "not finite"),
+            run is best,
+        )
+        for run in runs
+    ]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _curve(experiment: Experiment, setting: Setting, along: str) -> str:
-    """Train loss of one setting, median and range over seeds, as an SVG element."""
+def _curve(experiment: Experiment, scale: Scale, what: str, along: str) -> str:
+    """Train loss or validation accuracy at one batch size, median and range over seeds, as an SVG element."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.2, 3.9), layout="constrained")
+        figure = Figure(figsize=(6.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
-        lowest, highest = math.inf, GUESSING
-        for method in experiment.methods:
-            runs = experiment.summary(setting, method.name).runs
-            losses = np.nan_to_num(np.array([run.losses for run in runs]), nan=TOP, posinf=TOP).clip(max=TOP)
-            across = np.median([getattr(run, along) for run in runs], axis=0)
-            _line(axes, across, losses, method.name)
-            lowest, highest = min(lowest, losses.min()), max(highest, losses.max())
-        axes.axhline(GUESSING, color="#8a94a3", linewidth=0.9, linestyle=(0, (2, 3)), zorder=0)
-        axes.text(
-            1.015, GUESSING, "guessing", transform=axes.get_yaxis_transform(), va="center", color="#667284", fontsize=10
-        )
-        axes.set_yscale("log")
-        axes.set_ylim(lowest * 0.7, highest * 1.4)
-        axes.yaxis.set_major_locator(LogLocator(10))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        for row in experiment.summaries(scale):
+            values = np.array([getattr(run, what) for run in row.runs])
+            values = np.nan_to_num(values, nan=TOP, posinf=TOP).clip(max=TOP) if what == "losses" else 100 * values
+            across, look = np.median([getattr(run, along) for run in row.runs], axis=0), LOOKS[row.method.name]
+            axes.fill_between(across, values.min(0), values.max(0), color=look["color"], alpha=0.16, linewidth=0)
+            axes.plot(across, np.median(values, axis=0), linewidth=2, **look)
+        if what == "losses":
+            axes.axhline(TARGET, color=INK, linewidth=0.9, linestyle=(0, (2, 3)), zorder=0)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(10))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(FLOOR, 100.3)
         axes.set_xlim(left=0)
-        axes.grid(axis="y", color="#e6eaf0", linewidth=0.8)
+        axes.grid(axis="y", color=RULE, linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.set_ylabel("train loss")
-        axes.set_xlabel("step" if along == "steps" else "seconds of training")
+        axes.set_ylabel("train loss" if what == "losses" else "validation accuracy, %")
+        axes.set_xlabel("step" if along == "steps" else "processor seconds of training")
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    what = f"Train loss over {'steps' if along == 'steps' else 'wall-clock time'}, {setting.name}"
-    return _inline(stream.getvalue(), f"{setting.curvature}-{setting.lr:g}-{along}".replace(".", "_"), what)
-
-
-def _line(axes: Axes, across: np.ndarray, losses: np.ndarray, method: str) -> None:
-    look = LOOKS[method]
-    axes.fill_between(across, losses.min(0), losses.max(0), color=look["color"], alpha=0.16, linewidth=0)
-    axes.plot(across, np.median(losses, axis=0), linewidth=2, markersize=5, markevery=[-1], clip_on=False, **look)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    label = f"{axes.get_ylabel()} by {axes.get_xlabel()}, batch {scale.batch}"
+    return _inline(stream.getvalue(), f"batch{scale.batch}-{what}-{along}", label)
 
 
 def _inline(text: str, prefix: str, what: str) -> str:
-    """The ``<svg>`` element alone, scaling with the page, its ids apart from other figures'."""
+    """The ``<svg>`` element alone, scaling with the page, in its colours, its ids apart from other figures'."""
     element = text[text.index("<svg") :]
     element = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", element)
     opening = rf'<svg viewBox="\1" role="img" aria-label="{what}" {NAMESPACES}>'
     element = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', opening, element, count=1)
+    for colour, variable in COLOURS.items():
+        element = element.replace(colour, variable)
     return re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
 
 
-def _key(method: str) -> str:
-    """A legend's swatch."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(0.62, 0.26))
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.axis("off")
-        axes.set(xlim=(0, 1), ylim=(-1, 1))
-        axes.fill_between([0, 1], -0.7, 0.7, color=LOOKS[method]["color"], alpha=0.16, linewidth=0)
-        axes.plot([0.03, 0.85], [0, 0], linewidth=2, markersize=5, markevery=[-1], **LOOKS[method])
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(stream.getvalue(), f"key-{method}", method)
-
-
 # --- words ------------------------------------------------------------------------------------------------------------
-
-
-def typical_ms(runs: Iterable[Run]) -> float:
-    """The median over the stretches in which the loss stayed finite; nan if there was none."""
-    found = [ms for run in runs for ms in run.chunk_ms]
-    return statistics.median(found) if found else math.nan
-
-
-def said(value: float, form: str) -> str:
-    """A figure for the reader: what is not finite is called so."""
-    return form.format(value) if math.isfinite(value) else "not finite"
-
-
-def said_spread(values: tuple[float, float, float], form: str) -> tuple[str, str]:
-    """Median, and range: two texts."""
-    median, least, greatest = (said(value, form) for value in values)
-    return median, "" if least == greatest else f"{least}–{greatest}"
-
-
-def findings(experiment: Experiment) -> list[str]:
-    """What the measurements say, for and against, in sentences made from them."""
-    said = []
-    for setting in experiment.settings:
-        rows = sorted(
-            (experiment.summary(setting, method.name) for method in experiment.methods), key=lambda row: row.final[0]
-        )
-        order = ", then ".join(f"{row.method} ({_loss(row)})" for row in rows)
-        said.append(
-            f"{setting.name} ({setting.label}): lowest final train loss, median over seeds: {order}. {_lost(rows)}"
-        )
-        said.append(_duel(experiment, setting))
-    return [*said, *_costs(experiment)]
-
-
-def _loss(row: Summary) -> str:
-    return "diverged" if row.diverged * 2 > len(row.runs) else f"{row.final[0]:.2g}"
-
-
-def _lost(rows: list[Summary]) -> str:
-    lost = [f"{row.method} with {row.diverged} of {len(row.runs)} seeds" for row in rows if row.diverged]
-    return f"Diverged: {', '.join(lost)}." if lost else "No run diverged."
-
-
-def _duel(experiment: Experiment, setting: Setting) -> str:
-    """The default against the base method at one setting: by steps, seed by seed, then by time."""
-    base, ours = (experiment.summary(setting, name) for name in ("base", "default"))
-    pairs = [
-        (mine, theirs) for mine, theirs in zip(ours.runs, base.runs, strict=True) if not (mine.lost and theirs.lost)
-    ]
-    below = sum(theirs.lost or (not mine.lost and mine.losses[-1] < theirs.losses[-1]) for mine, theirs in pairs)
-    above, count = len(pairs) - below, len(ours.runs)
-    verdict = "wins against" if below > above else "loses to" if below < above else "draws with"
-    drawn = f", both diverged on {count - len(pairs)}" if len(pairs) < count else ""
-    limit = statistics.median(run.seconds[-1] for run in base.runs)
-    by_then = statistics.median(
-        float(np.interp(limit, run.seconds, np.nan_to_num(run.losses, nan=TOP, posinf=TOP))) for run in ours.runs
-    )
-    place = "below" if by_then < base.final[0] else "above" if by_then > base.final[0] else "level with"
-    return (
-        f"{setting.name}: at equal steps the default {verdict} the base method (lower on {below} of {count} seeds, "
-        f"higher on {above}{drawn}); at equal time, the {limit:.2g} s of a base run, its median loss is {by_then:.2g}, "
-        f"{place} the {base.final[0]:.2g} of the base method."
-    )
-
-
-def _costs(experiment: Experiment) -> list[str]:
-    """What a step costs, and what the validation images tell."""
-    ms = {
-        method.name: typical_ms(run for run in experiment.runs if run.method == method.name)
-        for method in experiment.methods
-    }
-    others = ", ".join(
-        f"of {name} {ms[name]:.2f} ms ({ms[name] / ms['base']:.1f} times)"
-        for name in ms
-        if name != "base" and math.isfinite(ms[name])
-    )
-    one = 1 / experiment.images[1]
-    best = "; ".join(
-        f"{setting.name}: "
-        + ", ".join(f"{row.method} {row.accuracy[0]:.1%}" for row in experiment.summaries() if row.setting == setting)
-        for setting in experiment.settings
-    )
-    return [
-        f"A step of base takes {ms['base']:.2f} ms, {others}.",
-        f"Median validation accuracy at {best}. Each of the {experiment.images[1]} images counts for {one:.1%}.",
-    ]
-
-
-def _compile_seconds(experiment: Experiment) -> str:
-    compiled = [run.compile_seconds for run in experiment.runs if run.method != "base"]
-    return f"{statistics.median(compiled):.2f} s (the first {compiled[0]:.2f} s)"
 
 
 def _made(experiment: Experiment) -> list[tuple[str, str]]:
@@ -257,12 +187,11 @@ def _made(experiment: Experiment) -> list[tuple[str, str]]:
         ("machine", f"{machine}; {threads} thread{'s' if threads > 1 else ''} used"),
         ("versions", f"{versions}, Python {platform.python_version()}"),
         ("seeds", f"{experiment.seeds}, numbered from 0: initial weights and batch order, the same for every method"),
-        ("training", f"{experiment.steps} steps a run, {len(experiment.runs)} runs, {experiment.seconds:.0f} s in all"),
         (
-            "data",
-            "scikit-learn's digits, {} images to train, {} to validate, one fixed split".format(*experiment.images),
+            "runs",
+            f"{len(experiment.runs)}, and {len(experiment.sweep)} of the sweep; {experiment.seconds:.0f} s in all",
         ),
-        ("compile time", f"{_compile_seconds(experiment)} an optimizer, not in the curves"),
+        ("data", "scikit-learn's digits: {} images to train, {} to validate, one split".format(*experiment.images)),
     ]
 
 
