@@ -241,8 +241,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         with self._in_the_model_s_words(inputs, before):
             try:
                 backend.run(m, params, buffers, new, inputs, targets, **how)
-                if self._options.line_search is not None:
-                    self._choose_length(m, inputs, targets, before)
+                choose_length(m, self._options.line_search, self._view, self._loss, inputs, targets, before)
             except NotFactored:
                 m.undo()
                 restore_random_state(before)
@@ -258,16 +257,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 m.undo()
                 raise
         return self._done(program, m, originals, {name: buffers[name] for name in advancing})
-
-    def _choose_length(self, m: BaseMethod, inputs: tuple[Any, ...], targets: Any, before: Any) -> None:
-        after, grid = random_state(), self._options.line_search
-        assert grid is not None
-        view = self._view
-        length = choose_length(
-            m, grid, view.model, view.buffers(), self._loss, inputs, targets, lambda: restore_random_state(before)
-        )
-        restore_random_state(after)
-        m.keep(0, step_length=length)
 
     def _done(
         self, program: UpdateProgram, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]

@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.func import functional_call
 
+from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.losses import Loss
 from gtddp_compile.runtime.method import BaseMethod
+from gtddp_compile.runtime.model import ModelView
 
 
 def choose_length(
     m: BaseMethod,
-    grid: tuple[float, ...],
-    model: nn.Module,
-    buffers: Mapping[str, Tensor],
+    grid: tuple[float, ...] | None,
+    view: ModelView,
     loss: Loss,
     inputs: tuple[Any, ...],
     targets: Any,
-    again: Callable[[], None],
-) -> float:
+    before: Any,
+) -> None:
     """Leave the parameters at the best of the step lengths, or where they were if none is better than no step.
 
     Args:
         m: after the step was made: it knows the parameters before and after.
-        grid: lengths in units of the step.
-        model: run by ``torch.func.functional_call``, so that nothing of it is written.
-        buffers: as they were before the step; every trial has a copy.
+        grid: lengths in units of the step; ``None``: the step as it is.
+        view: of the model, which is run by ``torch.func.functional_call``, so that nothing of it is written.
         loss: of the outputs as the model returns them.
         inputs, targets: the batch.
-        again: restores the random state that the step began with.
-
-    Returns:
-        The length taken; 0 for no step.
+        before: the random state that the step began with, and every trial does.
     """
+    if grid is None:
+        return
     assert m.loss is not None
-    best, least = 0.0, float(m.loss)
+    after, best, least = random_state(), 0.0, float(m.loss)
     for length in grid:
-        again()
+        restore_random_state(before)
         trial = {name: torch.lerp(old, new, length) for name, old, new in m.moved()}
         with torch.no_grad():
-            copies = {name: value.clone() for name, value in buffers.items()}
-            outputs = functional_call(model, (trial, copies), inputs)
+            copies = {name: value.clone() for name, value in view.buffers().items()}
+            outputs = functional_call(view.model, (trial, copies), inputs)
             found = float(loss.total(loss.per_sample(outputs, targets)))
         if found < least:
             best, least = length, found
-    again()
+    restore_random_state(after)
     if best != 1.0:
         m.lengthen(best)
-    return best
+    m.keep(0, step_length=best)
