@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from gtddp_compile.demo.experiment import Experiment, Method, Run, Scale, findings, verdicts
+from gtddp_compile.demo.experiment import Experiment, Method, Run, Scale, chosen, findings, verdicts
 
 DEMO = Path(__file__).parent.parent / "examples" / "digits.py"
 STEPS, SEEDS = 6, 2
-LABELS = ("SGD, Nesterov 0.9", "Adam", "the paper's form", "the default")
+LABELS = ("Nesterov SGD", "Adam", "the paper's form", "the default")
 
 
 class Page(HTMLParser):
@@ -82,7 +82,7 @@ def test_report_is_complete(made: tuple[str, str]) -> None:
 
 def test_sweep_is_shown_and_its_best_is_used(made: tuple[str, str]) -> None:
     rows = [row for row in Page(made[1]).rows if row]
-    swept = {"SGD, Nesterov 0.9": {"0.01", "0.03", "0.1"}, "Adam": {"0.001", "0.003", "0.01", "0.03"}}
+    swept = {"Nesterov SGD": {"0.01", "0.03", "0.1"}, "Adam": {"0.001", "0.003", "0.01", "0.03"}}
     for number, batch in enumerate(("8", "128")):
         for label, least in swept.items():
             tried = {row[2].removeprefix("chosen: "): row for row in rows if row[:2] == [batch, label]}
@@ -118,6 +118,13 @@ def method_of(name: str) -> Method:
 SCALE = Scale(8, 30, 3)
 
 
+def test_a_sweep_has_two_winners_where_speed_and_the_end_disagree() -> None:
+    fast, low = run_of("sgd", [2.3, 0.04, 0.06], [0.0, 0.1, 0.2]), run_of("sgd", [2.3, 0.2, 0.01], [0.0, 0.1, 0.2])
+    bad = run_of("sgd", [2.3, math.nan, math.nan], [0.0, 0.1, 0.2])
+    assert chosen([bad, low, fast]) == [fast, low]
+    assert chosen([bad, low]) == [low]
+
+
 def test_it_says_who_won_and_who_lost() -> None:
     """The default is ahead by steps, behind by time, and level in accuracy; the paper's form never gets there."""
     runs = (
@@ -127,12 +134,12 @@ def test_it_says_who_won_and_who_lost() -> None:
     )
     experiment = Experiment(tuple(run.method for run in runs), (SCALE,), (), runs, 1, 1.0, (100, 10))
     assert [(answer, first) for _, answer, first in verdicts(experiment, SCALE)] == [
-        ("method default: 10; method sgd 20, method paper never", True),
-        ("method sgd: 0.20 s; method default 1.00 s, method paper never", False),
-        ("method sgd: 0.01; method default 0.02, method paper not finite", False),
-        ("method sgd and method paper and method default: 90.0 %", True),
+        ("method default: 10; method sgd: 20, method paper: never", "first"),
+        ("method sgd: 0.20 s; method default: 1.00 s, method paper: never", "behind"),
+        ("method sgd: 0.01; method default: 0.02, method paper: not finite", "behind"),
+        ("too close to call: method sgd: 90.0 %, method paper: 90.0 %, method default: 90.0 %", "close"),
     ]
     text = " ".join(findings(experiment))
-    assert "is first by steps to train loss 0.05 and validation accuracy at the end" in text
+    assert "is first by steps to train loss 0.05; is too close to another to call by validation accuracy" in text
     assert "is not first by processor time to train loss 0.05 and train loss at the end" in text
     assert "diverged: method paper with 1 of 1 seeds" in text

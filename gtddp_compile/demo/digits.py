@@ -7,7 +7,6 @@ one page that needs nothing else. Every figure in it was measured in that run.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,13 +25,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from gtddp_compile.api import compile_optimizer
-from gtddp_compile.demo.experiment import TARGET, Experiment, Method, Run, Scale, Step, Summary, findings, said
+from gtddp_compile.demo.experiment import TARGET, Experiment, Method, Run, Scale, Step, Summary, chosen, findings, said
 from gtddp_compile.demo.report import write_report
 
 TRAIN = 1437
 SPLIT_SEED = 2020
 SWEEP_SEED = 1000
-SWEEP_POINTS = 20
+SWEEP_POINTS = 30
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Learning rates of a sweep: by a factor of three."""
 
@@ -93,7 +92,7 @@ def _default(model: nn.Module, images: Tensor, _: float) -> Step:
 
 
 METHODS = (
-    Method("sgd", "SGD, Nesterov 0.9", "torch.optim.SGD(momentum=0.9, nesterov=True), lr tuned",
+    Method("sgd", "Nesterov SGD", "torch.optim.SGD(momentum=0.9, nesterov=True), lr tuned",
            _torchs(torch.optim.SGD, momentum=0.9, nesterov=True), (0.01, 0.03, 0.1)),
     Method("adam", "Adam", "torch.optim.Adam, lr tuned", _torchs(torch.optim.Adam), (1e-3, 3e-3, 0.01, 0.03)),
     Method("paper", "the paper's form", "coupling='block', recursion='substituted', sgd at its own lr 0.01",
@@ -205,17 +204,17 @@ class _Show:
 
 
 def _sweep(show: _Show, method: Method, scale: Scale) -> list[Run]:
-    """Runs at the method's rates on the sweep's seed, and beyond them while the best is at an end; the best first."""
+    """Runs at the method's rates on the sweep's seed, and beyond them while one of the best is at an end."""
     done: list[Run] = []
     rates = list(method.rates)
     while rates:
         runs = [Run(method, scale, rate, SWEEP_SEED) for rate in rates]
         show.expect(runs)
         show.train(runs, [*done, *runs], f"sweep: {method.label}, batch {scale.batch}", SWEEP_POINTS)
-        done = sorted([*done, *runs], key=lambda run: run.final)
-        tried = [LADDER.index(run.rate) for run in done]
-        beside = {min(tried): min(tried) - 1, max(tried): max(tried) + 1}.get(tried[0], -1)
-        rates = [LADDER[beside]] if 0 <= beside < len(LADDER) else []
+        done = [*done, *runs]
+        tried, best = ([LADDER.index(run.rate) for run in some] for some in (done, chosen(done)))
+        beside = [end + by for end, by in ((min(tried), -1), (max(tried), 1)) if end in best]
+        rates = [LADDER[place] for place in beside if 0 <= place < len(LADDER)]
     return done
 
 
@@ -225,14 +224,14 @@ def run_experiment(steps: int, seeds: int, console: Console) -> Experiment:
     scales = (Scale(8, steps, 30), Scale(128, max(1, steps // 12), 40))
     show, sweep = _Show(console, Data.load()), list[Run]()
     with show.live:
-        rate: dict[tuple[Method, Scale], float] = {}
+        rates: dict[tuple[Method, Scale], list[float]] = {}
         for scale in scales:
             for method in METHODS:
                 found = _sweep(show, method, scale) if len(method.rates) > 1 else []
-                rate[method, scale] = found[0].rate if found else next(iter(method.rates), math.nan)
+                rates[method, scale] = [run.rate for run in chosen(found)] if found else [*method.rates] or [0.0]
                 sweep += found
         groups = [
-            [Run(method, scale, rate[method, scale], seed) for method in METHODS]
+            [Run(method, scale, rate, seed) for method in METHODS for rate in rates[method, scale]]
             for scale in scales
             for seed in range(seeds)
         ]
@@ -264,7 +263,7 @@ def _board(runs: list[Run]) -> Table:
         if run.losses:
             bad = run.lost and run.steps[-1] > 0
             cell = Text(said(run.losses[-1], "{:.2g}", "not finite"), "bold red" if bad else LOOKS[run.method.name])
-        rows.setdefault((run.scale.batch, run.method, run.rate if run.method.rates else 0), []).append(cell)
+        rows.setdefault((run.scale.batch, run.method, run.rate), []).append(cell)
     for (batch, method, rate), cells in rows.items():
         table.add_row(str(batch), Text(method.label, LOOKS[method.name]), f"{rate:g}" if rate else "–", *cells)
     return table
@@ -272,7 +271,7 @@ def _board(runs: list[Run]) -> Table:
 
 def _swept(experiment: Experiment) -> Table:
     """What the sweeps found at every rate, the chosen one marked."""
-    title = f"the sweep, on seed {SWEEP_SEED}; * chosen: lowest train loss at the end"
+    title = f"the sweep, on seed {SWEEP_SEED}; * chosen: by steps, and by the train loss"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("batch", "method"):
         table.add_column(column)
@@ -281,9 +280,9 @@ def _swept(experiment: Experiment) -> Table:
     for scale in experiment.scales:
         for method in experiment.methods:
             runs = experiment.swept(scale, method)
-            best = min(runs, key=lambda run: run.final, default=None)
+            best = chosen(runs) if runs else []
             for run in runs:
-                steps, mark = said(run.until_target(run.steps), "{:.0f}"), "*" if run is best else " "
+                steps, mark = said(run.until_target(run.steps), "{:.0f}"), "*" if run in best else " "
                 where = (str(scale.batch), method.label) if run is runs[0] else ("", "")
                 loss = said(run.final, "{:.2g}", "not finite")
                 table.add_row(*where, f"{run.rate:g} {mark}", steps, loss, end_section=run is runs[-1])

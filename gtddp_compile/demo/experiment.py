@@ -15,8 +15,8 @@ GUESSING = math.log(10)
 DIVERGED = 0.95 * GUESSING
 Step = Callable[[Tensor, Tensor], Tensor]
 Spread = tuple[float, float, float]
-Verdict = tuple[str, str, bool]
-"""What was measured, who won and how far the others are, and whether the default is (among) the first."""
+Verdict = tuple[str, str, str]
+"""What was measured, who won and how far the others are, and the default's place: "first", "close" or "behind"."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,20 @@ class Run:
 
     @property
     def final(self) -> float:
-        """Train loss after the last step, by which a sweep chooses; what is not finite counts as infinite."""
+        """Train loss after the last step; what is not finite counts as infinite."""
         return self.losses[-1] if math.isfinite(self.losses[-1]) else math.inf
+
+
+def chosen(sweep: list[Run]) -> list[Run]:
+    """The best of a sweep: by steps to the target, and by the final loss where that is another."""
+    fastest = min(sweep, key=lambda run: (run.until_target(run.steps), run.final))
+    lowest = min(sweep, key=lambda run: run.final)
+    return [fastest] if fastest is lowest else [fastest, lowest]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All seeds of a method at a batch size: medians, with the least and the greatest value."""
+    """All seeds of a method at a batch size and rate: medians, with the least and the greatest value."""
 
     method: Method
     scale: Scale
@@ -123,6 +130,11 @@ class Summary:
         """The learning rate as it is printed."""
         return f"{self.runs[0].rate:g}" if self.method.rates else "–"
 
+    @property
+    def label(self) -> str:
+        """The method, with its rate if that was tuned."""
+        return f"{self.method.label} (lr {self.rate})" if len(self.method.rates) > 1 else self.method.label
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -138,10 +150,11 @@ class Experiment:
 
     def summaries(self, scale: Scale) -> list[Summary]:
         """Every row of the table of one batch size."""
-        return [
-            Summary(method, scale, tuple(run for run in self.runs if (run.method, run.scale) == (method, scale)))
-            for method in self.methods
-        ]
+        rows: dict[tuple[Method, float], list[Run]] = {}
+        for run in self.runs:
+            if run.scale == scale:
+                rows.setdefault((run.method, run.rate), []).append(run)
+        return [Summary(method, scale, tuple(runs)) for (method, _), runs in rows.items()]
 
     def swept(self, scale: Scale, method: Method) -> list[Run]:
         """Runs of the sweep, by learning rate."""
@@ -162,31 +175,36 @@ def said(value: float, form: str, otherwise: str = "–") -> str:
 
 # --- who won ----------------------------------------------------------------------------------------------------------
 
-MEASURES: tuple[tuple[str, Callable[[Summary], float], str], ...] = (
-    (f"steps to train loss {TARGET:g}", lambda row: row.steps[0], "{:.0f}"),
-    (f"processor time to train loss {TARGET:g}", lambda row: row.seconds[0], "{:.2f} s"),
-    ("train loss at the end", lambda row: row.final[0], "{:.2g}"),
-    ("validation accuracy at the end", lambda row: -row.accuracy[0], "{:.1f} %"),
+MEASURES: tuple[tuple[str, Callable[[Summary], Spread], str], ...] = (
+    (f"steps to train loss {TARGET:g}", lambda row: row.steps, "{:.0f}"),
+    (f"processor time to train loss {TARGET:g}", lambda row: row.seconds, "{:.2f} s"),
+    ("train loss at the end", lambda row: row.final, "{:.2g}"),
+    ("validation accuracy at the end", lambda row: (-row.accuracy[0], -row.accuracy[2], -row.accuracy[1]), "{:.1f} %"),
 )
-"""What a user asks, how a row answers (less is better), and how the answer is written."""
+"""What a user asks, how a row answers (median, best and worst seed; less is better), and how the answer is written."""
 
 
 def verdicts(experiment: Experiment, scale: Scale) -> list[Verdict]:
-    """The answer of one batch size to every measure."""
+    """The answer of one batch size to every measure. A median inside the range of the best is too close to call."""
     found: list[Verdict] = []
     for what, measure, form in MEASURES:
         rows = sorted(experiment.summaries(scale), key=measure)
-        best = measure(rows[0])
+        best, _, worst = measure(rows[0])
         if not math.isfinite(best):
-            found.append((what, "nobody got there", False))
+            found.append((what, "nobody got there", "behind"))
             continue
-        texts = [(row, said(abs(measure(row)), form, "never" if "to train" in what else "not finite")) for row in rows]
-        first = [row for row, text in texts if text == texts[0][1]]
-        others = ", ".join(f"{row.method.label} {text}" for row, text in texts if row not in first)
-        winners = " and ".join(row.method.label for row in first)
-        rest = f"; {others}" if others else ""
-        found.append((what, f"{winners}: {texts[0][1]}{rest}", any(row.method.name == "default" for row in first)))
+        lost = "never" if "to train" in what else "not finite"
+        texts = [(row, f"{row.label}: {said(abs(measure(row)[0]), form, lost)}") for row in rows]
+        level = [row for row in rows if measure(row)[0] <= (worst if math.isfinite(worst) else best)]
+        ahead = ", ".join(text for row, text in texts if row in level)
+        others = ", ".join(text for row, text in texts if row not in level)
+        place = "behind" if all(row.method.name != "default" for row in level) else "close" if level[1:] else "first"
+        close = "too close to call: " if level[1:] else ""
+        found.append((what, f"{close}{ahead}{'; ' if others else ''}{others}", place))
     return found
+
+
+PLACES = {"first": "is first by", "close": "is too close to another to call by", "behind": "is not first by"}
 
 
 def findings(experiment: Experiment) -> list[str]:
@@ -194,12 +212,11 @@ def findings(experiment: Experiment) -> list[str]:
     said_so = []
     for scale in experiment.scales:
         answers = verdicts(experiment, scale)
-        won, lost = ([what for what, _, first in answers if first is wanted] for wanted in (True, False))
-        parts = [f"is first by {_listed(won)}"] if won else []
-        parts += [f"is not first by {_listed(lost)}"] if lost else []
-        said_so.append(f"Batch {scale.batch}: the default, with nothing tuned, {' and '.join(parts)}.")
-        said_so += [f"Batch {scale.batch}, {what}: {answer}." for what, answer, _ in answers]
-        bad = [f"{row.method.label} with {row.diverged} of {len(row.runs)} seeds"
+        places = {place: [what for what, _, found in answers if found == place] for place in PLACES}
+        parts = [f"{PLACES[place]} {_listed(what)}" for place, what in places.items() if what]
+        said_so.append(f"Batch {scale.batch}: the default, with nothing tuned, {'; '.join(parts)}.")
+        said_so += [f"Batch {scale.batch}, {what}. {answer}." for what, answer, _ in answers]
+        bad = [f"{row.label} with {row.diverged} of {len(row.runs)} seeds"
                for row in experiment.summaries(scale) if row.diverged]  # fmt: skip
         said_so += [f"Batch {scale.batch}, diverged: {', '.join(bad)}."] if bad else []
     return [*said_so, _beside_training(experiment)]

@@ -30,6 +30,7 @@ from gtddp_compile.demo.experiment import (
     Spread,
     Summary,
     Verdict,
+    chosen,
     findings,
     said,
     verdicts,
@@ -116,13 +117,13 @@ def _said(values: Spread, form: str) -> tuple[str, str]:
 def _swept(experiment: Experiment, scale: Scale, method: Method) -> list[tuple[str, str, str, bool]]:
     """The sweep of one method: rate, steps to the target, final loss, whether it was chosen."""
     runs = experiment.swept(scale, method)
-    best = min(runs, key=lambda run: run.final)
+    best = chosen(runs)
     return [
         (
             f"{run.rate:g}",
             said(run.until_target(run.steps), "{:.0f}"),
             said(run.final, "{:.2g}", "not finite"),
-            run is best,
+            run in best,
         )
         for run in runs
     ]
@@ -136,12 +137,14 @@ def _curve(experiment: Experiment, scale: Scale, what: str, along: str) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
+        drawn: set[Method] = set()
         for row in experiment.summaries(scale):
             values = np.array([getattr(run, what) for run in row.runs])
             values = np.nan_to_num(values, nan=TOP, posinf=TOP).clip(max=TOP) if what == "losses" else 100 * values
             across, look = np.median([getattr(run, along) for run in row.runs], axis=0), LOOKS[row.method.name]
             axes.fill_between(across, values.min(0), values.max(0), color=look["color"], alpha=0.16, linewidth=0)
-            axes.plot(across, np.median(values, axis=0), linewidth=2, **look)
+            axes.plot(across, np.median(values, axis=0), linewidth=1.1 if row.method in drawn else 2.2, **look)
+            drawn.add(row.method)
         if what == "losses":
             axes.axhline(TARGET, color=INK, linewidth=0.9, linestyle=(0, (2, 3)), zorder=0)
             axes.set_yscale("log")
