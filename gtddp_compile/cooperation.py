@@ -29,6 +29,7 @@ class MetricRules:
         shares: whether the curvature has Corollary 7's form.
         printed: whether the value Hessian reads each player's own curvature beside the coalition's (Eq. 23).
         inputs_alone: whether the metric is of inputs alone: only players whose outputs are added up are in one.
+        widest: inputs of a linear layer up to which its factor is one matrix; 0: it always is.
     """
 
     kronecker: bool = False
@@ -37,6 +38,7 @@ class MetricRules:
     shares: bool = False
     printed: bool = False
     inputs_alone: bool = False
+    widest: int = 0
 
 
 LARGEST_JOINT = 2**14
@@ -102,7 +104,11 @@ def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], ru
         CompileError: a side of the several's factors is longer than :data:`LARGEST_JOINT`.
     """
     if len(group) == 1:
-        return MetricBlock("kronecker", tuple(group))
+        use = uses[group[0].name]
+        width = math.prod(graph.ops.parameter_info[use.names[0]].shape[1:]) + use.wants[1]
+        blocks = -(-width // rules.widest) if rules.widest and use.rule.name == "linear" else 1
+        why = f"inputs in {blocks} blocks" if blocks > 1 else ""
+        return MetricBlock("kronecker", tuple(group), why, blocks=blocks)
     weights = [graph.ops.parameter_info[uses[player.name].names[0]].shape for player in group]
     biases = sum(uses[player.name].wants[1] for player in group)
     inputs, outputs = sum(math.prod(shape[1:]) for shape in weights) + biases, sum(shape[0] for shape in weights)

@@ -279,7 +279,9 @@ def _single(b: Builder, block: MetricBlock) -> Use | None:
 def _coordinates(b: Builder, block: MetricBlock) -> str:
     """The form of a block's coordinates, empty where they are not kept: those of a coalition are not."""
     use = _single(b, block)
-    return "" if use is None else choose_coordinates(b.plan, use)
+    if use is None or (b.plan.form.name == "base" and block.blocks > 1):
+        return ""
+    return choose_coordinates(b.plan, use)
 
 
 def _shares_lines(b: Builder, block: MetricBlock) -> bool:
@@ -364,7 +366,7 @@ def _seen_once(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
     (player,) = block.players
     (use,), (x, g), name = b.uses(player.name), _rows(b, player), f"seen_{b.identity(player)}"
     b.emit("backward", t, (x, g), b.kernel(use, "rows"), operands(b, use), Var(b.g_output(use.op)), params(b, use),
-           use.wants, note="rows", **b.options(use))  # fmt: skip
+           use.wants, note="rows", **_rows_options(b, use, block))  # fmt: skip
     made: tuple[object, ...] = (Var(x),)
     more: dict[str, Any] = {}
     if shares_lines(b.plan, use):  # made where it is read: not at every step
@@ -392,8 +394,13 @@ def _layer(b: Builder, t: int, block: MetricBlock, player: Player, alpha: str | 
     g = Var(b.g_output(use.op)) if alpha is None else output_gradient(b, use, alpha)
     layer = "factor_layer" if b.factored and alpha is None else "kronecker_layer"
     b.emit("backward", t, (f"*{name}",), layer, Function(b.kernel(use, "rows")), operands(b, use), g, params(b, use),
-           use.wants, note="rows", **b.options(use))  # fmt: skip
+           use.wants, note="rows", **_rows_options(b, use, block))  # fmt: skip
     return Var(name)
+
+
+def _rows_options(b: Builder, use: Use, block: MetricBlock) -> dict[str, Any]:
+    """Options of the kernel that makes a layer's rows."""
+    return b.options(use) | ({"blocks": block.blocks} if block.blocks > 1 else {})
 
 
 def _names(block: MetricBlock) -> tuple[tuple[str, ...], ...]:

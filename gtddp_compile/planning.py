@@ -73,5 +73,11 @@ def metric_rules(options: Options, curvature: Curvature) -> MetricRules:
         return BY_PARAMETER
     printed = options.recursion == "printed"
     return MetricRules(
-        True, curvature.small, options.cooperates, curvature.shares, printed, inputs_alone=curvature.inputs_alone
+        True,
+        curvature.small,
+        options.cooperates,
+        curvature.shares,
+        printed,
+        inputs_alone=curvature.inputs_alone,
+        widest=curvature.widest,
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile.curvature.base import Group
@@ -107,7 +108,7 @@ class BlockUpdates(ParameterUpdates):
 
     def _widths_and_groups(self, kind: BlockKind, names: Names) -> tuple[list[tuple[int, int]], list[Group]]:
         """``(n, m)`` and options of every player."""
-        shapes = [self._fold(kind, player, None).shape for player in names]
+        shapes = [self._shape(kind, player) for player in names]
         return [(shape[2], shape[1]) for shape in shapes], [self._groups[player[0]] for player in names]
 
     def drift_block(self, kind: BlockKind, names: Names) -> tuple[tuple[Tensor, ...], ...]:
@@ -226,14 +227,29 @@ class BlockUpdates(ParameterUpdates):
         decays = self._directions(kind, names, self._with_decays(names, zeros))
         return [tuple(map(torch.add, *pair)) for pair in zip(found, decays, strict=True)]
 
-    def _fold(self, kind: BlockKind, names: tuple[str, ...], gradients: tuple[Tensor, ...] | None) -> Tensor:
-        """``(G, m, n)`` of one player's gradients (``None``: of its parameters, for their shape)."""
-        parts = tuple(self._params[name] for name in names) if gradients is None else gradients
+    def _shape(self, kind: BlockKind, names: tuple[str, ...]) -> tuple[int, int, int]:
+        """``(G, m, n)`` of one player's gradients: groups of a convolution, or blocks of a wide layer's inputs."""
+        params = [self._params[name] for name in names]
         if kind == "exact":
-            return torch.cat([part.flatten() for part in parts]).reshape(1, -1, 1)
+            return 1, sum(param.numel() for param in params), 1
+        weight = max(params, key=torch.Tensor.dim)
+        width = weight[0].numel() + (len(params) > 1)
         groups = self.states[names[0]]["factor_x"].shape[0] if "factor_x" in self.states[names[0]] else 1
+        if weight.dim() == 2:
+            return groups, len(weight), -(-width // groups)
+        return groups, len(weight) // groups, width
+
+    def _fold(self, kind: BlockKind, names: tuple[str, ...], parts: tuple[Tensor, ...]) -> Tensor:
+        """``(G, m, n)`` of one player's gradients, the bias's last among the inputs."""
+        groups, outputs, width = self._shape(kind, names)
+        if kind == "exact":
+            return torch.cat([part.flatten() for part in parts]).reshape(1, outputs, 1)
         bias_last = sorted(parts, key=torch.Tensor.dim, reverse=True)
-        return torch.cat([part.reshape(groups, part.shape[0] // groups, -1) for part in bias_last], -1)
+        if groups > 1 and parts[0].dim() <= 2:
+            whole = torch.cat([part.reshape(outputs, -1) for part in bias_last], -1)
+            whole = F.pad(whole, (0, groups * width - whole.shape[1]))
+            return whole.reshape(outputs, groups, width).transpose(0, 1)
+        return torch.cat([part.reshape(groups, outputs, -1) for part in bias_last], -1)
 
     def _unfold(self, kind: BlockKind, names: tuple[str, ...], matrix: Tensor) -> tuple[Tensor, ...]:
         params = [self._params[name] for name in names]
@@ -241,6 +257,8 @@ class BlockUpdates(ParameterUpdates):
             pieces = matrix.flatten().split([param.numel() for param in params])
         else:
             width = max(param[0].numel() for param in params)
+            if len(matrix) > 1 and max(param.dim() for param in params) == 2:
+                matrix = matrix.transpose(0, 1).flatten(1)[:, : width + (len(params) > 1)]
             pieces = tuple(matrix[..., :width] if param.dim() > 1 else matrix[..., width:] for param in params)
         return tuple(piece.reshape(param.shape) for piece, param in zip(pieces, params, strict=True))
 

@@ -46,6 +46,8 @@ class FOOF(Kronecker):
         refresh: steps between two inversions.
         stat_every: steps between two updates of the average.
         early: in so many first steps both are made more often, at steps 1, 2, 3, 5, 9, …
+        widest: inputs of a linear layer up to which ``A`` is one matrix; a wider layer's is block-diagonal, in as many
+            equal blocks as are needed. An inversion takes the cube of the width.
         momentum: as torch.optim.SGD's, of the preconditioned gradient; not beside ``inertia``.
         weight_decay: coupled decay ``λ u``, part of the gradient.
         maximize: not available: negate the loss.
@@ -56,6 +58,7 @@ class FOOF(Kronecker):
 
     lr: Scalar = 3.0
     damping: float = 0.1
+    widest: int = 512
 
     name = "foof"
     suggests: ClassVar[Mapping[str, Any]] = {"inertia": 0.9, "terminal": Geometric(aim=0.6, half=16.0)}

@@ -69,6 +69,8 @@ class Kronecker(ABC):
     name = "kronecker"
     small = 0
     """Largest number of parameters of an exact block."""
+    widest = 0
+    """Inputs of a linear layer up to which its factor is one matrix; 0: it always is."""
     inputs_alone = False
     """Whether the metric is of inputs alone; players without rows then have a multiple of the identity."""
     shares = False

@@ -103,9 +103,14 @@ def _coordinates_gram(coordinates: Coordinates, scale: Tensor | float) -> Tensor
         whole: Tensor = (gamma * scale).flatten(1) @ gamma.flatten(1).mT
         return whole
     if len(coordinates) == 4:
-        flat = [part[:, :, 0].transpose(0, 1) for part in coordinates]  # (G, B, n): one position
-        x, g, mapped_x, mapped_g = flat
-        by_g = torch.stack([linear_inputs(own) for own in g]) if mapped_g is g else mapped_g @ g.mT
+        x, g, mapped_x, mapped_g = (part[:, :, 0].transpose(0, 1) for part in coordinates)  # (G, B, n): one position
+        mapped_g = g if coordinates[1] is coordinates[3] else mapped_g
+        if mapped_g is not g:
+            by_g = mapped_g @ g.mT
+        elif len(g) == 1 or g.stride(0) == 0:  # blocks of inputs have the same output gradients
+            by_g = linear_inputs(g[0])
+        else:
+            by_g = torch.stack([linear_inputs(own) for own in g])
         dual: Tensor = (mapped_x @ x.mT).mul_(by_g).sum(0)
         return (dual + dual.T) / 2  # symmetric but for rounding, which Cholesky does not mind, and the rest might
     x, g = coordinates

@@ -259,9 +259,21 @@ def linear_pieces(
 
 
 def linear_rows(
-    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
+    operands: tuple[Tensor, ...],
+    g: Tensor,
+    params: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    *,
+    blocks: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Homogeneous inputs ``(B, 1, T, n)`` and output gradients ``(B, 1, T, m)`` (kernels of ``kronecker``)."""
+    """Homogeneous inputs ``(B, G, T, n)`` and output gradients ``(B, G, T, m)`` (kernels of ``kronecker``).
+
+    ``blocks``: into how many the inputs are split, zeros behind the last; each has all output gradients.
+    """
     x = _linear_rows(operands[0])
     x = F.pad(x, (0, 1), value=1.0) if wants[1] else x
-    return x.unsqueeze(1), _linear_rows(g).unsqueeze(1)
+    if blocks == 1:
+        return x.unsqueeze(1), _linear_rows(g).unsqueeze(1)
+    width = -(-x.shape[-1] // blocks)
+    x = F.pad(x, (0, blocks * width - x.shape[-1])).unflatten(-1, (blocks, width)).transpose(1, 2)
+    return x, _linear_rows(g).unsqueeze(1).expand(-1, blocks, -1, -1)

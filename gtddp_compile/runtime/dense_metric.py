@@ -99,6 +99,10 @@ class DenseMetric:
                 )
             )
             x, v_h = _explicit(x, v_h, use.options, use.params, seen.trajectory.p, bias=use.wants[1])
+            if block.blocks > 1:  # the inputs in blocks of equal width, zeros behind the last ones
+                width = -(-x.shape[-1] // block.blocks)
+                x = F.pad(x, (0, block.blocks * width - x.shape[-1]))
+                x, v_h = torch.cat(x.split(width, -1), 1), torch.cat([v_h] * block.blocks, 1)
         return kernels.kronecker_layer(lambda operands, g, params, wants: (operands[0], g), (x,), v_h, (), ())
 
     def apply(self, consumed: Tensor) -> None:
@@ -190,7 +194,8 @@ class DenseMetric:
         x, g = maps
         if g is not None:
             return g
-        rows = max((self._m.shape(name) for name in player.parameters), key=len)[0] // len(x)
+        shape = max((self._m.shape(name) for name in player.parameters), key=len)
+        rows = shape[0] if len(shape) == 2 else shape[0] // len(x)  # blocks of inputs have the outputs whole
         return torch.eye(rows, dtype=x.dtype).repeat(len(x), 1, 1)
 
     def _order(self, block: MetricBlock, player: Player) -> Tensor:
@@ -202,7 +207,12 @@ class DenseMetric:
         bias = any(len(shape) == 1 for shape in shapes)
         rows = shapes[0][0]
         inputs = max(size // rows for shape, size in zip(shapes, sizes, strict=True) if len(shape) > 1)
-        grid = torch.arange(rows * (inputs + bias)).reshape(rows, inputs + bias)
+        if block.blocks > 1:
+            width = -(-(inputs + bias) // block.blocks)
+            by_block = torch.arange(block.blocks * rows * width).reshape(block.blocks, rows, width)
+            grid = by_block.transpose(0, 1).flatten(1)[:, : inputs + bias]
+        else:
+            grid = torch.arange(rows * (inputs + bias)).reshape(rows, inputs + bias)
         return torch.cat([(grid[:, :inputs] if len(shape) > 1 else grid[:, inputs:]).flatten() for shape in shapes])
 
 
