@@ -142,4 +142,4 @@ def test_it_says_who_won_and_who_lost() -> None:
     text = " ".join(findings(experiment))
     assert "is first by steps to train loss 0.05; is too close to another to call by validation accuracy" in text
     assert "is not first by processor time to train loss 0.05 and train loss at the end" in text
-    assert "diverged: method paper with 1 of 1 seeds" in text
+    assert "no better than guessing at the end: method paper with 1 of 1 seeds" in text

@@ -62,7 +62,7 @@ class Run:
 
     @property
     def lost(self) -> bool:
-        """No better than guessing at the last evaluation (not finite included): at the end, this is "diverged"."""
+        """No better than guessing at the last evaluation (not finite included): whether it diverged or never began."""
         return not self.losses[-1] < DIVERGED
 
     def until_target(self, along: list[int] | list[float]) -> float:
@@ -218,7 +218,7 @@ def findings(experiment: Experiment) -> list[str]:
         said_so += [f"Batch {scale.batch}, {what}. {answer}." for what, answer, _ in answers]
         bad = [f"{row.label} with {row.diverged} of {len(row.runs)} seeds"
                for row in experiment.summaries(scale) if row.diverged]  # fmt: skip
-        said_so += [f"Batch {scale.batch}, diverged: {', '.join(bad)}."] if bad else []
+        said_so += [f"Batch {scale.batch}, no better than guessing at the end: {', '.join(bad)}."] if bad else []
     return [*said_so, _beside_training(experiment)]
 
 
