@@ -13,17 +13,31 @@ run is a row of ``robustness.csv`` and not run again; docs/robustness.md is writ
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from common import DOCS, markdown
 from rich.console import Console
 from robustness_cases import DEFAULT, METHODS, RIVALS, TASKS, Method, Task
-from robustness_runs import Study, load
+from robustness_runs import TARGET, Run, Runs, Study, final, load, tuned
 
 RAW = Path(__file__).with_name("robustness.csv")
 QUICK = (("digits-128", "resnet-64"), (DEFAULT, *RIVALS))
+DECISIONS: dict[str, tuple[str, ...]] = {
+    "rate": ("lr / 3", "lr × 3"),
+    "aim": ("aim 0.1, flat", "aim 0.3, flat", "aim 1.0, flat", "aim 2.0, flat", "aim 0.6 B/(B + 16)"),
+    "inertia": ("inertia 0",),
+    "damping": ("damping 0.01", "damping 1", "refresh 1"),
+    "metric": ("kfac, damping 0.1", "kfac, damping 0.01", "sgd, linear", "adam, linear"),
+    "rollout": ("nonlinear", "open"),
+    "gram": ("exact Γ", "Γ of 64 columns"),
+}
+"""Tables of the page: what each compares with the default."""
 
 
 def chosen(only: str) -> tuple[list[Task], list[Method]]:
@@ -37,6 +51,70 @@ def chosen(only: str) -> tuple[list[Task], list[Method]]:
         raise typer.BadParameter(f"{unknown} is not among {[*TASKS, *METHODS]}")
     tasks = [task for name, task in TASKS.items() if name in names] or list(TASKS.values())
     return tasks, [method for name, method in METHODS.items() if name in names] or list(METHODS.values())
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def median(runs: Sequence[Run], name: str) -> float:
+    """Of a figure over runs."""
+    return statistics.median(getattr(run, name) for run in runs)
+
+
+def number(value: float, form: str) -> str:
+    """A dash for what was not reached."""
+    return format(value, form) if math.isfinite(value) else "–"
+
+
+def against(runs: Runs) -> str:
+    """The default beside the tuned rivals, task by task."""
+    rows = []
+    for task in TASKS.values():
+        for method in (DEFAULT, *RIVALS):
+            if not (found := final(runs, task, method)):
+                continue
+            rate = tuned(runs, task, method)
+            steps = ", ".join(number(run.steps_to, "g") for run in found)
+            rows.append((
+                task.name, method.name + (f", lr {rate:g}" if rate else ""),
+                f"{number(median(found, 'steps_to'), 'g')} ({steps})", number(median(found, "seconds_to"), ".2f"),
+                f"{median(found, 'step_ms'):.1f}", f"{median(found, 'train_loss'):.2g}",
+                f"{median(found, 'valid_loss'):.3f} ({median(found, 'best_valid_loss'):.3f})",
+                f"{median(found, 'accuracy'):.1%} ({median(found, 'best_accuracy'):.1%})",
+            ))  # fmt: skip
+    header = ("task", "method", f"steps to {TARGET} (seeds)", "s", "ms a step", "train loss", "valid. loss (best)",
+              "valid. accuracy (best)")  # fmt: skip
+    return markdown(header, rows)
+
+
+def comparison(runs: Runs, names: Sequence[str]) -> str:
+    """Options beside the default, a column a task; of the default the same seeds as of the option with most."""
+    tasks = [task for task in TASKS.values() if any(final(runs, task, METHODS[name]) for name in names)]
+    rows = []
+    for name in (DEFAULT.name, *names):
+        cells = []
+        for task in tasks:
+            most = max(len(final(runs, task, METHODS[other])) for other in names)
+            found = final(runs, task, METHODS[name])[:most]
+            rate = tuned(runs, task, METHODS[name])
+            cells.append(shown(found) + (f" (lr {rate:g})" if rate and found else ""))
+        rows.append((name, *cells))
+    return markdown(("", *(task.name for task in tasks)), rows)
+
+
+def shown(runs: Sequence[Run]) -> str:
+    """Steps, accuracy at the end."""
+    return f"{number(median(runs, 'steps_to'), 'g')}; {median(runs, 'accuracy'):.1%}" if runs else ""
+
+
+def write_page(runs: Runs) -> None:
+    """docs/robustness.md, from robustness.md.in and the rows."""
+    text = Path(__file__).with_name("robustness.md.in").read_text(encoding="utf-8")
+    stamps = sorted({run.machine for run in runs.values()})
+    text = text.replace("{machine}", "; ".join(stamps)).replace("{against}", against(runs))
+    for mark, names in DECISIONS.items():
+        text = text.replace(f"{{{mark}}}", comparison(runs, names))
+    (DOCS / "robustness.md").write_text(text, encoding="utf-8")
 
 
 def main(
@@ -55,6 +133,8 @@ def main(
     study = Study(None if quick else RAW, Console(), {} if quick else load(RAW))
     for task in tasks:
         study.measure(task, methods, seeds, again=retime)
+    if not quick:
+        write_page(study.runs)
 
 
 if __name__ == "__main__":
