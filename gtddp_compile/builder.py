@@ -178,12 +178,17 @@ class Builder:
             usable = (
                 self.plan.segments is None
                 and alone
-                and self.plan.metric in METRICS
+                and (self.plan.metric in METRICS or self.block_kind(player) == "uniform")
                 and not self.factored
                 and self.plan.form.name in LEVENBERG
             )
             self._kept[player] = usable and choose_gram(self.plan, uses[0]).kept
         return self._kept[player]
+
+    def block_kind(self, player: str) -> str:
+        """In which kind of metric block a player is."""
+        stage = self.plan.stages[self.graph.player[player].stage]
+        return next(block.kind for block in stage.blocks if any(own.name == player for own in block.players))
 
     @cached_property
     def watched(self) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gtddp_compile.algebra.collapsed import COUPLED
@@ -210,10 +211,10 @@ def output_gradient(b: Builder, use: Use, weights: str) -> Code:
 
 def directional(
     b: Builder, phase: Phase, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
-    only: frozenset[str] | None = None,
+    only: frozenset[str] | None = None, added: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones)."""
-    parts = []
+    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``."""
+    parts = list(added)
     for player in players:
         for use in b.uses(player.name):
             if only is not None and use.op not in only:

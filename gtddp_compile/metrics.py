@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import (
     gram,
@@ -23,7 +24,7 @@ from gtddp_compile.calls import (
     weighted,
 )
 from gtddp_compile.columns import sample_gram
-from gtddp_compile.costs import choose_coordinates, separates, shares_lines
+from gtddp_compile.costs import choose_coordinates, choose_gram, separates, shares_lines
 from gtddp_compile.graph import Player
 from gtddp_compile.instructions import Code, Function, Phase, Var
 from gtddp_compile.plan import MetricBlock
@@ -92,6 +93,31 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
         own = f"own_{metric}"
         b.emit("backward", t, (f"*{own}",), "m.own_metric", block.kind, _names(block), note="Q_uu^-1, Q_vv^-1 (23)")
     return Observed(block, metric, layers, own, coordinates)
+
+
+def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tuple[str, str] | None:
+    """Variables of a convolution's sketched ``Γ`` and of ``⟨γ_i, M⁻¹ ℓ_u⟩``, where one product makes both."""
+    if _sketch(b, t, found.block) is None:
+        return None
+    (player,) = found.block.players
+    (use,), identity = b.uses(player.name), b.identity(player)
+    gamma, moved = f"gamma_{t}_{identity}", f"s_{t}_{identity}"
+    direction = None
+    if player.name in drifts:
+        direction = tuple(Code(f"{drifts[player.name]}[{player.parameters.index(name)}]") for name in use.names)
+    b.emit("backward", t, (gamma, moved if direction else "_"), "conv_sketched", operands(b, use),
+           Var(b.g_output(use.op)), params(b, use), use.wants, Var(f"maps_{identity}"), Var(found.metric), direction,
+           Var(b.rows), note="gamma M^-1 gamma^T; gamma M^-1 l", **b.options(use))  # fmt: skip
+    return gamma, moved if direction else ""
+
+
+def _sketch(b: Builder, t: int, block: MetricBlock) -> tuple[int, int] | None:
+    """Columns and seed of the sketch that a convolution's ``Γ`` is made by, where it is."""
+    if block.kind != "channels" or b.factored or b.plan.form.name not in LEVENBERG:
+        return None
+    (use,) = b.uses(block.players[0].name)
+    chosen = choose_gram(b.plan, use)
+    return (chosen.columns or b.plan.columns, t) if chosen.approximate == "sketch" else None
 
 
 def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
@@ -303,7 +329,7 @@ def _statistics(
         (use,), whitened = b.uses(player.name), f"maps_{b.identity(player)}"
         b.emit(phase, t, (f"*{whitened}",), "m.observe_channels", player.parameters, operands(b, use),
                Var(b.g_output(use.op)), params(b, use), block.positions, use.options["groups"],
-               note="A = E[x x^T] of a pixel's channels")  # fmt: skip
+               *filter(None, [_sketch(b, t, block)]), note="A = E[x x^T] of a pixel's channels")  # fmt: skip
         return ()
     if block.kind == "uniform":
         (player,) = block.players

@@ -252,11 +252,19 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     if paper:
         _paper(b, stage, opens, found)
         return
+    drifts: dict[str, str] = {}
     if b.plan.linear:
         drifts = {name: variable for block in found for name, variable in metrics.drift(b, t, block).items()}
+    pairs = {o.block.players[0].name: metrics.sketched(b, t, o, drifts) for o in found}
+    if b.plan.linear:
+        left = tuple(player for player in stage.players if not pairs.get(player.name))
+        parts = [pair[1] for pair in pairs.values() if pair]
         drift = f"fall_{t}" if b.factored else f"s_{t}"
-        directional(b, "backward", t, stage.players, drifts, drift, "gamma M^-1 l")
-    grams = {", ".join(p.name for p in o.block.players): metrics.block_gram(b, t, o) for o in found}
+        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts)
+    grams = {}
+    for o in found:
+        pair = pairs[o.block.players[0].name]
+        grams[", ".join(p.name for p in o.block.players)] = pair[0] if pair else metrics.block_gram(b, t, o)
     b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in grams.items()})
     total = f"columns_{t}" if b.factored else f"gamma_{t}"
     add = "blocks_add" if len(grams) > 1 else "="

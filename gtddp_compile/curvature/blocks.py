@@ -57,15 +57,20 @@ class BlockUpdates(ParameterUpdates):
 
     def observe_channels(
         self, names: tuple[str, ...], x: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor, ...], positions: float,
-        groups: int,
+        groups: int, sketch: tuple[int, int] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Statistics of a convolution's channels (:class:`gtddp_compile.FOOF`); ``X`` with ``X Xᵀ = A⁻¹``."""
+        """Statistics of a convolution's channels (:class:`gtddp_compile.FOOF`).
+
+        Returns:
+            ``X`` with ``X Xᵀ = A⁻¹``, or with ``sketch`` (columns, seed) the filters that project whitened patches.
+        """
         assert isinstance(self._kronecker, FOOF)  # the compiler emits this call for no other
         images, _ = _conv_images(x, g, params)
         states = [self.states[name] for name in names]
-        found = self._kronecker.observe_channels(images, positions, groups, states, self._groups[names[0]])
+        shape, group = tuple(self._params[names[0]].shape), self._groups[names[0]]
+        found = self._kronecker.observe_channels(images, positions, shape, groups, states, group, sketch)
         self.states.update(zip(names, found, strict=True))
-        maps: Tensor = self.states[names[0]]["map_x"]
+        maps: Tensor = found[0]["map_x" if sketch is None else "filters"]
         return maps
 
     def channels_metric(self, names: tuple[str, ...]) -> tuple[float, ...]:
@@ -197,9 +202,9 @@ class BlockUpdates(ParameterUpdates):
         return [self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True)]
 
     def _channel_directions(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        maps = self.states[names[0]]["map_x"]
+        inverse = self.states[names[0]]["inverse_x"]
         return tuple(
-            channel_step(gradient, maps)
+            channel_step(gradient, inverse)
             if gradient.dim() > 1
             else gradient * (self._inverse(name) / float(self._groups[name]["lr"]))
             for name, gradient in zip(names, gradients, strict=True)

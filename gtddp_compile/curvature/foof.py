@@ -14,7 +14,7 @@ from gtddp_compile.curvature.checks import Scalar, scalar
 from gtddp_compile.curvature.kfac import inverse_root
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.kernels.kronecker import Layer, input_factor
-from gtddp_compile.kernels.channels import channel_factor
+from gtddp_compile.kernels.channels import channel_factor, channel_filters
 from gtddp_compile.terminal import Geometric
 
 
@@ -57,7 +57,7 @@ class FOOF(Kronecker):
     damping: float = 0.1
 
     name = "foof"
-    suggests: ClassVar[Mapping[str, Any]] = {"inertia": 0.9, "terminal": Geometric(aim=0.6, half=8.0)}
+    suggests: ClassVar[Mapping[str, Any]] = {"inertia": 0.9, "terminal": Geometric(aim=0.6, half=16.0)}
     """What docs/robustness.md found to serve every network and batch size it tried."""
     inputs_alone = True
 
@@ -85,16 +85,19 @@ class FOOF(Kronecker):
         return g_hat / (state["positions"] * (1.0 + group["damping"]))
 
     def observe_channels(
-        self, x: Tensor, positions: float, groups: int, states: Sequence[State], group: Group
-    ) -> list[dict[str, Any]]:
+        self, x: Tensor, positions: float, shape: tuple[int, ...], groups: int, states: Sequence[State], group: Group,
+        sketch: tuple[int, int] | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """States of a convolution's parameters after its channels' covariance.
 
         Args:
             x: inputs, ``(images, channels, pixels…)``.
             positions: of the output, in a sample.
+            shape: of the weight.
             groups: of the convolution.
             states: of its parameters, the weight's first.
             group: their options.
+            sketch: columns and seed of the random filters that ``Γ`` is made by; ``None``: it is made by others.
         """
         found = [{**self._stepped(state), "positions": positions} for state in states]
         width = x.shape[1] // groups
@@ -104,6 +107,10 @@ class FOOF(Kronecker):
 
         if self._running(found[0], group, {"factor_x": (groups, width, width)}, factors):
             found[0].update(self.refreshed("channels", found[0], group))
+            maps = found[0]["map_x"]
+            found[0]["inverse_x"] = maps @ maps.mT
+            if sketch is not None:
+                found[0]["filters"] = channel_filters(maps, tuple(shape[1:]), *sketch)
         return found
 
     def factor_keys(self) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ from gtddp_compile.kernels.kronecker import (
 BlockKind = Literal["kronecker", "channels", "printed", "shared", "exact"]
 
 MAPS = ("map_x", "map_g", "null_x", "null_g", "moment")
-DERIVED = (*MAPS, *(f"own_{key}" for key in MAPS))
+DERIVED = (*MAPS, "inverse_x", "filters", *(f"own_{key}" for key in MAPS))
 """Keys of a block's state that are made of its factors."""
 
 

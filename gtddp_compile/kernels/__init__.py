@@ -14,7 +14,7 @@ from gtddp_compile.kernels.approximate import (
 )
 from gtddp_compile.kernels.arrange import apart, apart_all, arranged, contract_arranged, order_of_rows, together
 from gtddp_compile.kernels.batch_norm import batch_known, batch_moments, batch_norm, quick_moments
-from gtddp_compile.kernels.channels import channel_factor, channel_step, conv_whitened
+from gtddp_compile.kernels.channels import channel_factor, channel_filters, channel_step, conv_sketched, conv_whitened
 from gtddp_compile.kernels.conv import (
     conv_directional,
     conv_gram,
@@ -168,6 +168,7 @@ __all__ = [
     "cap_step",
     "class_mean_scale",
     "channel_factor",
+    "channel_filters",
     "channel_step",
     "clip",
     "clip_factors",
@@ -190,6 +191,7 @@ __all__ = [
     "conv_rows",
     "conv_separable_gram",
     "conv_sketch_gram",
+    "conv_sketched",
     "conv_weighted",
     "conv_whitened",
     "coordinates_form",
