@@ -12,9 +12,9 @@ from digit_images import Images, digits, mnist_5k
 from networks import DigitsNet, ResidualTwos, SmallViT, small_resnet, tanh_mlp
 from torch import Tensor, nn
 
-from gtddp_compile import Geometric, Sketch, compile_optimizer
+from gtddp_compile import FOOF, Geometric, Sketch, compile_optimizer
 
-RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 3))
+RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 4) for digit in (1, 3))
 """What a sweep may come to: every rate is about three times the one before."""
 LOSS = nn.CrossEntropyLoss()
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -90,8 +90,14 @@ class Method:
         return torch_step(model, self.optim(model.parameters(), **options), LOSS)
 
 
-AIM = {"inertia": 0.9, "terminal": Geometric(0.6, half=8.0)}
-"""What FOOF suggests, for other metrics."""
+LIKE_DEFAULT = {
+    **FOOF.suggests,
+    "lr": FOOF().lr,
+    "damping": FOOF().damping,
+    "refresh": 10,
+    "stat_every": 10,
+    "early": 10,
+}
 
 
 def ours(name: str, *rates: float, **options: Any) -> Method:
@@ -115,10 +121,10 @@ METHODS = {
         ours("damping 1", damping=1.0),
         ours("inertia 0", inertia=0.0),
         *(ours(f"aim {aim}, flat", terminal=Geometric(aim)) for aim in (0.1, 0.3, 1.0, 2.0)),
-        ours("aim 0.6 B/(B + 16)", terminal=Geometric(0.6, half=16.0)),
+        ours("aim 0.6 B/(B + 8)", terminal=Geometric(0.6, half=8.0)),
         ours("refresh 1", refresh=1, stat_every=1),
-        ours("kfac, damping 0.1", curvature="kfac", lr=3.0, damping=0.1, refresh=10, stat_every=10, early=10, **AIM),
-        ours("kfac, damping 0.01", curvature="kfac", lr=3.0, damping=0.01, refresh=10, stat_every=10, early=10, **AIM),
+        ours("kfac, damping 0.1", curvature="kfac", **LIKE_DEFAULT),
+        ours("kfac, damping 0.01", curvature="kfac", **{**LIKE_DEFAULT, "damping": 0.01}),
         ours("sgd, linear", 0.1, 0.3, 1.0, 3.0, curvature="sgd"),
         ours("adam, linear", 1e-3, 3e-3, 0.01, 0.03, curvature="adam"),
         ours("nonlinear", rollout="nonlinear"),
