@@ -30,10 +30,10 @@ RAW = Path(__file__).with_name("robustness.csv")
 QUICK = (("digits-128", "resnet-64"), (DEFAULT, *RIVALS))
 DECISIONS: dict[str, tuple[str, ...]] = {
     "rate": ("lr / 3", "lr × 3"),
-    "aim": ("aim 0.1, flat", "aim 0.3, flat", "aim 1.0, flat", "aim 2.0, flat", "aim 0.6 B/(B + 8)"),
+    "aim": ("aim 0.1 flat", "aim 0.3 flat", "aim 1.0 flat", "aim 2.0 flat", "aim 0.6 B/(B + 8)"),
     "inertia": ("inertia 0",),
     "damping": ("damping 0.01", "damping 1", "refresh 1"),
-    "metric": ("kfac, damping 0.1", "kfac, damping 0.01", "sgd, linear", "adam, linear"),
+    "metric": ("kfac damping 0.1", "kfac damping 0.01", "sgd linear", "adam linear"),
     "rollout": ("nonlinear", "open"),
     "gram": ("exact Γ", "Γ of 64 columns"),
 }

@@ -106,7 +106,7 @@ def ours(name: str, *rates: float, **options: Any) -> Method:
 
 
 RIVALS = (
-    Method("torch SGD, Nesterov 0.9", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, (0.01, 0.03, 0.1, 0.3)),
+    Method("torch SGD Nesterov", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, (0.01, 0.03, 0.1, 0.3)),
     Method("torch Adam", torch.optim.Adam, {}, (1e-3, 3e-3, 0.01, 0.03)),
 )
 DEFAULT = ours("default")
@@ -120,13 +120,13 @@ METHODS = {
         ours("damping 0.01", damping=0.01),
         ours("damping 1", damping=1.0),
         ours("inertia 0", inertia=0.0),
-        *(ours(f"aim {aim}, flat", terminal=Geometric(aim)) for aim in (0.1, 0.3, 1.0, 2.0)),
+        *(ours(f"aim {aim} flat", terminal=Geometric(aim)) for aim in (0.1, 0.3, 1.0, 2.0)),
         ours("aim 0.6 B/(B + 8)", terminal=Geometric(0.6, half=8.0)),
         ours("refresh 1", refresh=1, stat_every=1),
-        ours("kfac, damping 0.1", curvature="kfac", **LIKE_DEFAULT),
-        ours("kfac, damping 0.01", curvature="kfac", **{**LIKE_DEFAULT, "damping": 0.01}),
-        ours("sgd, linear", 0.1, 0.3, 1.0, 3.0, curvature="sgd"),
-        ours("adam, linear", 1e-3, 3e-3, 0.01, 0.03, curvature="adam"),
+        ours("kfac damping 0.1", curvature="kfac", **LIKE_DEFAULT),
+        ours("kfac damping 0.01", curvature="kfac", **{**LIKE_DEFAULT, "damping": 0.01}),
+        ours("sgd linear", 0.1, 0.3, 1.0, 3.0, curvature="sgd"),
+        ours("adam linear", 1e-3, 3e-3, 0.01, 0.03, curvature="adam"),
         ours("nonlinear", rollout="nonlinear"),
         ours("open", feedback="open"),
         ours("exact Γ", gram="exact"),
