@@ -78,12 +78,13 @@ def against(runs: Runs) -> str:
             rows.append((
                 task.name, method.name + (f", lr {rate:g}" if rate else ""),
                 f"{number(median(found, 'steps_to'), 'g')} ({steps})", number(median(found, "seconds_to"), ".2f"),
-                f"{median(found, 'step_ms'):.1f}", f"{median(found, 'train_loss'):.2g}",
+                f"{median(found, 'step_ms'):.1f}",
+                f"{max(run.compile_s for run in found):.2f}", f"{median(found, 'train_loss'):.2g}",
                 f"{median(found, 'valid_loss'):.3f} ({median(found, 'best_valid_loss'):.3f})",
                 f"{median(found, 'accuracy'):.1%} ({median(found, 'best_accuracy'):.1%})",
             ))  # fmt: skip
-    header = ("task", "method", f"steps to {TARGET} (seeds)", "s", "ms a step", "train loss", "valid. loss (best)",
-              "valid. accuracy (best)")  # fmt: skip
+    header = ("task", "method", f"steps to {TARGET} (seeds)", "s", "ms a step", "compile s", "train loss",
+              "valid. loss (best)", "valid. accuracy (best)")  # fmt: skip
     return markdown(header, rows)
 
 
@@ -98,8 +99,24 @@ def comparison(runs: Runs, names: Sequence[str]) -> str:
             found = final(runs, task, METHODS[name])[:most]
             rate = tuned(runs, task, METHODS[name])
             cells.append(shown(found) + (f" (lr {rate:g})" if rate and found else ""))
-        rows.append((name, *cells))
-    return markdown(("", *(task.name for task in tasks)), rows)
+        rows.append((name, *cells, ratio(runs, METHODS[name])))
+    return markdown(("", *(task.name for task in tasks), "steps over the default's"), rows)
+
+
+def ratio(runs: Runs, method: Method) -> str:
+    """Geometric mean over tasks and seeds where both got to the target, and where only one did."""
+    pairs = [
+        (mine.steps_to, runs[default].steps_to)
+        for task in TASKS.values()
+        for mine in final(runs, task, method)
+        if (default := (task.name, DEFAULT.name, 0.0, mine.seed)) in runs
+    ]
+    logs = [math.log(mine / base) for mine, base in pairs if math.isfinite(mine) and math.isfinite(base)]
+    if method is DEFAULT or not logs:
+        return ""
+    lost, won = (sum(math.isinf(pair[i]) and math.isfinite(pair[1 - i]) for pair in pairs) for i in (0, 1))
+    said = [f"{count} {what}" for count, what in ((lost, "never"), (won, "where the default never")) if count]
+    return f"{math.exp(statistics.mean(logs)):.2f} of {len(pairs)}" + "".join(f", {part}" for part in said)
 
 
 def shown(runs: Sequence[Run]) -> str:

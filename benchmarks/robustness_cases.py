@@ -90,14 +90,8 @@ class Method:
         return torch_step(model, self.optim(model.parameters(), **options), LOSS)
 
 
-LIKE_DEFAULT = {
-    **FOOF.suggests,
-    "lr": FOOF().lr,
-    "damping": FOOF().damping,
-    "refresh": 10,
-    "stat_every": 10,
-    "early": 10,
-}
+LIKE_DEFAULT = {**FOOF.suggests, "lr": FOOF().lr, "damping": FOOF().damping}
+"""FOOF's settings, for K-FAC; refresh periods are the same anyway."""
 
 
 def ours(name: str, *rates: float, **options: Any) -> Method:
