@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from digit_images import Images, digits, mnist_5k
 from networks import DigitsNet, ResidualTwos, SmallViT, small_resnet, tanh_mlp
 from torch import Tensor, nn
 
-from gtddp_compile import FOOF, Geometric, Sketch, compile_optimizer
+from gtddp_compile import FOOF, CompiledOptimizer, Geometric, Sketch, compile_optimizer
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 4) for digit in (1, 3))
 """What a sweep may come to: every rate is about three times the one before."""
@@ -75,19 +76,35 @@ class Method:
         optim: class of torch.optim; ``None``: ``compile_optimizer``.
         options: of either.
         rates: learning rates to begin a sweep with; none: nothing is tuned.
+        warm: the inertia of step k (from 0) is at most ``k / (k + warm)``.
     """
 
     name: str
     optim: type[torch.optim.Optimizer] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
+    warm: int = 0
 
     def make(self, model: nn.Module, example: Tensor, rate: float | None) -> Step:
         """One training step on this model."""
         options = self.options if rate is None else {**self.options, "lr": rate}
         if self.optim is None:
-            return compile_optimizer(model, example, loss=LOSS, **options).step
+            optimizer = compile_optimizer(model, example, loss=LOSS, **options)
+            return warmed_up(optimizer, self.warm) if self.warm else optimizer.step
         return torch_step(model, self.optim(model.parameters(), **options), LOSS)
+
+
+def warmed_up(optimizer: CompiledOptimizer, warm: int) -> Step:
+    """Steps of an inertia that grows."""
+    most, count = optimizer.param_groups[0]["inertia"], itertools.count()
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        k = next(count)
+        for group in optimizer.param_groups:
+            group["inertia"] = min(most, k / (k + warm))
+        return optimizer.step(x, y)
+
+    return step
 
 
 LIKE_DEFAULT = {**FOOF.suggests, "lr": FOOF().lr, "damping": FOOF().damping}
@@ -114,6 +131,9 @@ METHODS = {
         ours("damping 0.01", damping=0.01),
         ours("damping 1", damping=1.0),
         ours("inertia 0", inertia=0.0),
+        ours("inertia 0.7", inertia=0.7),
+        Method("inertia warm 1", warm=1),
+        Method("inertia warm 3", warm=3),
         *(ours(f"aim {aim} flat", terminal=Geometric(aim)) for aim in (0.1, 0.3, 1.0, 2.0)),
         ours("aim 0.6 B/(B + 8)", terminal=Geometric(0.6, half=8.0)),
         ours("refresh 1", refresh=1, stat_every=1),
