@@ -99,6 +99,29 @@ class ResidualMLP(nn.Module):
         return self.last(x)
 
 
+class ResidualTwos(nn.Module):
+    """Blocks of two layers, ``relu(x + B relu(A x))``, without normalisation."""
+
+    def __init__(self, inputs: int, width: int, depth: int, classes: int = 10) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2 * depth))
+        self.last = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x.flatten(1)))
+        for inner, outer in zip(self.layers[::2], self.layers[1::2], strict=True):
+            x = torch.relu(x + outer(torch.relu(inner(x))))
+        return self.last(x)
+
+
+def tanh_mlp(inputs: int, width: int, depth: int, classes: int = 10) -> nn.Sequential:
+    """Many tanh layers with nothing that helps gradients through them."""
+    sizes = (inputs, *[width] * (depth + 1))
+    layers = [part for before, after in itertools.pairwise(sizes) for part in (nn.Linear(before, after), nn.Tanh())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(width, classes))
+
+
 # --- convolutional networks -------------------------------------------------------------------------------------------
 
 
@@ -135,6 +158,13 @@ def resnet(blocks: Sequence[int], expansion: int, *, small: bool, classes: int =
             layers.append(ConvBlock(channels, 64 * 2**level, 2 if level and not index else 1, expansion))
             channels = 64 * 2**level * expansion
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def small_resnet(width: int = 16, classes: int = 10) -> nn.Sequential:
+    """Two of ResNet's basic blocks for grey images of a few pixels."""
+    stem = (nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    blocks = (ConvBlock(width, width, 1, 1) for _ in range(2))
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, classes))
 
 
 class DenseLayer(nn.Module):
@@ -186,10 +216,11 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm block."""
 
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
+    def __init__(self, width: int, heads: int, causal: bool, expansion: int = 4) -> None:
         super().__init__()
+        hidden = expansion * width
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, causal)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -213,6 +244,21 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
+class SmallViT(nn.Module):
+    """ViT for grey images of 8×8 pixels: 16 patches, their mean instead of a class token."""
+
+    def __init__(self, width: int = 32, depth: int = 3, heads: int = 4, classes: int = 10) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 2, 2)
+        self.position = nn.Parameter(0.02 * torch.randn(1, 16, width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, False, 2) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
 class GPT(nn.Module):
     """A decoder-only language model."""
 
@@ -231,6 +277,7 @@ NETWORKS = {
     network.name: network
     for network in (
         Network("digits", DigitsNet, (1, 8, 8), 128, pairs=60),
+        Network("mnist", lambda: DigitsNet(8, 28), (1, 28, 28), 128, pairs=30),
         Network("mlp", lambda: mlp((784, 512, 512, 512, 512, 10)), (784,), 128, pairs=60),
         Network("resnet18", lambda: resnet((2, 2, 2, 2), 1, small=True), (3, 32, 32), 128, pairs=5),
         Network("resnet50", lambda: resnet((3, 4, 6, 3), 4, small=False), (3, 64, 64), 16),

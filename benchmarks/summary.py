@@ -15,7 +15,7 @@ from wall_clock import COMPARED, RAW, TARGET, Run, chosen_runs, compared
 from wall_clock_methods import DATA
 
 README = DOCS.parent / "README.md"
-COLUMNS = ("sgd", "sgd coarse", "rmsprop", "adam", "kfac", "ekfac")
+COLUMNS = ("sgd", "sgd coarse", "rmsprop", "adam", "foof", "kfac")
 
 
 def steps() -> str:
@@ -24,18 +24,16 @@ def steps() -> str:
     for key, row in in_order(json.loads(RESULTS.read_text(encoding="utf-8"))).items():
         name, curvature, options, against, *_ = json.loads(key)
         column = f"{curvature} coarse" if options == {"gram": "coarse"} else curvature if not options else ""
-        if against == "feedback=False" or column not in COLUMNS:
+        if not against.startswith("torch.optim") or column not in COLUMNS:
             continue
         ratio = re.match(r"[\d.]+", row[7])
         assert ratio is not None
-        cells = found.setdefault(name, {})
-        cells[column] = max(cells.get(column, ""), ratio.group(), key=lambda text: float(text or 0))
+        found.setdefault(name, {})[column] = ratio.group()
     rows = [(name, *(cells.get(column, "–") for column in COLUMNS)) for name, cells in found.items()]
-    header = ("network", "sgd", 'sgd, `gram="coarse"`', "rmsprop", "adam", "kfac", "ekfac")
+    header = ("network", "sgd", 'sgd, `gram="coarse"`', "rmsprop", "adam", "foof (default)", "kfac")
     return (
-        "A training step with feedback, against the base method's own (torch.optim; for K-FAC and EK-FAC, which "
-        "have no feedback there, the faster of the packages that could be timed), in turns in one process:\n\n"
-        + markdown(header, rows)
+        "A training step (linear rollout), against torch.optim's step of the base method (FOOF's and K-FAC's against "
+        "SGD's), in turns in one process:\n\n" + markdown(header, rows)
     )
 
 
