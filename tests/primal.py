@@ -52,7 +52,11 @@ class Primal:
         self.u = torch.cat([p.flatten() for p in self.named.values()])
         self.last, self.first, self.second = (torch.zeros_like(self.u) for _ in range(3))
         self.factors: dict[str, list[Tensor]] = {}
-        self.steps = 0
+        self.steps = self.taken = 0
+
+    @property
+    def mu(self) -> float:
+        return min(self.inertia, self.taken / (self.taken + 3))
 
     # --- the network --------------------------------------------------------------------------------------------------
 
@@ -144,14 +148,15 @@ class Primal:
         start = 1.0 if self.total else 1.0 / batch
         linear = self.options.get("weight_decay", 0.0) * self.u
         metric = self.metric(gamma, start * gamma.sum(0) + linear, inputs)
-        held = linear - self.inertia * metric @ self.last
+        held = linear - self.mu * metric @ self.last
         update = torch.zeros_like(self.u)
         for rows in torch.arange(batch).split(self.group or batch):
             share = len(rows) / batch
             system = share * metric + start * self.model_hessian(rows, gamma, phi, inputs, y)
             own = -torch.linalg.solve(system, start * gamma[rows].sum(0) + share * held)
             update += share * self.capped(own, metric, held)
-        self.consume(metric, update - self.inertia * self.last)
+        self.consume(metric, update - self.mu * self.last)
+        self.taken += 1
 
     def model_hessian(self, rows: Tensor, gamma: Tensor, phi: Tensor, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         if self.terminal == "ggn":
@@ -178,5 +183,5 @@ class Primal:
             beta = self.options.get("betas", (0.9, 0.999))[0]
             self.first = beta * self.first - (1 - beta) * metric @ step
             step = -torch.linalg.solve(metric, self.first) / (1 - beta**self.steps)
-        self.last = step + self.inertia * self.last
+        self.last = step + self.mu * self.last
         self.u = self.u + self.last

@@ -16,6 +16,10 @@ from gtddp_compile.kernels.approximate import separated
 from gtddp_compile.kernels.pooled import gram_levels, held_blocks
 from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, weigh
 
+RAMP = 3.0
+"""Steps after which inertia is half of what it tends to (but for its cap): the first steps are no average yet, and in
+networks without normalisation an early one that is carried on leads astray (docs/robustness.md)."""
+
 
 class ParameterUpdates:
     """What generated programs call ``m``: parameters and states of one step, kept aside until it is done.
@@ -170,21 +174,32 @@ class ParameterUpdates:
             found.append(self._less_inertia(name, decayed))
         return tuple(found)
 
+    def _inertia(self, name: str) -> Tensor | None:
+        """``μ_k = min(μ, k / (k + RAMP))`` after k steps, a 0-d tensor; ``None`` before the first."""
+        state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
+        if "last_step" not in state or not mu:
+            return None
+        ramp: Tensor = state["taken"] / (state["taken"] + RAMP)
+        return ramp.clamp_max(mu)
+
     def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
         """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``."""
-        last, mu = self.states[name].get("last_step"), self._groups[name].get("inertia", 0.0)
-        if last is None or not mu:
+        mu = self._inertia(name)
+        if mu is None:
             return torch.zeros_like(self._params[name]) if direction is None else direction
-        return last * -mu if direction is None else torch.sub(direction, last, alpha=mu)
+        last = self.states[name]["last_step"]
+        return last * -mu if direction is None else torch.addcmul(direction, last, mu.to(last), value=-1)
 
     def _carried(self, name: str, delta: Tensor) -> Tensor:
         """``δu + μ v``, put down as the last step."""
         if "inertia" not in self._groups[name]:
             return delta
-        last, mu = self.states[name].get("last_step"), self._groups[name].get("inertia", 0.0)
-        if last is not None and mu:
-            delta = torch.add(delta, last, alpha=mu, out=self._memory(name).get("last_step"))
-        self.states[name] = {**self.states[name], "last_step": delta}
+        mu, state = self._inertia(name), self.states[name]
+        if mu is not None:
+            last, memory = state["last_step"], self._memory(name).get("last_step")
+            delta = torch.addcmul(delta, last, mu.to(last), out=memory)
+        taken = state["taken"] if "taken" in state else torch.zeros((), dtype=torch.float64)
+        self.states[name] = {**state, "last_step": delta, "taken": taken + 1}
         return delta
 
     def open_gain(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

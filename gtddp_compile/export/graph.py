@@ -176,7 +176,7 @@ def _state(parts: Parts, module: ModuleType, params: dict[str, Tensor]) -> Any:
                 )
             state[name]["momentum_buffer"] = torch.zeros_like(params[name])
         if "inertia" in options:
-            state[name]["last_step"] = torch.zeros_like(params[name])
+            state[name] |= {"last_step": torch.zeros_like(params[name]), "taken": torch.zeros((), dtype=torch.float64)}
     return state
 
 
