@@ -62,9 +62,9 @@ def compile_optimizer(
             itself, stage by stage. ``None``: linear where there is a joint step, which the paper's recursions,
             ``coupling="block"`` and ``feedback="open"`` have not.
         inertia: ``μ`` of the momentum inside the model, in [0, 1): the metric regularises towards ``μ`` times the last
-            step instead of zero, so that what this batch determines is not overshot; ``k / (k + 3)`` after k steps while
-            that is less. A base method's own momentum is
-            refused beside it. ``None``: what the curvature suggests, 0 for the first-order methods.
+            step instead of zero, so that what this batch determines is not overshot; ``k / (k + 3)`` after k steps
+            while that is less. A base method's own momentum is refused beside it.
+            ``None``: what the curvature suggests, 0 for the first-order methods.
         max_step: cap on the norm in the metric ``M`` of what the batch adds to the step (with ``inertia`` 0: of the
             step); for rollout ``"linear"``.
         line_search: step lengths, tried by forward passes on the batch: the best is taken, and none that is worse than

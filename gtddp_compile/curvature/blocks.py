@@ -53,6 +53,7 @@ class BlockUpdates(ParameterUpdates):
 
     def observe_uniform(self, names: tuple[str, ...], positions: float) -> None:
         """Parameters without rows under a metric of inputs alone (:class:`gtddp_compile.FOOF`)."""
+        assert isinstance(self._kronecker, FOOF)  # the compiler emits this call for no other
         for name in names:
             self.states[name] = self._kronecker.observe_uniform(self.states[name], positions)
 
@@ -68,7 +69,7 @@ class BlockUpdates(ParameterUpdates):
         assert isinstance(self._kronecker, FOOF)  # the compiler emits this call for no other
         images, _ = _conv_images(x, g, params)
         states = [self.states[name] for name in names]
-        shape, group = tuple(self._params[names[0]].shape), self._groups[names[0]]
+        shape, group = max((tuple(self._params[name].shape) for name in names), key=len), self._groups[names[0]]
         found = self._kronecker.observe_channels(images, positions, shape, groups, states, group, sketch)
         self.states.update(zip(names, found, strict=True))
         maps: Tensor = found[0]["map_x" if sketch is None else "filters"]

@@ -86,7 +86,8 @@ class FOOF(Kronecker):
         return self.advance(param, self._scaled(g_hat, state, group), state, group)
 
     def _scaled(self, g_hat: Tensor, state: State, group: Group) -> Tensor:
-        return g_hat / (state["positions"] * (1.0 + group["damping"]))
+        scaled: Tensor = g_hat / (state["positions"] * (1.0 + group["damping"]))
+        return scaled
 
     def observe_channels(
         self, x: Tensor, positions: float, shape: tuple[int, ...], groups: int, states: Sequence[State], group: Group,

@@ -25,7 +25,7 @@ def channel_factor(x: Tensor, positions: float, groups: int, old: Tensor | None 
     rows = rows.flatten(2).unflatten(1, (groups, -1))  # (images, G, c, pixels)
     share = (1.0 - keep if old is not None else 1.0) / rows.shape[0] / rows.shape[3]
     flat = rows.permute(1, 2, 0, 3).flatten(2)  # (G, c, images · pixels)
-    found = (flat @ flat.mT).mul_(share * positions)
+    found: Tensor = (flat @ flat.mT).mul_(share * positions)
     return found if old is None else found.add_(old, alpha=keep)
 
 
@@ -43,7 +43,8 @@ def channel_filters(maps: Tensor, shape: tuple[int, ...], columns: int, seed: in
     """
     groups, count = maps.shape[0], math.prod(shape)
     random = _signs(groups * columns, count, maps, seed) * (count / columns) ** 0.5
-    return (maps.unsqueeze(1) @ random.reshape(groups, columns, shape[0], -1)).reshape(-1, *shape)
+    filters: Tensor = maps.unsqueeze(1) @ random.reshape(groups, columns, shape[0], -1)
+    return filters.reshape(-1, *shape)
 
 
 def conv_sketched(

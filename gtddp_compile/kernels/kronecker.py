@@ -185,7 +185,9 @@ def _gram_added(total: Tensor | None, rows: Tensor, beta: float, alpha: float) -
 
 def kronecker_moment(layers: Sequence[Layer], start: float, maps: Maps) -> Tensor:
     """``E[(Σ_t ĝ_t x̂_tᵀ)²]`` ``(G, M, N)`` in the eigenbases: what EK-FAC puts in place of ``λ_B λ_Aᵀ``."""
-    groups, wide_x, wide_g = maps[0][0].shape[0], maps[0][0].shape[-1], maps[0][1].shape[-1]
+    map_x, map_g = maps[0]
+    assert map_g is not None  # an eigenbasis has both sides
+    groups, wide_x, wide_g = map_x.shape[0], map_x.shape[-1], map_g.shape[-1]
     total = maps[0][0].new_zeros(groups, wide_g, wide_x)
     step, ones = max(1, CHUNK // (groups * wide_x * wide_g)), total.new_ones(layers[0][2].shape[0])
     for outer in _kronecker_slices(layers, _kronecker_all(layers)):
@@ -279,7 +281,9 @@ def _kronecker_separated(metric: Metric, scale: Tensor) -> Metric:
     maps, _, cross, rates = metric
     pairs = [_separate(part) for part in scale]
     by_x, by_g = torch.stack([c for _, c in pairs]), torch.stack([r for r, _ in pairs])  # type: ignore[misc]
-    scaled = tuple((map_x * by_x.unsqueeze(1), map_g * by_g.unsqueeze(1)) for map_x, map_g in maps)
+    scaled = tuple(
+        (map_x * by_x.unsqueeze(1), None if map_g is None else map_g * by_g.unsqueeze(1)) for map_x, map_g in maps
+    )
     return scaled, 1.0, cross, rates
 
 

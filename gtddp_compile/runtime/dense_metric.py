@@ -60,7 +60,7 @@ class DenseMetric:
             elif block.kind == "channels":
                 use = describe_use(self._graph, block.players[0], self._graph.op(block.players[0].op))
                 x = seen.trajectory.values[use.operands[0].name]
-                weight = seen.trajectory.p[names[0][0]] if len(use.names) else None
+                weight = seen.trajectory.p[use.names[0]]
                 output = seen.trajectory.values[use.op]
                 self._m.observe_channels(names[0], (x,), output, (weight,), block.positions, use.options["groups"])
             elif block.kind == "uniform":
