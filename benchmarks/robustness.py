@@ -30,8 +30,8 @@ RAW = Path(__file__).with_name("robustness.csv")
 QUICK = (("digits-128", "resnet-64"), (DEFAULT, *RIVALS))
 DECISIONS: dict[str, tuple[str, ...]] = {
     "rate": ("lr / 3", "lr × 3"),
-    "aim": ("aim 0.1 flat", "aim 0.3 flat", "aim 1.0 flat", "aim 2.0 flat", "aim 0.6 B/(B + 8)"),
-    "inertia": ("inertia 0", "inertia 0.7", "inertia warm 1", "inertia warm 3"),
+    "aim": ("aim 0.1 flat", "aim 0.3 flat", "aim 1.0 flat", "aim 2.0 flat", "aim 0.6 B/(B + 16)"),
+    "inertia": ("inertia 0", "inertia 0.7", "inertia at once", "inertia, ramp 1", "inertia, ramp 10"),
     "damping": ("damping 0.01", "damping 1", "refresh 1"),
     "metric": ("kfac damping 0.1", "kfac damping 0.01", "sgd linear", "adam linear"),
     "rollout": ("nonlinear", "open"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from networks import DigitsNet, ResidualTwos, SmallViT, small_resnet, tanh_mlp
 from torch import Tensor, nn
 
 from gtddp_compile import FOOF, CompiledOptimizer, Geometric, Sketch, compile_optimizer
+from gtddp_compile.curvature import updates
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 4) for digit in (1, 3))
 """What a sweep may come to: every rate is about three times the one before."""
@@ -76,33 +76,33 @@ class Method:
         optim: class of torch.optim; ``None``: ``compile_optimizer``.
         options: of either.
         rates: learning rates to begin a sweep with; none: nothing is tuned.
-        warm: the inertia of step k (from 0) is at most ``k / (k + warm)``.
+        ramp: steps after which inertia is half of what it tends to; ``None``: the package's.
     """
 
     name: str
     optim: type[torch.optim.Optimizer] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
-    warm: int = 0
+    ramp: float | None = None
 
     def make(self, model: nn.Module, example: Tensor, rate: float | None) -> Step:
         """One training step on this model."""
         options = self.options if rate is None else {**self.options, "lr": rate}
         if self.optim is None:
             optimizer = compile_optimizer(model, example, loss=LOSS, **options)
-            return warmed_up(optimizer, self.warm) if self.warm else optimizer.step
+            return optimizer.step if self.ramp is None else ramped(optimizer, self.ramp)
         return torch_step(model, self.optim(model.parameters(), **options), LOSS)
 
 
-def warmed_up(optimizer: CompiledOptimizer, warm: int) -> Step:
-    """Steps of an inertia that grows."""
-    most, count = optimizer.param_groups[0]["inertia"], itertools.count()
+def ramped(optimizer: CompiledOptimizer, ramp: float) -> Step:
+    """Steps of an inertia that grows otherwise than the package's, which has no option for it."""
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        k = next(count)
-        for group in optimizer.param_groups:
-            group["inertia"] = min(most, k / (k + warm))
-        return optimizer.step(x, y)
+        own, updates.RAMP = updates.RAMP, ramp
+        try:
+            return optimizer.step(x, y)
+        finally:
+            updates.RAMP = own
 
     return step
 
@@ -132,10 +132,11 @@ METHODS = {
         ours("damping 1", damping=1.0),
         ours("inertia 0", inertia=0.0),
         ours("inertia 0.7", inertia=0.7),
-        Method("inertia warm 1", warm=1),
-        Method("inertia warm 3", warm=3),
+        Method("inertia at once", ramp=1e-9),
+        Method("inertia, ramp 1", ramp=1.0),
+        Method("inertia, ramp 10", ramp=10.0),
         *(ours(f"aim {aim} flat", terminal=Geometric(aim)) for aim in (0.1, 0.3, 1.0, 2.0)),
-        ours("aim 0.6 B/(B + 8)", terminal=Geometric(0.6, half=8.0)),
+        ours("aim 0.6 B/(B + 16)", terminal=Geometric(0.6, half=16.0)),
         ours("refresh 1", refresh=1, stat_every=1),
         ours("kfac damping 0.1", curvature="kfac", **LIKE_DEFAULT),
         ours("kfac damping 0.01", curvature="kfac", **{**LIKE_DEFAULT, "damping": 0.01}),

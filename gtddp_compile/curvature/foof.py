@@ -61,7 +61,7 @@ class FOOF(Kronecker):
     widest: int = 512
 
     name = "foof"
-    suggests: ClassVar[Mapping[str, Any]] = {"inertia": 0.9, "terminal": Geometric(aim=0.6, half=16.0)}
+    suggests: ClassVar[Mapping[str, Any]] = {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0)}
     """What docs/robustness.md found to serve every network and batch size it tried."""
     inputs_alone = True
 
