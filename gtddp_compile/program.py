@@ -154,7 +154,9 @@ class UpdateProgram:
         if not 0 <= stage < len(self.derived.stages):
             raise CompileError(f"there is no stage {stage}", f"Stages run from 0 to {len(self.derived.stages) - 1}")
         derived = self.derived.stages[stage]
-        equations = [*derived.derivation.equations(), *self.form.backward.values(), *self.form.forward.values()]
+        rolled = derived.derivation.rolled.values() if self.form.name == "joint" else ()
+        collapsed = (*self.form.backward.values(), *self.form.forward.values())
+        equations = [*derived.derivation.equations(), *rolled, *collapsed]
         if format == "sympy":
             return [(equation.symbol, equation.expression) for equation in equations]
         return self._latex(derived) if format == "latex" else self._text(derived)
@@ -171,6 +173,9 @@ class UpdateProgram:
         lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
         lines.append("  gains and value recursion (a prime: at t+1):")
         lines += _equation_lines(stage.derivation)
+        if self.form.name == "joint":
+            lines.append("  the policy on the linearised dynamics: c' = c + C^T delta_u, and so Lambda' w' = Lambda' w")
+            lines += [_line(equation) for equation in stage.derivation.rolled.values()]
         if len(stage.controls) > 1:
             lines.append("  the same gains player by player (the others eliminated; cooperative gains):")
             lines += [_line(equation) for equation in cooperative_gains(stage.derivation)]
@@ -183,6 +188,8 @@ class UpdateProgram:
 
     def _latex(self, stage: DerivedStage) -> str:
         rows = [_latex_row(equation) for equation in stage.derivation.equations()]
+        if self.form.name == "joint":
+            rows += [_latex_row(equation) for equation in stage.derivation.rolled.values()]
         rows += [_latex_row(equation) for equation in _said(self.form)]
         body = " \\\\\n".join(rows)
         return f"% stage {stage.index}\n\\begin{{align}}\n{body}\n\\end{{align}}"

@@ -19,10 +19,12 @@ from gtddp_compile.cli.options import (
     Curvature,
     Dtype,
     Feedback,
+    Inertia,
     Inputs,
     LossName,
     Rate,
     Recursion,
+    RolloutName,
     Schedule,
     Settings,
     Target,
@@ -143,11 +145,13 @@ def derive(
     dtype: Dtype = "float32",
     loss: LossName = "cross_entropy",
     schedule: Schedule = ["asap"],  # noqa: B006
-    curvature: Curvature = "sgd",
+    curvature: Curvature = "foof",
     coupling: Coupling = "full",
     recursion: Recursion = "levenberg",
     feedback: Feedback = "on",
     terminal: TerminalName = None,
+    rollout: RolloutName = None,
+    inertia: Inertia = None,
 ) -> None:
     """Print what was derived for a model: dynamics, gains and value recursion, stage by stage.
 
@@ -168,6 +172,8 @@ def derive(
             recursion,
             feedback,
             terminal,
+            rollout,
+            inertia,
         )
         with working("writing the derivation"):
             text = optimizer.program.derivation(stage, format.value)
@@ -197,7 +203,7 @@ def export(
     arguments: Arguments = [],  # noqa: B006
     dtype: Dtype = "float32",
     loss: LossName = "cross_entropy",
-    curvature: Curvature = "sgd",
+    curvature: Curvature = "foof",
     lr: Rate = None,
     settings: Settings = [],  # noqa: B006
     schedule: Schedule = ["asap"],  # noqa: B006
@@ -205,6 +211,8 @@ def export(
     recursion: Recursion = "levenberg",
     feedback: Feedback = "on",
     terminal: TerminalName = None,
+    rollout: RolloutName = None,
+    inertia: Inertia = None,
 ) -> None:
     """Write the update program of a model to a file of its own.
 
@@ -225,6 +233,8 @@ def export(
             recursion,
             feedback,
             terminal,
+            rollout,
+            inertia,
         )
         with working(f"writing {out}"):
             optimizer.program.export(out)
@@ -243,7 +253,7 @@ def diff(
     arguments: Arguments = [],  # noqa: B006
     dtype: Dtype = "float32",
     loss: LossName = "cross_entropy",
-    curvature: Curvature = "sgd",
+    curvature: Curvature = "foof",
     lr: Rate = None,
     settings: Settings = [],  # noqa: B006
     schedule: Schedule = ["asap"],  # noqa: B006
@@ -251,6 +261,8 @@ def diff(
     recursion: Recursion = "levenberg",
     feedback: Feedback = "on",
     terminal: TerminalName = None,
+    rollout: RolloutName = None,
+    inertia: Inertia = None,
 ) -> None:
     """Show what differs between two update programs: players, cuts, derivations, instructions, options.
 
@@ -278,6 +290,8 @@ def diff(
                 recursion=recursion,
                 feedback=feedback,
                 terminal=terminal,
+                rollout=rollout,
+                inertia=inertia,
             )
             for target in (first, second)
         ]

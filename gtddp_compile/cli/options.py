@@ -130,10 +130,25 @@ TerminalName = Annotated[
         help="How the loss is expanded: geometric, gradient, ggn, or a number of sampled columns.",
         rich_help_panel=DERIVATION,
         autocompletion=_choices(("geometric", "gradient", "ggn")),
-        show_default="geometric",
+        show_default="what the base method suggests",
     ),
 ]
 Feedback = Annotated[str, typer.Option(help="on, open or off.", rich_help_panel=DERIVATION)]
+RolloutName = Annotated[
+    str | None,
+    typer.Option(
+        help="linear (one joint step) or nonlinear (a second forward sweep).",
+        rich_help_panel=DERIVATION,
+        autocompletion=_choices(("linear", "nonlinear")),
+        show_default="linear where there is a joint step",
+    ),
+]
+Inertia = Annotated[
+    float | None,
+    typer.Option(
+        help="Momentum inside the model.", rich_help_panel=DERIVATION, show_default="what the base method suggests"
+    ),
+]
 
 
 def program_of(target: str, inputs: list[str], **choices: Any) -> UpdateProgram:
@@ -163,6 +178,8 @@ def compiled(
     recursion: str,
     feedback: str,
     terminal: str | None,
+    rollout: str | None,
+    inertia: float | None,
 ) -> CompiledOptimizer:
     """The optimizer that the options ask for."""
     model, examples = model_and_inputs(target, inputs, arguments, dtype)
@@ -176,6 +193,8 @@ def compiled(
         "recursion": recursion,
         "feedback": switches[feedback],
         "terminal": MonteCarlo(int(terminal)) if terminal and terminal.isdecimal() else terminal,
+        "rollout": rollout,
+        "inertia": inertia,
     }
     found = load_loss(loss)
     with working(f"deriving the optimizer of {type(model).__name__}"):
