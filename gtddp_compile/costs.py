@@ -28,6 +28,9 @@ step (forward, gradient of the input, gradient of the weight)."""
 LARGEST = 2**24
 """Elements of rows, and of per-sample gradients, up to which a Kronecker metric's coordinates are kept."""
 
+SPARED = 0.1
+"""The same where a sketch can take its place, in the joint step: steps to a target do not tell them apart."""
+
 UNFOLDED = 4.0
 """What a multiplication of unfolded patches, sample by sample, costs against one of torch's own convolutions (measured:
 benchmarks/tried.py)."""
@@ -182,8 +185,8 @@ class _Layer:
             return exact
         separated = self._exact(diagonal=False, separated=diagonal, weight=weight)
         if gram == "auto":
-            slow = UNFOLDED if self.prefix == "conv" and sketches else 1.0
-            cheap = self.gram(exact) <= NEGLIGIBLE or slow * self.gram(exact) <= FRACTION * 3 * self.weighted
+            slow, most = UNFOLDED if self.prefix == "conv" and sketches else 1.0, SPARED if sketches else FRACTION
+            cheap = self.gram(exact) <= NEGLIGIBLE or slow * self.gram(exact) <= most * 3 * self.weighted
             if cheap or not sketches or not weight:
                 return exact if cheap or self.cost(exact) <= self.cost(separated) else separated
             few = max(4, -(-SKETCHED * self.groups // self.weight[0]))
