@@ -58,7 +58,7 @@ TASKS = {
         Task("vit-64", SmallViT, 64, 480, 10),
         Task("digits-512", DigitsNet, 512, 60, 2, seeds=5),
         Task("residual-mlp-64", lambda: ResidualTwos(64, 48, 6), 64, 240, 4),
-        Task("mnist-5k-128", lambda: DigitsNet(8, 28), 128, 240, 2, mnist_5k, 1000),
+        Task("mnist-5k-128", lambda: DigitsNet(16, 28), 128, 240, 4, mnist_5k, 1000),
         Task("tanh-30-64", lambda: tanh_mlp(64, 48, 30), 64, 200, 5),
     )
 }

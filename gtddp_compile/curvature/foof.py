@@ -58,7 +58,7 @@ class FOOF(Kronecker):
 
     lr: Scalar = 3.0
     damping: float = 0.1
-    widest: int = 512
+    widest: int = 1024
 
     name = "foof"
     suggests: ClassVar[Mapping[str, Any]] = {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0)}
