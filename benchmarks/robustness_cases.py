@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import FOOF, CompiledOptimizer, Geometric, Sketch, compile_optimizer
 from gtddp_compile.curvature import updates
+from gtddp_compile.options import SUGGESTED
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 4) for digit in (1, 3))
 """What a sweep may come to: every rate is about three times the one before."""
@@ -107,7 +108,7 @@ def ramped(optimizer: CompiledOptimizer, ramp: float) -> Step:
     return step
 
 
-LIKE_DEFAULT = {**FOOF.suggests, "lr": FOOF().lr, "damping": FOOF().damping}
+LIKE_DEFAULT = {**SUGGESTED["foof"], "lr": FOOF().lr, "damping": FOOF().damping}
 """FOOF's settings, for K-FAC; refresh periods are the same anyway."""
 
 

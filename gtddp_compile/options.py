@@ -284,6 +284,10 @@ class Options:
         return "block" if self.coupling == "block" else "full"
 
 
+SUGGESTED: Mapping[str, Mapping[str, Any]] = {"foof": {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0)}}
+"""By curvature: what docs/robustness.md found to serve every network and batch size it tried."""
+
+
 def suggested(options: Options, curvature: Curvature) -> Options:
     """The options with what the curvature suggests where nothing was said: inertia, and the aim.
 
@@ -298,7 +302,7 @@ def suggested(options: Options, curvature: Curvature) -> Options:
             "Leave one out (momentum=0, or betas=(0, …), for inertia)",
         )
     coupled = options.feedback is True and options.recursion == "levenberg" and options.coupling != "block"
-    known = getattr(curvature, "suggests", {}) if coupled else {}
+    known = SUGGESTED.get(curvature.name, {}) if coupled else {}
     inertia = options.inertia if options.inertia is not None else 0.0 if moved else known.get("inertia", 0.0)
     return replace(options, inertia=inertia, terminal=options.terminal or known.get("terminal"))
 

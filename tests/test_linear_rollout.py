@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_compile import FOOF, CompiledOptimizer, Geometric, compile_optimizer
+from gtddp_compile.options import SUGGESTED
 
 LOSS, SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
 SIZE = 5
@@ -151,7 +152,7 @@ def test_the_defaults() -> None:
     """Nothing said: FOOF with the inertia and the aim that it suggests, coupled as a whole."""
     model = copy.deepcopy((case := networks.nested()).model)
     opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS)
-    options = {"lr": FOOF.lr, "damping": FOOF.damping, **FOOF.suggests}
+    options = {"lr": FOOF.lr, "damping": FOOF.damping, **SUGGESTED["foof"]}
     assert options["inertia"] > 0 and options["terminal"].half > 0
     expected = oracle(case.model, curvature="foof", **options)
     for step in range(3):  # statistics are taken in each; later only now and then

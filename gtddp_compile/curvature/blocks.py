@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile.curvature.base import Group
-from gtddp_compile.curvature.foof import FOOF
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.curvature.updates import ParameterUpdates
 from gtddp_compile.kernels.channels import channel_step
@@ -53,9 +52,11 @@ class BlockUpdates(ParameterUpdates):
 
     def observe_uniform(self, names: tuple[str, ...], positions: float) -> None:
         """Parameters without rows under a metric of inputs alone (:class:`gtddp_compile.FOOF`)."""
-        assert isinstance(self._kronecker, FOOF)  # the compiler emits this call for no other
         for name in names:
-            self.states[name] = self._kronecker.observe_uniform(self.states[name], positions)
+            # FOOF's: the compiler emits this call for no other.
+            self.states[name] = self._kronecker.observe_uniform(  # type: ignore[attr-defined]
+                self.states[name], positions
+            )
 
     def observe_channels(
         self, names: tuple[str, ...], x: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor, ...], positions: float,
@@ -66,11 +67,11 @@ class BlockUpdates(ParameterUpdates):
         Returns:
             ``X`` with ``X Xᵀ = A⁻¹``, or with ``sketch`` (columns, seed) the filters that project whitened patches.
         """
-        assert isinstance(self._kronecker, FOOF)  # the compiler emits this call for no other
         images, _ = _conv_images(x, g, params)
         states = [self.states[name] for name in names]
         shape, group = max((tuple(self._params[name].shape) for name in names), key=len), self._groups[names[0]]
-        found = self._kronecker.observe_channels(images, positions, shape, groups, states, group, sketch)
+        observe = self._kronecker.observe_channels  # type: ignore[attr-defined]  # FOOF's, and asked of no other
+        found = observe(images, positions, shape, groups, states, group, sketch)
         self.states.update(zip(names, found, strict=True))
         maps: Tensor = found[0]["map_x" if sketch is None else "filters"]
         return maps

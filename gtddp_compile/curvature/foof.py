@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from gtddp_compile.curvature.kfac import inverse_root
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.kernels.channels import channel_factor, channel_filters
 from gtddp_compile.kernels.kronecker import Layer, input_factor
-from gtddp_compile.terminal import Geometric
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,6 @@ class FOOF(Kronecker):
     widest: int = 1024
 
     name = "foof"
-    suggests: ClassVar[Mapping[str, Any]] = {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0)}
-    """What docs/robustness.md found to serve every network and batch size it tried."""
     inputs_alone = True
 
     def observe_uniform(self, state: State, positions: float) -> dict[str, Any]:
