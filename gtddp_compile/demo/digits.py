@@ -31,7 +31,7 @@ from gtddp_compile.demo.report import write_report
 TRAIN = 1437
 SPLIT_SEED = 2020
 SWEEP_SEED = 1000
-SWEEP_POINTS = 30
+SWEEP_POINTS = 10
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Learning rates of a sweep: by a factor of three."""
 
