@@ -234,12 +234,12 @@ def directional(
     b.emit(phase, t, (f"*{result}",), "=", Code(total), note=note)
 
 
-def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str) -> None:
+def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, given: Var | None = None) -> None:
     """The diagonal of ``Γ`` of one player."""
     uses = b.uses(player.name)
     if len(uses) == 1 and uses[0].names == player.parameters:
         use = uses[0]
-        b.emit("backward", t, (f"*{result}",), b.kernel(use, "gram_diagonal"), operands(b, use),
+        b.emit("backward", t, (f"*{result}",), b.kernel(use, "gram_diagonal"), given or operands(b, use),
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
         return
     blocks = gram(b, t, player, metric)

@@ -94,12 +94,13 @@ def radicand_sign(expression: MatrixExpr) -> int:
     raise CompileError(f"no instruction computes the derived block {expression}", "Use backend='dense'")
 
 
-def sample_gram(b: Builder, t: int, player: Player, metric: str) -> str:
+def sample_gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
     """``Γ_ii`` of one player over all its uses."""
     uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     if len(uses) == 1 and uses[0].names == player.parameters:
         use = uses[0]
-        b.emit("backward", t, (f"*{result}",), "sample_grams", Function(b.kernel(use, "per_sample")), operands(b, use),
+        taken = given or operands(b, use)
+        b.emit("backward", t, (f"*{result}",), "sample_grams", Function(b.kernel(use, "per_sample")), taken,
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
         return result
     found = []

@@ -132,16 +132,22 @@ def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
     return names
 
 
+def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
+    """A convolution's input in coordinates where the metric of its channels is spherical."""
+    if found.block.kind != "channels":
+        return None
+    (player,) = found.block.players
+    (use,), whitened = b.uses(player.name), f"white_{b.identity(player)}"
+    b.emit("backward", t, (f"*{whitened}",), "conv_whitened", operands(b, use), Var(b.g_output(use.op)),
+           params(b, use), Var(f"maps_{b.identity(player)}"), note="x X at every pixel")  # fmt: skip
+    return Var(whitened)
+
+
 def block_gram(b: Builder, t: int, found: Observed) -> str:
     """``Γ`` of a block."""
     if not found.of_players:
         (player,) = found.block.players
-        if found.block.kind == "channels":
-            (use,), whitened = b.uses(player.name), f"white_{b.identity(player)}"
-            b.emit("backward", t, (f"*{whitened}",), "conv_whitened", operands(b, use), Var(b.g_output(use.op)),
-                   params(b, use), Var(f"maps_{b.identity(player)}"), note="x X at every pixel")  # fmt: skip
-            return gram(b, t, player, found.metric, Var(whitened))
-        return observed_gram(b, t, player) or gram(b, t, player, found.metric)
+        return observed_gram(b, t, player) or gram(b, t, player, found.metric, _whitened(b, t, found))
     result = f"gamma_{t}_{_identity(b, found.block)}"
     uses = [use for player in found.block.players for use in b.uses(player.name)]
     separable = not b.factored and found.block.kind != "exact" and any(separates(b.plan, use) for use in uses)
@@ -159,14 +165,14 @@ def block_diagonal(b: Builder, t: int, found: Observed) -> str:
     if found.of_players:
         b.emit("backward", t, (f"*{result}",), "kronecker_gram_diagonal", found.layers, Var(found.own))
     else:
-        gram_diagonal(b, t, found.block.players[0], found.metric, result)
+        gram_diagonal(b, t, found.block.players[0], found.metric, result, _whitened(b, t, found))
     return result
 
 
 def block_sample_gram(b: Builder, t: int, found: Observed) -> str:
     """``Γ_ii`` of a block, where every sample has columns of its own."""
     if not found.of_players:
-        return sample_gram(b, t, found.block.players[0], found.metric)
+        return sample_gram(b, t, found.block.players[0], found.metric, _whitened(b, t, found))
     result = f"gamma_{t}_{_identity(b, found.block)}"
     b.emit("backward", t, (f"*{result}",), "kronecker_sample_grams", found.layers, Var(found.own), Var("rank"))
     return result

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from gtddp_compile import FOOF, Sketch, compile_optimizer, kernels
 
 
+PAPER = {"coupling": "block", "recursion": "substituted"}
+
+
 class Layers(nn.Module):
     """A convolution, a normalisation and a linear layer."""
 
@@ -85,7 +88,7 @@ def test_without_feedback_it_is_the_published_method(steps: int) -> None:
     torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"coupling": 4}, {"rollout": "nonlinear"}, {"feedback": False}])
+@pytest.mark.parametrize("options", [{}, {"coupling": 4}, {"rollout": "nonlinear"}, {"feedback": False}, PAPER])
 def test_a_wide_layer_has_a_factor_of_every_block_of_its_inputs(options: dict[str, Any]) -> None:
     found = []
     for backend in ("fast", "dense"):
