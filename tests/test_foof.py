@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gtddp_compile import FOOF, Sketch, compile_optimizer, kernels
 
-
 PAPER = {"coupling": "block", "recursion": "substituted"}
 
 
