@@ -211,11 +211,15 @@ def output_gradient(b: Builder, use: Use, weights: str) -> Code:
 
 def directional(
     b: Builder, phase: Phase, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
-    only: frozenset[str] | None = None, added: Sequence[str] = (),
+    only: frozenset[str] | None = None, added: Sequence[str] = (), faded: bool = False,
 ) -> None:  # fmt: skip
-    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``."""
-    parts = list(added)
+    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``.
+
+    ``faded``: times ``-μ`` of every player.
+    """
+    total = list(added)
     for player in players:
+        parts: list[str] = []
         for use in b.uses(player.name):
             if only is not None and use.op not in only:
                 continue
@@ -230,8 +234,13 @@ def directional(
             b.emit(phase, t, (f"*{name}",), *call, operands(b, use),
                    Var(b.g_output(use.op)), params(b, use), use.wants, change, **b.options(use))  # fmt: skip
             parts.append(name)
-    total = " + ".join(f"wide({part})" for part in parts)
-    b.emit(phase, t, (f"*{result}",), "=", Code(total), note=note)
+        total += [faded_by(b, player, part) if faded else f"wide({part})" for part in parts]
+    b.emit(phase, t, (f"*{result}",), "=", Code(" + ".join(total)), note=note)
+
+
+def faded_by(b: Builder, player: Player, part: str) -> str:
+    """``-μ ⟨γ_i, v⟩`` of a player."""
+    return f"-mu_{b.identity(player)} * wide({part})"
 
 
 def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, given: Var | None = None) -> None:

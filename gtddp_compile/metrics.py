@@ -12,6 +12,7 @@ from typing import Any
 from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.builder import Builder
 from gtddp_compile.calls import (
+    faded_by,
     gram,
     gram_diagonal,
     joins,
@@ -80,7 +81,9 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
     layers = _statistics(b, t, block, alpha, opens)
     coordinates = _kept(b, t, block, alpha) if _coordinates(b, block) else ""
     metric = _metric(b, block)
-    if block.kind == "channels":
+    if _kind(b, block) == "dual":
+        b.emit("backward", t, (f"*{metric}",), "m.rate", block.players[0].parameters, note="M^-1 = lr A^-1 x B^-1")
+    elif block.kind == "channels":
         b.emit("backward", t, (f"*{metric}",), "m.channels_metric", block.players[0].parameters, note="M^-1 of x X")
     elif block.kind in OF_PLAYERS:
         b.emit("backward", t, (f"*{metric}",), "m.block_metric", block.kind, _names(block), note="M^-1")
@@ -96,7 +99,7 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
 
 
 def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tuple[str, str] | None:
-    """Variables of a convolution's sketched ``Γ`` and of ``⟨γ_i, M⁻¹ ℓ_u⟩``, where one product makes both."""
+    """A convolution's sketched ``Γ`` and ``⟨γ_i, M⁻¹ ℓ_u⟩``, where one product makes both: a variable and a formula."""
     if _sketch(b, t, found.block) is None:
         return None
     (player,) = found.block.players
@@ -108,7 +111,9 @@ def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tup
     b.emit("backward", t, (gamma, moved if direction else "_"), "conv_sketched", operands(b, use),
            Var(b.g_output(use.op)), params(b, use), use.wants, Var(f"maps_{identity}"), Var(found.metric), direction,
            Var(b.rows), note="gamma M^-1 gamma^T; gamma M^-1 l", **b.options(use))  # fmt: skip
-    return gamma, moved if direction else ""
+    if direction is None:
+        return gamma, ""
+    return gamma, f"wide({moved})" if b.plan.decay else faded_by(b, player, moved)
 
 
 def _sketch(b: Builder, t: int, block: MetricBlock) -> tuple[int, int] | None:
@@ -123,8 +128,12 @@ def _sketch(b: Builder, t: int, block: MetricBlock) -> tuple[int, int] | None:
 def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
     """``M⁻¹ ℓ_u`` of every player."""
     names = {player.name: f"drift_{b.identity(player)}" for player in found.block.players}
-    if found.of_players or found.block.kind == "channels":
-        arguments = (found.block.kind, _names(found.block))
+    if not b.plan.decay:
+        for player in found.block.players:
+            b.emit("backward", t, (names[player.name], f"mu_{b.identity(player)}"), "m.last_step", player.parameters,
+                   note="v and mu: M^-1 l_u = -mu v")  # fmt: skip
+    elif found.of_players or found.block.kind == "channels":
+        arguments = (_kind(b, found.block), _names(found.block))
         b.emit("backward", t, tuple(names.values()), "m.drift_block", *arguments, note="M^-1 l_u")
     else:
         (player,) = found.block.players
@@ -154,6 +163,7 @@ def block_gram(b: Builder, t: int, found: Observed) -> str:
     options = {"separable": True} if separable else {}
     kept = (Var(found.coordinates),) if found.coordinates else (found.layers,)
     kernel = "coordinates_gram" if found.coordinates else "kronecker_gram"
+    kernel = "dual_gram" if _kind(b, found.block) == "dual" else kernel
     b.emit("backward", t, (f"*{result}",), kernel, *kept, Var(found.metric), Var(b.rows),
            note="gamma M^-1 gamma^T", **options)  # fmt: skip
     return result
@@ -195,13 +205,15 @@ def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dic
 def decide(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str) -> None:
     """The weighted gradients of a block and what the base method makes of them."""
     note = "delta_u = -M^-1 (C w + l)"
-    if _coordinates(b, block) and not b.plan.decay:
+    dual, kept = _kind(b, block) == "dual", Var(f"coordinates_{_identity(b, block)}")
+    verb, deltas = _verb(b, block)
+    if dual and not b.plan.decay and verb == "descend":
+        b.emit(phase, t, (), "m.descend_dual", _names(block), kept, Var(weights), note=note)
+    elif _coordinates(b, block) and not b.plan.decay:
         step = f"step_{_identity(b, block)}"
-        kept = Var(f"coordinates_{_identity(b, block)}")
-        b.emit(phase, t, (f"*{step}",), "coordinates_step", kept, Var(weights), Var(_metric(b, block)),
-               note="M^-1 C w / lr")  # fmt: skip
-        verb, deltas = _verb(b, block)
-        b.emit(phase, t, deltas, f"m.{verb}_steps", block.kind, _names(block), (Var(step),), note=note)
+        kernel, more = ("dual_step", ()) if dual else ("coordinates_step", (Var(_metric(b, block)),))
+        b.emit(phase, t, (f"*{step}",), kernel, kept, Var(weights), *more, note="M^-1 C w / lr")
+        b.emit(phase, t, deltas, f"m.{verb}_steps", _kind(b, block), _names(block), (Var(step),), note=note)
     elif not _descends(b, phase, t, block, weights, note):
         gradients = {p.name: weighted(b, phase, t, p, weights, "grad", "C w") for p in block.players}
         update(b, phase, t, block, gradients, note)
@@ -258,7 +270,7 @@ def update(b: Builder, phase: Phase, t: int, block: MetricBlock, gradients: dict
     verb, deltas = _verb(b, block)
     if block.kind in (*OF_PLAYERS, "channels"):
         found = tuple(Var(gradients[player.name]) for player in block.players)
-        b.emit(phase, t, deltas, f"m.{verb}_block", block.kind, _names(block), found, note=note)
+        b.emit(phase, t, deltas, f"m.{verb}_block", _kind(b, block), _names(block), found, note=note)
     else:
         (player,) = block.players
         writes = (f"*{deltas[0]}",) if deltas else ()
@@ -288,6 +300,11 @@ def _coordinates(b: Builder, block: MetricBlock) -> str:
     if use is None or (b.plan.form.name == "base" and block.blocks > 1):
         return ""
     return choose_coordinates(b.plan, use)
+
+
+def _kind(b: Builder, block: MetricBlock) -> str:
+    """What the base method calls the block: one whose rows are mapped by inverse factors is ``"dual"``."""
+    return "dual" if _coordinates(b, block) == "dual" else block.kind
 
 
 def _shares_lines(b: Builder, block: MetricBlock) -> bool:
@@ -384,7 +401,7 @@ def _seen_once(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
            params(b, use), use.wants, note="rows, V_h", **more)  # fmt: skip
     later = b.plan.metric == "rescaled" and b.plan.form.name != "base"
     verb = "observe_factors" if later else "observe_block"
-    b.emit("backward", t, (), f"m.{verb}", t, block.kind, _names(block), (Var(name),), Var("start"),
+    b.emit("backward", t, (), f"m.{verb}", t, _kind(b, block), _names(block), (Var(name),), Var("start"),
            note="A = E[x x^T], B = E[V_h V_h^T]")  # fmt: skip
 
 

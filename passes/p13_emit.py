@@ -159,6 +159,10 @@ def _asked(instruction: Instruction) -> Instruction:
         names, weighted, _subtract, *rest = args
         gradient = _call(instruction, weighted, *rest)
         return _answer(instruction, f"yield 'descend', ({render(names)}, {gradient})")
+    if instruction.function == "m.descend_dual":
+        names, coordinates, weights = args
+        step = _call(instruction, Function("dual_step"), coordinates, weights)
+        return _answer(instruction, f"yield 'descend_steps', ('dual', {render(names)}, ({step},))")
     if instruction.function == "m.descend_rows":
         names, weighted, _rows, *rest = args
         gradient = _call(instruction, weighted, *rest)

@@ -130,8 +130,9 @@ def test_fast_equals_dense(network: Any, form: str, coupling: Any, kind: str) ->
     if kind == "ekfac":  # batches of five leave null spaces: directions in them are any basis's
         options["refresh"] = 1
     opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, coupling=coupling, **options)
-    kept = "dual_coordinates(" if kind == "kfac" and form == "rows" else f"'{form}')"
-    assert kept in opt.program.code and "coordinates_step" in opt.program.code
+    dual = kind == "kfac" and form == "rows"
+    kept, step = ("dual_coordinates(", "descend_dual") if dual else (f"'{form}')", "coordinates_step")
+    assert kept in opt.program.code and step in opt.program.code
     assert_equal(case, coupling=coupling, steps=3, size=5, **options)
 
 
@@ -139,7 +140,8 @@ def test_fast_equals_dense(network: Any, form: str, coupling: Any, kind: str) ->
 def test_with_decay_the_gradient_is_mapped(network: Any) -> None:
     case, options = network(), {"curvature": "kfac", "lr": 0.2, "damping": 1e-2, "weight_decay": 0.05}
     opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, **options)
-    assert "coordinates_gram" in opt.program.code and "coordinates_step" not in opt.program.code
+    gram = "dual_gram" if network is wide else "coordinates_gram"
+    assert gram in opt.program.code and "coordinates_step" not in opt.program.code and "dual(" not in opt.program.code
     assert_equal(case, steps=3, size=5, **options)
 
 
