@@ -181,21 +181,23 @@ class ParameterUpdates:
             found.append(self._less_inertia(name, decayed))
         return tuple(found)
 
-    def _inertia(self, name: str) -> Tensor | None:
-        """``μ_k = min(μ, k / (k + RAMP))`` after k steps, a 0-d tensor; ``None`` before the first."""
+    def _inertia(self, name: str) -> Tensor | float | None:
+        """``μ_k = min(μ, k / (k + RAMP))`` after k steps, where nobody waits for it a number; ``None`` before."""
         state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
         if "last_step" not in state or not mu:
             return None
-        ramp: Tensor = state["taken"] / (state["taken"] + RAMP)
-        return ramp.clamp_max(mu)
+        taken: Tensor = state["taken"]
+        if taken.device.type == "cpu" and not torch.compiler.is_compiling():
+            return min(mu, 1.0 - RAMP / (float(taken) + RAMP))
+        return (taken / (taken + RAMP)).clamp_max(mu)
 
     def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
         """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``."""
         mu = self._inertia(name)
         if mu is None:
             return torch.zeros_like(self._params[name]) if direction is None else direction
-        last = self.states[name]["last_step"]
-        return last * -mu if direction is None else torch.addcmul(direction, last, mu.to(last), value=-1)
+        carried = self.states[name]["last_step"] * mu
+        return -carried if direction is None else direction - carried
 
     def _carried(self, name: str, delta: Tensor) -> Tensor:
         """``δu + μ v``, put down as the last step."""
@@ -204,7 +206,10 @@ class ParameterUpdates:
         mu = self._inertia(name)
         if mu is not None:
             last, memory = self.states[name]["last_step"], self._memory(name).get("last_step")
-            delta = torch.addcmul(delta, last, mu.to(last), out=memory)
+            if isinstance(mu, Tensor):
+                delta = torch.addcmul(delta, last, mu.to(last), out=memory)
+            else:
+                delta = torch.add(delta, last, alpha=mu, out=memory)
         return self._stepped(name, delta)
 
     def _stepped(self, name: str, delta: Tensor) -> Tensor:
