@@ -74,7 +74,7 @@ def player_function(b: Builder, use: Use) -> StageFunction:
     )
 
 
-def _kept(b: Builder, t: int, player: Player) -> str:
+def kept(b: Builder, t: int, player: Player) -> str:
     """``γ`` of a player whose per-sample gradients are kept, built the first time; returns the variable."""
     (use,) = b.uses(player.name)
     name = kept_rows(b, use)
@@ -95,7 +95,7 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
     found = []
     if b.keeps(player.name):
         name = f"{prefix}_{b.identity(player)}"
-        b.emit(phase, t, (f"*{name}",), "rows_weighted", Var(_kept(b, t, player)), Var(weights), note=note)
+        b.emit(phase, t, (f"*{name}",), "rows_weighted", Var(kept(b, t, player)), Var(weights), note=note)
         return name
     for use in b.uses(player.name):
         name, g = f"{prefix}_{b.name(use.key)}", Var(b.g_output(use.op))
@@ -118,11 +118,11 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
 def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
     """``Γ`` of one player (over all columns, the gradient's included, where there are several).
 
-    ``given``: what the kernel takes in place of the use's operands: inputs in the metric's own coordinates.
+    ``given``: what the kernel takes in place of the use's operands, or of ``γ``: in the metric's own coordinates.
     """
     uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     if b.keeps(player.name):
-        b.emit("backward", t, (f"*{result}",), "joint_gram", Var(_kept(b, t, player)), Var(metric), Var(b.rows),
+        b.emit("backward", t, (f"*{result}",), "joint_gram", given or Var(kept(b, t, player)), Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T")  # fmt: skip
         return result
     if len(uses) == 1 and uses[0].names == player.parameters:
@@ -226,7 +226,7 @@ def directional(
             change = tuple(Code(f"{directions[player.name]}[{player.parameters.index(name)}]") for name in use.names)
             name = f"{result}_{b.name(use.key)}"
             if b.keeps(player.name):
-                b.emit(phase, t, (f"*{name}",), "rows_directional", Var(_kept(b, t, player)), change)
+                b.emit(phase, t, (f"*{name}",), "rows_directional", Var(kept(b, t, player)), change)
                 parts.append(name)
                 continue
             kernel = b.kernel(use, "directional")

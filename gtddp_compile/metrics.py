@@ -16,6 +16,7 @@ from gtddp_compile.calls import (
     gram,
     gram_diagonal,
     joins,
+    kept,
     observed_gram,
     operands,
     output_gradient,
@@ -142,11 +143,15 @@ def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
 
 
 def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
-    """A convolution's input in coordinates where the metric of its channels is spherical."""
+    """A convolution's input, or ``γ`` where it is kept, in coordinates where the metric of its channels is spherical."""
     if found.block.kind != "channels":
         return None
     (player,) = found.block.players
     (use,), whitened = b.uses(player.name), f"white_{b.identity(player)}"
+    if b.keeps(player.name):
+        b.emit("backward", t, (f"*{whitened}",), "channel_rows", Var(kept(b, t, player)),
+               Var(f"maps_{b.identity(player)}"), note="gamma X")  # fmt: skip
+        return Var(whitened)
     b.emit("backward", t, (f"*{whitened}",), "conv_whitened", operands(b, use), Var(b.g_output(use.op)),
            params(b, use), Var(f"maps_{b.identity(player)}"), note="x X at every pixel")  # fmt: skip
     return Var(whitened)
@@ -161,10 +166,10 @@ def block_gram(b: Builder, t: int, found: Observed) -> str:
     uses = [use for player in found.block.players for use in b.uses(player.name)]
     separable = not b.factored and found.block.kind != "exact" and any(separates(b.plan, use) for use in uses)
     options = {"separable": True} if separable else {}
-    kept = (Var(found.coordinates),) if found.coordinates else (found.layers,)
+    taken = (Var(found.coordinates),) if found.coordinates else (found.layers,)
     kernel = "coordinates_gram" if found.coordinates else "kronecker_gram"
     kernel = "dual_gram" if _kind(b, found.block) == "dual" else kernel
-    b.emit("backward", t, (f"*{result}",), kernel, *kept, Var(found.metric), Var(b.rows),
+    b.emit("backward", t, (f"*{result}",), kernel, *taken, Var(found.metric), Var(b.rows),
            note="gamma M^-1 gamma^T", **options)  # fmt: skip
     return result
 
@@ -205,14 +210,14 @@ def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dic
 def decide(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str) -> None:
     """The weighted gradients of a block and what the base method makes of them."""
     note = "delta_u = -M^-1 (C w + l)"
-    dual, kept = _kind(b, block) == "dual", Var(f"coordinates_{_identity(b, block)}")
+    dual, found = _kind(b, block) == "dual", Var(f"coordinates_{_identity(b, block)}")
     verb, deltas = _verb(b, block)
     if dual and not b.plan.decay and verb == "descend":
-        b.emit(phase, t, (), "m.descend_dual", _names(block), kept, Var(weights), note=note)
+        b.emit(phase, t, (), "m.descend_dual", _names(block), found, Var(weights), note=note)
     elif _coordinates(b, block) and not b.plan.decay:
         step = f"step_{_identity(b, block)}"
         kernel, more = ("dual_step", ()) if dual else ("coordinates_step", (Var(_metric(b, block)),))
-        b.emit(phase, t, (f"*{step}",), kernel, kept, Var(weights), *more, note="M^-1 C w / lr")
+        b.emit(phase, t, (f"*{step}",), kernel, found, Var(weights), *more, note="M^-1 C w / lr")
         b.emit(phase, t, deltas, f"m.{verb}_steps", _kind(b, block), _names(block), (Var(step),), note=note)
     elif not _descends(b, phase, t, block, weights, note):
         gradients = {p.name: weighted(b, phase, t, p, weights, "grad", "C w") for p in block.players}

@@ -14,7 +14,14 @@ from gtddp_compile.kernels.approximate import (
 )
 from gtddp_compile.kernels.arrange import apart, apart_all, arranged, contract_arranged, order_of_rows, together
 from gtddp_compile.kernels.batch_norm import batch_known, batch_moments, batch_norm, quick_moments
-from gtddp_compile.kernels.channels import channel_factor, channel_filters, channel_step, conv_sketched, conv_whitened
+from gtddp_compile.kernels.channels import (
+    channel_factor,
+    channel_filters,
+    channel_rows,
+    channel_step,
+    conv_sketched,
+    conv_whitened,
+)
 from gtddp_compile.kernels.conv import (
     conv_directional,
     conv_gram,
@@ -171,6 +178,7 @@ __all__ = [
     "cap_step",
     "channel_factor",
     "channel_filters",
+    "channel_rows",
     "channel_step",
     "class_mean_scale",
     "clip",
