@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gtddp_compile.curvature.base import Group
 from gtddp_compile.curvature.kronecker import BlockKind, Kronecker
-from gtddp_compile.curvature.updates import ParameterUpdates
+from gtddp_compile.curvature.updates import RAMP, ParameterUpdates
 from gtddp_compile.kernels.channels import channel_step
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
@@ -38,6 +38,13 @@ class BlockUpdates(ParameterUpdates):
     def _kronecker(self) -> Kronecker:
         assert isinstance(self._curvature, Kronecker)  # the compiler emits these calls for no other
         return self._curvature
+
+    def _inertia(self, name: str) -> Tensor | float | None:
+        """A number: these steps are never recorded as a graph."""
+        state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
+        if "last_step" not in state or not mu:
+            return None
+        return min(float(mu), 1.0 - RAMP / (float(state["taken"]) + RAMP))
 
     def observe_block(
         self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float, *, moments: bool = True

@@ -182,14 +182,12 @@ class ParameterUpdates:
         return tuple(found)
 
     def _inertia(self, name: str) -> Tensor | float | None:
-        """``μ_k = min(μ, k / (k + RAMP))`` after k steps, where nobody waits for it a number; ``None`` before."""
+        """``μ_k = min(μ, k / (k + RAMP))`` after k steps, a 0-d tensor; ``None`` before the first."""
         state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
         if "last_step" not in state or not mu:
             return None
-        taken: Tensor = state["taken"]
-        if taken.device.type == "cpu" and not torch.compiler.is_compiling():
-            return min(mu, 1.0 - RAMP / (float(taken) + RAMP))
-        return (taken / (taken + RAMP)).clamp_max(mu)
+        ramp: Tensor = state["taken"] / (state["taken"] + RAMP)
+        return ramp.clamp_max(mu)
 
     def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
         """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``."""
