@@ -143,7 +143,7 @@ def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
 
 
 def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
-    """A convolution's input, or ``γ`` where it is kept, in coordinates where the metric of its channels is spherical."""
+    """A convolution's input, or ``γ`` where it is kept, in coordinates where the metric of channels is spherical."""
     if found.block.kind != "channels":
         return None
     (player,) = found.block.players
@@ -327,7 +327,11 @@ def _kept(b: Builder, t: int, block: MetricBlock, alpha: str | None) -> str:
         b.emit("backward", t, (f"*{found}",), "dual_coordinates", *rows, Var(maps), note="x, g, x A^-1, g B^-1")
         return found
     b.emit("backward", t, (f"*{maps}",), "m.block_maps", names, note="where M is diagonal")
-    b.emit("backward", t, (f"*{found}",), "kronecker_coordinates", *rows, Var(maps), form, note="gamma there")
+    if form == "samples":
+        gamma = per_sample(b, t, block.players[0])
+        b.emit("backward", t, (f"*{found}",), "sample_coordinates", Var(gamma), Var(maps), note="there")
+    else:
+        b.emit("backward", t, (f"*{found}",), "kronecker_coordinates", *rows, Var(maps), form, note="gamma there")
     if b.plan.metric == "rescaled":
         moment = f"moment_{identity}"
         b.emit("backward", t, (f"*{moment}",), "coordinates_moment", Var(found), Var(alpha or ""), Var("start"),
@@ -378,15 +382,18 @@ def _statistics(
         b.emit("backward", t, (f"*{moment}",), "second_moment", Var(v_u), Var("start"), note="E[V_u^2]")
         b.emit("backward", t, (), "m.observe_moment", player.parameters, Var(moment), note="statistics")
         return ()
-    if _shares_lines(b, block) if b.plan.form.name == "base" else _coordinates(b, block):
+    form = _coordinates(b, block)
+    if _shares_lines(b, block) if b.plan.form.name == "base" else form in ("rows", "dual"):
         _seen_once(b, t, block, alpha)
         return ()
     count = 1 if block.kind == "shared" else len(block.players)
     players = block.players[:count]
     seen = tuple(_layer(b, t, block, player, alpha) for player in players)
-    b.emit("backward", t, (), "m.observe_block", t, block.kind, _names(block), seen, Var("start"),
+    verb = "observe_factors" if form == "samples" and _later(b) else "observe_block"
+    b.emit("backward", t, (), f"m.{verb}", t, block.kind, _names(block), seen, Var("start"),
            note="A = E[x x^T], B = E[V_h V_h^T]")  # fmt: skip
-    return () if b.plan.form.name == "base" else tuple(_layer(b, t, block, player) for player in players)
+    read = b.plan.form.name != "base" and form != "samples"
+    return tuple(_layer(b, t, block, player) for player in players) if read else ()
 
 
 def _seen_once(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
@@ -404,10 +411,14 @@ def _seen_once(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
         )
     b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("made_rows"), made, Code(f"scale({g}, {alpha})"),
            params(b, use), use.wants, note="rows, V_h", **more)  # fmt: skip
-    later = b.plan.metric == "rescaled" and b.plan.form.name != "base"
-    verb = "observe_factors" if later else "observe_block"
+    verb = "observe_factors" if _later(b) else "observe_block"
     b.emit("backward", t, (), f"m.{verb}", t, _kind(b, block), _names(block), (Var(name),), Var("start"),
            note="A = E[x x^T], B = E[V_h V_h^T]")  # fmt: skip
+
+
+def _later(b: Builder) -> bool:
+    """Whether moments are taken from coordinates, when the factors have been seen."""
+    return b.plan.metric == "rescaled" and b.plan.form.name != "base"
 
 
 def _layer(b: Builder, t: int, block: MetricBlock, player: Player, alpha: str | None = None) -> Var:
@@ -421,8 +432,11 @@ def _layer(b: Builder, t: int, block: MetricBlock, player: Player, alpha: str | 
     (use,) = b.uses(player.name)
     g = Var(b.g_output(use.op)) if alpha is None else output_gradient(b, use, alpha)
     layer = "factor_layer" if b.factored and alpha is None else "kronecker_layer"
-    b.emit("backward", t, (f"*{name}",), layer, Function(b.kernel(use, "rows")), operands(b, use), g, params(b, use),
-           use.wants, note="rows", **_rows_options(b, use, block))  # fmt: skip
+    rows, more = b.kernel(use, "rows"), _rows_options(b, use, block)
+    if alpha is not None and b.plan.form.name != "base" and _shares_lines(b, block):
+        rows, more = "line_rows", more | {"moment": Function(b.kernel(use, "moment"))}
+    b.emit("backward", t, (f"*{name}",), layer, Function(rows), operands(b, use), g, params(b, use), use.wants,
+           note="rows", **more)  # fmt: skip
     return Var(name)
 
 

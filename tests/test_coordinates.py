@@ -111,10 +111,9 @@ def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) ->
     basis = torch.eye(weight[0].numel(), dtype=x.dtype).reshape(-1, *weight.shape[1:])
     patches = convolve(x, basis, **options).flatten(2).transpose(0, 1).flatten(1)  # every weight's input
     patches = torch.cat([patches, torch.ones_like(patches[:1])]) if bias else patches
-    operands, g = (x,), torch.zeros_like(convolve(x, weight, **options))
+    operands = (x,)
     params, wants = (weight, draw(2)) if bias else (weight,), (True, bias)
-    rows, _ = kernels.conv_rows(operands, g, params, wants, groups=1, **options)
-    found = kernels.conv_moment(operands, rows, params, wants, groups=1, **options)
+    found = kernels.conv_moment(operands, params, wants, groups=1, **options)
     torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
 
 
@@ -131,7 +130,8 @@ def test_fast_equals_dense(network: Any, form: str, coupling: Any, kind: str) ->
         options["refresh"] = 1
     opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, coupling=coupling, **options)
     dual = kind == "kfac" and form == "rows"
-    kept, step = ("dual_coordinates(", "descend_dual") if dual else (f"'{form}')", "coordinates_step")
+    made = "kronecker_coordinates(" if form == "rows" else "sample_coordinates("
+    kept, step = ("dual_coordinates(", "descend_dual") if dual else (made, "coordinates_step")
     assert kept in opt.program.code and step in opt.program.code
     assert_equal(case, coupling=coupling, steps=3, size=5, **options)
 

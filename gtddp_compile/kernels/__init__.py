@@ -42,6 +42,7 @@ from gtddp_compile.kernels.coordinates import (
     few_rows,
     kronecker_coordinates,
     made_rows,
+    sample_coordinates,
 )
 from gtddp_compile.kernels.factors import (
     clip_factors,
@@ -112,7 +113,7 @@ from gtddp_compile.kernels.linear import (
     linear_weighted,
 )
 from gtddp_compile.kernels.loss import class_mean_scale, sample_means, sample_sums, terminal
-from gtddp_compile.kernels.moments import conv_moment, conv_moment_shares
+from gtddp_compile.kernels.moments import conv_moment, conv_moment_shares, line_rows
 from gtddp_compile.kernels.norm import (
     norm_directional,
     norm_gamma,
@@ -248,6 +249,7 @@ __all__ = [
     "kronecker_sample_grams",
     "kronecker_widths",
     "leaf",
+    "line_rows",
     "linear_directional",
     "linear_forward",
     "linear_gram",
@@ -290,6 +292,7 @@ __all__ = [
     "rows_gram_diagonal",
     "rows_of",
     "rows_weighted",
+    "sample_coordinates",
     "sample_grams",
     "sample_means",
     "sample_sums",

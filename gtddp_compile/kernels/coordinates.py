@@ -43,7 +43,7 @@ def made_rows(
     wants: tuple[bool, ...],
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Rows that are there already, as a layer's; its option ``moment`` makes ``Σ x xᵀ`` of the other operands."""
+    """Rows that are there already, as a layer's; an option ``moment`` makes ``Σ x xᵀ`` of the other operands."""
     return operands[0], g
 
 
@@ -53,7 +53,19 @@ def kronecker_coordinates(x: Tensor, g: Tensor, maps: tuple[Tensor, Tensor | Non
     x, g = x.to(map_x.dtype), g.to(map_x.dtype)
     if form == "rows":
         return _coordinates_map(x, map_x), g if map_g is None else _coordinates_map(g, map_g)
-    gamma = _coordinates_map(g.mT @ x, map_x)
+    return _mapped(g.mT @ x, maps)
+
+
+def sample_coordinates(gradients: tuple[Tensor, ...], maps: tuple[Tensor, Tensor | None]) -> Coordinates:
+    """The coordinates of form ``"samples"`` from ``γ`` itself, of the weight and, where it is trained, of the bias."""
+    parts = [part.reshape(part.shape[0], maps[0].shape[0], -1, part[0, 0].numel()) for part in gradients]
+    gamma = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+    return _mapped(gamma.to(maps[0].dtype), maps)
+
+
+def _mapped(gamma: Tensor, maps: tuple[Tensor, Tensor | None]) -> Coordinates:
+    map_x, map_g = maps
+    gamma = _coordinates_map(gamma, map_x)
     return (gamma if map_g is None else map_g.mT @ gamma,)
 
 
