@@ -156,6 +156,8 @@ def coordinates_gram(
 def _coordinates_gram(coordinates: Coordinates, scale: Tensor | float) -> Tensor:
     if len(coordinates) == 1:
         (gamma,) = coordinates
+        if not isinstance(scale, Tensor):
+            return linear_inputs(gamma.flatten(1)) * scale
         whole: Tensor = (gamma * scale).flatten(1) @ gamma.flatten(1).mT
         return whole
     x, g = coordinates
