@@ -163,9 +163,6 @@ def _asked(instruction: Instruction) -> Instruction:
         names, weighted, _rows, *rest = args
         gradient = _call(instruction, weighted, *rest)
         return _answer(instruction, f"yield 'descend_block', ('kronecker', ({render(names)},), ({gradient},))")
-    if instruction.function == "m.respond":  # to the update of all micro-batches: the layer itself
-        _names, _response, forward, *_rest, operands, params = args
-        return replace(instruction, function=render(forward), args=(operands, params))
     if instruction.function == "m.observe_gram":  # statistics are the update's, the Gram matrix is its own
         names, weighted, gram, _pieces, operands, g, alpha, params, wants, rows = args
         own = _call(instruction, Function("weigh"), weighted, operands, g, alpha, params, wants)

@@ -25,8 +25,7 @@ def recompute(written: Written) -> Lowered:
         instructions = _once(sweeps)
     else:
         instructions = _Recomputed(sweeps, segments, plan.graph).instructions()
-    functions = (*written.dynamics, *written.others)
-    return Lowered(plan, tuple(instructions), functions, written.uses, written.names)
+    return Lowered(plan, tuple(instructions), written.functions, written.uses, written.names)
 
 
 def _once(sweeps: Sweeps) -> Iterable[Instruction]:
