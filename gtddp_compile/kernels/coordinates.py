@@ -80,12 +80,13 @@ def dual_gram(coordinates: Coordinates, rate: float, rows: Sequence[slice]) -> t
     """``Γ = η (x A⁻¹ xᵀ) ∘ (g B⁻¹ gᵀ)``, a block a group of samples; symmetric to rounding."""
     plain = coordinates[1] is coordinates[3]
     if len(rows) == 1:
-        return (_dual_gram(*coordinates, plain).mul_(rate),)
-    return tuple(_dual_gram(*(part[:, row] for part in coordinates), plain).mul_(rate) for row in rows)
+        return (_dual_gram(coordinates, plain).mul_(rate),)
+    return tuple(_dual_gram(tuple(part[:, row] for part in coordinates), plain).mul_(rate) for row in rows)
 
 
-def _dual_gram(x: Tensor, g: Tensor, mapped_x: Tensor, mapped_g: Tensor, plain: bool) -> Tensor:
+def _dual_gram(coordinates: Coordinates, plain: bool) -> Tensor:
     """``plain``: ``B`` is the identity."""
+    x, g, mapped_x, mapped_g = coordinates
     if plain and (len(g) == 1 or g.stride(0) == 0):  # blocks of inputs have the same output gradients
         by_g = linear_inputs(g[0])
         return (mapped_x[0] @ x[0].mT if len(x) == 1 else (mapped_x @ x.mT).sum(0)).mul_(by_g)

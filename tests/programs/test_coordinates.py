@@ -116,6 +116,33 @@ def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) ->
     torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_last_step_is_added_by_the_product_that_makes_the_step(blocks: int, bias: bool) -> None:
+    x, g, weights, last = draw(5, 7), draw(5, 4), draw(5), (draw(4, 7), draw(4))[: 1 + bias]
+    rows = kernels.linear_rows((x,), g, (), (True, bias), blocks=blocks)
+    width = rows[0].shape[3]
+    inverses = draw(blocks, width, width), draw(1, 4, 4)
+    found = kernels.dual_carried(kernels.dual_coordinates(*rows, inverses), weights, last, 0.9, 0.3)
+    whole = torch.block_diag(*inverses[0])[: 7 + bias, : 7 + bias]
+    ones = torch.cat([x, torch.ones(5, 1, dtype=x.dtype)], 1) if bias else x
+    step = 0.3 * (weights[:, None] * g @ inverses[1][0]).T @ ones @ whole
+    expected = [0.9 * last[0] - step[:, :7], *(0.9 * own - step[:, 7] for own in last[1:])]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_kept_gradients_in_whitened_channels() -> None:
+    """``Γ`` of them is that of a convolution of whitened inputs."""
+    x, g, params, maps = draw(3, 4, 5, 5), draw(3, 6, 5, 5), (draw(6, 2, 3, 3), draw(6)), draw(2, 2, 2)
+    options: Any = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 2}
+    gamma = kernels.conv_per_sample((x,), g, params, (True, True), **options)
+    white = kernels.conv_whitened((x,), g, params, maps)
+    gram = kernels.conv_gram(white, g, params, (True, True), (0.3, 0.2), **options)
+    (found,) = kernels.joint_gram(kernels.channel_rows(gamma, maps), (0.3, 0.2), [slice(0, 3)])
+    torch.testing.assert_close(found, gram, rtol=1e-12, atol=1e-12)
+
+
 # --- in programs ------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +234,7 @@ def test_factors_are_made_when_they_are_due(monkeypatch: pytest.MonkeyPatch) -> 
         calls.append(args)
         return original(*args, **options)
 
-    monkeypatch.setattr(kernels, "conv_moment", counted)
+    monkeypatch.setitem(kernels.KERNELS, "conv_moment", counted)
     opt = compile_optimizer(case.model, case.batch(0, 5)[0], loss=LOSS, curvature="kfac", stat_every=2, early=0)
     for step in range(4):
         opt.step(*case.batch(step, 5))
