@@ -163,7 +163,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ControlGraph:
-    """The state-augmented control graph of a network (immutable; theory: sections 2.2 and 3, Eq. 8, 13, 26).
+    """The state-augmented control graph of a network (immutable; docs/theory.md#state; Eq. 8, 13, 26 of the paper).
 
     ``str()`` is a table, ``to_networkx``/``to_dot``/``to_mermaid``/``to_svg``/``to_html`` and ``save`` draw it.
 
