@@ -26,9 +26,10 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
         to the one that reads it; tied weights add an edge from the player's first use to each later one.
 
         Node attributes: ``kind``, ``module``, ``source``, ``shape`` (batch axis included, or ``None``), ``stage`` (-1:
-        before any player), ``player`` (the player that decides there, or ``None``), ``parameters`` (names of all that
-        it reads), ``merge`` (whether it is the merge of a shortcut), ``input``, ``output`` and ``live`` (``None``, or
-        ``born``, ``dies``, ``readers``, ``fixed`` of the value that it computes).
+        before any player), ``player`` (the player that decides there, or ``None``), ``coalition`` (players that decide
+        together there, or none), ``parameters`` (names of all that it reads), ``merge`` (whether it is the merge of a
+        shortcut), ``input``, ``output`` and ``live`` (``None``, or ``born``, ``dies``, ``readers``, ``fixed`` of the
+        value that it computes).
 
         Edge attributes: ``crosses`` (stages before which the value waits in the cut on its way along this edge),
         ``shortcut`` (kind of the shortcut it is on, or ``None``) and ``control`` (name of the tied player whose control
@@ -55,6 +56,7 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
         outputs=list(outputs),
     )
     deciding = {player.op: player.name for player in graph.players}
+    together = {player.op: list(graph.stages[player.stage].players) for player in graph.players}
     merges = {name for stage in graph.stages for name in stage.merges}
     merges.update(shortcut.merge for shortcut in graph.shortcuts)
     for op in graph.ops.ops:
@@ -67,6 +69,7 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
             shape=None if op.shape is None else [int(size) for size in op.shape],
             stage=graph.stage_of.get(op.name, -1),
             player=deciding.get(op.name),
+            coalition=together[op.name] if len(together.get(op.name, ())) > 1 else [],
             parameters=list(op.parameters),
             merge=op.name in merges,
             input=op.name in graph.ops.inputs,
