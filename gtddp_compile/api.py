@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from gtddp_compile.algebra.derivation import Recursion
 from gtddp_compile.algebra.forms import Rollout
-from gtddp_compile.curvature import Curvature, resolve
 from gtddp_compile.errors import CompileError
-from gtddp_compile.losses import split
+from gtddp_compile.methods.curvature import Curvature, resolve
+from gtddp_compile.methods.losses import split
+from gtddp_compile.methods.terminal import Terminal, check_terminal
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, suggested
 from gtddp_compile.passes.p07_collapse import form_name
-from gtddp_compile.program import UpdateProgram
-from gtddp_compile.terminal import Terminal, check_terminal
+from gtddp_compile.runtime.program import UpdateProgram
 
 
 def compile_optimizer(

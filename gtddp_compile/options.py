@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.algebra.forms import Rollout
-from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
-from gtddp_compile.terminal import Geometric, MonteCarlo, Terminal, is_rank_one
+from gtddp_compile.methods.curvature import Curvature
+from gtddp_compile.methods.terminal import Geometric, MonteCarlo, Terminal, is_rank_one
 
 Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]

@@ -18,9 +18,9 @@ from dataclasses import replace
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.graph import ControlGraph, Stage
+from gtddp_compile.lowering.plan import Asked, Contraction, Plan, StagePlan
+from gtddp_compile.lowering.segments import choose_segments
 from gtddp_compile.passes.p06_derive import Derived, cut_after
-from gtddp_compile.plan import Asked, Contraction, Plan, StagePlan
-from gtddp_compile.segments import choose_segments
 
 
 def simplify(

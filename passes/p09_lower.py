@@ -15,20 +15,27 @@ from typing import Any
 
 from sympy import HadamardProduct, Identity, MatrixExpr, OneMatrix
 
-from gtddp_compile import metrics
-from gtddp_compile.adjoints import as_read, pull, written_out
 from gtddp_compile.algebra import collapsed as a
-from gtddp_compile.builder import Builder
-from gtddp_compile.calls import SAMPLES, directional, joins, player_function, prepare, weighted
-from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
-from gtddp_compile.dynamics import stage_functions
-from gtddp_compile.ends import begun_with, ends
-from gtddp_compile.formulas import check_update, print_formula
+from gtddp_compile.algebra.formulas import check_update, print_formula
 from gtddp_compile.graph import LEADING
-from gtddp_compile.instructions import Code, Function, StageFunction, Var
-from gtddp_compile.lowered import Sweeps, Written
-from gtddp_compile.plan import Contraction, Plan, StagePlan
-from gtddp_compile.responses import functions_after, respond
+from gtddp_compile.lowering.builder import Builder
+from gtddp_compile.lowering.instructions import Code, Function, StageFunction, Var
+from gtddp_compile.lowering.lowered import Sweeps, Written
+from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
+from gtddp_compile.lowering.write import metrics
+from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
+from gtddp_compile.lowering.write.calls import SAMPLES, directional, joins, player_function, prepare, weighted
+from gtddp_compile.lowering.write.columns import (
+    environment,
+    sample_matrices,
+    shrink,
+    split,
+    terminal_columns,
+    vectorises,
+)
+from gtddp_compile.lowering.write.dynamics import stage_functions
+from gtddp_compile.lowering.write.ends import begun_with, ends
+from gtddp_compile.lowering.write.responses import functions_after, respond
 
 GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
 MOVED = a.GRADIENTS.T * a.OPEN_GAIN

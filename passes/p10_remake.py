@@ -6,7 +6,7 @@ went into those and the gradient of what came out, which ``c`` needs anyhow, the
 at a price that no layer's product would notice. So of a convolution, its batch-norm and their activation two values are
 kept and not three: no more than backpropagation itself has to keep.
 
-Which parts (``gtddp_compile/ends.py``) are made again follows from the shapes: none, where a step holds little more
+Which parts (``lowering/write/ends.py``) are made again follows from the shapes: none, where a step holds little more
 than backpropagation does without them.
 """
 
@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from gtddp_compile.builder import Builder
-from gtddp_compile.calls import kept_rows, moments
-from gtddp_compile.ends import Part
 from gtddp_compile.graph import ControlGraph, Op
-from gtddp_compile.instructions import Function, Instruction, Phase, StageFunction, Var
-from gtddp_compile.lowered import Sweeps, Written, compares
+from gtddp_compile.lowering.builder import Builder
+from gtddp_compile.lowering.instructions import Function, Instruction, Phase, StageFunction, Var
+from gtddp_compile.lowering.lowered import Sweeps, Written, compares
+from gtddp_compile.lowering.write.calls import kept_rows, moments
+from gtddp_compile.lowering.write.ends import Part
 
 PASSING = frozenset(
     {"add", "cat", "flatten", "unflatten", "reshape", "view", "transpose", "permute", "chunk", "getitem", "relu"}
@@ -45,7 +45,7 @@ LEAST = 2**20
 """Bytes below which it is not worth a call."""
 
 
-def make_again(written: Written) -> Written:
+def remake(written: Written) -> Written:
     """The program with the parts made again that are worth it."""
     if not written.parts:
         return written
@@ -250,7 +250,7 @@ class _Again:
         writes, bound = makes(b, part), ", ".join((function.name, *function.moments.values()))
         wanted = {self._same.get(name, name) for name, maker in self._made.items() if maker is part}
         found = Instruction(
-            phase, stage, tuple(f"{name}_again" if name in wanted else "_" for name in writes), "make_again",
+            phase, stage, tuple(f"{name}_again" if name in wanted else "_" for name in writes), "remake",
             (Function(f"bind({bound})" if known else function.name), Var("p"), Var("b_again"),
              tuple(Var(b.name(name)) for name in function.inputs), tuple(name and Var(name) for name in part.gradients),
              tuple(name is not None for name in part.pulled), tuple(name in wanted for name in writes)),

@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from gtddp_compile.instructions import Code, Instruction
-from gtddp_compile.lowered import Written, compares
+from gtddp_compile.lowering.instructions import Code, Instruction
+from gtddp_compile.lowering.lowered import Written, compares
 
 
-def let_go(written: Written) -> Written:
+def forget(written: Written) -> Written:
     """The same sweeps with the contractions of such values split in two."""
     if written.plan.segments is not None:
         return written

@@ -13,12 +13,12 @@ from dataclasses import replace
 from itertools import pairwise
 
 from gtddp_compile.graph import ControlGraph
-from gtddp_compile.instructions import Instruction, Phase, Var
-from gtddp_compile.lowered import Lowered, Sweeps, Written
-from gtddp_compile.segments import Segments
+from gtddp_compile.lowering.instructions import Instruction, Phase, Var
+from gtddp_compile.lowering.lowered import Lowered, Sweeps, Written
+from gtddp_compile.lowering.segments import Segments
 
 
-def run_again(written: Written) -> Lowered:
+def recompute(written: Written) -> Lowered:
     """The program as one list, with the trajectory kept or run again, segment by segment, in both directions."""
     plan, sweeps, segments = written.plan, written.sweeps, written.plan.segments
     if segments is None or len(segments.starts) == 1:

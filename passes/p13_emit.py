@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from gtddp_compile.instructions import Code, Function, Instruction, StageFunction, render, render_instruction
-from gtddp_compile.lowered import Lowered
-from gtddp_compile.printing import Printer
+from gtddp_compile.lowering.instructions import Code, Function, Instruction, StageFunction, render, render_instruction
+from gtddp_compile.lowering.lowered import Lowered
+from gtddp_compile.lowering.printing import Printer
 
 TITLES = {
     "trajectory": "sweep 1: the trajectory, cut before every stage",

@@ -13,8 +13,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from gtddp_compile.cli import app, loading, terminal
 from gtddp_compile.errors import CompileError
+from gtddp_compile.tools.cli import app, loading, terminal
 
 USER_FILE = """\
 import torch
@@ -250,7 +250,7 @@ def test_help(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_demo_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gtddp_compile.cli.commands.util.find_spec", lambda name: None)
+    monkeypatch.setattr("gtddp_compile.tools.cli.commands.util.find_spec", lambda name: None)
     done = run("demo", "digits")
     assert done.exit_code == 1 and "gtddp-compile[demo]" in done.stderr
 

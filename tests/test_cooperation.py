@@ -18,10 +18,10 @@ from gtddp_compile import CompileError, compile_optimizer, cooperation
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.algebra.symbols import SymmetricSymbol, is_equal
-from gtddp_compile.compiler import build_graph
-from gtddp_compile.curvature import resolve
+from gtddp_compile.methods.curvature import resolve
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import derive
+from gtddp_compile.runtime.compiler import build_graph
 
 LOSS = nn.CrossEntropyLoss()
 

@@ -244,7 +244,7 @@ def test_a_bias_that_is_not_trained() -> None:
 
 def test_coordinates_that_would_be_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     case = convolutional()
-    monkeypatch.setattr("gtddp_compile.costs.LARGEST", 5 * 36)  # the head's rows fit, the convolutions' do not
+    monkeypatch.setattr("gtddp_compile.lowering.costs.LARGEST", 5 * 36)  # the head's rows fit, the convolutions' do not
     opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, curvature="kfac")
     assert opt.program.code.count("dual_coordinates(") == 1 and "kronecker_coordinates" not in opt.program.code
     assert_equal(case, steps=2, size=5, curvature="kfac", lr=0.2, damping=1e-2)

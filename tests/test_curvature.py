@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gtddp_compile.curvature import SGD, Adam, AdamW, Curvature, RMSprop, resolve
 from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.curvature import SGD, Adam, AdamW, Curvature, RMSprop, resolve
 
 TORCH = {
     "sgd": torch.optim.SGD,

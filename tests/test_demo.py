@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gtddp_compile.demo.experiment import Experiment, Method, Run, Scale, chosen, findings, verdicts
+from gtddp_compile.tools.demo.experiment import Experiment, Method, Run, Scale, chosen, findings, verdicts
 
 DEMO = Path(__file__).parent.parent / "examples" / "digits.py"
 STEPS, SEEDS = 6, 2

@@ -9,10 +9,10 @@ from torch import nn
 
 from gtddp_compile.algebra.derivation import StageDerivation, equation_text
 from gtddp_compile.algebra.symbols import is_equal
-from gtddp_compile.compiler import build_graph
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import DerivedStage, derive
 from gtddp_compile.passes.p07_collapse import collapse
+from gtddp_compile.runtime.compiler import build_graph
 
 N, M = Symbol("n", integer=True, positive=True), Symbol("m", integer=True, positive=True)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gtddp_compile import MonteCarlo, compile_optimizer
 from gtddp_compile.algebra.elimination import cooperative_gains
-from gtddp_compile.program import UpdateProgram
+from gtddp_compile.runtime.program import UpdateProgram
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = ("gtddp_compile", "passes", "tests", "docs", "benchmarks", "examples")

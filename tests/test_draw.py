@@ -14,12 +14,12 @@ import networkx as nx
 import pytest
 from drawn import Line, control_graph, dense, hostile, residual, resnet18, tied, two_outputs, unet
 
-from gtddp_compile import draw
-from gtddp_compile.draw import layout
-from gtddp_compile.draw.layout import Box, Link, Request, layered
-from gtddp_compile.draw.style import shortened, text_width
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
+from gtddp_compile.tools import draw
+from gtddp_compile.tools.draw import layout
+from gtddp_compile.tools.draw.layout import Box, Link, Request, layered
+from gtddp_compile.tools.draw.style import shortened, text_width
 
 ALL = [residual, resnet18, unet, tied, dense, two_outputs, hostile]
 each = pytest.mark.parametrize("make", ALL, ids=[make.__name__ for make in ALL])

@@ -16,12 +16,12 @@ from drawn import Line, control_graph, dense, hostile, residual, resnet18, tied,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtddp_compile.draw import layout
-from gtddp_compile.draw.blocks import MOST, Block, start_of, stop_of, tree
-from gtddp_compile.draw.mermaid import EDGES, TEXT
-from gtddp_compile.draw.repeats import Run, runs
-from gtddp_compile.draw.views import Views
 from gtddp_compile.graph import ControlGraph, Shortcut
+from gtddp_compile.tools.draw import layout
+from gtddp_compile.tools.draw.blocks import MOST, Block, start_of, stop_of, tree
+from gtddp_compile.tools.draw.mermaid import EDGES, TEXT
+from gtddp_compile.tools.draw.repeats import Run, runs
+from gtddp_compile.tools.draw.views import Views
 
 SPACE = "{http://www.w3.org/2000/svg}"
 

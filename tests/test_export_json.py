@@ -19,8 +19,8 @@ from networks import make, mlp
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, Geometric, MonteCarlo, UpdateProgram, compile_optimizer
-from gtddp_compile.export import document, targets
-from gtddp_compile.export.document import FORMAT, from_json
+from gtddp_compile.tools.export import document, targets
+from gtddp_compile.tools.export.document import FORMAT, from_json
 
 MUTANTS = 1000
 

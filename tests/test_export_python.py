@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from gtddp_compile import CompiledOptimizer, CompileError, Geometric, MonteCarlo, compile_optimizer
-from gtddp_compile.export.carry import Luggage
+from gtddp_compile.tools.export.carry import Luggage
 
 STEPS = 10
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}

@@ -14,7 +14,7 @@ import torch
 from architectures import EXAMPLES
 from test_export_json import SETTINGS, compiled, small
 
-from gtddp_compile.export.schema import schema
+from gtddp_compile.tools.export.schema import schema
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "docs" / "program-schema.json"
 NETWORKS = ("densenet_like", "attention_block", "dropout_mlp", "siamese", "two_inputs")

@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from gtddp_compile import compile_optimizer
-from gtddp_compile.export.tex import symbol_text
+from gtddp_compile.tools.export.tex import symbol_text
 
 
 def exported(path: Path) -> str:

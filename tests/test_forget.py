@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gtddp_compile import compile_optimizer
-from gtddp_compile.instructions import render_instruction
+from gtddp_compile.lowering.instructions import render_instruction
 
 
 class Held(TorchDispatchMode):

@@ -17,12 +17,12 @@ from gtddp_compile.algebra import forms
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import RECURSIONS, Equation
 from gtddp_compile.algebra.forms import Form, Law, build
-from gtddp_compile.compiler import build_graph
-from gtddp_compile.formulas import check_update
+from gtddp_compile.algebra.formulas import check_update
 from gtddp_compile.options import Options
 from gtddp_compile.passes import p07_collapse
 from gtddp_compile.passes.p06_derive import derive
 from gtddp_compile.passes.p07_collapse import form_equations, prove_law, prove_span
+from gtddp_compile.runtime.compiler import build_graph
 
 # name, recursion, coupling, whether the factors are richer than gradients
 CASES: list[tuple[Any, Any, Any, bool]] = [

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import CompileError, Sketch, compile_optimizer, costs, kernels
-from gtddp_compile.instructions import WORD
+from gtddp_compile import CompileError, Sketch, compile_optimizer, kernels
 from gtddp_compile.kernels import approximate, linear
+from gtddp_compile.lowering import costs
+from gtddp_compile.lowering.instructions import WORD
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

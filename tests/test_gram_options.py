@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from exported import load_module, named
 from torch import Tensor, nn
 
-from gtddp_compile import CompileError, LowPrecision, Refreshed, UpdateProgram, compile_optimizer, costs, kernels
+from gtddp_compile import CompileError, LowPrecision, Refreshed, UpdateProgram, compile_optimizer, kernels
 from gtddp_compile.kernels.pooled import gram_levels, held_blocks
+from gtddp_compile.lowering import costs
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -16,9 +16,9 @@ from torch import nn
 
 from gtddp_compile import CompileError, UpdateProgram, compile_optimizer
 from gtddp_compile.algebra import forms
+from gtddp_compile.methods.terminal import Terminal
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p07_collapse import prove_law
-from gtddp_compile.terminal import Terminal
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"curvature": "sgd", "lr": 0.5, "inertia": 0.9, "weight_decay": 0.05, "max_step": 0.3},

@@ -15,52 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "gtddp_compile"
 LONGEST = 420
 
-# Low to high. A module imports only from its own layer or lower ones; gtddp_compile/__init__.py is above them all.
-LAYERS = {
-    "errors": 0,
-    "wording": 0,
-    "draw": 1,
-    "graph": 1,
-    "algebra": 2,
-    "formulas": 2,
-    "kernels": 2,
-    "curvature": 3,
-    "losses": 3,
-    "options": 3,
-    "rules": 3,
-    "terminal": 3,
-    "adjoints": 4,
-    "builder": 4,
-    "costs": 4,
-    "calls": 4,
-    "columns": 4,
-    "cooperation": 4,
-    "ends": 4,
-    "instructions": 4,
-    "lowered": 4,
-    "metrics": 4,
-    "plan": 4,
-    "printing": 4,
-    "responses": 4,
-    "dynamics": 4,
-    "segments": 4,
-    "uses": 4,
-    "setting": 4,
-    "frontends": 5,
-    "passes": 6,
-    "difference": 7,
-    "export": 7,
-    "planning": 7,
-    "program": 8,
-    "compiler": 9,
-    "fitting": 9,
-    "runtime": 9,
-    "optimizer": 10,
-    "api": 11,
-    "demo": 12,
-    "cli": 13,
-    "__main__": 14,
-}
+# Low to high: the folders, and the modules beside them. A module imports only from its own entry or an earlier one;
+# gtddp_compile/__init__.py is above them all.
+ORDER = (
+    "errors", "wording", "kernels", "graph", "algebra", "methods", "options", "lowering", "frontends", "passes",
+    "runtime", "optimizer", "api", "tools", "__main__",
+)  # fmt: skip
+LAYERS = {name: height for height, name in enumerate(ORDER)}
+# The same among the modules of lowering/: what a layer is, what is decided, what is written, and what writes it.
+LOWERING = (
+    "layers", "segments", "plan", "uses", "costs", "cooperation", "instructions", "builder", "printing", "write",
+    "lowered",
+)  # fmt: skip
 TOP = max(LAYERS.values()) + 1
 
 
@@ -127,10 +93,12 @@ def part(module: str) -> str | None:
     return module.split(".")[1] if "." in module else None
 
 
-def layer(module: str) -> int:
+def layer(module: str) -> float:
     """The height of a module."""
     name = part(module)
-    return TOP if name is None else LAYERS[name]
+    if name != "lowering" or module.count(".") == 1:
+        return TOP if name is None else LAYERS[name]
+    return LAYERS[name] + LOWERING.index(module.split(".")[2]) / len(LOWERING)
 
 
 def unlisted(root: Path) -> list[str]:
@@ -182,6 +150,7 @@ def test_the_pipeline_is_the_directory() -> None:
         "passes/__init__.py has no PIPELINE: the tuple of pass functions in running order"
     )
     assert [function.__module__.rpartition(".")[2] for function in passes.PIPELINE] == files
+    assert [f"p{index:02}_{function.__name__}" for index, function in enumerate(passes.PIPELINE, 1)] == files
 
 
 # The checks above pass on a tree without faults; these show that they see the faults.

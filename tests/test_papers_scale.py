@@ -14,8 +14,8 @@ from torch.func import grad
 from torch.nn import functional as F
 
 from gtddp_compile import compile_optimizer
-from gtddp_compile.demo.digits import Data, DigitsNet
-from gtddp_compile.demo.experiment import Scale
+from gtddp_compile.tools.demo.digits import Data, DigitsNet
+from gtddp_compile.tools.demo.experiment import Scale
 
 PAPER: dict[str, Any] = {"curvature": "sgd", "coupling": "block", "recursion": "substituted", "feedback_clip": None}
 

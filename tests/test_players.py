@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from gtddp_compile import CompileError, compile_optimizer
 from gtddp_compile.graph import OpGraph, Player, PlayerGraph
 from gtddp_compile.passes import find_players, normalise
-from gtddp_compile.passes.p02_players import prove_owned
+from gtddp_compile.passes.p02_find_players import prove_owned
 
 
 @dataclass

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import compile_optimizer, costs
+from gtddp_compile import compile_optimizer
 from gtddp_compile.kernels import sweep
+from gtddp_compile.lowering import costs
 from gtddp_compile.passes import p10_remake as remake
 
 
@@ -64,7 +65,7 @@ def test_step_is_the_derived_one(eager: None, training: bool, size: int, monkeyp
         monkeypatch.setattr(importlib.import_module("gtddp_compile.kernels.batch_norm"), limit, 1)
     found, code = step("fast", training)
     expected, _ = step("dense", training)
-    made = [line.partition(" = make_again(")[0].strip() for line in code.splitlines() if " = make_again(" in line]
+    made = [line.partition(" = remake(")[0].strip() for line in code.splitlines() if " = remake(" in line]
     assert len(made) == 5, "first, a, b and what joins the mapping to it, the perceptron's activation"
     assert any("gh_up_again" in line for line in made)
     assert code.count("by_entry=True") == len(made)
@@ -74,7 +75,7 @@ def test_step_is_the_derived_one(eager: None, training: bool, size: int, monkeyp
 
 
 def test_small_networks_make_nothing_again() -> None:
-    assert " = make_again(" not in step("fast")[1]
+    assert " = remake(" not in step("fast")[1]
 
 
 def network(depth: int) -> nn.Sequential:
@@ -90,7 +91,7 @@ def test_no_more_is_made_again_than_the_aim_asks_for(eager: None, monkeypatch: p
         monkeypatch.setattr(remake, "AIM", aim)
         options = {"curvature": "sgd", "lr": 0.1, "gram": "coarse", "rollout": "nonlinear"}
         optimizer = compile_optimizer(network(5), torch.randn(4, 3, 8, 8), loss=nn.CrossEntropyLoss(), **options)
-        counts.append(optimizer.program.code.count(" = make_again("))
+        counts.append(optimizer.program.code.count(" = remake("))
     assert counts == sorted(counts, reverse=True) and counts[-1] == 0 and len(set(counts)) > 2, counts
 
 
@@ -104,7 +105,7 @@ def test_some_samples_at_a_time_give_what_all_give(
 
     def made() -> tuple[Tensor | None, ...]:
         values, read = (x.bfloat16(), y), (True, False, True)
-        return sweep.make_again(lambda p, b, *v: (v[0] + v[1].sin(),), {}, {}, values, (g,), (True, True), read, True)
+        return sweep.remake(lambda p, b, *v: (v[0] + v[1].sin(),), {}, {}, values, (g,), (True, True), read, True)
 
     expected = made()
     monkeypatch.setattr(sweep, "AGAIN", 1)

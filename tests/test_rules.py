@@ -12,7 +12,7 @@ from torch import Tensor
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref, map_leaves
-from gtddp_compile.rules import RULES, choose
+from gtddp_compile.lowering.layers import RULES, choose
 
 X, W, B = Ref("x"), ParamRef("w"), ParamRef("b")
 MEAN, VAR, COUNT = BufferRef("mean"), BufferRef("var"), BufferRef("count")

@@ -14,7 +14,7 @@ from gtddp_compile.graph import (
     Ref,
     Shortcut,
 )
-from gtddp_compile.passes.p03_shortcuts import find_shortcuts
+from gtddp_compile.passes.p03_find_shortcuts import find_shortcuts
 
 # --- named architectures --------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from gtddp_compile.graph import (
     Ref,
     Shortcut,
 )
-from gtddp_compile.passes.p03_shortcuts import find_shortcuts
+from gtddp_compile.passes.p03_find_shortcuts import find_shortcuts
 from gtddp_compile.passes.p04_schedule import schedule
 from gtddp_compile.passes.p05_augment import augment
 

@@ -13,8 +13,8 @@ from torch.func import hessian
 
 from gtddp_compile import CompileError, MonteCarlo, compile_optimizer
 from gtddp_compile.kernels import hessian as factors
-from gtddp_compile.losses import split
-from gtddp_compile.terminal import check_terminal, terminal_factors
+from gtddp_compile.methods.losses import split
+from gtddp_compile.methods.terminal import check_terminal, terminal_factors
 
 B, C = 3, 3
 WEIGHT = torch.tensor([0.5, 2.0, 1.25], dtype=torch.float64)

@@ -16,9 +16,9 @@ from gtddp_compile import compile_optimizer
 from gtddp_compile.algebra.paths import stage_entries
 from gtddp_compile.algebra.pattern import DENSE
 from gtddp_compile.algebra.symbols import block_entries
-from gtddp_compile.compiler import build_graph
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import cut_after
+from gtddp_compile.runtime.compiler import build_graph
 
 SAMPLES, FEATURES, CLASSES = 4, 6, 3
 UNPACK = {

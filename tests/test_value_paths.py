@@ -13,7 +13,7 @@ from recorded import batch, net
 from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
-from gtddp_compile import compiler as compiling
+from gtddp_compile.runtime import compiler as compiling
 
 LR = 0.1
 

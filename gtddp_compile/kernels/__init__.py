@@ -1,6 +1,6 @@
 """Kernels: pure functions of tensors, torch alone, whose source text an exported program carries with it.
 
-The contract that layer kernels share is in ``gtddp_compile.rules.base``.
+The contract that layer kernels share is in ``gtddp_compile.lowering.layers.base``.
 """
 
 from gtddp_compile.kernels.activations import relu_pulled, sigmoid_pulled, tanh_pulled
@@ -137,8 +137,8 @@ from gtddp_compile.kernels.sweep import (
     joint_gram,
     leaf,
     loss_gradient,
-    make_again,
     pull_back,
+    remake,
     rows_directional,
     rows_gram_diagonal,
     rows_of,
@@ -256,7 +256,6 @@ __all__ = [
     "loss_gradient",
     "lstm_cell",
     "made_rows",
-    "make_again",
     "masked_scores",
     "norm_directional",
     "norm_gamma",
@@ -273,6 +272,7 @@ __all__ = [
     "random_state",
     "recurrent",
     "relu_pulled",
+    "remake",
     "restore_random_state",
     "rows_directional",
     "rows_gram_diagonal",

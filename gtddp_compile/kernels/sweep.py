@@ -50,7 +50,7 @@ def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Seque
     return tuple(zeros_of(value) if g is None else g for value, g in zip(inputs, found, strict=True))
 
 
-def make_again(
+def remake(
     function: Callable[..., tuple[Tensor, ...]],
     p: dict[str, Tensor],
     b: dict[str, Tensor | None],
@@ -92,7 +92,7 @@ def _again(
     gradients: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """:func:`make_again` of some samples."""
+    """:func:`remake` of some samples."""
     with torch.enable_grad():
         leaves = tuple(leaf(value) if want else value.detach() for value, want in zip(values, wanted, strict=True))
         found = dynamics(*leaves)

@@ -15,10 +15,10 @@ from torch import Tensor
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.passes.p13_emit import emit_micro
-from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.compiled import CompiledStep, check_done, refuse_uncompilable
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.precision import Precision
+from gtddp_compile.runtime.program import UpdateProgram
 
 Step = Callable[..., Tensor]
 Request = tuple[str, tuple[Any, ...]]

@@ -21,9 +21,9 @@ from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.passes.p13_emit import draws
-from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.fast import FastBackend, Micro, Request
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
+from gtddp_compile.runtime.program import UpdateProgram
 
 FORMS = ("base", *COUPLED)
 OF_LAYERS = ("observe_block", "observe_factors")
