@@ -29,7 +29,7 @@ from gtddp_compile.methods.curvature import REGISTRY, Curvature, resolve
 from gtddp_compile.methods.losses import Loss, absent, split
 from gtddp_compile.methods.setting import BufferInfo, Group, Setting
 from gtddp_compile.options import Options
-from gtddp_compile.passes.p13_emit import emit
+from gtddp_compile.passes.p11_emit import emit
 from gtddp_compile.runtime.planning import plan_program
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.tools.export.codec import REMEDY, Reader, Writer, fields_of, is_instance, refuse

@@ -35,8 +35,8 @@ def check_code(code: str, constants: Iterable[str]) -> None:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _refused(f"its code does not parse: {error}") from error
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    known = defined | set(kernels.__all__) | set(ROOTS) | set(BUILTINS) | {"slice"} | set(constants)
-    if any(name.startswith("__") for name in defined) or defined & (set(kernels.__all__) | set(ROOTS)):
+    known = defined | set(kernels.KERNELS) | set(ROOTS) | set(BUILTINS) | {"slice"} | set(constants)
+    if any(name.startswith("__") for name in defined) or defined & (set(kernels.KERNELS) | set(ROOTS)):
         raise _refused("it redefines a function of the compiler")
     for node in tree.body:
         if not isinstance(node, ast.FunctionDef) or node.decorator_list:
