@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import EXAMPLES
 from torch import Tensor
 
 from gtddp_compile import MonteCarlo, compile_optimizer
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.runtime.program import UpdateProgram
+from support.architectures import EXAMPLES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PLACES = ("gtddp_compile", "passes", "tests", "docs", "benchmarks", "examples")
 TEXTS = {".py", ".md", ".txt", ".json", ".js"}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def test_the_glossary_names_files_that_exist() -> None:
     for word, text in rows:
         assert re.search(r"\[theory\]\(theory\.md#[\w-]+\), `\w+\.py`$", text), word
     named = set(re.findall(r"`(\w+\.py)`", read("docs/glossary.md") + read("docs/theory.md")))
-    tests = {path.name for path in (ROOT / "tests").glob("*.py")}
+    tests = {path.name for path in (ROOT / "tests").rglob("*.py")}
     assert len(named) > 20 and named <= sources | tests, named - sources - tests
 
 
