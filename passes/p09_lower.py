@@ -272,7 +272,7 @@ def _information(b: Builder, stage: StagePlan) -> None:
 
 
 def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[metrics.Observed]) -> None:
-    """The paper's block-diagonal form: one pair of scalars a sample (theory: 4b)."""
+    """The paper's block-diagonal form: one pair of scalars a sample (docs/theory.md#block)."""
     t, form = stage.index, b.plan.form
     gains = {name: variable for block in found for name, variable in metrics.open_gain(b, t, block, opens).items()}
     if t == 0:

@@ -74,7 +74,7 @@ class Builder:
 
     @property
     def factored(self) -> bool:
-        """Whether every sample has columns of its own beside the gradient (theory: 4c)."""
+        """Whether every sample has columns of its own beside the gradient (docs/theory.md#columns)."""
         return self.plan.form.factored
 
     @property

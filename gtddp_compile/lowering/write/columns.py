@@ -1,4 +1,4 @@
-"""Instructions of the forms with several columns a sample (theory: 3 and 4c), where they differ from rank one."""
+"""Instructions of the forms with several columns a sample (docs/theory.md#columns), where they differ from rank one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def split(b: Builder, t: int) -> None:
 
 
 def shrink(b: Builder, t: int, grams: list[str]) -> None:
-    """``P`` of every sample where ``Q_uu = M``: eigenvalues of the radicand at 0 at least, and counted (section 3).
+    """``P`` of a sample where ``Q_uu = M``: the radicand's eigenvalues at least 0 and counted (docs/theory.md#columns).
 
     ``grams``: variables of ``Γ_ii`` of the stage's blocks.
     """

@@ -107,8 +107,8 @@ class _Module:
             "",
             "Back-propagate once, then make one B x B Gram matrix and one Cholesky factor a stage, then sweep forward:",
             "every stage takes one weighted parameter gradient, preconditioned by the base method, and runs again.",
-            "Numbers in parentheses are the paper's equations, 4a and 4b its collapsed forms. A prime means t+1 in the",
-            "recursions and the new trajectory in the forward sweep.",
+            "Numbers in parentheses are the paper's equations; docs/theory.md is the package's. A prime means t+1 in",
+            "the recursions and the new trajectory in the forward sweep.",
             "",
             *(f"    {line}" for line in equations),
             "",
@@ -149,7 +149,7 @@ class _Module:
         if any(i.function in ("clip", "clip_factors") for i in self.lowered.instructions):
             lines += [f"FEEDBACK_CLIP = {value_text(plan.clip)}"]
             lines += [
-                '"""Predicted changes of a sample\'s loss are believed up to here (4a); None: without bound."""',
+                '"""Predicted changes of a sample\'s loss are believed so far (docs/theory.md#trust); None: all."""',
                 "",
             ]
         if isinstance(plan.coupling, int):
