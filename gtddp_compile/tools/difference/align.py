@@ -122,7 +122,11 @@ class Alignment:
         if instruction.function in STAGE_FIRST:
             here = Var(self.stage(instruction.stage))
             instruction = replace(instruction, args=(here, *instruction.args[1:]))
-        return render_instruction(instruction.with_variables(self._word).writing(self._word))
+        own = any(function.name == instruction.function for function in self.right.lowered.functions)
+        function = self._word(instruction.function) if own else instruction.function
+        return render_instruction(
+            replace(instruction.with_variables(self._word).writing(self._word), function=function)
+        )
 
     def _word(self, word: str) -> str:
         variable = self._variable.search(word)
