@@ -19,8 +19,9 @@ from gtddp_compile.algebra.derivation import Equation, StageDerivation, equation
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, tool
-from gtddp_compile.lowering.costs import choose_gram, rollout_units, separates
+from gtddp_compile.lowering.decide import rollout_units
 from gtddp_compile.lowering.lowered import Lowered
+from gtddp_compile.lowering.plan import LayerPlan
 from gtddp_compile.lowering.segments import describe_memory
 from gtddp_compile.lowering.uses import Use
 from gtddp_compile.lowering.write.columns import describe_terminal, vectorises
@@ -201,11 +202,11 @@ class UpdateProgram:
         for column in ("stage", "player", "kind", "rule", "parameters", "gram", "notes"):
             table.add_column(column, overflow="fold")
         for player in self.graph.players:
-            uses = self.lowered.uses[player.name]
-            rules = ", ".join(dict.fromkeys(use.rule.name for use in uses))
+            layer = self.lowered.plan.layers[player.name]
+            rules = ", ".join(dict.fromkeys(use.rule.name for use in layer.uses))
             table.add_row(
-                str(player.stage), player.name, player.kind, rules, str(self._size(player)), self._gram(uses),
-                "; ".join(filter(None, self._remarks(player, uses))),
+                str(player.stage), player.name, player.kind, rules, str(self._size(player)), str(layer.gram),
+                "; ".join(filter(None, self._remarks(layer))),
             )  # fmt: skip
         return rendered(table)
 
@@ -214,7 +215,7 @@ class UpdateProgram:
         plan = self.lowered.plan
         if self.form.name not in COUPLED or self.form.factored:
             return ""
-        found = rollout_units(plan, (use for uses in self.lowered.uses.values() for use in uses))
+        found = rollout_units(plan)
         if found is None:
             return ""
         linear, again = (f"{units:.2f}" for units in found)
@@ -232,9 +233,9 @@ class UpdateProgram:
             return ""
         return f"read sample by sample, an approximation: {few(mixing)}, which mix samples"
 
-    def _remarks(self, player: Player, uses: tuple[Use, ...]) -> tuple[str, ...]:
-        joined = self._called("m.observe_gram", uses, "statistics from the same gamma")
-        return _notes(player, uses), self._pulled(player), self._metric(player), joined
+    def _remarks(self, layer: LayerPlan) -> tuple[str, ...]:
+        joined = "statistics from the same gamma" if layer.observed else ""
+        return _notes(layer.player, layer.uses), self._pulled(layer.player), self._metric(layer.player), joined
 
     def _metric(self, player: Player) -> str:
         """Which block of a Kronecker-factored curvature the player is in."""
@@ -244,11 +245,6 @@ class UpdateProgram:
         together = ", ".join(other.name for other in block.players if other != player)
         return f"{block.kind} metric" + (f" with {together} ({block.why})" if together else "")
 
-    def _called(self, function: str, uses: tuple[Use, ...], remark: str) -> str:
-        """The remark, if the program has such a call for one of the uses."""
-        made = {call.args[0] for call in self.lowered.instructions if call.function == function}
-        return remark if any(use.names in made for use in uses) else ""
-
     def _pulled(self, player: Player) -> str:
         slow = self.form.factored and not vectorises(self.graph, player.stage)
         return "pulled back a column at a time: code that is not torch's own" if slow else ""
@@ -256,18 +252,6 @@ class UpdateProgram:
     def _size(self, player: Player) -> int:
         sizes = self.graph.ops.parameter_info
         return sum(math.prod(sizes[name].shape) for name in player.parameters)
-
-    def _gram(self, uses: tuple[Use, ...]) -> str:
-        if self.form.name == "base":
-            return "none"
-        if self.form.name in ("substituted", "printed"):
-            return "a block a sample" if self.form.factored else "diagonal"
-        if self.form.factored:
-            return "per-sample gradients, uses added" if len(uses) > 1 else "kernel, columns as samples"
-        if len(uses) > 1:
-            return "per-sample gradients, uses added"
-        plan = self.lowered.plan
-        return f"{choose_gram(plan, uses[0])}{', metric separated' if separates(plan, uses[0]) else ''}"
 
 
 class StageNotes(Mapping[int, str]):

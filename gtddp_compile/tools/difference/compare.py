@@ -92,7 +92,7 @@ def _players(alignment: Alignment) -> Section:
 def _player(program: Program, player: Player, stage: str) -> str:
     info = program.graph.ops.parameter_info
     sizes = " ".join(shape_text(info[name].shape) for name in player.parameters)
-    rules = ", ".join(dict.fromkeys(use.rule.name for use in program.lowered.uses[player.name]))
+    rules = ", ".join(dict.fromkeys(use.rule.name for use in program.lowered.plan.layers[player.name].uses))
     tied = f", used {len(player.uses)} times" if len(player.uses) > 1 else ""
     return f"stage {stage}: {player.kind} {sizes}, rule {rules}{tied}"
 
