@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -31,6 +32,7 @@ from gtddp_compile.passes.p13_emit import Emitted
 from gtddp_compile.wording import few
 
 Format = Literal["text", "latex", "sympy"]
+VERSION = metadata.version("gtddp-compile")
 
 
 class Difference(Protocol):
@@ -61,6 +63,20 @@ class UpdateProgram:
     setting: Setting | None = None
 
     @property
+    def compiled_for(self) -> Setting:
+        """Base method, options by parameter and loss, for what writes the program down.
+
+        Raises:
+            CompileError: it belongs to no optimizer.
+        """
+        if self.setting is None:
+            raise CompileError(
+                "the program has no base method with its options: it was built outside an optimizer",
+                "Export opt.program of a compiled optimizer",
+            )
+        return self.setting
+
+    @property
     def code(self) -> str:
         """The generated Python source."""
         return self.emitted.code
@@ -85,10 +101,12 @@ class UpdateProgram:
     def load(cls, path: str | Path) -> UpdateProgram:
         """A program from the ``.json`` that :meth:`export` wrote; nothing that is read is executed.
 
-        Use it by ``compile_optimizer(model, program=program)``.
+        It is compiled again from the stored network and options. Use it by ``compile_optimizer(model,
+        program=program)``.
 
         Raises:
-            CompileError: the file is no program, was changed, cut off or written by a newer version.
+            CompileError: the file is no program, was changed, cut off or written by a newer version, or these versions
+                of gtddp_compile and torch make another program of it.
             OSError: the file cannot be read.
         """
         found: UpdateProgram = tool("export").read(Path(path))
@@ -179,13 +197,13 @@ class UpdateProgram:
     @cached_property
     def _form_lines(self) -> list[str]:
         head = f"  collapsed, V_x = G alpha, V_xx = G P G^T ({self.form.name} form):"
-        return [head, *(_line(equation) for equation in _said(self.form))]
+        return [head, *(_line(equation) for equation in self.form.said)]
 
     def _latex(self, stage: DerivedStage) -> str:
         rows = [_latex_row(equation) for equation in stage.derivation.equations()]
         if self.form.name == "joint":
             rows += [_latex_row(equation) for equation in stage.derivation.rolled.values()]
-        rows += [_latex_row(equation) for equation in _said(self.form)]
+        rows += [_latex_row(equation) for equation in self.form.said]
         body = " \\\\\n".join(rows)
         return f"% stage {stage.index}\n\\begin{{align}}\n{body}\n\\end{{align}}"
 
@@ -305,12 +323,6 @@ def _equation_lines(derivation: StageDerivation) -> tuple[str, ...]:
 def _line(equation: Equation) -> str:
     source = f"({equation.source})" if equation.source else ""
     return f"    {equation_text(equation):<76} {source}".rstrip()
-
-
-def _said(form: CollapsedForm) -> list[Equation]:
-    """The collapsed equations, those that say nothing left out (``y = y'`` without weight decay)."""
-    found = [*form.backward.values(), *form.forward.values()]
-    return [equation for equation in found if str(equation.expression) != f"{equation.symbol}'"]
 
 
 def _latex_row(equation: Equation) -> str:

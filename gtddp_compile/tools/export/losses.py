@@ -11,9 +11,9 @@ from gtddp_compile.kernels import hessian
 from gtddp_compile.lowering.instructions import Code, Instruction, render
 from gtddp_compile.methods.losses import Loss
 from gtddp_compile.methods.terminal import factor_kind, rank_of
+from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.tools.export.carry import Luggage, carry_function
 from gtddp_compile.tools.export.layout import double_quoted, lay_out
-from gtddp_compile.tools.export.parts import Parts
 from gtddp_compile.tools.export.values import loss_arguments, value_text
 
 CLASSES = ("CrossEntropyLoss", "NLLLoss")
@@ -21,16 +21,16 @@ OUTER = "OUTPUT_"
 """Named tuples that the model returns begin with it: no variable or function of the module does."""
 
 
-def loss_text(parts: Parts, luggage: Luggage) -> str:
+def loss_text(program: UpdateProgram, luggage: Luggage) -> str:
     """``losses(outputs, targets)``, where it is asked for ``factors``, and named tuples that the model returns.
 
     Raises:
         CompileError: the loss, or the class of the model's output, cannot be written down.
     """
-    found = [*_named_tuples(parts.graph.ops.output, luggage), *_losses(parts.setting.loss, luggage)]
-    for instruction in parts.lowered.instructions:
+    found = [*_named_tuples(program.graph.ops.output, luggage), *_losses(program.compiled_for.loss, luggage)]
+    for instruction in program.lowered.instructions:
         if instruction.function == "m.factors":
-            found += _factors(parts, instruction, luggage)
+            found += _factors(program, instruction, luggage)
     return "\n\n\n".join(found)
 
 
@@ -106,16 +106,16 @@ _COLUMNS = {
 }
 
 
-def _factors(parts: Parts, instruction: Instruction, luggage: Luggage) -> list[str]:
+def _factors(program: UpdateProgram, instruction: Instruction, luggage: Luggage) -> list[str]:
     _, outputs, _, leaves = instruction.args
-    kind = factor_kind(parts.setting.loss, one_output=len(leaves) == 1 and outputs == leaves[0])
+    kind = factor_kind(program.compiled_for.loss, one_output=len(leaves) == 1 and outputs == leaves[0])
     columns = _COLUMNS[kind]
     luggage.take(kernels.__name__, "loss_gradient")
     for name in ("clearly_negative", "cross_entropy_factor", "elementwise_factor", "sample_hessian",
                  "eigenvector_factor"):  # fmt: skip
         if name == "clearly_negative" or any(f"{name}(" in line for line in columns):
             luggage.take(hessian.__name__, name)
-    rank = rank_of(parts.options.terminal_kind)
+    rank = rank_of(program.options.terminal_kind)
     text = _FACTORS.format(columns="\n".join(f"        {line}" for line in columns))
     said = '"""Sampled columns of the terminal factor; None: all of them, the exact Hessian."""'
     return [f"RANK = {rank}\n{said}", _REFUSE.format().strip("\n"), text.strip("\n")]

@@ -20,10 +20,10 @@ from gtddp_compile.lowering.instructions import Code, Instruction, render_instru
 from gtddp_compile.lowering.printing import Printer
 from gtddp_compile.methods.curvature import BlockUpdates, Kronecker, ParameterUpdates
 from gtddp_compile.passes.p13_emit import Style, body, draws, function_text
+from gtddp_compile.runtime.program import VERSION, UpdateProgram
 from gtddp_compile.tools.export.carry import Luggage, attributes_of, names_in
 from gtddp_compile.tools.export.layout import INDENT, WIDTH, double_quoted, lay_out
 from gtddp_compile.tools.export.losses import as_returned, loss_text
-from gtddp_compile.tools.export.parts import Parts
 from gtddp_compile.tools.export.values import tensor_text, value_text
 
 RULE = "# " + "-" * (WIDTH - 2)
@@ -36,25 +36,25 @@ RECEIVERS = ("self._curvature", "self._kronecker")
 """What the base method is called in the class of ``m``."""
 
 
-def to_python(parts: Parts, *, guarded: bool = True) -> str:
+def to_python(program: UpdateProgram, *, guarded: bool = True) -> str:
     """Source text of the module.
 
     Args:
-        parts: the program.
+        program: the program.
         guarded: nothing changes where the loss is not finite; without, the caller sees to it.
 
     Raises:
         CompileError: the loss or a constant is Python code that needs more than torch.
     """
-    return _Module(parts, guarded).text()
+    return _Module(program, guarded).text()
 
 
 class _Module:
     """Collects the sections of one exported module."""
 
-    def __init__(self, parts: Parts, guarded: bool) -> None:
-        self.parts, self.guarded = parts, guarded
-        self.lowered, self.graph, self.setting = parts.lowered, parts.graph, parts.setting
+    def __init__(self, program: UpdateProgram, guarded: bool) -> None:
+        self.program, self.guarded = program, guarded
+        self.lowered, self.graph, self.setting = program.lowered, program.graph, program.compiled_for
         self.luggage = Luggage()
         self.luggage.imports |= {"import torch", "import torch.nn.functional as F"}
         self.random = draws(self.lowered)
@@ -67,7 +67,7 @@ class _Module:
                 f"parameters are {', '.join(map(str, low))}, and an exported module has no kernels of two precisions",
                 "Export the program of the model in float32, or as .json",
             )
-        loss = loss_text(self.parts, self.luggage)
+        loss = loss_text(self.program, self.luggage)
         step = self._step()
         stages = self._stages()
         carried = self._carried(f"{stages}\n{step}\n{loss}")
@@ -81,7 +81,7 @@ class _Module:
             ("the network, cut into stages: x' = f_t(x, u)", stages),
             ("one step", step),
             ("the loss, one number a sample", loss),
-            (f"the base method, {self.parts.curvature}: curvature M (Table 1), and how it takes a gradient", method),
+            (f"the base method, {self.program.curvature}: curvature M (Table 1), and how it takes a gradient", method),
             ("kernels: the arithmetic of the sweeps and of each kind of layer", kernel_text),
         ]
         written = [f"{RULE}\n# {title}\n{RULE}\n\n{body}" if title else body for title, body in sections]
@@ -90,16 +90,16 @@ class _Module:
     # --- head ---------------------------------------------------------------------------------------------------------
 
     def _documentation(self) -> str:
-        parts, graph = self.parts, self.graph
+        program, graph = self.program, self.graph
         stages = [f"  {stage.index:>3}  {', '.join(stage.players)}" for stage in graph.stages]
         cuts = [f"       cut before it: {', '.join(stage.live)}" for stage in graph.stages]
         rows = [line for pair in zip(stages, cuts, strict=True) for line in pair]
-        equations = [_equation(equation) for equation in parts.equations]
+        equations = [_equation(equation) for equation in program.form.said]
         lines = [
-            f'"""Update program of {graph.name}: {parts.curvature}, {parts.form.name} form, '
-            f"coupling {parts.options.coupling}.",
+            f'"""Update program of {graph.name}: {program.curvature}, {program.form.name} form, '
+            f"coupling {program.options.coupling}.",
             "",
-            f"Written by gtddp_compile {parts.version}; needs torch alone. Both functions are pure:",
+            f"Written by gtddp_compile {VERSION}; needs torch alone. Both functions are pure:",
             "",
             "    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())",
             "    state = init_state(params)",
@@ -139,7 +139,7 @@ class _Module:
         shared = self.setting.shared
         lines = ["OPTIONS = {"]
         lines += [f"    {name!r}: {value_text(value)}," for name, value in shared.items()]
-        lines += ["}", f'"""Options of every parameter: those of torch.optim\'s {self.parts.curvature}."""', ""]
+        lines += ["}", f'"""Options of every parameter: those of torch.optim\'s {self.program.curvature}."""', ""]
         lines += ["GROUPS = {"]
         for group in self.setting.groups:
             own = {name: value for name, value in group.options.items() if name not in shared}
@@ -188,7 +188,7 @@ class _Module:
         unknown = sorted(name for name in names if not hasattr(updates, name))
         if unknown:
             raise CompileError(
-                f"the program calls m.{unknown[0]} ({self.parts.curvature}), whose text no module carries",
+                f"the program calls m.{unknown[0]} ({self.program.curvature}), whose text no module carries",
                 "Export as .json, or use one of the package's own base methods",
             )
         for name in sorted(names_in(text) & set(kernels.__all__)):

@@ -14,7 +14,7 @@ from sympy.printing.latex import LatexPrinter
 from gtddp_compile.algebra.derivation import Equation, StageDerivation
 from gtddp_compile.algebra.pattern import StagePattern
 from gtddp_compile.passes.p06_derive import DerivedStage
-from gtddp_compile.tools.export.parts import Parts
+from gtddp_compile.runtime.program import VERSION, UpdateProgram
 
 GREEK = frozenset({"alpha", "rho", "Gamma", "Lambda", "delta", "tau", "gamma", "eta"})
 LETTERS = {"l": r"\ell", "1": r"\mathbf{1}"}
@@ -41,9 +41,9 @@ PREAMBLE = r"""\documentclass[a4paper,11pt]{article}
 """
 
 
-def to_tex(parts: Parts) -> str:
+def to_tex(program: UpdateProgram) -> str:
     """The document's source."""
-    sections = [_title(parts), _network(parts), *_patterns(parts), _collapse(parts)]
+    sections = [_title(program), _network(program), *_patterns(program), _collapse(program)]
     return f"{PREAMBLE}\\begin{{document}}\n{''.join(sections)}\\end{{document}}\n"
 
 
@@ -165,32 +165,32 @@ def _table(widths: Iterable[str], head: Iterable[str], rows: Sequence[Iterable[s
     return f"{begin}\n{top}\n{body} \\\\ \\bottomrule\n\\end{{tabular}}\\end{{center}}\n"
 
 
-def _title(parts: Parts) -> str:
-    graph, options = parts.graph, parts.options
+def _title(program: UpdateProgram) -> str:
+    graph, options = program.graph, program.options
     return rf"""\begin{{center}}\Large\bfseries The update program of {escape(graph.name)}\end{{center}}
-Derived by \texttt{{gtddp\_compile}} {escape(parts.version)}: base method {escape(parts.curvature)}, coupling
-{escape(str(options.coupling))}, {escape(parts.form.name)} form. {len(graph.players)} players decide in
+Derived by \texttt{{gtddp\_compile}} {escape(VERSION)}: base method {escape(program.curvature)}, coupling
+{escape(str(options.coupling))}, {escape(program.form.name)} form. {len(graph.players)} players decide in
 {len(graph.stages)} stages;
-{len(parts.derived.patterns)} of the stages' derivations differ. Numbers at the right
+{len(program.derived.patterns)} of the stages' derivations differ. Numbers at the right
 are those of the paper's
 equations. A prime marks what belongs to $t+1$: the recursions run backward.
 
 """
 
 
-def _network(parts: Parts) -> str:
-    rows = [(str(s.index), names(s.players), names(s.live), names(s.merges)) for s in parts.graph.stages]
+def _network(program: UpdateProgram) -> str:
+    rows = [(str(s.index), names(s.players), names(s.live), names(s.merges)) for s in program.graph.stages]
     found = _table(("", "0.27", "0.40", "0.18"), ("stage", "players", "cut before it: the state", "merges"), rows)
     shortcuts = [(names([s.fork]), names([s.merge]), escape(s.kind.replace("_", " ")), names(s.players))
-                 for s in parts.graph.shortcuts]  # fmt: skip
+                 for s in program.graph.shortcuts]  # fmt: skip
     if shortcuts:
         found += _table(("0.25", "0.25", "0.16", "0.20"), ("fork", "merge", "shortcut", "players on it"), shortcuts)
     return "\\section{The network as a control problem}\n" + found
 
 
-def _patterns(parts: Parts) -> list[str]:
+def _patterns(program: UpdateProgram) -> list[str]:
     groups: dict[StagePattern, list[DerivedStage]] = {}
-    for stage in parts.derived.stages:
+    for stage in program.derived.stages:
         groups.setdefault(stage.derivation.pattern, []).append(stage)
     return [_pattern(stages) for stages in groups.values()]
 
@@ -240,12 +240,12 @@ def _block(block: MatrixExpr) -> str:
     return "I" if isinstance(block, Identity) else formula(block)
 
 
-def _collapse(parts: Parts) -> str:
+def _collapse(program: UpdateProgram) -> str:
     return rf"""\section{{The collapsed recursion}}
 The value function stays in the span of the back-propagated gradients $G$, $V_x = G\alpha$ and
-$V_{{xx}} = G P G^{{\mathsf{{T}}}}$ (checked by exact rewriting on every pattern above: {len(parts.form.claims)}
+$V_{{xx}} = G P G^{{\mathsf{{T}}}}$ (checked by exact rewriting on every pattern above: {len(program.form.claims)}
 identities).
 What the program runs at every stage, with $C$ the per-sample parameter gradients, one column a sample, $M$ the
 curvature of the base method, $\Gamma = C^{{\mathsf{{T}}}} M^{{-1}} C$ and $c$ the change of each sample's loss that the
 stages before have caused:
-{align(parts.equations)}"""
+{align(program.form.said)}"""
