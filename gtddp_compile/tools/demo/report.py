@@ -28,12 +28,9 @@ from gtddp_compile.tools.demo.experiment import (
     Experiment,
     Method,
     Scale,
-    Spread,
     Summary,
     Verdict,
-    chosen,
     findings,
-    said,
     verdicts,
 )
 
@@ -67,12 +64,7 @@ def write_report(path: Path, experiment: Experiment, optimizer: CompiledOptimize
         experiment=experiment,
         findings=findings(experiment),
         results=[_result(experiment, scale) for scale in experiment.scales],
-        sweeps=[
-            (scale, method, _swept(experiment, scale, method))
-            for scale in experiment.scales
-            for method in experiment.methods
-            if experiment.swept(scale, method)
-        ],
+        sweeps=experiment.swept(),
         graph=optimizer.graph.to_svg(),
         stage=stage,
         players=", ".join(optimizer.graph.stages[stage].players),
@@ -85,48 +77,11 @@ def write_report(path: Path, experiment: Experiment, optimizer: CompiledOptimize
     path.write_text(page, encoding="utf-8")
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def _result(experiment: Experiment, scale: Scale) -> tuple[Scale, list[Verdict], list[dict[str, object]], list[str]]:
+def _result(experiment: Experiment, scale: Scale) -> tuple[Scale, list[Verdict], list[Summary], list[str]]:
     """All of one batch size: who won, rows of the table, curves."""
     drawn = [(what, along) for what in ("losses", "accuracies") for along in ("steps", "seconds")]
-    rows = [_row(row) for row in experiment.summaries(scale)]
-    return scale, verdicts(experiment, scale), rows, [_curve(experiment, scale, *which) for which in drawn]
-
-
-def _row(row: Summary) -> dict[str, object]:
-    """One row of a table, in words: figures are a median and a range."""
-    return {
-        "method": row.method,
-        "rate": row.rate,
-        "figures": [
-            _said(row.steps, "{:.0f}"), _said(row.seconds, "{:.2f}"), _said(row.final, "{:.2g}"),
-            _said(row.accuracy, "{:.1f}"), (f"{row.ms:.2f}", ""), (f"{row.compile_seconds:.2f}", ""),
-        ],
-        "diverged": f"{row.diverged} of {len(row.runs)}" if row.diverged else "",
-    }  # fmt: skip
-
-
-def _said(values: Spread, form: str) -> tuple[str, str]:
-    """Median, and range: two texts."""
-    median, least, greatest = (said(value, form) for value in values)
-    return median, "" if least == greatest else f"{least} to {greatest}"
-
-
-def _swept(experiment: Experiment, scale: Scale, method: Method) -> list[tuple[str, str, str, bool]]:
-    """The sweep of one method: rate, steps to the target, final loss, whether it was chosen."""
-    runs = experiment.swept(scale, method)
-    best = chosen(runs)
-    return [
-        (
-            f"{run.rate:g}",
-            said(run.until_target(run.steps), "{:.0f}"),
-            said(run.final, "{:.2g}", "not finite"),
-            run in best,
-        )
-        for run in runs
-    ]
+    curves = [_curve(experiment, scale, *which) for which in drawn]
+    return scale, verdicts(experiment, scale), experiment.summaries(scale), curves
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
