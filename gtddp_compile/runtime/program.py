@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rich.console import Console
 from rich.table import Table
 from sympy import latex
 
@@ -29,7 +27,7 @@ from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
 from gtddp_compile.passes.p13_emit import Emitted
-from gtddp_compile.wording import few
+from gtddp_compile.wording import few, rendered
 
 Format = Literal["text", "latex", "sympy"]
 VERSION = metadata.version("gtddp-compile")
@@ -225,7 +223,7 @@ class UpdateProgram:
                 str(player.stage), player.name, player.kind, rules, str(self._size(player)), self._gram(uses),
                 "; ".join(filter(None, self._remarks(player, uses))),
             )  # fmt: skip
-        return rendered(table)
+        return rendered(table) + "\n"
 
     def _products(self) -> str:
         """Both rollouts beside each other."""
@@ -305,13 +303,6 @@ class StageNotes(Mapping[int, str]):
 
     def __len__(self) -> int:
         return len(self._program.derived.stages)
-
-
-def rendered(table: Table, width: int = 110) -> str:
-    """A rich table as plain text."""
-    stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(table)
-    return stream.getvalue()
 
 
 @lru_cache(maxsize=256)

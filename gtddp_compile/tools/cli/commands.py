@@ -202,7 +202,7 @@ def digits(
     ),
 ) -> None:
     """The paper's DIGITS network: tuned SGD and Adam, the paper's form and the compiled default, side by side."""
-    missing = [name for name in ("jinja2", "matplotlib", "sklearn") if util.find_spec(name) is None]
+    missing = [name for name in ("matplotlib", "sklearn") if util.find_spec(name) is None]
     if missing:
         raise CompileError(
             f"the demo needs {', '.join(missing)}, not installed here", "pip install 'gtddp-compile[demo]'"

@@ -18,7 +18,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -33,6 +32,7 @@ from gtddp_compile.tools.demo.experiment import (
     findings,
     verdicts,
 )
+from gtddp_compile.tools.page import page
 
 # Okabe and Ito's colours: apart for colour-blind eyes; dashes tell them apart without colour. The page replaces them by
 # its own, so that they change with its scheme.
@@ -44,7 +44,6 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 INK, RULE = "#3a4556", "#e6eaf0"
 COLOURS = {INK: "var(--ink)", RULE: "var(--rule)"} | {look["color"]: f"var(--{name})" for name, look in LOOKS.items()}
-TEMPLATE = Path(__file__).with_name("digits.html.j2")
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 TOP = 30.0
 FLOOR = 80.0
@@ -59,8 +58,8 @@ STYLE: dict[Any, Any] = {
 def write_report(path: Path, experiment: Experiment, optimizer: CompiledOptimizer) -> None:
     """Write the page."""
     stage = _inside(optimizer)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    text = page(
+        "demo/digits.html.j2",
         experiment=experiment,
         findings=findings(experiment),
         results=[_result(experiment, scale) for scale in experiment.scales],
@@ -74,7 +73,7 @@ def write_report(path: Path, experiment: Experiment, optimizer: CompiledOptimize
         top=TOP,
         floor=FLOOR,
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def _result(experiment: Experiment, scale: Scale) -> tuple[Scale, list[Verdict], list[Summary], list[str]]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from io import StringIO
 from typing import Any
 
 import networkx as nx
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from gtddp_compile.tools.draw.repeats import Run, runs
 from gtddp_compile.tools.draw.style import shape_text, summary
+from gtddp_compile.wording import rendered
 
 WIDTH = 110
 WHOLE, MOST_ROWS, MOST_NAMES = 60, 200, 4
@@ -36,11 +35,10 @@ def table(graph: nx.MultiDiGraph[str]) -> str:
         Text at most 110 columns wide (unless a single word is wider), without colour codes or trailing blanks.
     """
     data = graph.graph
-    tables = [_stages(graph)]
-    if data["shortcuts"]:
-        tables.append(_shortcuts(graph))
+    tables = [_stages(graph), *([_shortcuts(graph)] if data["shortcuts"] else [])]
+    texts = ["\n".join(filter(None, rendered(found, WIDTH).splitlines())) + "\n" for found in tables]
     head = f"Control graph of {data['name']} (schedule {data['schedule']})"
-    return "\n".join((head, *map(_rendered, tables), summary(graph)))
+    return "\n".join((head, *texts, summary(graph)))
 
 
 def packed(items: Iterable[str], width: int) -> str:
@@ -54,24 +52,6 @@ def packed(items: Iterable[str], width: int) -> str:
         else:
             lines[-1] = joined
     return "\n".join(lines)
-
-
-def _rendered(found: Table) -> str:
-    console = Console(
-        file=StringIO(),
-        width=WIDTH,
-        color_system=None,
-        force_terminal=False,
-        legacy_windows=False,
-        emoji=False,
-        markup=False,
-        highlight=False,
-        _environ={},
-    )
-    console.print(found)
-    assert isinstance(console.file, StringIO)
-    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    return "\n".join(line for line in lines if line) + "\n"
 
 
 def _table(*columns: str) -> Table:
