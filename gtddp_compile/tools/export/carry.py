@@ -67,14 +67,14 @@ class Luggage:
     Attributes:
         package: modules whose text is carried; names from elsewhere are imported.
         aliases: names replaced in what is carried (a protocol by the class that implements it).
-        imports: import statements that the text needs.
+        imports: import statements that the text needs: ``import math``, or ``from typing import`` with the names.
         pieces: text of every definition by its exported name, dependencies first.
         origins: the module that each of them comes from.
     """
 
     package: str = "gtddp_compile"
     aliases: dict[str, str] = field(default_factory=dict)
-    imports: set[str] = field(default_factory=set)
+    imports: dict[str, set[str]] = field(default_factory=dict)
     pieces: dict[str, str] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     _taken: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -122,7 +122,7 @@ class Luggage:
         head = f"class {node.name}({', '.join(bases)}):" if bases else f"class {node.name}:"
         if kept:
             head = f"@dataclass(frozen=True)\n{head}"
-            self.imports.add("from dataclasses import dataclass")
+            self.needs("dataclass", "dataclasses", "dataclass")
         parts = [_documentation(node), *(source.text(n) for n in kept)]
         parts += [_without_checks(source, (method,)) for method in methods]
         text = head + "\n" + "\n\n".join(part for part in parts if part)
@@ -173,15 +173,24 @@ class Luggage:
                     found = self.take(module, attribute)
                     renamed.update({name: found} if found != name else {})
                 else:
-                    self.imports.add(import_line(name, module, attribute))
+                    self.needs(name, module, attribute)
         return renamed
 
+    def needs(self, name: str, module: str, attribute: str | None = None) -> None:
+        """Import a name: a module, or an attribute of one."""
+        if attribute is None:
+            self.imports.setdefault(f"import {module}" if module == name else f"import {module} as {name}", set())
+        else:
+            names = self.imports.setdefault(f"from {module} import", set())
+            names.add(attribute if name == attribute else f"{attribute} as {name}")
 
-def import_line(name: str, module: str, attribute: str | None) -> str:
-    """The statement that imports a name."""
-    if attribute is None:
-        return f"import {module} as {name}" if module != name else f"import {module}"
-    return f"from {module} import {attribute}" + (f" as {name}" if name != attribute else "")
+    @property
+    def import_lines(self) -> list[str]:
+        """The statements; torch's come last."""
+        rank = {line: (line.split()[1].startswith("torch"), line.startswith("from"), line) for line in self.imports}
+        return [
+            f"{line} {', '.join(sorted(self.imports[line]))}".rstrip() for line in sorted(rank, key=rank.__getitem__)
+        ]
 
 
 def carry_function(function: object, luggage: Luggage) -> str:

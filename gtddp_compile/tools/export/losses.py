@@ -132,7 +132,7 @@ def _named_tuples(output: Any, luggage: Luggage) -> list[str]:
             f"the model returns different named tuples of one name, {', '.join(names)}", "Give them different names"
         )
     if kinds:
-        luggage.imports.add("from collections import namedtuple")
+        luggage.needs("namedtuple", "collections", "namedtuple")
     return [
         "\n".join(lay_out(double_quoted(f"{name} = namedtuple({kind.__name__!r}, {value_text(kind._fields)})")))
         for name, kind in zip(names, kinds, strict=True)
