@@ -12,14 +12,12 @@ from gtddp_compile.passes.p06_derive import derive
 from gtddp_compile.passes.p07_collapse import collapse
 from gtddp_compile.passes.p08_simplify import simplify
 from gtddp_compile.passes.p09_lower import lower
-from gtddp_compile.passes.p10_remake import remake
-from gtddp_compile.passes.p11_forget import forget
-from gtddp_compile.passes.p12_recompute import recompute
-from gtddp_compile.passes.p13_emit import emit
+from gtddp_compile.passes.p10_recompute import recompute
+from gtddp_compile.passes.p11_emit import emit
 
 PIPELINE = (
     normalise, find_players, find_shortcuts, schedule, augment,
-    derive, collapse, simplify, lower, remake, forget, recompute, emit,
+    derive, collapse, simplify, lower, recompute, emit,
 )  # fmt: skip
 """In running order, one a file."""
 
@@ -31,11 +29,9 @@ __all__ = [
     "emit",
     "find_players",
     "find_shortcuts",
-    "forget",
     "lower",
     "normalise",
     "recompute",
-    "remake",
     "schedule",
     "simplify",
 ]

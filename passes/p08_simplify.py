@@ -53,7 +53,6 @@ def simplify(
             rerun=stage.index in rerun,
             statistics=needs_alpha,
             blocks=derived.stages[stage.index].blocks,
-            still=tuple(name for name in stage.players if _still(graph, name)),
         )
         for stage in graph.stages
     )
@@ -70,12 +69,6 @@ def simplify(
 def _moves(graph: ControlGraph, name: str) -> bool:
     """Whether a value can change within a step: some player acts on it."""
     return name in graph.value and not graph.value[name].fixed
-
-
-def _still(graph: ControlGraph, player: str) -> bool:
-    """Whether nothing that the player's operation reads can change within a step, its own parameters apart."""
-    op = graph.op(graph.player[player].op)
-    return not graph.player[player].expressions and all(graph.stage_of.get(name, -1) < 0 for name in op.operands)
 
 
 def _opened(graph: ControlGraph, stage: Stage) -> tuple[str, ...]:

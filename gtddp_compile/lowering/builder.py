@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import keyword
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,10 +39,6 @@ class Builder:
     instructions: list[Instruction] = field(default_factory=list)
     formulas: dict[MatrixExpr, str] = field(default_factory=dict)
     """Source of every derived formula printed so far, with placeholders for the stage."""
-    readers: Counter[str] = field(default_factory=Counter)
-    """How many layers whose ``Γ`` separates read a value; empty before somebody asks (``responses``)."""
-    held: frozenset[str] = frozenset()
-    """Players' outputs that the forward sweep may want as they were (``ends``)."""
     gradients: dict[str, str] = field(default_factory=dict)
     """Variables of players' weighted gradients, where all are made before the first is used."""
     _names: dict[str, str] = field(default_factory=dict)
@@ -51,11 +46,6 @@ class Builder:
     _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)
     _kept: dict[str, bool] = field(default_factory=dict)
     _written: set[str] = field(default_factory=set)
-
-    @classmethod
-    def like(cls, plan: Plan, names: Mapping[str, str], uses: Mapping[str, tuple[Use, ...]]) -> Builder:
-        """One that knows the names and uses of a program that is written down."""
-        return cls(plan, _names=dict(names), _taken=set(names.values()), _uses=dict(uses))
 
     @property
     def names(self) -> dict[str, str]:

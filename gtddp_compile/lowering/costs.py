@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gtddp_compile import kernels
 from gtddp_compile.algebra.collapsed import LEVENBERG
@@ -52,23 +52,17 @@ class GramChoice:
             (sums over pairs of positions), ``"per-sample"`` (``γ`` itself), ``"sketch"`` or ``"centre"``.
         kept: whether ``γ`` is kept for the weighted gradients.
         approximate: ``"exact"``, ``"separable"``, ``"sketch"`` or ``"centre"``: which kernels make it.
-        low: in bfloat16.
-        every: steps from one to the next; 0: in each.
         columns: signs an input of the sketch; 0: as many as the option says.
     """
 
     form: str
     kept: bool = False
     approximate: str = "exact"
-    low: bool = False
-    every: int = 0
     columns: int = 0
 
     def __str__(self) -> str:
-        said = [self.form, *(["kept"] if self.kept else [])]
-        said += ["metric separated"] if self.approximate == "separable" else []
-        said += ["bfloat16"] if self.low else []
-        return ", ".join(said + ([f"every {self.every} steps"] if self.every else []))
+        separated = ["metric separated"] if self.approximate == "separable" else []
+        return ", ".join([self.form, *(["kept"] if self.kept else []), *separated])
 
 
 def choose_gram(plan: Plan, use: Use) -> GramChoice:
@@ -78,12 +72,8 @@ def choose_gram(plan: Plan, use: Use) -> GramChoice:
     layer = _layer(plan.graph, use)
     if layer is None:
         return GramChoice("per-sample")
-    found = layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0],
+    return layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0],
                          sketches=plan.form.name == "joint" and not plan.form.factored)  # fmt: skip
-    fixed = found.kept or layer.positions == 1 or not use.wants[0] or layer.gram(found) <= NEGLIGIBLE
-    if fixed or found.approximate not in ("exact", "separable"):
-        return found
-    return replace(found, low=plan.low and found.form == "per-sample" and layer.prefix == "linear", every=plan.every)
 
 
 def rollout_units(plan: Plan, uses: Iterable[Use]) -> tuple[float, float] | None:
@@ -111,9 +101,7 @@ def observes(plan: Plan, use: Use) -> bool:
     if layer is None or layer.positions == 1 or not use.rule.pieces or not use.wants[0] or plan.metric != "diagonal":
         return False
     choice = choose_gram(plan, use)
-    if choice.kept or choice.low or choice.every:
-        return False
-    return choice.form == "per-sample" and choice.approximate == "exact"
+    return not choice.kept and choice.form == "per-sample" and choice.approximate == "exact"
 
 
 def separates(plan: Plan, use: Use) -> bool:

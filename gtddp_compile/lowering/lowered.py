@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gtddp_compile.lowering.instructions import Instruction, StageFunction, Var
+from gtddp_compile.lowering.instructions import Instruction, StageFunction
 from gtddp_compile.lowering.plan import Plan
 from gtddp_compile.lowering.uses import Use
-from gtddp_compile.lowering.write.ends import Part
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,14 @@ class Written:
     Attributes:
         plan: what is written down.
         sweeps: the instructions.
-        parts: ends of stages that can be made again.
-        dynamics: functions of the stages, or of parts of them.
-        others: functions of responses and of players that go through a generic kernel.
+        functions: of the stages, and of players that go through a generic kernel.
         uses: how each player's parameters are differentiated.
         names: identifiers of qualified names.
     """
 
     plan: Plan
     sweeps: Sweeps
-    parts: tuple[Part, ...]
-    dynamics: tuple[StageFunction, ...]
-    others: tuple[StageFunction, ...]
+    functions: tuple[StageFunction, ...]
     uses: dict[str, tuple[Use, ...]]
     names: dict[str, str]
 
@@ -62,8 +57,3 @@ class Lowered:
     functions: tuple[StageFunction, ...]
     uses: dict[str, tuple[Use, ...]]
     names: dict[str, str]
-
-
-def compares(instruction: Instruction) -> bool:
-    """Whether it is a contraction ``⟨g, x' - x⟩``, the new and the old value its second and third argument."""
-    return instruction.function == "contract" and all(isinstance(arg, Var) for arg in instruction.args)

@@ -68,7 +68,6 @@ class StagePlan:
         rerun: whether the forward sweep has to run this stage again.
         statistics: whether ``α`` at t+1 is needed (statistics of the base method, or the form itself).
         blocks: the players by what metric they are in.
-        still: names of the players whose operation reads nothing that has moved: ``δx = 0``, ``δh = f_u δu``.
     """
 
     index: int
@@ -80,7 +79,6 @@ class StagePlan:
     rerun: bool
     statistics: bool
     blocks: tuple[MetricBlock, ...]
-    still: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +96,6 @@ class Asked:
         metric: the curvature's kind; ``"rescaled"`` is a Kronecker one whose diagonal does not separate.
         gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"`` or ``"coarse"``.
         columns: of the sketch.
-        low: whether products of per-sample gradients are made in bfloat16.
-        every: steps between two Gram matrices of a layer with positions; 0 where they are made in each.
     """
 
     coupling: str | int
@@ -112,8 +108,6 @@ class Asked:
     metric: str
     gram: str
     columns: int
-    low: bool
-    every: int
 
     @property
     def linear(self) -> bool:

@@ -45,7 +45,7 @@ def _known() -> dict[int, str]:
             value = getattr(module, name)
             if callable(value) and not name.startswith("_"):
                 found[id(value)] = f"{prefix}.{name}"
-    found.update((id(getattr(kernels, name)), name) for name in kernels.__all__)
+    found.update((id(value), name) for name, value in kernels.KERNELS.items())
     found.update((id(value), value.__name__) for value in (getattr, len, int, float, bool, tuple, list))
     return found
 

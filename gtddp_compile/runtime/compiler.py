@@ -18,11 +18,9 @@ from gtddp_compile.passes import (
     emit,
     find_players,
     find_shortcuts,
-    forget,
     lower,
     normalise,
     recompute,
-    remake,
     schedule,
 )
 from gtddp_compile.passes.p01_normalise import still_holds
@@ -51,9 +49,9 @@ def control_graph(ops: OpGraph, how: str | Mapping[str, int], name: str) -> Cont
 def build_program(
     graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool, setting: Setting | None = None
 ) -> UpdateProgram:
-    """Passes 6 to 13: derivation to code. ``decay``: whether any group has coupled weight decay."""
+    """Passes 6 to 11: derivation to code. ``decay``: whether any group has coupled weight decay."""
     derived, plan = plan_program(graph, options, curvature, decay=decay)
-    lowered = recompute(forget(remake(lower(plan))))
+    lowered = recompute(lower(plan))
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name, setting)
 
 

@@ -8,7 +8,7 @@ from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules
 from gtddp_compile.lowering.plan import Asked, Plan
 from gtddp_compile.methods.curvature import Curvature, Kronecker
 from gtddp_compile.methods.terminal import terminal_weight
-from gtddp_compile.options import LowPrecision, Options, Refreshed, Sketch
+from gtddp_compile.options import Options, Sketch
 from gtddp_compile.passes import collapse, derive, simplify
 from gtddp_compile.passes.p06_derive import Derived
 
@@ -17,12 +17,6 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
     """Passes 6 to 8: derivation, collapse, plan. ``decay``: whether any group has coupled weight decay."""
     if options.factored:
         _check_columns(graph, options)
-    if isinstance(curvature, Kronecker) and isinstance(options.gram, LowPrecision | Refreshed):
-        raise CompileError(
-            f"gram={options.gram!r} with {curvature.name}: its Gram matrices are made of coordinates that its own "
-            "statistics and updates need anyway",
-            "Use gram='auto' with it",
-        )
     derived = derive(graph, options.recursion, metric_rules(options, curvature))
     form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored,
                     rollout=options.rollout_kind, inertia=bool(options.inertia))  # fmt: skip
@@ -37,8 +31,6 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
         metric="rescaled" if isinstance(curvature, Kronecker) and curvature.rescales else curvature.metric,
         gram=options.gram_kind,
         columns=options.gram.columns if isinstance(options.gram, Sketch) else Sketch().columns,
-        low=isinstance(options.gram, LowPrecision),
-        every=options.gram.every if isinstance(options.gram, Refreshed) else 0,
     )
     return derived, simplify(
         derived,

@@ -26,7 +26,7 @@ from gtddp_compile.lowering.write.columns import describe_terminal, vectorises
 from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
-from gtddp_compile.passes.p13_emit import Emitted
+from gtddp_compile.passes.p11_emit import Emitted
 from gtddp_compile.wording import few, rendered
 
 Format = Literal["text", "latex", "sympy"]
@@ -249,9 +249,8 @@ class UpdateProgram:
         return f"read sample by sample, an approximation: {few(mixing)}, which mix samples"
 
     def _remarks(self, player: Player, uses: tuple[Use, ...]) -> tuple[str, ...]:
-        responds = self._called("m.respond", uses, "new output from X X^T")
         joined = self._called("m.observe_gram", uses, "statistics from the same gamma")
-        return _notes(player, uses), self._pulled(player), self._metric(player), responds, joined
+        return _notes(player, uses), self._pulled(player), self._metric(player), joined
 
     def _metric(self, player: Player) -> str:
         """Which block of a Kronecker-factored curvature the player is in."""

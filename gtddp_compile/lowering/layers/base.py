@@ -40,11 +40,6 @@ Where :attr:`Rule.rows` is set there is also ``PREFIX_rows(operands, g, params, 
 Where :attr:`Rule.subtracts` is set there is also ``PREFIX_subtract(operands, g, targets, wants, rates, **options)``:
 ``target -= rate · γᵀ 1`` of every wanted parameter, in place.
 
-Where :attr:`Rule.responds` is set, an operation of one row a sample is linear in its parameters with ``Γ = (X Xᵀ η_w +
-η_b) ∘ (G Gᵀ)``; ``PREFIX_inputs(x)`` is ``X Xᵀ``, which ``PREFIX_gram`` takes as ``inputs=``,
-``PREFIX_response(h, inputs, g, wants, rates)`` the output after ``u -= rate · γᵀ 1`` where ``x`` stays, and
-``PREFIX_forward(operands, params)`` the operation itself.
-
 Where :attr:`Rule.pieces` is set there is also ``PREFIX_pieces(operands, g, params, wants, **options)``, an iterator of
 ``(index, part, gamma)``: ``γ`` ``(B, rows, …)`` of the rows ``part`` of the wanted parameter ``index``, to be
 overwritten by the caller if it likes.
@@ -85,9 +80,6 @@ class Rule(Protocol):
 
     subtracts: bool
     """Whether there is a kernel ``PREFIX_subtract``: the weighted gradient's product can write the parameter."""
-
-    responds: bool
-    """Whether there are kernels ``PREFIX_inputs``, ``PREFIX_response`` and ``PREFIX_forward``."""
 
     pieces: bool
     """Whether there is a kernel ``PREFIX_pieces``: per-sample gradients a piece at a time."""

@@ -25,7 +25,6 @@ class ConvRule:
     prepare = False
     rows = True
     subtracts = False
-    responds = False
     pieces = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:

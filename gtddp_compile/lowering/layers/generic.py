@@ -21,7 +21,6 @@ class GenericRule:
     prepare = False
     rows = False
     subtracts = False
-    responds = False
     pieces = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:

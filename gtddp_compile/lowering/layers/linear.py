@@ -17,7 +17,6 @@ class LinearRule:
     prepare = False
     rows = True
     subtracts = True
-    responds = True
     pieces = True
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:

@@ -32,7 +32,6 @@ class NormRule:
     prepare = True
     rows = False
     subtracts = False
-    responds = False
     pieces = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:

@@ -11,7 +11,6 @@ from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.costs import GramChoice, choose_gram, observes
 from gtddp_compile.lowering.instructions import Code, Function, Phase, StageFunction, Var
 from gtddp_compile.lowering.uses import Use
-from gtddp_compile.lowering.write.responses import inputs_gram
 
 
 def operands(b: Builder, use: Use) -> Var | tuple[Var, ...]:
@@ -131,14 +130,6 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
         choice = chosen.approximate
         more: dict[str, Any] = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
         kernel = "gram" if choice == "exact" else f"{choice}_gram"
-        kernel = "low_gram" if chosen.low else kernel
-        if chosen.every:
-            kernels = [Function(b.kernel(use, name)) for name in (kernel, "pooled")]
-            b.emit("backward", t, (f"*{result}",), "m.held_gram", use.names, chosen.every, *kernels, operands(b, use),
-                   Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
-                   note=f"gamma M^-1 gamma^T every {chosen.every} steps", **b.options(use))  # fmt: skip
-            return result
-        more.update(inputs_gram(b, t, player))
         others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks") if b.factored else ()
         first = [Function(name) for name in (b.kernel(use, kernel), *others)]
         taken = given or operands(b, use)

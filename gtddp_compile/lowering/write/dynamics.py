@@ -7,7 +7,6 @@ from gtddp_compile.kernels import batch_norm
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.instructions import StageFunction
 from gtddp_compile.lowering.write.adjoints import read_back, written_out
-from gtddp_compile.lowering.write.responses import responds
 
 
 def stage_functions(b: Builder) -> tuple[StageFunction, ...]:
@@ -59,8 +58,8 @@ def _function(
     ]
     players = ", ".join(graph.stages[stage].players) if stage >= 0 else "before the first player"
     if chain := written_out(b, stage):  # nothing is asked of torch
-        returns, taps = [*returns, *read_back(chain), *(tap for tap in taps if responds(b, tap))], ()
-    edges = tuple(tap for tap in taps if tap not in {*returns, *operands, *b.held} and not responds(b, tap))
+        returns, taps = [*returns, *read_back(chain)], ()
+    edges = tuple(tap for tap in taps if tap not in {*returns, *operands})
     written = tuple(dict.fromkeys([*returns, *taps, *operands]))
     return StageFunction(name, stage, inputs, ops, taps, written, doc=players, edges=edges, moments=_moments(b, ops))
 

@@ -29,7 +29,6 @@ from gtddp_compile.lowering.write.calls import (
     weighted,
 )
 from gtddp_compile.lowering.write.columns import sample_gram
-from gtddp_compile.lowering.write.responses import scaled
 
 OF_PLAYERS = ("kronecker", "printed", "shared", "exact")
 
@@ -247,7 +246,7 @@ def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str
         return False
     (use,) = uses
     functions = [Function(b.kernel(use, name)) for name in ("weighted", "subtract")]
-    g = scaled(b, phase, t, use, output_gradient(b, use, weights))
+    g = output_gradient(b, use, weights)
     b.emit(phase, t, (), "m.descend_by", use.names, *functions, operands(b, use), g, params(b, use), use.wants,
            note=note, **b.options(use))  # fmt: skip
     return True

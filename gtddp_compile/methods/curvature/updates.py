@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import separated
-from gtddp_compile.kernels.pooled import gram_levels, held_blocks
 from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, weigh
 from gtddp_compile.methods.curvature.base import Curvature
 
@@ -138,33 +137,6 @@ class ParameterUpdates:
         """Memory for new tensors of a parameter, by key of its state; what is not there is allocated."""
         return {}
 
-    def held_gram(
-        self,
-        names: tuple[str, ...],
-        every: int,
-        gram: Callable[..., Tensor],
-        pooled: Callable[..., tuple[Tensor, Tensor, Tensor]],
-        operands: tuple[Tensor, ...],
-        g: Tensor,
-        params: tuple[Tensor | None, ...],
-        wants: tuple[bool, ...],
-        metric: tuple[Any, ...],
-        rows: Sequence[slice],
-        **options: Any,
-    ) -> tuple[Tensor, ...]:
-        """``Γ`` of a layer every so many steps; in between this batch's parts at the levels held in the state."""
-        first, parts = names[0], pooled(operands, g, params, wants, metric, **options)
-        state = self.states[first]
-        age = state.get("gram_age", 0) % every
-        if age:
-            blocks = held_blocks(parts, (state["gram_diagonal"], state["gram_pooled"]), rows)
-        else:
-            blocks = gram_blocks(gram, operands, g, params, wants, metric, rows, **options)
-            own, shared = gram_levels(blocks, parts, rows)
-            state = {**state, "gram_diagonal": own, "gram_pooled": shared}
-        self.states[first] = {**state, "gram_age": age + 1}
-        return blocks
-
     def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of each parameter."""
         found = []
@@ -253,24 +225,6 @@ class ParameterUpdates:
             self.descend(names, weighted(operands, g, params, wants, **options))
         else:
             subtract(operands, g, tuple(self._writable(name) for name in names), wants, rates, **options)
-
-    def respond(
-        self,
-        names: tuple[str, ...],
-        response: Callable[..., Tensor],
-        forward: Callable[..., Tensor],
-        h: Tensor,
-        inputs: Tensor,
-        g: Tensor,
-        wants: tuple[bool, ...],
-        operands: tuple[Tensor, ...],
-        params: tuple[Tensor | None, ...],
-    ) -> Tensor:
-        """The layer's output after :meth:`descend_by`, its input as it was; by its own product unless ``δu = -η ĝ``."""
-        rates = self._rates(names)
-        if rates is None:
-            return forward(operands, params)
-        return response(h, inputs, g, wants, rates).to(h.dtype)
 
     def _rates(self, names: tuple[str, ...]) -> tuple[float, ...] | None:
         """``η`` of each parameter where ``δu = -η ĝ``, and a product in float32 can write the parameter."""

@@ -23,8 +23,7 @@ from gtddp_compile.graph import BufferRef
 from gtddp_compile.methods.curvature import SGD, Kronecker
 from gtddp_compile.methods.losses import is_kind
 from gtddp_compile.methods.terminal import ELEMENTWISE
-from gtddp_compile.options import Refreshed
-from gtddp_compile.passes.p13_emit import draws
+from gtddp_compile.passes.p11_emit import draws
 from gtddp_compile.runtime.program import VERSION, UpdateProgram
 from gtddp_compile.tools.export.python import to_python
 
@@ -84,11 +83,6 @@ def _refuse(program: UpdateProgram) -> None:
             f"a .pt2 graph cannot hold {program.curvature}: its factors are inverted only now and then, a branch on the"
             " step count",
             f"{REMEDY}, or use 'sgd', 'rmsprop', 'adam' or 'adamw'",
-        )
-    if isinstance(program.options.gram, Refreshed):
-        raise CompileError(
-            f"a .pt2 graph cannot hold gram={program.options.gram!r}: a branch on the step count",
-            f"{REMEDY}, or use gram='auto'",
         )
     if program.options.factored:
         raise CompileError(

@@ -19,7 +19,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.lowering.instructions import Code, Instruction, render_instruction
 from gtddp_compile.lowering.printing import Printer
 from gtddp_compile.methods.curvature import BlockUpdates, Kronecker, ParameterUpdates
-from gtddp_compile.passes.p13_emit import Style, body, draws, function_text
+from gtddp_compile.passes.p11_emit import Style, body, draws, function_text
 from gtddp_compile.runtime.program import VERSION, UpdateProgram
 from gtddp_compile.tools.export.carry import Luggage, attributes_of, names_in
 from gtddp_compile.tools.export.layout import INDENT, WIDTH, double_quoted, lay_out
@@ -164,7 +164,7 @@ class _Module:
                 f"the program calls m.{unknown[0]} ({self.program.curvature}), whose text no module carries",
                 "Export as .json, or use one of the package's own base methods",
             )
-        for name in sorted(names_in(text) & set(kernels.__all__)):
+        for name in sorted(names_in(text) & set(kernels.KERNELS)):
             luggage.take(kernels.__name__, name)
         luggage.aliases = {"Curvature": method.__name__, "Kronecker": method.__name__}
         luggage.take_class(updates.__module__, updates.__name__, names)

@@ -60,7 +60,7 @@ def functions() -> Mapping[str, Callable[..., Any]]:
             if not name.startswith("_") and id(getattr(module, name)) in takes_tensors:
                 found[f"{prefix}.{name}"] = getattr(module, name)
     found.update((f"torch.{name}", getattr(torch, name)) for name in CREATION)
-    found.update((name, getattr(kernels, name)) for name in kernels.__all__)
+    found.update(kernels.KERNELS)
     found.update(BUILTINS)
     return found
 
