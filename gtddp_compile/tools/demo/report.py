@@ -22,16 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.tools.demo.experiment import (
-    TARGET,
-    Experiment,
-    Method,
-    Scale,
-    Summary,
-    Verdict,
-    findings,
-    verdicts,
-)
+from gtddp_compile.tools.demo.experiment import TARGET, Experiment, Method, Scale, Summary, Verdict, findings, verdicts
 from gtddp_compile.tools.page import page
 
 # Okabe and Ito's colours: apart for colour-blind eyes; dashes tell them apart without colour. The page replaces them by

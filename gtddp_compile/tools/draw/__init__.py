@@ -45,8 +45,7 @@ def save(graph: nx.MultiDiGraph[str], path: str | Path, notes: Mapping[int, str]
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise CompileError(
-            f"no drawing is known by the suffix {suffix!r} of {str(path)!r}",
-            f"Use one of {', '.join(SUFFIXES)}",
+            f"no drawing is known by the suffix {suffix!r} of {str(path)!r}", f"Use one of {', '.join(SUFFIXES)}"
         )
     text = html(graph, notes) if suffix == ".html" else SUFFIXES[suffix](graph)
     Path(path).write_text(text, encoding="utf-8")

@@ -155,11 +155,7 @@ def _block(
             words[at] = [node.lines[0], texts.numbers(node.tip)]
         elif isinstance(item, Block):
             words[at] = [block_text(view.nodes[node.name]["block"]), texts.numbers(node.tip)]
-    return {
-        "kids": kids,
-        "words": words,
-        "bands": [[stage["first"], stage["last"]] for stage in view.graph["stages"]],
-    }
+    return {"kids": kids, "words": words, "bands": [[stage["first"], stage["last"]] for stage in view.graph["stages"]]}
 
 
 def _ops(graph: nx.MultiDiGraph[str], blocks: Sequence[Block], texts: Texts) -> list[list[Any]]:
