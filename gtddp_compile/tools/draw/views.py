@@ -252,7 +252,7 @@ def _leaves(item: Item) -> Iterator[Item]:
 
 
 def _step(name: str, base: str) -> str:
-    """A qualified name under a module path; ``blocks.7`` stays as it is under ``blocks``: a number alone says nothing."""
+    """A name without the module path it lies under; ``blocks.7`` stays as it is: a number alone says nothing."""
     short = name[len(base) + 1 :] if base and name.startswith(f"{base}.") else name
     return f"{base.rpartition('.')[2]}.{short}" if short != name and short[0].isdecimal() else short
 

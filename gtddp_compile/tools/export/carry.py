@@ -32,11 +32,6 @@ class Source:
     definitions: dict[str, tuple[ast.stmt, ...]]
     imports: dict[str, tuple[str, str | None]]
 
-    def text(self, first: ast.stmt, last: ast.stmt | None = None) -> str:
-        """The statements' own lines, decorators included."""
-        start = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", ()))])
-        return "\n".join(self.lines[start - 1 : (last or first).end_lineno])
-
 
 @cache
 def source_of(module: str) -> Source:
@@ -90,7 +85,7 @@ class Luggage:
         statements = source.definitions[name]
         text = _without_checks(source, statements)
         exported = self._name(module, name, text)
-        renamed = self._dependencies(source, statements, text)
+        renamed = self._dependencies(source, text)
         self._put(source, exported, _rename(text, {**renamed, name: exported}))
         return exported
 
@@ -124,12 +119,12 @@ class Luggage:
         if kept:
             head = f"@dataclass(frozen=True)\n{head}"
             self.needs("dataclass", "dataclasses", "dataclass")
-        parts = [_documentation(node), *(source.text(n) for n in kept)]
+        parts = [_documentation(node), *(_without_checks(source, (n,)) for n in kept)]
         parts += [_without_checks(source, (method,)) for method in methods]
         text = head + "\n" + "\n\n".join(part for part in parts if part)
         if len(parts) == 1 and not parts[0]:
             text += "\n    pass"
-        renamed = self._dependencies(source, (*methods, *kept), text)
+        renamed = self._dependencies(source, text)
         self._taken[source.name, node.name] = node.name
         self._put(source, node.name, _rename(text, renamed))
 
@@ -161,22 +156,19 @@ class Luggage:
         self._taken[module, name] = exported
         return exported
 
-    def _dependencies(self, source: Source, statements: tuple[ast.stmt, ...], text: str) -> dict[str, str]:
+    def _dependencies(self, source: Source, text: str) -> dict[str, str]:
         """Carry or import everything that the kept text names; returns what is called otherwise there."""
         renamed = {old: new for old, new in self.aliases.items() if re.search(rf"\b{old}\b", text)}
         for name in sorted(names_in(text)):
             if name in self.aliases:
                 continue
-            if name in source.definitions:
-                found = self.take(source.name, name)
-                renamed.update({name: found} if found != name else {})
-            elif name in source.imports:
-                module, attribute = source.imports[name]
-                if module.startswith(self.package) and attribute is not None:
-                    found = self.take(module, attribute)
-                    renamed.update({name: found} if found != name else {})
-                else:
-                    self.needs(name, module, attribute)
+            module, attribute = (
+                (source.name, name) if name in source.definitions else source.imports.get(name, ("", ""))
+            )
+            if module.startswith(self.package) and attribute is not None:
+                renamed[name] = self.take(module, attribute)
+            elif module:
+                self.needs(name, module, attribute)
         return renamed
 
     def needs(self, name: str, module: str, attribute: str | None = None) -> None:
