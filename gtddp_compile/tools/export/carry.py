@@ -89,23 +89,18 @@ class Luggage:
         self._put(source, exported, _rename(text, {**renamed, name: exported}))
         return exported
 
-    def take_class(self, module: str, name: str, members: frozenset[str]) -> str:
+    def take_class(self, kind: type, members: frozenset[str]) -> None:
         """Carry a class and its bases with ``__init__``, the members asked for, and those of its own that they call."""
-        chain = self._chain(*self._home(module, name))
+        chain: list[tuple[Source, ast.ClassDef]] = []
+        for one in kind.__mro__:
+            if one.__module__.startswith(self.package):
+                source = source_of(one.__module__)
+                (node,) = source.definitions[one.__name__]
+                assert isinstance(node, ast.ClassDef)
+                chain.append((source, node))
         wanted = _reachable([node for _, node in chain], members | {"__init__"})
         for position in reversed(range(len(chain))):
             self._class(*chain[position], [node.name for _, node in chain[position + 1 : position + 2]], wanted)
-        return name
-
-    def _chain(self, module: str, name: str) -> list[tuple[Source, ast.ClassDef]]:
-        """A class and its bases of ours, one after the other."""
-        source = source_of(module)
-        (node,) = source.definitions[name]
-        assert isinstance(node, ast.ClassDef)
-        homes = [self._home(module, base.id) for base in node.bases if isinstance(base, ast.Name)]
-        ours = [home for home in homes if self._is_ours(*home)]
-        assert len(ours) < 2, f"{name} has several bases"  # classes that are carried are written so
-        return [(source, node), *(self._chain(*ours[0]) if ours else [])]
 
     def _class(self, source: Source, node: ast.ClassDef, bases: list[str], wanted: list[ast.FunctionDef]) -> None:
         """Carry one class with those methods of its own that are wanted."""
@@ -130,9 +125,6 @@ class Luggage:
 
     def _put(self, source: Source, exported: str, text: str) -> None:
         self.pieces[exported], self.origins[exported] = text, source.name
-
-    def _is_ours(self, module: str, name: str) -> bool:
-        return module.startswith(self.package) and name in source_of(module).definitions
 
     def _home(self, module: str, name: str) -> tuple[str, str]:
         """Where a name of a module is defined, through re-exports."""

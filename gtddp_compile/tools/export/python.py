@@ -74,7 +74,7 @@ class _Module:
         stages = self._stages()
         method, kernel_text = self._carried(f"{stages}\n{step}\n{loss}")
         sections = [
-            ("what a researcher may want to change", self._options() + self._constants()),
+            ("what a researcher may want to change", self._options()),
             ("the network, cut into stages: x' = f_t(x, u)", stages),
             ("one step", step),
             ("the loss, one number a sample", loss),
@@ -109,42 +109,33 @@ class _Module:
     # --- head ---------------------------------------------------------------------------------------------------------
 
     def _options(self) -> str:
-        shared = self.setting.shared
-        lines = ["OPTIONS = {"]
-        lines += [f"    {name!r}: {value_text(value)}," for name, value in shared.items()]
-        lines += ["}", f'"""Options of every parameter: those of torch.optim\'s {self.program.curvature}."""', ""]
-        lines += ["GROUPS = {"]
-        for group in self.setting.groups:
+        """Options of the base method and of the program, and constants."""
+        setting, plan = self.setting, self.lowered.plan
+        shared, called = setting.shared, {instruction.function for instruction in self.lowered.instructions}
+        groups, tensors, constants = [], [], []
+        for group in setting.groups:
             own = {name: value for name, value in group.options.items() if name not in shared}
-            lines += lay_out(f"{group.name!r}: ({value_text(group.parameters)}, {value_text(own)}),", INDENT)
-        lines += ["}", '"""Parameters of every module, and the options in which it differs."""', ""]
-        plan = self.lowered.plan
-        if any(i.function in ("clip", "clip_factors") for i in self.lowered.instructions):
-            lines += [f"FEEDBACK_CLIP = {value_text(plan.clip)}"]
-            lines += [
-                '"""Predicted changes of a sample\'s loss are believed up to here (4a); None: without bound."""',
-                "",
-            ]
-        if any(i.function == "rows_of" for i in self.lowered.instructions):
-            size = plan.coupling if isinstance(plan.coupling, int) else None
-            lines += [f"GROUP_SIZE = {size}", '"""Samples that are coupled with each other; None: the whole batch."""']
-        return double_quoted("\n".join(lines)) + "\n"
-
-    def _constants(self) -> str:
-        lines = []
+            line = f"{group.name!r}: ({value_text(group.parameters)}, {value_text(own)}),"
+            groups += [double_quoted(part) for part in lay_out(line, INDENT)]
         for name, value in self.constants.items():
             if not isinstance(value, torch.Tensor):
                 raise CompileError(
                     f"the network calls {getattr(value, '__qualname__', value)!r}, which is not torch's",
                     "Export as .json or .pt2, or write that operation in terms of torch",
                 )
-            lines += [*lay_out(f"{name} = {tensor_text(value)}"), ""]
-        if self.setting.constants:
-            lines += ["CONSTANTS = {"]
-            for name, tensor in self.setting.constants.items():
-                lines += lay_out(f'"{name}": {tensor_text(tensor)},', INDENT)
-            lines += ["}", '"""Tensors that the model keeps as plain attributes, not as buffers."""']
-        return "\n" + "\n".join(lines)
+            tensors += [*lay_out(f"{name} = {tensor_text(value)}"), ""]
+        for name, tensor in setting.constants.items():
+            constants += lay_out(f'"{name}": {tensor_text(tensor)},', INDENT)
+        return page(
+            "export/options.py.j2",
+            shared=[(f'"{name}"', double_quoted(value_text(value))) for name, value in shared.items()],
+            curvature=self.program.curvature,
+            groups=groups,
+            clip=value_text(plan.clip) if called & {"clip", "clip_factors"} else "",
+            size=str(plan.coupling if isinstance(plan.coupling, int) else None) if "rows_of" in called else "",
+            tensors=tensors,
+            constants=constants,
+        )
 
     # --- carried text -------------------------------------------------------------------------------------------------
 
@@ -167,11 +158,11 @@ class _Module:
         for name in sorted(names_in(text) & set(kernels.KERNELS)):
             luggage.take(kernels.__name__, name)
         luggage.aliases = {"Curvature": method.__name__, "Kronecker": method.__name__}
-        luggage.take_class(updates.__module__, updates.__name__, names)
+        luggage.take_class(updates, names)
         luggage.aliases = {}
         classes = [kind.__name__ for kind in updates.__mro__ if kind.__name__ in luggage.pieces]
         asked = [attributes_of(luggage.pieces[kind], receiver) for kind in classes for receiver in RECEIVERS]
-        luggage.take_class(method.__module__, method.__name__, frozenset({"init_state"}).union(*asked))
+        luggage.take_class(method, frozenset({"init_state"}).union(*asked))
         last = {kind: luggage.pieces.pop(kind) for kind in reversed(classes)}
         luggage.pieces.update(last)
         theirs = [name for name, origin in luggage.origins.items() if origin.startswith(kernels.__name__)]
