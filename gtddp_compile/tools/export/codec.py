@@ -106,7 +106,8 @@ class Writer:
         """
         where = str(getattr(record, "name", type(record).__name__))
         found = {}
-        for name, (hint, _) in fields_of(type(record)).items():
+        kind: Any = type(record)
+        for name, (hint, _) in fields_of(kind).items():
             value = getattr(record, name)
             if not is_instance(value, hint):
                 raise CompileError(

@@ -5,14 +5,13 @@ docs/program-schema.json is this schema; ``PYTHONPATH=tests python tests/export/
 
 from __future__ import annotations
 
-import dataclasses
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor
 
-from gtddp_compile.tools.export.codec import DEVICE, LEAVES, NAMED, NON_FINITE, TARGETS, fields_of, options_of
+from gtddp_compile.tools.export.codec import DEVICE, LEAVES, NAMED, NON_FINITE, RECORDS, TARGETS, fields_of, options_of
 from gtddp_compile.tools.export.document import FORMAT, MOST_AXES, SCHEMA_VERSION, Stored
 
 Schema = dict[str, Any]
@@ -88,7 +87,7 @@ def _single(hint: Any, definitions: Schema) -> Schema:
         return _tagged("tensor", INDEX)
     if hint in PLAIN:
         return {"type": PLAIN[hint]}
-    if dataclasses.is_dataclass(hint):
+    if hint.__name__ in RECORDS:
         return _tagged(hint.__name__, _fields(hint, definitions))
     return _tagged(next(tag for tag, kind in NAMED.items() if kind is hint), TEXT)
 
