@@ -8,7 +8,14 @@ from collections.abc import Mapping
 import networkx as nx
 
 from gtddp_compile.tools.draw.pagedata import page_data
-from gtddp_compile.tools.draw.style import FAMILIES, SHORTCUT_COLOURS, SHORTCUT_WORDS, summary
+from gtddp_compile.tools.draw.style import (
+    COALITION_COLOUR,
+    COALITION_WORDS,
+    FAMILIES,
+    SHORTCUT_COLOURS,
+    SHORTCUT_WORDS,
+    summary,
+)
 from gtddp_compile.tools.draw.table import table
 from gtddp_compile.tools.page import page
 
@@ -33,6 +40,7 @@ def html(graph: nx.MultiDiGraph[str], notes: Mapping[int, str] | None = None) ->
         families=FAMILIES,
         shortcuts=SHORTCUT_COLOURS,
         words=SHORTCUT_WORDS,
+        coalition=(COALITION_COLOUR, COALITION_WORDS),
         table=table(graph),
         data=data.replace("<", "\\u003c"),  # no "<" can end the element early
     )

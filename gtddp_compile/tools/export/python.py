@@ -16,7 +16,7 @@ import torch
 from gtddp_compile import kernels
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.errors import CompileError
-from gtddp_compile.lowering.instructions import Code, Instruction, render_instruction
+from gtddp_compile.lowering.instructions import Apply, Instruction, Var, render_instruction
 from gtddp_compile.lowering.printing import Printer
 from gtddp_compile.methods.curvature import BlockUpdates, Kronecker, ParameterUpdates
 from gtddp_compile.passes.p11_emit import Style, body, draws, function_text
@@ -132,7 +132,7 @@ class _Module:
             curvature=self.program.curvature,
             groups=groups,
             clip=value_text(plan.clip) if called & {"clip", "clip_factors"} else "",
-            size=str(plan.coupling if isinstance(plan.coupling, int) else None) if "rows_of" in called else "",
+            size=plan.coupling if isinstance(plan.coupling, int) else "",
             tensors=tensors,
             constants=constants,
         )
@@ -250,10 +250,9 @@ class _Module:
         """Options by name, and the loss's own functions for what is asked of ``m``."""
         function, args = instruction.function, instruction.args
         if function in ("clip", "clip_factors") and len(args) > 1:
-            return replace(instruction, args=(args[0], Code("FEEDBACK_CLIP"), *args[2:]))
+            return replace(instruction, args=(args[0], Var("FEEDBACK_CLIP"), *args[2:]))
         if function == "rows_of":
-            columns = args[1].text.partition(" * ")[2] if isinstance(args[1], Code) else ""
-            return replace(instruction, args=(args[0], Code(_group_size(columns))))
+            return replace(instruction, args=(args[0], _with_group_size(args[1])))
         if function in LOSS_CALLS:
             at = LOSS_CALLS[function]
             given = as_returned(self.graph.ops.output, args[at])
@@ -263,9 +262,11 @@ class _Module:
         return instruction
 
 
-def _group_size(columns: str) -> str:
-    """Rows of a group in a Gram matrix, with so many columns a sample."""
-    return f"GROUP_SIZE and GROUP_SIZE * {columns}" if columns else "GROUP_SIZE"
+def _with_group_size(rows: Any) -> Any:
+    """Rows of a group in a Gram matrix by the group's size, a constant of the module."""
+    if isinstance(rows, Apply):
+        return replace(rows, args=(Var("GROUP_SIZE"), *rows.args[1:]))
+    return rows if rows is None else Var("GROUP_SIZE")
 
 
 def _equation(equation: Equation) -> str:

@@ -108,7 +108,7 @@ def formula(expression: MatrixExpr) -> str:
 
 def lines_of(equation: Equation) -> list[str]:
     """Rows of an ``align`` environment; a sum too wide for the page goes on below, indented."""
-    tag = rf"\tag{{{equation.source}}}" if equation.source else r"\notag"
+    tag = rf"\tag{{{equation.tag}}}" if equation.tag else r"\notag"
     expression = equation.expression
     terms = _terms(expression) if isinstance(expression, MatAdd) else [formula(expression)]
     rows, width = [f"{formula(equation.symbol)} &= {terms[0]}"], _width(terms[0]) + 8
