@@ -355,9 +355,11 @@ class CompiledOptimizer(torch.optim.Optimizer):
             first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
             states[name] = self.state[owner[name]] if first is None else first
         loss = self._loss.after(program.graph.ops.as_returned)
+        together = program.form.name == "joint" and self._options.line_search is None
         return BaseMethod(
             self._curvature, params, new, states, groups, loss,
             first=not self._checked, terminal=self._options.terminal_kind, aside=self._aside, spare=self._spare,
+            together=together,
         )  # fmt: skip
 
     def _commit(self, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:

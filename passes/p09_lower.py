@@ -200,9 +200,9 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     pairs = {o.block.players[0].name: metrics.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
         left = tuple(player for player in stage.players if not pairs.get(player.name))
-        parts = [pair[1] for pair in pairs.values() if pair]
+        parts, faded = [pair[1] for pair in pairs.values() if pair and pair[1] is not None], not b.plan.decay
         drift = f"fall_{t}" if b.factored else f"s_{t}"
-        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts)
+        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts, faded=faded)
     grams = {}
     for o in found:
         pair = pairs[o.block.players[0].name]

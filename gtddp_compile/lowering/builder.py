@@ -178,7 +178,7 @@ class Builder:
             usable = (
                 self.plan.segments is None
                 and alone
-                and (self.plan.metric in METRICS or self.block_kind(player) == "uniform")
+                and (self.plan.metric in METRICS or self.block_kind(player) in ("uniform", "channels"))
                 and not self.factored
                 and self.plan.form.name in LEVENBERG
             )

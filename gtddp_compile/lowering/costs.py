@@ -31,6 +31,11 @@ LARGEST = 2**24
 SPARED = 0.1
 """The same where a sketch can take its place, in the joint step: steps to a target do not tell them apart."""
 
+WORTH = 96.0
+"""Multiplications of an exact ``Γ`` for every output of a convolution up to which its per-sample gradients are kept in
+the joint step: a sketch, ``⟨γ_i, v⟩`` and the weighted gradient are convolutions of their own (measured:
+benchmarks/tried.py)."""
+
 UNFOLDED = 4.0
 """What a multiplication of unfolded patches, sample by sample, costs against one of torch's own convolutions (measured:
 benchmarks/tried.py)."""
@@ -169,7 +174,8 @@ class _Layer:
     def choice(self, gram: str, columns: int, *, diagonal: bool, weight: bool, sketches: bool = False) -> GramChoice:
         """The form of the Gram matrix that the option ``gram`` asks for; ``sketches``: of ``"auto"`` too."""
         exact = self._exact(diagonal=diagonal, separated=False, weight=weight)
-        if gram == "exact":
+        keeps = sketches and self.prefix == "conv" and self.output[0] * self.patch <= WORTH * self.positions
+        if gram == "exact" or (gram == "auto" and exact.kept and keeps):
             return exact
         separated = self._exact(diagonal=False, separated=diagonal, weight=weight)
         if gram == "auto":

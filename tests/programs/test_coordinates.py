@@ -110,10 +110,9 @@ def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) ->
     basis = torch.eye(weight[0].numel(), dtype=x.dtype).reshape(-1, *weight.shape[1:])
     patches = convolve(x, basis, **options).flatten(2).transpose(0, 1).flatten(1)  # every weight's input
     patches = torch.cat([patches, torch.ones_like(patches[:1])]) if bias else patches
-    operands, g = (x,), torch.zeros_like(convolve(x, weight, **options))
+    operands = (x,)
     params, wants = (weight, draw(2)) if bias else (weight,), (True, bias)
-    rows, _ = kernels.conv_rows(operands, g, params, wants, groups=1, **options)
-    found = kernels.conv_moment(operands, rows, params, wants, groups=1, **options)
+    found = kernels.conv_moment(operands, params, wants, groups=1, **options)
     torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
 
 
@@ -129,8 +128,10 @@ def test_fast_equals_dense(network: Any, form: str, coupling: Any, kind: str) ->
     if kind == "ekfac":  # batches of five leave null spaces: directions in them are any basis's
         options["refresh"] = 1
     opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, coupling=coupling, **options)
-    kept = "dual_coordinates(" if kind == "kfac" and form == "rows" else f"'{form}')"
-    assert kept in opt.program.code and "coordinates_step" in opt.program.code
+    dual = kind == "kfac" and form == "rows"
+    made = "kronecker_coordinates(" if form == "rows" else "sample_coordinates("
+    kept, step = ("dual_coordinates(", "descend_dual") if dual else (made, "coordinates_step")
+    assert kept in opt.program.code and step in opt.program.code
     assert_equal(case, coupling=coupling, steps=3, size=5, **options)
 
 
@@ -138,7 +139,8 @@ def test_fast_equals_dense(network: Any, form: str, coupling: Any, kind: str) ->
 def test_with_decay_the_gradient_is_mapped(network: Any) -> None:
     case, options = network(), {"curvature": "kfac", "lr": 0.2, "damping": 1e-2, "weight_decay": 0.05}
     opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, **options)
-    assert "coordinates_gram" in opt.program.code and "coordinates_step" not in opt.program.code
+    gram = "dual_gram" if network is wide else "coordinates_gram"
+    assert gram in opt.program.code and "coordinates_step" not in opt.program.code and "dual(" not in opt.program.code
     assert_equal(case, steps=3, size=5, **options)
 
 

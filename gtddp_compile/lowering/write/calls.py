@@ -70,7 +70,7 @@ def player_function(b: Builder, use: Use) -> StageFunction:
     )
 
 
-def _kept(b: Builder, t: int, player: Player) -> str:
+def kept(b: Builder, t: int, player: Player) -> str:
     """``γ`` of a player whose per-sample gradients are kept, built the first time; returns the variable."""
     (use,) = b.uses(player.name)
     name = kept_rows(b, use)
@@ -91,7 +91,7 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
     found = []
     if b.keeps(player.name):
         name = f"{prefix}_{b.identity(player)}"
-        b.emit(phase, t, name, "rows_weighted", Var(_kept(b, t, player)), Var(weights), note=note)
+        b.emit(phase, t, name, "rows_weighted", Var(kept(b, t, player)), Var(weights), note=note)
         return name
     for use in b.uses(player.name):
         name, g = f"{prefix}_{b.name(use.key)}", Var(b.g_output(use.op))
@@ -114,11 +114,11 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
 def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
     """``Γ`` of one player (over all columns, the gradient's included, where there are several).
 
-    ``given``: what the kernel takes in place of the use's operands: inputs in the metric's own coordinates.
+    ``given``: what the kernel takes in place of the use's operands, or of ``γ``: in the metric's own coordinates.
     """
     uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     if b.keeps(player.name):
-        b.emit("backward", t, result, "joint_gram", Var(_kept(b, t, player)), Var(metric), Var(b.rows),
+        b.emit("backward", t, result, "joint_gram", given or Var(kept(b, t, player)), Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T")  # fmt: skip
         return result
     if len(uses) == 1 and uses[0].names == player.parameters:
@@ -206,18 +206,22 @@ def parts_of(direction: str, player: Player, use: Use) -> tuple[Apply, ...]:
 
 def directional(
     b: Builder, phase: Phase, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
-    only: frozenset[str] | None = None, added: Sequence[str] = (),
+    only: frozenset[str] | None = None, added: Sequence[Apply] = (), faded: bool = False,
 ) -> None:  # fmt: skip
-    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``."""
-    parts = list(added)
+    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``.
+
+    ``faded``: times ``-μ`` of every player.
+    """
+    terms = list(added)
     for player in players:
+        parts: list[str] = []
         for use in b.uses(player.name):
             if only is not None and use.op not in only:
                 continue
             change = parts_of(directions[player.name], player, use)
             name = f"{result}_{b.name(use.key)}"
             if b.keeps(player.name):
-                b.emit(phase, t, name, "rows_directional", Var(_kept(b, t, player)), change)
+                b.emit(phase, t, name, "rows_directional", Var(kept(b, t, player)), change)
                 parts.append(name)
                 continue
             kernel = b.kernel(use, "directional")
@@ -225,7 +229,13 @@ def directional(
             b.emit(phase, t, name, *call, operands(b, use),
                    Var(b.g_output(use.op)), params(b, use), use.wants, change, **b.options(use))  # fmt: skip
             parts.append(name)
-    b.emit(phase, t, result, "=", total([Apply("wide", (Var(part),)) for part in parts]), note=note)
+        terms += [faded_by(b, player, part) if faded else Apply("wide", (Var(part),)) for part in parts]
+    b.emit(phase, t, result, "=", total(terms), note=note)
+
+
+def faded_by(b: Builder, player: Player, part: str) -> Apply:
+    """``-μ ⟨γ_i, v⟩`` of a player."""
+    return Apply("*", (Apply("neg", (Var(f"mu_{b.identity(player)}"),)), Apply("wide", (Var(part),))))
 
 
 def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, given: Var | None = None) -> None:
