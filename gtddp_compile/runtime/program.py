@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rich.console import Console
 from rich.table import Table
 from sympy import latex
 
@@ -29,9 +28,10 @@ from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
 from gtddp_compile.passes.p11_emit import Emitted
-from gtddp_compile.wording import few
+from gtddp_compile.wording import few, rendered
 
 Format = Literal["text", "latex", "sympy"]
+VERSION = metadata.version("gtddp-compile")
 
 
 class Difference(Protocol):
@@ -62,6 +62,20 @@ class UpdateProgram:
     setting: Setting | None = None
 
     @property
+    def compiled_for(self) -> Setting:
+        """Base method, options by parameter and loss, for what writes the program down.
+
+        Raises:
+            CompileError: it belongs to no optimizer.
+        """
+        if self.setting is None:
+            raise CompileError(
+                "the program has no base method with its options: it was built outside an optimizer",
+                "Export opt.program of a compiled optimizer",
+            )
+        return self.setting
+
+    @property
     def code(self) -> str:
         """The generated Python source."""
         return self.emitted.code
@@ -86,10 +100,12 @@ class UpdateProgram:
     def load(cls, path: str | Path) -> UpdateProgram:
         """A program from the ``.json`` that :meth:`export` wrote; nothing that is read is executed.
 
-        Use it by ``compile_optimizer(model, program=program)``.
+        It is compiled again from the stored network and options. Use it by ``compile_optimizer(model,
+        program=program)``.
 
         Raises:
-            CompileError: the file is no program, was changed, cut off or written by a newer version.
+            CompileError: the file is no program, was changed, cut off or written by a newer version, or these versions
+                of gtddp_compile and torch make another program of it.
             OSError: the file cannot be read.
         """
         found: UpdateProgram = tool("export").read(Path(path))
@@ -180,13 +196,13 @@ class UpdateProgram:
     @cached_property
     def _form_lines(self) -> list[str]:
         head = f"  collapsed, V_x = G alpha, V_xx = G P G^T ({self.form.name} form):"
-        return [head, *(_line(equation) for equation in _said(self.form))]
+        return [head, *(_line(equation) for equation in self.form.said)]
 
     def _latex(self, stage: DerivedStage) -> str:
         rows = [_latex_row(equation) for equation in stage.derivation.equations()]
         if self.form.name == "joint":
             rows += [_latex_row(equation) for equation in stage.derivation.rolled.values()]
-        rows += [_latex_row(equation) for equation in _said(self.form)]
+        rows += [_latex_row(equation) for equation in self.form.said]
         body = " \\\\\n".join(rows)
         return f"% stage {stage.index}\n\\begin{{align}}\n{body}\n\\end{{align}}"
 
@@ -208,7 +224,7 @@ class UpdateProgram:
                 str(player.stage), player.name, player.kind, rules, str(self._size(player)), str(layer.gram),
                 "; ".join(filter(None, self._remarks(layer))),
             )  # fmt: skip
-        return rendered(table)
+        return rendered(table) + "\n"
 
     def _products(self) -> str:
         """Both rollouts beside each other."""
@@ -272,13 +288,6 @@ class StageNotes(Mapping[int, str]):
         return len(self._program.derived.stages)
 
 
-def rendered(table: Table, width: int = 110) -> str:
-    """A rich table as plain text."""
-    stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(table)
-    return stream.getvalue()
-
-
 @lru_cache(maxsize=256)
 def _equation_lines(derivation: StageDerivation) -> tuple[str, ...]:
     """Printed once a pattern, which deep networks share among all their stages."""
@@ -288,12 +297,6 @@ def _equation_lines(derivation: StageDerivation) -> tuple[str, ...]:
 def _line(equation: Equation) -> str:
     source = f"({equation.source})" if equation.source else ""
     return f"    {equation_text(equation):<76} {source}".rstrip()
-
-
-def _said(form: CollapsedForm) -> list[Equation]:
-    """The collapsed equations, those that say nothing left out (``y = y'`` without weight decay)."""
-    found = [*form.backward.values(), *form.forward.values()]
-    return [equation for equation in found if str(equation.expression) != f"{equation.symbol}'"]
 
 
 def _latex_row(equation: Equation) -> str:
