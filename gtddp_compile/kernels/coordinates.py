@@ -8,13 +8,14 @@ With one position a sample nothing has to be mapped back: form ``"dual"`` is ``(
 xᵀ) ∘ (g B⁻¹ gᵀ)`` and ``M⁻¹ C w / η = (w ∘ g B⁻¹)ᵀ (x A⁻¹)``; groups lead, ``(G, B, n)``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import _separate
+from gtddp_compile.kernels.bundle import Layer
 from gtddp_compile.kernels.linear import linear_gram, linear_inputs
 
 Coordinates = tuple[Tensor, ...]
@@ -36,15 +37,13 @@ def few_rows(rows: int, inputs: int, outputs: int) -> bool:
     return rows * (inputs**2 + outputs**2) < inputs * outputs * (inputs + outputs)
 
 
-def made_rows(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Rows that are there already, as a layer's; an option ``moment`` makes ``Σ x xᵀ`` of the other operands."""
-    return operands[0], g
+def groups_gram(kernel: Callable[[Layer, Any], Tensor], x: Tensor, g: Tensor, scale: Tensor | float) -> Tensor:
+    """What a linear layer's ``kernel`` makes of rows under a scale ``(G, m, n)``, summed over groups."""
+    found = [
+        kernel(Layer((x[:, k],), g[:, k], (), (True, False)), (scale[k] if isinstance(scale, Tensor) else scale,))
+        for k in range(x.shape[1])
+    ]
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
 
 def kronecker_coordinates(x: Tensor, g: Tensor, maps: tuple[Tensor, Tensor | None], form: str) -> Coordinates:
@@ -161,12 +160,7 @@ def _coordinates_gram(coordinates: Coordinates, scale: Tensor | float) -> Tensor
             return linear_inputs(gamma.flatten(1)) * scale
         whole: Tensor = (gamma * scale).flatten(1) @ gamma.flatten(1).mT
         return whole
-    x, g = coordinates
-    found = [
-        linear_gram((x[:, k],), g[:, k], (), (True, False), (scale[k] if isinstance(scale, Tensor) else scale,))
-        for k in range(x.shape[1])
-    ]
-    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+    return groups_gram(linear_gram, *coordinates, scale)
 
 
 def coordinates_moment(coordinates: Coordinates, weights: Tensor, start: float) -> Tensor:

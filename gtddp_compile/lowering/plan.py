@@ -55,6 +55,11 @@ class MetricBlock:
     positions: float = 1.0
     blocks: int = 1
 
+    @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """Parameters of every player."""
+        return tuple(player.parameters for player in self.players)
+
 
 @dataclass(frozen=True)
 class GramChoice:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile import kernels
-from support.samples import Params, draw
+from support.samples import Params, draw, layer
 
 
 @pytest.mark.parametrize("error", [ValueError, AssertionError, TypeError, AttributeError])
@@ -20,9 +20,9 @@ def test_a_trial_takes_refusals_of_a_size_and_passes_defects_on(error: type[Exce
     x, w = draw(4, 3), draw(3)
     if error in (TypeError, AttributeError):
         with pytest.raises(error):
-            kernels.generic_probe((x,), draw(4, 3), (w,), (True,), function=function)
+            kernels.generic_probe(layer("generic", (x,), draw(4, 3), (w,), (True,), function=function))
     else:
-        assert kernels.generic_probe((x,), draw(4, 3), (w,), (True,), function=function)["mixes"]
+        assert kernels.generic_probe(layer("generic", (x,), draw(4, 3), (w,), (True,), function=function))["mixes"]
 
 
 @pytest.mark.filterwarnings("always")
@@ -30,5 +30,6 @@ def test_a_trial_of_what_vmap_has_no_rule_for_is_quiet(recwarn: pytest.WarningsR
     def function(params: Params, x: Tensor) -> Tensor:
         return F.bilinear(x, x, params[0])  # type: ignore[arg-type]
 
-    found = kernels.generic_probe((draw(4, 3),), draw(4, 2), (draw(2, 3, 3),), (True,), function=function)
+    own = layer("generic", (draw(4, 3),), draw(4, 2), (draw(2, 3, 3),), (True,), function=function)
+    found = kernels.generic_probe(own)
     assert found == {"mixes": False, "vectorised": False, "forward_mode": True} and not recwarn

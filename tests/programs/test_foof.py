@@ -124,15 +124,14 @@ def sketched(seed: int, columns: int, **options: Any) -> tuple[Tensor, Tensor]:
     g = torch.randn(6, 3, 4, 4, generator=generator).double()
     filters = kernels.channel_filters(maps, shape, columns, seed)
     direction = (torch.ones_like(weight), torch.arange(3).double())
-    arguments = ((x,), g, (weight, torch.zeros(3).double()), (True, True))
-    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
-    (gram,), change = kernels.conv_sketched(*arguments, filters, (0.7, 0.3), direction, (slice(0, 6),), **geometry)
+    geometry = kernels.Geometry((1, 1), (1, 1), (1, 1))
+    layer = kernels.Layer((x,), g, (weight, torch.zeros(3).double()), (True, True), geometry)
+    (gram,), change = kernels.conv_sketched(layer, filters, (0.7, 0.3), direction, (slice(0, 6),))
     if not options.get("exact"):
         assert change is not None
-        torch.testing.assert_close(change, kernels.conv_directional(*arguments, direction, **geometry))
+        torch.testing.assert_close(change, kernels.conv_directional(layer, direction))
         return gram, change
-    white = kernels.conv_whitened((x,), g, (weight, None), maps)
-    return kernels.conv_gram(white, *arguments[1:], (0.7, 0.3), **geometry), gram
+    return kernels.conv_gram(kernels.conv_whitened(layer, maps), (0.7, 0.3)), gram
 
 
 def test_the_sketch_is_unbiased_and_its_change_exact() -> None:

@@ -22,6 +22,7 @@ class ConvRule:
 
     name = "conv"
     prefix = "conv"
+    how = "Geometry"
     prepare = False
     rows = True
     subtracts = False

@@ -18,6 +18,7 @@ class GenericRule:
 
     name = "generic"
     prefix = "generic"
+    how = "Operation"
     prepare = False
     rows = False
     subtracts = False

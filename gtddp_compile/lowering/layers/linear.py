@@ -14,6 +14,7 @@ class LinearRule:
 
     name = "linear"
     prefix = "linear"
+    how = ""
     prepare = False
     rows = True
     subtracts = True

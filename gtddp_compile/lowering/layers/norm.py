@@ -29,6 +29,7 @@ class NormRule:
 
     name = "norm"
     prefix = "norm"
+    how = "Norm"
     prepare = True
     rows = False
     subtracts = False

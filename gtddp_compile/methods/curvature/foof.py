@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.channels import channel_factor, channel_filters
-from gtddp_compile.kernels.kronecker import Layer, input_factor
+from gtddp_compile.kernels.kronecker import Rows, input_factor
 from gtddp_compile.methods.curvature.base import NONE, Group, Memory, State
 from gtddp_compile.methods.curvature.checks import Scalar, scalar
 from gtddp_compile.methods.curvature.kfac import inverse, inverse_root
@@ -117,7 +117,7 @@ class FOOF(Kronecker):
         """``A`` alone."""
         return ("factor_x",)
 
-    def factors(self, layers: Sequence[Layer], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
+    def factors(self, layers: Sequence[Rows], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
         """The running ``A``."""
         return {"factor_x": input_factor(layers, None if old is None else old["factor_x"], keep)}
 
@@ -133,7 +133,7 @@ class FOOF(Kronecker):
             found = {"map_x": map_x, "inverse_x": map_x @ map_x.mT} if kind == "channels" else {"map_x": map_x}
         return {**found, "fallbacks": state.get("fallbacks", 0) + failed}
 
-    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
+    def moments(self, layers: Sequence[Rows], start: float, state: State, group: Group) -> dict[str, Any]:
         """None."""
         return {}
 

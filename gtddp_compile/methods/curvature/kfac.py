@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.kronecker import Layer
+from gtddp_compile.kernels.kronecker import Rows
 from gtddp_compile.methods.curvature.base import Group, State
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
 
@@ -65,7 +65,7 @@ class KFAC(Kronecker):
         failed = state.get("fallbacks", 0) + failed_x + failed_g
         return {f"{word}_x": of_x, f"{word}_g": of_g, "fallbacks": failed}
 
-    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
+    def moments(self, layers: Sequence[Rows], start: float, state: State, group: Group) -> dict[str, Any]:
         """None."""
         return {}
 

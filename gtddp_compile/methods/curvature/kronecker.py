@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.kronecker import (
-    Layer,
     Maps,
     Metric,
+    Rows,
     kronecker_factor_shapes,
     kronecker_factors,
     kronecker_widths,
@@ -184,7 +184,7 @@ class Kronecker(ABC):
     def observe_block(
         self,
         kind: BlockKind,
-        layers: Sequence[Layer],
+        layers: Sequence[Rows],
         start: float,
         states: Sequence[State],
         group: Group,
@@ -195,7 +195,7 @@ class Kronecker(ABC):
 
         Args:
             kind: what the block is.
-            layers: one a player (:func:`gtddp_compile.kernels.kronecker_layer`), one for all of a ``"shared"`` block;
+            layers: one a player (:class:`gtddp_compile.kernels.Rows`), one for all of a ``"shared"`` block;
                 their output gradients are ``V_h = α_{t+1} g_h``.
             start: ``α_T``.
             states: of every parameter, the block's first one first.
@@ -237,7 +237,7 @@ class Kronecker(ABC):
         lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
         return early or age % group["refresh"] == 0
 
-    def _own(self, layers: Sequence[Layer], start: float, lead: State, group: Group, *, due: bool) -> dict[str, Tensor]:
+    def _own(self, layers: Sequence[Rows], start: float, lead: State, group: Group, *, due: bool) -> dict[str, Tensor]:
         """What every player's curvature would be alone, side by side in coordinates of its own."""
         widths = kronecker_widths(layers)
         found: list[dict[str, Any]] = []
@@ -287,7 +287,7 @@ class Kronecker(ABC):
         """Keys of the factors in a state."""
         return ("factor_x", "factor_g")
 
-    def factors(self, layers: Sequence[Layer], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
+    def factors(self, layers: Sequence[Rows], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
         """Running averages of the factors, of which ``keep`` is from the old ones."""
         before = None if old is None else (old["factor_x"], old["factor_g"])
         return dict(zip(self.factor_keys(), kronecker_factors(layers, start, before, keep), strict=True))
@@ -299,7 +299,7 @@ class Kronecker(ABC):
         """
 
     @abstractmethod
-    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
+    def moments(self, layers: Sequence[Rows], start: float, state: State, group: Group) -> dict[str, Any]:
         """Further statistics of the batch, taken every step."""
 
     def observe_coordinates(self, moment: Tensor, state: State, group: Group) -> dict[str, Any]:
