@@ -78,7 +78,7 @@ def _separately(
     if not layer.wants[0]:
         return exact(layer, metric)
     inverse, own = metric[0], layer._replace(wants=(True, False))
-    if not is_spherical(inverse):
+    if isinstance(inverse, tuple) or not is_spherical(inverse):
         how, weight = layer.how, layer.params[0]
         channels = -1  # of a convolution behind a sample's images, where it has several
         if how is not None and weight is not None:

@@ -52,20 +52,21 @@ def kronecker_coordinates(x: Tensor, g: Tensor, maps: tuple[Tensor, Tensor | Non
     x, g = x.to(map_x.dtype), g.to(map_x.dtype)
     if form == "rows":
         return _coordinates_map(x, map_x), g if map_g is None else _coordinates_map(g, map_g)
-    return _mapped(g.mT @ x, maps)
+    return (_mapped(g.mT @ x, maps),)
 
 
 def sample_coordinates(gradients: tuple[Tensor, ...], maps: tuple[Tensor, Tensor | None]) -> Coordinates:
     """The coordinates of form ``"samples"`` from ``γ`` itself, of the weight and, where it is trained, of the bias."""
     parts = [part.reshape(part.shape[0], maps[0].shape[0], -1, part[0, 0].numel()) for part in gradients]
     gamma = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
-    return _mapped(gamma.to(maps[0].dtype), maps)
+    return (_mapped(gamma.to(maps[0].dtype), maps),)
 
 
-def _mapped(gamma: Tensor, maps: tuple[Tensor, Tensor | None]) -> Coordinates:
+def _mapped(gamma: Tensor, maps: tuple[Tensor, Tensor | None]) -> Tensor:
+    """``Yᵀ γ X`` of every sample (``None``: ``Y = I``)."""
     map_x, map_g = maps
     gamma = _coordinates_map(gamma, map_x)
-    return (gamma if map_g is None else map_g.mT @ gamma,)
+    return gamma if map_g is None else map_g.mT @ gamma
 
 
 def dual_coordinates(x: Tensor, g: Tensor, inverses: tuple[Tensor, Tensor | None]) -> Coordinates:
@@ -144,7 +145,7 @@ def coordinates_gram(
     _, scale, _, (rate,) = metric
     if separable and isinstance(scale, Tensor):
         pairs = [_separate(part) for part in scale]
-        by_g, by_x = (torch.stack([pair[side] for pair in pairs]).unsqueeze(1) for side in (0, 1))  # type: ignore[misc]
+        by_g, by_x = (torch.stack([pair[side] for pair in pairs]).unsqueeze(1) for side in (0, 1))
         if len(coordinates) == 2:
             coordinates = (coordinates[0] * by_x, coordinates[1] * by_g)
         else:
@@ -160,7 +161,8 @@ def _coordinates_gram(coordinates: Coordinates, scale: Tensor | float) -> Tensor
             return linear_inputs(gamma.flatten(1)) * scale
         whole: Tensor = (gamma * scale).flatten(1) @ gamma.flatten(1).mT
         return whole
-    return groups_gram(linear_gram, *coordinates, scale)
+    x, g = coordinates
+    return groups_gram(linear_gram, x, g, scale)
 
 
 def coordinates_moment(coordinates: Coordinates, weights: Tensor, start: float) -> Tensor:

@@ -25,6 +25,7 @@ from gtddp_compile.kernels.approximate import _separate
 from gtddp_compile.kernels.bundle import Layer, part_of, wide
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
+    _mapped,
     coordinates_form,
     coordinates_moment,
     groups_gram,
@@ -78,19 +79,16 @@ def _kronecker_rows(rows: Rows, part: slice) -> tuple[Tensor, Tensor]:
     return wide(x), wide(g)
 
 
-def _kronecker_slices(layers: Sequence[Rows], span: slice, wider: int = 1) -> Iterator[slice]:
-    """Pieces of a span of samples whose rows (times ``wider``) stay within the bound."""
+def _kronecker_slices(layers: Sequence[Rows], span: slice | None = None) -> Iterator[slice]:
+    """Pieces of a span of samples (``None``: of all) whose rows stay within the bound."""
+    span = slice(0, len(layers[0].layer.g)) if span is None else span
     if span.stop <= span.start:
         return
     first = slice(span.start, span.start + 1)
     size = sum(x.numel() + g.numel() for x, g in (_kronecker_rows(layer, first) for layer in layers))
-    step = max(1, CHUNK // max(1, size * wider))
+    step = max(1, CHUNK // max(1, size))
     for start in range(span.start, span.stop, step):
         yield slice(start, min(start + step, span.stop))
-
-
-def _kronecker_all(layers: Sequence[Rows]) -> slice:
-    return slice(0, len(layers[0].layer.g))
 
 
 def kronecker_widths(layers: Sequence[Rows]) -> tuple[tuple[int, int], ...]:
@@ -114,54 +112,33 @@ def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
 
 
 def kronecker_factors(
-    layers: Sequence[Rows], start: float, old: tuple[Tensor, Tensor] | None = None, keep: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    layers: Sequence[Rows], start: float, old: tuple[Tensor | None, ...] = (None, None), keep: float = 0.0
+) -> tuple[Tensor, ...]:
     """``A = E[x xᵀ]`` ``(G, N, N)`` and ``B = E[V_h V_hᵀ]`` ``(G, M, M)`` of the layers' rows side by side (Eq. 50).
 
     The layers' ``g`` is ``V_h = α_i g_i``; with ``α_T = start`` the expectation over samples is ``Σ_i V_h V_hᵀ / α_T``:
     with feedback off the mean of ``g gᵀ`` for a mean loss, its sum for a sum. Positions as in KFC: inputs are summed
-    over them, gradients averaged. With ``old`` factors the running average ``keep · old + (1 - keep) · new``, made as
-    the product is.
+    over them, gradients averaged.
+
+    Args:
+        layers, start: see above.
+        old: factors of which the running average ``keep · old + (1 - keep) · new`` is made, as the product is, or
+            ``None``; one: ``A`` alone is made.
+        keep: the share of the old ones.
     """
-    total_x, total_g = old if old is not None else (None, None)
-    beta, new = (keep, 1.0 - keep) if old is not None else (1.0, 1.0)
-    made = _moment_made(layers)
-    if made is not None:
-        made = made.mul_(new / len(layers[0].layer.g))
-        total_x = made if total_x is None else made.add_(total_x, alpha=keep)
-    for part in _kronecker_slices(layers, _kronecker_all(layers)):
+    totals, sides, samples = list(old), range(len(old)), len(layers[0].layer.g)
+    beta, new = (1.0, 1.0) if old[0] is None else (keep, 1.0 - keep)
+    if layers[0].moment is not None:
+        kernel, layer = layers[0].moment
+        made, sides = kernel(layer).mul_(new / samples), sides[1:]
+        totals[0] = made if old[0] is None else made.add_(old[0], alpha=keep)
+    for part in _kronecker_slices(layers) if sides else ():
         found = [_kronecker_rows(layer, part) for layer in layers]
-        g = _side_by_side([g for _, g in found])
-        if made is None:
-            x = _side_by_side([x for x, _ in found])
-            total_x = _gram_added(total_x, x, beta, new / len(layers[0].layer.g))
-        total_g = _gram_added(total_g, g, beta, new / (start * found[0][1].shape[2]))
+        shares = (new / samples, new / (start * found[0][1].shape[2]))
+        for side in sides:
+            totals[side] = _gram_added(totals[side], _side_by_side([r[side] for r in found]), beta, shares[side])
         beta = 1.0
-    assert total_x is not None and total_g is not None
-    return total_x, total_g
-
-
-def input_factor(layers: Sequence[Rows], old: Tensor | None = None, keep: float = 0.0) -> Tensor:
-    """``A`` of :func:`kronecker_factors` alone."""
-    share = (1.0 - keep if old is not None else 1.0) / len(layers[0].layer.g)
-    made = _moment_made(layers)
-    if made is not None:
-        made = made.mul_(share)
-        return made if old is None else made.add_(old, alpha=keep)
-    total, beta = old, keep if old is not None else 1.0
-    for part in _kronecker_slices(layers, _kronecker_all(layers)):
-        x = _side_by_side([_kronecker_rows(layer, part)[0] for layer in layers])
-        total, beta = _gram_added(total, x, beta, share), 1.0
-    assert total is not None
-    return total
-
-
-def _moment_made(layers: Sequence[Rows]) -> Tensor | None:
-    """``Σ x xᵀ`` ``(G, n, n)`` where a layer has a kernel for it."""
-    if layers[0].moment is None:
-        return None
-    kernel, layer = layers[0].moment
-    return kernel(layer)
+    return tuple(total for total in totals if total is not None)
 
 
 def _gram_added(total: Tensor | None, rows: Tensor, beta: float, alpha: float) -> Tensor:
@@ -178,7 +155,7 @@ def kronecker_moment(layers: Sequence[Rows], start: float, maps: Maps) -> Tensor
     groups, wide_x, wide_g = map_x.shape[0], map_x.shape[-1], map_g.shape[-1]
     total = maps[0][0].new_zeros(groups, wide_g, wide_x)
     step, ones = max(1, CHUNK // (groups * wide_x * wide_g)), total.new_ones(len(layers[0].layer.g))
-    for outer in _kronecker_slices(layers, _kronecker_all(layers)):
+    for outer in _kronecker_slices(layers):
         for begin in range(outer.start, outer.stop, step):
             part = slice(begin, min(begin + step, outer.stop))
             total = total + coordinates_moment(_joint_coordinates(layers, maps, part), ones[part], start)
@@ -230,15 +207,9 @@ def _kronecker_gamma(layers: Sequence[Rows], metric: Metric, part: slice) -> Ten
         here = positions * inputs * outputs + outputs * (inputs * wide_x + (0 if map_g is None else wide_g * wide_x))
         if positions == 1 or here + samples * wide_x * wide_g >= mapped + min(pairs, made):
             return None
-        gamma = _to_coordinates(g.mT @ x, map_x, map_g) * (1.0 if cross is not None else rate**0.5)
+        gamma = _mapped(g.mT @ x, (map_x, map_g)) * (1.0 if cross is not None else rate**0.5)
         total = gamma if total is None else total + gamma
     return total
-
-
-def _to_coordinates(matrix: Tensor, map_x: Tensor, map_g: Tensor | None) -> Tensor:
-    """``Yᵀ matrix X`` (``map_g`` ``None``: ``Y = I``)."""
-    mapped = matrix @ map_x
-    return mapped if map_g is None else map_g.mT @ mapped
 
 
 def _kronecker_scale(metric: Metric) -> Tensor | float:
@@ -268,7 +239,7 @@ def _kronecker_separated(metric: Metric, scale: Tensor) -> Metric:
     """The maps with a diagonal that is separated into them (``kernels/approximate.py``)."""
     maps, _, cross, rates = metric
     pairs = [_separate(part) for part in scale]
-    by_x, by_g = torch.stack([c for _, c in pairs]), torch.stack([r for r, _ in pairs])  # type: ignore[misc]
+    by_x, by_g = torch.stack([c for _, c in pairs]), torch.stack([r for r, _ in pairs])
     scaled = tuple(
         (map_x * by_x.unsqueeze(1), None if map_g is None else map_g * by_g.unsqueeze(1)) for map_x, map_g in maps
     )
@@ -304,7 +275,7 @@ def _kronecker_gram_of(layers: Sequence[Rows], metric: Metric, scale: Tensor | f
 def kronecker_gram_diagonal(layers: Sequence[Rows], metric: Metric) -> Tensor:
     """The diagonal of ``Γ``, ``(B,)``."""
     scale, found = _kronecker_scale(metric), []
-    for part in _kronecker_slices(layers, _kronecker_all(layers)):
+    for part in _kronecker_slices(layers):
         x, g = _kronecker_stacked(layers, metric, part)
         found.append(groups_gram(linear_gram_diagonal, x, g, scale))
     return torch.cat(found)
@@ -324,7 +295,7 @@ def kronecker_precondition(gradients: Sequence[Tensor], metric: Metric) -> tuple
     """
     maps, scale, cross, rates = metric
     inner = [
-        _to_coordinates(wide(gradient), map_x, map_g) * rate**0.5
+        _mapped(wide(gradient)[None], (map_x, map_g))[0] * rate**0.5
         for gradient, (map_x, map_g), rate in zip(gradients, maps, rates, strict=True)
     ]
     total = sum(inner[1:], inner[0])

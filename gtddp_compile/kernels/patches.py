@@ -86,7 +86,7 @@ def _conv_gradients(x: Tensor, g: Tensor, kernel: tuple[int, ...], how: Geometry
         count = samples * groups
         weight = x.new_empty(1).expand(count * outputs, channels, *kernel)
         own, part = (value.reshape(1, -1, *value.shape[3:]) for value in (g, x))
-        gradients = _conv_weight_gradient(part, own, weight, how._replace(padding=[0] * len(kernel), groups=count))
+        gradients = _conv_weight_gradient(part, own, weight, how._replace(padding=(0,) * len(kernel), groups=count))
         return gradients.reshape(samples, groups, outputs, -1)
     step = max(1, CHUNK // (groups * channels * math.prod(kernel) * positions))
     pairs = ((g[rows].flatten(3), x[rows].flatten(1, 2)) for rows in pieces(samples, step))

@@ -131,17 +131,17 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
 
     ``given``: the layer, or ``γ``, in the metric's own coordinates.
     """
-    result, call, note = f"gamma_{t}_{b.identity(player)}", ("backward", t), "gamma M^-1 gamma^T"
+    result, note = f"gamma_{t}_{b.identity(player)}", "gamma M^-1 gamma^T"
     chosen, use = b.layer(player).gram, b.layer(player).single
     if chosen.kept or use is None:
         gamma = given or Var(kept(b, t, player) if chosen.kept else per_sample(b, t, player))
-        b.emit(*call, result, "joint_gram", gamma, Var(metric), Var(b.rows), note=note)
+        b.emit("backward", t, result, "joint_gram", gamma, Var(metric), Var(b.rows), note=note)
         return result
     choice = chosen.approximate
     more: dict[str, Any] = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
     functions = [Function(b.kernel(use, "gram" if choice == "exact" else f"{choice}_gram"))]
     functions += [Function(b.kernel(use, "per_sample"))] if b.factored else []
-    b.emit(*call, result, "factor_gram" if b.factored else "gram_blocks", *functions, given or layer(b, use),
+    b.emit("backward", t, result, "factor_gram" if b.factored else "gram_blocks", *functions, given or layer(b, use),
            Var(metric), Var(b.rows), note=note, **more)  # fmt: skip
     return result
 

@@ -289,8 +289,9 @@ class Kronecker(ABC):
 
     def factors(self, layers: Sequence[Rows], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
         """Running averages of the factors, of which ``keep`` is from the old ones."""
-        before = None if old is None else (old["factor_x"], old["factor_g"])
-        return dict(zip(self.factor_keys(), kronecker_factors(layers, start, before, keep), strict=True))
+        keys = self.factor_keys()
+        before = tuple(None if old is None else old[key] for key in keys)
+        return dict(zip(keys, kronecker_factors(layers, start, before, keep), strict=True))
 
     @abstractmethod
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
