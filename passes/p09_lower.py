@@ -194,7 +194,7 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
     if chain := written_out(b, t):
         pull(b, stage, chain, gradients[0].name)
     else:
-        b.emit("backward", t, writes, "pull_back_factors" if b.factored else "pull_back", outputs, inputs, gradients,
+        b.emit("backward", t, writes, "pull_back", outputs, inputs, gradients,
                note="Q_x = f_x^T V_x; g of the players", **options)  # fmt: skip
     for name in stage.pulled:
         later = [reader for reader in graph.segments(name) if reader > t]

@@ -14,21 +14,23 @@ bfloat16. Biases, being small, are exact.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import Geometry, Layer, is_spherical
+from gtddp_compile.kernels.bundle import Geometry, Layer, is_spherical, wide
 from gtddp_compile.kernels.conv import conv_gram
 from gtddp_compile.kernels.linear import linear_gram
 from gtddp_compile.kernels.patches import (
     CONVOLUTIONS,
+    _conv_bias,
     _conv_images,
     _conv_margins,
     _conv_padded,
     _conv_products,
+    _conv_samples,
     _conv_weight,
 )
 
@@ -112,19 +114,44 @@ def linear_sketch_gram(layer: Layer, metric: tuple[Any, ...], *, columns: int, s
 
 
 def conv_sketch_gram(layer: Layer, metric: tuple[Any, ...], *, columns: int, seed: int) -> Tensor:
-    """``γ M⁻¹ γᵀ`` with the weight's metric separated and patches projected to ``columns``, ``(B, B)``.
-
-    The projection of the patches is a convolution with random filters: nothing is unfolded.
-    """
+    """``γ M⁻¹ γᵀ`` with the weight's metric separated and patches projected to ``columns``, ``(B, B)``."""
 
     def of_weight(own: Layer, rest: Tensor | float) -> Tensor:
-        (x, g), (weight, _), groups = _conv_images(own), _conv_weight(own), own.how.groups
-        filters = _signs(groups * columns, weight[0].numel(), x, seed) * (weight[0].numel() / columns) ** 0.5
-        seen = CONVOLUTIONS[x.dim()](x, filters.reshape(-1, *weight.shape[1:]), None, *own.how)
-        gamma = _conv_products(g, seen, len(own.g), groups)
-        return gamma @ gamma.mT * rest
+        (weight, _), x = _conv_weight(own), own.operands[0]
+        filters = _signs(own.how.groups * columns, weight[0].numel(), x, seed) * (weight[0].numel() / columns) ** 0.5
+        (found,), _ = conv_sketched(own, filters.reshape(-1, *weight.shape[1:]), (rest,), None, (slice(None),))
+        return found
 
     return _separately(conv_gram, layer, metric, of_weight)
+
+
+def conv_sketched(
+    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor, ...] | None,
+    rows: Sequence[slice],
+) -> tuple[tuple[Tensor, ...], Tensor | None]:  # fmt: skip
+    """A sketch of ``Γ`` of a convolution, and ``⟨γ_i, v⟩`` of a change of the parameters.
+
+    One convolution of the input makes both: its filters are the change of the weight and random ones
+    (projections of patches: nothing is unfolded). ``direction`` ``None``: ``Γ`` alone.
+    """
+    (x, g), samples, how = _conv_images(layer), layer.g.shape[0], layer.how
+    filters, convolve = filters.to(x.dtype), CONVOLUTIONS[x.dim()]
+    weights = [filters] if direction is None else [direction[0].to(x.dtype), filters]
+    if how.groups > 1:
+        seen = [convolve(x, weight, None, *how) for weight in weights]
+    else:
+        whole = convolve(x, weights[0] if direction is None else torch.cat(weights), None, *how)
+        seen = list(whole.split([len(weight) for weight in weights], 1))
+    sketch = _conv_products(g, seen[-1], samples, how.groups) * metric[0] ** 0.5
+    bias = _conv_bias(g, samples) if layer.wants[1] else None
+    if bias is not None:
+        sketch = torch.cat([sketch, bias * metric[-1] ** 0.5], 1)
+    sketch = wide(sketch)
+    grams = tuple(sketch[row] @ sketch[row].mT for row in rows)
+    if direction is None:
+        return grams, None
+    change = _conv_samples((g * seen[0]).flatten(1).sum(1), samples)
+    return grams, change if bias is None else change + bias @ direction[1]
 
 
 def conv_centre_gram(layer: Layer, metric: tuple[Any, ...]) -> Tensor:

@@ -1,14 +1,12 @@
 """The metric of a convolution's input channels: ``M⁻¹`` acts on the channels of a pixel, wherever it is."""
 
 import math
-from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import _signs
 from gtddp_compile.kernels.bundle import Layer, wide
-from gtddp_compile.kernels.patches import CONVOLUTIONS, _conv_bias, _conv_images, _conv_products, _conv_samples
+from gtddp_compile.kernels.patches import CONVOLUTIONS, _conv_images
 
 
 def channel_factor(x: Tensor, positions: float, groups: int, old: Tensor | None = None, keep: float = 0.0) -> Tensor:
@@ -48,35 +46,6 @@ def channel_filters(maps: Tensor, shape: tuple[int, ...], columns: int, seed: in
     random = _signs(groups * columns, count, maps, seed) * (count / columns) ** 0.5
     filters: Tensor = maps.unsqueeze(1) @ random.reshape(groups, columns, shape[0], -1)
     return filters.reshape(-1, *shape)
-
-
-def conv_sketched(
-    layer: Layer, filters: Tensor, metric: tuple[float, ...], direction: tuple[Tensor, ...] | None,
-    rows: Sequence[slice],
-) -> tuple[tuple[Tensor, ...], Tensor | None]:  # fmt: skip
-    """A sketch of ``Γ`` under the metric of channels, and ``⟨γ_i, v⟩`` of a change of the parameters.
-
-    One convolution of the input makes both: its filters are the change of the weight and random ones
-    (:func:`channel_filters`). ``direction`` ``None``: ``Γ`` alone.
-    """
-    (x, g), samples, how = _conv_images(layer), layer.g.shape[0], layer.how
-    filters, convolve = filters.to(x.dtype), CONVOLUTIONS[x.dim()]
-    weights = [filters] if direction is None else [direction[0].to(x.dtype), filters]
-    if how.groups > 1:
-        seen = [convolve(x, weight, None, *how) for weight in weights]
-    else:
-        whole = convolve(x, weights[0] if direction is None else torch.cat(weights), None, *how)
-        seen = list(whole.split([len(weight) for weight in weights], 1))
-    sketch = _conv_products(g, seen[-1], samples, how.groups) * metric[0] ** 0.5
-    bias = _conv_bias(g, samples) if layer.wants[1] else None
-    if bias is not None:
-        sketch = torch.cat([sketch, bias * metric[-1] ** 0.5], 1)
-    sketch = wide(sketch)
-    grams = tuple(sketch[row] @ sketch[row].mT for row in rows)
-    if direction is None:
-        return grams, None
-    change = _conv_samples((g * seen[0]).flatten(1).sum(1), samples)
-    return grams, change if bias is None else change + bias @ direction[1]
 
 
 def channel_step(gradient: Tensor, inverse: Tensor) -> Tensor:

@@ -144,14 +144,19 @@ def coordinates_gram(
     """``Γ = γ M⁻¹ γᵀ``, a block a group of samples; ``separable``: with the scale separated."""
     _, scale, _, (rate,) = metric
     if separable and isinstance(scale, Tensor):
-        pairs = [_separate(part) for part in scale]
-        by_g, by_x = (torch.stack([pair[side] for pair in pairs]).unsqueeze(1) for side in (0, 1))
+        by_g, by_x = _separated_scale(scale)
         if len(coordinates) == 2:
             coordinates = (coordinates[0] * by_x, coordinates[1] * by_g)
         else:
             coordinates = (coordinates[0] * by_g.mT * by_x,)
         scale = 1.0
     return tuple(_coordinates_gram(tuple(part[row] for part in coordinates), scale) * rate for row in rows)
+
+
+def _separated_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``(√r, √c)`` of a scale ``(G, m, n)`` (``kernels/approximate.py``), ``(G, 1, m)`` and ``(G, 1, n)``."""
+    by_g, by_x = zip(*map(_separate, scale), strict=True)
+    return torch.stack(by_g).unsqueeze(1), torch.stack(by_x).unsqueeze(1)
 
 
 def _coordinates_gram(coordinates: Coordinates, scale: Tensor | float) -> Tensor:

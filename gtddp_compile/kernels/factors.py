@@ -14,40 +14,13 @@ from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Layer, part_of, spread, wide
 from gtddp_compile.kernels.rows import joint_gram
-from gtddp_compile.kernels.sweep import cut_off, gram_blocks, zeros_of
+from gtddp_compile.kernels.sweep import gram_blocks
 
 CHUNK = 2**24
 """Bound on the elements of an intermediate tensor."""
 
 Blocks = tuple[Tensor, ...]
 Kernel = Callable[..., Any]
-
-
-def pull_back_factors(
-    outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Sequence[Tensor], *, vectorised: bool = True
-) -> tuple[Tensor, ...]:
-    """Vector-Jacobian products of one stage with 1 + r cotangents; zero where an input does not matter.
-
-    ``vectorised``: in one batched reverse pass; otherwise one pass a column (for what vmap does not support).
-    """
-    reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
-    count = gradients[0].shape[0]
-    if not reached:
-        return tuple(zeros_of(value, (count,)) for value in inputs)
-    targets, columns = [output for output, _ in reached], [g for _, g in reached]
-    found: tuple[Tensor | None, ...]
-    if vectorised:
-        found = torch.autograd.grad(targets, list(inputs), columns, is_grads_batched=True, allow_unused=True)
-    else:
-        passes = [
-            torch.autograd.grad(
-                targets, list(inputs), [g[k] for g in columns], retain_graph=k + 1 < count, allow_unused=True
-            )
-            for k in range(count)
-        ]
-        found = tuple(None if column[0] is None else torch.stack(column) for column in zip(*passes, strict=True))
-    cut_off(targets)
-    return tuple(zeros_of(value, (count,)) if part is None else part for value, part in zip(inputs, found, strict=True))
 
 
 def combine(g: Tensor, start: float, weights: Tensor) -> Tensor:

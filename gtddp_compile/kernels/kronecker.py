@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.approximate import _separate
 from gtddp_compile.kernels.bundle import Layer, part_of, wide
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
     _mapped,
+    _separated_scale,
     coordinates_form,
     coordinates_moment,
     groups_gram,
@@ -231,19 +231,10 @@ def kronecker_gram(
     """
     scale = _kronecker_scale(metric)
     if separable and isinstance(scale, Tensor):
-        metric, scale = _kronecker_separated(metric, scale), 1.0
+        (maps, _, cross, rates), (by_g, by_x) = metric, _separated_scale(scale)
+        maps = tuple((map_x * by_x, None if map_g is None else map_g * by_g) for map_x, map_g in maps)
+        metric, scale = (maps, 1.0, cross, rates), 1.0
     return tuple(_kronecker_gram_of(layers, metric, scale, row) for row in rows)
-
-
-def _kronecker_separated(metric: Metric, scale: Tensor) -> Metric:
-    """The maps with a diagonal that is separated into them (``kernels/approximate.py``)."""
-    maps, _, cross, rates = metric
-    pairs = [_separate(part) for part in scale]
-    by_x, by_g = torch.stack([c for _, c in pairs]), torch.stack([r for r, _ in pairs])
-    scaled = tuple(
-        (map_x * by_x.unsqueeze(1), None if map_g is None else map_g * by_g.unsqueeze(1)) for map_x, map_g in maps
-    )
-    return scaled, 1.0, cross, rates
 
 
 def _kronecker_gram_of(layers: Sequence[Rows], metric: Metric, scale: Tensor | float, row: slice) -> Tensor:

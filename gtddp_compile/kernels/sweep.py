@@ -36,15 +36,34 @@ def edge(value: Tensor) -> Any:
     return torch.autograd.graph.get_gradient_edge(value)
 
 
-def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Vector-Jacobian product of one stage, zero where an input (a value or its :func:`edge`) does not matter."""
+def pull_back(
+    outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Sequence[Tensor], *, vectorised: bool | None = None
+) -> tuple[Tensor, ...]:
+    """Vector-Jacobian product of one stage, zero where an input (a value or its :func:`edge`) does not matter.
+
+    ``vectorised``: not ``None`` where every output has several cotangents ``(k, B, …)``: in one batched reverse pass,
+    or one pass a column (for what vmap does not support).
+    """
     reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
+    count = () if vectorised is None else tuple(gradients[0].shape[:1])
     if not reached:
-        return tuple(zeros_of(value) for value in inputs)
+        return tuple(zeros_of(value, count) for value in inputs)
     targets, columns = [output for output, _ in reached], [g for _, g in reached]
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(targets, list(inputs), columns, allow_unused=True)
+    found: tuple[Tensor | None, ...]
+    if vectorised is not False:
+        found = torch.autograd.grad(
+            targets, list(inputs), columns, is_grads_batched=bool(vectorised), allow_unused=True
+        )  # fmt: skip
+    else:
+        passes = [
+            torch.autograd.grad(
+                targets, list(inputs), [g[k] for g in columns], retain_graph=k + 1 < count[0], allow_unused=True
+            )
+            for k in range(count[0])
+        ]
+        found = tuple(None if column[0] is None else torch.stack(column) for column in zip(*passes, strict=True))
     cut_off(targets)
-    return tuple(zeros_of(value) if g is None else g for value, g in zip(inputs, found, strict=True))
+    return tuple(zeros_of(value, count) if g is None else g for value, g in zip(inputs, found, strict=True))
 
 
 def cut_off(outputs: Sequence[Tensor]) -> None:
@@ -112,8 +131,7 @@ def rows_of(batch: int, group: int | None) -> tuple[slice, ...]:
     """Rows of every group of samples; the last may be smaller."""
     if group is None:  # no range: torch.compile would take the batch for a constant
         return (slice(0, batch),)
-    size = group
-    return tuple(slice(start, min(start + size, batch)) for start in range(0, batch, size))
+    return tuple(slice(start, min(start + group, batch)) for start in range(0, batch, group))
 
 
 def group_scale(rows: Sequence[slice], batch: int) -> tuple[float, ...]:

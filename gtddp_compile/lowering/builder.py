@@ -35,6 +35,8 @@ RESERVED = frozenset(
     | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
     | {"factors", "refuse_negative", "BlockUpdates", "LOSS", "RANK"}
 )
+PREFIXES = ("stage_", "player_", "prologue", "layer_")
+"""Of the program's own functions and layers."""
 
 
 @dataclass
@@ -108,7 +110,8 @@ class Builder:
     def name(self, qualified: str) -> str:
         """The identifier of a qualified name, the same every time."""
         if qualified not in self._names:
-            found = identifier(qualified, self._is_taken)
+            ours = qualified.replace(".", "_").startswith(PREFIXES)
+            found = identifier(f"v_{qualified}" if ours else qualified, self._is_taken)
             self._taken.add(found)
             self._names[qualified] = found
         return self._names[qualified]
@@ -120,7 +123,6 @@ class Builder:
             or keyword.iskeyword(candidate)
             or hasattr(builtins, candidate)
             or hasattr(kernels, candidate)
-            or candidate.startswith(("stage_", "player_", "prologue"))
         )
 
     def new(self, value: str) -> str:
@@ -196,7 +198,7 @@ class Builder:
 
     def kernel(self, use: Use, suffix: str) -> str:
         """Name of a kernel of the use's rule."""
-        return f"{use.rule.prefix}_{suffix}"
+        return f"{use.rule.name}_{suffix}"
 
     def arrangement(self, use: Use) -> tuple[tuple[Any, ...] | None, ...]:
         """Where samples lie in a use's value and operands, as kernels take it, orders as variables."""

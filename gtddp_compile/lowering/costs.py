@@ -46,7 +46,7 @@ NEGLIGIBLE = 2.0**20
 
 def shape_of(graph: ControlGraph, use: Use) -> LayerShape | None:
     """Shapes of a linear layer or convolution."""
-    prefix = use.rule.prefix
+    prefix = use.rule.name
     shapes = [arranged_shape(graph, use, ref.name) for ref in use.operands if ref.name in graph.ops.position]
     output = arranged_shape(graph, use, use.op)
     weight = graph.ops.parameter_info.get(use.params[0].name) if use.params and use.params[0] is not None else None

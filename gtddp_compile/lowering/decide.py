@@ -67,7 +67,7 @@ def _gram(plan: Plan, use: Use, shape: LayerShape | None) -> GramChoice:
         return GramChoice("a block a sample" if form.factored else "diagonal")
     if form.factored:
         return GramChoice("kernel, columns as samples")
-    if use.rule.prefix == "norm":
+    if use.rule.name == "norm":
         return GramChoice("per-sample", True)
     if shape is None:
         return GramChoice("per-sample")

@@ -100,7 +100,7 @@ def arranged_shape(graph: ControlGraph, use: Use, name: str) -> tuple[int, ...] 
         return op.shape
     batch = graph.ops.batch or op.shape[0]
     shape = op.samples.sample_shape(op.shape, batch)
-    if use.rule.prefix == "conv" and op.samples.fold:
+    if use.rule.name == "conv" and op.samples.fold:
         shape = (*shape[1:], shape[0])
     return (batch, *shape)
 

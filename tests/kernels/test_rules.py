@@ -95,8 +95,8 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
     if rule.prepare:
         operands = kernels.norm_prepare(operands, kernels.Norm(**options))
     extra = {"function": function} if name == "generic" else {}
-    own = layer(rule.prefix, operands, g, params, wants, **options, **extra)
-    found = getattr(kernels, f"{rule.prefix}_weighted")(own)
+    own = layer(rule.name, operands, g, params, wants, **options, **extra)
+    found = getattr(kernels, f"{rule.name}_weighted")(own)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -132,5 +132,5 @@ def test_no_rule_is_an_error_that_says_where() -> None:
 def test_every_rule_has_its_kernels() -> None:
     for rule in RULES:
         names = ["weighted", "gram", "gram_diagonal", "directional", "per_sample"]
-        assert all(callable(getattr(kernels, f"{rule.prefix}_{name}")) for name in names)
-        assert hasattr(kernels, f"{rule.prefix}_prepare") == rule.prepare
+        assert all(callable(getattr(kernels, f"{rule.name}_{name}")) for name in names)
+        assert hasattr(kernels, f"{rule.name}_prepare") == rule.prepare

@@ -47,7 +47,7 @@ def prepare(b: Builder, t: int, tap: str) -> None:
     uses = [use for player, use in b.uses_at(tap) if not _unprepared(b, player, use)]
     for use in [use for use in uses if use.rule.prepare][:1]:
         whole = tuple(b.operand(ref) for ref in use.operands)
-        b.emit("backward", t, f"o_{b.name(tap)}", f"{use.rule.prefix}_prepare", whole, b.how(use))
+        b.emit("backward", t, f"o_{b.name(tap)}", f"{use.rule.name}_prepare", whole, b.how(use))
     for use in [use for use in uses if use.layouts]:
         _, *rest = b.arrangement(use)
         found = Var(f"o_{b.name(tap)}") if use.rule.prepare else tuple(b.operand(ref) for ref in use.operands)
