@@ -20,38 +20,11 @@ from gtddp_compile.methods.curvature import resolve
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import derive
 from gtddp_compile.runtime.compiler import build_graph
-from support import networks
-from support.compared import FORMS, KRONECKER, assert_equal, trained
-from support.networks import Case, make
+from support.cases import gates, late, sums
+from support.compared import KRONECKER, assert_equal, trained
+from support.networks import Case
 
 LOSS = nn.CrossEntropyLoss()
-
-
-def gates(players: int) -> Case:
-    """Layers side by side whose outputs are multiplied: different inputs' rows, different output derivatives."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.stem(x))
-        parts = [torch.sigmoid(getattr(net, f"p{k}")(x)) + k for k in range(players)]
-        return net.head(torch.stack(parts).prod(0) + x)
-
-    layers = {f"p{k}": (3, 3, k != 1) for k in range(players)}
-    return Case(make(forward, stem=(4, 3), head=(3, 3), **layers), (4,), {})
-
-
-def sums(players: int, kind: str = "linear") -> Case:
-    """Fig. 7a: layers of the same input, added up."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.stem(x))
-        parts = [getattr(net, f"p{k}")(x) for k in range(players)]
-        return net.head(torch.tanh(sum(parts[1:], parts[0])).flatten(1))
-
-    if kind == "linear":
-        layers: dict[str, Any] = {f"p{k}": (3, 4) for k in range(players)}
-        return Case(make(forward, stem=(4, 3), head=(4, 3), **layers), (4,), {})
-    layers = {f"p{k}": networks.conv(2, 3) for k in range(players)}
-    return Case(make(forward, stem=networks.conv(1, 2), head=(27, 3), **layers), (1, 3, 3), {})
 
 
 def rows(model: nn.Module, names: list[str], x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -292,48 +265,7 @@ def test_the_compiler_recognises_corollary_7() -> None:
     assert "Corollary 7" in opt.program.cost() and "cooperative gains" in opt.program.derivation()
 
 
-# --- fast equals dense ------------------------------------------------------------------------------------------------
-
-COALITIONS = {
-    "gates2": lambda: gates(2), "gates3": lambda: gates(3), "gates4": lambda: gates(4),
-    "sums2": lambda: sums(2), "sums3": lambda: sums(3), "conv2": lambda: sums(2, "conv"),
-    "attention": networks.attention, "branches": networks.branches,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("curvature", KRONECKER)
-@pytest.mark.parametrize("network", COALITIONS)
-def test_fast_equals_dense(network: str, curvature: str, form: str) -> None:
-    assert_equal(COALITIONS[network](), steps=3, **KRONECKER[curvature], **FORMS[form])
-
-
-@pytest.mark.parametrize("curvature", KRONECKER)
-@pytest.mark.parametrize("feedback", ["open", False])
-def test_fast_equals_dense_without_feedback(feedback: Any, curvature: str) -> None:
-    for case in (gates(3), sums(2)):
-        assert_equal(case, feedback=feedback, cooperative=True, steps=3, **KRONECKER[curvature])
-
-
-@pytest.mark.parametrize("form", ["full", "groups", "block", "substituted"])
-@pytest.mark.parametrize("terminal", ["gradient", "ggn"])
-def test_fast_equals_dense_with_other_terminal_factors(terminal: Any, form: str) -> None:
-    for curvature, case in (("kfac", gates(2)), ("ekfac", sums(2))):
-        assert_equal(case, terminal=terminal, steps=3, **KRONECKER[curvature], **FORMS[form])
-
-
 # --- Eq. 23 as printed ------------------------------------------------------------------------------------------------
-
-
-def late(added: bool) -> Case:
-    """A coalition of three after two stages: the first to see what its cooperative factor made of the value Hessian."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.mid(torch.tanh(net.stem(x))))
-        y = net.p0(x) + net.p1(x) if added else net.p0(x) * torch.tanh(net.p1(x))
-        return net.head(torch.tanh(y) * torch.sigmoid(net.p2(x)))
-
-    return Case(make(forward, stem=(4, 3), mid=(3, 3), p0=(3, 2), p1=(3, 2), p2=(3, 2), head=(2, 3)), (4,), {})
 
 
 PRINTED: dict[str, Any] = {"coupling": "block", "recursion": "printed"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,15 +12,16 @@ from sympy import Integer, MatrixSymbol, ZeroMatrix
 from sympy.matrices.expressions.blockmatrix import BlockMatrix
 from torch import Tensor, nn
 
-from gtddp_compile import compile_optimizer
 from gtddp_compile.algebra.paths import stage_entries
 from gtddp_compile.algebra.pattern import DENSE
 from gtddp_compile.algebra.symbols import block_entries
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import cut_after
 from gtddp_compile.runtime.compiler import build_graph
+from support.compared import assert_base, assert_equal, trained
+from support.networks import Case
 
-SAMPLES, FEATURES, CLASSES = 4, 6, 3
+FEATURES, CLASSES = 6, 3
 UNPACK = {
     "chunk": lambda h: h.chunk(2, 1),
     "split": lambda h: h.split(2, 1),
@@ -187,58 +188,23 @@ NETWORKS = {
 }
 
 
-def seeded(name: str) -> nn.Module:
+def case_of(kind: Callable[[], nn.Module]) -> Case:
     torch.manual_seed(0)
-    return NETWORKS[name]().double()
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(SAMPLES, FEATURES, generator=generator).double(), torch.arange(SAMPLES) % CLASSES
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def trained(name: str, **options: Any) -> Tensor:
-    model = seeded(name)
-    optimizer = compile_optimizer(model, batch(0)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.3, **options)
-    for step in range(3):
-        optimizer.step(*batch(step))
-    return flat(model)
-
-
-@pytest.mark.parametrize("coupling", ["full", "block"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_program_is_the_derivation(name: str, coupling: str) -> None:
-    fast, dense = trained(name, coupling=coupling), trained(name, coupling=coupling, backend="dense")
-    torch.testing.assert_close(fast, dense, rtol=0, atol=1e-9)
-    assert (fast - trained(name, feedback=False)).abs().max() > 1e-6
+    return Case(kind().double(), (FEATURES,))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_without_feedback_it_is_sgd(name: str) -> None:
-    model = seeded(name)
-    sgd, criterion = torch.optim.SGD(model.parameters(), lr=0.3), nn.CrossEntropyLoss()
-    for step in range(3):
-        x, y = batch(step)
-        sgd.zero_grad()
-        criterion(model(x), y).backward()
-        sgd.step()
-    torch.testing.assert_close(trained(name, feedback=False), flat(model), rtol=0, atol=1e-9)
+def test_program_and_base_method(name: str) -> None:
+    case = case_of(NETWORKS[name])
+    base = assert_base(case, curvature="sgd", lr=0.3).parameters
+    for coupling in ("full", "block"):
+        found = assert_equal(case, curvature="sgd", lr=0.3, coupling=coupling).parameters
+        assert (found - base).abs().max() > 1e-6
 
 
 def test_a_mask_repeated_for_every_sample() -> None:
     """Its player is evaluated on the whole batch: on one sample the mask would be too long."""
-    found = []
-    for kind in (RepeatedMask, Windows):
-        torch.manual_seed(0)
-        model = kind().double()
-        opt = compile_optimizer(model, batch(0)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.3)
-        for step in range(3):
-            opt.step(*batch(step))
-        found.append(flat(model))
+    found = [trained(case_of(kind), curvature="sgd", lr=0.3) for kind in (RepeatedMask, Windows)]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
 
 
@@ -246,31 +212,18 @@ def test_a_mask_repeated_for_every_sample() -> None:
 @pytest.mark.parametrize("kind", [MaskedTable, DroppedQueries])
 def test_masks_of_parameter_expressions(kind: type[nn.Module], schedule: str) -> None:
     """The mask is drawn at a stage before the one that reads it; the table is computed where it is read."""
-    found = {}
-    for backend in ("sgd", "off", "fast", "dense"):
-        torch.manual_seed(0)
-        model = kind().double()
-        criterion, sgd = nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.3)
-        options = {"off": {"feedback": False}, "dense": {"backend": "dense"}}.get(backend, {})
-        opt = compile_optimizer(
-            model, batch(0)[0], loss=criterion, curvature="sgd", lr=0.3, schedule=schedule, **options
-        )
-        for step in range(3):
-            torch.manual_seed(step)
-            if backend == "sgd":
-                sgd.zero_grad()
-                criterion(model(batch(step)[0]), batch(step)[1]).backward()
-                sgd.step()
-            else:
-                opt.step(*batch(step))
-        found[backend] = flat(model)
-    torch.testing.assert_close(found["off"], found["sgd"], rtol=0, atol=1e-9)
-    torch.testing.assert_close(found["fast"], found["dense"], rtol=0, atol=1e-9)
-    assert (found["fast"] - found["off"]).abs().max() > 1e-3
+    case, options = case_of(kind), {"curvature": "sgd", "lr": 0.3, "schedule": schedule}
+    off = assert_base(case, **options).parameters
+    assert (assert_equal(case, **options).parameters - off).abs().max() > 1e-3
+
+
+def graph_of(kind: Callable[[], nn.Module]) -> Any:
+    case = case_of(kind)
+    return build_graph(case.model, (case.batch(0)[0],), Options())
 
 
 def test_every_part_of_a_tuple_comes_from_its_player() -> None:
-    graph = build_graph(copy.deepcopy(seeded("chunk")), (batch(0)[0],), Options())
+    graph = graph_of(NETWORKS["chunk"])
     stage = graph.stages[0]
     parts = cut_after(graph, stage)
     entries = stage_entries(graph, stage, parts)
@@ -279,10 +232,10 @@ def test_every_part_of_a_tuple_comes_from_its_player() -> None:
 
 def test_a_broadcast_operand_is_no_identity() -> None:
     """A column taken from itself, spread over a matrix, is not the zero that two identities would give."""
-    graph = build_graph(seeded("Broadcast"), (batch(0)[0],), Options())
+    graph = graph_of(Broadcast)
     stage = next(stage for stage in graph.stages if stage.players == ("b",))
     (output,) = cut_after(graph, stage)
-    (column,) = (name for name in stage.live if graph.op(name).shape == (SAMPLES, 1))
+    (column,) = (name for name in stage.live if graph.op(name).shape == (7, 1))
     assert stage_entries(graph, stage, (output,)).state[output][column] == DENSE
 
 

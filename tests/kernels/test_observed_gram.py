@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, compile_optimizer
 from gtddp_compile.kernels import linear
-from support.exported import largest, load_module, named
+from support.exported import largest
 
 LOSS = nn.CrossEntropyLoss()
 BATCH, POSITIONS, INPUTS, WIDTH = 4, 2, 9, 10
@@ -93,38 +92,8 @@ def test_a_failed_step_leaves_the_states() -> None:
     assert largest(opt.state_dict()["state"], before) == 0
 
 
-def test_micro_batches() -> None:
-    parts, whole = made(), made()
-    ours, theirs = optimizer(parts, curvature="adam", lr=1e-2), optimizer(whole, curvature="adam", lr=1e-2, coupling=4)
-    for step in range(3):
-        x, y = batch(step, 8)
-        ours.accumulate(x[:4], y[:4])
-        ours.step(x[4:], y[4:])
-        theirs.step(x, y)
-    assert largest(dict(parts.named_parameters()), dict(whole.named_parameters())) < 1e-9
-
-
 def test_compiled() -> None:
     torch._dynamo.reset()
     ours, _ = trained(1, curvature="rmsprop")
     theirs, _ = trained(1, curvature="rmsprop", compile={"backend": "eager", "fullgraph": True})
     assert largest(dict(ours.named_parameters()), dict(theirs.named_parameters())) < 1e-9
-
-
-@pytest.mark.parametrize("suffix", [".py", ".json"])
-def test_exported(suffix: str, tmp_path: Path) -> None:
-    ours, opt = trained(2, curvature="adam", lr=1e-2)
-    path, theirs = tmp_path / f"step{suffix}", made()
-    opt.program.export(path)
-    if suffix == ".py":
-        module, (params, buffers) = load_module(path), named(theirs)
-        state = module.init_state(params)
-        for step in range(2):
-            params, buffers, state, _ = module.step(params, buffers, state, *batch(step))
-    else:
-        other = optimizer(theirs, curvature="adam", lr=1e-2)
-        other.adopt(type(opt.program).load(path))
-        for step in range(2):
-            other.step(*batch(step))
-        params = {name: value.detach() for name, value in theirs.named_parameters()}
-    assert largest(dict(ours.named_parameters()), params) < 1e-9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import FOOF, Sketch, compile_optimizer, kernels
-from support import exported
+from gtddp_compile import FOOF, compile_optimizer, kernels
 
 PAPER = {"coupling": "block", "recursion": "substituted"}
 
@@ -141,19 +139,3 @@ def test_the_sketch_is_unbiased_and_its_change_exact() -> None:
     error = (grams.mean(0) - exact).norm() / exact.norm()
     one = (grams[0] - exact).norm() / exact.norm()
     assert error < one / 8  # falls as the square root of the number of sketches, 20
-
-
-@pytest.mark.parametrize("gram", ["exact", "sketch"])
-def test_an_exported_module_takes_the_same_steps(tmp_path: Path, gram: str) -> None:
-    model, same = network(), network()
-    options = {} if gram == "exact" else {"gram": Sketch(4)}
-    opt = compile_optimizer(model, batches(1)[0][0], loss=nn.CrossEntropyLoss(), **options)
-    opt.program.export(tmp_path / "step.py")
-    module = exported.load_module(tmp_path / "step.py")
-    params = {name: value.detach().clone() for name, value in same.named_parameters()}
-    state, buffers = module.init_state(params), {}
-    for x, y in batches(3):
-        opt.step(x, y)
-        params, buffers, state, _ = module.step(params, buffers, state, x, y)
-    found = torch.cat([value.flatten() for value in params.values()])
-    torch.testing.assert_close(found, parameters(model), rtol=0, atol=1e-12)

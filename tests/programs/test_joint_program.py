@@ -16,7 +16,7 @@ from gtddp_compile.methods.terminal import Terminal
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p07_collapse import prove_law
 from support import networks
-from support.compared import LOSS, SUM, flat, optimizer
+from support.compared import LOSS, flat, optimizer
 from support.exported import largest, load_module, named
 from support.networks import Case, Net, make
 
@@ -32,23 +32,6 @@ CLIPPED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("loss", [LOSS, SUM], ids=["mean", "sum"])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_micro_batches_are_groups(name: str, loss: nn.Module) -> None:
-    case = networks.projection()
-    options = {**OPTIONS[name], "loss": loss}
-    parts, ours = optimizer(case, **options)
-    whole, theirs = optimizer(case, coupling=4, **options)
-    for step in range(2):
-        x, y = case.batch(step, 10)
-        ours.accumulate(x[:4], y[:4])
-        ours.accumulate(x[4:8], y[4:8])
-        ours.step(x[8:], y[8:]), theirs.step(x, y)
-        torch.testing.assert_close(flat(parts), flat(whole), rtol=0, atol=1e-9)
-    for key, value in theirs.diagnostics.items():
-        assert ours.diagnostics[key] == pytest.approx(value, rel=1e-6, abs=1e-12), key
-
-
 @pytest.mark.parametrize("feedback", [True, False])
 def test_micro_batches_cannot_clip_the_gradient_of_their_union(feedback: bool) -> None:
     case = networks.mlp()
@@ -57,18 +40,6 @@ def test_micro_batches_cannot_clip_the_gradient_of_their_union(feedback: bool) -
     with pytest.raises(CompileError, match=r"accumulate\(\) with max_grad_norm=0.1.*the union's gradients"):
         opt.accumulate(*case.batch(0, 6))
     assert torch.equal(before, flat(model))
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_memory(name: str) -> None:
-    case = networks.nested()
-    kept, ours = optimizer(case, **OPTIONS[name])
-    again, theirs = optimizer(case, memory="recompute", **OPTIONS[name])
-    for step in range(2):
-        x, y = case.batch(step, 6)
-        ours.step(x, y), theirs.step(x, y)
-    torch.testing.assert_close(flat(again), flat(kept), rtol=0, atol=1e-12)
-    assert "checkpoint" in {one.phase for one in theirs.program.lowered.instructions}
 
 
 def test_torch_compile() -> None:

@@ -13,128 +13,10 @@ from torch import Tensor, nn
 
 from gtddp_compile import EKFAC, KFAC, CompileError, compile_optimizer
 from support import networks
-from support.compared import FORMS, assert_equal, parameters
-from support.kronecker_reference import Reference
-from support.networks import Case, make
+from support.cases import conv_mixed
+from support.compared import flat
 
 LOSS = nn.CrossEntropyLoss()
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {"lr": 0.3, "damping": 1e-2},
-    "lazy": {"lr": 0.1, "damping": 1e-2, "refresh": 3, "stat_decay": 0.5},
-    "seldom": {"lr": 0.1, "damping": 1e-2, "refresh": 1, "stat_every": 2, "stat_decay": 0.5},
-    "momentum": {"lr": 0.1, "damping": 0.1, "refresh": 1, "momentum": 0.9, "weight_decay": 0.05},
-}
-
-
-def conv_mixed(seed: int = 0) -> Case:
-    """Strides, dilation, groups, a layer without bias, a projection, a norm."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.stem(x))
-        y = torch.tanh(net.norm(net.grouped(x)))
-        return net.head((net.down(y) + net.short(x)).flatten(1))
-
-    model = make(
-        forward,
-        seed,
-        stem=lambda: nn.Conv2d(1, 4, 3, padding=1, stride=(1, 2)),
-        grouped=lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2),
-        norm=lambda: nn.GroupNorm(2, 4),
-        down=lambda: nn.Conv2d(4, 3, (3, 1), stride=2, padding=(1, 0), bias=False),
-        short=lambda: nn.Conv2d(4, 3, 1, stride=2),
-        head=(6, 3),
-    )
-    return Case(model, (1, 4, 4), {})
-
-
-def embedded(seed: int = 0) -> Case:
-    """Tokens: an embedding, layers applied at every position, a layer norm."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        tokens = net.table((x.abs() * 3).long().clamp_max(5)) + 0.1 * x.unsqueeze(-1).expand(-1, -1, 4)
-        return net.head((tokens + net.mix(torch.tanh(net.norm(tokens)))).mean(1))
-
-    model = make(forward, seed, table=lambda: nn.Embedding(6, 4), norm=lambda: nn.LayerNorm(4), mix=(4, 4), head=(4, 3))
-    return Case(model, (5,), {})
-
-
-CASES = {
-    "mlp": networks.mlp,
-    "residual": networks.residual,
-    "projection": networks.projection,
-    "attention": networks.attention,
-    "conv": conv_mixed,
-    "conv_residual": lambda: networks.conv_residual(training=False),
-    "embedded": embedded,
-}
-
-
-# --- Proposition 4 ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
-@pytest.mark.parametrize("network", CASES)
-def test_proposition_4(network: str, kind: str, setting: str) -> None:
-    """With feedback off it is the published method, to 1e-8, over several steps."""
-    case = CASES[network]()
-    ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    options = SETTINGS[setting]
-    opt = compile_optimizer(ours, case.batch(0, 12)[0], loss=LOSS, curvature=kind, feedback=False, **options)
-    reference = Reference(theirs, kind, **options)
-    for step in range(5):
-        reference.step(*case.batch(step, 12))
-        opt.step(*case.batch(step, 12))
-    assert (parameters(theirs) - parameters(case.model)).abs().max() > 1e-3
-    torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("options", [{"pi": False}, {"small": 0}, {"damping": 0.5, "small": 3}])
-def test_proposition_4_without_pi_and_with_diagonal_layers(options: dict[str, Any]) -> None:
-    case = embedded()
-    ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    options = {"lr": 0.1, "damping": 1e-2} | options
-    opt = compile_optimizer(ours, case.batch(0, 12)[0], loss=LOSS, curvature="kfac", feedback=False, **options)
-    reference = Reference(theirs, "kfac", **options)
-    for step in range(4):
-        reference.step(*case.batch(step, 12))
-        opt.step(*case.batch(step, 12))
-    torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=0, atol=1e-8)
-
-
-# --- fast equals dense ------------------------------------------------------------------------------------------------
-
-CURVATURES: dict[str, dict[str, Any]] = {
-    "kfac": {"curvature": "kfac", "lr": 0.2, "damping": 1e-2, "refresh": 2, "momentum": 0.5, "weight_decay": 0.05},
-    "ekfac": {"curvature": "ekfac", "lr": 0.2, "damping": 1e-2, "refresh": 1},
-}
-
-
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "substituted"])
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("network", CASES)
-def test_fast_equals_dense(network: str, curvature: str, form: str) -> None:
-    assert_equal(CASES[network](), cooperative=False, steps=3, **CURVATURES[curvature], **FORMS[form])
-
-
-@pytest.mark.parametrize("form", ["full", "groups", "block"])
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("schedule", ["asap", "alap", "sequential"])
-def test_fast_equals_dense_under_every_schedule(schedule: str, curvature: str, form: str) -> None:
-    options = {"schedule": schedule, "steps": 3, "size": 9}
-    assert_equal(networks.projection(), **options, **CURVATURES[curvature], **FORMS[form])
-
-
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("feedback", ["open", False])
-def test_fast_equals_dense_without_feedback(feedback: Any, curvature: str) -> None:
-    assert_equal(networks.residual(), feedback=feedback, steps=3, **CURVATURES[curvature])
-
-
-@pytest.mark.parametrize("curvature", CURVATURES)
-def test_diagonal_blocks_and_batch_norm(curvature: str) -> None:
-    assert_equal(embedded(), small=0, steps=3, **CURVATURES[curvature])
-    assert_equal(networks.conv_residual(training=True), steps=3, **CURVATURES[curvature])
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -150,7 +32,7 @@ def test_in_pieces_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) ->
         opt = compile_optimizer(model, loss=LOSS, curvature=name, lr=0.1, damping=1e-2, refresh=1)
         for step in range(2):
             opt.step(*case.batch(step))
-        found.append(parameters(model))
+        found.append(flat(model))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
 
 
@@ -175,7 +57,7 @@ def test_state_dict_resumes_bit_for_bit(name: str) -> None:
     resumed.load_state_dict(saved["opt"])
     for step in range(3, 6):
         assert torch.equal(opt.step(*case.batch(step)), resumed.step(*case.batch(step)))
-    assert torch.equal(parameters(model), parameters(other))
+    assert torch.equal(flat(model), flat(other))
 
 
 def test_pickle_and_lower_precision() -> None:
@@ -199,10 +81,10 @@ def test_a_failed_step_changes_nothing() -> None:
     model = copy.deepcopy(case.model)
     opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="kfac")
     opt.step(*case.batch(0))
-    before, state = parameters(model), copy.deepcopy(opt.state_dict())
+    before, state = flat(model), copy.deepcopy(opt.state_dict())
     with pytest.raises(CompileError):
         opt.step(case.batch(0)[0], torch.full((7,), 9))
-    assert torch.equal(before, parameters(model)) and str(state) == str(opt.state_dict())
+    assert torch.equal(before, flat(model)) and str(state) == str(opt.state_dict())
 
 
 def test_cholesky_failure_is_counted_and_survived() -> None:
@@ -245,8 +127,8 @@ def test_the_choice_of_a_basis_of_a_null_space_does_not_matter(feedback: bool, m
         opt = compile_optimizer(model, loss=LOSS, curvature=EKFAC(lr=0.1, damping=1e-2, refresh=3), feedback=feedback)
         for step in range(3):
             opt.step(*case.batch(step, 3))
-        found.append(parameters(model))
-    assert seen and (found[0] - parameters(case.model)).abs().max() > 1e-2
+        found.append(flat(model))
+    assert seen and (found[0] - flat(case.model)).abs().max() > 1e-2
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
 
 

@@ -15,42 +15,17 @@ from torch.nn import functional as F
 from gtddp_compile import FOOF, Geometric, compile_optimizer
 from gtddp_compile.options import SUGGESTED
 from support import networks, random_networks
+from support.cases import of_both, tied, two_outputs
 from support.compared import LOSS, SUM, flat, optimizer
-from support.networks import Case, make
+from support.networks import Case
 from support.primal import Primal
 from support.quadratic import PROBLEMS, data
 
 SIZE = 5
 
 
-def tied() -> Case:
-    """A layer of three uses, one of them transposed."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.a(torch.tanh(net.stem(x))))
-        x = x + torch.tanh(net.a(x)) + torch.sin(F.linear(x, net.a.weight.T))
-        return net.head(x)
-
-    return Case(make(forward, stem=(3, 2), a=(2, 2), head=(2, 3)), (3,), {})
-
-
-def two_outputs() -> Case:
-    """The first output waits for the second."""
-
-    def forward(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.tanh(net.stem(x))
-        early = net.early(x)
-        return early, net.late(torch.tanh(net.a(x)) + early)
-
-    return Case(make(forward, stem=(3, 2), early=(2, 3), a=(2, 3), late=(3, 2)), (3,), {})
-
-
 def classified(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, reduction="none")
-
-
-def of_both(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs[0], targets, reduction="none") + outputs[1].square().sum(1)
 
 
 NETWORKS = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from support.networks import Net
+from support.networks import Case, Net
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -39,6 +39,11 @@ class Arranged:
         layers = self.layers()
         nets = [Net(run, **copy.deepcopy(layers)).double() for run in (self.folded, self.plain)]
         return nets[0], nets[1]
+
+    def cases(self) -> tuple[Case, Case]:
+        """Folded and plain."""
+        folded, plain = self.models()
+        return Case(folded, draw=self.batch), Case(plain, draw=self.batch)
 
     def batch(self, seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
         source = torch.Generator().manual_seed(seed)

@@ -96,6 +96,8 @@ def largest(left: Any, right: Any) -> float:
     """Largest difference of two nested dictionaries of tensors with the same keys."""
     if isinstance(left, Tensor):
         return float((left.detach().double() - right.detach().double()).abs().max()) if left.numel() else 0.0
+    if isinstance(left, (int, float)):
+        return abs(left - right)
     assert left.keys() == right.keys()
     return max((largest(left[key], right[key]) for key in left), default=0.0)
 

@@ -8,7 +8,7 @@ its normalisation runs with its affine parameters, as the one operation that tor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -60,13 +60,20 @@ def readers(*names: str) -> Outputs:
 
 @dataclass
 class Case:
-    """A module, the shape of one sample, and its stages under every schedule that is named."""
+    """A module, the shape of one sample, its stages under every schedule that is named, and its loss.
+
+    `draw(seed, size)` gives other inputs and targets than normal numbers and classes.
+    """
 
     model: nn.Module
-    shape: tuple[int, ...]
-    stages: dict[str, list[Stage]]
+    shape: tuple[int, ...] = ()
+    stages: dict[str, list[Stage]] = field(default_factory=dict)
+    loss: Any = field(default_factory=nn.CrossEntropyLoss)
+    draw: Callable[[int, int], tuple[Any, Tensor]] | None = None
 
-    def batch(self, seed: int, size: int = 7) -> tuple[Tensor, Tensor]:
+    def batch(self, seed: int, size: int = 7) -> tuple[Any, Tensor]:
+        if self.draw is not None:
+            return self.draw(seed, size)
         source = torch.Generator().manual_seed(seed)
         x = torch.randn(size, *self.shape, dtype=torch.float64, generator=source)
         return x, torch.randint(3, (size,), generator=source)

@@ -137,9 +137,15 @@ def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
         return None
     (player,) = found.block.players
     (use,), whitened = b.uses(player.name), f"white_{b.identity(player)}"
-    b.emit("backward", t, (f"*{whitened}",), "conv_whitened", operands(b, use), Var(b.g_output(use.op)),
+    b.emit("backward", t, (f"*{whitened}",), "conv_whitened", operands(b, use), _one_column(b, use),
            params(b, use), Var(f"maps_{b.identity(player)}"), note="x X at every pixel")  # fmt: skip
     return Var(whitened)
+
+
+def _one_column(b: Builder, use: Use) -> Var | Code:
+    """Output gradients of a shape that tells the axes of samples and of images, without that of a factor's columns."""
+    g = b.g_output(use.op)
+    return Code(f"{g}[0]") if b.factored else Var(g)
 
 
 def block_gram(b: Builder, t: int, found: Observed) -> str:
@@ -339,7 +345,7 @@ def _statistics(
         (player,) = block.players
         (use,), whitened = b.uses(player.name), f"maps_{b.identity(player)}"
         b.emit(phase, t, (f"*{whitened}",), "m.observe_channels", player.parameters, operands(b, use),
-               Var(b.g_output(use.op)), params(b, use), block.positions, use.options["groups"],
+               _one_column(b, use), params(b, use), block.positions, use.options["groups"],
                *filter(None, [_sketch(b, t, block)]), note="A = E[x x^T] of a pixel's channels")  # fmt: skip
         return ()
     if block.kind == "uniform":
