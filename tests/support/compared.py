@@ -95,7 +95,7 @@ def assert_base(case: Case, steps: int = STEPS, size: int = SIZE, tolerance: flo
         value = loss(theirs(*x) if isinstance(x, tuple) else theirs(x), y).mean()
         value.backward()
         reference.step()
-        torch.testing.assert_close(found, float(value), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(found, float(value.detach()), rtol=1e-11, atol=1e-11)
     assert (flat(theirs) - flat(case.model)).abs().max() > 1e-4
     torch.testing.assert_close(run.model.state_dict(), theirs.state_dict(), rtol=0, atol=tolerance)
     if curvature in TORCH:
