@@ -121,7 +121,7 @@ class ReadAgain(nn.Module):
 # In the nonlinear rollout the first layer's output is read again: its new one is made from it.
 @pytest.mark.parametrize(
     ("build", "rollout", "places"),
-    [(NETWORKS["relu"][0], "nonlinear", 1), (NETWORKS["relu"][0], "linear", 2), (ReadAgain, "nonlinear", 0)],
+    [(NETWORKS["relu"][0], "nonlinear", 2), (NETWORKS["relu"][0], "linear", 2), (ReadAgain, "nonlinear", 0)],
 )
 def test_activations_write_where_nobody_else_reads(build: Callable[[], nn.Module], rollout: str, places: int) -> None:
     ours, theirs, opt = pair(build, curvature="sgd", lr=0.1, rollout=rollout)

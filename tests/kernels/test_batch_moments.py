@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer
-from gtddp_compile.kernels import batch_known, batch_moments, batch_norm, norm_gamma, quick_moments
+from gtddp_compile.kernels import batch_moments, batch_norm, quick_moments
 from gtddp_compile.kernels import batch_norm as kernel
 from gtddp_compile.kernels.batch_norm import FEW, SMALL
 
@@ -92,25 +92,6 @@ def test_forward_mode_and_vmap() -> None:
         rtol=0,
         atol=1e-10,
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_part_of_a_batch_from_what_is_known_of_it(dtype: torch.dtype) -> None:
-    x, g, weight, bias = make(dtype)
-    rows = norm_gamma((x,), g, (weight, bias), (True, True), form="batch", eps=EPS, training=True)
-    known = batch_known(batch_moments(x), rows)  # type: ignore[arg-type]
-    precise = [value.double() for value in (x, g, weight, bias)]
-    whole = precise[0].requires_grad_()
-    h = F.batch_norm(whole, None, None, precise[2], precise[3], True, 0.1, EPS)
-    (expected,) = torch.autograd.grad(h, whole, precise[1])
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
-    for part in (slice(0, 1), slice(1, 5)):
-        own = x[part].clone().requires_grad_()
-        value = batch_norm(own, None, None, None, weight, bias, training=True, moments=known)
-        (pulled,) = torch.autograd.grad(value, own, g[part])
-        assert value.dtype == pulled.dtype == dtype
-        torch.testing.assert_close(value.double(), h[part], rtol=0, atol=tolerance)
-        torch.testing.assert_close(pulled.double(), expected[part], rtol=0, atol=tolerance)
 
 
 def test_torch_finds_them_where_it_is_as_fast() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 
+from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 
 COMMENT = re.compile(r"\s*#\s*(type: ignore|noqa|fmt: skip|pragma).*$", re.MULTILINE)
@@ -140,6 +141,8 @@ class Luggage:
 
     def _home(self, module: str, name: str) -> tuple[str, str]:
         """Where a name of a module is defined, through re-exports."""
+        if module == kernels.__name__:
+            module = kernels.KERNELS[name].__module__
         while module.startswith(self.package):
             source = source_of(module)
             if name in source.definitions or name not in source.imports:
