@@ -30,10 +30,6 @@ def square(e: MatrixExpr, stage: int) -> MatrixExpr:
     return e.subs(renamed)
 
 
-def symbol(name: str, stage: int, *shape: Symbol) -> MatrixSymbol:
-    return MatrixSymbol(f"{name}@{stage}", *shape)
-
-
 def test_residual_gain_is_equation_9() -> None:
     d = residual_stages(3)[1].derivation
     v_xr = d.value_xx["x", "r"]
@@ -126,15 +122,6 @@ def _along_the_shortcut(stages: list[DerivedStage]) -> tuple[MatrixExpr, MatrixE
     for e_x, e_xx in zip(total_x[1:], total_xx[1:], strict=True):
         sum_x, sum_xx = sum_x + e_x, sum_xx + e_xx
     return v_r, v_rr, sum_x, sum_xx
-
-
-def test_patterns_are_shared_between_layers() -> None:
-    """Deriving costs the same for many layers: the number of patterns does not grow."""
-    counts = []
-    for depth in (4, 9):
-        graph = build_graph(Residual(depth), (torch.zeros(2, 3),), Options())
-        counts.append(len(derive(graph).patterns))
-    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("recursion", ["levenberg", "substituted", "printed"])

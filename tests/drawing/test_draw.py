@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 from collections.abc import Callable
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,9 +17,8 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.tools import draw
 from gtddp_compile.tools.draw import layout
-from gtddp_compile.tools.draw.layout import Box, Link, Request, layered
 from gtddp_compile.tools.draw.style import shortened, text_width
-from support.drawn import Line, control_graph, dense, hostile, residual, resnet18, tied, two_outputs, unet
+from support.drawn import dense, hostile, residual, resnet18, tied, two_outputs, unet
 
 ALL = [residual, resnet18, unet, tied, dense, two_outputs, hostile]
 each = pytest.mark.parametrize("make", ALL, ids=[make.__name__ for make in ALL])
@@ -56,51 +55,6 @@ def test_table(make: Make, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert str(make()) == text
-
-
-@each
-def test_table_names_everything_within_its_width(make: Make) -> None:
-    graph = make()
-    text = str(graph)
-    assert max(map(len, text.splitlines())) <= 110 or make is tied
-    joined = "".join(text.split())
-    if make is not hostile:
-        assert all(player.name in joined for player in graph.players)
-    assert "\x1b" not in text
-
-
-def test_networkx() -> None:
-    graph = residual().to_networkx()
-    assert graph.nodes["block.project"] == {
-        "kind": "linear",
-        "module": "block.project",
-        "source": "net.py:7",
-        "shape": [32, 64],
-        "stage": 1,
-        "player": "block.project",
-        "parameters": ["block.project.weight"],
-        "merge": False,
-        "input": False,
-        "output": False,
-        "live": {"born": 1, "dies": 2, "readers": [2], "fixed": False},
-    }
-    assert graph.nodes["block.add"]["merge"] and graph.nodes["x"]["stage"] == -1 and graph.nodes["head"]["output"]
-    assert graph.edges["block.project", "block.add", 0] == {
-        "crosses": [2],
-        "shortcut": "parametric",
-        "control": None,
-    }
-    assert graph.edges["block.fc2", "block.add", 0]["shortcut"] is None
-    assert graph.edges["relu", "block.project", 0]["shortcut"] == "parametric"
-    assert graph.graph["stages"][2]["live"] == ["block.tanh", "block.project"]
-    assert graph.graph["players"][0]["parameters"] == [["stem.weight", [32, 16]]]
-    waiting = resnet18().to_networkx().edges["maxpool", "layer1.0.add", 0]
-    assert waiting == {"crosses": [2, 3, 4, 5], "shortcut": "identity", "control": None}
-    assert tied().to_networkx().edges["embed", "head", 0] == {
-        "crosses": [1],
-        "shortcut": None,
-        "control": "embed",
-    }
 
 
 @each
@@ -176,34 +130,6 @@ def test_svg(make: Make) -> None:
         assert all(-20 <= n <= max(width, height) for n in numbers)
 
 
-@each
-def test_svg_draws_bands_in_order_and_boxes_in_their_band(make: Make) -> None:
-    graph = make()
-    root = ElementTree.fromstring(graph.to_svg())
-    bands = {}
-    for group in root.iter(f"{SPACE}g"):
-        rect = group.find(f"{SPACE}rect")
-        if group.attrib.get("class") == "stage" and rect is not None:
-            top = float(rect.attrib["y"])
-            bands[int(group.attrib["data-stage"])] = (top, top + float(rect.attrib["height"]))
-    for (_, bottom), (top, _) in pairwise(bands.values()):
-        assert abs(bottom - top) <= 0.11
-    for op, (_, top, _, bottom, _) in zip(graph.ops.ops, boxes(root), strict=False):
-        stage = graph.stage_of[op.name]
-        if stage >= 0:
-            assert bands[stage][0] < top and bottom < bands[stage][1]
-
-
-def test_svg_is_the_same_every_time() -> None:
-    assert unet().to_svg() == unet().to_svg()
-
-
-def test_svg_of_a_long_network() -> None:
-    lines: list[Line] = [("x", "input", (4,), "", None)]
-    lines += [(f"fc{i}", "linear", (4,), f"fc{i - 1}" if i else "x", (4, 4)) for i in range(300)]
-    assert len(boxes(ElementTree.fromstring(control_graph(lines).to_svg(boxes=400)))) == 302
-
-
 @pytest.mark.parametrize("suffix", draw.SUFFIXES)
 def test_save(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"net{suffix}"
@@ -231,16 +157,3 @@ def test_missing_engine_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(CompileError, match="pip install graphviz-pure"):
         residual().to_svg()
     layout._executable.cache_clear()
-
-
-def test_layout_places_rows_downwards() -> None:
-    sizes = {name: Box(0, 0, 50, 20) for name in "abc"}
-    request = Request(sizes, [["a"], [], ["b", "c"]], [Link("a", "b"), Link("a", "c", 3)])
-    found, again = layered([request, request])
-    assert found == again
-    assert found.boxes["a"].y < found.rows[1] < found.boxes["b"].y == found.boxes["c"].y
-    assert len(found.routes) == 2 and all(len(route) % 3 == 2 for route in found.routes)
-
-
-def test_notebook() -> None:
-    assert "<svg " in residual()._repr_html_()

@@ -113,23 +113,6 @@ def test_blocks_are_intervals(make: Any) -> None:
     assert (root.start, root.stop) == (0, len(graph))
 
 
-def test_repeated_modules_are_counted() -> None:
-    root = tree(deep(100).to_networkx())
-    checked(root)
-    blocks = next(child for child in root.children if isinstance(child, Block))
-    assert blocks.path == "blocks" and blocks.repeats == 100
-    inner = next(block for block in root.blocks() if block.path == "blocks.7")
-    assert len(inner.children) == 4 and inner.stop - inner.start == 4
-
-
-def test_structure_repeats_without_modules() -> None:
-    root = tree(flat(100).to_networkx())
-    checked(root)
-    pair = next(block for block in root.blocks() if block.stop - block.start == 2)
-    assert pair.title.count(" – ") == 1
-    assert sum(block.stop - block.start == 2 for block in root.blocks()) == 100
-
-
 # --- folded views -----------------------------------------------------------------------------------------------------
 
 
@@ -150,13 +133,6 @@ def test_views_are_acyclic_and_stages_run_down(make: Any, boxes: int) -> None:
     assert covered == sorted(set(covered)) and len(covered) <= len(whole.graph["stages"])
 
 
-def test_the_first_of_equal_blocks_is_shown_and_the_rest_is_one() -> None:
-    view = Views(deep(200).to_networkx()).folded(20)
-    assert "blocks.0.fc1" in view and "blocks.1.fc1" not in view
-    rest = view.nodes["blocks.1 – blocks.199"]["block"]
-    assert (rest["repeats"], rest["players"], rest["stages"]) == (199, 398, (3, 400))
-
-
 # --- still pictures ---------------------------------------------------------------------------------------------------
 
 
@@ -166,12 +142,6 @@ def test_svg_of_a_thousand_blocks_is_small() -> None:
     assert len(text) < 60_000
     shown = " ".join(found.text or "" for found in root.iter(f"{SPACE}text"))
     assert "blocks.1 – blocks.999" in shown and "stages 3–2000" in shown and "blocks.0.fc1" in shown
-
-
-def test_svg_boxes_is_a_limit() -> None:
-    graph = resnet18()
-    counts = [graph.to_svg(boxes).count('class="op ') for boxes in (15, 30, 100)]
-    assert counts[0] <= 16 < counts[1] <= 31 < counts[2] == len(graph.ops.ops) + 1
 
 
 def test_mermaid_stays_within_its_limits() -> None:
@@ -187,10 +157,6 @@ def test_table_of_a_thousand_blocks_is_read_at_a_glance() -> None:
     assert any("3–2000" in line and "as stages 1–2, 999 times" in line for line in lines)
     assert any("998 more alike, the last blocks.998.add → blocks.999.add" in line for line in lines)
     assert lines[-1] == "2002 players, 2002 stages, widest cut 2 values (stage 2), 1000 shortcuts"
-
-
-def test_notebook_of_a_large_network() -> None:
-    assert len(deep(1000)._repr_html_()) < 60_000
 
 
 def test_the_picture_in_the_docs_is_what_the_script_makes(tmp_path: Path) -> None:
@@ -259,8 +225,3 @@ def test_a_thousand_blocks_are_few_layouts_and_one_run(monkeypatch: pytest.Monke
     assert len(data["layouts"]) < 60 and len(text) < 2_000_000
     assert data["open"] == [0] and len(data["blocks"][0]["kids"]) < 10
     assert data["lines"].count("derivation") == 1
-
-
-def test_a_small_network_opens_whole() -> None:
-    data = page(residual())[1]
-    assert data["open"] == list(range(len(data["blocks"])))

@@ -142,15 +142,6 @@ def test_linear_any_shape(samples: int, positions: list[int], n: int, m: int, bi
     check("linear", linear, (draw(samples, *positions, n),), params, metric=metric)
 
 
-def test_linear_gram_takes_the_cheaper_form() -> None:
-    assert kernels.linear_gram_form(64, 1, 100, 100) == "pairs"
-    assert kernels.linear_gram_form(64, 2, 512, 512) == "pairs"
-    assert kernels.linear_gram_form(64, 1000, 16, 16) == "materialised"
-    assert kernels.conv_gram_form(128, 1024, 1024, 64, 9, 64) == "materialised"
-    assert kernels.conv_gram_form(128, 16, 16, 512, 9, 512) == "pixels"
-    assert kernels.conv_gram_form(128, 16, 64, 256, 9, 512) == "patches"
-
-
 def convolution(stride: Any, padding: Any, dilation: Any, groups: int) -> Layer:
     def function(params: Params, x: Tensor) -> Tensor:
         operation: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
@@ -258,12 +249,6 @@ def test_rms_norm(eps: float | None) -> None:
     check("norm", function, (draw(3, 2, 4),), (draw(4),), form="rms", normalized_shape=(4,), eps=eps)
 
 
-def test_norm_prepare_is_bitwise_torch() -> None:
-    x = draw(4, 3, 5)
-    (hat,) = kernels.norm_prepare((x,), form="batch", training=True, eps=1e-5)
-    assert torch.equal(hat, F.batch_norm(x, None, None, training=True))
-
-
 class NoForward(torch.autograd.Function):
     """An operation without forward mode and without a vmap rule."""
 
@@ -338,17 +323,6 @@ def test_generic_without_vmap_and_forward_mode() -> None:
     check("generic", function, (x,), (w,), function=function, **found)
 
 
-def test_generic_checkpointed_inputs_need_no_grad_mode() -> None:
-    function, operands, _, params = GENERIC["scale"]
-    leaves = tuple(p.clone().requires_grad_() for p in params if p is not None)
-    with torch.no_grad():
-        g = draw(4, 3, 2)
-        (rows,) = kernels.generic_per_sample(operands, g, leaves, (True,), function=function)
-        (total,) = kernels.generic_weighted(operands, g, leaves, (True,), function=function)
-    assert not rows.requires_grad and not total.requires_grad
-    close([rows], oracle(function, operands, g, params, (True,)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("prefix", ["linear", "conv", "norm", "generic"])
 def test_other_precisions_and_layouts(prefix: str, dtype: torch.dtype) -> None:
@@ -396,11 +370,3 @@ def test_weighted_gradients_add_up_piece_by_piece(samples_a_piece: int, monkeypa
     found = kernels.weigh(kernels.conv_weighted, (x,), g, weights, params, (True, True), **options)
     gamma = kernels.conv_per_sample((x,), g, params, (True, True), **options)
     close(found, [torch.tensordot(weights, rows, 1) for rows in gamma])
-
-
-def test_a_larger_lift_says_so() -> None:
-    block = torch.diag(torch.tensor([1.0, 1.0, -1e-15], dtype=torch.float64))
-    with pytest.warns(RuntimeWarning, match="not definite to rounding"):
-        (found,), (failed,) = kernels.factor((block,))
-    assert failed != 0
-    torch.testing.assert_close(found @ found.T, block, rtol=0, atol=1e-11)

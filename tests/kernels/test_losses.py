@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -167,34 +166,6 @@ def test_batchmean() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_dtypes(dtype: torch.dtype) -> None:
-    for module, targets in ((nn.CrossEntropyLoss(), classes(B)), (nn.MSELoss(), torch.randn(B, C).to(dtype))):
-        outputs = torch.randn(B, C).to(dtype)
-        check(split(module), outputs, targets)
-        assert split(module).per_sample(outputs, targets).dtype == dtype
-
-
-def test_byte_targets() -> None:
-    module = nn.NLLLoss(WEIGHT)
-    outputs, targets = real(B, C).log_softmax(1), classes(B).to(torch.uint8)
-    check(split(module), outputs, targets)
-
-
-def test_weights_follow_the_module() -> None:
-    module = nn.CrossEntropyLoss(WEIGHT)
-    loss = split(module)
-    module.to(torch.float32)
-    check(loss, torch.randn(B, C), classes(B))
-
-
-def test_pickle() -> None:
-    outputs, targets = real(B, C), classes(B)
-    loss = split(nn.CrossEntropyLoss(WEIGHT))
-    again = pickle.loads(pickle.dumps(loss))
-    assert torch.equal(again.per_sample(outputs, targets), loss.per_sample(outputs, targets))
-
-
 class Focal(nn.CrossEntropyLoss):
     """A user's loss with ``reduction``."""
 
@@ -354,24 +325,8 @@ def test_refused_at_the_first_step(loss: Any, outputs: Any, targets: Any, messag
         check(split(loss), outputs, targets)
 
 
-@pytest.mark.parametrize(("build", "data"), CASES[::5])
-def test_traces_under_torch_compile(build: Build, data: Callable[[], Data]) -> None:
-    outputs, targets, _ = drawn(data)
-    loss = split(build(reduction="mean"))
-    torch._dynamo.reset()
-    compiled = torch.compile(loss.per_sample, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(outputs, targets), loss.per_sample(outputs, targets))
-
-
 def test_everything_ignored_is_not_finite() -> None:
     loss = split(nn.CrossEntropyLoss(ignore_index=0))
     outputs, targets = real(B, C), torch.zeros(B, dtype=torch.int64)
     check(loss, outputs, targets)
     assert loss.total(loss.per_sample(outputs, targets)).isnan()
-
-
-def test_shared_targets_broadcast() -> None:
-    """One row of targets a sample for every column is fine: nothing crosses samples."""
-    module = nn.MSELoss()
-    outputs, targets = real(B, C), real(B, 1)
-    check(split(module), outputs, targets)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref, map_leaves
-from gtddp_compile.lowering.layers import RULES, choose
+from gtddp_compile.lowering.layers import choose
 
 X, W, B = Ref("x"), ParamRef("w"), ParamRef("b")
 MEAN, VAR, COUNT = BufferRef("mean"), BufferRef("var"), BufferRef("count")
@@ -125,10 +125,3 @@ def test_no_rule_is_an_error_that_says_where() -> None:
     drawing = Op("h", "noise", torch.mul, (X, W), shape=(4, 2), dtype=torch.float32, random=True, module="a.b")
     with pytest.raises(CompileError, match=r"a\.b.*random"):
         choose(drawing, frozenset({"w"}))
-
-
-def test_every_rule_has_its_kernels() -> None:
-    for rule in RULES:
-        names = ["weighted", "gram", "gram_diagonal", "directional", "per_sample"]
-        assert all(callable(getattr(kernels, f"{rule.prefix}_{name}")) for name in names)
-        assert hasattr(kernels, f"{rule.prefix}_prepare") == rule.prepare

@@ -74,16 +74,6 @@ def test_one_graph_for_every_batch_size(options: dict[str, Any]) -> None:
     assert 1 <= len(graphs) <= 2  # momentum and moments have no buffer before the first step
 
 
-def test_groups_of_samples() -> None:
-    torch._dynamo.reset()
-    ours, theirs, plain, other = pair("eager", curvature="adamw", coupling=2)
-    for step in range(2):
-        x, y = batch(6, step)
-        torch.testing.assert_close(theirs.step(x, y), ours.step(x, y), rtol=1e-9, atol=1e-12)
-    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
-
-
 def test_aot_autograd_takes_it_too() -> None:
     torch._dynamo.reset()
     ours, theirs, plain, other = pair("aot_eager", curvature="sgd", lr=0.3)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from gtddp_compile import compile_optimizer
 from gtddp_compile.kernels import factor_unchecked
 from gtddp_compile.runtime import fast
-from gtddp_compile.runtime.compiled import NotFactored
-from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
+from gtddp_compile.runtime.method import BaseMethod
 from support import networks
 
 LOSS = nn.CrossEntropyLoss()
@@ -61,21 +60,6 @@ def test_nothing_is_read_before_the_step_is_done(
     assert phi.shape == (5,) and phi.device.type == "meta" and looked == [m]
     with pytest.raises(RuntimeError, match="meta"):
         backend.run(m, *arguments, plainly=True)
-
-
-def test_what_is_seen_at_the_end() -> None:
-    case = networks.residual()
-    opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd")
-    m = BaseMethod(opt._curvature, {}, {}, {}, {}, opt._loss, first=False)
-    m.loss, good, bad = torch.tensor(1.0), torch.ones(3), torch.tensor([1.0, float("nan")])
-    m.figures = {0: {"weights": good}, 1: {}, 2: {"weights": good}}
-    fast.check_done(m)
-    m.figures[1]["weights"] = bad
-    with pytest.raises(NotFactored):
-        fast.check_done(m)
-    m.loss = torch.tensor(float("inf"))
-    with pytest.raises(NonFiniteLoss):
-        fast.check_done(m)
 
 
 def test_a_factor_that_fails_is_taken_back_and_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

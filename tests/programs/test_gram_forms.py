@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from gtddp_compile import CompileError, Sketch, compile_optimizer, kernels
 from gtddp_compile.kernels import approximate, linear
 from gtddp_compile.lowering import costs
-from gtddp_compile.lowering.instructions import WORD
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -161,11 +160,6 @@ def test_keeping_gradients_changes_nothing(name: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(kept_, recomputed, rtol=1e-9, atol=1e-12)
 
 
-def test_a_spherical_metric_needs_no_separation() -> None:
-    for kept, separable in zip(train(**OPTIONS["sgd"])[0], train(gram="separable", **OPTIONS["sgd"])[0], strict=True):
-        torch.testing.assert_close(kept, separable, rtol=0, atol=0)
-
-
 def test_approximations_are_taken_and_shown() -> None:
     model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)), torch.randn(8, 64)
     y, options = torch.arange(8) % 3, {"loss": nn.CrossEntropyLoss(), "curvature": "adam"}
@@ -236,11 +230,3 @@ def test_refusals(options: dict[str, Any]) -> None:
         train(curvature="sgd", **options)
     with pytest.raises(CompileError, match="columns"):
         Sketch(0)
-
-
-def test_every_variable_is_freed_once_and_after_its_last_reader() -> None:
-    lines = train(1, curvature="sgd", lr=0.1)[1].program.code.splitlines()
-    freed = [name.strip() for line in lines if line.strip().startswith("del ") for name in line.strip()[4:].split(",")]
-    gradients = {name for line in lines for name in WORD.findall(line) if name.startswith(("gh_", "rows_"))}
-    assert len(gradients) >= 4 and gradients - {"rows_weighted", "rows_of", "rows_directional"} <= set(freed)
-    assert len(set(freed) - {"_"}) == len([name for name in freed if name != "_"])

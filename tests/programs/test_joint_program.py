@@ -18,7 +18,7 @@ from gtddp_compile.passes.p07_collapse import prove_law
 from support import networks
 from support.compared import LOSS, flat, optimizer
 from support.exported import largest, load_module, named
-from support.networks import Case, Net, make
+from support.networks import Net
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"curvature": "sgd", "lr": 0.5, "inertia": 0.9, "weight_decay": 0.05, "max_step": 0.3},
@@ -40,18 +40,6 @@ def test_micro_batches_cannot_clip_the_gradient_of_their_union(feedback: bool) -
     with pytest.raises(CompileError, match=r"accumulate\(\) with max_grad_norm=0.1.*the union's gradients"):
         opt.accumulate(*case.batch(0, 6))
     assert torch.equal(before, flat(model))
-
-
-def test_torch_compile() -> None:
-    torch._dynamo.reset()
-    case = Case(make(lambda net, x: net.b(torch.tanh(net.a(x))), a=(3, 2), b=(2, 3)), (3,), {})
-    options = {**OPTIONS["sgd"], "coupling": 3}
-    plain, ours = optimizer(case, **options)
-    graph, theirs = optimizer(case, compile={"backend": "eager"}, **options)
-    for step in range(3):
-        x, y = case.batch(step, 6)
-        torch.testing.assert_close(theirs.step(x, y), ours.step(x, y), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(flat(graph), flat(plain), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [*OPTIONS, *CLIPPED])
@@ -187,12 +175,3 @@ def test_where_it_is_the_default() -> None:
 def test_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(CompileError, match=said):
         compile_optimizer(Net(lambda net, x: net.a(x), a=nn.Linear(2, 2)), loss=LOSS, **{"curvature": "sgd", **options})
-
-
-def test_feedback_off_has_either_rollout() -> None:
-    case, found = networks.mlp(), []
-    for rollout in ("linear", "nonlinear"):
-        model, opt = optimizer(case, curvature="sgd", lr=0.1, feedback=False, rollout=rollout)
-        opt.step(*case.batch(0, 6))
-        found.append(flat(model))
-    assert torch.equal(*found)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from typing import Any
 
 import pytest
@@ -37,54 +35,6 @@ def test_in_pieces_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # --- as an optimizer --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["kfac", "ekfac"])
-def test_state_dict_resumes_bit_for_bit(name: str) -> None:
-    case = networks.projection()
-    model = copy.deepcopy(case.model)
-    options = {"loss": LOSS, "curvature": name, "refresh": 2, "momentum": 0.5}
-    opt = compile_optimizer(model, **options)
-    for step in range(3):
-        opt.step(*case.batch(step))
-    stream = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, stream)
-    stream.seek(0)
-    saved = torch.load(stream)
-    other = copy.deepcopy(case.model)
-    resumed = compile_optimizer(other, **options)
-    other.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["opt"])
-    for step in range(3, 6):
-        assert torch.equal(opt.step(*case.batch(step)), resumed.step(*case.batch(step)))
-    assert torch.equal(flat(model), flat(other))
-
-
-def test_pickle_and_lower_precision() -> None:
-    torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-        x, y = torch.randn(9, 4).to(dtype), torch.randint(3, (9,))
-        opt = compile_optimizer(model, x, loss=LOSS, curvature=EKFAC(lr=0.05, damping=0.1))
-        first = float(opt.step(x, y))
-        twin = pickle.loads(pickle.dumps(opt))
-        assert torch.equal(opt.step(x, y), twin.step(x, y))
-        opt.load_state_dict(opt.state_dict())
-        for _ in range(10):
-            last = float(opt.step(x, y))
-        assert last < first
-        assert all(p.dtype == dtype for p in model.parameters())
-
-
-def test_a_failed_step_changes_nothing() -> None:
-    case = networks.residual()
-    model = copy.deepcopy(case.model)
-    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="kfac")
-    opt.step(*case.batch(0))
-    before, state = flat(model), copy.deepcopy(opt.state_dict())
-    with pytest.raises(CompileError):
-        opt.step(case.batch(0)[0], torch.full((7,), 9))
-    assert torch.equal(before, flat(model)) and str(state) == str(opt.state_dict())
 
 
 def test_cholesky_failure_is_counted_and_survived() -> None:

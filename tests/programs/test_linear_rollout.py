@@ -19,7 +19,6 @@ from support.cases import of_both, tied, two_outputs
 from support.compared import LOSS, SUM, flat, optimizer
 from support.networks import Case
 from support.primal import Primal
-from support.quadratic import PROBLEMS, data
 
 SIZE = 5
 
@@ -151,27 +150,6 @@ def test_random_networks(plan: random_networks.Plan, inertia: float, schedule: s
     scale = max(1.0, float(expected.u.abs().max()))
     torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9 * scale)
     assume((flat(model) - start).abs().max() > 1e-6)
-
-
-# --- optimal control --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_both_rollouts_are_one_on_linear_dynamics(name: str) -> None:
-    """A network that is linear in its controls, and a quadratic loss."""
-    model = PROBLEMS[name]()
-    x, y = data(model)
-    found = []
-    for rollout in ("linear", "nonlinear"):
-        for coupling in ("full", 3):
-            own = copy.deepcopy(model)
-            opt = compile_optimizer(own, x, loss=nn.MSELoss(), curvature="sgd", lr=0.5, terminal="ggn",
-                                    feedback_clip=None, rollout=rollout, coupling=coupling)  # fmt: skip
-            opt.step(x, y)
-            found.append(flat(own))
-    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-10)
-    torch.testing.assert_close(found[1], found[3], rtol=0, atol=1e-10)  # one stage, or all samples move alike
-    assert ((found[0] - found[1]).abs().max() > 1e-6) == (name == "single")
 
 
 # --- the base methods -------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from gtddp_compile import CompileError, Geometric, MonteCarlo, compile_optimizer
 from support import networks
 from support.compared import assert_equal, trained
 from support.matrix import FORMS
-from support.networks import Case
 from support.oracle import flat, pack, sample_gradients, terminal_gradient, trajectory, unpack
 
 
@@ -74,12 +73,6 @@ def test_radicands_are_clipped_by_eigenvalues_and_counted() -> None:
     assert 0 < run.optimizer.diagnostics["clipped_radicands"] < 3 * 4 * 3  # stages after the first × samples × columns
 
 
-def test_without_feedback_the_terminal_does_not_matter() -> None:
-    found = [trained(networks.residual(), curvature="sgd", feedback=False, lr=0.5, terminal=t)
-             for t in ("gradient", "ggn")]  # fmt: skip
-    assert torch.equal(*found)
-
-
 def test_sampling_follows_torchs_random_state() -> None:
     """The same seed, the same steps; every step draws anew."""
     case = networks.residual()
@@ -134,43 +127,6 @@ def test_samples_mixed_by_batch_norm_are_read_column_by_column() -> None:
     compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=lr, **options).step(x, y)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), new[name], rtol=0, atol=1e-12)
-
-
-def test_tied_parameters() -> None:
-    """One layer used at two stages: the update is that of the dense Gauss-Newton problem in both uses' columns."""
-    torch.manual_seed(0)
-
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
-
-    case = Case(Tied().double(), (3,), {})
-    x = case.batch(0, 4)[0]
-    y = torch.tensor([0, 1, 1, 0])
-    found = []
-    for model in (copy.deepcopy(case.model), untied(case.model)):
-        opt = compile_optimizer(
-            model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=1e-3, terminal="ggn", feedback="open"
-        )
-        opt.step(x, y)
-        found.append(dict(model.named_parameters()))
-    start = dict(case.model.named_parameters())["layer.weight"]
-    tied, first, second = found[0]["layer.weight"], found[1]["first.weight"], found[1]["second.weight"]
-    assert (tied - start).abs().max() > 1e-5
-    torch.testing.assert_close(tied - start, first + second - 2 * start, rtol=0, atol=1e-7)  # as the step goes to 0
-
-
-def untied(model: Any) -> nn.Module:
-    """The same network with a copy of the layer for each use."""
-    first, second, head = copy.deepcopy(model.layer), copy.deepcopy(model.layer), copy.deepcopy(model.head)
-    return networks.make(
-        lambda net, x: net.head(torch.tanh(net.second(torch.tanh(net.first(x))))),
-        first=lambda: first, second=lambda: second, head=lambda: head,
-    )  # fmt: skip
 
 
 @torch.library.custom_op("gtddp_compile_tests::cube", mutates_args=())

@@ -103,16 +103,6 @@ def test_the_graph_prints_as_golden(name: str) -> None:
     assert str(GRAPHS[name]()) + "\n" == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def test_a_plain_network_is_a_chain() -> None:
-    graph = GRAPHS["plain"]()
-    assert [(s.players, s.live) for s in graph.stages] == [
-        (("conv1",), ("inputs",)),
-        (("fc1",), ("flatten",)),
-        (("fc2",), ("relu_1",)),
-    ]
-    assert graph.shortcuts == ()
-
-
 @pytest.mark.parametrize("schedule", ["asap", "alap", "sequential"])
 def test_resnet_names_everything(schedule: str) -> None:
     """Read off the module tree: a stage for every layer of the main path, shortcuts by the kind of `short`."""
@@ -137,21 +127,6 @@ def test_resnet_names_everything(schedule: str) -> None:
         if mapping and schedule != "sequential":
             beside = {"asap": (f"{name}.a.0", f"{name}.a.1"), "alap": (f"{name}.b.0", f"{name}.b.1")}[schedule]
             assert [depth[layer] for layer in mapping] == [depth[layer] for layer in beside]
-
-
-def test_live_values_of_a_residual_stage() -> None:
-    """Inside an identity block the forked value waits; where a mapping has decided, its value waits instead."""
-    graph = GRAPHS["resnet18_like"]()
-    cut = {stage.players[0]: stage.live for stage in graph.stages}
-    assert cut["2.a.0"] == ("1",) and cut["2.b.0"] == ("1", "2.relu")
-    assert cut["4.a.0"] == ("3.relu_1",) and cut["4.b.0"] == ("4.relu", "4.short.1")
-    assert cut["12"] == ("11",)
-
-
-def test_a_parameter_free_shortcut() -> None:
-    (shortcut,) = GRAPHS["parameter_free_shortcut"]().shortcuts
-    assert (shortcut.fork, shortcut.merge, shortcut.kind) == ("relu", "add", "parameter_free")
-    assert shortcut.players == () and shortcut.ops == ("getitem", "pad")
 
 
 if __name__ == "__main__":

@@ -157,21 +157,7 @@ def nested(seed: int = 0) -> Case:
         y = torch.tanh(inner + net.c(torch.tanh(net.b(inner))))
         return net.head(torch.tanh(outer + net.d(y)))
 
-    model = make(forward, seed, stem=(4, 4), a=(4, 5), b=(5, 3), c=(3, 5), d=(5, 4), head=(4, 3))
-    return Case(
-        model,
-        (4,),
-        everywhere(
-            [
-                STEM,
-                stage("a", layer("a"), squash_and_keep),
-                stage("b", layer("b"), squash_and_keep),
-                stage("c", layer("c"), lambda state, h: (torch.tanh(state[1] + h[0]), state[2])),
-                stage("d", layer("d"), lambda state, h: (torch.tanh(state[1] + h[0]),)),
-                HEAD,
-            ]
-        ),
-    )
+    return Case(make(forward, seed, stem=(4, 4), a=(4, 5), b=(5, 3), c=(3, 5), d=(5, 4), head=(4, 3)), (4,))
 
 
 def consecutive(seed: int = 0) -> Case:
@@ -180,21 +166,7 @@ def consecutive(seed: int = 0) -> Case:
         x = torch.tanh(x + net.b(torch.tanh(net.a(x))))
         return net.head(x + net.d(torch.tanh(net.c(x))))
 
-    model = make(forward, seed, stem=(4, 4), a=(4, 3), b=(3, 4), c=(4, 5), d=(5, 4), head=(4, 3))
-    return Case(
-        model,
-        (4,),
-        everywhere(
-            [
-                STEM,
-                stage("a", layer("a"), squash_and_keep),
-                stage("b", layer("b"), lambda state, h: (torch.tanh(state[1] + h[0]),)),
-                stage("c", layer("c"), squash_and_keep),
-                stage("d", layer("d"), lambda state, h: (state[1] + h[0],)),
-                HEAD,
-            ]
-        ),
-    )
+    return Case(make(forward, seed, stem=(4, 4), a=(4, 3), b=(3, 4), c=(4, 5), d=(5, 4), head=(4, 3)), (4,))
 
 
 def projection(seed: int = 0) -> Case:
@@ -260,46 +232,6 @@ def gated(seed: int = 0) -> Case:
         model,
         (4,),
         {"asap": [STEM, both, mix, HEAD], "alap": [STEM, both, mix, HEAD], "sequential": [STEM, *apart, mix, HEAD]},
-    )
-
-
-def branches(seed: int = 0) -> Case:
-    """Inception in small: branches of one and of two layers and none, concatenated."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.stem(x))
-        return net.head(torch.cat([torch.tanh(net.a(x)), net.c(torch.tanh(net.b(x))), x], 1))
-
-    model = make(forward, seed, stem=(4, 3), a=(3, 2), b=(3, 4), c=(4, 2), head=(7, 3))
-    last = stage("c", layer("c"), lambda state, h: (torch.cat([state[1], h[0], state[2]], 1),))
-    return Case(
-        model,
-        (4,),
-        {
-            "asap": [
-                STEM,
-                stage("a b", readers("a", "b"), lambda state, h: (torch.tanh(h[1]), torch.tanh(h[0]), state[0])),
-                last,
-                HEAD,
-            ],
-            "alap": [
-                STEM,
-                stage("b", layer("b"), squash_and_keep),
-                stage(
-                    "c a",
-                    lambda s, p: (linear("c", s[0], p), linear("a", s[1], p)),
-                    lambda state, h: (torch.cat([torch.tanh(h[1]), h[0], state[1]], 1),),
-                ),
-                HEAD,
-            ],
-            "sequential": [
-                STEM,
-                stage("a", layer("a"), squash_and_keep),
-                stage("b", layer("b", 1), squash_and_keep),
-                last,
-                HEAD,
-            ],
-        },
     )
 
 
@@ -378,5 +310,5 @@ def conv_residual(seed: int = 0, training: bool = True) -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {"residual_relu": lambda: residual(act=torch.relu)} | {
-    build.__name__: build for build in (mlp, residual, nested, consecutive, projection, gated, branches, attention)
+    build.__name__: build for build in (mlp, residual, projection, gated, attention)
 }

@@ -11,9 +11,6 @@ from torch.nn import functional as F
 from support.networks import Case
 from support.oracle import Options
 
-TORCH = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-
-
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("sgd", {"lr": 0.7}),
     "momentum": ("sgd", {"lr": 0.5, "momentum": 0.8, "weight_decay": 0.05}),
@@ -35,7 +32,6 @@ COUPLINGS: dict[str, Options] = {
     "open": Options(feedback="open"),
     "unclipped": Options(clip=None),
     "sum": Options(coupling=3, reduction="sum"),
-    "base": Options(feedback=False),
     "geometric": Options(terminal="geometric"),
     "geometric_groups": Options(coupling=3, terminal="geometric"),
     "geometric_block": Options(coupling="block", terminal="geometric"),
