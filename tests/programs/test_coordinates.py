@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from gtddp_compile import compile_optimizer, kernels
 from support.cases import convolutional, lines, wide
 from support.compared import LOSS, assert_equal
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
+from support.samples import draw
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from gtddp_compile import CompileError, Sketch, compile_optimizer, kernels
 from gtddp_compile.kernels import approximate, linear
 from gtddp_compile.lowering import costs
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
+from support.cases import tokens
+from support.compared import assert_equal
+from support.samples import draw
 
 CONV: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 1), "groups": 2}
 LAYERS: dict[str, tuple[str, tuple[Tensor, ...], Tensor, Tensor, dict[str, Any], int]] = {
@@ -230,3 +227,14 @@ def test_refusals(options: dict[str, Any]) -> None:
         train(curvature="sgd", **options)
     with pytest.raises(CompileError, match="columns"):
         Sketch(0)
+
+
+@pytest.mark.parametrize("piece", [1, 80, 2**20])
+@pytest.mark.parametrize("curvature", ["rmsprop", "adam"])
+def test_statistics_and_grams_of_layers_over_positions(
+    curvature: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From per-sample gradients that are made once, a row, some rows, or all at a time."""
+    monkeypatch.setattr(linear, "CHUNK", piece)
+    run = assert_equal(tokens(), size=4, curvature=curvature, lr=5e-3, coupling=3)
+    assert [one.function for one in run.optimizer.program.lowered.instructions].count("m.observe_gram") == 2
