@@ -145,41 +145,6 @@ def test_printed_recursion_of_one_player() -> None:
     assert (equation_text(last), last.source) == ("V_xx = Q_xx - Q_ux.T*K", "21-23, sign as printed")
 
 
-class Dense(nn.Module):
-    """Dense blocks of ``layers`` layers, each of which reads every feature of its block; a transition after each."""
-
-    def __init__(self, blocks: int, layers: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(nn.Sequential(nn.Linear(3 + 2 * n, 4), nn.Tanh(), nn.Linear(4, 2)) for n in range(layers))
-            for _ in range(blocks)
-        )
-        self.transitions = nn.ModuleList(nn.Linear(3 + 2 * layers, 3) for _ in range(blocks))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores, (batch, 3)."""
-        for block, transition in zip(self.blocks, self.transitions, strict=True):
-            features = [x]
-            for layer in block:
-                features.append(layer(torch.cat(features, 1)))
-            x = torch.tanh(transition(torch.cat(features, 1)))
-        return x
-
-
-def test_features_of_a_dense_block_are_one_bundle() -> None:
-    """Patterns repeat from layer to layer and from block to block: more of either derives nothing new."""
-    small, large = (
-        derive(build_graph(Dense(blocks, layers), (torch.zeros(2, 3),), Options()))
-        for blocks, layers in ((2, 4), (3, 16))
-    )
-    assert set(small.patterns) == set(large.patterns) and len(large.stages) == 3 * (2 * 16 + 1)
-    assert max(len(pattern.inputs) for pattern in large.patterns) == 2
-    widest = max(large.stages, key=lambda stage: max(map(len, stage.inputs.values())))
-    (bundle,) = (bundle for bundle in widest.inputs.values() if len(bundle) > 1)
-    assert len(bundle) == 16 and bundle in widest.outputs.values()
-    collapse(large, coupling="full", feedback=True)
-
-
 def test_equal_as_polynomials_whatever_the_order_of_terms() -> None:
     n = Symbol("n", integer=True, positive=True)
     a, b = (MatrixSymbol(name, n, n) for name in "AB")

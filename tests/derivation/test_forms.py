@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 from sympy import Inverse, MatAdd, MatrixExpr
-from torch import nn
 
-from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile import CompileError
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.algebra import forms
 from gtddp_compile.algebra.collapsed import CollapsedForm
-from gtddp_compile.algebra.derivation import RECURSIONS, Equation
+from gtddp_compile.algebra.derivation import RECURSIONS
 from gtddp_compile.algebra.forms import Form, Law, build
 from gtddp_compile.algebra.formulas import check_update
 from gtddp_compile.options import Options
@@ -65,26 +64,6 @@ def test_an_altered_equation_is_refused(case: tuple[Any, Any, Any, bool], monkey
                 list(proved(name, form, law, (*named, replace(equation, expression=altered))))
             count += 1
     assert count >= len(equations)
-
-
-def test_a_form_typed_in_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The information form with ``s`` and ``c`` turned."""
-
-    def typed(*_: Any, **__: Any) -> list[Equation]:
-        return [
-            Equation(a.TARGET, a.TARGET_NEXT + a.DRIFT), Equation(a.INFORMATION, a.INFORMATION_NEXT + a.GRAM),
-            Equation(a.ALPHA, Inverse(a.INFORMATION) * a.TARGET),
-            Equation(a.WEIGHTS, Inverse(a.INFORMATION) * (a.TARGET - a.CHANGE)),
-            Equation(a.UPDATE, -Inverse(a.CURVATURE) * (a.GRADIENTS * a.WEIGHTS + a.DECAY)),
-        ]  # fmt: skip
-
-    monkeypatch.setattr(forms, "_equations", typed)
-    form_equations.cache_clear()
-    with pytest.raises(CompileError, match="y = s \\+ y' is not what was proved"):
-        compile_optimizer(
-            networks.mlp().model, networks.mlp().batch(0)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1
-        )
-    form_equations.cache_clear()
 
 
 @pytest.mark.parametrize("recursion", RECURSIONS)

@@ -106,11 +106,6 @@ def test_inspect_writes(here: Path, suffix: str, says: str) -> None:
     assert says in text and "second" in text
 
 
-def test_inspect_page_holds_the_derivation(here: Path) -> None:
-    assert run("inspect", "user_net:Net", "-i", "2,4", "-o", "net.html").exit_code == 0
-    assert "Q_xx = " in (here / "net.html").read_text(encoding="utf-8")
-
-
 def test_arguments_precision_and_schedule(here: Path) -> None:
     words = ("user_net:Net", "-i", "2,4", "--arg", "hidden=6", "--dtype", "float64", "--schedule", "sequential")
     done = run("inspect", *words, "-o", "net.json")
@@ -118,12 +113,6 @@ def test_arguments_precision_and_schedule(here: Path) -> None:
     data = json.loads((here / "net.json").read_text(encoding="utf-8"))
     assert data["graph"]["schedule"] == "sequential"
     assert [player["size"] for player in data["graph"]["players"]] == [30, 42, 21]
-
-
-@pytest.mark.parametrize("target", ["user_net:tokens", "user_net:ready"])
-def test_integer_inputs(here: Path, target: str) -> None:
-    done = run("inspect", target, "--input", "2,5:int64")
-    assert done.exit_code == 0 and "embedding" in done.stdout, done.stderr
 
 
 def test_derive(here: Path) -> None:
@@ -240,15 +229,6 @@ def test_error_is_printed_in_three_parts(capsys: pytest.CaptureFixture[str]) -> 
     assert lines == ["failed: module a.b, operation linear, at net.py:3", "it [is] so.", "Do that."]
 
 
-@pytest.mark.parametrize(
-    "words", [(), ("inspect",), ("derive",), ("export",), ("diff",), ("demo",), ("demo", "digits")]
-)
-def test_help(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "110")
-    done = run(*words, "--help")
-    assert done.exit_code == 0 and "Usage" in done.stdout
-
-
 def test_demo_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gtddp_compile.tools.cli.commands.util.find_spec", lambda name: None)
     done = run("demo", "digits")
@@ -291,13 +271,3 @@ def test_diff_of_a_file_and_a_model(here: Path) -> None:
     assert run("diff", "net.json", "net.json", "--out", "diff.pdf").exit_code == 2
     missing = run("diff", "net.json", "nowhere.json")
     assert missing.exit_code == 1 and "nowhere.json cannot be read" in missing.stderr
-
-
-@pytest.mark.parametrize(("line", "wanted"), [("export x:y --curvature r", "rmsprop"), ("di", "diff")])
-def test_completion_names_commands_and_values(line: str, wanted: str) -> None:
-    """What the shell asks for when the tab key is pressed."""
-    words = f"gtddp-compile {line}"
-    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    environment = {"_GTDDP_COMPILE_COMPLETE": "complete_bash", **asked}
-    done = CliRunner().invoke(app, [], prog_name="gtddp-compile", env=environment)
-    assert wanted in done.stdout.split(), done.output

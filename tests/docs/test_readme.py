@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from gtddp_compile import compile_optimizer, passes
-from support.layers import LAYERS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/architecture.md"]
@@ -70,11 +69,6 @@ def test_paths_that_are_named_exist() -> None:
 def test_the_architecture_lists_the_passes() -> None:
     rows = re.findall(r"^\| `(p\d\d_\w+)` \|", read("docs/architecture.md"), re.MULTILINE)
     assert rows == [function.__module__.rpartition(".")[2] for function in passes.PIPELINE]
-
-
-def test_the_architecture_lists_the_layers() -> None:
-    rows = re.findall(r"^\| (\d+) \| (`.*?) \|", read("docs/architecture.md"), re.MULTILINE)
-    assert {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)`", names)} == LAYERS
 
 
 def test_the_options_in_the_usage_exist() -> None:

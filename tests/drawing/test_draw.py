@@ -18,9 +18,9 @@ from gtddp_compile.graph import ControlGraph
 from gtddp_compile.tools import draw
 from gtddp_compile.tools.draw import layout
 from gtddp_compile.tools.draw.style import shortened, text_width
-from support.drawn import dense, hostile, residual, resnet18, tied, two_outputs, unet
+from support.drawn import dense, hostile, residual, resnet18, tied, two_outputs
 
-ALL = [residual, resnet18, unet, tied, dense, two_outputs, hostile]
+ALL = [residual, resnet18, tied, dense, two_outputs, hostile]
 each = pytest.mark.parametrize("make", ALL, ids=[make.__name__ for make in ALL])
 Make = Callable[[], ControlGraph]
 

@@ -86,26 +86,6 @@ def test_options_and_their_formulas() -> None:
     assert not diff["players"] and not diff["operations"] and not diff["stages"]
 
 
-def test_a_value_that_waits_long_is_one_entry() -> None:
-    """A shortcut over a whole chain: the stages between wait alike and are said together."""
-
-    def chain(long: bool) -> nn.Module:
-        def forward(net: nn.Module, x: Tensor) -> Tensor:
-            x = first = net.a(x)
-            for name in "bcd":
-                x = torch.tanh(getattr(net, name)(x))
-            return net.e(x + first if long else x)
-
-        return make(forward, a=(4, 5), b=(5, 5), c=(5, 5), d=(5, 5), e=(5, 3))
-
-    section = program(chain(False)).diff(program(chain(True)))["stages"]
-    assert [(c.what, c.left, c.right, c.count) for c in section.changes] == [
-        ("stage 2: c … stage 3: d (2 stages)", "", "a 5", 2),
-        ("stage 4: e", "tanh_2 5", "add′ 5", 1),
-    ]
-    assert section.summary.endswith("3 changed, 2 the same")
-
-
 class Checked(HTMLParser):
     """Whether elements are closed in order, and nothing is loaded."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
+from gtddp_compile import CompiledOptimizer, compile_optimizer
 from support.compared import assert_base, assert_equal
 from support.networks import Case
 
@@ -138,41 +138,7 @@ def test_the_loss_says_which_outputs_matter(name: str, asks: bool) -> None:
     assert_base_method_and_dense(case_of(lambda: Auxiliary(pack, asks), loss), "export" if asks else "fx")
 
 
-def test_nested_inputs_are_refused() -> None:
-    x, _ = data()
-    with pytest.raises(CompileError, match=r"inputs must be tensors, got dict\. Pass a tensor, or a tuple of tensors"):
-        compile_optimizer(nn.Linear(3, 2).double(), ({"x": x},), loss=nn.MSELoss(), curvature="sgd")
-
-
 # --- what torch does around layers ------------------------------------------------------------------------------------
-
-
-class OldWeightNorm(nn.Module):
-    """The parametrization by hooks that torch had first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with pytest.warns(FutureWarning, match="weight_norm"):
-            self.layer = torch.nn.utils.weight_norm(nn.Linear(3, WIDTH))
-        self.out = nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.layer(x.mean(1))))
-
-
-def test_weight_norm_by_hooks() -> None:
-    torch.manual_seed(0)
-    model, fresh = OldWeightNorm().double(), OldWeightNorm().double()
-    fresh.load_state_dict(model.state_dict())
-    (x, y), opt = data(), compile_optimizer(model, data()[0], loss=nn.MSELoss(), curvature="sgd", lr=LR, feedback=False)
-    F.mse_loss(fresh(x), y).backward()
-    torch.optim.SGD(fresh.parameters(), lr=LR).step()
-    opt.step(x, y)
-    torch.testing.assert_close(model.state_dict(), fresh.state_dict(), rtol=0, atol=1e-12)
-    assert [set(p.parameters) for p in opt.graph.players] == [
-        {"layer.bias", "layer.weight_g", "layer.weight_v"},
-        {"out.weight", "out.bias"},
-    ]
 
 
 class Autocast(nn.Module):

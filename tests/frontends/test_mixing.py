@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, compile_optimizer
-from gtddp_compile.passes import p01_normalise as normalisation
-from gtddp_compile.passes.p01_normalise import FRONT_ENDS
 
 WIDTH = 6
 MIXING: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
@@ -76,16 +74,6 @@ def test_the_size_of_the_example_does_not_matter(name: str, example: int, size: 
     found, opt = trained(model, example, size)
     assert opt.graph.ops.mixing == MIXING[name][1]
     torch.testing.assert_close(found, trained(model, size, size, backend="dense")[0], rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("example", [1, 4])
-def test_under_torch_export(example: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Net(MIXING["centred"][0])
-    expected = trained(model)[0]
-    monkeypatch.setattr(normalisation.normalise, "__defaults__", (FRONT_ENDS[1:],))
-    found, opt = trained(model, example)
-    assert (opt.graph.ops.frontend, opt.graph.ops.mixing) == ("export", ("sub",))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

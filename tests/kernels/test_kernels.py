@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gtddp_compile import kernels
 from gtddp_compile.kernels import conv_pairs, patches
-from support.samples import Params, draw
+from support.recorded import Params, draw
 
 Layer = Callable[..., Tensor]
 
@@ -370,3 +370,30 @@ def test_weighted_gradients_add_up_piece_by_piece(samples_a_piece: int, monkeypa
     found = kernels.weigh(kernels.conv_weighted, (x,), g, weights, params, (True, True), **options)
     gamma = kernels.conv_per_sample((x,), g, params, (True, True), **options)
     close(found, [torch.tensordot(weights, rows, 1) for rows in gamma])
+
+
+# --- the trial that finds the generic kernels' faster ways: what it takes as an answer, and what is a defect ---
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError, TypeError, AttributeError])
+def test_a_trial_takes_refusals_of_a_size_and_passes_defects_on(error: type[Exception]) -> None:
+    def function(params: Params, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            raise error
+        return x * params[0]
+
+    x, w = draw(4, 3), draw(3)
+    if error in (TypeError, AttributeError):
+        with pytest.raises(error):
+            kernels.generic_probe((x,), draw(4, 3), (w,), (True,), function=function)
+    else:
+        assert kernels.generic_probe((x,), draw(4, 3), (w,), (True,), function=function)["mixes"]
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_trial_of_what_vmap_has_no_rule_for_is_quiet(recwarn: pytest.WarningsRecorder) -> None:
+    def function(params: Params, x: Tensor) -> Tensor:
+        return F.bilinear(x, x, params[0])  # type: ignore[arg-type]
+
+    found = kernels.generic_probe((draw(4, 3),), draw(4, 2), (draw(2, 3, 3),), (True,), function=function)
+    assert found == {"mixes": False, "vectorised": False, "forward_mode": True} and not recwarn

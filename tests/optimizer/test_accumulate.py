@@ -35,15 +35,6 @@ def assert_same(ours: nn.Module, theirs: nn.Module, tolerance: float = 1e-9) -> 
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_groups_within_micro_batches_are_groups_of_the_union() -> None:
-    case = networks.mlp()
-    parts, whole = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    x, y = case.batch(0, 12)
-    step_of_parts(optimizer(parts, x, coupling=2), x, y)
-    optimizer(whole, x, coupling=2).step(x, y)
-    assert_same(parts, whole)
-
-
 TORCH: list[tuple[str, Callable[..., torch.optim.Optimizer], dict[str, Any]]] = [
     ("sgd", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
     ("rmsprop", torch.optim.RMSprop, {"lr": 0.01, "centered": True}),

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from gtddp_compile import compile_optimizer
-from support.networks import CASES, Case, conv_residual
-from support.oracle import Options, run
-from support.oracle_bases import BASES
-from support.oracle_cases import COUPLINGS, REGIMES, SETTINGS, arguments, batches, cross_entropy, distance, parameters
+from support.compared import TORCH
+from support.networks import CASES, Case, conv_residual, residual
+from support.oracle import Options, Stage, ddp_step, run
+from support.oracle_cases import (
+    BASES,
+    COUPLINGS,
+    REGIMES,
+    SETTINGS,
+    arguments,
+    batches,
+    cross_entropy,
+    distance,
+    parameters,
+)
 
 STEPS, TOLERANCE = 5, 1e-9
 
@@ -55,3 +70,91 @@ def test_a_schedule_given_by_hand() -> None:
 def test_batch_norm_in_evaluation() -> None:
     """There it does not mix samples, and the block reading is exact."""
     check(conv_residual(training=False), "sgd", COUPLINGS["full"])
+
+
+# --- the oracle on its own: base methods, a linear-quadratic problem, groups ---
+
+
+def solve(case: Case, setting: str, options: Options, steps: int = 3) -> dict[str, Tensor]:
+    name, keywords = SETTINGS[setting]
+    data = batches(case, steps)
+    return run(case.stages["asap"], parameters(case.model), data, cross_entropy, BASES[name](**keywords), options)[0]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_without_feedback_it_is_the_base_method(setting: str) -> None:
+    case = residual()
+    result, theirs = solve(case, setting, Options(feedback=False), 5), copy.deepcopy(case.model)
+    name, keywords = SETTINGS[setting]
+    optimizer = TORCH[name](theirs.parameters(), **keywords)
+    for (x,), y in batches(case, 5):
+        optimizer.zero_grad()
+        F.cross_entropy(theirs(x), y).backward()
+        optimizer.step()
+    assert distance(result, parameters(theirs)) < 1e-12
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_linear_dynamics_give_the_minimum_of_the_quadratic_model(weight_decay: float) -> None:
+    """x' = A x + B u: the sweep minimises mean(g δx + (g δx)²/2) + ℓ_u δu + |δu|²/(2 lr) over all u."""
+    torch.manual_seed(0)
+    batch, lr = 3, 2.0
+    maps = [(torch.randn(2, 2).double(), torch.randn(2, 2).double()) for _ in range(3)]
+    stages = [
+        Stage((f"u{t}",), lambda s, p, t=t, B=B: (s[0] * 0 + p[f"u{t}"] @ B,), lambda s, h, A=A: (s[0] @ A + h[0],))
+        for t, (A, B) in enumerate(maps)
+    ]
+    params = {f"u{t}": torch.randn(2).double() for t in range(3)}
+    x, goal = torch.randn(batch, 2).double(), torch.randn(batch, 2).double()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return ((outputs - targets) ** 2).sum(1)
+
+    base = BASES["sgd"](lr=lr, weight_decay=weight_decay)
+    new, _ = ddp_step(stages, params, (x,), goal, loss, base, Options(clip=None))
+
+    u, state, response = torch.cat(list(params.values())), x, torch.zeros(0, 2).double()
+    for t, (A, B) in enumerate(maps):
+        state, response = state @ A + params[f"u{t}"] @ B, torch.cat([response @ A, B])
+    rows = 2 * (state - goal) @ response.T  # gradient of each sample's loss in all controls
+    hessian = rows.T @ rows / batch + torch.eye(6).double() / lr
+    best = u - torch.linalg.solve(hessian, rows.mean(0) + weight_decay * u)
+    torch.testing.assert_close(torch.cat(list(new.values())), best, rtol=1e-12, atol=1e-12)
+
+
+def test_couplings_agree_where_they_must_and_differ_elsewhere() -> None:
+    case = residual()
+    results = {name: solve(case, "sgd", Options(coupling=name)) for name in ("full", 7, 9, 3, 1, "block")}
+    assert distance(results[7], results["full"]) < 1e-12
+    assert distance(results[9], results["full"]) < 1e-12
+    for left, right in (("full", 3), ("full", 1), ("full", "block"), (3, 1), (1, "block")):
+        assert distance(results[left], results[right]) > 1e-3
+
+
+def test_groups_are_the_mean_of_groups_that_stand_for_the_batch() -> None:
+    """With sgd, whose metric is no statistic, the update is the weighted mean of each group's own update."""
+    case = residual()
+    x, y = case.batch(0)
+    before = parameters(case.model)
+
+    def first_stage(rows: slice, options: Options) -> Tensor:
+        data = [((x[rows],), y[rows])]
+        new, _ = run(case.stages["asap"], before, data, cross_entropy, BASES["sgd"](lr=0.7), options)
+        return new["stem.weight"] - before["stem.weight"]
+
+    parts = [slice(0, 3), slice(3, 6), slice(6, 7)]
+    mean = sum((r.stop - r.start) / 7 * first_stage(r, Options()) for r in parts)
+    torch.testing.assert_close(first_stage(slice(0, 7), Options(coupling=3)), mean, rtol=1e-12, atol=1e-14)
+
+
+def test_schedules_differ_to_second_order_only() -> None:
+    case = CASES["projection"]()
+    before = parameters(case.model)
+
+    def update(schedule: str, lr: float) -> dict[str, Tensor]:
+        new, _ = run(case.stages[schedule], before, batches(case, 1), cross_entropy, BASES["sgd"](lr=lr))
+        return {name: value - before[name] for name, value in new.items()}
+
+    for schedule in ("alap", "sequential"):
+        small, large = (distance(update(schedule, lr), update("asap", lr)) for lr in (0.001, 0.01))
+        assert 0 < small < large / 50

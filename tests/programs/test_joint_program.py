@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import torch
 from torch import nn
 
 from gtddp_compile import CompileError, UpdateProgram, compile_optimizer
-from gtddp_compile.algebra import forms
 from gtddp_compile.methods.terminal import Terminal
 from gtddp_compile.options import Options
-from gtddp_compile.passes.p07_collapse import prove_law
 from support import networks
 from support.compared import LOSS, flat, optimizer
 from support.exported import largest, load_module, named
@@ -111,25 +108,6 @@ def test_the_weights_are_the_same_at_every_stage(terminal: Terminal, coupling: A
     assert len(functions) >= len(opt.graph.stages)
     assert all(called.count(name) == 1 for name in functions)
     assert not any(one.phase == "forward" for one in program.lowered.instructions)
-
-
-@pytest.mark.parametrize("factored", [False, True])
-def test_another_law_has_other_weights(factored: bool) -> None:
-    law, _ = prove_law("levenberg", factored)
-    assert "same at every stage" in forms._same_weights(law, law.update).statement
-    grouped, _ = forms._in_a_group(law)
-    assert "same at every stage" in forms._same_weights(grouped, forms._share(law.update)).statement
-    altered = (
-        (replace(law, drift=-law.drift), law.update),
-        (replace(law, drift=2 * law.drift), law.update),
-        (law, -law.update),
-        (replace(law, weights=-law.weights), law.update),
-        (replace(law, weights=2 * law.weights), law.update),
-        (grouped, law.update),
-    )
-    for other, update in altered:
-        with pytest.raises(CompileError, match=r"the weights are the same at every stage.*does not follow"):
-            forms._same_weights(other, update)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

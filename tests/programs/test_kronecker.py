@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import EKFAC, KFAC, CompileError, compile_optimizer
+from gtddp_compile import EKFAC, FOOF, KFAC, CompileError, compile_optimizer, kernels
 from support import networks
-from support.cases import conv_mixed
-from support.compared import flat
-
-LOSS = nn.CrossEntropyLoss()
-
+from support.cases import conv_mixed, convolutional, lines, wide
+from support.compared import LOSS, assert_equal, flat
+from support.recorded import draw
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -126,3 +125,220 @@ def test_statistics_come_from_v_h() -> None:
     torch.testing.assert_close(found[0]["c.weight"], found[1]["c.weight"])  # α_T = 1/B
     assert (found[0]["a.weight"] - found[1]["a.weight"]).abs().max() > 1e-6
     torch.testing.assert_close(found[2], found[1])
+
+
+# --- per-sample gradients in coordinates where a Kronecker metric is diagonal: kernels, choice, what is made o ---
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["rows", "samples"])
+@pytest.mark.parametrize(("samples", "positions"), [(5, 1), (40, 1), (5, 3)])
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_kernels_against_explicit_matrices(form: str, samples: int, positions: int, rescaled: bool) -> None:
+    """``γ`` and ``M⁻¹`` written out, a group at a time, with rank-deficient maps."""
+    x, g, weights = draw(samples, 2, positions, 6), draw(samples, 2, positions, 5), draw(samples)
+    maps, rate = (draw(2, 6, 4), draw(2, 5, 3)), 0.3
+    scale: Any = draw(2, 3, 4).abs() if rescaled else 1.0
+    gamma = torch.einsum("bgtm,bgtn->bgmn", g, x)
+    inverse = torch.stack([
+        (k := torch.kron(maps[1][group], maps[0][group])) @ (k * (scale[group].flatten() if rescaled else 1.0)).T
+        for group in range(2)
+    ])  # fmt: skip
+    flat = gamma.flatten(2)
+    gram = rate * torch.einsum("bgi,gij,cgj->bc", flat, inverse, flat)
+    step = torch.einsum("gij,bgj,b->gi", inverse, flat, weights).reshape(2, 5, 6)
+    moment = torch.einsum("bgmn,gmp,gnq->bgpq", gamma, maps[1], maps[0]).square()
+
+    found = kernels.kronecker_coordinates(x, g, maps, form)
+    metric, rows = ((maps,), scale, None, (rate,)), [slice(0, 3), slice(3, samples)]
+    for block, row in zip(kernels.coordinates_gram(found, metric, rows), rows, strict=True):
+        torch.testing.assert_close(block, gram[row, row], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(kernels.coordinates_step(found, weights, metric), step, rtol=1e-10, atol=1e-10)
+    expected = torch.einsum("b,bgpq->gpq", weights.square() / 0.2, moment)
+    torch.testing.assert_close(kernels.coordinates_moment(found, weights, 0.2), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["rows", "samples"])
+def test_a_separated_scale_of_rank_one_is_exact(form: str) -> None:
+    found = kernels.kronecker_coordinates(draw(5, 2, 3, 4), draw(5, 2, 3, 3), (draw(2, 4, 4), draw(2, 3, 3)), form)
+    metric = (((draw(2, 4, 4), draw(2, 3, 3)),), draw(2, 3, 1).abs() * draw(2, 1, 4).abs(), None, (0.1,))
+    exact, separated = (kernels.coordinates_gram(found, metric, [slice(0, 5)], separable=s)[0] for s in (False, True))
+    torch.testing.assert_close(separated, exact, rtol=1e-10, atol=1e-12)
+
+
+MOMENTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "plane": ((3, 4, 5), (2, 3), {"stride": (1, 2), "padding": (1, 0), "dilation": (1, 1)}),
+    "same": ((2, 5, 4), (4, 2), {"stride": (1, 1), "padding": "same", "dilation": (1, 1)}),
+    "dilated": ((1, 5, 6), (3, 2), {"stride": (1, 1), "padding": "valid", "dilation": (1, 3)}),
+    "line": ((3, 6), (3,), {"stride": (1,), "padding": (2,), "dilation": (1,)}),
+    "space": ((2, 4, 3, 3), (3, 2, 1), {"stride": (1, 1, 2), "padding": (1, 1, 0), "dilation": (1, 1, 1)}),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", MOMENTS)
+def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) -> None:
+    shape, kernel, options = MOMENTS[name]
+    x, weight = draw(3, *shape), draw(2, shape[0], *kernel)
+    convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(kernel) - 1]
+    basis = torch.eye(weight[0].numel(), dtype=x.dtype).reshape(-1, *weight.shape[1:])
+    patches = convolve(x, basis, **options).flatten(2).transpose(0, 1).flatten(1)  # every weight's input
+    patches = torch.cat([patches, torch.ones_like(patches[:1])]) if bias else patches
+    operands, g = (x,), torch.zeros_like(convolve(x, weight, **options))
+    params, wants = (weight, draw(2)) if bias else (weight,), (True, bias)
+    rows, _ = kernels.conv_rows(operands, g, params, wants, groups=1, **options)
+    found = kernels.conv_moment(operands, rows, params, wants, groups=1, **options)
+    torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
+
+
+# --- in programs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_bias_that_is_not_trained() -> None:
+    """Rows have no ones, and coordinates no place for them."""
+    for case in (wide(), lines()):
+        case.model.a.bias.requires_grad_(False)
+        assert_equal(case, steps=3, size=5, curvature="kfac", lr=0.2, damping=1e-2)
+
+
+def test_coordinates_that_would_be_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = convolutional()
+    monkeypatch.setattr("gtddp_compile.lowering.costs.LARGEST", 5 * 36)  # the head's rows fit, the convolutions' do not
+    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, curvature="kfac")
+    assert opt.program.code.count("dual_coordinates(") == 1 and "kronecker_coordinates" not in opt.program.code
+    assert_equal(case, steps=2, size=5, curvature="kfac", lr=0.2, damping=1e-2)
+
+
+# --- fOOF: the input factor's metric, against an independent computation and the dense backend ---
+
+
+PAPER = {"coupling": "block", "recursion": "substituted"}
+
+
+class Layers(nn.Module):
+    """A convolution, a normalisation and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.norm = nn.GroupNorm(1, 3)
+        self.fc = nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.fc(torch.tanh(self.norm(self.conv(x))).flatten(1))
+        return scores
+
+
+def network() -> Layers:
+    torch.manual_seed(0)
+    return Layers().double()
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randn(6, 2, 4, 4, generator=generator).double(), torch.randint(0, 4, (6,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def parameters(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def published(model: Layers, steps: int, lr: float, damping: float, decay: float) -> None:
+    """``δW = -lr G (A + λ ā I)⁻¹`` by hand: homogeneous inputs of the linear layer, channels of the convolution."""
+    running: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for name in ("conv", "fc"):
+        getattr(model, name).register_forward_hook(lambda _, x, __, name=name: seen.__setitem__(name, x[0].detach()))
+    for step, (x, y) in enumerate(batches(steps), start=1):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        pixels = seen["conv"].movedim(1, -1).reshape(-1, 2)
+        rows = F.pad(seen["fc"], (0, 1), value=1.0)
+        keep = min(1 - 1 / step, decay)
+        for name, factor in (("conv", pixels.T @ pixels / len(x)), ("fc", rows.T @ rows / len(x))):
+            running[name] = keep * running[name] + (1 - keep) * factor if name in running else factor
+        inverse = {
+            name: torch.linalg.inv(a + damping * a.trace() / len(a) * torch.eye(len(a)).double())
+            for name, a in running.items()
+        }
+        with torch.no_grad():
+            both = torch.cat([model.fc.weight.grad, model.fc.bias.grad[:, None]], 1) @ inverse["fc"]
+            model.fc.weight -= lr * both[:, :-1]
+            model.fc.bias -= lr * both[:, -1]
+            model.conv.weight -= lr * torch.einsum("mckl,cd->mdkl", model.conv.weight.grad, inverse["conv"])
+            for plain in (model.conv.bias, model.norm.weight, model.norm.bias):  # 16 positions, input 1
+                plain -= lr * plain.grad / (16 * (1 + damping))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_without_feedback_it_is_the_published_method(steps: int) -> None:
+    ours, theirs = network(), network()
+    options = {"lr": 0.05, "damping": 0.1, "stat_decay": 0.5, "refresh": 1, "stat_every": 1}
+    opt = compile_optimizer(
+        ours, batches(1)[0][0], loss=nn.CrossEntropyLoss(), curvature=FOOF(**options), feedback=False
+    )
+    for x, y in batches(steps):
+        opt.step(x, y)
+    published(theirs, steps, 0.05, 0.1, 0.5)
+    torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": 4}, {"rollout": "nonlinear"}, {"feedback": False}, PAPER])
+def test_a_wide_layer_has_a_factor_of_every_block_of_its_inputs(options: dict[str, Any]) -> None:
+    found = []
+    for backend in ("fast", "dense"):
+        model = network()
+        curvature = FOOF(widest=20, lr=0.1)  # 49 homogeneous inputs: three blocks of 17, two zeros behind the last
+        opt = compile_optimizer(
+            model, batches(1)[0][0], loss=nn.CrossEntropyLoss(), curvature=curvature, backend=backend, **options
+        )
+        for x, y in batches(2):
+            opt.step(x, y)
+        assert opt.state[model.fc.weight]["factor_x"].shape == (3, 17, 17)
+        found.append(parameters(model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+
+
+def test_factors_are_made_more_often_at_the_beginning() -> None:
+    model = network()
+    opt = compile_optimizer(model, batches(1)[0][0], loss=nn.CrossEntropyLoss(), lr=1e-9)
+    changed, before = [], None
+    for step, (x, y) in enumerate(batches(22)):
+        opt.step(x, y)
+        now = opt.state[model.conv.weight]["map_x"]
+        if before is None or not torch.equal(now, before):
+            changed.append(step)
+        before = now
+    assert changed == [0, 1, 2, 4, 8, 10, 20]
+
+
+def sketched(seed: int, columns: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """A sketch of ``Γ`` with its change, of one convolution."""
+    (x, _), weight = batches(1)[0], network().conv.weight.detach()
+    shape, generator = (2, 3, 3), torch.Generator().manual_seed(1)
+    maps = torch.linalg.cholesky(torch.tensor([[[2.0, 0.5], [0.5, 1.0]]]).double())
+    g = torch.randn(6, 3, 4, 4, generator=generator).double()
+    filters = kernels.channel_filters(maps, shape, columns, seed)
+    direction = (torch.ones_like(weight), torch.arange(3).double())
+    arguments = ((x,), g, (weight, torch.zeros(3).double()), (True, True))
+    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+    (gram,), change = kernels.conv_sketched(*arguments, filters, (0.7, 0.3), direction, (slice(0, 6),), **geometry)
+    if not options.get("exact"):
+        assert change is not None
+        torch.testing.assert_close(change, kernels.conv_directional(*arguments, direction, **geometry))
+        return gram, change
+    white = kernels.conv_whitened((x,), g, (weight, None), maps)
+    return kernels.conv_gram(white, *arguments[1:], (0.7, 0.3), **geometry), gram
+
+
+def test_the_sketch_is_unbiased_and_its_change_exact() -> None:
+    exact, _ = sketched(0, 4, exact=True)
+    grams = torch.stack([sketched(seed, 4)[0] for seed in range(400)])
+    error = (grams.mean(0) - exact).norm() / exact.norm()
+    one = (grams[0] - exact).norm() / exact.norm()
+    assert error < one / 8  # falls as the square root of the number of sketches, 20

@@ -9,13 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtddp_compile.graph import (
-    PlayerGraph,
-    Ref,
-    Schedule,
-    Shortcut,
-    iter_leaves,
-)
+from gtddp_compile.graph import PlayerGraph, Ref, Schedule, Shortcut, iter_leaves
 from gtddp_compile.passes.p03_find_shortcuts import find_shortcuts
 from gtddp_compile.passes.p04_schedule import schedule
 from gtddp_compile.passes.p05_augment import augment
