@@ -293,16 +293,6 @@ def test_parameters_without_a_path_to_the_loss_are_named_and_left_untouched() ->
     assert "spare" not in str(opt.graph.players)
 
 
-def test_frozen_parameters_are_respected() -> None:
-    net = model()
-    net.block[0].fc.requires_grad_(False)
-    before = net.block[0].fc.weight.clone()
-    opt = compiled(net, weight_decay=0.1)
-    opt.step(batch(6), TARGETS)
-    assert [player.name for player in opt.graph.players] == ["out"]
-    assert torch.equal(net.block[0].fc.weight, before)
-
-
 # --- changes after compilation ----------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import cut_after
 from gtddp_compile.runtime.compiler import build_graph
 from support.compared import assert_base, assert_equal, trained
-from support.networks import Case
+from support.networks import Case, make
 
 FEATURES, CLASSES = 6, 3
 UNPACK = {
@@ -30,172 +30,122 @@ UNPACK = {
 }
 
 
-class Unpacked(nn.Module):
+def unpacked(how: str) -> Any:
     """ShuffleNet's unit: one part of a tuple waits while the other goes through two layers."""
 
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how, self.e, self.o = how, nn.Linear(FEATURES, 4), nn.Linear(4, CLASSES)
-        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+    def forward(net: Any, x: Tensor) -> Tensor:
+        kept, through = UNPACK[how](torch.tanh(net.e(x)))
+        return net.o(torch.cat((kept, net.b(torch.tanh(net.a(through)))), 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        kept, through = UNPACK[self.how](torch.tanh(self.e(x)))
-        return self.o(torch.cat((kept, self.b(torch.tanh(self.a(through)))), 1))
+    return forward, {"e": (FEATURES, 4), "a": (2, 2), "b": (2, 2), "o": (4, CLASSES)}
 
 
-class Broadcast(nn.Module):
+def broadcast(net: Any, x: Tensor) -> Tensor:
     """A column added to a matrix, and one taken from it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.e, self.b, self.o = nn.Linear(FEATURES, 4), nn.Linear(4, 4), nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.e(x))
-        column = h.mean(1, keepdim=True)
-        return self.o(column - (torch.tanh(self.b(h)) + column))
+    h = torch.tanh(net.e(x))
+    column = h.mean(1, keepdim=True)
+    return net.o(column - (torch.tanh(net.b(h)) + column))
 
 
-class Positions(nn.Module):
+def positions(net: Any, x: Tensor) -> Tensor:
     """CLIP: a table read at positions that are a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.e, self.table, self.o = nn.Linear(FEATURES, 8), nn.Embedding(4, 2), nn.Linear(8, CLASSES)
-        self.register_buffer("positions", torch.arange(4)[None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(torch.tanh(self.e(x).view(-1, 4, 2) + self.table(self.positions)).flatten(1))
+    return net.o(torch.tanh(net.e(x).view(-1, 4, 2) + net.table(net.positions)).flatten(1))
 
 
-class RelativePositions(nn.Module):
+def relative_positions(net: Any, x: Tensor) -> Tensor:
     """Swin: a table read at indices that are a buffer, then reshaped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.e, self.table, self.o = nn.Linear(FEATURES, 4), nn.Parameter(torch.randn(5, 1)), nn.Linear(4, CLASSES)
-        self.register_buffer("index", torch.arange(16) * 3 % 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.e(x)
-        bias = self.table[self.index].view(4, 4, -1).permute(2, 0, 1)
-        scores = (h[:, :, None] * h[:, None, :] + bias).softmax(-1)
-        return self.o((scores @ h[:, :, None]).squeeze(-1))
+    h = net.e(x)
+    bias = net.table[net.index].view(4, 4, -1).permute(2, 0, 1)
+    scores = (h[:, :, None] * h[:, None, :] + bias).softmax(-1)
+    return net.o((scores @ h[:, :, None]).squeeze(-1))
 
 
-class RelativeAttention(RelativePositions):
+def relative_attention(net: Any, x: Tensor) -> Tensor:
     """One bias for two of torch's own attentions: its change reaches the second by a derivative along it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.k = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.stack([self.e(x), self.e(x).tanh()], -1)[:, None]
-        bias = self.table[self.index].view(4, 4, -1).permute(2, 0, 1)[None].contiguous()
-        h = torch.tanh(self.k(F.scaled_dot_product_attention(h, h, h, bias)))
-        return self.o(F.scaled_dot_product_attention(h, h, h, bias).sum(-1).flatten(1))
+    h = torch.stack([net.e(x), net.e(x).tanh()], -1)[:, None]
+    bias = net.table[net.index].view(4, 4, -1).permute(2, 0, 1)[None].contiguous()
+    h = torch.tanh(net.k(F.scaled_dot_product_attention(h, h, h, bias)))
+    return net.o(F.scaled_dot_product_attention(h, h, h, bias).sum(-1).flatten(1))
 
 
-class RepeatedMask(nn.Module):
+def repeated_mask(net: Any, x: Tensor) -> Tensor:
     """Swin's shifted windows: a mask as long as the batch is added to the bias before the samples' values are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.e, self.table, self.o = nn.Linear(FEATURES, 8), nn.Parameter(torch.randn(5, 1)), nn.Linear(8, CLASSES)
-        self.register_buffer("index", torch.arange(16) * 3 % 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.e(x)).view(-1, 4)  # two windows a sample
-        mask = torch.arange(2.0, dtype=h.dtype).view(2, 1, 1).repeat(h.shape[0] // 2, 1, 1)
-        bias = self.table[self.index].view(4, 4, -1).permute(2, 0, 1) + mask
-        weights = F.scaled_dot_product_attention(h[:, :, None], h[:, :, None], h[:, :, None], bias)
-        return self.o(weights.reshape(-1, 8))
+    h = torch.tanh(net.e(x)).view(-1, 4)  # two windows a sample
+    mask = torch.arange(2.0, dtype=h.dtype).view(2, 1, 1).repeat(h.shape[0] // 2, 1, 1)
+    bias = net.table[net.index].view(4, 4, -1).permute(2, 0, 1) + mask
+    weights = F.scaled_dot_product_attention(h[:, :, None], h[:, :, None], h[:, :, None], bias)
+    return net.o(weights.reshape(-1, 8))
 
 
-class Windows(RepeatedMask):
+def windows(net: Any, x: Tensor) -> Tensor:
     """The same function with the samples apart: the mask is spread, not repeated."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.e(x)).view(-1, 2, 4)[..., None]
-        mask = torch.arange(2.0, dtype=h.dtype).view(2, 1, 1)
-        bias = self.table[self.index].view(4, 4, -1).permute(2, 0, 1) + mask
-        return self.o(F.scaled_dot_product_attention(h, h, h, bias).reshape(-1, 8))
+    h = torch.tanh(net.e(x)).view(-1, 2, 4)[..., None]
+    bias = net.table[net.index].view(4, 4, -1).permute(2, 0, 1) + torch.arange(2.0, dtype=h.dtype).view(2, 1, 1)
+    return net.o(F.scaled_dot_product_attention(h, h, h, bias).reshape(-1, 8))
 
 
-class KeyBias(nn.Module):
+def key_bias(net: Any, x: Tensor) -> Tensor:
     """BEiT: a bias made of two parameters and, between them, a buffer of zeros."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.e, self.qkv, self.o = nn.Linear(FEATURES, 4), nn.Linear(4, 12, bias=False), nn.Linear(4, CLASSES)
-        self.q_bias, self.v_bias = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
-        self.register_buffer("k_bias", torch.zeros(4), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        q, k, v = F.linear(torch.tanh(self.e(x)), self.qkv.weight, bias).chunk(3, -1)
-        return self.o(q * k + v)
+    bias = torch.cat((net.q_bias, net.k_bias, net.v_bias))
+    q, k, v = F.linear(torch.tanh(net.e(x)), net.qkv.weight, bias).chunk(3, -1)
+    return net.o(q * k + v)
 
 
-class Masked(nn.Module):
+def masked(net: Any, x: Tensor) -> Tensor:
     """A weight times a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.o = nn.Parameter(torch.randn(FEATURES, 4)), nn.Linear(4, CLASSES)
-        self.register_buffer("mask", (torch.arange(24) % 3 > 0).double().view(FEATURES, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(torch.tanh(x @ (self.weight * self.mask)))
+    return net.o(torch.tanh(x @ (net.weight * net.mask)))
 
 
-class MaskedTable(nn.Module):
+def masked_table(net: Any, x: Tensor) -> Tensor:
     """DeBERTa in its own words: a table, used again by a later layer, under a mask that is drawn anew for its size."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.e, self.a = nn.Linear(FEATURES, 4), nn.Linear(4, 4)
-        self.table, self.o = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, CLASSES)
-
-    def masked(self, h: Tensor) -> Tensor:
-        table = torch.tanh(self.table.t())
+    def under_a_mask(h: Tensor) -> Tensor:
+        table = torch.tanh(net.table.t())
         kept = torch.empty_like(table).bernoulli_(0.5)
         return h[:, : table.shape[0]] @ table.masked_fill((1 - kept).bool(), 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.masked(F.dropout(torch.tanh(self.e(x)), 0.5))
-        return self.o(self.masked(F.dropout(torch.tanh(self.a(h)), 0.5)))
+    h = under_a_mask(F.dropout(torch.tanh(net.e(x)), 0.5))
+    return net.o(under_a_mask(F.dropout(torch.tanh(net.a(h)), 0.5)))
 
 
-class DroppedQueries(nn.Module):
+def dropped_queries(net: Any, x: Tensor) -> Tensor:
     """DETR's decoder: dropout of what a layer makes of learned queries, before any sample is seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.e, self.q = nn.Linear(FEATURES, 4), nn.Linear(4, 4)
-        self.queries, self.o = nn.Parameter(torch.randn(2, 4)), nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        queries = self.queries.unsqueeze(0).repeat(x.shape[0], 1, 1)
-        queries = torch.tanh(F.dropout(self.q(queries), 0.5)) + F.dropout(self.queries, 0.5)
-        return self.o((queries * F.dropout(torch.tanh(self.e(x)), 0.5)[:, None]).sum(1))
+    queries = net.queries.unsqueeze(0).repeat(x.shape[0], 1, 1)
+    queries = torch.tanh(F.dropout(net.q(queries), 0.5)) + F.dropout(net.queries, 0.5)
+    return net.o((queries * F.dropout(torch.tanh(net.e(x)), 0.5)[:, None]).sum(1))
 
 
-NETWORKS = {
-    **{how: lambda how=how: Unpacked(how) for how in UNPACK},
-    **{kind.__name__: kind for kind in (Broadcast, Positions, RelativePositions, RelativeAttention, KeyBias, Masked)},
-}
+def parameter(*shape: int) -> Callable[[], nn.Parameter]:
+    return lambda: nn.Parameter(torch.randn(shape))
 
 
-def case_of(kind: Callable[[], nn.Module]) -> Case:
-    torch.manual_seed(0)
-    return Case(kind().double(), (FEATURES,))
+RELATIVE: dict[str, Any] = {"table": parameter(5, 1), "index": lambda: torch.arange(16) * 3 % 5}
+WINDOWED = {"e": (FEATURES, 8), **RELATIVE, "o": (8, CLASSES)}
+NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{how: unpacked(how) for how in UNPACK},
+    "broadcast": (broadcast, {"e": (FEATURES, 4), "b": (4, 4), "o": (4, CLASSES)}),
+    "positions": (positions, {"e": (FEATURES, 8), "table": lambda: nn.Embedding(4, 2), "o": (8, CLASSES),
+                              "positions": lambda: torch.arange(4)[None]}),
+    "relative positions": (relative_positions, {"e": (FEATURES, 4), **RELATIVE, "o": (4, CLASSES)}),
+    "relative attention": (relative_attention, {"e": (FEATURES, 4), **RELATIVE, "k": (2, 2), "o": (4, CLASSES)}),
+    "key bias": (key_bias, {"e": (FEATURES, 4), "qkv": (4, 12, False), "o": (4, CLASSES), "q_bias": parameter(4),
+                            "v_bias": parameter(4), "k_bias": lambda: torch.zeros(4)}),
+    "masked": (masked, {"weight": parameter(FEATURES, 4), "o": (4, CLASSES),
+                        "mask": lambda: (torch.arange(24) % 3 > 0).double().view(FEATURES, 4)}),
+}  # fmt: skip
+DRAWING: list[tuple[Any, dict[str, Any]]] = [
+    (masked_table, {"e": (FEATURES, 4), "a": (4, 4), "table": parameter(4, 4), "o": (4, CLASSES)}),
+    (dropped_queries, {"e": (FEATURES, 4), "q": (4, 4), "queries": parameter(2, 4), "o": (4, CLASSES)}),
+]
+
+
+def case_of(forward: Any, layers: dict[str, Any]) -> Case:
+    return Case(make(forward, **layers), (FEATURES,))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_program_and_base_method(name: str) -> None:
-    case = case_of(NETWORKS[name])
+    case = case_of(*NETWORKS[name])
     base = assert_base(case, curvature="sgd", lr=0.3).parameters
     for coupling in ("full", "block"):
         found = assert_equal(case, curvature="sgd", lr=0.3, coupling=coupling).parameters
@@ -204,26 +154,26 @@ def test_program_and_base_method(name: str) -> None:
 
 def test_a_mask_repeated_for_every_sample() -> None:
     """Its player is evaluated on the whole batch: on one sample the mask would be too long."""
-    found = [trained(case_of(kind), curvature="sgd", lr=0.3) for kind in (RepeatedMask, Windows)]
+    found = [trained(case_of(way, WINDOWED), curvature="sgd", lr=0.3) for way in (repeated_mask, windows)]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["asap", "sequential"])
-@pytest.mark.parametrize("kind", [MaskedTable, DroppedQueries])
-def test_masks_of_parameter_expressions(kind: type[nn.Module], schedule: str) -> None:
+@pytest.mark.parametrize(("forward", "layers"), DRAWING)
+def test_masks_of_parameter_expressions(forward: Any, layers: dict[str, Any], schedule: str) -> None:
     """The mask is drawn at a stage before the one that reads it; the table is computed where it is read."""
-    case, options = case_of(kind), {"curvature": "sgd", "lr": 0.3, "schedule": schedule}
+    case, options = case_of(forward, layers), {"curvature": "sgd", "lr": 0.3, "schedule": schedule}
     off = assert_base(case, **options).parameters
     assert (assert_equal(case, **options).parameters - off).abs().max() > 1e-3
 
 
-def graph_of(kind: Callable[[], nn.Module]) -> Any:
-    case = case_of(kind)
+def graph_of(name: str) -> Any:
+    case = case_of(*NETWORKS[name])
     return build_graph(case.model, (case.batch(0)[0],), Options())
 
 
 def test_every_part_of_a_tuple_comes_from_its_player() -> None:
-    graph = graph_of(NETWORKS["chunk"])
+    graph = graph_of("chunk")
     stage = graph.stages[0]
     parts = cut_after(graph, stage)
     entries = stage_entries(graph, stage, parts)
@@ -232,7 +182,7 @@ def test_every_part_of_a_tuple_comes_from_its_player() -> None:
 
 def test_a_broadcast_operand_is_no_identity() -> None:
     """A column taken from itself, spread over a matrix, is not the zero that two identities would give."""
-    graph = graph_of(Broadcast)
+    graph = graph_of("broadcast")
     stage = next(stage for stage in graph.stages if stage.players == ("b",))
     (output,) = cut_after(graph, stage)
     (column,) = (name for name in stage.live if graph.op(name).shape == (7, 1))

@@ -87,12 +87,16 @@ def everywhere(stages: list[Stage]) -> dict[str, list[Stage]]:
 
 
 class Net(nn.Module):
-    """Named layers and a forward function over them: `run(net, *inputs)`."""
+    """Named layers, parameters and buffers, and a forward function over them: `run(net, *inputs)`."""
 
-    def __init__(self, run: Callable[..., object], **layers: nn.Module) -> None:
+    def __init__(self, run: Callable[..., object], **layers: nn.Module | Tensor) -> None:
         super().__init__()
         self.run = run
-        self._modules.update(layers)
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Module | nn.Parameter):
+                setattr(self, name, layer)
+            else:
+                self.register_buffer(name, layer)
 
     def forward(self, *inputs: Tensor) -> object:
         return self.run(self, *inputs)
