@@ -143,8 +143,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
         The update is that of all micro-batches since the last one and of the step's own: their mean over samples (or
         their sum, as the loss reduces), and with feedback each micro-batch a group of samples, as ``coupling`` set to
-        their size couples them (theory: 4a). Batch-norms see a micro-batch at a time. ``zero_grad`` drops what was
-        accumulated; ``state_dict`` and pickles do not have it.
+        their size couples them (docs/theory.md#accumulation). Batch-norms see a micro-batch at a time. ``zero_grad``
+        drops what was accumulated; ``state_dict`` and pickles do not have it.
 
         Args:
             inputs, targets: as ``step`` takes them; not to be overwritten before the step.

@@ -117,9 +117,7 @@ def _copied(
     for instruction in instructions:
         read = instruction.renamed(names)
         names.update({v: f"{v}_{suffix}" for v in instruction.written if v != "_"})
-        pairs = zip(instruction.writes, instruction.written, strict=True)
-        writes = tuple(write.replace(name, names.get(name, name)) for write, name in pairs)
-        yield replace(read, writes=writes, phase=phase)
+        yield replace(read.writing(lambda name: names.get(name, name)), phase=phase)
 
 
 def _renamed(instructions: Iterable[Instruction], names: Mapping[str, str]) -> Iterable[Instruction]:

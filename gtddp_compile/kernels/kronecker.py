@@ -1,4 +1,4 @@
-"""Kronecker metrics ``M⁻¹`` of one layer, or of layers that decide together, without ``γ`` (theory: 4d, 5).
+"""Kronecker metrics ``M⁻¹`` of one layer, or of layers that decide together, without ``γ`` (docs/theory.md#curvatures).
 
 A layer is seen as *rows*: homogeneous inputs ``x`` ``(B, G, T, n)`` (a one appended for a bias) and output gradients
 ``g`` ``(B, G, T, m)`` at ``T`` positions in ``G`` groups, so that ``γ_i = Σ_t g_it x_itᵀ``. A metric is a tuple

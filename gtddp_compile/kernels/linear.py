@@ -1,4 +1,4 @@
-"""Per-sample parameter gradients of ``h = x Wᵀ + b`` (theory: section 4d).
+"""Per-sample parameter gradients of ``h = x Wᵀ + b`` (docs/theory.md#gram-matrices).
 
 ``x`` is ``(B, …, n)``, ``h`` and ``g`` are ``(B, …, m)``; the middle axes are *positions*, ``T`` of them in
 all. Then ``γ_i = (Σ_t g_it x_itᵀ, Σ_t g_it)``, and for a spherical metric without positions ``Γ = η_w (X Xᵀ)

@@ -15,7 +15,17 @@ from gtddp_compile import kernels
 from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.graph import BufferRef, ControlGraph, ParamRef, Player, Ref, map_leaves
 from gtddp_compile.lowering.costs import choose_gram
-from gtddp_compile.lowering.instructions import Buffer, Function, Instruction, Param, Phase, Var, identifier, render
+from gtddp_compile.lowering.instructions import (
+    SAMPLES,
+    Apply,
+    Buffer,
+    Function,
+    Instruction,
+    Param,
+    Phase,
+    Var,
+    identifier,
+)
 from gtddp_compile.lowering.plan import Plan
 from gtddp_compile.lowering.uses import Use, describe_use, use_key
 
@@ -37,8 +47,8 @@ class Builder:
 
     plan: Plan
     instructions: list[Instruction] = field(default_factory=list)
-    formulas: dict[MatrixExpr, str] = field(default_factory=dict)
-    """Source of every derived formula printed so far, with placeholders for the stage."""
+    formulas: dict[MatrixExpr, Any] = field(default_factory=dict)
+    """Every derived formula so far, with placeholders for the stage."""
     gradients: dict[str, str] = field(default_factory=dict)
     """Variables of players' weighted gradients, where all are made before the first is used."""
     _names: dict[str, str] = field(default_factory=dict)
@@ -64,7 +74,7 @@ class Builder:
 
     @property
     def factored(self) -> bool:
-        """Whether every sample has columns of its own beside the gradient (theory: 4c)."""
+        """Whether every sample has columns of its own beside the gradient (docs/theory.md#columns)."""
         return self.plan.form.factored
 
     @property
@@ -85,7 +95,7 @@ class Builder:
         self,
         phase: Phase,
         stage: int,
-        writes: tuple[str, ...],
+        writes: str | tuple[str, ...],
         function: str,
         /,
         *args: Any,
@@ -228,11 +238,10 @@ class Builder:
         options = dict(use.options)
         if use.function is None:
             return options
-        function = f"player_{self.name(use.key)}"
+        function: Any = Function(f"player_{self.name(use.key)}")
         if use.extras:
-            function = f"bind({', '.join([function, *(self.name(extra) for extra in use.extras)])})"
+            function = Apply("bind", (function, *(Var(self.name(extra)) for extra in use.extras)))
         if use.layouts:
             output, *rest = self.arrangement(use)
-            function = f"arranged({function}, phi.shape[0], {render(output)}, {render(tuple(rest))})"
-        options["function"] = Function(function)
-        return options
+            function = Apply("arranged", (function, SAMPLES, output, tuple(rest)))
+        return {**options, "function": function}

@@ -166,7 +166,7 @@ class UpdateProgram:
         lines += [f"  {name:<4} = {values}" for name, values in self._legend(stage)]
         lines += ["  augmented dynamics (0, I, J dense; F in the controls):"]
         lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
-        lines.append("  gains and value recursion (a prime: at t+1):")
+        lines.append("  gains and value recursion (a prime: at t+1; numbers: equations of the paper):")
         lines += _equation_lines(stage.derivation)
         if self.form.name == "joint":
             lines.append("  the policy on the linearised dynamics: c' = c + C^T delta_u, and so Lambda' w' = Lambda' w")
@@ -226,7 +226,7 @@ class UpdateProgram:
         return describe_memory(self.graph, self.lowered.plan.segments, gradients=self.form.name != "base")
 
     def _mixing(self) -> str:
-        """Which operations are read approximately (theory: 4e); without feedback none is."""
+        """Which operations are read approximately (docs/theory.md#mixing); without feedback none is."""
         mixing = self.graph.ops.mixing
         if not mixing or self.form.name == "base" or self.options.mixing == "exact":
             return ""
@@ -313,7 +313,7 @@ def _said(form: CollapsedForm) -> list[Equation]:
 
 
 def _latex_row(equation: Equation) -> str:
-    tag = f" \\tag{{{equation.source}}}" if equation.source else ""
+    tag = f" \\tag{{{equation.tag}}}" if equation.tag else ""
     return f"{latex(equation.symbol)} &= {latex(equation.expression)}{tag}"
 
 

@@ -28,7 +28,8 @@ LONGEST = 420
 # gtddp_compile/__init__.py is above them all.
 # The same among the modules of lowering/: what a layer is, what is decided, what is written, and what writes it.
 LOWERING = (
-    "layers", "segments", "plan", "uses", "costs", "cooperation", "instructions", "builder", "printing", "write",
+    "layers", "segments", "plan", "uses", "costs", "cooperation", "operations", "instructions", "formulas", "builder",
+    "printing", "write",
     "lowered",
 )  # fmt: skip
 TOP = max(LAYERS.values()) + 1

@@ -177,7 +177,8 @@ def test_auto_is_exact_where_that_is_cheap() -> None:
     kept = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 64, 3))  # gradients that are kept
     images = torch.randn(64, 8, 8, 8)
     assert choices(kept, images, curvature="adam", rollout="nonlinear")[0] == "exact"
-    assert choices(kept, images, curvature="adam")[0] == "sketch"  # the joint step's: unfolded patches are slow
+    assert choices(kept, images[:16], curvature="adam")[0] == "exact"
+    assert choices(kept, images.repeat(2, 1, 1, 1), curvature="adam")[0] == "sketch"  # the joint step's: B² m n
 
 
 def test_a_diagonal_in_an_eigenbasis_separates_where_the_exact_one_is_dear() -> None:

@@ -1,9 +1,9 @@
 """A dense, brute-force DDP for networks given by hand: nothing traced, nothing shared with the package.
 
-The network is a list of `Stage`s over hand-written augmented states. `ddp_step` is theory.md sections 1 and 2 with
+The network is a list of `Stage`s over hand-written augmented states. `ddp_step` is docs/theory.md#gains with
 explicit matrices: the batch-augmented state is one vector of B * n numbers, its Jacobians come from `torch.func.jacrev`
 of the whole batch (samples are not assumed to be separate), `V_xx` is a dense matrix and every gain is a linear solve.
-`sample_gradients` defines section 4e's reading of operations that mix samples (batch-norm).
+`sample_gradients` defines the reading of operations that mix samples (batch-norm; docs/theory.md#mixing).
 
 Definitions, where the text leaves a choice. Scale: the loss is `s * sum(phi)` with `s = 1/B` ("mean") or 1
 ("sum"); `V_x = s grad`, `V_xx = s grad gradᵀ`, or `V_x V_xᵀ`, `s²` in place of `s`, where the paper's own recursions
@@ -191,7 +191,7 @@ def stage_backward(
 def ddp_step(
     stages: Sequence[Stage], params: Params, inputs: State, targets: Tensor, loss: Loss, base: Any, options: Options
 ) -> tuple[Params, Record]:
-    """One update by theory.md sections 1 and 2; `loss` gives one number a sample."""
+    """One update by docs/theory.md#gains; `loss` gives one number a sample."""
     assert options.recursion == "levenberg" or options.coupling == "block"
     record = Record()
     states = trajectory(stages, params, inputs)
@@ -237,7 +237,7 @@ def ddp_step(
 def sample_gradients(
     stages: Sequence[Stage], params: Params, states: list[State], g: Tensor
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """g at every cut and γ (B × m) of every stage, `γ_i = (∂h_i/∂u)ᵀ ∂Σφ/∂h_i` (4e where samples mix)."""
+    """g at every cut and γ (B × m) of every stage, `γ_i = (∂h_i/∂u)ᵀ ∂Σφ/∂h_i` (docs/theory.md#mixing)."""
     gradients, gammas = {len(stages): g}, {}
     for t in reversed(range(len(stages))):
         stage, state = stages[t], states[t]

@@ -13,7 +13,7 @@ from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.graph import Player
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.costs import choose_coordinates, choose_gram, separates, shares_lines
-from gtddp_compile.lowering.instructions import Code, Function, Phase, Var
+from gtddp_compile.lowering.instructions import Apply, Function, Phase, Var, item
 from gtddp_compile.lowering.plan import MetricBlock
 from gtddp_compile.lowering.uses import Use
 from gtddp_compile.lowering.write.calls import (
@@ -24,6 +24,7 @@ from gtddp_compile.lowering.write.calls import (
     operands,
     output_gradient,
     params,
+    parts_of,
     per_sample,
     separated_groups,
     weighted,
@@ -80,17 +81,17 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
     coordinates = _kept(b, t, block, alpha) if _coordinates(b, block) else ""
     metric = _metric(b, block)
     if block.kind == "channels":
-        b.emit("backward", t, (f"*{metric}",), "m.channels_metric", block.players[0].parameters, note="M^-1 of x X")
+        b.emit("backward", t, metric, "m.channels_metric", block.players[0].parameters, note="M^-1 of x X")
     elif block.kind in OF_PLAYERS:
-        b.emit("backward", t, (f"*{metric}",), "m.block_metric", block.kind, _names(block), note="M^-1")
+        b.emit("backward", t, metric, "m.block_metric", block.kind, _names(block), note="M^-1")
     else:
         separated = separated_groups(b, block.players[0])
         call, groups = ("m.metric", ()) if separated is None else ("m.separated_metric", (separated,))
-        b.emit("backward", t, (f"*{metric}",), call, block.players[0].parameters, *groups, note="M^-1")
+        b.emit("backward", t, metric, call, block.players[0].parameters, *groups, note="M^-1")
     own = metric
     if b.plan.form.name == "printed" and len(block.players) > 1:
         own = f"own_{metric}"
-        b.emit("backward", t, (f"*{own}",), "m.own_metric", block.kind, _names(block), note="Q_uu^-1, Q_vv^-1 (23)")
+        b.emit("backward", t, own, "m.own_metric", block.kind, _names(block), note="Q_uu^-1, Q_vv^-1 (23)")
     return Observed(block, metric, layers, own, coordinates)
 
 
@@ -103,7 +104,7 @@ def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tup
     gamma, moved = f"gamma_{t}_{identity}", f"s_{t}_{identity}"
     direction = None
     if player.name in drifts:
-        direction = tuple(Code(f"{drifts[player.name]}[{player.parameters.index(name)}]") for name in use.names)
+        direction = parts_of(drifts[player.name], player, use)
     b.emit("backward", t, (gamma, moved if direction else "_"), "conv_sketched", operands(b, use),
            Var(b.g_output(use.op)), params(b, use), use.wants, Var(f"maps_{identity}"), Var(found.metric), direction,
            Var(b.rows), note="gamma M^-1 gamma^T; gamma M^-1 l", **b.options(use))  # fmt: skip
@@ -127,7 +128,7 @@ def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
         b.emit("backward", t, tuple(names.values()), "m.drift_block", *arguments, note="M^-1 l_u")
     else:
         (player,) = found.block.players
-        b.emit("backward", t, (f"*{names[player.name]}",), "m.drift", player.parameters, note="M^-1 l_u")
+        b.emit("backward", t, f"{names[player.name]}", "m.drift", player.parameters, note="M^-1 l_u")
     return names
 
 
@@ -137,15 +138,15 @@ def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
         return None
     (player,) = found.block.players
     (use,), whitened = b.uses(player.name), f"white_{b.identity(player)}"
-    b.emit("backward", t, (f"*{whitened}",), "conv_whitened", operands(b, use), _one_column(b, use),
+    b.emit("backward", t, whitened, "conv_whitened", operands(b, use), _one_column(b, use),
            params(b, use), Var(f"maps_{b.identity(player)}"), note="x X at every pixel")  # fmt: skip
     return Var(whitened)
 
 
-def _one_column(b: Builder, use: Use) -> Var | Code:
+def _one_column(b: Builder, use: Use) -> Var | Apply:
     """Output gradients of a shape that tells the axes of samples and of images, without that of a factor's columns."""
     g = b.g_output(use.op)
-    return Code(f"{g}[0]") if b.factored else Var(g)
+    return item(g, 0) if b.factored else Var(g)
 
 
 def block_gram(b: Builder, t: int, found: Observed) -> str:
@@ -159,7 +160,7 @@ def block_gram(b: Builder, t: int, found: Observed) -> str:
     options = {"separable": True} if separable else {}
     kept = (Var(found.coordinates),) if found.coordinates else (found.layers,)
     kernel = "coordinates_gram" if found.coordinates else "kronecker_gram"
-    b.emit("backward", t, (f"*{result}",), kernel, *kept, Var(found.metric), Var(b.rows),
+    b.emit("backward", t, result, kernel, *kept, Var(found.metric), Var(b.rows),
            note="gamma M^-1 gamma^T", **options)  # fmt: skip
     return result
 
@@ -168,7 +169,7 @@ def block_diagonal(b: Builder, t: int, found: Observed) -> str:
     """The diagonal of a block's ``Γ``."""
     result = f"diagonal_{t}_{_identity(b, found.block)}"
     if found.of_players:
-        b.emit("backward", t, (f"*{result}",), "kronecker_gram_diagonal", found.layers, Var(found.own))
+        b.emit("backward", t, result, "kronecker_gram_diagonal", found.layers, Var(found.own))
     else:
         gram_diagonal(b, t, found.block.players[0], found.metric, result, _whitened(b, t, found))
     return result
@@ -179,7 +180,7 @@ def block_sample_gram(b: Builder, t: int, found: Observed) -> str:
     if not found.of_players:
         return sample_gram(b, t, found.block.players[0], found.metric, _whitened(b, t, found))
     result = f"gamma_{t}_{_identity(b, found.block)}"
-    b.emit("backward", t, (f"*{result}",), "kronecker_sample_grams", found.layers, Var(found.own), Var("rank"))
+    b.emit("backward", t, result, "kronecker_sample_grams", found.layers, Var(found.own), Var("rank"))
     return result
 
 
@@ -192,7 +193,7 @@ def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dic
         b.emit("backward", t, tuple(names.values()), "m.open_block", *arguments, note=note)
     else:
         (player,) = found.block.players
-        b.emit("backward", t, (f"*{names[player.name]}",), "m.open_gain", player.parameters, Var(opens[player.name]),
+        b.emit("backward", t, f"{names[player.name]}", "m.open_gain", player.parameters, Var(opens[player.name]),
                note=note)  # fmt: skip
     return names
 
@@ -203,7 +204,7 @@ def decide(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str) -
     if _coordinates(b, block) and not b.plan.decay:
         step = f"step_{_identity(b, block)}"
         kept = Var(f"coordinates_{_identity(b, block)}")
-        b.emit(phase, t, (f"*{step}",), "coordinates_step", kept, Var(weights), Var(_metric(b, block)),
+        b.emit(phase, t, step, "coordinates_step", kept, Var(weights), Var(_metric(b, block)),
                note="M^-1 C w / lr")  # fmt: skip
         verb, deltas = _verb(b, block)
         b.emit(phase, t, deltas, f"m.{verb}_steps", block.kind, _names(block), (Var(step),), note=note)
@@ -266,7 +267,7 @@ def update(b: Builder, phase: Phase, t: int, block: MetricBlock, gradients: dict
         b.emit(phase, t, deltas, f"m.{verb}_block", block.kind, _names(block), found, note=note)
     else:
         (player,) = block.players
-        writes = (f"*{deltas[0]}",) if deltas else ()
+        writes = f"{deltas[0]}" if deltas else ()
         b.emit(phase, t, writes, f"m.{verb}", player.parameters, Var(gradients[player.name]), note=note)
 
 
@@ -306,14 +307,14 @@ def _kept(b: Builder, t: int, block: MetricBlock, alpha: str | None) -> str:
     maps, found = f"maps_{identity}", f"coordinates_{identity}"
     rows, form = [Var(name) for name in _rows(b, block.players[0])], _coordinates(b, block)
     if form == "dual":
-        b.emit("backward", t, (f"*{maps}",), "m.block_inverses", names, note="A^-1, B^-1")
-        b.emit("backward", t, (f"*{found}",), "dual_coordinates", *rows, Var(maps), note="x, g, x A^-1, g B^-1")
+        b.emit("backward", t, maps, "m.block_inverses", names, note="A^-1, B^-1")
+        b.emit("backward", t, found, "dual_coordinates", *rows, Var(maps), note="x, g, x A^-1, g B^-1")
         return found
-    b.emit("backward", t, (f"*{maps}",), "m.block_maps", names, note="where M is diagonal")
-    b.emit("backward", t, (f"*{found}",), "kronecker_coordinates", *rows, Var(maps), form, note="gamma there")
+    b.emit("backward", t, maps, "m.block_maps", names, note="where M is diagonal")
+    b.emit("backward", t, found, "kronecker_coordinates", *rows, Var(maps), form, note="gamma there")
     if b.plan.metric == "rescaled":
         moment = f"moment_{identity}"
-        b.emit("backward", t, (f"*{moment}",), "coordinates_moment", Var(found), Var(alpha or ""), Var("start"),
+        b.emit("backward", t, moment, "coordinates_moment", Var(found), Var(alpha or ""), Var("start"),
                note="E[(alpha gamma)^2]")  # fmt: skip
         b.emit("backward", t, (), "m.observe_coordinates", names, Var(moment), note="statistics")
     return found
@@ -344,7 +345,7 @@ def _statistics(
     if block.kind == "channels":
         (player,) = block.players
         (use,), whitened = b.uses(player.name), f"maps_{b.identity(player)}"
-        b.emit(phase, t, (f"*{whitened}",), "m.observe_channels", player.parameters, operands(b, use),
+        b.emit(phase, t, whitened, "m.observe_channels", player.parameters, operands(b, use),
                _one_column(b, use), params(b, use), block.positions, use.options["groups"],
                *filter(None, [_sketch(b, t, block)]), note="A = E[x x^T] of a pixel's channels")  # fmt: skip
         return ()
@@ -358,7 +359,7 @@ def _statistics(
     if block.kind == "diagonal":
         (player,) = block.players
         moment, v_u = f"moment_{b.identity(player)}", per_sample(b, t, player, alpha)
-        b.emit("backward", t, (f"*{moment}",), "second_moment", Var(v_u), Var("start"), note="E[V_u^2]")
+        b.emit("backward", t, moment, "second_moment", Var(v_u), Var("start"), note="E[V_u^2]")
         b.emit("backward", t, (), "m.observe_moment", player.parameters, Var(moment), note="statistics")
         return ()
     if _shares_lines(b, block) if b.plan.form.name == "base" else _coordinates(b, block):
@@ -385,7 +386,7 @@ def _seen_once(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
             (Var(x), *(b.operand(ref) for ref in use.operands)),
             {"moment": Function(b.kernel(use, "moment")), **b.options(use)},
         )
-    b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("made_rows"), made, Code(f"scale({g}, {alpha})"),
+    b.emit("backward", t, name, "kronecker_layer", Function("made_rows"), made, Apply("scale", (Var(g), Var(alpha))),
            params(b, use), use.wants, note="rows, V_h", **more)  # fmt: skip
     later = b.plan.metric == "rescaled" and b.plan.form.name != "base"
     verb = "observe_factors" if later else "observe_block"
@@ -398,13 +399,13 @@ def _layer(b: Builder, t: int, block: MetricBlock, player: Player, alpha: str | 
     name = f"{'layer' if alpha is None else 'seen'}_{b.identity(player)}"
     if block.kind == "exact":
         gamma = per_sample(b, t, player, alpha)
-        b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("flat_rows"), Var(gamma), Code(f"{gamma}[0]"),
+        b.emit("backward", t, name, "kronecker_layer", Function("flat_rows"), Var(gamma), item(Var(gamma), 0),
                (), (), note="rows")  # fmt: skip
         return Var(name)
     (use,) = b.uses(player.name)
     g = Var(b.g_output(use.op)) if alpha is None else output_gradient(b, use, alpha)
     layer = "factor_layer" if b.factored and alpha is None else "kronecker_layer"
-    b.emit("backward", t, (f"*{name}",), layer, Function(b.kernel(use, "rows")), operands(b, use), g, params(b, use),
+    b.emit("backward", t, name, layer, Function(b.kernel(use, "rows")), operands(b, use), g, params(b, use),
            use.wants, note="rows", **_rows_options(b, use, block))  # fmt: skip
     return Var(name)
 

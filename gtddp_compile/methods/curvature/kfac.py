@@ -16,7 +16,7 @@ from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
 
 @dataclass(frozen=True)
 class KFAC(Kronecker):
-    """Kronecker-factored curvature ``M = (A + π √λ I) ⊗ (B + √λ / π I) / lr`` (Table 1; theory: section 5).
+    """Kronecker-factored curvature ``M = (A + π √λ I) ⊗ (B + √λ / π I) / lr`` (docs/theory.md#curvatures).
 
     ``A = E[x xᵀ]`` of the homogeneous inputs (a one appended for the bias), ``B = E[V_h V_hᵀ]`` of the output
     gradients, ``V_h = α_{t+1} g_h`` (Eq. 43, 44); both are running averages. Convolutions: inputs are unfolded patches,

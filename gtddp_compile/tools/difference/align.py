@@ -14,11 +14,10 @@ from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Protocol
 
-from gtddp_compile import kernels
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.graph import BufferRef, ControlGraph, Op, ParamRef, Ref, map_leaves
 from gtddp_compile.graph.ops import Leaf
-from gtddp_compile.lowering.instructions import WORD, Code, Instruction, render_instruction
+from gtddp_compile.lowering.instructions import Instruction, Var, render_instruction
 from gtddp_compile.lowering.lowered import Lowered
 from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
@@ -121,14 +120,15 @@ class Alignment:
     def instruction(self, instruction: Instruction) -> str:
         """An instruction of the second program in the first one's variables and stages."""
         if instruction.function in STAGE_FIRST:
-            here = Code(self.stage(instruction.stage))
+            here = Var(self.stage(instruction.stage))
             instruction = replace(instruction, args=(here, *instruction.args[1:]))
-        text = render_instruction(instruction)
-        return WORD.sub(lambda found: found[0] if found[0][0] in "'\"" else self._word(found[0]), text)
+        own = any(function.name == instruction.function for function in self.right.lowered.functions)
+        function = self._word(instruction.function) if own else instruction.function
+        return render_instruction(
+            replace(instruction.with_variables(self._word).writing(self._word), function=function)
+        )
 
     def _word(self, word: str) -> str:
-        if hasattr(kernels, word):  # a function's name: no variable is called like one
-            return word
         variable = self._variable.search(word)
         head, tail = (word[: variable.start()], word[variable.end() :]) if variable else (word, "")
         name = self._variables[variable[1]] if variable else ""

@@ -9,7 +9,15 @@ from importlib import resources
 import networkx as nx
 
 from gtddp_compile.tools.draw.pagedata import page_data
-from gtddp_compile.tools.draw.style import FAMILIES, SHORTCUT_COLOURS, SHORTCUT_WORDS, escape, summary
+from gtddp_compile.tools.draw.style import (
+    COALITION_COLOUR,
+    COALITION_WORDS,
+    FAMILIES,
+    SHORTCUT_COLOURS,
+    SHORTCUT_WORDS,
+    escape,
+    summary,
+)
 from gtddp_compile.tools.draw.table import table
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -42,15 +50,14 @@ def html(graph: nx.MultiDiGraph[str], notes: Mapping[int, str] | None = None) ->
 </head>
 <body>
 <main>
-<header><h1>Control graph of {name}</h1>
-<p>{escape(summary(graph))}; schedule {escape(data["schedule"])}.</p></header>
-<div class="view">
-<div class="pane"><svg role="img" aria-label="Control graph of {name}: {escape(summary(graph))}"><g></g></svg>
+<header><div><h1>Control graph of {name}</h1>
+<p>{escape(summary(graph))}; schedule {escape(data["schedule"])}.</p></div>
 <div class="tools"><input id="find" type="search" placeholder="find an operation" aria-label="find an operation">
 <button id="open" title="open one level more">open</button><button id="close" title="close all blocks">close</button>
 <button id="in" title="zoom in">+</button><button id="out" title="zoom out">−</button>
-<button id="all" title="fit the whole graph">fit</button></div>
-</div>
+<button id="all" title="fit the whole graph">fit</button></div></header>
+<div class="view">
+<div class="pane"><svg role="img" aria-label="Control graph of {name}: {escape(summary(graph))}"><g></g></svg></div>
 <aside><p class="hint">{HINT}</p>{_legend()}<div id="said"></div></aside>
 </div>
 <div class="tip"><pre></pre></div>
@@ -82,4 +89,8 @@ def _legend() -> str:
         f'<span><i class="line" style="background:{colour}"></i>{escape(SHORTCUT_WORDS[kind])}</span>'
         for kind, colour in SHORTCUT_COLOURS.items()
     ]
+    entries.append(
+        f'<span><i style="border-color:{COALITION_COLOUR};outline:1px solid {COALITION_COLOUR};outline-offset:1px"></i>'
+        f"{COALITION_WORDS}</span>"
+    )
     return f'<p class="legend">{"".join(entries)}</p>'

@@ -18,6 +18,7 @@ from gtddp_compile.tools.draw.layout import Point, layered
 from gtddp_compile.tools.draw.picture import OUTPUT, Line, Node, Picture, sketch, tip
 from gtddp_compile.tools.draw.style import (
     BLOCK,
+    COALITION_COLOUR,
     FAMILIES,
     FREE,
     SHORTCUT_COLOURS,
@@ -61,7 +62,8 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
     Returns:
         ``lines`` of text, by number; ``ops``: name, hover text (numbers of lines), stage and innermost block of every
         operation; ``stages``: hover text, cut and note of every stage; ``layouts``; ``blocks``, the network itself
-        first; ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means.
+        first; ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means;
+        ``ring``: colour of a coalition's outline.
 
     Raises:
         CompileError: the layout engine is not installed, or it failed.
@@ -88,6 +90,7 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
         "colours": [[found.fill, found.line, found.text, found.detail] for found in COLOURS],
         "kinds": {SHORTCUT_COLOURS[kind]: words for kind, words in SHORTCUT_WORDS.items()}
         | {TIED_COLOUR: "tied weights"},
+        "ring": COALITION_COLOUR,
         "lines": texts.lines,
     }
 
@@ -95,9 +98,9 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
 def _layout(found: Picture) -> dict[str, Any]:
     """What blocks of one structure share.
 
-    ``nodes``: centre, size, radius, form, colour, accent and lines of text (none for what enters: its name differs);
-    ``lines``: numbers of the nodes it joins, colour, flags, points, bands whose cuts it crosses, numbers of the nodes
-    whose values it carries or that read them; ``bands``: top and bottom.
+    ``nodes``: centre, size, radius, form, colour, accent, whether it is in a coalition, and lines of text (none for
+    what enters: its name differs); ``lines``: numbers of the nodes it joins, colour, flags, points, bands whose cuts it
+    crosses, numbers of the nodes whose values it carries or that read them; ``bands``: top and bottom.
     """
     index = {node.name: at for at, node in enumerate(found.nodes)}
     index |= {joint: len(index) + at for at, joint in enumerate(found.joints)}
@@ -118,7 +121,7 @@ def _node(node: Node, found: Picture) -> list[Any]:
     box = found.layout.boxes[node.name]
     words = ("",) if node.form == "end" and node.name != OUTPUT else node.lines
     place = _rounded((box.x, box.y, box.width, box.height, box.radius))
-    return [*place, node.form, COLOURS.index(node.colours), node.accent, *words]
+    return [*place, node.form, COLOURS.index(node.colours), node.accent, int(node.coalition), *words]
 
 
 def _line(line: Line, route: Sequence[Point], found: Picture, index: Mapping[str, int]) -> list[Any]:

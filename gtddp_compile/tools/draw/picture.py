@@ -33,7 +33,7 @@ OUTPUT = "\0output"
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One box: its lines of text (name, then detail), colours, form and hover text."""
+    """One box: its lines of text (name, then detail), colours, form, hover text; whether it decides with others."""
 
     name: str
     lines: tuple[str, ...]
@@ -43,6 +43,7 @@ class Node:
     accent: str
     tip: str
     stage: int
+    coalition: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +294,7 @@ def _node(name: str, data: dict[str, Any], shape: str, merged: str | None, words
         form, lines = "sign", (GLYPHS[kind],)
     else:
         form, lines = "merge" if data["merge"] else "free", (shortened(kind, 30),)
-    return Node(name, lines, colours, form, accent, words, data["stage"])
+    return Node(name, lines, colours, form, accent, words, data["stage"], bool(data.get("coalition")))
 
 
 def tip(name: str, data: dict[str, Any], player: dict[str, Any] | None) -> str:
@@ -311,6 +312,8 @@ def tip(name: str, data: dict[str, Any], player: dict[str, Any] | None) -> str:
     stage = data.get("true_stage", data["stage"])
     if stage >= 0:
         lines.append(f"stage {stage}")
+    if data.get("coalition"):
+        lines.append(f"coalition: {listed(data['coalition'])} decide together")
     live = data["live"]
     if live:
         readers = listed(list(map(str, live["readers"])))

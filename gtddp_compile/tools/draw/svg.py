@@ -23,6 +23,8 @@ from gtddp_compile.tools.draw.picture import (
 )
 from gtddp_compile.tools.draw.style import (
     BLOCK,
+    COALITION_COLOUR,
+    COALITION_WORDS,
     FAMILIES,
     FREE,
     SHORTCUT_COLOURS,
@@ -156,6 +158,8 @@ def _node(node: Node, box: Box, number: int | None) -> str:
     ink = node.colours.text
     if node.form == "block":
         parts.insert(1, _stack(box, node))
+    if node.coalition:
+        parts.append(_ring(left, top, box.width, box.height, box.radius))
     if node.form in ("player", "block"):
         parts.append(_text(box.x, box.y - 2.5, node.lines[0], NAME_SIZE, ink, 600, "middle"))
         parts.append(_text(box.x, box.y + 11, node.lines[1], DETAIL_SIZE, node.colours.detail, anchor="middle"))
@@ -165,6 +169,14 @@ def _node(node: Node, box: Box, number: int | None) -> str:
         ink = "#ffffff" if node.form == "end" else ink
         parts.append(_text(box.x, box.y + 3.9, node.lines[0], FREE_SIZE, ink, anchor="middle"))
     return "".join((*parts, "</g>"))
+
+
+def _ring(left: float, top: float, width: float, height: float, radius: float) -> str:
+    """The inner outline of a player that decides together with others."""
+    return (
+        f'<rect x="{left + 3:.1f}" y="{top + 3:.1f}" width="{width - 6:.1f}" height="{height - 6:.1f}" '
+        f'rx="{radius - 3:g}" fill="none" stroke="{COALITION_COLOUR}" stroke-width="1.2"/>'
+    )
 
 
 def _stack(box: Box, node: Node) -> str:
@@ -283,6 +295,9 @@ def _legend(found: Picture, x: float, y: float, width: float) -> tuple[str, floa
     if any(node.form == "block" for node in found.nodes):
         box = f'<rect y="-9" width="16" height="11" rx="3.5" fill="{BLOCK.fill}" stroke="{BLOCK.line}"/>'
         entries.append((box, "folded block"))
+    if any(node.coalition for node in found.nodes):
+        outer = f'<rect y="-10" width="18" height="13" rx="4" fill="none" stroke="{COALITION_COLOUR}"/>'
+        entries.append((outer + _ring(0, -10, 18, 13, 4), COALITION_WORDS))
     if any(node.form == "free" for node in found.nodes):
         box = f'<rect y="-9" width="16" height="11" rx="5.5" fill="{FREE.fill}" stroke="{FREE.line}"/>'
         entries.append((box, FREE.name))

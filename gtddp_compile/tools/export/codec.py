@@ -21,13 +21,13 @@ from torch import Tensor
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import BufferRef, ParamRef, Ref
-from gtddp_compile.lowering.instructions import Buffer, Code, Function, Param, Var
+from gtddp_compile.lowering.instructions import Buffer, Function, Param, Var
 from gtddp_compile.lowering.layers import RULES, Rule
 from gtddp_compile.tools.export import targets
 
 LEAVES: Mapping[str, Any] = {
     "ref": Ref, "param": ParamRef, "buffer": BufferRef,
-    "var": Var, "old_param": Param, "old_buffer": Buffer, "code": Code, "call": Function,
+    "var": Var, "old_param": Param, "old_buffer": Buffer, "call": Function,
 }  # fmt: skip
 """Leaves of argument trees that hold one string."""
 

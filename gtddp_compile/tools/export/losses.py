@@ -8,7 +8,7 @@ from typing import Any
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import hessian
-from gtddp_compile.lowering.instructions import Code, Instruction, render
+from gtddp_compile.lowering.instructions import Apply, Instruction
 from gtddp_compile.methods.losses import Loss
 from gtddp_compile.methods.terminal import factor_kind, rank_of
 from gtddp_compile.tools.export.carry import Luggage, carry_function
@@ -175,10 +175,8 @@ def _no_class(output: Any) -> CompileError:
 def as_returned(output: Any, values: Any) -> Any:
     """Variables in the shape of the model's output, with its named tuples built by the module's own."""
     if _is_named(output):
-        inner = [
-            f"{field}={render(as_returned(o, v))}" for field, o, v in zip(output._fields, output, values, strict=True)
-        ]
-        return Code(f"{_exported_name(type(output))}({', '.join(inner)})")
+        parts = zip(output._fields, output, values, strict=True)
+        return Apply(_exported_name(type(output)), (), tuple((field, as_returned(o, v)) for field, o, v in parts))
     if isinstance(output, Mapping):
         return {key: as_returned(output[key], values[key]) for key in output}
     if isinstance(output, tuple | list):

@@ -16,7 +16,7 @@ import torch
 from gtddp_compile import kernels
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.errors import CompileError
-from gtddp_compile.lowering.instructions import Code, Instruction, render_instruction
+from gtddp_compile.lowering.instructions import Apply, Instruction, Var, render_instruction
 from gtddp_compile.lowering.printing import Printer
 from gtddp_compile.methods.curvature import BlockUpdates, Kronecker, ParameterUpdates
 from gtddp_compile.passes.p11_emit import Style, body, draws, function_text
@@ -107,8 +107,8 @@ class _Module:
             "",
             "Back-propagate once, then make one B x B Gram matrix and one Cholesky factor a stage, then sweep forward:",
             "every stage takes one weighted parameter gradient, preconditioned by the base method, and runs again.",
-            "Numbers in parentheses are the paper's equations, 4a and 4b its collapsed forms. A prime means t+1 in the",
-            "recursions and the new trajectory in the forward sweep.",
+            "Numbers in parentheses are the paper's equations; docs/theory.md is the package's. A prime means t+1 in",
+            "the recursions and the new trajectory in the forward sweep.",
             "",
             *(f"    {line}" for line in equations),
             "",
@@ -149,12 +149,11 @@ class _Module:
         if any(i.function in ("clip", "clip_factors") for i in self.lowered.instructions):
             lines += [f"FEEDBACK_CLIP = {value_text(plan.clip)}"]
             lines += [
-                '"""Predicted changes of a sample\'s loss are believed up to here (4a); None: without bound."""',
+                '"""Predicted changes of a sample\'s loss are believed so far (docs/theory.md#trust); None: all."""',
                 "",
             ]
-        if any(i.function == "rows_of" for i in self.lowered.instructions):
-            size = plan.coupling if isinstance(plan.coupling, int) else None
-            lines += [f"GROUP_SIZE = {size}", '"""Samples that are coupled with each other; None: the whole batch."""']
+        if isinstance(plan.coupling, int):
+            lines += [f"GROUP_SIZE = {plan.coupling}", '"""Samples that are coupled with each other."""']
         return double_quoted("\n".join(lines)) + "\n"
 
     def _constants(self) -> str:
@@ -296,10 +295,9 @@ class _Module:
         """Options by name, and the loss's own functions for what is asked of ``m``."""
         function, args = instruction.function, instruction.args
         if function in ("clip", "clip_factors") and len(args) > 1:
-            return replace(instruction, args=(args[0], Code("FEEDBACK_CLIP"), *args[2:]))
+            return replace(instruction, args=(args[0], Var("FEEDBACK_CLIP"), *args[2:]))
         if function == "rows_of":
-            columns = args[1].text.partition(" * ")[2] if isinstance(args[1], Code) else ""
-            return replace(instruction, args=(args[0], Code(_group_size(columns))))
+            return replace(instruction, args=(args[0], _with_group_size(args[1])))
         if function in LOSS_CALLS:
             at = LOSS_CALLS[function]
             given = as_returned(self.graph.ops.output, args[at])
@@ -342,9 +340,11 @@ def step(params, buffers, state, inputs, targets):
 '''.strip("\n")
 
 
-def _group_size(columns: str) -> str:
-    """Rows of a group in a Gram matrix, with so many columns a sample."""
-    return f"GROUP_SIZE and GROUP_SIZE * {columns}" if columns else "GROUP_SIZE"
+def _with_group_size(rows: Any) -> Any:
+    """Rows of a group in a Gram matrix by the group's size, a constant of the module."""
+    if isinstance(rows, Apply):
+        return replace(rows, args=(Var("GROUP_SIZE"), *rows.args[1:]))
+    return rows if rows is None else Var("GROUP_SIZE")
 
 
 def _equation(equation: Equation) -> str:

@@ -106,7 +106,7 @@ def formula(expression: MatrixExpr) -> str:
 
 def lines_of(equation: Equation) -> list[str]:
     """Rows of an ``align`` environment; a sum too wide for the page goes on below, indented."""
-    tag = rf"\tag{{{equation.source}}}" if equation.source else r"\notag"
+    tag = rf"\tag{{{equation.tag}}}" if equation.tag else r"\notag"
     expression = equation.expression
     terms = _terms(expression) if isinstance(expression, MatAdd) else [formula(expression)]
     rows, width = [f"{formula(equation.symbol)} &= {terms[0]}"], _width(terms[0]) + 8
@@ -172,8 +172,8 @@ Derived by \texttt{{gtddp\_compile}} {escape(parts.version)}: base method {escap
 {escape(str(options.coupling))}, {escape(parts.form.name)} form. {len(graph.players)} players decide in
 {len(graph.stages)} stages;
 {len(parts.derived.patterns)} of the stages' derivations differ. Numbers at the right
-are those of the paper's
-equations. A prime marks what belongs to $t+1$: the recursions run backward.
+are those of the paper's equations, words are sections of docs/theory.md.
+A prime marks what belongs to $t+1$: the recursions run backward.
 
 """
 
