@@ -144,9 +144,8 @@ def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
 
 
 def _one_column(b: Builder, use: Use) -> Var | Apply:
-    """Output gradients of a shape that tells the axes of samples and of images, without that of a factor's columns."""
-    g = b.g_output(use.op)
-    return item(g, 0) if b.factored else Var(g)
+    """Output gradients with the axes of the output: without that of a factor's columns."""
+    return item(b.g_output(use.op), 0) if b.factored else Var(b.g_output(use.op))
 
 
 def block_gram(b: Builder, t: int, found: Observed) -> str:
@@ -351,9 +350,7 @@ def _statistics(
         return ()
     if block.kind == "uniform":
         (player,) = block.players
-        b.emit(
-            phase, t, (), "m.observe_uniform", player.parameters, block.positions, note="input 1 at so many positions"
-        )
+        b.emit(phase, t, (), "m.observe_uniform", player.parameters, block.positions, note="input 1 at so many places")
         return ()
     assert alpha is not None
     if block.kind == "diagonal":
