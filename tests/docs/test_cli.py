@@ -167,20 +167,17 @@ def test_export_refuses_an_unknown_suffix(here: Path) -> None:
     assert done.exit_code == 1 and ".exe" in done.stderr and not (here / "step.exe").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (("user_net:broken", "-i", "2,4"), ["no weights [here]", "RuntimeError", "user_net.py:36"]),
-        (("user_net:number", "-i", "2,4"), ["gave int, not a torch.nn.Module"]),
-        (("user_net:Missing", "-i", "2,4"), ["has no 'Missing'", "Net, tokens"]),
-        (("not_there:Net", "-i", "2,4"), ["no module 'not_there'"]),
-        (("not_there.py:Net", "-i", "2,4"), ["no file not_there.py"]),
-        (("user_net:Net", "-i", "2,3"), ["user_net.py:15", "Pass inputs"]),
-        (("user_net:Net", "-i", "2,4", "-a", "deep=1"), ["TypeError", "--arg KEY=VALUE"]),
-        (("user_net:Net", "-i", "2,4", "-o", "nowhere/net.svg"), ["cannot be written"]),
-        (("user_net:Net", "-i", "2,4", "--schedule", "later"), ["'later'", "asap"]),
-    ],
-)
+@pytest.mark.parametrize(("words", "says"), [
+    (("user_net:broken", "-i", "2,4"), ["no weights [here]", "RuntimeError", "user_net.py:36"]),
+    (("user_net:number", "-i", "2,4"), ["gave int, not a torch.nn.Module"]),
+    (("user_net:Missing", "-i", "2,4"), ["has no 'Missing'", "Net, tokens"]),
+    (("not_there:Net", "-i", "2,4"), ["no module 'not_there'"]),
+    (("not_there.py:Net", "-i", "2,4"), ["no file not_there.py"]),
+    (("user_net:Net", "-i", "2,3"), ["user_net.py:15", "Pass inputs"]),
+    (("user_net:Net", "-i", "2,4", "-a", "deep=1"), ["TypeError", "--arg KEY=VALUE"]),
+    (("user_net:Net", "-i", "2,4", "-o", "nowhere/net.svg"), ["cannot be written"]),
+    (("user_net:Net", "-i", "2,4", "--schedule", "later"), ["'later'", "asap"]),
+])  # fmt: skip
 def test_failures_are_readable_and_exit_1(here: Path, words: tuple[str, ...], says: list[str]) -> None:
     done = run("inspect", *words)
     assert done.exit_code == 1 and done.stdout == ""
@@ -189,25 +186,16 @@ def test_failures_are_readable_and_exit_1(here: Path, words: tuple[str, ...], sa
     assert all(part in text for part in says), done.stderr
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("inspect",),
-        ("inspect", "user_net:Net"),
-        ("inspect", "user_net", "-i", "2,4"),
-        ("inspect", "user_net:Net", "-i", "2,wide"),
-        ("inspect", "user_net:Net", "-i", "2,0"),
-        ("inspect", "user_net:Net", "-i", "2,4:int7"),
-        ("inspect", "user_net:Net", "-i", "2,4", "--dtype", "int64"),
-        ("inspect", "user_net:Net", "-i", "2,4", "--arg", "hidden"),
-        ("inspect", "user_net:Net", "-i", "2,4", "--out", "net.png"),
-        ("derive", "user_net:Net", "-i", "2,4", "--format", "html"),
-        ("derive", "user_net:Net", "-i", "2,4", "--loss", "tall"),
-        ("derive", "user_net:Net", "-i", "2,4", "--feedback", "maybe"),
-        ("export", "user_net:Net", "-i", "2,4"),
-        ("fly",),
-    ],
-)
+@pytest.mark.parametrize("words", [
+    ("inspect",), ("inspect", "user_net:Net"), ("inspect", "user_net", "-i", "2,4"),
+    ("inspect", "user_net:Net", "-i", "2,wide"), ("inspect", "user_net:Net", "-i", "2,0"),
+    ("inspect", "user_net:Net", "-i", "2,4:int7"), ("inspect", "user_net:Net", "-i", "2,4", "--dtype", "int64"),
+    ("inspect", "user_net:Net", "-i", "2,4", "--arg", "hidden"),
+    ("inspect", "user_net:Net", "-i", "2,4", "--out", "net.png"),
+    ("derive", "user_net:Net", "-i", "2,4", "--format", "html"),
+    ("derive", "user_net:Net", "-i", "2,4", "--loss", "tall"),
+    ("derive", "user_net:Net", "-i", "2,4", "--feedback", "maybe"), ("export", "user_net:Net", "-i", "2,4"), ("fly",),
+])  # fmt: skip
 def test_usage_errors_exit_2(here: Path, words: tuple[str, ...]) -> None:
     done = run(*words)
     assert done.exit_code == 2, (done.stdout, done.stderr)

@@ -88,16 +88,9 @@ def drawn_in_vain(m: Any, x: Tensor) -> Tensor:
 
 
 FORWARDS = (
-    drawn_in_vain,
-    numbers_of_numpy,
-    asks_whether_it_is_traced,
-    sizes_of_what_is_made,
-    operators,
-    parts,
-    random,
-    decides,
-    without_gradient,
-)
+    drawn_in_vain, numbers_of_numpy, asks_whether_it_is_traced, sizes_of_what_is_made, operators, parts, random,
+    decides, without_gradient,
+)  # fmt: skip
 
 
 @pytest.fixture

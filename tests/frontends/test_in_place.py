@@ -100,18 +100,9 @@ def part_of_a_part(net: Any, x: Tensor) -> Tensor:
 
 
 IN_PLACE = [
-    part_of_a_part,
-    alias_of_iadd,
-    relu_underscore,
-    relu_inplace,
-    item_assignment,
-    add_to_a_view,
-    add_below_a_view,
-    halves,
-    several_underscores,
-    augmented,
-    inputs_own,
-]
+    part_of_a_part, alias_of_iadd, relu_underscore, relu_inplace, item_assignment, add_to_a_view, add_below_a_view,
+    halves, several_underscores, augmented, inputs_own,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("forward", IN_PLACE, ids=lambda f: f.__name__)

@@ -159,21 +159,6 @@ def test_one_parameter_under_two_names_is_one_player() -> None:
         assert (info.name, info.aliases) == ("encode.weight", ("decode.weight",))
 
 
-def where_a_parameter_is(net: Any, x: Tensor) -> Tensor:
-    """Reads where a weight is kept and of what type, no entry of it."""
-    steps = torch.arange(3, device=net.b.weight.device).to(net.b.weight.dtype)
-    return net.b(torch.tanh(net.a(x)) * 2.0 ** (steps / 3))
-
-
-def test_a_parameters_device_and_type_are_no_gradient() -> None:
-    net = seeded(lambda: Net(where_a_parameter_is, a=nn.Linear(2, 3), b=nn.Linear(3, 2)))
-    players = find_players(normalise(net, (torch.randn(4, 2, dtype=torch.float64),))).players
-    assert [(player.name, player.uses, player.expressions) for player in players] == [
-        ("a", ("a",), ()),
-        ("b", ("b",), ()),
-    ]
-
-
 def test_nothing_to_train_is_refused() -> None:
     frozen = Expected(head_on_three, {}, frozen=(*A, *B))
     with pytest.raises(CompileError, match="no trainable parameters"):

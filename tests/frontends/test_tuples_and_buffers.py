@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sympy import Integer, MatrixSymbol, ZeroMatrix
-from sympy.matrices.expressions.blockmatrix import BlockMatrix
 from torch import Tensor, nn
 
 from gtddp_compile.algebra.paths import stage_entries
 from gtddp_compile.algebra.pattern import DENSE
-from gtddp_compile.algebra.symbols import block_entries
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import cut_after
 from gtddp_compile.runtime.compiler import build_graph
@@ -23,11 +20,9 @@ from support.networks import Case, make
 
 FEATURES, CLASSES = 6, 3
 UNPACK = {
-    "chunk": lambda h: h.chunk(2, 1),
-    "split": lambda h: h.split(2, 1),
-    "unbind": lambda h: h.view(-1, 2, 2).unbind(1),
+    "chunk": lambda h: h.chunk(2, 1), "split": lambda h: h.split(2, 1), "unbind": lambda h: h.view(-1, 2, 2).unbind(1),
     "tensor_split": lambda h: torch.tensor_split(h, 2, 1),
-}
+}  # fmt: skip
 
 
 def unpacked(how: str) -> Any:
@@ -172,14 +167,6 @@ def graph_of(name: str) -> Any:
     return build_graph(case.model, (case.batch(0)[0],), Options())
 
 
-def test_every_part_of_a_tuple_comes_from_its_player() -> None:
-    graph = graph_of("chunk")
-    stage = graph.stages[0]
-    parts = cut_after(graph, stage)
-    entries = stage_entries(graph, stage, parts)
-    assert len(parts) == 2 and all(entries.control[part] == {"e": DENSE} for part in parts)
-
-
 def test_a_broadcast_operand_is_no_identity() -> None:
     """A column taken from itself, spread over a matrix, is not the zero that two identities would give."""
     graph = graph_of("broadcast")
@@ -187,11 +174,3 @@ def test_a_broadcast_operand_is_no_identity() -> None:
     (output,) = cut_after(graph, stage)
     (column,) = (name for name in stage.live if graph.op(name).shape == (7, 1))
     assert stage_entries(graph, stage, (output,)).state[output][column] == DENSE
-
-
-def test_a_zero_matrix_keeps_its_blocks() -> None:
-    """sympy collapses a block matrix of zeros to one zero matrix."""
-    n, m = Integer(2), Integer(3)
-    zeros = BlockMatrix([[ZeroMatrix(n, n), ZeroMatrix(n, m)], [ZeroMatrix(m, n), ZeroMatrix(m, m)]])
-    column = BlockMatrix([[MatrixSymbol("v", n, 1)], [MatrixSymbol("w", m, 1)]])
-    assert block_entries(zeros * column, [n, m], [Integer(1)]) == [[ZeroMatrix(n, 1)], [ZeroMatrix(m, 1)]]

@@ -12,12 +12,10 @@ from torch import Tensor
 from gtddp_compile.kernels import batch_moments, batch_norm
 
 ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "channels last": lambda x: x.to(memory_format=torch.channels_last),
-    "a slice": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
-    "one axis": lambda x: x.flatten(2),
+    "contiguous": lambda x: x, "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "a slice": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]], "one axis": lambda x: x.flatten(2),
     "no axis": lambda x: x[:, :, 0, 0],
-}
+}  # fmt: skip
 
 
 def make(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:

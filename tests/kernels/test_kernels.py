@@ -25,12 +25,9 @@ MODULES = {prefix: inspect.getmodule(getattr(kernels, f"{prefix}_gram")) for pre
 
 
 METRICS: dict[str, tuple[Any, Any]] = {
-    "spherical": (0.3, 0.5),
-    "scalar": (torch.tensor(0.4, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)),
-    "diagonal": ("full", "full"),
-    "mixed": ("full", 0.7),
-    "mixed2": (0.7, "full"),
-}
+    "spherical": (0.3, 0.5), "scalar": (torch.tensor(0.4, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)),
+    "diagonal": ("full", "full"), "mixed": ("full", 0.7), "mixed2": (0.7, "full"),
+}  # fmt: skip
 """Inverse metrics of weight and bias; "full" is one of the parameter's shape."""
 
 

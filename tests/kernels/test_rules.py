@@ -99,22 +99,14 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "operation",
-    [
-        op("linear", F.linear, X, Ref("normalised weight"), B),
-        op("linear", F.linear, W, X, B),
-        op("linear", F.linear, BufferRef("x"), W, B),
-        op("linear", F.linear, X, W, W),
-        op("linear", F.linear, X, W, shape=(4,)),
-        op("linear", torch.mul, X, W),
-        op("conv", F.conv_transpose2d, X, W, B),
-        op("conv", F.conv2d, X, W, B, Ref("stride")),
-        op("conv", F.conv2d, X, W, B, shape=(2, 3, 3)),
-        op("layer_norm", F.layer_norm, X, (4, 2, 3, 3), W, B),
-        op("batch_norm", batch_norm, X, W, VAR, None, None, B, **{**BN, "training": False}),
-    ],
-)
+@pytest.mark.parametrize("operation", [
+    op("linear", F.linear, X, Ref("normalised weight"), B), op("linear", F.linear, W, X, B),
+    op("linear", F.linear, BufferRef("x"), W, B), op("linear", F.linear, X, W, W),
+    op("linear", F.linear, X, W, shape=(4,)), op("linear", torch.mul, X, W), op("conv", F.conv_transpose2d, X, W, B),
+    op("conv", F.conv2d, X, W, B, Ref("stride")), op("conv", F.conv2d, X, W, B, shape=(2, 3, 3)),
+    op("layer_norm", F.layer_norm, X, (4, 2, 3, 3), W, B),
+    op("batch_norm", batch_norm, X, W, VAR, None, None, B, **{**BN, "training": False}),
+])  # fmt: skip
 def test_anything_unusual_is_generic(operation: Op) -> None:
     rule = choose(operation, frozenset({"w", "b"}))
     assert rule.name == "generic"

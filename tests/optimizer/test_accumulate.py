@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo, compile_optimizer
-from support import networks
 
 LOSS = nn.CrossEntropyLoss()
 SIZE = 4
@@ -201,18 +200,6 @@ def test_options_and_state_are_those_of_the_step() -> None:
     other.accumulate(*batch(0))
     other.step(*batch(1))
     assert_equal(everything(model, opt), everything(twin, other))
-
-
-def test_step_without_a_batch_takes_what_was_accumulated() -> None:
-    case = networks.residual()
-    one, two = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    x, y = case.batch(0, 8)
-    opt = optimizer(one, x)
-    opt.accumulate(x[:4], y[:4])
-    opt.accumulate(x[4:], y[4:])
-    opt.step()
-    step_of_parts(optimizer(two, x), x, y)
-    assert_same(one, two, 0)
 
 
 def test_zero_grad_and_pickles_drop_the_accumulated() -> None:

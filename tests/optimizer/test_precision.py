@@ -19,15 +19,12 @@ from support.exported import targets_for
 LOSS = nn.CrossEntropyLoss()
 LOW = [torch.bfloat16, torch.float16]
 OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"curvature": "sgd", "momentum": 0.9, "weight_decay": 0.01, "memory": "recompute"},
-    {"curvature": "rmsprop", "lr": 0.01, "eps": 1e-3},
-    {"curvature": "adam", "lr": 0.01, "gram": "separable"},
-    {"curvature": "ekfac"},
-    {"terminal": "ggn", "coupling": 2},
+    {}, {"curvature": "sgd", "momentum": 0.9, "weight_decay": 0.01, "memory": "recompute"},
+    {"curvature": "rmsprop", "lr": 0.01, "eps": 1e-3}, {"curvature": "adam", "lr": 0.01, "gram": "separable"},
+    {"curvature": "ekfac"}, {"terminal": "ggn", "coupling": 2},
     {"coupling": "block", "recursion": "substituted", "lr": 0.01},
     {"feedback": False, "curvature": "adamw", "lr": 0.01},
-]
+]  # fmt: skip
 
 
 def compiled(model: nn.Module, **options: Any) -> CompiledOptimizer:

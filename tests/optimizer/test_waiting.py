@@ -19,13 +19,10 @@ from support import networks
 
 LOSS = nn.CrossEntropyLoss()
 OPTIONS: list[dict[str, Any]] = [
-    {"curvature": "sgd"},
-    {"curvature": "sgd", "momentum": 0.9, "weight_decay": 0.1},
-    {"curvature": "rmsprop", "gram": "separable"},
-    {"curvature": "adam", "coupling": 3},
-    {"curvature": "adamw", "coupling": "block"},
-    {"curvature": "sgd", "feedback": False},
-]
+    {"curvature": "sgd"}, {"curvature": "sgd", "momentum": 0.9, "weight_decay": 0.1},
+    {"curvature": "rmsprop", "gram": "separable"}, {"curvature": "adam", "coupling": 3},
+    {"curvature": "adamw", "coupling": "block"}, {"curvature": "sgd", "feedback": False},
+]  # fmt: skip
 
 
 def on_meta(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -145,16 +145,3 @@ def test_groups_are_the_mean_of_groups_that_stand_for_the_batch() -> None:
     parts = [slice(0, 3), slice(3, 6), slice(6, 7)]
     mean = sum((r.stop - r.start) / 7 * first_stage(r, Options()) for r in parts)
     torch.testing.assert_close(first_stage(slice(0, 7), Options(coupling=3)), mean, rtol=1e-12, atol=1e-14)
-
-
-def test_schedules_differ_to_second_order_only() -> None:
-    case = CASES["projection"]()
-    before = parameters(case.model)
-
-    def update(schedule: str, lr: float) -> dict[str, Tensor]:
-        new, _ = run(case.stages[schedule], before, batches(case, 1), cross_entropy, BASES["sgd"](lr=lr))
-        return {name: value - before[name] for name, value in new.items()}
-
-    for schedule in ("alap", "sequential"):
-        small, large = (distance(update(schedule, lr), update("asap", lr)) for lr in (0.001, 0.01))
-        assert 0 < small < large / 50

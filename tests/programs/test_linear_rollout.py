@@ -29,14 +29,9 @@ def classified(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 NETWORKS = {
-    "chain": networks.mlp,
-    "residual": networks.residual,
-    "nested": networks.nested,
-    "projection": networks.projection,
-    "gated": networks.gated,
-    "tied": tied,
-    "two outputs": two_outputs,
-}
+    "chain": networks.mlp, "residual": networks.residual, "nested": networks.nested, "projection": networks.projection,
+    "gated": networks.gated, "tied": tied, "two outputs": two_outputs,
+}  # fmt: skip
 # Of compile_optimizer; what the oracle calls otherwise is translated in `oracle`.
 SETUPS: dict[str, dict[str, Any]] = {
     "sgd": {"curvature": "sgd", "lr": 0.5},

@@ -180,15 +180,12 @@ def test_cost_and_diagnostics_say_what_runs() -> None:
         assert opt.diagnostics["predicted_decrease"] * 2 == pytest.approx(before - after, rel=10 * lr)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"terminal": "hessian"}, "terminal='hessian' is not known"),
-        ({"terminal": "ggn", "loss": nn.L1Loss()}, "L1Loss is .piecewise. linear"),
-        ({"terminal": MonteCarlo(1), "loss": nn.NLLLoss()}, "Use CrossEntropyLoss on the logits"),
-        ({"terminal": "ggn", "coupling": "full", "recursion": "substituted"}, "has no meaning with coupling 'full'"),
-    ],
-)
+@pytest.mark.parametrize(("options", "said"), [
+    ({"terminal": "hessian"}, "terminal='hessian' is not known"),
+    ({"terminal": "ggn", "loss": nn.L1Loss()}, "L1Loss is .piecewise. linear"),
+    ({"terminal": MonteCarlo(1), "loss": nn.NLLLoss()}, "Use CrossEntropyLoss on the logits"),
+    ({"terminal": "ggn", "coupling": "full", "recursion": "substituted"}, "has no meaning with coupling 'full'"),
+])  # fmt: skip
 @pytest.mark.parametrize("backend", ["fast", "dense"])
 def test_refused_by_name(options: dict[str, Any], said: str, backend: Any) -> None:
     case = networks.residual()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import Op, Player, PlayerGraph, Ref, Shortcut
+from gtddp_compile.graph import Player, PlayerGraph, Ref
 from gtddp_compile.passes.p03_find_shortcuts import find_shortcuts
 from gtddp_compile.passes.p04_schedule import schedule
 from gtddp_compile.passes.p05_augment import augment
@@ -36,40 +33,6 @@ def test_chain() -> None:
     )
 
 
-def basic_block(name: str, x: str, project: bool = False) -> list[Op]:
-    """ResNet's: two convolutions with batch-norms, shortcut, relu after the addition."""
-    ops = [
-        layer(f"{name}.conv1", x, "conv"),
-        layer(f"{name}.bn1", f"{name}.conv1", "batch_norm"),
-        op(f"{name}.relu", "relu", f"{name}.bn1"),
-        layer(f"{name}.conv2", f"{name}.relu", "conv"),
-        layer(f"{name}.bn2", f"{name}.conv2", "batch_norm"),
-    ]
-    if project:
-        ops += [
-            layer(f"{name}.downsample.0", x, "conv"),
-            layer(f"{name}.downsample.1", f"{name}.downsample.0", "batch_norm"),
-        ]
-        x = f"{name}.downsample.1"
-    return [*ops, op(f"{name}.add", "add", f"{name}.bn2 {x}"), op(f"{name}.relu_1", "relu", f"{name}.add")]
-
-
-def resnet() -> PlayerGraph:
-    blocks = [*basic_block("layer1.0", "stem"), *basic_block("layer1.1", "layer1.0.relu_1")]
-    blocks += basic_block("layer2.0", "layer1.1.relu_1", project=True)
-    return build(X, layer("stem", "x", "conv"), *blocks, layer("fc", "layer2.0.relu_1"))
-
-
-def test_resnet_shortcuts() -> None:
-    projection = ("layer2.0.downsample.0", "layer2.0.downsample.1")
-    assert shortcuts(resnet()) == [
-        ("stem", "layer1.0.add", "identity", (), True),
-        ("layer1.0.relu_1", "layer1.1.add", "identity", (), True),
-        ("layer1.1.relu_1", "layer2.0.add", "parametric", projection, True),
-    ]
-    assert find_shortcuts(resnet()).shortcuts[2].ops == projection
-
-
 def test_identity_shortcut_is_equation_8() -> None:
     """``(x_t, x_r)`` for t in (ts, tf], one value elsewhere; the addition belongs to tf."""
     graph = build(
@@ -81,73 +44,6 @@ def test_identity_shortcut_is_equation_8() -> None:
         assert cuts(found) == [("x",), ("a",), ("a", "tanh"), ("add",)]
         assert found.stages[2].merges == ("add",)
         assert found.stages[1].consumed == ("a",) and found.stages[1].carried == ("a",)
-
-
-@pytest.mark.parametrize(
-    ("how", "before", "after"),
-    [
-        ("asap", ("stem",), ("b.bn1", "b.down.0")),
-        ("alap", ("stem", "b.relu"), ("b.conv2", "b.down.0")),
-        ("sequential", ("stem", "b.bn2"), ("b.bn2", "b.down.0")),
-    ],
-)
-def test_projection(how: str, before: tuple[str, ...], after: tuple[str, ...]) -> None:
-    """``(x_t, x_r)`` before the shortcut mapping, ``(x_t, x_r')`` after it."""
-    block = [replace_names(o) for o in basic_block("b", "stem", project=True)]
-    graph = control(build(X, layer("stem", "x", "conv"), *block, layer("fc", "b.relu_1")), how)
-    at = graph.player["b.down.0"].stage
-    live = cuts(graph)
-    expected = {"asap": ("b.conv1", "b.down.0"), "alap": after, "sequential": after}[how]
-    assert live[at] == before
-    assert live[at + 1] == expected
-    assert graph.shortcuts[0].players == ("b.down.0", "b.down.1")
-    merge = graph.stage_of["b.add"]
-    assert graph.stages[merge].merges == ("b.add",)
-    assert merge == max(graph.player["b.bn2"].stage, graph.player["b.down.1"].stage)
-    if how == "asap":
-        assert live[3] == ("b.relu", "b.down.1") and set(graph.stages[2].players) == {"b.bn1", "b.down.1"}
-    if how == "alap":
-        assert set(graph.stages[4].players) == {"b.bn2", "b.down.1"}
-
-
-def replace_names(o: Op) -> Op:
-    """``downsample`` written shorter."""
-    short = {leaf: leaf.name.replace("downsample", "down") for leaf in o.leaves}
-    args = tuple(type(leaf)(short[leaf]) for leaf in o.leaves)
-    return replace(o, name=o.name.replace("downsample", "down"), args=args)
-
-
-def attention(name: str, x: str) -> list[Op]:
-    return [
-        *(layer(f"{name}.{p}", x) for p in "qkv"),
-        op(f"{name}.t", "transpose", f"{name}.k"),
-        op(f"{name}.scores", "matmul", f"{name}.q {name}.t"),
-        op(f"{name}.masked", "add", f"{name}.scores mask"),
-        op(f"{name}.softmax", "softmax", f"{name}.masked"),
-        op(f"{name}.mix", "matmul", f"{name}.softmax {name}.v"),
-        layer(f"{name}.out", f"{name}.mix"),
-        op(f"{name}.add", "add", f"{name}.out {x}"),
-    ]
-
-
-def test_attention() -> None:
-    """q, k, v: shortcuts with controls. The mask, on which no player acts, parts no paths in either layer."""
-    graph = build(
-        X, op("mask", "input"), layer("embed", "x"), *attention("0", "embed"), *attention("1", "0.add"),
-        layer("fc", "1.add"),
-    )  # fmt: skip
-    expected = []
-    for name, fork in (("0", "embed"), ("1", "0.add")):
-        expected += [
-            (fork, f"{name}.scores", "parametric", (f"{name}.q",), False),
-            (fork, f"{name}.mix", "parametric", (f"{name}.v",), False),
-            (fork, f"{name}.add", "identity", (), True),
-        ]
-    assert shortcuts(graph) == expected
-    found = control(graph)
-    assert found.stages[1].players == ("0.q", "0.k", "0.v")
-    assert found.value["mask"].fixed and found.value["mask"].readers == (1, 3)
-    assert found.stages[2].live == ("mask", "embed", "0.mix") and found.stages[2].carried == ("mask",)
 
 
 def test_parameter_expressions_are_no_operands() -> None:
@@ -168,9 +64,6 @@ def test_parameter_expressions_are_no_operands() -> None:
     assert cuts(found) == [("x",), ("a",)]
 
 
-# --- tied weights, auxiliary values, several outputs, and stages given by hand ---
-
-
 # --- tied weights, auxiliary values ---------------------------------------------------------------
 
 
@@ -185,11 +78,6 @@ def test_tied_weights() -> None:
     assert (value.control, value.born, value.dies, value.readers, value.shape) == ("a", 0, 1, (1,), ())
     assert found.stages[1].consumed == ("a", "params:a")
     assert found.stages[0].produced == ("a", "params:a")
-
-
-def test_tied_weights_in_the_same_stage_need_no_state() -> None:
-    graph = build(X, layer("a", "x"), layer("again", "a", weight="a.weight"), layer("c", "again"))
-    assert cuts(control(graph)) == [("x",), ("again",)]
 
 
 def test_a_later_use_waits_for_the_decision() -> None:
@@ -245,12 +133,6 @@ def test_tuples_must_be_unpacked() -> None:
         control(build(*base, op("part", "getitem", "chunk"), layer("b", "part"), op("cat", "cat", "chunk b")))
 
 
-def test_no_players() -> None:
-    found = control(build(X, op("relu", "relu", "x"), op("add", "add", "relu x")))
-    assert found.stages == () and found.value["add"].fixed
-    assert found.shortcuts == (Shortcut("x", "add", "identity"),)
-
-
 # --- stages by hand -------------------------------------------------------------------------------
 
 
@@ -265,25 +147,16 @@ def test_mapping() -> None:
     assert cuts(augment(found)) == [("x",), ("a",), ("a", "c"), ("add",)]
 
 
-@pytest.mark.parametrize(
-    ("given_stages", "message"),
-    [
-        ({"a": 0, "b": 1, "c": 1}, r"gives no stage to 'd'.*Name every player"),
-        ({"a": 0, "b": 1, "c": 1, "d": 2, "z": 0}, r"names 'z', but.*players are 'a', 'b', 'c', 'd'"),
-        ({"a": 0, "b": 1, "c": 2, "d": 2}, r"module 'd'.*'d' at stage 2 depends on player 'c' at stage 2.*later stage"),
-        ({"a": 3, "b": 1, "c": 4, "d": 5}, r"'b' at stage 1 depends on player 'a' at stage 3"),
-        ({"a": 0, "b": 1, "c": "2", "d": 3}, r"player 'c' the stage '2'.*integers"),
-    ],
-)
+@pytest.mark.parametrize(("given_stages", "message"), [
+    ({"a": 0, "b": 1, "c": 1}, r"gives no stage to 'd'.*Name every player"),
+    ({"a": 0, "b": 1, "c": 1, "d": 2, "z": 0}, r"names 'z', but.*players are 'a', 'b', 'c', 'd'"),
+    ({"a": 0, "b": 1, "c": 2, "d": 2}, r"module 'd'.*'d' at stage 2 depends on player 'c' at stage 2.*later stage"),
+    ({"a": 3, "b": 1, "c": 4, "d": 5}, r"'b' at stage 1 depends on player 'a' at stage 3"),
+    ({"a": 0, "b": 1, "c": "2", "d": 3}, r"player 'c' the stage '2'.*integers"),
+])  # fmt: skip
 def test_mapping_errors(given_stages: dict[str, int], message: str) -> None:
     with pytest.raises(CompileError, match=message):
         schedule(find_shortcuts(diamond()), given_stages)
-
-
-@pytest.mark.parametrize("how", ["soon", None, ["asap"]])
-def test_unknown_schedule(how: Any) -> None:
-    with pytest.raises(CompileError, match="'asap', 'alap', 'sequential', or a mapping"):
-        schedule(find_shortcuts(diamond()), how)
 
 
 def test_players_at_one_operation_share_a_stage() -> None:

@@ -45,25 +45,18 @@ TERMINALS: dict[str, Any] = {
     "gradient": "gradient", "geometric": Geometric(2.5, own=3), "ggn": "ggn", "sampled": MonteCarlo(2),
 }  # fmt: skip
 FORMS: dict[str, dict[str, Any]] = {
-    "joint": {"coupling": "full"},
-    "joint groups": {"coupling": GROUP},
+    "joint": {"coupling": "full"}, "joint groups": {"coupling": GROUP},
     "nonlinear": {"coupling": "full", "rollout": "nonlinear"},
-    "nonlinear groups": {"coupling": GROUP, "rollout": "nonlinear"},
-    "block": {"coupling": "block"},
+    "nonlinear groups": {"coupling": GROUP, "rollout": "nonlinear"}, "block": {"coupling": "block"},
     "substituted": {"coupling": "block", "recursion": "substituted"},
     "printed": {"coupling": "block", "recursion": "printed"},
-}
+}  # fmt: skip
 SCHEDULES = ("asap", "alap", "sequential")
 EXTRAS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "inertia": {"inertia": 0.9},
-    "capped": {"max_step": 0.1},
-    "clipped": {"feedback_clip": 0.02},
-    "unclipped": {"feedback_clip": None},
-    "open": {"feedback": "open"},
-    "sum": {"loss": SUM},
+    "plain": {}, "inertia": {"inertia": 0.9}, "capped": {"max_step": 0.1}, "clipped": {"feedback_clip": 0.02},
+    "unclipped": {"feedback_clip": None}, "open": {"feedback": "open"}, "sum": {"loss": SUM},
     "alone": {"cooperative": False},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

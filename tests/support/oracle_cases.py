@@ -26,20 +26,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 COUPLINGS: dict[str, Options] = {
-    "full": Options(),
-    "groups": Options(coupling=3),
-    "samples": Options(coupling=1),
-    "block": Options(coupling="block"),
-    "substituted": Options("block", "substituted"),
-    "printed": Options("block", "printed"),
-    "open": Options(feedback="open"),
-    "unclipped": Options(clip=None),
-    "sum": Options(coupling=3, reduction="sum"),
-    "geometric": Options(terminal="geometric"),
+    "full": Options(), "groups": Options(coupling=3), "samples": Options(coupling=1),
+    "block": Options(coupling="block"), "substituted": Options("block", "substituted"),
+    "printed": Options("block", "printed"), "open": Options(feedback="open"), "unclipped": Options(clip=None),
+    "sum": Options(coupling=3, reduction="sum"), "geometric": Options(terminal="geometric"),
     "geometric_groups": Options(coupling=3, terminal="geometric"),
     "geometric_block": Options(coupling="block", terminal="geometric"),
     "geometric_substituted": Options("block", "substituted", terminal="geometric"),
-}
+}  # fmt: skip
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
