@@ -86,3 +86,16 @@ def test_the_options_in_the_usage_exist() -> None:
     table = re.findall(r"^\| (`.*?) \|", read("docs/usage.md"), re.MULTILINE)
     named = set(re.findall(r"`(\w+)", " ".join(table))) - {"lr"}
     assert named and named <= set(inspect.signature(compile_optimizer).parameters)
+
+
+# --- docs/derivations.md names tests that exist ---
+
+
+def test_every_test_named_there_exists() -> None:
+    text = (ROOT / "docs" / "derivations.md").read_text(encoding="utf-8")
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    named = set(re.findall(r"`(?:tests/(?:\w+/)?)?(test_\w+\.py)", text))
+    assert named and named <= set(sources)
+    functions = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+)`", text))
+    defined = {name for source in sources.values() for name in re.findall(r"^def (test_\w+)", source, re.M)}
+    assert len(functions) > 10 and functions <= defined, functions - defined
