@@ -138,16 +138,7 @@ def test_options_reach_the_derivation(here: Path) -> None:
 def test_export_writes_a_module_that_runs(here: Path) -> None:
     words = (
         "user_net.py:Net",
-        "-i",
-        "2,4",
-        "--loss",
-        "mse",
-        "--curvature",
-        "adam",
-        "--lr",
-        "0.01",
-        "--set",
-        "eps=1e-6",
+        *["-i", "2,4", "--loss", "mse", "--curvature", "adam", "--lr", "0.01", "--set", "eps=1e-6"],
     )
     done = run("export", *words, "--dtype", "float64", "--out", "step.py")
     assert done.exit_code == 0 and done.stdout == "", done.stderr

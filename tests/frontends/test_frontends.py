@@ -135,32 +135,11 @@ def test_random_numbers_that_nothing_reads_are_drawn_too(front_end: str) -> None
     assert_same_numbers(graph, model)
 
 
-def test_a_step_draws_what_nothing_reads() -> None:
-    """With feedback off it is torch's step, from the same random state; what reaches no output stays as it was."""
-    torch.manual_seed(0)
-    ours, theirs = Wasteful().double(), Wasteful().double()
-    theirs.load_state_dict(ours.state_dict())
-    optimizer = compile_optimizer(ours, batch(4), loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, feedback=False)
-    reference = torch.optim.SGD(theirs.parameters(), lr=0.1)
-    targets = torch.tensor([0, 2, 1, 0])
-    torch.manual_seed(7)
-    optimizer.step(batch(4), targets)
-    torch.manual_seed(7)
-    nn.CrossEntropyLoss()(theirs(batch(4)), targets).backward()
-    reference.step()
-    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=0, atol=1e-12)
-
-
 def assert_same_numbers(graph: OpGraph, model: nn.Module) -> None:
     torch.manual_seed(7)
     expected = model(batch(6))
     torch.manual_seed(7)
     assert_same(values(graph, model, batch(6)), expected)
-
-
-def test_dropout_is_an_identity_in_eval_mode() -> None:
-    graph = normalise(EXAMPLES["dropout_mlp"]().model.eval(), (batch(4),))
-    assert "dropout" not in {op.kind for op in graph.ops}
 
 
 class Buffered(nn.Module):

@@ -175,7 +175,7 @@ def test_conv(case: str, metric: str, chunk: int) -> None:
     check("conv", function, (draw(*shape),), params, (False, True), metric=metric, **options)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     data=st.data(), metric=st.sampled_from(sorted(METRICS)),
     form=st.sampled_from(["patches", "pixels", "materialised"]), grouped=st.booleans(), few=st.booleans(),

@@ -134,7 +134,7 @@ def test_a_loss_that_is_a_sum(terminal: str) -> None:
     assert_primal(networks.residual(), SUM, 2, "fast", terminal=terminal, curvature="sgd", lr=0.1, coupling=2)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(plan=random_networks.plans(), inertia=st.sampled_from([0.0, 0.9]), schedule=st.sampled_from(["asap", "alap"]))
 def test_random_networks(plan: random_networks.Plan, inertia: float, schedule: str) -> None:
     options = {"curvature": "sgd", "lr": 0.1, "inertia": inertia, "terminal": "gradient"}
@@ -230,7 +230,7 @@ def trained(plan: Plan, **options: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("schedule", ["asap", "alap", "sequential"])
-@settings(max_examples=170, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(plan=plans(), options=st.sampled_from(OPTIONS))
 def test_fast_equals_dense(schedule: str, plan: Plan, options: dict[str, object]) -> None:
     fast = trained(plan, schedule=schedule, **options)

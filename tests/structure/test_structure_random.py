@@ -104,7 +104,7 @@ def expected_shortcuts(graph: PlayerGraph) -> tuple[Shortcut, ...]:
     return tuple(found)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(graphs())
 def test_shortcuts_against_brute_force(graph: PlayerGraph) -> None:
     assert find_shortcuts(graph).shortcuts == expected_shortcuts(graph)
