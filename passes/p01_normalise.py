@@ -34,13 +34,15 @@ from gtddp_compile.frontends import (
     trace_symbolically,
     trace_values,
 )
+from gtddp_compile.frontends.attributes import untouched
 from gtddp_compile.frontends.canonical import is_identity, is_random, python_number
 from gtddp_compile.frontends.functional import Clean, functionalise
 from gtddp_compile.frontends.masks import masks_apart
 from gtddp_compile.frontends.mixing import find_mixing
 from gtddp_compile.frontends.reference import agrees, observe, run
 from gtddp_compile.frontends.samples import find_layouts
-from gtddp_compile.frontends.traced import argument_names, parameter_infos, untouched
+from gtddp_compile.frontends.state import watch
+from gtddp_compile.frontends.traced import argument_names, parameter_infos
 from gtddp_compile.graph import DETACHED, GUARD, BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
@@ -62,10 +64,7 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
     Raises:
         CompileError: the model refuses the inputs, or no front end can record it.
     """
-    with untouched(model):
-        numbers = _numbers(model)
-        reference = observe(model, inputs)
-        _check_numbers(numbers, _numbers(model))
+    reference, kept = watch(model, inputs)
     refusals: list[Untraceable] = []
     for front_end in front_ends:
         if front_end is trace_functional and any(r.why.startswith("torch.export:") for r in refusals):
@@ -73,24 +72,15 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
         try:
             with untouched(model):
                 traced = front_end(model, inputs)
-            _check_state(traced.read & reference.rewritten)
             for draws in (False, True):  # what the model draws and does not use moves what it draws after
                 graph = masks_apart(_normal_form(traced, model, draws=draws))
                 graph, output = run(graph, model, inputs, reference)
                 if agrees(graph, output, reference):
-                    return find_mixing(find_layouts(graph, model, inputs), model, inputs)
+                    return find_mixing(find_layouts(replace(graph, kept=kept), model, inputs), model, inputs)
         except Untraceable as refusal:
             refusals.append(refusal)
             continue
         refusals.append(Untraceable("what was recorded computes something else than the model"))
-    with untouched(model):
-        again = observe(model, inputs)
-    if not all(map(torch.equal, reference.outputs, again.outputs)):
-        raise CompileError(
-            "the model computes something else every time, from the same values and torch's same random numbers",
-            "Draw random numbers from torch's default generator, not from numpy's or Python's",
-            module="",
-        )
     raise _cannot(refusals)
 
 
@@ -121,46 +111,6 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
         return agrees(graph, run(graph, model, inputs, reference)[1], reference)
     except Untraceable:
         return False
-
-
-def _numbers(model: nn.Module) -> dict[str, Any]:
-    """Numbers and words among the attributes of every module, by qualified name."""
-    return {
-        f"{path}.{name}".removeprefix("."): value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str)
-    }
-
-
-def _check_numbers(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A number that the forward pass itself changes would be built into the program as it was.
-
-    Raises:
-        CompileError: there is one.
-    """
-    for name, value in after.items():
-        if before.get(name, value) != value:
-            raise CompileError(
-                f"the forward pass changes the attribute {name!r} from {before[name]!r} to {value!r}, which a compiled "
-                "program cannot do",
-                "Change it outside forward, in the training loop",
-                module=name.rpartition(".")[0],
-            )
-
-
-def _check_state(names: frozenset[str]) -> None:
-    """A tensor that is kept for inspection is let go; one that the next pass reads is state.
-
-    Raises:
-        CompileError: there is one.
-    """
-    for name in sorted(names):
-        raise CompileError(
-            f"the forward pass reads the attribute {name!r} and writes it for the next pass",
-            "Make it an input and an output of the model",
-            module=name.rpartition(".")[0],
-        )
 
 
 def _cannot(refusals: list[Untraceable]) -> CompileError:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, tensor_attributes, users_line
+from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
 
 SEED = 0
@@ -32,13 +32,11 @@ class Reference:
         outputs: tensors of the output, flat.
         gradients: of a fixed linear function of the outputs, by parameter; ``None`` where it has no path to them.
         buffers: after the pass.
-        rewritten: names of plain tensor attributes that the pass has replaced.
     """
 
     outputs: tuple[Tensor, ...]
     gradients: Mapping[str, Tensor | None]
     buffers: Mapping[str, Tensor]
-    rewritten: frozenset[str] = frozenset()
 
 
 def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
@@ -48,12 +46,11 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
         CompileError: it raises, assigns a buffer, packs sequences, or returns no differentiable tensor.
     """
     params, buffers = leaves(model)
-    before = tensor_attributes(model)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
         try:
             with _assignments(model, buffers) as assigned, _padded(model):
-                output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
+                output = _called(model, params, buffers, inputs)
         except CompileError:
             raise
         except Exception as error:  # the user's own code runs here and may raise anything
@@ -73,7 +70,6 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
                 "writes it in evaluation mode for the step",
                 module=name.rpartition(".")[0],
             )
-        _know_dataclasses(output)
         found = tuple(tensors(output))
         if not any(value.requires_grad for value in found):
             raise CompileError(
@@ -89,9 +85,20 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
                 "Make loss.backward() work on it first",
                 module="",
             ) from error
-        after = tensor_attributes(model)
-        rewritten = frozenset(name for name, value in before.items() if after.get(name) is not value)
-        return Reference(tuple(value.detach() for value in found), gradients, buffers, rewritten)
+        return Reference(tuple(value.detach() for value in found), gradients, buffers)
+
+
+def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Tensors of the output of one pass, from the same random state, without further questions."""
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(SEED)
+        return tuple(value.detach() for value in tensors(_called(model, *leaves(model), inputs)))
+
+
+def _called(model: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
+    output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
+    _know_dataclasses(output)
+    return output
 
 
 def _know_dataclasses(output: Any) -> None:

@@ -1,0 +1,129 @@
+"""What would be silently wrong is refused, and nothing has changed then: state, random numbers, values left behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_errors import Layer, Model, compiled, refused
+from torch import Tensor
+
+Forward = Callable[[Any, Tensor], Any]
+
+
+class Holding(Layer):
+    """A layer with attributes of several kinds, in which a test's forward pass keeps something."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__(forward)
+        self.kept: Any = None
+        self.table: dict[str, Any] = {"mean": torch.zeros(4)}
+        self.options = SimpleNamespace(mean=torch.zeros(4), calls=0)
+        self.python, self.numpy = random.Random(0), np.random.default_rng(0)
+        self.torch = torch.Generator()
+
+
+def holding(forward: Forward) -> Any:
+    net = Model()
+    net.block[0] = Holding(forward).double()
+    return net.double()
+
+
+def hidden(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x) if layer.kept is None else layer.fc(x) + layer.kept
+    layer.kept = y.detach()
+    return y
+
+
+def first_batch(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    if layer.kept is None:
+        layer.kept = y.detach().mean(0)
+    return y - layer.kept
+
+
+def running_mean(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.state = 0.999 * layer.state + 0.001 * y.detach().mean(0)
+    return y - layer.state
+
+
+def written_in_place(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.state.mul_(0.9).add_(y.detach().mean(0))
+    return y - layer.state
+
+
+def in_a_dict(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.table["mean"] = 0.9 * layer.table["mean"] + y.detach().mean(0)
+    return y - layer.table["mean"]
+
+
+def in_an_object(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.options.mean = 0.9 * layer.options.mean + y.detach().mean(0)
+    return y - layer.options.mean
+
+
+def counted_in_an_object(layer: Any, x: Tensor) -> Tensor:
+    layer.options.calls += 1
+    return layer.fc(x)  # type: ignore[no-any-return]
+
+
+CARRIED = {
+    hidden: "reads the attribute 'block.0.kept' and writes it",
+    first_batch: "reads the attribute 'block.0.kept' and writes it",
+    running_mean: "reads the attribute 'block.0.state' and writes it",
+    written_in_place: "reads the attribute 'block.0.state' and writes it",
+    in_a_dict: "reads the attribute 'block.0.table' and writes it",
+    in_an_object: "reads the attribute 'block.0.options' and writes it",
+    counted_in_an_object: "changes the attribute 'block.0.options.calls' from 0 to 1",
+}
+
+
+def drawn(source: Callable[[Any], float]) -> Forward:
+    """A layer left out at random, rarely: the first draws seldom tell."""
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        return x if source(layer) < 0.01 else layer.fc(x)
+
+    return forward
+
+
+DRAWN = {
+    "random": drawn(lambda _: random.random()),
+    "numpy.random": drawn(lambda _: np.random.rand()),
+    "block.0.python": drawn(lambda layer: layer.python.random()),
+    "block.0.numpy": drawn(lambda layer: layer.numpy.random()),
+    "block.0.torch": drawn(lambda layer: float(torch.rand((), generator=layer.torch))),
+}
+
+
+def snapshot(net: Any) -> str:
+    """Whatever a pass could have written, as text."""
+    layer = net.block[0]
+    states = random.getstate(), np.random.get_state(), layer.python.getstate(), layer.numpy.bit_generator.state
+    drawn = layer.torch.get_state().sum(), torch.get_rng_state().sum()
+    return f"{net.state_dict()} {layer.kept} {layer.state} {layer.table} {layer.options} {states} {drawn}"
+
+
+@pytest.mark.parametrize("forward", CARRIED, ids=lambda f: f.__name__)
+def test_what_is_carried_to_the_next_pass(forward: Forward) -> None:
+    net = holding(forward)
+    before = snapshot(net)
+    refused(lambda: compiled(net), "module 'block.0'", CARRIED[forward])
+    assert snapshot(net) == before
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_random_numbers_that_are_not_torchs(name: str) -> None:
+    net = holding(DRAWN[name])
+    before = snapshot(net)
+    refused(lambda: compiled(net), f"draws random numbers from {name}", "torch's functions")
+    assert snapshot(net) == before
