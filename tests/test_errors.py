@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,11 +23,23 @@ LOSS = nn.CrossEntropyLoss()
 TARGETS = torch.arange(6) % 3
 
 
+@dataclass
+class Options:
+    """A model's own options."""
+
+    power: ClassVar[int] = 1
+    gain: float = 2.0
+    masks: list[Tensor] = field(default_factory=list)
+
+
 class Layer(nn.Module):
     """A layer with something in its forward pass that is put there by a test."""
 
+    shift = 0.0
+
     def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
+        self.options: Any = Options()
         self.fc, self.run = nn.Linear(4, 4), forward
         self.register_buffer("mean", torch.zeros(4))
         self.scale, self.calls, self.state = 2.0, 0, torch.zeros(4)
@@ -315,19 +328,35 @@ def expect_the_base_methods_update(opt: CompiledOptimizer, net: nn.Module, input
     torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
 
 
+def reads_attributes(layer: Any, x: Tensor) -> Tensor:
+    """What is made of them is a constant to every front end."""
+    y: Tensor = layer.fc(x) * (layer.scale * layer.options.gain) + (layer.state * 2 + layer.shift)
+    for mask in layer.options.masks:
+        y = y * mask
+    return y**layer.options.power
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda net: setattr(net, "act", nn.Sigmoid()),
         lambda net: setattr(net.block[0], "scale", 3.0),
         lambda net: setattr(net.block[0], "run", lambda layer, x: layer.fc(x) ** 2),
+        lambda net: setattr(net.block[0], "state", torch.ones(4)),
+        lambda net: net.block[0].state.fill_(2.0),
+        lambda net: setattr(net.block[0].options, "gain", 3.0),
+        lambda net: net.block[0].options.masks.append(torch.tensor(0.5)),
+        lambda net: setattr(Layer, "shift", 1.0),
+        lambda net: setattr(Options, "power", 2),
         lambda net: net.block[0].fc.requires_grad_(False),
         lambda net: net.eval(),
     ],
-    ids=["module", "number", "function", "frozen", "mode"],
+    ids=["module", "number", "function", "tensor", "in place", "field", "item", "class", "its class", "frozen", "mode"],
 )
-def test_a_changed_model_is_compiled_again(change: Callable[[Any], Any]) -> None:
-    net = model(lambda layer, x: layer.fc(x) * layer.scale)
+def test_a_changed_model_is_compiled_again(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Layer, "shift", 0.0)
+    monkeypatch.setattr(Options, "power", 1)
+    net = model(reads_attributes)
     opt = compiled(net, lr=0.5, feedback=False)
     expect_the_base_methods_update(opt, net, batch(6))
     change(net)
@@ -371,7 +400,7 @@ def test_hooks_on_gradients_are_pointed_out() -> None:
 def test_a_model_that_keeps_changing_is_pointed_out() -> None:
     net = model(lambda layer, x: layer.fc(x) * layer.scale)
     opt = compiled(net, lr=0.5, feedback=False)
-    with pytest.warns(UserWarning, match="had numbers among their attributes changed"):
+    with pytest.warns(UserWarning, match="had attributes changed"):
         for index in range(12):
             net.block[0].scale = float(index)
             opt.step(batch(6), TARGETS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.frontends.attributes import OWN, Reader
 from gtddp_compile.runtime.precision import Precision
 
 
@@ -46,11 +46,7 @@ def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
         raise CompileError("the targets are empty", "Give one target a sample")
 
 
-PLAIN = frozenset({bool, int, float, str, FunctionType, BuiltinFunctionType})
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-CONTAINERS = frozenset({tuple, list, dict})
-OWN = frozenset(vars(nn.Module())) - {"training"}
-"""What torch keeps in every module: not the user's attributes."""
 
 REFUSED: dict[type[nn.Module], str] = {
     torch.jit.ScriptModule: "Compile the module it was made from",
@@ -138,10 +134,12 @@ class ModelView:
                 if name not in OWN and isinstance(value, Tensor):
                     yield f"{prefix}{name}", value
 
-    def signature(self) -> tuple[Any, ...]:
-        """What the program depends on: the modules with their mode, their forward hooks and every number, word and
-        function among their attributes (a dropout's ``p``, a stride, an activation), containers of such included, and
-        which parameters are trained.
+    def signature(self, skipped: set[tuple[Any, str]]) -> tuple[Any, ...]:
+        """What the program depends on: the modules with their attributes (a dropout's ``p``, a stride, an activation, a
+        field of a configuration) and forward hooks, and which parameters are trained.
+
+        Args:
+            skipped: attributes that do not count, see :meth:`owned`; those that lead out of the model are added.
 
         Raises:
             CompileError: a parameter was added, removed or replaced since the optimizer was made.
@@ -151,8 +149,15 @@ class ModelView:
             self._check_parameters()
             self._placed = _placed(modules)
         params = self.named.values()
-        found = tuple((id(module), *_plain(module)) for module in modules)
-        return found, tuple(p.requires_grad for p in params), Precision.around(params)
+        found = tuple(Reader(self.model).attributes([(id(module), module) for module in modules], skipped))
+        hooks = tuple((id(m), *map(id, vars(m)[name].values())) for m in modules for name in HOOKS if vars(m)[name])
+        return found, hooks, tuple(p.requires_grad for p in params), Precision.around(params)
+
+    def owned(self, names: tuple[str, ...]) -> set[tuple[Any, str]]:
+        """Attributes of modules, by qualified name, as :meth:`signature` skips them."""
+        modules = dict(self.model.named_modules())
+        parts = [name.rpartition(".") for name in names]
+        return {(id(modules[path]), name) for path, _, name in parts if path in modules}
 
     def _check_parameters(self) -> None:
         current = dict(self.model.named_parameters())
@@ -182,28 +187,6 @@ def _placed(modules: list[nn.Module]) -> list[tuple[object, ...]]:
         (*module._modules, *((name, id(parameter)) for name, parameter in module._parameters.items()))
         for module in modules
     ]
-
-
-def _plain(module: nn.Module) -> Iterator[Any]:
-    for name, value in vars(module).items():
-        if name in OWN:
-            continue
-        if type(value) in PLAIN:
-            yield value
-        elif type(value) in CONTAINERS:
-            yield name, _frozen(value)
-    for name in HOOKS:
-        if hooks := vars(module)[name]:
-            yield name, tuple(map(id, hooks.values()))
-
-
-def _frozen(value: Any) -> Any:
-    """A container's numbers, words and functions, to compare it with itself later; of other objects only their type."""
-    if type(value) is dict:
-        return tuple((key, _frozen(held)) for key, held in value.items() if type(key) in PLAIN)
-    if type(value) in CONTAINERS:
-        return tuple(map(_frozen, value))
-    return value if type(value) in PLAIN else type(value)
 
 
 def _say_unheard(parameters: Mapping[str, nn.Parameter]) -> None:
