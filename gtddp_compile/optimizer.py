@@ -15,7 +15,7 @@ from gtddp_compile.compiler import Backend, Specialisations
 from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
 from gtddp_compile.fitting import check_fit
-from gtddp_compile.frontends import observe
+from gtddp_compile.frontends import observe, withheld
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.kernels import OtherPath, random_state, restore_random_state
 from gtddp_compile.losses import Loss
@@ -354,7 +354,10 @@ class CompiledOptimizer(torch.optim.Optimizer):
             known = owner[name] in self.state
             first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
             states[name] = self.state[owner[name]] if first is None else first
-        loss = self._loss.after(program.graph.ops.as_returned)
+        ops, loss = program.graph.ops, self._loss
+        if ops.kept and loss.function is not None and not self._options.compile:
+            loss = loss.within(lambda: withheld(self._view.model, ops.kept))
+        loss = loss.after(ops.as_returned)
         return BaseMethod(
             self._curvature, params, new, states, groups, loss,
             first=not self._checked, terminal=self._options.terminal_kind, aside=self._aside, spare=self._spare,

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_errors import Layer, Model, compiled, refused
+from recorded import batch
+from test_errors import TARGETS, Layer, Model, compiled, everything, expect_the_base_methods_update, refused
 from torch import Tensor
+from torch.nn import functional as F
+
+from gtddp_compile import compile_optimizer
 
 Forward = Callable[[Any, Tensor], Any]
 
@@ -127,3 +131,73 @@ def test_random_numbers_that_are_not_torchs(name: str) -> None:
     before = snapshot(net)
     refused(lambda: compiled(net), f"draws random numbers from {name}", "torch's functions")
     assert snapshot(net) == before
+
+
+# --- what a pass leaves for the loss ----------------------------------------------------------------------------------
+
+
+def left_as_a_number(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.state = y.square().mean()
+    return y
+
+
+def left_in_a_list(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.kept = [y.square().mean(1)]
+    return y
+
+
+def left_in_a_dict(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.table["penalty"] = y.square().mean(1)
+    return y
+
+
+def left_in_an_object(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.options.mean = y.square().mean(1)
+    return y
+
+
+LEFT: dict[Forward, tuple[Callable[[Any], Any], str]] = {
+    left_as_a_number: (lambda layer: layer.state, "block.0.state"),
+    left_in_a_list: (lambda layer: sum(layer.kept), "block.0.kept"),
+    left_in_a_dict: (lambda layer: layer.table["penalty"], "block.0.table"),
+    left_in_an_object: (lambda layer: layer.options.mean, "block.0.options"),
+}
+
+
+@pytest.mark.parametrize("forward", LEFT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("was_run", [False, True])
+def test_a_loss_that_reads_what_the_pass_left(forward: Forward, was_run: bool) -> None:
+    """An auxiliary loss would have no gradient, and the value of the last pass of the model itself."""
+    net = holding(forward)
+    penalty, name = LEFT[forward]
+    if was_run:
+        net(batch(6))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none") + penalty(net.block[0])
+
+    opt = compile_optimizer(net, batch(6), loss=loss, curvature="sgd")
+    before = f"{snapshot(net)} {everything(opt, net)}"
+    refused(lambda: opt.step(batch(6), TARGETS), f"the loss reads the attribute '{name}'", "Return it from forward")
+    refused(lambda: opt.accumulate(batch(6), TARGETS), f"the loss reads the attribute '{name}'")
+    assert f"{snapshot(net)} {everything(opt, net)}" == before
+
+
+def for_inspection(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.kept, layer.options.mean, layer.table["mean"] = [y.detach()], y.detach(), y.detach()
+    return y
+
+
+def test_what_the_pass_leaves_for_inspection_does_no_harm() -> None:
+    net = holding(for_inspection)
+    opt = compiled(net, lr=0.5, feedback=False)
+    code = opt.program.code
+    for size in (6, 4):
+        net(batch(size))  # a validation, which leaves other tensors every time
+        expect_the_base_methods_update(opt, net, batch(6))
+    assert opt.program.code is code

@@ -3,6 +3,7 @@
 from gtddp_compile.frontends.exported import trace_export, trace_functional, trace_values
 from gtddp_compile.frontends.followed import trace_followed
 from gtddp_compile.frontends.reference import observe
+from gtddp_compile.frontends.state import withheld
 from gtddp_compile.frontends.symbolic import trace_symbolically
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable
 
@@ -16,4 +17,5 @@ __all__ = [
     "trace_functional",
     "trace_symbolically",
     "trace_values",
+    "withheld",
 ]

@@ -8,10 +8,12 @@ and so is whatever a pass draws from other generators than torch's own, and ever
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.attributes import NUMBERS, Record, State, read, untouched
@@ -60,6 +62,48 @@ def watch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Reference, tuple[s
             module="",
         )
     return reference, kept
+
+
+class _Left(Tensor):
+    """Stands for what a forward pass would have left in an attribute: whoever reads it is told so."""
+
+    path: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse, whatever is asked."""
+        raise next(_refusal(value.path) for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, cls))
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "path" or name.startswith("__"):
+            return super().__getattribute__(name)
+        raise _refusal(self.path)
+
+
+def _refusal(path: str) -> CompileError:
+    return CompileError(
+        f"the loss reads the attribute {path!r}, in which the forward pass leaves something: a compiled step does not, "
+        "so it would have no gradient and no new value",
+        "Return it from forward beside the other outputs, one value a sample, and read it from them",
+        module=path.rpartition(".")[0],
+    )
+
+
+@contextmanager
+def withheld(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Whoever reads one of these attributes of the model in the block is refused."""
+    places = [(vars(model.get_submodule(name.rpartition(".")[0])), name) for name in names if not name[0].isupper()]
+    before = [(held, dict(held)) for held, _ in places]
+    try:
+        for held, name in places:
+            left = torch.zeros(()).as_subclass(_Left)
+            left.path = name
+            held[name.rpartition(".")[2]] = left
+        yield
+    finally:
+        for held, attributes in before:
+            held.clear()
+            held.update(attributes)
 
 
 def _kept(before: Attributes, after: Attributes) -> tuple[str, ...]:
