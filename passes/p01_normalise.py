@@ -43,7 +43,7 @@ from gtddp_compile.frontends.reference import agrees, observe, run
 from gtddp_compile.frontends.samples import find_layouts
 from gtddp_compile.frontends.state import watch
 from gtddp_compile.frontends.traced import argument_names, parameter_infos
-from gtddp_compile.graph import DETACHED, GUARD, BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
+from gtddp_compile.graph import DETACHED, GUARD, BufferRef, Op, OpGraph, ParamRef, Ref, iter_leaves, map_leaves
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
 FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_followed, trace_values)
@@ -160,6 +160,7 @@ def _normal_form(traced: Traced, model: nn.Module, *, draws: bool) -> OpGraph:
             ops.append(Op(name, DETACHED, torch.detach, (Ref(op.name),), module=op.module, source=op.source))
             value[clean.call.name] = Ref(name)
     returned = pytree.tree_map(resolve, output)
+    returned = pytree.tree_map(lambda leaf: _constant(leaf, model, names, ops), returned)
     ops += decisions.guards(names, ops)
     kept = _alive(ops, returned, draws=draws)
     return OpGraph(
@@ -170,6 +171,25 @@ def _normal_form(traced: Traced, model: nn.Module, *, draws: bool) -> OpGraph:
         traced.frontend,
         traced.specialised,
     )
+
+
+def _constant(leaf: Any, model: nn.Module, names: _Names, ops: list[Op]) -> Any:
+    """What is returned; a buffer, a frozen parameter or a constant as an operation of its own.
+
+    Raises:
+        CompileError: it is a trained parameter, which the loss would have to read once a sample.
+    """
+    if not isinstance(leaf, ParamRef | BufferRef | torch.Tensor):
+        return leaf
+    if isinstance(leaf, ParamRef) and model.get_parameter(leaf.name).requires_grad:
+        path, _, name = leaf.name.rpartition(".")
+        raise CompileError(
+            f"the model returns its parameter {leaf.name!r} as it is, which no sample has a part of",
+            f"Return it once a sample, {name}.expand(len(x), *{name}.shape), and read a sample's own in the loss",
+            module=path,
+        )
+    ops.append(Op(names.new("", "constant", set()), DETACHED, torch.detach, (leaf,)))
+    return Ref(ops[-1].name)
 
 
 def _operation(clean: Clean, names: _Names, layers: set[str]) -> Op:
