@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recorded import batch
+from networks import make, seeded
+from recorded import FRONT_ENDS, batch
 from test_errors import TARGETS, Layer, Model, compiled, everything, expect_the_base_methods_update, refused
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Categorical
 from torch.nn import functional as F
 
-from gtddp_compile import compile_optimizer
+from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile.frontends import trace_followed
 
 Forward = Callable[[Any, Tensor], Any]
 
@@ -201,3 +205,103 @@ def test_what_the_pass_leaves_for_inspection_does_no_harm() -> None:
         net(batch(size))  # a validation, which leaves other tensors every time
         expect_the_base_methods_update(opt, net, batch(6))
     assert opt.program.code is code
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+class Scores:
+    """A plain object."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Output(dict[str, Tensor]):
+    """A dict of a class that torch does not know."""
+
+
+RETURNED: dict[str, tuple[Forward, str]] = {
+    "distribution": (lambda y, x: (Categorical(logits=y), y), r"class Categorical \(output\[0\]\)"),
+    "object": (lambda y, x: {"scores": Scores(y), "rest": y}, r"class Scores \(output\['scores'\]\)"),
+    "dict": (lambda y, x: Output(logits=y), r"class Output \(the output\)"),
+    "numpy": (lambda y, x: (y, np.float64(1.0)), r"class float64 \(output\[1\]\)"),
+}
+
+
+@pytest.mark.parametrize("kind", RETURNED)
+def test_what_no_program_can_return(kind: str) -> None:
+    give, said = RETURNED[kind]
+    net = make(lambda net, x: give(net.a(x), x), a=(4, 3))
+    with pytest.raises(CompileError, match=said):
+        compile_optimizer(net, batch(6), loss=lambda y, t: y, curvature="sgd")
+
+
+class Returning(nn.Module):
+    """Returns something beside its logits that no player makes."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.a, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        self.register_buffer("shift", torch.ones(3))
+        self.frozen, self.plain = nn.Parameter(torch.ones(3), requires_grad=False), torch.ones(3)
+        self.which = which
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.which == "one a sample":
+            return self.a(x), self.scale.expand(len(x), *self.scale.shape)
+        return self.a(x), getattr(self, self.which)
+
+
+@pytest.mark.parametrize("front_end", [*FRONT_ENDS.values(), trace_followed])
+@pytest.mark.parametrize("which", ["shift", "frozen", "plain"])
+def test_constants_among_the_outputs(which: str, front_end: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gtddp_compile.passes.p01_normalise.normalise.__defaults__", ((front_end,),))
+    net, inputs = seeded(lambda: Returning(which)), batch(6)
+
+    def loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[0] * outputs[1] * 2, targets, reduction="none")
+
+    plain = copy.deepcopy(net)
+    loss(plain(inputs), TARGETS).mean().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.5).step()
+    compile_optimizer(net, inputs, loss=loss, curvature="sgd", lr=0.5, feedback=False).step(inputs, TARGETS)
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_a_parameter_as_an_output() -> None:
+    """The remedy works: what is returned once a sample."""
+
+    def loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[0] * outputs[1], targets, reduction="none")
+
+    net = seeded(lambda: Returning("scale"))
+    options: dict[str, Any] = {"loss": loss, "curvature": "sgd", "lr": 0.5, "feedback": False}
+    refused(
+        lambda: compile_optimizer(net, batch(6), **options), "its parameter 'scale' as it is", "scale.expand(len(x)"
+    )
+    net.which = "one a sample"
+    plain = copy.deepcopy(net)
+    loss((plain.a(batch(6)), plain.scale), TARGETS).mean().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.5).step()
+    compile_optimizer(net, batch(6), **options).step(batch(6), TARGETS)
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bag", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_tables_with_sparse_gradients_have_dense_ones(bag: bool, by_name: bool) -> None:
+    def forward(net: Any, i: Tensor) -> Tensor:
+        function = F.embedding_bag if bag else F.embedding
+        found: Tensor = function(i, net.table.weight, sparse=True) if by_name else net.table(i)
+        return net.b(found if bag else found.mean(1))  # type: ignore[no-any-return]
+
+    net = make(forward, b=(4, 3))
+    net.table = (nn.EmbeddingBag if bag else nn.Embedding)(9, 4, sparse=True).double()
+    words = torch.arange(24).reshape(6, 4) % 9
+    plain = copy.deepcopy(net)
+    opt = compiled(net, words, lr=0.5, feedback=False)
+    F.cross_entropy(plain(words), TARGETS).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.5).step()
+    opt.step(words, TARGETS)
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)

@@ -21,6 +21,8 @@ from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
 SEED = 0
 ROUNDING = 1000
 """Units of rounding of the largest gradient below which one is none."""
+RETURNED = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+"""What a model may return beside tensors."""
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
@@ -98,6 +100,14 @@ def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
 def _called(model: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
     output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
     _know_dataclasses(output)
+    for path, leaf in pytree.tree_leaves_with_path(output):
+        if not isinstance(leaf, Tensor) and type(leaf) not in RETURNED:
+            raise CompileError(
+                f"the model returns an object of class {type(leaf).__name__} "
+                f"({f'output{pytree.keystr(path)}' if path else 'the output'}), which no program can make",
+                "Return its tensors, alone or in tuples, lists, dicts or dataclasses, and make the object in the loss",
+                module="",
+            )
     return output
 
 
@@ -246,7 +256,8 @@ def _gradients(outputs: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> dic
     ]
     wanted = {name: p for name, p in params.items() if p.requires_grad}
     found = torch.autograd.grad(reached, list(wanted.values()), weights, allow_unused=True)
-    return dict(zip(wanted, found, strict=True))
+    dense = (gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient for gradient in found)
+    return dict(zip(wanted, dense, strict=True))
 
 
 def _value(leaf: Any, values: Mapping[str, Any], params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
