@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_buffer_registration_hook, re
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
@@ -167,7 +168,8 @@ def _padded(model: nn.Module) -> Iterator[None]:
 
 
 def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Reference) -> tuple[OpGraph, Reference]:
-    """Run a recording the same way; the graph comes back with the shapes and dtypes of its values.
+    """Run a recording the same way; the graph comes back with the shapes and dtypes of its values, and with every
+    operation that draws random numbers known as one, whatever it is called.
 
     Raises:
         Untraceable: it raises.
@@ -177,10 +179,13 @@ def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Re
     ops: list[Op] = []
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
+        before = kernels.random_state()
         for op in graph.ops:
             if op.target is not None:
                 values[op.name] = evaluate(op, values, params, buffers)
-            ops.append(_with_shape(op, values[op.name]))
+            after = kernels.random_state()
+            drew, before = not all(map(torch.equal, before, after)), after
+            ops.append(_with_shape(replace(op, random=op.random or drew), values[op.name]))
             for name in graph.finished[op.name]:  # what autograd does not keep is let go
                 del values[name]
         output = map_leaves(graph.output, lambda leaf: _value(leaf, values, params, buffers))
