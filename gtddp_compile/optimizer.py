@@ -29,7 +29,7 @@ from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
 from gtddp_compile.runtime.precision import lift
-from gtddp_compile.runtime.states import check_loaded, check_states, unrounded
+from gtddp_compile.runtime.states import check_loaded, check_states, regrouped, unrounded
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.setting import Group, Setting, buffer_infos, options_of
 
@@ -337,7 +337,10 @@ class CompiledOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim's; accumulated micro-batches stay, and are run again with the new state."""
+        """As torch.optim's, whose own are taken too, of the same base method (a compiled optimizer's can be loaded by
+        one that has its groups); accumulated micro-batches stay, and are run again with the new state.
+        """
+        state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
         check_loaded(state_dict, self.param_groups, self._curvature)
         super().load_state_dict(state_dict)
         self.state.update(unrounded(state_dict["state"], self.param_groups))
