@@ -14,22 +14,31 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.attributes import OWN, Reader
+from gtddp_compile.frontends.keywords import by_name
 from gtddp_compile.runtime.precision import Precision
 
 
-def as_inputs(inputs: Any) -> tuple[Any, ...]:
-    """Positional arguments of the model: a tensor, or a tuple or list of them."""
-    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
-    found = tuple(inputs) if several else (inputs,)
+def as_inputs(inputs: Any, model: nn.Module) -> tuple[Any, ...]:
+    """Arguments of the model: a tensor, or a tuple, list or mapping of them (in which ``None`` is one left out).
+
+    Raises:
+        CompileError: there are none, or others than tensors.
+    """
+    if isinstance(inputs, Mapping):
+        given = {name: value for name, value in inputs.items() if value is not None}
+        found = by_name(given, model)
+    else:
+        several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+        found = tuple(inputs) if several else (inputs,)
     for value in found:
         if not isinstance(value, Tensor):
             raise CompileError(
                 f"inputs must be tensors, got {type(value).__name__}",
-                "Pass a tensor, or a tuple of tensors in the order of the model's arguments (sequences padded); "
-                "keywords and None are for a module around the model to pass",
+                "Pass a tensor, a tuple of tensors in the order of the model's arguments, or a dict of them by name "
+                "(sequences padded); other arguments are for a module around the model to pass",
             )
     if not found:
-        raise CompileError("there are no inputs", "Pass a tensor or a tuple of tensors")
+        raise CompileError("there are no inputs", "Pass a tensor, or a tuple or dict of tensors")
     return found
 
 
@@ -94,6 +103,18 @@ class ModelView:
                 module=empty.rpartition(".")[0],
             )
         _say_unheard(self.named)
+        self._said = False
+
+    def say_unread(self) -> None:
+        """Warn, once, of gradients in ``p.grad``: whatever was done to them is without effect."""
+        if not self._said and any(p.grad is not None for p in self.named.values()):
+            self._said = True
+            warnings.warn(
+                "parameters have p.grad, which a compiled step does not read: backward() and what is done to gradients "
+                "after it (clip_grad_norm_, scaling), has no effect. Clip by compile_optimizer(max_grad_norm=...), "
+                "and leave out backward()",
+                stacklevel=4,
+            )
 
     def groups(self) -> list[dict[str, Any]]:
         """One param_group for every module that owns parameters, with its name.
