@@ -37,6 +37,7 @@ from gtddp_compile.frontends import (
 from gtddp_compile.frontends.attributes import untouched
 from gtddp_compile.frontends.canonical import is_identity, is_random, python_number
 from gtddp_compile.frontends.functional import Clean, functionalise
+from gtddp_compile.frontends.keywords import Named, positional
 from gtddp_compile.frontends.masks import masks_apart
 from gtddp_compile.frontends.mixing import find_mixing
 from gtddp_compile.frontends.reference import agrees, observe, run
@@ -58,12 +59,13 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
 
     Args:
         model: the module; it is left as it was.
-        inputs: its positional arguments, batch on the leading axis.
+        inputs: its arguments, batch on the leading axis.
         front_ends: what to try, in order.
 
     Raises:
         CompileError: the model refuses the inputs, or no front end can record it.
     """
+    model, inputs = positional(model, inputs)
     reference, kept = watch(model, inputs)
     refusals: list[Untraceable] = []
     for front_end in front_ends:
@@ -93,7 +95,7 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
     Raises:
         CompileError: the model refuses the inputs.
     """
-    if len(graph.inputs) != len(inputs):
+    if len(graph.inputs) != len(inputs) or (isinstance(inputs, Named) and inputs.names != graph.inputs):
         return False
     if graph.frontend == "fx":
         return True
@@ -105,6 +107,7 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
         return True
     if graph.specialised or graph.batch == 1:  # one sample does not tell where samples lie and whether they mix
         return False
+    model, inputs = positional(model, inputs)
     with untouched(model):
         reference = observe(model, inputs)
     try:

@@ -74,16 +74,19 @@ def regrouped(
     numbers = iter(range(len(named)))
     for group in groups:
         own = dict(group) | {"params": [next(numbers) for _ in group["params"]]}
+        said = None
         for number, parameter in zip(own["params"], group["params"], strict=True):
-            index, options = theirs.get(id(parameter), (None, {}))
-            options = {key: options[key] for key in options.keys() & {*group, "initial_lr"} - {"params"}}
-            if number > own["params"][0] and own != {**own, **options}:
+            if id(parameter) not in theirs:
+                continue
+            index, all_options = theirs[id(parameter)]
+            options = {key: all_options[key] for key in all_options.keys() & {*group, "initial_lr"} - {"params"}}
+            if said not in (None, options):
                 raise CompileError(
                     f"the state has other options for some parameters of module {group['name']!r} than for others",
                     "Divide the group in opt.param_groups as they are before loading",
                     module=group["name"],
                 )
-            own |= options
+            own |= (said := options)
             state = state_dict["state"].get(index, {})
             if known := {key: value for key, value in state.items() if value is not None}:
                 found["state"][number] = known
