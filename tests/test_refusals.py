@@ -13,7 +13,8 @@ import pytest
 import torch
 from networks import make, seeded
 from recorded import FRONT_ENDS, batch
-from test_errors import TARGETS, Layer, Model, compiled, everything, expect_the_base_methods_update, refused
+from test_changes import expect_the_base_methods_update
+from test_errors import TARGETS, Layer, Model, compiled, everything, refused
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
@@ -222,10 +223,10 @@ class Output(dict[str, Tensor]):
 
 
 RETURNED: dict[str, tuple[Forward, str]] = {
-    "distribution": (lambda y, x: (Categorical(logits=y), y), r"class Categorical \(output\[0\]\)"),
-    "object": (lambda y, x: {"scores": Scores(y), "rest": y}, r"class Scores \(output\['scores'\]\)"),
-    "dict": (lambda y, x: Output(logits=y), r"class Output \(the output\)"),
-    "numpy": (lambda y, x: (y, np.float64(1.0)), r"class float64 \(output\[1\]\)"),
+    "distribution": (lambda y, x: (Categorical(logits=y), y), r"class Categorical \(part 1 of 2\)"),
+    "object": (lambda y, x: {"scores": Scores(y), "rest": y}, r"class Scores \(part 1 of 2\)"),
+    "dict": (lambda y, x: Output(logits=y), r"class Output, which"),
+    "numpy": (lambda y, x: (y, np.float64(1.0)), r"class float64 \(part 2 of 2\)"),
 }
 
 
@@ -305,3 +306,35 @@ def test_tables_with_sparse_gradients_have_dense_ones(bag: bool, by_name: bool) 
     torch.optim.SGD(plain.parameters(), lr=0.5).step()
     opt.step(words, TARGETS)
     torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+NODES = [4, 1, 3, 5, 2, 3]
+"""Of six graphs."""
+
+
+def by_index_add(h: Tensor, graph: Tensor) -> Tensor:
+    return torch.zeros(6, h.shape[1], dtype=h.dtype).index_add(0, graph, h)
+
+
+def by_scatter(h: Tensor, graph: Tensor) -> Tensor:
+    return torch.zeros(6, h.shape[1], dtype=h.dtype).scatter_add(0, graph[:, None].expand_as(h), h)
+
+
+@pytest.mark.parametrize("pool", [by_index_add, by_scatter])
+def test_nodes_pooled_to_graphs(pool: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Samples are rows of the inputs, nodes here. The remedy works: the same update from a padded batch."""
+    net = make(lambda net, x, graph: net.b(pool(torch.tanh(net.a(x)), graph)), a=(4, 5), b=(5, 3))
+    graph = torch.repeat_interleave(torch.arange(6), torch.tensor(NODES))
+    nodes = batch(sum(NODES))
+    said = "of the 18 samples", "leading axis of x, graph", "as nodes are to graphs", "(B, N, n), with a mask"
+    refused(lambda: compiled(net, (nodes, graph)), *said)
+    padded = make(lambda net, x, mask: net.b((torch.tanh(net.a(x)) * mask[..., None]).sum(1)), a=(4, 5), b=(5, 3))
+    padded.load_state_dict(net.state_dict())
+    x = nn.utils.rnn.pad_sequence(list(nodes.split(NODES)), batch_first=True)
+    mask = (torch.arange(5) < torch.tensor(NODES)[:, None]).double()
+    F.cross_entropy(net(nodes, graph), TARGETS).backward()
+    torch.optim.SGD(net.parameters(), lr=0.5).step()
+    compiled(padded, (x, mask), lr=0.5, feedback=False).step((x, mask), TARGETS)
+    torch.testing.assert_close(padded.state_dict(), net.state_dict(), rtol=0, atol=1e-12)

@@ -101,11 +101,12 @@ def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
 def _called(model: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
     output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
     _know_dataclasses(output)
-    for path, leaf in pytree.tree_leaves_with_path(output):
+    parts = pytree.tree_leaves(output)
+    for index, leaf in enumerate(parts):
         if not isinstance(leaf, Tensor) and type(leaf) not in RETURNED:
+            place = f" (part {index + 1} of {len(parts)})" if len(parts) > 1 else ""
             raise CompileError(
-                f"the model returns an object of class {type(leaf).__name__} "
-                f"({f'output{pytree.keystr(path)}' if path else 'the output'}), which no program can make",
+                f"the model returns an object of class {type(leaf).__name__}{place}, which no program can make",
                 "Return its tensors, alone or in tuples, lists, dicts or dataclasses, and make the object in the loss",
                 module="",
             )
