@@ -328,7 +328,7 @@ def test_nodes_pooled_to_graphs(pool: Callable[[Tensor, Tensor], Tensor]) -> Non
     net = make(lambda net, x, graph: net.b(pool(torch.tanh(net.a(x)), graph)), a=(4, 5), b=(5, 3))
     graph = torch.repeat_interleave(torch.arange(6), torch.tensor(NODES))
     nodes = batch(sum(NODES))
-    said = "of the 18 samples", "leading axis of x, graph", "as nodes are to graphs", "(B, N, n), with a mask"
+    said = "of the 18 samples", "leading axis of inputs_0, inputs_1", "as nodes are to graphs", "(B, N, n), with a mask"
     refused(lambda: compiled(net, (nodes, graph)), *said)
     padded = make(lambda net, x, mask: net.b((torch.tanh(net.a(x)) * mask[..., None]).sum(1)), a=(4, 5), b=(5, 3))
     padded.load_state_dict(net.state_dict())
