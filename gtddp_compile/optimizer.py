@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from gtddp_compile.compiler import Backend, Specialisations
-from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
-from gtddp_compile.fitting import check_fit
 from gtddp_compile.frontends import observe, positional, withheld
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.kernels import OtherPath, random_state, restore_random_state
-from gtddp_compile.losses import Loss
+from gtddp_compile.methods.curvature import Curvature
+from gtddp_compile.methods.losses import Loss
+from gtddp_compile.methods.setting import Group, Setting, buffer_infos, options_of
 from gtddp_compile.options import Options
-from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.accumulated import Accumulated
 from gtddp_compile.runtime.compiled import NotFactored
+from gtddp_compile.runtime.compiler import Backend, Specialisations
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
+from gtddp_compile.runtime.fitting import check_fit
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
 from gtddp_compile.runtime.precision import lift
+from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.states import check_loaded, check_states, regrouped, unrounded
 from gtddp_compile.runtime.union import Union, check_form
-from gtddp_compile.setting import Group, Setting, buffer_infos, options_of
 
 
 class CompiledOptimizer(torch.optim.Optimizer):
@@ -139,8 +139,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
         The update is that of all micro-batches since the last one and of the step's own: their mean over samples (or
         their sum, as the loss reduces), and with feedback each micro-batch a group of samples, as ``coupling`` set to
-        their size couples them (theory: 4a). Batch-norms see a micro-batch at a time. ``zero_grad`` drops what was
-        accumulated; ``state_dict`` and pickles do not have it.
+        their size couples them (docs/theory.md#accumulation). Batch-norms see a micro-batch at a time. ``zero_grad``
+        drops what was accumulated; ``state_dict`` and pickles do not have it.
 
         Args:
             inputs, targets: as ``step`` takes them; not to be overwritten before the step.
@@ -214,9 +214,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 "the batch itself is needed: the program runs forward and backward passes",
                 "Call opt.step(inputs, targets); a closure does not stand for it",
             )
-        batch = as_inputs(inputs, self._view.model)
-        check_batch(batch, targets)
-        return batch, targets
+        return check_batch(as_inputs(inputs, self._view.model), targets), targets
 
     def _follow(self, inputs: tuple[Any, ...], targets: Any, before: Any) -> Tensor:
         """One transaction, along the path that these inputs take through a model that decides on values."""
@@ -356,9 +354,11 @@ class CompiledOptimizer(torch.optim.Optimizer):
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))
+        together = program.form.name == "joint" and self._options.line_search is None
         return BaseMethod(
             self._curvature, params, new, states, groups, loss,
             first=not self._checked, terminal=self._options.terminal_kind, aside=self._aside, spare=self._spare,
+            together=together,
         )  # fmt: skip
 
     def _commit(self, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:

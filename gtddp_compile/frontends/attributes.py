@@ -168,10 +168,12 @@ def _is_record(kind: type) -> bool:
     return kind.__dictoffset__ != 0 and kind.__module__.partition(".")[0] not in OTHERS
 
 
-@functools.cache
-def _classes(kind: type) -> tuple[type, ...]:
+def _own_classes(kind: type) -> tuple[type, ...]:
     """The class and its bases, without those of torch and Python."""
     return tuple(k for k in kind.__mro__ if k.__module__.partition(".")[0] not in OTHERS | {"builtins"})
+
+
+_classes: Callable[[type], tuple[type, ...]] = functools.cache(_own_classes)
 
 
 def _members(kind: type) -> Iterator[tuple[str, Any]]:
@@ -220,7 +222,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Undo whatever the block writes to attributes of the model's modules (values kept for inspection, say)."""
     reader = Reader(model)
     reader.attributes(model.named_modules(), set())
-    own = [vars(m) for m in model.modules()]
+    own: list[Any] = [vars(m) for m in model.modules()]
     own += [value for held in own for value in held.values() if isinstance(value, dict | list | set)]
     undo = [_undo(value) for value in (*own, *reader.held, *generators().values())]
     undo += [_undo_class(kind) for kind in {k for m in model.modules() for k in _classes(type(m))}]

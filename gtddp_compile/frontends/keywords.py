@@ -53,7 +53,7 @@ def positional(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tu
 
     own = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
     forward.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
-    twin = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
-    found = twin.__new__(twin)
+    twin: Any = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    found: nn.Module = object.__new__(twin)
     vars(found).update(vars(model))
     return found, tuple(inputs)

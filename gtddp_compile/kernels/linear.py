@@ -1,4 +1,4 @@
-"""Per-sample parameter gradients of ``h = x Wᵀ + b`` (theory: section 4d).
+"""Per-sample parameter gradients of ``h = x Wᵀ + b`` (docs/theory.md#gram-matrices).
 
 ``x`` is ``(B, …, n)``, ``h`` and ``g`` are ``(B, …, m)``; the middle axes are *positions*, ``T`` of them in
 all. Then ``γ_i = (Σ_t g_it x_itᵀ, Σ_t g_it)``, and for a spherical metric without positions ``Γ = η_w (X Xᵀ)
@@ -139,26 +139,9 @@ def linear_inputs(x: Tensor) -> Tensor:
     return product
 
 
-def _linear_factor(inputs: Tensor, metric: tuple[Tensor | float, ...]) -> Tensor:
-    """``X Xᵀ η_w``, and ``+ η_b`` of a bias that is trained too."""
-    factor = inputs * metric[0]
-    return factor.add_(metric[1]) if len(metric) > 1 else factor
-
-
-def linear_response(h: Tensor, inputs: Tensor, g: Tensor, wants: tuple[bool, ...], rates: tuple[float, ...]) -> Tensor:
-    """``h - (X Xᵀ η_w + η_b) G``: ``h`` after ``u -= rate · γᵀ 1``, of one row a sample, ``x`` as it was."""
-    return torch.addmm(h, _linear_factor(inputs, rates), g, alpha=-1)
-
-
 def linear_pulled(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """``g W``, the gradient of ``x``."""
     return (g @ weight.to(g.dtype)).to(x.dtype)
-
-
-def linear_forward(operands: tuple[Tensor, ...], params: tuple[Tensor | None, ...]) -> Tensor:
-    """``x Wᵀ + b``."""
-    weight, bias = params
-    return F.linear(operands[0], weight, bias)  # type: ignore[arg-type]
 
 
 def linear_gram(
@@ -167,16 +150,15 @@ def linear_gram(
     params: tuple[Tensor | None, ...],
     wants: tuple[bool, ...],
     metric: tuple[Tensor | float, ...],
-    *,
-    inputs: Tensor | None = None,
 ) -> Tensor:
-    """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape. ``inputs``: ``X Xᵀ`` if known."""
+    """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape."""
     x = operands[0]
     if x.dim() == 2 and all(not isinstance(entry, Tensor) or entry.dim() == 0 for entry in metric):
         gram = linear_inputs(g)
         if not wants[0]:
             return gram.mul_(metric[-1])
-        return gram.mul_(_linear_factor(linear_inputs(x) if inputs is None else inputs, metric))
+        factor = linear_inputs(x) * metric[0]
+        return gram.mul_(factor.add_(metric[1]) if len(metric) > 1 else factor)
     x, g = _linear_rows(x), _linear_rows(g)
     gram = g.new_zeros(g.shape[0], g.shape[0])
     if wants[0]:
@@ -229,8 +211,11 @@ def linear_directional(
     """``⟨γ_i, v⟩ = Σ_t g_it · (V x_it + v_b)``, ``(B,)``."""
     if not wants[0]:
         return _linear_rows(g).sum(1) @ direction[0]
-    change = F.linear(operands[0], direction[0], direction[1] if wants[1] else None)
-    return (g * change).flatten(1).sum(1)
+    if g.shape[-1] * 2 < operands[0].shape[-1]:
+        change = F.linear(operands[0], direction[0], direction[1] if wants[1] else None)
+        return (g * change).flatten(1).sum(1)
+    found = (g @ direction[0] * operands[0]).flatten(1).sum(1)  # a product of untransposed matrices
+    return found + _linear_rows(g).sum(1) @ direction[1] if wants[1] else found
 
 
 def linear_per_sample(

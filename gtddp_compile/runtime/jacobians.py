@@ -34,7 +34,7 @@ class Blocks:
     mixes: bool
 
     def effective(self, g: Mapping[str, Tensor]) -> Blocks:
-        """The block-diagonal reading of a stage that mixes samples (theory: 4e).
+        """The block-diagonal reading of a stage that mixes samples (docs/theory.md#mixing).
 
         Sample i's block is corrected by the rank-one term with which it pulls ``g_i`` back to ``∂Σ_jφ_j/∂x_i``, what
         every sample contributes through the batch statistics included.
@@ -316,7 +316,7 @@ class Trajectory:
         """Values of the new trajectory before the first stage."""
         return {name: self.values[name] for name in self.graph.prologue}
 
-    def run_again(self, t: int, moved: dict[str, Any], q: Mapping[str, Tensor]) -> None:
+    def recompute(self, t: int, moved: dict[str, Any], q: Mapping[str, Tensor]) -> None:
         """Evaluate stage ``t`` with the new parameters, the same random numbers and no advancing of buffers."""
         restore_random_state(self._random[t])
         self._run(t, moved, q, self._still)

@@ -42,8 +42,8 @@ def as_inputs(inputs: Any, model: nn.Module) -> tuple[Any, ...]:
     return found
 
 
-def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
-    """Refuse an empty batch, inputs without a batch axis, and inference mode."""
+def check_batch(inputs: tuple[Any, ...], targets: Any) -> tuple[Any, ...]:
+    """The inputs; an empty batch, inputs without a batch axis, and inference mode are refused."""
     if torch.is_inference_mode_enabled():
         raise CompileError("torch.inference_mode() is on, under which nothing has a gradient", "Train outside it")
     sizes = {value.shape[0] if value.dim() else None for value in inputs}
@@ -53,6 +53,7 @@ def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
         raise CompileError("the batch is empty", "Skip empty batches, or drop the last one in the loader")
     if isinstance(targets, Tensor) and targets.dim() and targets.shape[0] == 0:
         raise CompileError("the targets are empty", "Give one target a sample")
+    return inputs
 
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")

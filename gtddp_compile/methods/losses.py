@@ -1,0 +1,396 @@
+"""The loss as one number a sample (docs/theory.md#value-function).
+
+The recursions need ``φ_i`` with ``J = (1/B) Σ φ_i`` or ``J = Σ φ_i``. A torch loss module of reduction "mean"
+or "sum" is evaluated through a copy with reduction "none", whose elements are summed over all axes but the
+batch and scaled so that ``J`` is exactly the module's own value.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gtddp_compile import kernels
+from gtddp_compile.errors import CompileError
+
+Reduction = Literal["mean", "sum"]
+
+_NEGATIVE_LOG = (nn.CrossEntropyLoss, nn.NLLLoss)
+_CLASS_TARGETS = (*_NEGATIVE_LOG, nn.MultiMarginLoss)
+_OTHER_INPUTS = {
+    nn.CosineEmbeddingLoss: "input1, input2, target",
+    nn.MarginRankingLoss: "input1, input2, target",
+    nn.TripletMarginLoss: "anchor, positive, negative",
+    nn.TripletMarginWithDistanceLoss: "anchor, positive, negative",
+    nn.CTCLoss: "log_probs, targets, input_lengths, target_lengths",
+}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+_CALLABLE = "pass a callable (outputs, targets) -> one loss a sample, shape (B,)"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, split by samples.
+
+    Attributes:
+        name: as the user knows it, ``"CrossEntropyLoss"``.
+        reduction: how ``φ`` makes the user's loss: ``J = (1/B) Σ φ_i`` ("mean") or ``J = Σ φ_i`` ("sum").
+        samples: ``(outputs, targets) -> φ``, shape (B,).
+        module: the user's loss module, where :func:`check` can compare with its value; else ``None``.
+        function: the user's own callable; ``None`` where ``module`` is given.
+    """
+
+    name: str
+    reduction: Reduction
+    samples: Callable[[Any, Any], Tensor]
+    module: nn.Module | None = None
+    function: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether only its name is known (:func:`absent`)."""
+        return self.module is None and self.function is None
+
+    def per_sample(self, outputs: Any, targets: Any) -> Tensor:
+        """``φ``, shape (B,), differentiable in ``outputs``.
+
+        Args:
+            outputs: of the model; a tensor (B, …) for a torch loss module, any structure for a callable.
+            targets: what the loss takes beside them.
+
+        Raises:
+            CompileError: the outputs do not fit the loss, or what came back is not one loss a sample.
+        """
+        return self.samples(outputs, targets)
+
+    def after(self, change: Callable[[Any], Any]) -> Loss:
+        """The loss of ``change(outputs)``."""
+        return replace(self, samples=lambda outputs, targets: self.samples(change(outputs), targets))
+
+    def within(self, context: Callable[[], AbstractContextManager[None]]) -> Loss:
+        """The loss as it is in such a context."""
+
+        def samples(outputs: Any, targets: Any) -> Tensor:
+            with context():
+                return self.samples(outputs, targets)
+
+        return replace(self, samples=samples)
+
+    def count(self, phi: Tensor, outputs: Any, samples: int) -> None:
+        """There is one loss a sample.
+
+        Raises:
+            CompileError: there are more or fewer: the outputs do not have their samples along the leading axis.
+        """
+        if phi.shape[0] != samples:
+            shapes = ", ".join(_shape(value) for value in _tensors(outputs))
+            raise CompileError(
+                f"the loss {self.name} makes {phi.shape[0]} losses of outputs {shapes}, but the batch has {samples}"
+                " samples",
+                "Let the model return samples along the leading axis (tokens in sequences: (B, C, T)), or " + _CALLABLE,
+            )
+
+    def depend_on_outputs_alone(self, phi: Tensor, parameters: Mapping[int, str]) -> None:
+        """No trained parameter is read by the loss itself, past the outputs: its gradient there would be left out.
+
+        Args:
+            phi: with its graph.
+            parameters: names by where their values lie in memory (``data_ptr``).
+
+        Raises:
+            CompileError: one is.
+        """
+        found, seen, todo = set(), set(), [phi.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            read = getattr(node, "variable", None)
+            if isinstance(read, nn.Parameter) and read.data_ptr() in parameters:
+                found.add(parameters[read.data_ptr()])
+            todo += [after for after, _ in node.next_functions]
+        if found:
+            raise CompileError(
+                f"the loss {self.name} reads trained parameters itself, {', '.join(sorted(found))}: what it makes of"
+                " them is no function of the model's outputs, and would have no gradient",
+                "Use weight_decay, or let the model return the penalty beside its outputs, (B,)",
+            )
+
+    def total(self, phi: Tensor) -> Tensor:
+        """``J``, a 0-d tensor: mean or sum of ``φ``."""
+        return phi.mean() if self.reduction == "mean" else phi.sum()
+
+
+def absent(name: str) -> Loss:
+    """The loss of a program that was read from a file: a function, of which the file has the name."""
+
+    def missing(outputs: Any, targets: Any) -> Tensor:
+        raise CompileError(
+            f"the program came from a file that has only the name of its loss, {name}",
+            "Give the function: compile_optimizer(model, program=program, loss=...)",
+        )
+
+    return Loss(name, "mean", missing)
+
+
+def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
+    """The loss as one number a sample.
+
+    Args:
+        loss: a torch loss module of reduction "mean" or "sum" (KLDivLoss: "batchmean" too); or a callable, a
+            module without ``reduction`` included, that returns the losses of the B samples, shape (B,): their
+            mean is minimised.
+
+    Raises:
+        CompileError: neither of them; trainable parameters; another reduction; more than two inputs.
+    """
+    if isinstance(loss, type) or not callable(loss):
+        shown = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
+        raise CompileError(f"the loss is {shown}", "Pass a loss module, as in torch.nn.MSELoss(), or a callable")
+    name = _name(loss)
+    if not isinstance(loss, nn.Module):
+        return Loss(name, "mean", _Callable(loss, name), function=loss)
+    trainable = [key for key, parameter in loss.named_parameters() if parameter.requires_grad]
+    if trainable:
+        why = f"the loss {name} has trainable parameters: {', '.join(trainable)}"
+        raise CompileError(why, "Make them part of the model, or freeze them with requires_grad_(False)")
+    if not hasattr(loss, "reduction"):
+        return Loss(name, "mean", _Callable(loss, name), function=loss)
+    for kind, inputs in _OTHER_INPUTS.items():
+        if is_kind(loss, kind):
+            raise CompileError(f"the loss {name} takes ({inputs}), not (outputs, targets)", _as_remedy(_CALLABLE))
+    if loss.reduction not in ("mean", "sum") and not (is_kind(loss, nn.KLDivLoss) and loss.reduction == "batchmean"):
+        raise CompileError(
+            f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined",
+            "Use reduction='mean' or 'sum', or " + _CALLABLE,
+        )
+    return Loss(name, "sum" if loss.reduction == "sum" else "mean", _Elements(loss, name), loss)
+
+
+def check(loss: Loss, outputs: Any, targets: Any) -> None:
+    """Outputs and targets fit the loss and each other, and ``φ`` the user's own loss: asked at the first step.
+
+    Args:
+        loss: from :func:`split`.
+        outputs: of the model.
+        targets: of the user.
+
+    Raises:
+        CompileError: empty batch; outputs and targets of different batch size; a class target out of range;
+            the loss cannot take them; or ``φ`` does not add up to the module's value (relative 1e-5, or
+            1e-9 in float64).
+    """
+    if loss.module is None:
+        if any(leaf.dim() and not leaf.shape[0] for leaf in _tensors(outputs)):
+            raise CompileError("the batch is empty", "Leave empty batches out")
+        loss.per_sample(outputs, targets)
+        return
+    main = _check_shapes(loss, outputs, targets)
+    if is_kind(loss.module, *_CLASS_TARGETS) and targets.shape != main.shape:
+        _check_classes(loss, main, targets, getattr(loss.module, "ignore_index", None))
+    _check_value(loss, loss.module, outputs, targets)
+
+
+def _check_value(loss: Loss, module: nn.Module, outputs: Any, targets: Any) -> None:
+    """``φ`` adds up to the module's own value; a loss that is not finite is not judged here."""
+    try:
+        expected = module(*_arguments(module, outputs, targets)).item()
+    except (torch.OutOfMemoryError, CompileError):
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise CompileError(
+            f"the loss {loss.name} refuses outputs {_shape(_main(module, outputs, loss.name))} and targets"
+            f" {_shape(targets)}: {error}",
+            _classes_last(module, outputs, targets) or "Give it the shapes and dtypes it documents",
+        ) from error
+    phi = loss.per_sample(outputs, targets)
+    total, size = loss.total(phi).item(), loss.total(phi.abs()).item()
+    close = abs(total - expected) <= _TOLERANCE.get(phi.dtype, 2e-2) * max(size, abs(expected))
+    if math.isfinite(total) and not close:
+        raise CompileError(
+            f"the loss {loss.name} is {expected:.9g}, but its samples add up to {total:.9g}",
+            "Write it without a reduction of its own: " + _CALLABLE,
+        )
+
+
+# --- per-sample losses --------------------------------------------------------------------------------------
+
+
+class _Callable:
+    """A callable that has to return one loss a sample."""
+
+    def __init__(self, function: Callable[[Any, Any], Tensor], name: str) -> None:
+        self.function, self.name = function, name
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        phi = self.function(outputs, targets)
+        remedy = "Return one loss a sample, shape (B,): reduction='none', then a sum or mean over all other axes"
+        if not isinstance(phi, Tensor):
+            raise CompileError(f"the loss {self.name} returned {type(phi).__name__}, not a tensor", remedy)
+        leaves = [leaf for leaf in _tensors(outputs) if leaf.dim()]
+        if phi.dim() != 1 or (leaves and not any(_may_hold(leaf, phi.shape[0]) for leaf in leaves)):
+            batch = f" for a batch of {leaves[0].shape[0]}" if leaves else ""
+            scalar = ", a scalar," if phi.dim() == 0 else ""
+            raise CompileError(f"the loss {self.name} returned shape {tuple(phi.shape)}{scalar}{batch}", remedy)
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves) and not phi.requires_grad:
+            raise CompileError(
+                f"the loss {self.name} does not depend on the outputs in a differentiable way",
+                "Compute it with torch operations, without detach(), item() or numpy",
+            )
+        return phi
+
+
+class _Elements:
+    """A loss module through its copy with reduction "none"."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.elements = _unreduced(module)
+        self.name, self.reduction = name, str(module.reduction)
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        main = _main(self.elements, outputs, self.name)
+        elements = self.elements(*_arguments(self.elements, outputs, targets))
+        if not isinstance(elements, Tensor) or not self._by_sample(elements, main, targets):
+            raise CompileError(
+                f"the loss {self.name} makes elements {_shape(elements)} of outputs {_shape(main)} and"
+                f" targets {_shape(targets)}: they mix samples",
+                "Give outputs and targets the same batch axis and number of axes, or " + _CALLABLE,
+            )
+        if self.reduction != "mean":
+            return kernels.sample_sums(elements)
+        if not is_kind(self.elements, *_NEGATIVE_LOG):
+            return kernels.sample_means(elements)
+        scale = kernels.class_mean_scale(main, targets, self.elements.weight, self.elements.ignore_index)
+        return kernels.sample_sums(elements) * scale
+
+    @staticmethod
+    def _by_sample(elements: Tensor, main: Tensor, targets: Any) -> bool:
+        """Whether axis 0 of the elements is the batch, and broadcasting has not crossed samples."""
+        if isinstance(targets, Tensor) and targets.shape[:1] != main.shape[:1]:
+            return False
+        largest = max(main.numel(), targets.numel()) if isinstance(targets, Tensor) else elements.numel()
+        same_batch = elements.shape[:1] == main.shape[:1]
+        return same_batch and 1 <= elements.dim() <= main.dim() and elements.numel() <= largest
+
+
+# --- small predicates ---------------------------------------------------------------------------------------
+
+
+def _may_hold(value: Tensor, samples: int) -> bool:
+    """Whether samples may lie along some axis of the value, alone or with something else."""
+    return samples > 0 and any(size % samples == 0 for size in value.shape)
+
+
+def is_kind(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether it is one of torch's losses, a subclass with the same ``forward`` included."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+
+
+def _unreduced(module: Any) -> Any:
+    """A copy with reduction "none". It shares the buffers (class weights), so ``loss.to`` moves them."""
+    copied = copy.copy(module)
+    copied.reduction = "none"
+    return copied
+
+
+def _arguments(module: nn.Module, outputs: Any, targets: Any) -> tuple[Any, ...]:
+    """What the loss module's ``forward`` takes: GaussianNLLLoss has ``outputs = (mean, variance)``."""
+    return (outputs[0], targets, outputs[1]) if is_kind(module, nn.GaussianNLLLoss) else (outputs, targets)
+
+
+def _main(module: nn.Module, outputs: Any, name: str) -> Tensor:
+    """The tensor among the outputs that carries the batch."""
+    if is_kind(module, nn.GaussianNLLLoss):
+        if isinstance(outputs, (tuple, list)) and len(outputs) == 2 and isinstance(outputs[0], Tensor):
+            return outputs[0]
+        raise CompileError(f"the loss {name} needs two outputs", "Let the model return (mean, variance)")
+    if not isinstance(outputs, Tensor):
+        raise CompileError(
+            f"the loss {name} takes one tensor, but the model's outputs are a {type(outputs).__name__}",
+            _as_remedy(_CALLABLE),
+        )
+    return outputs
+
+
+def _check_shapes(loss: Loss, outputs: Any, targets: Any) -> Tensor:
+    """Tensors with the same batch, and not an empty one; returns the main output."""
+    assert loss.module is not None
+    main = _main(loss.module, outputs, loss.name)
+    if not isinstance(targets, Tensor):
+        raise CompileError(
+            f"the loss {loss.name} takes targets as a tensor, but they are {type(targets).__name__}",
+            "Give step() a tensor of targets, or " + _CALLABLE,
+        )
+    axes = 2 if is_kind(loss.module, *_CLASS_TARGETS) else 1
+    if main.dim() < axes:
+        wanted = "(B, C, …)" if axes == 2 else "(B, …)"
+        raise CompileError(f"the outputs have shape {tuple(main.shape)}, without a batch axis", f"Make it {wanted}")
+    if not main.shape[0]:
+        raise CompileError("the batch is empty", "Leave empty batches out")
+    if targets.shape[:1] != main.shape[:1]:
+        raise CompileError(
+            f"outputs {_shape(main)} and targets {_shape(targets)} differ in batch size",
+            "Give one target a sample, along the first axis",
+        )
+    return main
+
+
+def _check_classes(loss: Loss, outputs: Tensor, targets: Tensor, ignored: int | None) -> None:
+    """Class targets are integers in [0, C), or the ignored index."""
+    classes = outputs.shape[1]
+    if targets.is_floating_point() or targets.is_complex():
+        raise CompileError(
+            f"the loss {loss.name} takes class indices, or probabilities shaped as the outputs"
+            f" {_shape(outputs)}; the targets are {targets.dtype} {_shape(targets)}",
+            "Give targets of dtype torch.int64, or probabilities of that shape",
+        )
+    bad = (targets < 0) | (targets >= classes)
+    if ignored is not None:
+        bad &= targets != ignored
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        raise CompileError(
+            f"the loss {loss.name} was given class target {int(targets[bad][0])} at {place}, but there are"
+            f" {classes} classes",
+            _classes_last(loss.module, outputs, targets)
+            or f"Give targets from 0 to {classes - 1}" + ("" if ignored is None else f", or {ignored} to ignore one"),
+        )
+
+
+def _classes_last(module: nn.Module | None, outputs: Any, targets: Any) -> str:
+    """What to do where the outputs look like (B, T, C), as a language model's; otherwise nothing."""
+    if module is None or not is_kind(module, *_NEGATIVE_LOG) or not isinstance(outputs, Tensor):
+        return ""
+    if outputs.dim() < 3 or not isinstance(targets, Tensor) or targets.shape != outputs.shape[:-1]:
+        return ""
+    return (
+        f"Classes lie along axis 1, (B, C, T), and the outputs are {_shape(outputs)}: return them transposed, or pass"
+        " a callable, lambda o, y: F.cross_entropy(o.transpose(1, -1), y, reduction='none').flatten(1).mean(1)"
+    )
+
+
+def _tensors(structure: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
+
+
+def _shape(value: Any) -> str:
+    return f"{tuple(value.shape)}" if isinstance(value, Tensor) else f"of {type(value).__name__}"
+
+
+def _name(loss: Callable[..., Any]) -> str:
+    if isinstance(loss, nn.Module):
+        return type(loss).__name__
+    return str(getattr(loss, "__qualname__", type(loss).__name__))
+
+
+def _as_remedy(text: str) -> str:
+    return text[0].upper() + text[1:]

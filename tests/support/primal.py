@@ -1,0 +1,187 @@
+"""The joint step over one flat vector (docs/theory.md#linear-rollout), by `torch.func` and one dense solve.
+
+``δu`` minimises ``(∇J + λ u)ᵀ δu + ½ δuᵀ H δu + ½ (δu - μ v)ᵀ M (δu - μ v)`` with ``H = C P_T Cᵀ`` or the exact
+``Σ_i J_iᵀ H_i J_i``: ``(M + H) δu = -(∇J + λ u - μ M v)``. No stages, no cuts, no Gram matrices, no recursion; shares
+nothing with the package, base methods included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, hessian, jacrev, vmap
+
+
+def flat_outputs(outputs: Any) -> Tensor:
+    """All outputs of one sample side by side."""
+    parts = outputs if isinstance(outputs, tuple) else (outputs,)
+    return torch.cat([part.flatten() for part in parts])
+
+
+@dataclass
+class Primal:
+    """`step(inputs, targets)` is one update of `u`.
+
+    Args:
+        model: any module that treats samples apart; it is not written.
+        loss: ``(outputs, targets) -> (B,)``.
+        method: ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"kfac"`` or ``"foof"`` (of linear layers with biases).
+        options: of the method.
+        terminal: ``"gradient"``, ``(aim, own, half)`` of the geometric one, or ``"ggn"``.
+        group: size of the groups; ``None``: the whole batch.
+        total: the loss is summed over samples, not averaged.
+    """
+
+    model: nn.Module
+    loss: Callable[[Any, Any], Tensor]
+    method: str = "sgd"
+    options: dict[str, Any] = field(default_factory=dict)
+    terminal: str | tuple[float, float, float] = (1.0, 0.0, 0.0)
+    group: int | None = None
+    inertia: float = 0.0
+    max_step: float | None = None
+    total: bool = False
+
+    def __post_init__(self) -> None:
+        self.named = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.buffers = dict(self.model.named_buffers())
+        self.u = torch.cat([p.flatten() for p in self.named.values()])
+        self.last, self.first, self.second = (torch.zeros_like(self.u) for _ in range(3))
+        self.factors: dict[str, list[Tensor]] = {}
+        self.steps = self.taken = 0
+
+    @property
+    def mu(self) -> float:
+        return min(self.inertia, self.taken / (self.taken + 3))
+
+    # --- the network --------------------------------------------------------------------------------------------------
+
+    def parameters(self, u: Tensor) -> dict[str, Tensor]:
+        parts = u.split([p.numel() for p in self.named.values()])
+        return {name: part.reshape(p.shape) for (name, p), part in zip(self.named.items(), parts, strict=True)}
+
+    def outputs(self, u: Tensor, *inputs: Tensor) -> Any:
+        """Of one sample, with its axis."""
+        return functional_call(self.model, (self.parameters(u), self.buffers), tuple(x[None] for x in inputs))
+
+    def one(self, u: Tensor, y: Tensor, *inputs: Tensor) -> Tensor:
+        return self.loss(self.outputs(u, *inputs), y[None])[0]
+
+    def gradients(self, inputs: tuple[Tensor, ...], y: Tensor) -> tuple[Tensor, Tensor]:
+        """``γ`` ``(B, n)`` and ``φ``."""
+        found = vmap(grad_and_value(self.one), (None, 0, *(0 for _ in inputs)))(self.u, y, *inputs)
+        return found[0], found[1].detach()
+
+    def hessians(self, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """``J_iᵀ (∂²φ_i/∂o²) J_i`` of every sample."""
+
+        def each(y: Tensor, *inputs: Tensor) -> Tensor:
+            outputs = self.outputs(self.u, *inputs)
+            shapes = [part.shape for part in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+            def again(o: Tensor) -> Tensor:
+                parts = o.split([shape.numel() for shape in shapes])
+                found = tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+                return self.loss(found if isinstance(outputs, tuple) else found[0], y[None])[0]
+
+            jacobian = jacrev(lambda u: flat_outputs(self.outputs(u, *inputs)))(self.u)
+            product: Tensor = jacobian.T @ hessian(again)(flat_outputs(outputs)) @ jacobian
+            return product
+
+        found: Tensor = vmap(each)(y, *inputs)
+        return found
+
+    # --- the metric ---------------------------------------------------------------------------------------------------
+
+    def metric(self, gamma: Tensor, gradient: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """``M``, from the statistics of the ordinary gradients, with the decay's where torch.optim has it."""
+        o, lr = self.options, self.options["lr"]
+        self.steps += 1
+        if self.method in ("kfac", "foof"):
+            return self.kronecker(gamma, inputs[0]) / lr
+        if self.method == "sgd":
+            return torch.eye(len(self.u), dtype=self.u.dtype) / lr
+        decay = o.get("alpha", 0.99) if self.method == "rmsprop" else o.get("betas", (0.9, 0.999))[1]
+        self.second = decay * self.second + (1 - decay) * gradient**2
+        second = self.second if self.method == "rmsprop" else self.second / (1 - decay**self.steps)
+        return torch.diag((second.sqrt() + 1e-8) / lr)
+
+    def kronecker(self, gamma: Tensor, x: Tensor) -> Tensor:
+        """``(A + π √λ I) ⊗ (B + √λ/π I)`` of every layer, in the order weight, bias; FOOF's ``(A + λ ā I) ⊗ I``."""
+        inputs: dict[str, Tensor] = {}
+        handles = [
+            module.register_forward_hook(lambda _, args, __, name=name: inputs.__setitem__(name, args[0]))
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        functional_call(self.model, (self.parameters(self.u), self.buffers), (x,))
+        for handle in handles:
+            handle.remove()
+        keep, blocks = min(1 - 1 / self.steps, 0.95), []
+        rows = dict(zip(self.named, gamma.split([p.numel() for p in self.named.values()], 1), strict=True))
+        for name, read in inputs.items():
+            g, wide = rows[f"{name}.bias"], torch.cat([read, torch.ones_like(read[:, :1])], 1).detach()
+            new = [wide.T @ wide / len(wide), g.T @ g / len(g)]
+            old = self.factors.get(name, new)
+            a, b = self.factors[name] = [keep * o + (1 - keep) * n for o, n in zip(old, new, strict=True)]
+            eye_a, eye_b, damping = torch.eye(len(a)).double(), torch.eye(len(b)).double(), self.options["damping"]
+            pi, mean = (a.diagonal().mean() / b.diagonal().mean()).sqrt(), a.diagonal().mean()
+            if self.method == "foof":
+                a, b = a + damping * mean * eye_a, eye_b
+            else:
+                a, b = a + pi * damping**0.5 * eye_a, b + damping**0.5 / pi * eye_b
+            m, n = len(b), len(a)
+            entries = torch.arange(m * n).reshape(m, n)
+            order = torch.cat([entries[:, :-1].flatten(), entries[:, -1]])
+            blocks.append(torch.kron(b, a)[order][:, order])
+        return torch.block_diag(*blocks)
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+
+    def step(self, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        gamma, phi = self.gradients(inputs, y)
+        batch = len(phi)
+        start = 1.0 if self.total else 1.0 / batch
+        linear = self.options.get("weight_decay", 0.0) * self.u
+        metric = self.metric(gamma, start * gamma.sum(0) + linear, inputs)
+        held = linear - self.mu * metric @ self.last
+        update = torch.zeros_like(self.u)
+        for rows in torch.arange(batch).split(self.group or batch):
+            share = len(rows) / batch
+            system = share * metric + start * self.model_hessian(rows, gamma, phi, inputs, y)
+            own = -torch.linalg.solve(system, start * gamma[rows].sum(0) + share * held)
+            update += share * self.capped(own, metric, held)
+        self.consume(metric, update - self.mu * self.last)
+        self.taken += 1
+
+    def model_hessian(self, rows: Tensor, gamma: Tensor, phi: Tensor, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        if self.terminal == "ggn":
+            return self.hessians(tuple(x[rows] for x in inputs), y[rows]).sum(0)
+        weight = torch.ones_like(phi)
+        if isinstance(self.terminal, tuple):
+            aim, own, half = self.terminal
+            size = min(self.group or len(phi), len(phi))
+            assert (phi > 1e-4 * phi.mean()).all()  # below, the package holds it there
+            weight = 1 / (phi * (aim * size / (size + half) + own / size))
+        return (gamma[rows].T * weight[rows]) @ gamma[rows]
+
+    def capped(self, step: Tensor, metric: Tensor, held: Tensor) -> Tensor:
+        """What the samples ask for, within the bound; what decay and inertia ask for, as it is."""
+        if self.max_step is None:
+            return step
+        carried = -torch.linalg.solve(metric, held)
+        asked = step - carried
+        return carried + asked * min(1.0, self.max_step / float(asked @ metric @ asked) ** 0.5)
+
+    def consume(self, metric: Tensor, step: Tensor) -> None:
+        """The base method's first moment takes ``-M`` times the step in place of the gradient."""
+        if self.method == "adam":
+            beta = self.options.get("betas", (0.9, 0.999))[0]
+            self.first = beta * self.first - (1 - beta) * metric @ step
+            step = -torch.linalg.solve(metric, self.first) / (1 - beta**self.steps)
+        self.last = step + self.mu * self.last
+        self.u = self.u + self.last
