@@ -163,6 +163,20 @@ def test_hooks_and_zero_grad() -> None:
     assert all(p.grad is None for group in opt.param_groups for p in group["params"])
 
 
+def test_gradients_that_nobody_reads_are_pointed_out() -> None:
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd")
+    x, y = batch()
+    LOSS(model(x), y).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-9)
+    with pytest.warns(UserWarning, match="backward.*no effect.*max_grad_norm") as caught:
+        opt.step(x, y)
+        opt.step(x, y)
+    assert [warning.filename for warning in caught] == [__file__]
+    opt.zero_grad()
+    opt.step(x, y)
+
+
 def test_groups_cannot_be_added() -> None:
     case = networks.mlp()
     opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd")
