@@ -21,7 +21,7 @@ from gtddp_compile.runtime.program import UpdateProgram
 
 def compile_optimizer(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Tensor] | None = None,
     *,
     loss: nn.Module | Callable[[Any, Any], Tensor] | None = None,
     curvature: str | Curvature = "foof",
@@ -49,7 +49,7 @@ def compile_optimizer(
 
     Args:
         model: any traceable module; it is not changed.
-        example_inputs: a tensor or a tuple of them, batch on the leading axis; without it the program is
+        example_inputs: a tensor, or a tuple or dict of them, batch on the leading axis; without it the program is
             specialised at the first step.
         loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)``
             returning one loss a sample, shape (B,).
@@ -144,7 +144,7 @@ def compile_optimizer(
 
 def _with_program(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Tensor] | None,
     program: UpdateProgram,
     loss: nn.Module | Callable[[Any, Any], Tensor] | None,
     options: Options,

@@ -24,7 +24,7 @@ from gtddp_compile.lowering.lowered import Sweeps, Written
 from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
 from gtddp_compile.lowering.write import metrics
 from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
-from gtddp_compile.lowering.write.calls import directional, joins, player_function, prepare, weighted
+from gtddp_compile.lowering.write.calls import directional, player_function, prepare, weighted
 from gtddp_compile.lowering.write.columns import (
     environment,
     sample_matrices,
@@ -49,9 +49,8 @@ def lower(plan: Plan) -> Written:
         b.name(op.name)
     functions = stage_functions(b)
     sweeps = _sweeps(b, functions)
-    uses = {player.name: b.uses(player.name) for player in plan.graph.players}
-    players = (player_function(b, use) for found in uses.values() for use in found if use.function)
-    return Written(plan, sweeps, (*functions, *players), uses, b.names)
+    players = (player_function(b, use) for layer in plan.layers.values() for use in layer.uses if use.function)
+    return Written(plan, sweeps, (*functions, *players), b.names)
 
 
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
@@ -188,7 +187,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     opens: dict[str, str] = {}
     paper = form.name not in a.LEVENBERG
     for player in [player for block in stage.blocks if paper or block.kind == "parameters" for player in block.players]:
-        if stage.statistics and not joins(b, player):
+        if stage.statistics and not b.layer(player).observed:
             opens[player.name] = weighted(b, "backward", t, player, alpha, "qu", "Q_u = f_u^T V_x")
     found = [metrics.observe(b, t, block, alpha if stage.statistics else None, opens) for block in stage.blocks]
     if paper:
@@ -200,9 +199,9 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     pairs = {o.block.players[0].name: metrics.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
         left = tuple(player for player in stage.players if not pairs.get(player.name))
-        parts = [pair[1] for pair in pairs.values() if pair]
+        parts, faded = [pair[1] for pair in pairs.values() if pair and pair[1] is not None], not b.plan.decay
         drift = f"fall_{t}" if b.factored else f"s_{t}"
-        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts)
+        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts, faded=faded)
     grams = {}
     for o in found:
         pair = pairs[o.block.players[0].name]

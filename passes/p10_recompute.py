@@ -25,7 +25,7 @@ def recompute(written: Written) -> Lowered:
         instructions = _once(sweeps)
     else:
         instructions = _Recomputed(sweeps, segments, plan.graph).instructions()
-    return Lowered(plan, tuple(instructions), written.functions, written.uses, written.names)
+    return Lowered(plan, tuple(instructions), written.functions, written.names)
 
 
 def _once(sweeps: Sweeps) -> Iterable[Instruction]:

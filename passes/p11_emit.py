@@ -154,6 +154,9 @@ def _asked(one: Instruction) -> tuple[Instruction, ...]:
         if one.function == "m.descend_by":
             return (_answered(one, "descend", given["names"], gradient),)
         return (_answered(one, "descend_block", "kronecker", (given["names"],), (gradient,)),)
+    if one.function == "m.descend_dual":
+        step = _called(one, Function("dual_step"), "coordinates", "weights")
+        return (_answered(one, "descend_steps", "dual", given["names"], (step,)),)
     if one.function == "m.observe_gram":  # statistics are the update's, the Gram matrix is its own
         weigh = _called(one, Function("weigh"), "weighted", "operands", "g", "alpha", "params", "wants")
         metric = Apply("m.metric", (given["names"],))

@@ -103,3 +103,9 @@ class CollapsedForm:
     forward: dict[str, Equation]
     claims: tuple[Claim, ...]
     factored: bool = False
+
+    @property
+    def said(self) -> list[Equation]:
+        """The equations of both sweeps, those left out that say nothing (``y = y'`` without weight decay)."""
+        found = [*self.backward.values(), *self.forward.values()]
+        return [equation for equation in found if str(equation.expression) != f"{equation.symbol}'"]

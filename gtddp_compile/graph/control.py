@@ -131,7 +131,7 @@ class ControlGraph:
         return str(tool("draw").html(self.to_networkx(), self.notes if notes is None else notes))
 
     def save(self, path: str | Path) -> None:
-        """Write the graph as ``.svg``, ``.html``, ``.dot``, ``.mmd``, ``.md``, ``.txt`` or ``.json``, by suffix."""
+        """Write the graph as ``.svg``, ``.html``, ``.dot``, ``.mmd``, ``.txt`` or ``.json``, by suffix."""
         tool("draw").save(self.to_networkx(), path, self.notes)
 
     def __str__(self) -> str:

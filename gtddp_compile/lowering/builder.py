@@ -12,9 +12,7 @@ from typing import Any
 from sympy import MatrixExpr
 
 from gtddp_compile import kernels
-from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.graph import BufferRef, ControlGraph, ParamRef, Player, Ref, map_leaves
-from gtddp_compile.lowering.costs import choose_gram
 from gtddp_compile.lowering.instructions import (
     SAMPLES,
     Apply,
@@ -26,11 +24,8 @@ from gtddp_compile.lowering.instructions import (
     Var,
     identifier,
 )
-from gtddp_compile.lowering.plan import Plan
-from gtddp_compile.lowering.uses import Use, describe_use, use_key
-
-METRICS = ("spherical", "diagonal")
-"""Curvatures whose Gram matrices are made player by player from parameters' own metrics."""
+from gtddp_compile.lowering.plan import LayerPlan, Plan
+from gtddp_compile.lowering.uses import Use, use_key
 
 RESERVED = frozenset(
     {"torch", "F", "operator", "m", "p", "b", "q", "b_again", "inputs", "targets", "outputs", "math", "rows"}
@@ -53,8 +48,6 @@ class Builder:
     """Variables of players' weighted gradients, where all are made before the first is used."""
     _names: dict[str, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
-    _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)
-    _kept: dict[str, bool] = field(default_factory=dict)
     _written: set[str] = field(default_factory=set)
 
     @property
@@ -156,10 +149,11 @@ class Builder:
 
     def uses(self, player: str) -> tuple[Use, ...]:
         """How every use of a player's parameters is differentiated."""
-        if player not in self._uses:
-            owner = self.graph.player[player]
-            self._uses[player] = tuple(describe_use(self.graph, owner, self.graph.op(use)) for use in owner.uses)
-        return self._uses[player]
+        return self.plan.layers[player].uses
+
+    def layer(self, player: Player) -> LayerPlan:
+        """How a player's layer is computed."""
+        return self.plan.layers[player.name]
 
     def uses_at(self, op: str) -> tuple[tuple[Player, Use], ...]:
         """Players that use an operation, each with how."""
@@ -169,32 +163,6 @@ class Builder:
     def identity(self, player: Player) -> str:
         """The identifier of a player: its operation's, unless several players decide there."""
         return self.name(use_key(self.graph, player, player.op))
-
-    def keeps(self, player: str) -> bool:
-        """Whether the player's per-sample gradients are built once and kept through both sweeps."""
-        if player not in self._kept:
-            uses = self.uses(player)
-            alone = len(uses) == 1 and uses[0].names == self.graph.player[player].parameters
-            usable = (
-                self.plan.segments is None
-                and alone
-                and (self.plan.metric in METRICS or self.block_kind(player) == "uniform")
-                and not self.factored
-                and self.plan.form.name in LEVENBERG
-            )
-            self._kept[player] = usable and choose_gram(self.plan, uses[0]).kept
-        return self._kept[player]
-
-    def block_kind(self, player: str) -> str:
-        """In which kind of metric block a player is."""
-        stage = self.plan.stages[self.graph.player[player].stage]
-        return next(block.kind for block in stage.blocks if any(own.name == player for own in block.players))
-
-    @cached_property
-    def watched(self) -> frozenset[str]:
-        """Players whose ``δu`` itself is read: later uses of tied parameters."""
-        values = (self.graph.value[c.value] for stage in self.plan.stages for c in stage.contracts)
-        return frozenset(value.control for value in values if value.control is not None)
 
     def first_time(self, variable: str) -> bool:
         """Whether this is the first time that somebody asks for the variable."""

@@ -57,6 +57,8 @@ METHODS: dict[str, Method] = {
     "own_metric": _method("kind names"),
     "block_maps": _method("names"),
     "block_inverses": _method("names"),
+    "rate": _method("names"),
+    "last_step": _method("names"),
     "drift": _method("names"),
     "drift_block": _method("kind names"),
     # gains and updates
@@ -68,6 +70,7 @@ METHODS: dict[str, Method] = {
     "descend": _method("names gradients", shared=True),
     "descend_block": _method("kind names gradients", shared=True),
     "descend_steps": _method("kind names steps", shared=True),
+    "descend_dual": _method("names coordinates weights"),
     "descend_by": _method("names weighted subtract operands g params wants"),
     "descend_rows": _method("names weighted rows operands g params wants"),
 }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import ControlGraph
+from gtddp_compile.graph import ControlGraph, OpGraph
 from gtddp_compile.methods.curvature import Curvature
+from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
 from gtddp_compile.passes import (
     augment,
@@ -36,15 +38,21 @@ PATHS = 8
 
 def build_graph(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> ControlGraph:
     """Passes 1 to 5: the control graph."""
-    players = find_players(normalise(model, inputs))
-    return augment(schedule(find_shortcuts(players), options.schedule), type(model).__name__)
+    return control_graph(normalise(model, inputs), options.schedule, type(model).__name__)
 
 
-def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool) -> UpdateProgram:
+def control_graph(ops: OpGraph, how: str | Mapping[str, int], name: str) -> ControlGraph:
+    """Passes 2 to 5: from the normal form, without the model. ``how``: the schedule; ``name``: of the network."""
+    return augment(schedule(find_shortcuts(find_players(ops)), how), name)
+
+
+def build_program(
+    graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool, setting: Setting | None = None
+) -> UpdateProgram:
     """Passes 6 to 11: derivation to code. ``decay``: whether any group has coupled weight decay."""
     derived, plan = plan_program(graph, options, curvature, decay=decay)
     lowered = recompute(lower(plan))
-    return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name)
+    return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name, setting)
 
 
 def _say_guarded(graph: ControlGraph) -> None:
@@ -69,11 +77,12 @@ class Specialisations:
         self._known: dict[tuple[int, Any], bool] = {}
         self._programs: dict[tuple[int, bool], tuple[UpdateProgram, Backend]] = {}
         self._compiled = 0
+        self._skipped: set[tuple[Any, str]] = set()
 
     def adopt(self, program: UpdateProgram) -> None:
         """Take a program that was made elsewhere as that of the model as it is now."""
         backend = FastBackend(program) if self._options.backend == "fast" else DenseBackend(program)
-        self._graphs[self._view.signature()] = [program.graph]
+        self._graphs[self._structure(program.graph)] = [program.graph]
         self._programs[id(program.graph), program.lowered.plan.decay] = (program, backend)
 
     def program_for(
@@ -97,7 +106,7 @@ class Specialisations:
         return self._programs[id(graph), decay]
 
     def _graph_for(self, inputs: tuple[Any, ...], left: tuple[ControlGraph, ...]) -> ControlGraph:
-        structure = self._view.signature()
+        structure = self._view.signature(self._skipped)
         gone = {id(graph) for graph in left}
         for graph in self._graphs.get(structure, ()):
             if id(graph) not in gone and self._holds(graph, inputs):
@@ -113,10 +122,16 @@ class Specialisations:
         graph = build_graph(self._view.model, inputs, self._options)
         if graph.guards and not gone:
             _say_guarded(graph)
+        structure = self._structure(graph)
         if structure not in self._graphs:
             self._forget()
         self._graphs.setdefault(structure, []).append(graph)
         return graph
+
+    def _structure(self, graph: ControlGraph) -> Any:
+        """The state of the modules, but for what their forward passes write."""
+        self._skipped |= self._view.owned(graph.ops.kept)
+        return self._view.signature(self._skipped)
 
     def _holds(self, graph: ControlGraph, inputs: tuple[Any, ...]) -> bool:
         if graph.ops.frontend == "fx":
@@ -135,7 +150,7 @@ class Specialisations:
         if self._compiled == KEPT + 1:
             warnings.warn(
                 f"the program was derived {KEPT} times because modules were replaced, changed between training and "
-                "evaluation, or had numbers among their attributes changed; each new state compiles again",
+                "evaluation, or had attributes changed; each new state compiles again (buffers may change freely)",
                 stacklevel=2,
             )
         if len(self._graphs) >= KEPT:

@@ -184,7 +184,7 @@ def builds_in(m: Any, x: Tensor) -> Tensor:
     [
         (custom, "computes something else"),
         (leaves_torch, "out of torch"),
-        (draws_elsewhere, "something else every time"),
+        (draws_elsewhere, "draws random numbers from random"),
         (builds_in, "read from values is built in"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -233,3 +233,55 @@ def test_as_many_losses_as_samples(backend: Any) -> None:
         opt.step(x, y)
         opt.step(x, y)
     assert float((flat(net) - flat(leading)).abs().max()) < 1e-12
+
+
+# --- masks -----
+
+
+def dropped(x: Tensor, training: bool, axis: int = 0) -> Tensor:
+    """Most samples left out."""
+    shape = [len(x) if axis == 0 else 1, x.shape[1] if axis == 1 else 1, *[1] * (x.dim() - 2)]
+    return x * torch.empty(shape, dtype=x.dtype).bernoulli_(0.05) if training else x
+
+
+@torch.fx.wrap
+def named_otherwise(x: Tensor, training: bool, axis: int = 0) -> Tensor:
+    return dropped(x, training, axis)
+
+
+def windows(net: Any, x: Tensor) -> Tensor:
+    """Samples shared by an axis of windows between two drops."""
+    h = torch.tanh(net.a(x))
+    w = net.b(net.drop(h, net.training).reshape(-1, 2, 5))
+    h = h + net.drop(net.drop(w, net.training).reshape(h.shape), net.training)
+    return net.c(h.mean(1))
+
+
+def time_first(net: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x)).transpose(0, 1)
+    h = net.drop(net.b(h) + h, net.training, 1)
+    return net.c(torch.tanh(net.b(h.reshape(-1, 5))).reshape(h.shape).mean(0))
+
+
+@pytest.mark.parametrize("forward", [windows, time_first])
+@pytest.mark.parametrize("drop", [dropped, named_otherwise, lambda x, training, axis=0: F.dropout(x, 0.95, training)])
+def test_places_do_not_depend_on_what_is_drawn(forward: Any, drop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make(forward, a=(4, 5), b=(5, 5), c=(5, 3))
+    net.drop, x = drop, torch.randn(2, 4, 4).double()
+
+    def places() -> set[tuple[str, Any, Any]]:
+        return {(op.kind, op.shape, op.layout) for op in normalisation.normalise(net, (x,)).ops if op.is_differentiable}
+
+    net.eval()
+    expected = {place for place in places() if place[0] in ("linear", "tanh", "reshape", "add", "mean")}
+    net.train()
+    for seed in range(6):
+        monkeypatch.setattr(samples, "SEED", seed)
+        assert expected <= places()
+
+
+def test_a_function_that_draws_is_known_to() -> None:
+    """Whatever it is called: both sweeps have to draw the same."""
+    net = make(lambda net, x: net.b(named_otherwise(torch.tanh(net.a(x)), net.training)), a=(4, 5), b=(5, 3))
+    opt = compile_optimizer(net, torch.randn(2, 4).double(), loss=nn.CrossEntropyLoss(), curvature="sgd")
+    assert [op.kind for op in opt.graph.ops.ops if op.random] == ["named_otherwise"]

@@ -258,8 +258,15 @@ def test_state_of_something_else_is_refused(theirs: dict[str, Any], said: str) -
     opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="adam")
     with pytest.raises(CompileError, match=said):
         opt.load_state_dict(other.state_dict())
-    with pytest.raises(CompileError, match="1 parameter groups of 6 parameters, this optimizer 3 of 6"):
-        opt.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+    halves = [{"params": [p]} for p in model.parameters()]
+    with pytest.raises(CompileError, match="6 parameter groups of 6 parameters without names"):
+        opt.load_state_dict(torch.optim.Adam(halves).state_dict())
+    named = list(model.named_parameters())
+    halves = [{"params": named[::2]}, {"params": named[1::2], "lr": 0.5}]
+    with pytest.raises(CompileError, match="other options for some parameters of module 'fc'"):
+        opt.load_state_dict(torch.optim.Adam(halves).state_dict())
+    with pytest.raises(CompileError, match="another base method than adam: it has no amsgrad"):
+        opt.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
     assert torch.isfinite(opt.step(*batch()))
 
 
@@ -275,3 +282,64 @@ def test_a_loss_that_reads_parameters_is_refused() -> None:
         opt.step(*batch())
     model.fc.weight.requires_grad_(False)
     assert torch.isfinite(opt.step(*batch()))
+
+
+METHODS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "centered": True}),
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("given", ["parameters", "named_parameters", "trained", "two groups"])
+@pytest.mark.parametrize("curvature", METHODS)
+def test_states_of_torch_go_on_here_and_ours_there(curvature: str, given: str) -> None:
+    case, (kind, options) = networks.mlp(), METHODS[curvature]
+    plain, model = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    for one in (plain, model):
+        next(one.parameters()).requires_grad_(given != "trained")
+    named = list(plain.named_parameters())
+    groups: Any = {
+        "parameters": plain.parameters(),
+        "named_parameters": reversed(named),
+        "trained": [p for p in plain.parameters() if p.requires_grad],
+        "two groups": [{"params": named[2:]}, {"params": named[:2], "lr": 0.02}],
+    }[given]
+    theirs = kind(groups, **options)
+
+    def step(optimizer: torch.optim.Optimizer, index: int) -> None:
+        x, y = case.batch(index)
+        optimizer.zero_grad()
+        LOSS(plain(x), y).backward()
+        optimizer.step()
+
+    step(theirs, 0)
+    model.load_state_dict(plain.state_dict())
+    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature=curvature, feedback=False, lr=0.3)
+    opt.load_state_dict(copy.deepcopy(theirs.state_dict()))  # as torch's, it takes tensors as they are
+    for index in (1, 2):
+        opt.step(*case.batch(index))
+        step(theirs, index)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+    names = {id(p): name for name, p in model.named_parameters()}
+    own = dict(plain.named_parameters())
+    back = kind([{"params": [own[names[id(p)]] for p in group["params"]]} for group in opt.param_groups], lr=0.5)
+    back.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.step(*case.batch(3))
+    step(back, 3)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_gradients_that_nobody_reads_are_pointed_out() -> None:
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd")
+    x, y = batch()
+    LOSS(model(x), y).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-9)
+    with pytest.warns(UserWarning, match="backward.*no effect.*max_grad_norm") as caught:
+        opt.step(x, y)
+        opt.step(x, y)
+    assert [warning.filename for warning in caught] == [__file__]
+    opt.zero_grad()
+    opt.step(x, y)

@@ -163,8 +163,7 @@ def test_approximations_are_taken_and_shown() -> None:
 
 def choices(model: nn.Module, x: Tensor, **options: Any) -> list[str]:
     program = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), **options).program
-    uses = [program.lowered.uses[player.name][0] for player in program.graph.players]
-    return [costs.choose_gram(program.lowered.plan, use).approximate for use in uses]
+    return [program.lowered.plan.layers[player.name].gram.approximate for player in program.graph.players]
 
 
 def test_auto_is_exact_where_that_is_cheap() -> None:

@@ -179,10 +179,9 @@ def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) ->
     basis = torch.eye(weight[0].numel(), dtype=x.dtype).reshape(-1, *weight.shape[1:])
     patches = convolve(x, basis, **options).flatten(2).transpose(0, 1).flatten(1)  # every weight's input
     patches = torch.cat([patches, torch.ones_like(patches[:1])]) if bias else patches
-    operands, g = (x,), torch.zeros_like(convolve(x, weight, **options))
+    operands = (x,)
     params, wants = (weight, draw(2)) if bias else (weight,), (True, bias)
-    rows, _ = kernels.conv_rows(operands, g, params, wants, groups=1, **options)
-    found = kernels.conv_moment(operands, rows, params, wants, groups=1, **options)
+    found = kernels.conv_moment(operands, params, wants, groups=1, **options)
     torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
 
 
@@ -335,3 +334,30 @@ def test_the_sketch_is_unbiased_and_its_change_exact() -> None:
     error = (grams.mean(0) - exact).norm() / exact.norm()
     one = (grams[0] - exact).norm() / exact.norm()
     assert error < one / 8  # falls as the square root of the number of sketches, 20
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_last_step_is_added_by_the_product_that_makes_the_step(blocks: int, bias: bool) -> None:
+    x, g, weights, last = draw(5, 7), draw(5, 4), draw(5), (draw(4, 7), draw(4))[: 1 + bias]
+    rows = kernels.linear_rows((x,), g, (), (True, bias), blocks=blocks)
+    width = rows[0].shape[3]
+    inverses = draw(blocks, width, width), draw(1, 4, 4)
+    found = kernels.dual_carried(kernels.dual_coordinates(*rows, inverses), weights, last, 0.9, 0.3)
+    whole = torch.block_diag(*inverses[0])[: 7 + bias, : 7 + bias]
+    ones = torch.cat([x, torch.ones(5, 1, dtype=x.dtype)], 1) if bias else x
+    step = 0.3 * (weights[:, None] * g @ inverses[1][0]).T @ ones @ whole
+    expected = [0.9 * last[0] - step[:, :7], *(0.9 * own - step[:, 7] for own in last[1:])]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_kept_gradients_in_whitened_channels() -> None:
+    """``Γ`` of them is that of a convolution of whitened inputs."""
+    x, g, params, maps = draw(3, 4, 5, 5), draw(3, 6, 5, 5), (draw(6, 2, 3, 3), draw(6)), draw(2, 2, 2)
+    options: Any = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 2}
+    gamma = kernels.conv_per_sample((x,), g, params, (True, True), **options)
+    white = kernels.conv_whitened((x,), g, params, maps)
+    gram = kernels.conv_gram(white, g, params, (True, True), (0.3, 0.2), **options)
+    (found,) = kernels.joint_gram(kernels.channel_rows(gamma, maps), (0.3, 0.2), [slice(0, 3)])
+    torch.testing.assert_close(found, gram, rtol=1e-12, atol=1e-12)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.graph import BufferRef, Player
 from gtddp_compile.lowering.builder import Builder
-from gtddp_compile.lowering.costs import GramChoice, choose_gram, observes
 from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, Phase, StageFunction, Var, item, total
 from gtddp_compile.lowering.uses import Use
 
@@ -41,7 +39,7 @@ def prepare(b: Builder, t: int, tap: str) -> None:
 
 def _unprepared(b: Builder, player: Player, use: Use) -> bool:
     """Whether ``γ`` is made from the operands as they are, and nobody else asks for prepared ones."""
-    return use.rule.prepare and not use.layouts and b.keeps(player.name)
+    return use.rule.prepare and not use.layouts and b.layer(player).gram.kept
 
 
 def moments(b: Builder, op: str) -> str:
@@ -70,7 +68,7 @@ def player_function(b: Builder, use: Use) -> StageFunction:
     )
 
 
-def _kept(b: Builder, t: int, player: Player) -> str:
+def kept(b: Builder, t: int, player: Player) -> str:
     """``γ`` of a player whose per-sample gradients are kept, built the first time; returns the variable."""
     (use,) = b.uses(player.name)
     name = kept_rows(b, use)
@@ -89,9 +87,9 @@ def _kept(b: Builder, t: int, player: Player) -> str:
 def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, prefix: str, note: str) -> str:
     """``C w`` of one player over all its uses (``b + C w`` if the linear term is kept apart); returns the variable."""
     found = []
-    if b.keeps(player.name):
+    if b.layer(player).gram.kept:
         name = f"{prefix}_{b.identity(player)}"
-        b.emit(phase, t, name, "rows_weighted", Var(_kept(b, t, player)), Var(weights), note=note)
+        b.emit(phase, t, name, "rows_weighted", Var(kept(b, t, player)), Var(weights), note=note)
         return name
     for use in b.uses(player.name):
         name, g = f"{prefix}_{b.name(use.key)}", Var(b.g_output(use.op))
@@ -114,16 +112,15 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
 def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
     """``Γ`` of one player (over all columns, the gradient's included, where there are several).
 
-    ``given``: what the kernel takes in place of the use's operands: inputs in the metric's own coordinates.
+    ``given``: what the kernel takes in place of the use's operands, or of ``γ``: in the metric's own coordinates.
     """
-    uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
-    if b.keeps(player.name):
-        b.emit("backward", t, result, "joint_gram", Var(_kept(b, t, player)), Var(metric), Var(b.rows),
+    result = f"gamma_{t}_{b.identity(player)}"
+    if b.layer(player).gram.kept:
+        b.emit("backward", t, result, "joint_gram", given or Var(kept(b, t, player)), Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T")  # fmt: skip
         return result
-    if len(uses) == 1 and uses[0].names == player.parameters:
-        use = uses[0]
-        chosen = GramChoice("") if b.factored else choose_gram(b.plan, use)
+    chosen, use = b.layer(player).gram, b.layer(player).single
+    if use is not None:
         choice = chosen.approximate
         more: dict[str, Any] = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
         kernel = "gram" if choice == "exact" else f"{choice}_gram"
@@ -141,7 +138,7 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
 
 def observed_gram(b: Builder, t: int, player: Player) -> str | None:
     """Statistics and ``Γ`` of one player from the same per-sample gradients, where that is cheaper."""
-    if not joins(b, player):
+    if not b.layer(player).observed:
         return None
     (use,), result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     functions = [Function(b.kernel(use, name)) for name in ("weighted", "gram", "pieces")]
@@ -149,24 +146,6 @@ def observed_gram(b: Builder, t: int, player: Player) -> str | None:
            Var(b.g_output(use.op)), Var(b.alpha(t)), params(b, use), use.wants, Var(b.rows),
            note="Q_u, M^-1, gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
     return result
-
-
-def joins(b: Builder, player: Player) -> bool:
-    """Whether :func:`observed_gram` makes a player's ``Γ``."""
-    uses, plan = b.uses(player.name), b.plan
-    if plan.form.name not in COUPLED or b.factored or plan.linear:
-        return False
-    return len(uses) == 1 and uses[0].names == player.parameters and observes(plan, uses[0])
-
-
-def separated_groups(b: Builder, player: Player) -> int | None:
-    """Groups of a weight whose diagonal metric is separated for ``Γ``; ``None``: its kernel takes the whole."""
-    uses = b.uses(player.name)
-    alone = len(uses) == 1 and uses[0].names == player.parameters and b.plan.form.name in COUPLED
-    if b.plan.metric != "diagonal" or b.factored or not alone or not uses[0].wants[0] or b.keeps(player.name):
-        return None
-    exact = choose_gram(b.plan, uses[0]).approximate == "exact"
-    return None if exact else int(uses[0].options.get("groups", 1))
 
 
 def per_sample(b: Builder, t: int, player: Player, weights: str | None = None) -> str:
@@ -206,18 +185,22 @@ def parts_of(direction: str, player: Player, use: Use) -> tuple[Apply, ...]:
 
 def directional(
     b: Builder, phase: Phase, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
-    only: frozenset[str] | None = None, added: Sequence[str] = (),
+    only: frozenset[str] | None = None, added: Sequence[Apply] = (), faded: bool = False,
 ) -> None:  # fmt: skip
-    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``."""
-    parts = list(added)
+    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``.
+
+    ``faded``: times ``-μ`` of every player.
+    """
+    terms = list(added)
     for player in players:
+        parts: list[str] = []
         for use in b.uses(player.name):
             if only is not None and use.op not in only:
                 continue
             change = parts_of(directions[player.name], player, use)
             name = f"{result}_{b.name(use.key)}"
-            if b.keeps(player.name):
-                b.emit(phase, t, name, "rows_directional", Var(_kept(b, t, player)), change)
+            if b.layer(player).gram.kept:
+                b.emit(phase, t, name, "rows_directional", Var(kept(b, t, player)), change)
                 parts.append(name)
                 continue
             kernel = b.kernel(use, "directional")
@@ -225,14 +208,19 @@ def directional(
             b.emit(phase, t, name, *call, operands(b, use),
                    Var(b.g_output(use.op)), params(b, use), use.wants, change, **b.options(use))  # fmt: skip
             parts.append(name)
-    b.emit(phase, t, result, "=", total([Apply("wide", (Var(part),)) for part in parts]), note=note)
+        terms += [faded_by(b, player, part) if faded else Apply("wide", (Var(part),)) for part in parts]
+    b.emit(phase, t, result, "=", total(terms), note=note)
+
+
+def faded_by(b: Builder, player: Player, part: str) -> Apply:
+    """``-μ ⟨γ_i, v⟩`` of a player."""
+    return Apply("*", (Apply("neg", (Var(f"mu_{b.identity(player)}"),)), Apply("wide", (Var(part),))))
 
 
 def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, given: Var | None = None) -> None:
     """The diagonal of ``Γ`` of one player."""
-    uses = b.uses(player.name)
-    if len(uses) == 1 and uses[0].names == player.parameters:
-        use = uses[0]
+    use = b.layer(player).single
+    if use is not None:
         b.emit("backward", t, result, b.kernel(use, "gram_diagonal"), given or operands(b, use),
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
         return

@@ -100,15 +100,14 @@ def radicand_sign(expression: MatrixExpr) -> int:
 
 def sample_gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
     """``Γ_ii`` of one player over all its uses."""
-    uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
-    if len(uses) == 1 and uses[0].names == player.parameters:
-        use = uses[0]
+    use, result = b.layer(player).single, f"gamma_{t}_{b.identity(player)}"
+    if use is not None:
         taken = given or operands(b, use)
         b.emit("backward", t, result, "sample_grams", Function(b.kernel(use, "per_sample")), taken,
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
         return result
     found = []
-    for use in uses:
+    for use in b.uses(player.name):
         name, psi = f"gamma_{b.name(use.key)}_rows", item(Var(b.g_output(use.op)), slice(1, None))
         b.emit("backward", t, name, "factor_rows", Function(b.kernel(use, "per_sample")), operands(b, use),
                psi, params(b, use), use.wants, note="Psi", **b.options(use))  # fmt: skip

@@ -12,16 +12,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cached_property
-from typing import Protocol
 
-from gtddp_compile.algebra.collapsed import CollapsedForm
-from gtddp_compile.graph import BufferRef, ControlGraph, Op, ParamRef, Ref, map_leaves
+from gtddp_compile.graph import BufferRef, Op, ParamRef, Ref, map_leaves
 from gtddp_compile.graph.ops import Leaf
 from gtddp_compile.lowering.instructions import Instruction, Var, render_instruction
-from gtddp_compile.lowering.lowered import Lowered
-from gtddp_compile.methods.setting import Setting
-from gtddp_compile.options import Options
-from gtddp_compile.passes.p06_derive import Derived
+from gtddp_compile.runtime.program import UpdateProgram
 
 AT = re.compile(r"_at(\d+)$")
 STAGED = re.compile(r"(stage|alpha|factor|gamma|lambda|outside|lifted|[a-z])_(\d+)(?=$|_)")
@@ -29,25 +24,6 @@ STAGE_FIRST = ("m.keep", "m.observe_block", "m.observe_factors")
 """Calls whose first argument is the stage."""
 NEW = "\N{PRIME}"
 """Marks names of the second program that the first one has nothing for."""
-
-
-class Program(Protocol):
-    """What is compared of an update program."""
-
-    @property
-    def graph(self) -> ControlGraph: ...  # noqa: D102
-    @property
-    def derived(self) -> Derived: ...  # noqa: D102
-    @property
-    def form(self) -> CollapsedForm: ...  # noqa: D102
-    @property
-    def lowered(self) -> Lowered: ...  # noqa: D102
-    @property
-    def options(self) -> Options: ...  # noqa: D102
-    @property
-    def curvature(self) -> str: ...  # noqa: D102
-    @property
-    def setting(self) -> Setting | None: ...  # noqa: D102
 
 
 def matched(left: Sequence[Hashable], right: Sequence[Hashable]) -> dict[int, int]:
@@ -60,8 +36,8 @@ def matched(left: Sequence[Hashable], right: Sequence[Hashable]) -> dict[int, in
 class Alignment:
     """A translation of the second program's names into the first one's."""
 
-    left: Program
-    right: Program
+    left: UpdateProgram
+    right: UpdateProgram
 
     @cached_property
     def ops(self) -> Mapping[str, str]:

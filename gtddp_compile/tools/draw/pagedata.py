@@ -83,7 +83,7 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
         entries.append({"t": layouts.setdefault(text, len(layouts)), "title": block.title, "path": block.path, **entry})
     return {
         "ops": _ops(graph, blocks, texts),
-        "stages": [_stage(graph, stage, notes, texts) for stage in _titled(graph)],
+        "stages": _stages(graph, notes, texts),
         "layouts": [json.loads(text) for text in layouts],
         "blocks": entries,
         "open": _opened(blocks, number, len(graph)),
@@ -158,11 +158,7 @@ def _block(
             words[at] = [node.lines[0], texts.numbers(node.tip)]
         elif isinstance(item, Block):
             words[at] = [block_text(view.nodes[node.name]["block"]), texts.numbers(node.tip)]
-    return {
-        "kids": kids,
-        "words": words,
-        "bands": [[stage["first"], stage["last"]] for stage in view.graph["stages"]],
-    }
+    return {"kids": kids, "words": words, "bands": [[stage["first"], stage["last"]] for stage in view.graph["stages"]]}
 
 
 def _ops(graph: nx.MultiDiGraph[str], blocks: Sequence[Block], texts: Texts) -> list[list[Any]]:
@@ -176,25 +172,21 @@ def _ops(graph: nx.MultiDiGraph[str], blocks: Sequence[Block], texts: Texts) -> 
     return found
 
 
-def _titled(graph: nx.MultiDiGraph[str]) -> Iterable[dict[str, Any]]:
+def _stages(graph: nx.MultiDiGraph[str], notes: Mapping[int, str], texts: Texts) -> list[dict[str, list[int]]]:
+    """``says``: a stage's players and merges; ``cut``: live values with shapes; ``names``: without; ``note``."""
     shapes = {value["name"]: shape_text(value["shape"]) for value in graph.graph["values"]}
+    found = []
     for stage in graph.graph["stages"]:
-        yield {**stage, "cut": [f"{name}  {shapes.get(name, '')}".rstrip() for name in stage["live"]]}
-
-
-def _stage(
-    graph: nx.MultiDiGraph[str], stage: dict[str, Any], notes: Mapping[int, str], texts: Texts
-) -> dict[str, list[int]]:
-    """``says``: its players and merges; ``cut``: live values with shapes; ``names``: without; ``note``."""
-    says = [f"players: {', '.join(stage['players'])}"] if stage["players"] else []
-    says += [f"merges here: {', '.join(stage['merges'])}"] if stage["merges"] else []
-    note = notes.get(stage["index"])
-    return {
-        "says": texts.numbers("\n".join(says)) if says else [],
-        "cut": texts.numbers("\n".join(stage["cut"])) if stage["cut"] else [],
-        "names": texts.numbers("\n".join(stage["live"])) if stage["live"] else [],
-        "note": texts.numbers(note) if note else [],
-    }
+        says = [f"players: {', '.join(stage['players'])}"] if stage["players"] else []
+        says += [f"merges here: {', '.join(stage['merges'])}"] if stage["merges"] else []
+        said = {
+            "says": "\n".join(says),
+            "cut": "\n".join(f"{name}  {shapes.get(name, '')}".rstrip() for name in stage["live"]),
+            "names": "\n".join(stage["live"]),
+            "note": notes.get(stage["index"], ""),
+        }
+        found.append({key: texts.numbers(text) if text else [] for key, text in said.items()})
+    return found
 
 
 def _opened(blocks: Sequence[Block], number: Mapping[int, int], size: int) -> list[int]:
