@@ -156,7 +156,7 @@ def test_the_loss_says_which_outputs_matter(name: str, asks: bool) -> None:
 
 def test_nested_inputs_are_refused() -> None:
     x, _ = data()
-    with pytest.raises(CompileError, match=r"inputs must be tensors, got dict\. Pass a tensor, or a tuple of tensors"):
+    with pytest.raises(CompileError, match=r"inputs must be tensors, got dict\. Pass a tensor, a tuple of tensors"):
         compile_optimizer(nn.Linear(3, 2).double(), ({"x": x},), loss=nn.MSELoss(), curvature="sgd")
 
 
