@@ -100,6 +100,8 @@ def chosen(curvature: str, terminal: str, players: int) -> tuple[list[dict[str, 
             found[0].append({**plain, **own, **FORGETFUL.get(curvature, {}), "inertia": 0.9})
     for form, (coupling, recursion) in enumerate(itertools.product(COUPLINGS, RECURSIONS)):
         own = {"coupling": coupling, "recursion": recursion, "rollout": "nonlinear", "inertia": 0.0}
+        if recursion == "printed" and curvature in ("kfac", "ekfac", "foof"):
+            own["cooperative"] = False  # Eq. 23 as printed has no cross terms
         some = schedules(players)
         some = some if refusal(coupling, recursion) else [some[(form + turn + players) % 4]]
         found[refusal(coupling, recursion) is not None].extend({**plain, **own, "schedule": one} for one in some)
