@@ -60,14 +60,11 @@ def test_a_changed_model_is_compiled_again(change: Callable[[Any], Any], monkeyp
     expect_the_base_methods_update(opt, net, batch(6))
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (lambda net: setattr(net, "out", nn.Linear(4, 3).double()), "out."),
-        (lambda net: setattr(net, "extra", nn.Linear(4, 3)), "extra."),
-        (lambda net: delattr(net, "out"), "out."),
-    ],
-)
+@pytest.mark.parametrize(("change", "name"), [
+    (lambda net: setattr(net, "out", nn.Linear(4, 3).double()), "out."),
+    (lambda net: setattr(net, "extra", nn.Linear(4, 3)), "extra."),
+    (lambda net: delattr(net, "out"), "out."),
+])  # fmt: skip
 def test_changed_parameters_are_refused(change: Callable[[Any], Any], name: str) -> None:
     net = model()
     opt = compiled(net)

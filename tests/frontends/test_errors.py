@@ -133,19 +133,16 @@ def test_samples_that_no_axis_tells_apart(forward: Callable[..., Any], shape: tu
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (lambda: "model", "a str is not a torch.nn.Module"),
-        (lambda: F.relu, "is not a torch.nn.Module"),
-        (nn.ReLU, "no trainable parameters"),
-        (lambda: nn.Sequential(nn.LazyLinear(3)), "parameters have no shape yet: 0.weight, 0.bias"),
-        (lambda: torch.jit.trace(model(), batch(6)), "Compile the module it was made from"),
-        (lambda: nn.DataParallel(model()), "Compile its .module"),
-        (lambda: torch.compile(model(), backend="eager"), "wrapped by torch.compile"),
-        (lambda: nn.Linear(4, 3, device="meta"), "parameter 'weight' is on the meta device"),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "said"), [
+    (lambda: "model", "a str is not a torch.nn.Module"),
+    (lambda: F.relu, "is not a torch.nn.Module"),
+    (nn.ReLU, "no trainable parameters"),
+    (lambda: nn.Sequential(nn.LazyLinear(3)), "parameters have no shape yet: 0.weight, 0.bias"),
+    (lambda: torch.jit.trace(model(), batch(6)), "Compile the module it was made from"),
+    (lambda: nn.DataParallel(model()), "Compile its .module"),
+    (lambda: torch.compile(model(), backend="eager"), "wrapped by torch.compile"),
+    (lambda: nn.Linear(4, 3, device="meta"), "parameter 'weight' is on the meta device"),
+])  # fmt: skip
 def test_what_is_no_model(wrong: Callable[[], Any], said: str) -> None:
     refused(lambda: compiled(wrong()), said)
 
