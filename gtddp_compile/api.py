@@ -75,7 +75,8 @@ def compile_optimizer(
             of its aim (see ``terminal``); ``None``: none.
         schedule: ``"asap"``, ``"alap"``, ``"sequential"``, or a mapping of player names to stages.
         coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation).
-        recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``).
+        recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``, the
+            last without cross terms).
         terminal: how a sample's loss is expanded in the outputs. ``"geometric"``: ``∇φ ∇φᵀ / φ``, as if its logarithm
             were linear there (the aim is the loss itself, so the model does not depend on the loss's scale);
             ``Geometric(aim, own)``: the same with another aim, also one that depends on the batch's size;

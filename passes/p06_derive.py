@@ -22,7 +22,8 @@ from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivatio
 from gtddp_compile.algebra.paths import StageEntries, stage_entries
 from gtddp_compile.algebra.pattern import IDENTITY, Entry, StagePattern
 from gtddp_compile.algebra.symbols import SymmetricSymbol, block_entries
-from gtddp_compile.graph import ControlGraph, Stage
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph, Player, Stage
 from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules, metric_blocks
 from gtddp_compile.lowering.plan import MetricBlock
 
@@ -59,6 +60,9 @@ def derive(graph: ControlGraph, recursion: Recursion = "levenberg", rules: Metri
     """Find each stage's pattern and derive it (cached over all networks of the process).
 
     ``rules`` says which players of a stage are coupled by the curvature itself.
+
+    Raises:
+        CompileError: some are, and the recursion is ``"printed"``.
     """
     return Derived(graph, recursion, tuple(_derive_stage(graph, stage, recursion, rules) for stage in graph.stages))
 
@@ -89,8 +93,21 @@ def _derive_stage(graph: ControlGraph, stage: Stage, recursion: Recursion, rules
     coupled = frozenset(
         (letter[a.name], letter[b.name]) for block in blocks for a in block.players for b in block.players if a != b
     )
+    if coupled and recursion == "printed":
+        raise _eq_23(graph, next(block.players for block in blocks if len(block.players) > 1))
     derivation = derive_pattern(pattern, recursion, coupled)
     return DerivedStage(stage.index, in_names, out_names, controls, blocks, derivation)
+
+
+def _eq_23(graph: ControlGraph, players: tuple[Player, ...]) -> CompileError:
+    """Eq. 23 as printed reads each player's own curvature, which a joint one does not have."""
+    op = graph.op(players[0].op)
+    return CompileError(
+        f"recursion='printed': the curvature couples {', '.join(player.name for player in players)}, and Eq. 23 as "
+        "printed adds up the players' own",
+        "Use recursion='substituted', or cooperative=False, with which every player has its own",
+        module=op.module, operation=op.kind, source=op.source or None,
+    )  # fmt: skip
 
 
 def cut_after(graph: ControlGraph, stage: Stage) -> tuple[str, ...]:
@@ -178,8 +195,7 @@ def derive_pattern(
 
     ``recursion`` decides ``Q_uu``: ``f_uᵀ V_xx f_u + M`` ("levenberg"), or ``M`` alone (Table 1 read literally), and,
     for "printed", the sign with which ``Q_xu Q_uu⁻¹ Q_ux`` enters the value Hessian (Eq. 21-23 print a plus).
-    ``coupled`` are the pairs of controls that ``M`` itself couples (Theorem 3); Eq. 23 as printed then has each
-    player's own curvature, ``N_p``, in the value Hessian.
+    ``coupled`` are the pairs of controls that ``M`` itself couples (Theorem 3).
     """
     size = {name: Symbol(f"n_{name}", integer=True, positive=True) for name in pattern.inputs}
     size_after = {name: Symbol(f"n'_{name}", integer=True, positive=True) for name in pattern.outputs}
@@ -230,16 +246,14 @@ def derive_pattern(
     joint_u, joint_uu, joint_ux = _joint(pattern, q_u, q_uu, q_ux, size)
     k, gains = _gains(pattern, joint_u, joint_uu, joint_ux)
     new_x, new_xx = _recursion(pattern, recursion, q_x, q_xx, joint_ux, joint_uu, k, gains)
-    own: dict[str, MatrixExpr] = {}
-    if recursion == "printed" and coupled:
-        own = {p: SymmetricSymbol(f"N_{p}", dimension[p], dimension[p]) for p in us}
-        new_xx = _printed_coalition(new_xx, q_xx, q_ux, own)
     change = {i: MatrixSymbol(f"delta_{i}", size[i], 1) for i in ins}
     moved = {p: MatrixSymbol(f"delta_{p}", dimension[p], 1) for p in us}
     rolled = _rolled_out(pattern, state, control, change, moved, k, gains)
     return StageDerivation(
-        pattern, recursion, state, control, value_x, value_xx, linear, curvature,
-        q_x, q_u, q_uu, q_ux, q_xx, joint_u, joint_uu, joint_ux, k, gains, new_x, new_xx, own, change, moved, rolled,
+        pattern=pattern, recursion=recursion, state=state, control=control, value_x=value_x, value_xx=value_xx,
+        linear=linear, curvature=curvature, q_x=q_x, q_u=q_u, q_uu=q_uu, q_ux=q_ux, q_xx=q_xx, joint_u=joint_u,
+        joint_uu=joint_uu, joint_ux=joint_ux, k=k, gains=gains, new_value_x=new_x, new_value_xx=new_xx, change=change,
+        moved=moved, rolled=rolled,
     )  # fmt: skip
 
 
@@ -391,19 +405,3 @@ def _recursion(
                 "21-23, sign as printed" if recursion == "printed" else "6, 10, 30",
             )
     return new_x, new_xx
-
-
-def _printed_coalition(
-    new_xx: dict[tuple[str, str], Equation],
-    q_xx: dict[tuple[str, str], Equation],
-    q_ux: dict[tuple[str, str], Equation],
-    own: dict[str, SymmetricSymbol],
-) -> dict[tuple[str, str], Equation]:
-    """``V_xx = Q_xx + Σ_p Q_xp N_p⁻¹ Q_px``: the cooperative factors as printed, players one by one (Eq. 23)."""
-    found = {}
-    for (i, j), equation in new_xx.items():
-        total: MatrixExpr = q_xx[i, j].symbol
-        for p, alone in own.items():
-            total = total + q_ux[p, i].symbol.T * Inverse(alone) * q_ux[p, j].symbol
-        found[i, j] = Equation(equation.symbol, total, "23 as printed")
-    return found

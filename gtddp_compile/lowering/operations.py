@@ -54,7 +54,6 @@ METHODS: dict[str, Method] = {
     "separated_metric": _method("names groups"),
     "channels_metric": _method("names"),
     "block_metric": _method("kind names"),
-    "own_metric": _method("kind names"),
     "block_maps": _method("names"),
     "block_inverses": _method("names"),
     "rate": _method("names"),

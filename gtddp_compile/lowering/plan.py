@@ -30,7 +30,7 @@ class Contraction:
     born: int
 
 
-BlockKind = Literal["parameters", "diagonal", "uniform", "channels", "exact", "kronecker", "printed", "shared"]
+BlockKind = Literal["parameters", "diagonal", "uniform", "channels", "exact", "kronecker", "shared"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class MetricBlock:
 
     Attributes:
         kind: ``"parameters"`` (spherical or diagonal, parameter by parameter); for Kronecker-factored curvatures
-            ``"kronecker"`` (one player, or a coalition with cross terms: Theorem 3), ``"printed"``
-            (such a coalition, each player's own curvature kept beside: Eq. 23), ``"shared"`` (Corollary 7),
+            ``"kronecker"`` (one player, or a coalition with cross terms: Theorem 3), ``"shared"`` (Corollary 7),
             ``"exact"`` (``E[γ γᵀ]``), ``"diagonal"`` (``E[γ²]``) or, where the metric is of inputs alone, ``"uniform"``
             (a multiple of the identity) and ``"channels"`` (a convolution: of its input channels at a pixel).
         positions: of a ``"uniform"`` block, how often a sample uses each parameter; of ``"channels"``, the bias.
@@ -54,6 +53,16 @@ class MetricBlock:
     why: str = ""
     positions: float = 1.0
     blocks: int = 1
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """Every player's parameters."""
+        return tuple(player.parameters for player in self.players)
+
+    @property
+    def of_players(self) -> bool:
+        """Whether the metric is one matrix over weight and bias, and over the players of a coalition."""
+        return self.kind in ("kronecker", "shared", "exact")
 
 
 @dataclass(frozen=True)

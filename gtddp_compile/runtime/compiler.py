@@ -24,7 +24,7 @@ from gtddp_compile.passes import (
     schedule,
 )
 from gtddp_compile.passes.p01_normalise import still_holds
-from gtddp_compile.runtime.dense import DenseBackend
+from gtddp_compile.runtime.dense.backend import DenseBackend
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.planning import plan_program

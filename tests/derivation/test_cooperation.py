@@ -17,12 +17,11 @@ from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.algebra.symbols import SymmetricSymbol, is_equal
 from gtddp_compile.lowering import cooperation
-from gtddp_compile.methods.curvature import resolve
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p01_normalise import FRONT_ENDS, normalise
 from gtddp_compile.passes.p06_derive import derive
 from gtddp_compile.runtime.compiler import build_graph
-from support.cases import gates, late, sums
+from support.cases import gates, sums
 from support.compared import KRONECKER, LOSS, assert_equal, trained
 from support.networks import Case, make
 
@@ -252,52 +251,6 @@ def test_the_compiler_recognises_corollary_7() -> None:
     assert "Corollary 7" in opt.program.cost() and "cooperative gains" in opt.program.derivation()
 
 
-# --- Eq. 23 as printed ------------------------------------------------------------------------------------------------
-
-
-PRINTED: dict[str, Any] = {"coupling": "block", "recursion": "printed"}
-
-
-@pytest.mark.parametrize("terminal", ["gradient", "ggn"])
-@pytest.mark.parametrize("added", [True, False])
-@pytest.mark.parametrize("curvature", KRONECKER)
-def test_printed_recursion_with_cross_terms(curvature: str, added: bool, terminal: Any) -> None:
-    """Gains from the joint curvature, Eq. 23's factor from each player's own: fast equals dense, unlike all else."""
-    case, options = late(added), {"terminal": terminal, "steps": 3, **KRONECKER[curvature]}
-    assert_equal(case, **options, **PRINTED)
-    printed = trained(case, **options, **PRINTED)
-    for other in ({"recursion": "substituted"}, {"cooperative": False}):
-        assert (printed - trained(case, **options, **(PRINTED | other))).abs().max() > 1e-7
-
-
-@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
-def test_equation_23_reads_the_curvature_that_each_player_has_alone(kind: str) -> None:
-    """``Q_uu⁻¹`` of the printed factor, as explicit matrices: that of the same player without a coalition."""
-    found = []
-    for options in ({}, {"cooperative": False}):
-        case = late(added=True)
-        opt = compile_optimizer(
-            case.model, case.batch(0)[0], loss=LOSS, curvature=kind, damping=0.1, **PRINTED, **options
-        )
-        opt.step(*case.batch(0))
-        state = {name: opt.state[p] for name, p in case.model.named_parameters()}
-        curvature = resolve(kind, damping=0.1)
-        group = curvature.defaults()
-        whole = []
-        for block in (b for stage in opt.program.derived.stages for b in stage.blocks if b.players[0].name[0] == "p"):
-            widths = [(4, 2)] * len(block.players)
-            lead = state[block.players[0].parameters[0]]
-            metric = curvature.own_metric if len(block.players) > 1 else curvature.block_metric
-            maps, scale, cross, rates = metric(block.kind, lead, widths, [group] * len(widths))
-            for (x, g), rate in zip(maps, rates, strict=True):
-                basis = torch.kron(g[0], x[0])
-                weight = scale[0].flatten() if isinstance(scale, Tensor) else torch.ones(basis.shape[1]).double()
-                assert cross is None or not cross.any()
-                whole.append(rate * basis @ torch.diag(weight) @ basis.T)
-        found.append(torch.stack(whole))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
-
-
 # --- what is not allowed ----------------------------------------------------------------------------------------------
 
 
@@ -305,6 +258,17 @@ def test_cooperative_is_true_false_or_by_default() -> None:
     case = gates(2)
     with pytest.raises(CompileError, match="cooperative"):
         compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd", cooperative="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "foof"])
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+def test_equation_23_as_printed_has_no_cross_terms(backend: str, curvature: str) -> None:
+    """It adds up the players' own curvatures: a coalition that the curvature couples is refused, others run."""
+    case = sums(2)
+    options: dict[str, Any] = {"curvature": curvature, "backend": backend, "coupling": "block", "recursion": "printed"}
+    with pytest.raises(CompileError, match=r"module 'p0', operation linear, at .*p0, p1.*recursion='substituted'"):
+        trained(case, **options)
+    trained(case, **options, cooperative=False)
 
 
 def test_joint_factors_are_bounded_and_their_size_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,8 @@ class Row:
         if self.extra == "inertia":  # in place of the base method's own
             own = {"betas": (0.0, 0.999)} if "adam" in self.curvature else {}
             found = {**found, **own, **{key: 0 for key in ("momentum", "nesterov") if key in found}}
+        if self.form == "printed" and self.curvature in ("kfac", "ekfac", "foof"):  # Eq. 23 has no cross terms
+            found = {**found, "cooperative": False}
         if self.extra == "sum":
             found = {**found, "lr": 0.2 * found["lr"]}
         return {**found, "terminal": TERMINALS[self.terminal], "schedule": self.schedule}

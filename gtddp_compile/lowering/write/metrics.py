@@ -30,27 +30,23 @@ from gtddp_compile.lowering.write.calls import (
 )
 from gtddp_compile.lowering.write.columns import sample_gram
 
-OF_PLAYERS = ("kronecker", "printed", "shared", "exact")
-
 
 @dataclass(frozen=True)
 class Observed:
-    """A block after its statistics: the variables of its metric, of its layers' rows, of what ``ρ`` shrinks by.
+    """A block after its statistics: the variables of its metric and of its layers' rows.
 
-    The last is the metric too, but for a coalition under recursion ``"printed"`` (Eq. 23: the players' own).
     ``coordinates``: of its per-sample gradients where the metric is diagonal, if they are kept.
     """
 
     block: MetricBlock
     metric: str
     layers: tuple[Var, ...]
-    own: str
     coordinates: str = ""
 
     @property
     def of_players(self) -> bool:
         """Whether the metric is one matrix over weight and bias, and over the players of a coalition."""
-        return self.block.kind in OF_PLAYERS
+        return self.block.of_players
 
 
 def base_update(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
@@ -75,7 +71,7 @@ def base_update(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
 def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str]) -> Observed:
     """Statistics (``opens``: ``Q_u`` of each player, where it is known) and the metric."""
     if block.kind == "parameters" and _first(b, block).observed:  # with its Γ
-        return Observed(block, "", (), "")
+        return Observed(block, "", ())
     layers = _statistics(b, t, block, alpha, opens)
     coordinates = _kept(b, t, block, alpha) if _first(b, block).coordinates else ""
     metric = _metric(b, block)
@@ -83,17 +79,13 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
         b.emit("backward", t, metric, "m.rate", block.players[0].parameters, note="M^-1 = lr A^-1 x B^-1")
     elif block.kind == "channels":
         b.emit("backward", t, metric, "m.channels_metric", block.players[0].parameters, note="M^-1 of x X")
-    elif block.kind in OF_PLAYERS:
+    elif block.of_players:
         b.emit("backward", t, metric, "m.block_metric", block.kind, _names(block), note="M^-1")
     else:
         separated = _first(b, block).groups
         call, groups = ("m.metric", ()) if separated is None else ("m.separated_metric", (separated,))
         b.emit("backward", t, metric, call, block.players[0].parameters, *groups, note="M^-1")
-    own = metric
-    if b.plan.form.name == "printed" and len(block.players) > 1:
-        own = f"own_{metric}"
-        b.emit("backward", t, own, "m.own_metric", block.kind, _names(block), note="Q_uu^-1, Q_vv^-1 (23)")
-    return Observed(block, metric, layers, own, coordinates)
+    return Observed(block, metric, layers, coordinates)
 
 
 def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tuple[str, Apply | None] | None:
@@ -179,7 +171,7 @@ def block_diagonal(b: Builder, t: int, found: Observed) -> str:
     """The diagonal of a block's ``Γ``."""
     result = f"diagonal_{t}_{_identity(b, found.block)}"
     if found.of_players:
-        b.emit("backward", t, result, "kronecker_gram_diagonal", found.layers, Var(found.own))
+        b.emit("backward", t, result, "kronecker_gram_diagonal", found.layers, Var(found.metric))
     else:
         gram_diagonal(b, t, found.block.players[0], found.metric, result, _whitened(b, t, found))
     return result
@@ -190,7 +182,7 @@ def block_sample_gram(b: Builder, t: int, found: Observed) -> str:
     if not found.of_players:
         return sample_gram(b, t, found.block.players[0], found.metric, _whitened(b, t, found))
     result = f"gamma_{t}_{_identity(b, found.block)}"
-    b.emit("backward", t, result, "kronecker_sample_grams", found.layers, Var(found.own), Var("rank"))
+    b.emit("backward", t, result, "kronecker_sample_grams", found.layers, Var(found.metric), Var("rank"))
     return result
 
 
@@ -271,7 +263,7 @@ def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str
 def update(b: Builder, phase: Phase, t: int, block: MetricBlock, gradients: dict[str, str], note: str) -> None:
     """The base method consumes the gradients of a block; ``δu`` is written down where somebody reads it."""
     verb, deltas = _verb(b, block)
-    if block.kind in (*OF_PLAYERS, "channels"):
+    if block.of_players or block.kind == "channels":
         found = tuple(Var(gradients[player.name]) for player in block.players)
         b.emit(phase, t, deltas, f"m.{verb}_block", _first(b, block).kind, _names(block), found, note=note)
     else:

@@ -122,10 +122,6 @@ class BlockUpdates(ParameterUpdates):
         """``M⁻¹`` of a block, as the kernels take it."""
         return self._kronecker.block_metric(kind, self.states[names[0][0]], *self._widths_and_groups(kind, names))
 
-    def own_metric(self, kind: BlockKind, names: Names) -> Metric:
-        """The players' ``M⁻¹`` without cross terms (Eq. 23)."""
-        return self._kronecker.own_metric(kind, self.states[names[0][0]], *self._widths_and_groups(kind, names))
-
     def _widths_and_groups(self, kind: BlockKind, names: Names) -> tuple[list[tuple[int, int]], list[Group]]:
         """``(n, m)`` and options of every player."""
         shapes = [self._shape(kind, player) for player in names]

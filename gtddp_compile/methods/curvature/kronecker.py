@@ -6,7 +6,6 @@ A block is
 * ``"kronecker"``: linear and convolution layers, from their homogeneous inputs and ``V_h``;
 * ``"dual"``: the same of a layer with one position a sample, which needs the inverse factors and no roots of them;
 * ``"channels"``: convolutions under a metric of inputs alone, from the covariance of the channels at a pixel;
-* ``"printed"``: the same of a coalition, with each player's own factors beside the joint ones (Eq. 23 reads them);
 * ``"shared"``: players with the same rows (Corollary 7; EK-FAC alone);
 * ``"exact"``: any other player of at most ``small`` parameters, the ``E[γ γᵀ]`` of its per-sample gradients (the same
   algebra with the input 1);
@@ -46,10 +45,9 @@ from gtddp_compile.methods.curvature.checks import (
     subtract,
 )
 
-BlockKind = Literal["kronecker", "dual", "channels", "printed", "shared", "exact"]
+BlockKind = Literal["kronecker", "dual", "channels", "shared", "exact"]
 
-MAPS = ("map_x", "map_g", "null_x", "null_g", "moment")
-DERIVED = (*MAPS, "inverse_x", "inverse_g", "filters", *(f"own_{key}" for key in MAPS))
+DERIVED = ("map_x", "map_g", "null_x", "null_g", "moment", "inverse_x", "inverse_g", "filters")
 """Keys of a block's state that are made of its factors."""
 
 
@@ -212,8 +210,6 @@ class Kronecker(ABC):
             lead.update(self.refreshed(kind, lead, group))
         if moments:
             lead.update(self.moments(layers, start, lead, group))
-        if kind == "printed":
-            lead.update(self._own(layers, start, lead, group, due=due or "own_map_x" not in lead))
         return found
 
     def _running(
@@ -237,23 +233,6 @@ class Kronecker(ABC):
         lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
         return early or age % group["refresh"] == 0
 
-    def _own(self, layers: Sequence[Layer], start: float, lead: State, group: Group, *, due: bool) -> dict[str, Tensor]:
-        """What every player's curvature would be alone, side by side in coordinates of its own."""
-        widths = kronecker_widths(layers)
-        found: list[dict[str, Any]] = []
-        for layer, x, g in zip(layers, *spans(widths), strict=True):
-            own: dict[str, Any] = {"age": lead["age"]}
-            if due:
-                own |= {key: lead[key][:, at, at] for key, at in zip(self.factor_keys(), (x, g), strict=False)}
-                own |= self.refreshed("kronecker", own, group)
-            else:
-                places = {"map_x": (x, x), "map_g": (g, g), "null_x": (x,), "null_g": (g,), "moment": (g, x)}
-                own |= {
-                    key: lead[f"own_{key}"][(slice(None), *at)] for key, at in places.items() if f"own_{key}" in lead
-                }
-            found.append(own | self.moments((layer,), start, own, group))
-        return {f"own_{key}": side_by_side([own[key] for own in found]) for key in MAPS if key in found[0]}
-
     def block_metric(
         self, kind: BlockKind, state: State, widths: Sequence[tuple[int, int]], groups: Sequence[Group]
     ) -> Metric:
@@ -270,18 +249,6 @@ class Kronecker(ABC):
         if kind == "shared":
             return ((state["map_x"], state["map_g"]),) * len(widths), scale, cross, rates
         return split_maps(state, widths), scale, cross, rates
-
-    def own_metric(
-        self, kind: BlockKind, state: State, widths: Sequence[tuple[int, int]], groups: Sequence[Group]
-    ) -> Metric:
-        """The metric without cross terms: ``Q_uu⁻¹`` and ``Q_vv⁻¹`` of Eq. 23; arguments as :meth:`block_metric`."""
-        rates = tuple(float(group["lr"]) for group in groups)
-        if kind == "shared":
-            scale, _ = self.scales("kronecker", state, groups[0], 1)
-            return ((state["map_x"], state["map_g"]),) * len(widths), scale, torch.zeros_like(state["moment"]), rates
-        own = {key: state[f"own_{key}"] for key in MAPS if f"own_{key}" in state}
-        scale, _ = self.scales("kronecker", own, groups[0], 1)
-        return split_maps(own, widths), scale, None, rates
 
     def factor_keys(self) -> tuple[str, ...]:
         """Keys of the factors in a state."""
@@ -328,21 +295,3 @@ def split_maps(state: State, widths: Sequence[tuple[int, int]]) -> Maps:
     xs = state["map_x"].split([n for n, _ in widths], 1)
     gs = state["map_g"].split([m for _, m in widths], 1) if "map_g" in state else [None] * len(widths)
     return tuple(zip(xs, gs, strict=True))
-
-
-def spans(widths: Sequence[tuple[int, int]]) -> tuple[list[slice], list[slice]]:
-    """Where every player's inputs and outputs are among those of the block."""
-    found: tuple[list[slice], list[slice]] = ([], [])
-    for axis, places in enumerate(found):
-        end = 0
-        for width in widths:
-            places.append(slice(end, end + width[axis]))
-            end += width[axis]
-    return found
-
-
-def side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """Vectors ``(G, n)`` one after the other, matrices ``(G, m, n)`` as blocks along the diagonal."""
-    if parts[0].dim() == 2:
-        return torch.cat(list(parts), 1)
-    return torch.stack([torch.block_diag(*blocks) for blocks in zip(*parts, strict=True)])

@@ -21,9 +21,9 @@ from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.terminal import terminal_weight
 from gtddp_compile.passes.p06_derive import DerivedStage
-from gtddp_compile.runtime.dense_metric import DenseMetric, Seen
-from gtddp_compile.runtime.dense_rollout import Gains, rolled_out
-from gtddp_compile.runtime.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
+from gtddp_compile.runtime.dense.metric import DenseMetric, Seen
+from gtddp_compile.runtime.dense.rollout import Gains, rolled_out
+from gtddp_compile.runtime.dense.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.precision import Precision
 from gtddp_compile.runtime.program import UpdateProgram
@@ -168,9 +168,6 @@ class DenseBackend:
         whole = {name: torch.cat([group.value_x[name] for group in seen_by]) for name in groups[0].value_x}
         metric.observe(seen, whole, gradients)
         matrices = metric.matrices()
-        if stage.derivation.own:
-            for values, _ in opened:
-                values.update(zip(stage.derivation.own.values(), metric.own_matrices(), strict=True))
         return [
             self._group_gains(m, stage, group, values, size, (*matrices, metric.sizes))
             for group, (values, size) in zip(groups, opened, strict=True)

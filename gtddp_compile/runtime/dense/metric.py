@@ -20,8 +20,7 @@ from gtddp_compile import kernels
 from gtddp_compile.graph import ControlGraph, Player
 from gtddp_compile.lowering.plan import MetricBlock
 from gtddp_compile.lowering.uses import describe_use
-from gtddp_compile.lowering.write.metrics import OF_PLAYERS
-from gtddp_compile.runtime.jacobians import Blocks, StageJacobians, Trajectory
+from gtddp_compile.runtime.dense.jacobians import Blocks, StageJacobians, Trajectory
 from gtddp_compile.runtime.method import BaseMethod
 
 
@@ -54,7 +53,7 @@ class DenseMetric:
     def observe(self, seen: Seen, value_x: Mapping[str, Tensor], opened: Mapping[str, Tensor]) -> None:
         """Statistics of every block from ``V_x`` of the whole batch (``(B n, 1)`` a value) and ``Q_u`` by player."""
         for block in self._blocks:
-            names = tuple(player.parameters for player in block.players)
+            names = block.names
             if block.kind == "parameters":
                 self._m.observe(names[0], self._m.unflatten(names[0], opened[block.players[0].name]))
             elif block.kind == "channels":
@@ -110,9 +109,8 @@ class DenseMetric:
         parts = dict(zip((player.name for player in self._players), consumed.split(self.sizes), strict=True))
         for block in self._blocks:
             pieces = tuple(self._m.unflatten(p.parameters, parts[p.name]) for p in block.players)
-            if block.kind in (*OF_PLAYERS, "channels"):
-                names = tuple(player.parameters for player in block.players)
-                self._m.apply_block(block.kind, names, pieces)  # type: ignore[arg-type]
+            if block.of_players or block.kind == "channels":
+                self._m.apply_block(block.kind, block.names, pieces)  # type: ignore[arg-type]
             else:
                 self._m.apply(block.players[0].parameters, pieces[0])
 
@@ -125,18 +123,12 @@ class DenseMetric:
         curvature = torch.linalg.inv(self._inverse())
         return curvature, linear - curvature @ carried
 
-    def own_matrices(self) -> list[Tensor]:
-        """Every player's curvature without cross terms: what Eq. 23 as printed reads."""
-        inverse = self._inverse(own=True)
-        blocks = [row.split(self.sizes, 1)[n] for n, row in enumerate(inverse.split(self.sizes))]
-        return [torch.linalg.inv(block) for block in blocks]
-
     @property
     def sizes(self) -> list[int]:
         """Number of parameters of every player."""
         return [sum(self._m.shape(name).numel() for name in player.parameters) for player in self._players]
 
-    def _inverse(self, *, own: bool = False) -> Tensor:
+    def _inverse(self) -> Tensor:
         ends = list(accumulate(self.sizes))
         pairs = zip(self._players, self.sizes, ends, strict=True)
         offsets = {player.name: slice(end - size, end) for player, size, end in pairs}
@@ -145,18 +137,16 @@ class DenseMetric:
         for block in self._blocks:
             if block.kind == "channels":
                 self._fill_channels(inverse, offsets[block.players[0].name], block.players[0])
-            elif block.kind in OF_PLAYERS:
-                self._fill(inverse, offsets, block, own=own and len(block.players) > 1)
+            elif block.of_players:
+                self._fill(inverse, offsets, block)
             else:
                 (player,) = block.players
                 inverse[offsets[player.name], offsets[player.name]] = self._m.dense_inverse(player.parameters)
         return inverse
 
-    def _fill(self, inverse: Tensor, offsets: Mapping[str, slice], block: MetricBlock, *, own: bool) -> None:
+    def _fill(self, inverse: Tensor, offsets: Mapping[str, slice], block: MetricBlock) -> None:
         """``M⁻¹_pq = √(η_p η_q) Σ_kl (X_p Y_p)_kl scale_kl (X_q Y_q)_kl``, columns in the parameters' order."""
-        names = tuple(player.parameters for player in block.players)
-        metric = self._m.own_metric if own else self._m.block_metric
-        maps, scale, cross, rates = metric(block.kind, names)  # type: ignore[arg-type]
+        maps, scale, cross, rates = self._m.block_metric(block.kind, block.names)  # type: ignore[arg-type]
         for p, left in enumerate(block.players):
             for q, right in enumerate(block.players):
                 weights = _weights(scale, cross, same=p == q)
