@@ -7,7 +7,7 @@ from typing import Any
 
 from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.builder import Builder
-from gtddp_compile.costs import GramChoice, choose_gram, observes
+from gtddp_compile.costs import GramChoice, choose_gram, choose_stacked, observes
 from gtddp_compile.graph import BufferRef, Player
 from gtddp_compile.instructions import Code, Function, Phase, StageFunction, Var
 from gtddp_compile.responses import inputs_gram
@@ -145,6 +145,15 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
         b.emit("backward", t, (f"*{result}",), "factor_gram" if b.factored else "gram_blocks", *first, taken,
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T", **b.options(use), **more)  # fmt: skip
+        return result
+    if not b.factored and choose_stacked(b.plan, uses) is not None:
+        taken = tuple(Code(f"{found.name}[0]") if isinstance(found, Var) else found[0] for found in
+                      (operands(b, use) for use in uses))  # fmt: skip
+        rest = tuple(Var(b.g_output(use.op)) for use in uses[1:])
+        said = tuple((use.rule.prefix == "transposed", use.params[1] is not None) for use in uses)
+        b.emit("backward", t, (f"*{result}",), "gram_blocks", Function("linear_uses_gram"), (*taken, *rest),
+               Var(b.g_output(uses[0].op)), params(b, uses[0]), uses[0].wants, Var(metric), Var(b.rows),
+               note="gamma M^-1 gamma^T of all uses", uses=said)  # fmt: skip
         return result
     b.emit("backward", t, (f"*{result}",), "joint_gram", Var(per_sample(b, t, player)), Var(metric), Var(b.rows),
            note="gamma M^-1 gamma^T")  # fmt: skip

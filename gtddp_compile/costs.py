@@ -78,12 +78,30 @@ def choose_gram(plan: Plan, use: Use) -> GramChoice:
     layer = _layer(plan.graph, use)
     if layer is None:
         return GramChoice("per-sample")
+    if use.rule.prefix == "transposed":
+        return layer.choice("exact", 0, diagonal=plan.metric == "diagonal", weight=True)
     found = layer.choice(plan.gram, plan.columns, diagonal=plan.metric == "diagonal", weight=use.wants[0],
                          sketches=plan.form.name == "joint" and not plan.form.factored)  # fmt: skip
     fixed = found.kept or layer.positions == 1 or not use.wants[0] or layer.gram(found) <= NEGLIGIBLE
     if fixed or found.approximate not in ("exact", "separable"):
         return found
     return replace(found, low=plan.low and found.form == "per-sample" and layer.prefix == "linear", every=plan.every)
+
+
+def choose_stacked(plan: Plan, uses: tuple[Use, ...]) -> GramChoice | None:
+    """The choice for a weight that linear layers alone use, whose positions are taken together; ``None``: for another.
+
+    A later use may leave out the bias, and may be ``x W``, as where the layer is differentiated backwards.
+    """
+    layers = [_layer(plan.graph, use) for use in uses]
+    first, weights = uses[0], {use.params[0] for use in uses if use.params}
+    whole = first.wants[:1] == (True,) and any(first.names == p.parameters for p in plan.graph.player_using[first.op])
+    if not whole or len(weights) > 1 or not all(layer is not None and layer.prefix == "linear" for layer in layers):
+        return None
+    (batch, *_), (outputs, inputs) = (layers[0].output, layers[0].weight) if layers[0] else ((0,), (0, 0))
+    positions = sum(layer.positions for layer in layers if layer is not None)
+    pairs = plan.metric != "diagonal" and kernels.linear_gram_form(batch, positions, inputs, outputs) == "pairs"
+    return GramChoice(f"{'pairs' if pairs else 'per-sample'} over {len(uses)} uses")
 
 
 def rollout_units(plan: Plan, uses: Iterable[Use]) -> tuple[float, float] | None:
@@ -161,8 +179,10 @@ def _layer(graph: ControlGraph, use: Use) -> _Layer | None:
     shapes = [arranged_shape(graph, use, ref.name) for ref in use.operands if ref.name in graph.ops.position]
     output = arranged_shape(graph, use, use.op)
     weight = graph.ops.parameter_info.get(use.params[0].name) if use.params and use.params[0] is not None else None
-    if prefix not in ("linear", "conv") or not output or not shapes or not shapes[0] or weight is None:
+    if prefix not in ("linear", "transposed", "conv") or not output or not shapes or not shapes[0] or weight is None:
         return None
+    if prefix == "transposed":
+        return _Layer("linear", output, shapes[0], tuple(weight.shape), 1)
     folded = prefix == "conv" and len(output) > len(weight.shape)
     return _Layer(prefix, shapes[0], output, tuple(weight.shape), use.options.get("groups", 1), folded)
 

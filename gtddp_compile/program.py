@@ -18,7 +18,7 @@ from gtddp_compile.algebra.collapsed import COUPLED, CollapsedForm
 from gtddp_compile.algebra.derivation import Equation, StageDerivation, equation_text
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.columns import describe_terminal, vectorises
-from gtddp_compile.costs import choose_gram, rollout_units, separates
+from gtddp_compile.costs import choose_gram, choose_stacked, rollout_units, separates
 from gtddp_compile.difference import ProgramDiff, compare
 from gtddp_compile.errors import CompileError
 from gtddp_compile.export import Parts, no_setting, read, write
@@ -270,9 +270,9 @@ class UpdateProgram:
             return "a block a sample" if self.form.factored else "diagonal"
         if self.form.factored:
             return "per-sample gradients, uses added" if len(uses) > 1 else "kernel, columns as samples"
-        if len(uses) > 1:
-            return "per-sample gradients, uses added"
         plan = self.lowered.plan
+        if len(uses) > 1:
+            return str(choose_stacked(plan, uses) or "per-sample gradients, uses added")
         return f"{choose_gram(plan, uses[0])}{', metric separated' if separates(plan, uses[0]) else ''}"
 
 

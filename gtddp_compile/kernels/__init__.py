@@ -114,6 +114,7 @@ from gtddp_compile.kernels.norm import (
     norm_weighted,
 )
 from gtddp_compile.kernels.pooled import conv_pooled, linear_pooled
+from gtddp_compile.kernels.spread import spread
 from gtddp_compile.kernels.sweep import (
     add_gram,
     bind,
@@ -148,6 +149,16 @@ from gtddp_compile.kernels.sweep import (
     tap,
     weigh,
     wide,
+)
+from gtddp_compile.kernels.transposed import (
+    linear_uses_gram,
+    transposed,
+    transposed_directional,
+    transposed_gram,
+    transposed_gram_diagonal,
+    transposed_per_sample,
+    transposed_subtract,
+    transposed_weighted,
 )
 
 __all__ = [
@@ -252,6 +263,7 @@ __all__ = [
     "linear_separable_gram",
     "linear_sketch_gram",
     "linear_subtract",
+    "linear_uses_gram",
     "linear_weighted",
     "loss_gradient",
     "lstm_cell",
@@ -293,11 +305,19 @@ __all__ = [
     "sigmoid_pulled",
     "solve",
     "split_columns",
+    "spread",
     "tanh_pulled",
     "tap",
     "terminal",
     "time_first",
     "together",
+    "transposed",
+    "transposed_directional",
+    "transposed_gram",
+    "transposed_gram_diagonal",
+    "transposed_per_sample",
+    "transposed_subtract",
+    "transposed_weighted",
     "uniform_like_first",
     "weigh",
     "wide",

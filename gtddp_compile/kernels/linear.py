@@ -16,7 +16,10 @@ CHUNK = 2**20
 """Bound on the elements of an intermediate tensor."""
 
 HALVED = 2**23
-"""Multiplications from which on a CPU's symmetric product is made by halves."""
+"""Multiplications from which on a CPU's symmetric product is made of its upper triangle, a few rows at a time."""
+
+FEW = 8
+"""Positions up to which pairs of them are taken one by one."""
 
 
 def linear_gram_form(samples: int, positions: int, inputs: int, outputs: int) -> str:
@@ -54,6 +57,8 @@ def _linear_blocks(x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
     """``Σ_st (x_is · x_jt)(g_is · g_jt)`` as ``(B, B)``."""
     samples, positions, _ = x.shape
+    if positions <= FEW:
+        return _linear_few_pairs(x, g)
     all_x, all_g = x.flatten(0, 1).mT, g.flatten(0, 1).mT
     step = max(1, CHUNK // (samples * positions**2))
     blocks = []
@@ -61,6 +66,20 @@ def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
         product = (x[part].flatten(0, 1) @ all_x) * (g[part].flatten(0, 1) @ all_g)
         blocks.append(product.reshape(-1, positions, samples, positions).sum((1, 3)))
     return torch.cat(blocks)
+
+
+def _linear_few_pairs(x: Tensor, g: Tensor) -> Tensor:
+    """The same, its upper triangle a few samples at a time: what is added up stays in the cache."""
+    samples = x.shape[0]
+    x, g, gram = x.transpose(0, 1).contiguous(), g.transpose(0, 1).contiguous(), g.new_empty(samples, samples)
+    for rows in pieces(samples, max(1, CHUNK // (8 * samples))):
+        part = g.new_zeros(x[0, rows].shape[0], samples - rows.start)
+        for x_s, g_s in zip(x[:, rows], g[:, rows], strict=True):
+            for x_t, g_t in zip(x[:, rows.start :], g[:, rows.start :], strict=True):
+                part.addcmul_(x_s @ x_t.mT, g_s @ g_t.mT)
+        gram[rows, rows.start :] = part
+        gram[rows.start :, rows] = part.mT
+    return gram
 
 
 def _linear_sample_pairs(x: Tensor, g: Tensor, metric: Tensor) -> Tensor:
@@ -93,9 +112,8 @@ def _linear_weight_gram(x: Tensor, g: Tensor, metric: Tensor | float) -> Tensor:
     gram = g.new_zeros(samples, samples)
     for rows, block in _linear_blocks(x, g):
         scaled = block if spherical else block * metric[rows] ** 0.5  # type: ignore[index]
-        flat = scaled.flatten(1)
-        gram = gram + flat @ flat.mT
-    return gram * metric if spherical else gram
+        gram = gram.add_(linear_inputs(scaled.flatten(1)))
+    return gram.mul_(metric) if spherical else gram
 
 
 def linear_weighted(
@@ -127,15 +145,14 @@ def linear_subtract(
 
 
 def linear_inputs(x: Tensor) -> Tensor:
-    """``X Xᵀ``, ``(B, B)``, of one row a sample; of a large one the block below the diagonal is a copy."""
+    """``X Xᵀ``, ``(B, B)``, of one row a sample; of a large one the blocks below the diagonal are copies."""
     samples, inputs = x.shape
     if torch.compiler.is_compiling() or x.device.type != "cpu" or samples**2 * inputs < HALVED:
         return x @ x.mT
-    half = samples // 2
-    first, second, product = x[:half], x[half:], x.new_empty(samples, samples)
-    torch.mm(first, x.mT, out=product[:half])
-    torch.mm(second, second.mT, out=product[half:, half:])
-    product[half:, :half] = product[:half, half:].mT
+    product = x.new_empty(samples, samples)
+    for rows in pieces(samples, -(-samples // 4)):
+        torch.mm(x[rows], x[rows.start :].mT, out=product[rows, rows.start :])
+        product[rows.stop :, rows] = product[rows, rows.stop :].mT
     return product
 
 
@@ -178,13 +195,11 @@ def linear_gram(
             return gram.mul_(metric[-1])
         return gram.mul_(_linear_factor(linear_inputs(x) if inputs is None else inputs, metric))
     x, g = _linear_rows(x), _linear_rows(g)
-    gram = g.new_zeros(g.shape[0], g.shape[0])
-    if wants[0]:
-        gram = gram + _linear_weight_gram(x, g, metric[0])
-    if wants[1]:
-        bias = g.sum(1) * metric[-1] ** 0.5
-        gram = gram + bias @ bias.mT
-    return gram
+    bias = linear_inputs(g.sum(1) * metric[-1] ** 0.5) if wants[1] else None
+    if not wants[0]:
+        return bias  # type: ignore[return-value]
+    gram = _linear_weight_gram(x, g, metric[0])
+    return gram if bias is None else gram.add_(bias)
 
 
 def linear_gram_diagonal(
