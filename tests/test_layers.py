@@ -21,6 +21,7 @@ LAYERS = {
     "wording": 0,
     "draw": 1,
     "graph": 1,
+    "pde": 1,
     "algebra": 2,
     "formulas": 2,
     "kernels": 2,

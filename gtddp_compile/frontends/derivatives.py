@@ -7,6 +7,7 @@ have become ordinary operations. A second pass functionalises them and takes fus
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,14 +39,17 @@ FUSED = get_decompositions(
         aten.elu_backward,
         aten.leaky_relu_backward,
         aten.threshold_backward,
+        aten.native_layer_norm,
         aten.native_layer_norm_backward,
+        aten.native_group_norm,
+        aten.native_group_norm_backward,
         aten._softmax_backward_data,
         aten._log_softmax_backward_data,
         aten.select_backward,
         aten.slice_backward,
     ]
 )
-"""Backward operations that are taken apart: those that autograd knows no second derivative of, or a slow one."""
+"""Operations that are taken apart: fused backward ones, and normalisations, whose moments autograd takes as given."""
 
 DETACHING = frozenset({torch.Tensor.detach, torch.Tensor.detach_, torch.detach, torch.Tensor.data.__get__})
 
@@ -57,8 +61,13 @@ def differentiates(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
         CompileError: it differentiates with respect to its parameters, or so that parameters get no gradient.
     """
     watch = _Watch(model)
-    with watch, _quiet():
-        watch.run(inputs)
+    try:
+        with watch, _quiet():
+            watch.run(inputs)
+    except CompileError:
+        raise
+    except Exception:  # the user's own code, which may not take being watched: other front ends say what they think
+        return watch.found
     return watch.found
 
 
@@ -72,6 +81,8 @@ def trace_derivatives(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     Raises:
         Untraceable: it decides on values, or writes a buffer.
     """
+    if not all(isinstance(value, Tensor) for value in inputs):
+        raise Untraceable("with its derivatives: an input is no tensor")
     params, buffers = leaves(model)
     where = _Where(model)
     spec: list[pytree.TreeSpec] = []
@@ -96,6 +107,8 @@ def trace_derivatives(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
         raise
     except Exception as error:  # the user's own code runs here and may raise anything
         said = (str(error).strip() or type(error).__name__).split("\n")[0]
+        if "tracing tensor" in said:
+            said = "the path through the model depends on values"
         raise Untraceable(f"with its derivatives: {said[:300]}", source=raised_at(error.__traceback__)) from error
     names = argument_names(model, len(inputs))
     calls, output = tidied(plain, (tuple(params), tuple(buffers), names), given)
@@ -124,7 +137,7 @@ class _Watch(TorchFunctionMode):
     def run(self, inputs: tuple[Any, ...]) -> None:
         """Run the model on copies."""
         values = {**self._params, **self._buffers}
-        torch.func.functional_call(self._model, values, tuple(value.clone() for value in inputs))
+        torch.func.functional_call(self._model, values, copy.deepcopy(inputs))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note what is asked for, and do it."""

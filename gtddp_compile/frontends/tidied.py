@@ -100,7 +100,9 @@ class _Walk:
         elif (name in ("mm", "addmm") and self._product(node, name)) or (name == "add" and self._biased(node)):
             return
         else:
-            self._emit(node, node.target, *fx.map_arg((node.args, dict(node.kwargs)), self._ref))
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._ref)
+            # A copy that was left out may have lain otherwise.
+            self._emit(node, torch.reshape if name in ("view", "_unsafe_view") else node.target, args, kwargs)
 
     def _is_nothing(self, node: fx.Node, name: str) -> bool:
         """Whether a factor is zero for every value of inputs and parameters."""

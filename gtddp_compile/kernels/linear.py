@@ -5,6 +5,7 @@ all. Then ``γ_i = (Σ_t g_it x_itᵀ, Σ_t g_it)``, and for a spherical metric 
 ∘ (G Gᵀ) + η_b G Gᵀ``. Nothing larger than about ``CHUNK`` elements is built on the way.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,7 +58,7 @@ def _linear_blocks(x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
     """``Σ_st (x_is · x_jt)(g_is · g_jt)`` as ``(B, B)``."""
     samples, positions, _ = x.shape
-    if positions <= FEW:
+    if positions <= FEW and not torch.compiler.is_compiling():
         return _linear_few_pairs(x, g)
     all_x, all_g = x.flatten(0, 1).mT, g.flatten(0, 1).mT
     step = max(1, CHUNK // (samples * positions**2))
@@ -70,15 +71,20 @@ def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
 
 def _linear_few_pairs(x: Tensor, g: Tensor) -> Tensor:
     """The same, its upper triangle a few samples at a time: what is added up stays in the cache."""
-    samples = x.shape[0]
-    x, g, gram = x.transpose(0, 1).contiguous(), g.transpose(0, 1).contiguous(), g.new_empty(samples, samples)
-    for rows in pieces(samples, max(1, CHUNK // (8 * samples))):
-        part = g.new_zeros(x[0, rows].shape[0], samples - rows.start)
-        for x_s, g_s in zip(x[:, rows], g[:, rows], strict=True):
-            for x_t, g_t in zip(x[:, rows.start :], g[:, rows.start :], strict=True):
-                part.addcmul_(x_s @ x_t.mT, g_s @ g_t.mT)
-        gram[rows, rows.start :] = part
-        gram[rows.start :, rows] = part.mT
+    samples, positions, _ = x.shape
+    step = max(1, CHUNK // (16 * samples))
+    gram, space = g.new_empty(samples, samples), g.new_empty(3, step * samples)
+    (x, x_mT), (g, g_mT) = ((v.transpose(0, 1).contiguous(), v.permute(1, 2, 0).contiguous()) for v in (x, g))
+    for rows in pieces(samples, step):
+        shape = (min(step, samples - rows.start), samples - rows.start)
+        inputs, outputs, total = (part[: shape[0] * shape[1]].view(shape) for part in space)
+        total.zero_()
+        for s, t in itertools.product(range(positions), repeat=2):
+            torch.mm(x[s, rows], x_mT[t, :, rows.start :], out=inputs)
+            torch.mm(g[s, rows], g_mT[t, :, rows.start :], out=outputs)
+            total.addcmul_(inputs, outputs)
+        gram[rows, rows.start :] = total
+        gram[rows.start :, rows] = total.mT
     return gram
 
 
@@ -109,11 +115,11 @@ def _linear_weight_gram(x: Tensor, g: Tensor, metric: Tensor | float) -> Tensor:
         return _linear_pairs(x, g) * metric
     if not spherical and positions == 1 and samples * (inputs + g.shape[-1]) <= 2 * inputs * g.shape[-1]:
         return _linear_sample_pairs(x[:, 0], g[:, 0], metric)  # type: ignore[arg-type]
-    gram = g.new_zeros(samples, samples)
+    gram = None
     for rows, block in _linear_blocks(x, g):
-        scaled = block if spherical else block * metric[rows] ** 0.5  # type: ignore[index]
-        gram = gram.add_(linear_inputs(scaled.flatten(1)))
-    return gram.mul_(metric) if spherical else gram
+        found = linear_inputs((block if spherical else block * metric[rows] ** 0.5).flatten(1))  # type: ignore[index]
+        gram = found if gram is None else gram.add_(found)
+    return gram.mul_(metric) if spherical else gram  # type: ignore[union-attr,return-value]
 
 
 def linear_weighted(
