@@ -2,8 +2,8 @@
 
 ``laplacian(net)(x)`` runs ``net`` once, on a :class:`Jet`: the value at every point, its first derivatives along every
 coordinate, and second derivatives or their sum. Each operation of the network carries the three on by the chain rule
-(Griewank and Walther 2008, chapter 13; the sum of second derivatives alone: Li et al. 2024, forward Laplacian). A linear
-layer is a linear layer for each of them, and that is how the compiler sees it: one weight, used three times.
+(Griewank and Walther 2008, chapter 13; the sum of second derivatives alone: Li et al. 2024, forward Laplacian). A
+linear layer is one for each of them, and that is how the compiler sees it: one weight, used three times.
 
 The functions are written for points along leading axes that do not see each other: ``x`` is ``(…, D)`` and row i of the
 result depends on row i of ``x`` alone. Units are those of the network's outputs over those of its inputs.

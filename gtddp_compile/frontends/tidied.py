@@ -95,8 +95,8 @@ class _Walk:
         same = self._same(node, name)
         if same is not None:
             self._take(node, same)
-        elif name in ("t", "transpose", "permute") and value.dim() == 2 and self._is_weight(read[0]):
-            self._turn(node, read[0], args)
+        elif _transposes(name, args[1:]) and value.dim() == 2 and self._is_weight(read[0]):
+            self._turn(node, read[0])
         elif (name in ("mm", "addmm") and self._product(node, name)) or (name == "add" and self._biased(node)):
             return
         else:
@@ -147,10 +147,8 @@ class _Walk:
         leaf = self._turned.get(node) or self._leaf.get(node)
         return isinstance(leaf, ParamRef) and self._value[node].dim() == 2
 
-    def _turn(self, node: fx.Node, weight: fx.Node, args: Sequence[Any]) -> None:
-        if (len(args) > 1 and sorted(axis % 2 for axis in pytree.tree_leaves(args[1:])) != [0, 1]) or list(args[1:]) == [[0, 1]]:
-            self._take(node, weight)
-        elif weight in self._turned:
+    def _turn(self, node: fx.Node, weight: fx.Node) -> None:
+        if weight in self._turned:
             self._leaf[node] = self._turned[weight]
         else:
             self._turned[node] = self._leaf[weight]
@@ -256,6 +254,13 @@ def _name(node: fx.Node) -> str:
         return "getitem"
     schema = getattr(node.target, "_schema", None)
     return str(schema.name).split("::")[-1] if schema is not None else str(node.target)
+
+
+def _transposes(name: str, axes: Sequence[Any]) -> bool:
+    """Whether two axes change places."""
+    if name in ("t", "transpose"):
+        return name == "t" or axes[0] % 2 != axes[1] % 2
+    return name == "permute" and list(axes[0]) == [1, 0]
 
 
 def _draws(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """Per-sample parameter gradients of ``h = x W``: those of ``x Wᵀ`` with ``x`` and ``g`` in each other's place.
 
-``x`` is ``(B, …, m)``, ``h`` and ``g`` are ``(B, …, n)``: ``γ_i = Σ_t x_it g_itᵀ``. Derivatives by reverse mode inside a
-model use its linear layers this way, too; :func:`linear_uses_gram` takes all uses of one weight together.
+``x`` is ``(B, …, m)``, ``h`` and ``g`` are ``(B, …, n)``: ``γ_i = Σ_t x_it g_itᵀ``. Derivatives by reverse mode inside
+a model use its linear layers this way, too; :func:`linear_uses_gram` takes all uses of one weight together.
 """
 
 import torch
