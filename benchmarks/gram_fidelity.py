@@ -25,15 +25,14 @@ from digit_images import digits
 from networks import DigitsNet, TransformerBlock, mlp
 from torch import Tensor, nn
 
-from gtddp_compile import LowPrecision, Refreshed, Sketch, compile_optimizer
+from gtddp_compile import Sketch, compile_optimizer
 
 BASES: dict[str, float] = {"sgd": 0.5, "rmsprop": 2e-3, "adam": 3e-3, "ekfac": 0.05}
 """Learning rates at which the base methods train well."""
 
 GRAMS: dict[str, Any] = {
     "exact": "exact", "auto": "auto", "separable": "separable", "Sketch(8)": Sketch(8), "Sketch(32)": Sketch(32),
-    "coarse": "coarse", "LowPrecision()": LowPrecision(), "Refreshed(2)": Refreshed(2), "Refreshed(10)": Refreshed(10),
-    "Refreshed(100)": Refreshed(100),
+    "coarse": "coarse",
 }  # fmt: skip
 KRONECKER = ("exact", "auto")
 """What there is to choose for EK-FAC: its diagonal separated or not."""
@@ -72,9 +71,9 @@ class Network:
 
 
 NETWORKS: dict[str, Network] = {
-    "digits": Network(DigitsNet, (1, 8, 8), idle=("LowPrecision", "Refreshed")),
-    "digits, 32": Network(lambda: DigitsNet(32), (1, 8, 8), ("sgd", "adam"), ("LowPrecision",)),
-    "mlp": Network(lambda: mlp((64, 256, 256, 256, 10)), (64,), idle=("LowPrecision", "Refreshed")),
+    "digits": Network(DigitsNet, (1, 8, 8)),
+    "digits, 32": Network(lambda: DigitsNet(32), (1, 8, 8), ("sgd", "adam")),
+    "mlp": Network(lambda: mlp((64, 256, 256, 256, 10)), (64,)),
     "tokens": Network(Tokens, (8, 8), ("sgd", "adam")),
 }
 
@@ -143,15 +142,10 @@ def errors(network: str, curvature: str) -> dict[str, float]:
         optimizer.step(x, y)
         exact = weights(optimizer)
         for name, (other, approximate) in others.items():
-            gram, measured = GRAMS[name], index % 5 == 4
-            if isinstance(gram, Refreshed):
-                measured = measured and index % gram.every > 0
-            elif not measured:
-                continue
-            other.load_state_dict(before)
-            load(approximate, state)
-            approximate.step(x, y)
-            if measured:
+            if index % 5 == 4:
+                other.load_state_dict(before)
+                load(approximate, state)
+                approximate.step(x, y)
                 found[name].append(distance(approximate, exact))
     return {"exact": 0.0, **{name: statistics.median(values) for name, values in found.items()}}
 
@@ -177,13 +171,7 @@ def speed(network: str, curvature: str, gram: Any, pairs: int) -> float:
     """A step's time against the exact one's."""
     x, y = batches(0)[0]
     (_, exact), (_, other) = (make(network, curvature, 0, gram=one) for one in ("exact", gram))
-    steps = gram.every if isinstance(gram, Refreshed) else 1
-
-    def run(optimizer: Any) -> None:
-        for _ in range(steps):
-            optimizer.step(x, y)
-
-    return interleaved(lambda: run(exact), lambda: run(other), max(3, pairs // steps), warm=1).ratio
+    return interleaved(lambda: exact.step(x, y), lambda: other.step(x, y), pairs, warm=1).ratio
 
 
 def main(

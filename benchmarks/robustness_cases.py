@@ -13,7 +13,7 @@ from networks import DigitsNet, ResidualTwos, SmallViT, small_resnet, tanh_mlp
 from torch import Tensor, nn
 
 from gtddp_compile import FOOF, CompiledOptimizer, Geometric, Sketch, compile_optimizer
-from gtddp_compile.curvature import updates
+from gtddp_compile.methods.curvature import updates
 from gtddp_compile.options import SUGGESTED
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-5, 4) for digit in (1, 3))

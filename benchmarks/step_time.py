@@ -4,12 +4,12 @@ A step is what a training loop does with a batch: forward, backward and update; 
 joint step) adds the Gram matrices and one factor. Both are timed in turns in one process, after a comparison that the
 first losses agree; peak memory is that of a process of its own, above what the imports take. FOOF, K-FAC and EK-FAC,
 which torch.optim has not, are timed against SGD's step, in blocks of ten steps, so that their refreshes count and the
-first steps, which refresh every time, do not; K-FAC and EK-FAC against a peer's (``peers.py``) too;
-``gram=Refreshed(k)`` in blocks of k. Every finished row is kept in ``step_time.json`` and not measured again.
+first steps, which refresh every time, do not; K-FAC and EK-FAC against a peer's (``peers.py``) too. Every
+finished row is kept in ``step_time.json`` and not measured again.
 
     python benchmarks/step_time.py --write --quick       the tables of docs/performance.md, in half an hour
     python benchmarks/step_time.py mlp gpt6 --curvature sgd --option '{"gram": "coarse"}'
-    python benchmarks/step_time.py vit-small --curvature sgd --option '{"gram": "Refreshed(10)"}'
+    python benchmarks/step_time.py vit-small --curvature sgd --option '{"gram": "Sketch(16)"}'
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from peers import PEERS, REFRESH, available, peer_step
 from rich.console import Console
 from rich.progress import track
 
-from gtddp_compile import LowPrecision, Refreshed, Sketch, compile_optimizer
+from gtddp_compile import Sketch, compile_optimizer
 
 OPTIM: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05}),
@@ -103,12 +103,11 @@ def compiled_step(network: Network, curvature: str, batch: int, options: dict[st
 
 
 def option_of(value: Any) -> Any:
-    """An option from JSON; ``"Refreshed(10)"`` and the like stand for objects."""
-    found = re.fullmatch(r"(\w+)\((.*)\)", value) if isinstance(value, str) else None
+    """An option from JSON; ``"Sketch(16)"`` stands for an object."""
+    found = re.fullmatch(r"(Sketch)\((.*)\)", value) if isinstance(value, str) else None
     if found is None:
         return value
-    known = {kind.__name__: kind for kind in (LowPrecision, Refreshed, Sketch)}
-    return known[found[1]](*json.loads(f"[{found[2]}]"))
+    return Sketch(*json.loads(f"[{found[2]}]"))
 
 
 def base_step(network: Network, curvature: str, against: str, batch: int) -> Step:
@@ -183,8 +182,7 @@ def row(case: tuple[Any, ...], batch: int, pairs: int, clock: str, threads: int,
     name, curvature, options, against = case
     network = NETWORKS[name]
     base = base_step(network, curvature, against, batch)
-    gram = option_of(options.get("gram"))
-    count = REFRESH if curvature in KRONECKER else gram.every if isinstance(gram, Refreshed) else 1
+    count = REFRESH if curvature in KRONECKER else 1
     found = measure(base, compiled_step(network, curvature, batch, options), count, pairs, clock)
     used = "–"
     if memory:

@@ -1,11 +1,11 @@
 """The paper's DIGITS experiment: ``python examples/digits.py`` does what ``gtddp-compile demo digits`` does.
 
-The network, the methods that are compared and the measurements are in ``gtddp_compile/demo/digits.py``.
+The network, the methods that are compared and the measurements are in ``gtddp_compile/tools/demo/digits.py``.
 """
 
 import typer
 
-from gtddp_compile.demo.digits import main
+from gtddp_compile.tools.demo.digits import main
 
 if __name__ == "__main__":
     typer.run(main)

@@ -5,13 +5,13 @@ the gains of Differential Dynamic Programming symbolically and generates the pro
 """
 
 from gtddp_compile.api import compile_optimizer
-from gtddp_compile.curvature import EKFAC, FOOF, KFAC, SGD, Adam, AdamW, Curvature, RMSprop
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
+from gtddp_compile.methods.curvature import EKFAC, FOOF, KFAC, SGD, Adam, AdamW, Curvature, RMSprop
+from gtddp_compile.methods.terminal import Geometric, MonteCarlo
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import LowPrecision, Refreshed, Sketch
-from gtddp_compile.program import UpdateProgram
-from gtddp_compile.terminal import Geometric, MonteCarlo
+from gtddp_compile.options import Sketch
+from gtddp_compile.runtime.program import UpdateProgram
 
 __all__ = [
     "EKFAC",
@@ -25,11 +25,9 @@ __all__ = [
     "ControlGraph",
     "Curvature",
     "Geometric",
-    "LowPrecision",
     "MonteCarlo",
     "Player",
     "RMSprop",
-    "Refreshed",
     "Shortcut",
     "Sketch",
     "Stage",

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from gtddp_compile.algebra.derivation import Recursion
 from gtddp_compile.algebra.forms import Rollout
-from gtddp_compile.curvature import Curvature, resolve
 from gtddp_compile.errors import CompileError
-from gtddp_compile.losses import split
+from gtddp_compile.methods.curvature import Curvature, resolve
+from gtddp_compile.methods.losses import split
+from gtddp_compile.methods.terminal import Terminal, check_terminal
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, suggested
 from gtddp_compile.passes.p07_collapse import form_name
-from gtddp_compile.program import UpdateProgram
-from gtddp_compile.terminal import Terminal, check_terminal
+from gtddp_compile.runtime.program import UpdateProgram
 
 
 def compile_optimizer(
@@ -95,10 +95,8 @@ def compile_optimizer(
             half of their own training step because the metric is diagonal: those have it separated. ``"exact"``.
             ``"separable"``: every diagonal metric as a product of one of outputs and one of inputs.
             ``Sketch(columns)``: random signs as well, where that is cheaper. ``"coarse"``: the cheapest of these a
-            layer, and of a convolution's kernel the central element for all. ``LowPrecision(dtype, of)``: in
-            bfloat16, where they are products of per-sample gradients. ``Refreshed(every, of)``: of layers with
-            positions every few steps, between them cheaper ones at the same level. ``opt.program.cost()`` shows what
-            was taken, docs/performance.md what each does to the update.
+            layer, and of a convolution's kernel the central element for all. ``opt.program.cost()``
+            shows what was taken, docs/performance.md what each does to the update.
         memory: ``"keep"``: the trajectory and its gradients stay until the forward sweep has passed them;
             ``"recompute"``: only what crosses between segments of stages does, and a segment is run again in both
             sweeps (three more passes in all, the same update). ``opt.program.cost()`` shows the segments.

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from gtddp_compile.compiler import Backend, Specialisations
-from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
-from gtddp_compile.fitting import check_fit
 from gtddp_compile.frontends import observe
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.kernels import OtherPath, random_state, restore_random_state
-from gtddp_compile.losses import Loss
+from gtddp_compile.methods.curvature import Curvature
+from gtddp_compile.methods.losses import Loss
+from gtddp_compile.methods.setting import Group, Setting, buffer_infos, options_of
 from gtddp_compile.options import Options
-from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.accumulated import Accumulated
 from gtddp_compile.runtime.compiled import NotFactored
+from gtddp_compile.runtime.compiler import Backend, Specialisations
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
+from gtddp_compile.runtime.fitting import check_fit
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
 from gtddp_compile.runtime.precision import lift
+from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.states import check_loaded, check_states, unrounded
 from gtddp_compile.runtime.union import Union, check_form
-from gtddp_compile.setting import Group, Setting, buffer_infos, options_of
 
 
 class CompiledOptimizer(torch.optim.Optimizer):

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.algebra.forms import Rollout
-from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
-from gtddp_compile.terminal import Geometric, MonteCarlo, Terminal, is_rank_one
+from gtddp_compile.methods.curvature import Curvature
+from gtddp_compile.methods.terminal import Geometric, MonteCarlo, Terminal, is_rank_one
 
 Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
@@ -40,66 +40,7 @@ class Sketch:
             raise CompileError(f"Sketch has columns={self.columns!r}", "Give a number of columns of at least 1")
 
 
-@dataclass(frozen=True)
-class LowPrecision:
-    """Gram matrices of linear layers with positions from per-sample gradients that are products in ``dtype``.
-
-    The gradients are rounded, their products with each other are not, so that ``Γ`` stays positive semidefinite. It is
-    meant for more positions than samples (transformers): there, making the gradients is most of the work. Other layers
-    have theirs as with ``gram=of``; of convolutions and of layers without positions the rounding takes as long as it
-    saves. Do not use it on processors without products in bfloat16, which emulate them.
-
-    Attributes:
-        dtype: ``"bfloat16"``. (In float16 gradients of small losses are zero.)
-        of: what is made so: ``"auto"``, ``"exact"`` or ``"separable"``.
-
-    Raises:
-        CompileError: another dtype, or another ``of``.
-    """
-
-    dtype: str = "bfloat16"
-    of: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.dtype != "bfloat16":
-            why = "float16 loses small gradients, and wider types are no lower precision"
-            raise CompileError(f"LowPrecision has dtype={self.dtype!r}: {why}", "Use LowPrecision('bfloat16')")
-        _check_of(self, self.of)
-
-
-@dataclass(frozen=True)
-class Refreshed:
-    """Gram matrices made in every ``every``-th step; between, this batch's cheaper one at the level they had.
-
-    A Gram matrix belongs to its samples, and the next batch has others. What is held is therefore two numbers a layer,
-    ``Γ ≈ a diag(d) + b Γ̄`` with ``d_i = Σ_t ‖x_it‖² ‖g_it‖²`` and ``Γ̄`` of each sample's mean input and gradient over
-    positions, both of this batch (:mod:`gtddp_compile.kernels.pooled`). Layers without positions have ``gram=of`` at
-    every step: theirs is that cheap already. Not with ``opt.accumulate``.
-
-    Attributes:
-        every: steps from one refresh to the next.
-        of: what is made then: ``"auto"``, ``"exact"`` or ``"separable"``.
-
-    Raises:
-        CompileError: not a positive number of steps, or another ``of``.
-    """
-
-    every: int = 10
-    of: str = "auto"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise CompileError(f"Refreshed has every={self.every!r}", "Give a number of steps of at least 1")
-        _check_of(self, self.of)
-
-
-Gram = Literal["auto", "exact", "separable", "coarse"] | Sketch | LowPrecision | Refreshed
-
-
-def _check_of(gram: LowPrecision | Refreshed, of: object) -> None:
-    if of not in ("auto", "exact", "separable"):
-        name = type(gram).__name__
-        raise CompileError(f"{name} has of={of!r}, which it cannot start from", "Use 'auto', 'exact' or 'separable'")
+Gram = Literal["auto", "exact", "separable", "coarse"] | Sketch
 
 
 @dataclass(frozen=True)
@@ -193,20 +134,13 @@ class Options:
         """Which Gram matrices the cost model may choose from: those of the rank-one form can be approximated."""
         if isinstance(self.gram, Sketch):
             return "sketch"
-        gram = self.gram.of if isinstance(self.gram, LowPrecision | Refreshed) else self.gram
-        return "exact" if gram == "auto" and (self.factored or self.recursion != "levenberg") else gram
+        return "exact" if self.gram == "auto" and (self.factored or self.recursion != "levenberg") else self.gram
 
     def _check_gram(self) -> None:
         if self.gram in ("auto", "exact"):
             return
-        if self.gram not in ("separable", "coarse") and not isinstance(self.gram, Sketch | LowPrecision | Refreshed):
-            known = "'auto', 'exact', 'separable', 'coarse', Sketch(columns), LowPrecision(dtype) or Refreshed(every)"
-            raise _unknown("gram", self.gram, known)
-        if isinstance(self.gram, Refreshed) and self.compile is not False:
-            raise CompileError(
-                f"compile={self.compile!r} with gram={self.gram!r}, which branches on a step count",
-                "Leave one of them out",
-            )
+        if self.gram not in ("separable", "coarse") and not isinstance(self.gram, Sketch):
+            raise _unknown("gram", self.gram, "'auto', 'exact', 'separable', 'coarse' or Sketch(columns)")
         if self.backend == "dense" or self.recursion != "levenberg" or self.factored:
             raise CompileError(
                 f"gram={self.gram!r} approximates the Gram matrices of the fast backend's rank-one form",

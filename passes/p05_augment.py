@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import PROLOGUE, ControlGraph, Op, OpGraph, Player, PlayerGraph, Schedule, Stage, Value
-from gtddp_compile.passes.p03_shortcuts import carriers
+from gtddp_compile.passes.p03_find_shortcuts import carriers
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivatio
 from gtddp_compile.algebra.paths import StageEntries, stage_entries
 from gtddp_compile.algebra.pattern import IDENTITY, Entry, StagePattern
 from gtddp_compile.algebra.symbols import SymmetricSymbol, block_entries
-from gtddp_compile.cooperation import BY_PARAMETER, MetricRules, metric_blocks
 from gtddp_compile.graph import ControlGraph, Stage
-from gtddp_compile.plan import MetricBlock
+from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules, metric_blocks
+from gtddp_compile.lowering.plan import MetricBlock
 
 STATE_LETTERS, WAITING_LETTERS, CONTROL_LETTERS = ("x", "y", "z"), ("r", "s"), ("u", "v", "w")
 

@@ -18,9 +18,9 @@ from dataclasses import replace
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.graph import ControlGraph, Stage
+from gtddp_compile.lowering.plan import Asked, Contraction, Plan, StagePlan
+from gtddp_compile.lowering.segments import choose_segments
 from gtddp_compile.passes.p06_derive import Derived, cut_after
-from gtddp_compile.plan import Asked, Contraction, Plan, StagePlan
-from gtddp_compile.segments import choose_segments
 
 
 def simplify(
@@ -53,7 +53,6 @@ def simplify(
             rerun=stage.index in rerun,
             statistics=needs_alpha,
             blocks=derived.stages[stage.index].blocks,
-            still=tuple(name for name in stage.players if _still(graph, name)),
         )
         for stage in graph.stages
     )
@@ -70,12 +69,6 @@ def simplify(
 def _moves(graph: ControlGraph, name: str) -> bool:
     """Whether a value can change within a step: some player acts on it."""
     return name in graph.value and not graph.value[name].fixed
-
-
-def _still(graph: ControlGraph, player: str) -> bool:
-    """Whether nothing that the player's operation reads can change within a step, its own parameters apart."""
-    op = graph.op(graph.player[player].op)
-    return not graph.player[player].expressions and all(graph.stage_of.get(name, -1) < 0 for name in op.operands)
 
 
 def _opened(graph: ControlGraph, stage: Stage) -> tuple[str, ...]:

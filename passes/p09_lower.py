@@ -15,20 +15,25 @@ from typing import Any
 
 from sympy import HadamardProduct, Identity, MatrixExpr, OneMatrix
 
-from gtddp_compile import metrics
-from gtddp_compile.adjoints import as_read, pull, written_out
 from gtddp_compile.algebra import collapsed as a
-from gtddp_compile.builder import Builder
-from gtddp_compile.calls import SAMPLES, directional, joins, player_function, prepare, weighted
-from gtddp_compile.columns import environment, sample_matrices, shrink, split, terminal_columns, vectorises
-from gtddp_compile.dynamics import stage_functions
-from gtddp_compile.ends import begun_with, ends
-from gtddp_compile.formulas import check_update, print_formula
+from gtddp_compile.algebra.formulas import check_update, print_formula
 from gtddp_compile.graph import LEADING
-from gtddp_compile.instructions import Code, Function, StageFunction, Var
-from gtddp_compile.lowered import Sweeps, Written
-from gtddp_compile.plan import Contraction, Plan, StagePlan
-from gtddp_compile.responses import functions_after, respond
+from gtddp_compile.lowering.builder import Builder
+from gtddp_compile.lowering.instructions import Code, Function, StageFunction, Var
+from gtddp_compile.lowering.lowered import Sweeps, Written
+from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
+from gtddp_compile.lowering.write import metrics
+from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
+from gtddp_compile.lowering.write.calls import SAMPLES, directional, joins, player_function, prepare, weighted
+from gtddp_compile.lowering.write.columns import (
+    environment,
+    sample_matrices,
+    shrink,
+    split,
+    terminal_columns,
+    vectorises,
+)
+from gtddp_compile.lowering.write.dynamics import stage_functions
 
 GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
 MOVED = a.GRADIENTS.T * a.OPEN_GAIN
@@ -42,19 +47,15 @@ def lower(plan: Plan) -> Written:
     b = Builder(plan)
     for op in plan.graph.ops.ops:
         b.name(op.name)
-    parts = ends(b)
-    b.held = begun_with(b, parts)
     functions = stage_functions(b)
-    after = functions_after(b, functions)
-    sweeps = _sweeps(b, functions, {f.stage: f for f in functions} | after)
+    sweeps = _sweeps(b, functions)
     uses = {player.name: b.uses(player.name) for player in plan.graph.players}
     players = (player_function(b, use) for found in uses.values() for use in found if use.function)
-    others = (*filter(None, after.values()), *players)
-    return Written(plan, sweeps, parts, functions, others, uses, b.names)
+    return Written(plan, sweeps, (*functions, *players), uses, b.names)
 
 
-def _sweeps(b: Builder, functions: tuple[StageFunction, ...], by_stage: Mapping[int, StageFunction | None]) -> Sweeps:
-    """Every sweep, stage by stage; ``by_stage``: what the forward sweep runs."""
+def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
+    """Every sweep, stage by stage."""
     trajectory, pulled, gains, recursion, forward = {}, {}, {}, {}, {}
     trajectory[-1] = b.written(lambda: _inputs(b))
     for function in functions:
@@ -68,11 +69,12 @@ def _sweeps(b: Builder, functions: tuple[StageFunction, ...], by_stage: Mapping[
         decision = b.written(partial(_decide_together, b))
         together = {stage.index: b.written(partial(_update, b, stage)) for stage in reversed(b.plan.stages)}
         return Sweeps(trajectory, loss, pulled, gains, recursion, together, decision=decision)
-    again = [(stage.index, by_stage[stage.index]) for stage in b.plan.stages if stage.rerun]
-    last_read = {name: t for t, function in again for name in (function.inputs if function else ())}
+    by_stage = {function.stage: function for function in functions}
+    again = [by_stage[stage.index] for stage in b.plan.stages if stage.rerun]
+    last_read = {name: function.stage for function in again for name in function.inputs}
     for stage in b.plan.stages if b.plan.form.name != "base" else ():
         decided = b.written(partial(_decide, b, stage))
-        forward[stage.index] = decided + b.written(partial(_run_again, b, stage, by_stage, last_read))
+        forward[stage.index] = decided + b.written(partial(_run_again, b, stage, by_stage[stage.index], last_read))
     return Sweeps(trajectory, loss, pulled, gains, recursion, forward, not any(s.statistics for s in b.plan.stages))
 
 
@@ -344,17 +346,14 @@ def _decide(b: Builder, stage: StagePlan) -> None:
         metrics.decide(b, "forward", t, block, f"w_{t}")
 
 
-def _run_again(
-    b: Builder, stage: StagePlan, functions: Mapping[int, StageFunction | None], last_read: Mapping[str, int]
-) -> None:
+def _run_again(b: Builder, stage: StagePlan, function: StageFunction, last_read: Mapping[str, int]) -> None:
     """The layer itself with its new parameters, and how far it moved each sample's loss.
 
     ``last_read``: the last stage of the forward sweep that reads a value, by name (a parameter expression reads where
     it is used).
     """
-    t, function = stage.index, functions[stage.index]
-    respond(b, stage)
-    if stage.rerun and function is not None:
+    t = stage.index
+    if stage.rerun:
         arguments = [Var(b.new(value)) for value in function.inputs]
         needed = _read_again(b, t, last_read)
         writes = tuple(b.new(name) if name in needed else "_" for name in function.returns)

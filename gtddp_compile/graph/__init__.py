@@ -1,17 +1,6 @@
 """Immutable data structures: the normal form and the control graph. They know no passes."""
 
-from gtddp_compile.graph.control import (
-    PROLOGUE,
-    ControlGraph,
-    Player,
-    PlayerGraph,
-    Schedule,
-    Shortcut,
-    ShortcutGraph,
-    ShortcutKind,
-    Stage,
-    Value,
-)
+from gtddp_compile.graph.control import ControlGraph, to_networkx, tool
 from gtddp_compile.graph.layouts import LEADING, UNKNOWN, Layout
 from gtddp_compile.graph.ops import (
     DETACHED,
@@ -26,6 +15,17 @@ from gtddp_compile.graph.ops import (
     Ref,
     iter_leaves,
     map_leaves,
+)
+from gtddp_compile.graph.structure import (
+    PROLOGUE,
+    Player,
+    PlayerGraph,
+    Schedule,
+    Shortcut,
+    ShortcutGraph,
+    ShortcutKind,
+    Stage,
+    Value,
 )
 
 __all__ = [
@@ -54,4 +54,6 @@ __all__ = [
     "Value",
     "iter_leaves",
     "map_leaves",
+    "to_networkx",
+    "tool",
 ]

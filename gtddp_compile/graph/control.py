@@ -1,164 +1,24 @@
-"""What the structural passes build on the normal form: players, shortcuts, stages, cuts.
-
-``OpGraph`` → ``PlayerGraph`` → ``ShortcutGraph`` → ``Schedule`` → ``ControlGraph``, each immutable, each made by one
-pass from the one before. Theory: a *player* is an operation that owns parameters (its control), a *stage* is one player
-or a coalition of them deciding at the same time, the *cut* before a stage is the set of values already computed and
-still needed: the augmented state of the paper's Eq. 8, 13 and 26 for any acyclic network.
-"""
+"""The control graph: operations, players, stages, cuts and shortcuts of one network, and the same as plain data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
+from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import networkx as nx
 
-from gtddp_compile import draw
-from gtddp_compile.graph import views
 from gtddp_compile.graph.ops import Op, OpGraph
-
-ShortcutKind = Literal["identity", "parametric", "parameter_free"]
-UNSCHEDULED = -1
-PROLOGUE = -1
-"""Stage of what runs before the first player: constant through the step."""
+from gtddp_compile.graph.structure import Player, Shortcut, Stage, Value, players_by
 
 
-@dataclass(frozen=True)
-class Player:
-    """An operation that owns parameters: it decides on a control.
-
-    Attributes:
-        name: qualified module name (``"layer1.0.conv1"``), or the parameter's name where a bare parameter is used.
-        kind: the deciding operation's kind (``"linear"``, ``"conv"``, ``"batch_norm"``, …).
-        parameters: canonical names of the trainable parameters it owns, in the order of use.
-        op: name of the operation at which it decides: its first use.
-        uses: names of all operations that read its parameters (``op`` first); more than one if weights are tied.
-        expressions: operations computed from parameters alone on the way into ``uses`` (``weight * scale``), in order.
-        stage: index of its stage; ``UNSCHEDULED`` before the schedule pass.
-    """
-
-    name: str
-    kind: str
-    parameters: tuple[str, ...]
-    op: str
-    uses: tuple[str, ...]
-    expressions: tuple[str, ...] = ()
-    stage: int = UNSCHEDULED
-
-
-@dataclass(frozen=True)
-class Shortcut:
-    """A path from a fork to a merge beside the main path.
-
-    Attributes:
-        fork: name of the value at which the paths part.
-        merge: name of the operation at which they meet.
-        kind: ``"identity"`` (the forked value itself arrives), ``"parametric"`` (players on the way: a shortcut mapping
-            with controls of its own), ``"parameter_free"`` (operations without parameters on the way).
-        players: names of the players on the shortcut path.
-        ops: names of the operations on the shortcut path, fork and merge excluded.
-        regular: whether the region is single-entry, single-exit: the fork dominates the merge and the merge
-            post-dominates the fork.
-    """
-
-    fork: str
-    merge: str
-    kind: ShortcutKind
-    players: tuple[str, ...] = ()
-    ops: tuple[str, ...] = ()
-    regular: bool = True
-
-
-@dataclass(frozen=True)
-class Value:
-    """A differentiable value that is live across at least one cut (or is the network's output).
-
-    Attributes:
-        name: the operation that computes it; ``"params:NAME"`` for a tied player's control waiting for a later use.
-        shape: per-sample shape, batch axis dropped.
-        born: stage that computes it; -1 for inputs and what is computed from them before any player.
-        dies: last stage that reads it; the number of stages for an output.
-        readers: stages that read it, in order.
-        fixed: no player has acted on it, so its change δ is zero always.
-        control: name of the tied player whose control it is, else ``None``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    born: int
-    dies: int
-    readers: tuple[int, ...] = ()
-    fixed: bool = False
-    control: str | None = None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One time step of the control problem.
-
-    Attributes:
-        index: t.
-        players: names of the players deciding at t (a coalition if more than one).
-        live: names of the values in the cut before t: the augmented state.
-        consumed: those of ``live`` that operations of this stage read.
-        carried: those of ``live`` still needed after it (a value can be both).
-        produced: names of the values computed here that are in the cut after it.
-        ops: names of the operations run here, in order.
-        merges: names of the merges run here.
-    """
-
-    index: int
-    players: tuple[str, ...]
-    live: tuple[str, ...]
-    consumed: tuple[str, ...]
-    carried: tuple[str, ...]
-    produced: tuple[str, ...]
-    ops: tuple[str, ...]
-    merges: tuple[str, ...] = ()
-
-
-def _players_by(pairs: Iterable[tuple[Player, tuple[str, ...]]]) -> dict[str, tuple[Player, ...]]:
-    """Players by each of the operations that are named beside them."""
-    found: dict[str, tuple[Player, ...]] = {}
-    for player, names in pairs:
-        found.update((name, (*found.get(name, ()), player)) for name in names)
-    return found
-
-
-@dataclass(frozen=True)
-class PlayerGraph:
-    """The normal form with its players found; ``unused`` names trainable parameters without a path to the output."""
-
-    ops: OpGraph
-    players: tuple[Player, ...]
-    unused: tuple[str, ...] = ()
-
-    @cached_property
-    def player_using(self) -> dict[str, tuple[Player, ...]]:
-        """Players whose parameters an operation reads (first or later use), by the operation's name."""
-        return _players_by((player, player.uses) for player in self.players)
-
-
-@dataclass(frozen=True)
-class ShortcutGraph:
-    """Players and the shortcuts between them."""
-
-    base: PlayerGraph
-    shortcuts: tuple[Shortcut, ...]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A stage for every player and every operation (-1: before the first player, constant through the step)."""
-
-    base: ShortcutGraph
-    players: tuple[Player, ...]
-    stage_of: Mapping[str, int]
-    stages: int
-    name: str = "asap"
+def tool(name: str) -> Any:
+    """A module of ``gtddp_compile.tools``, found when a structure is asked for it: no structure imports a tool."""
+    return import_module(f"gtddp_compile.tools.{name}")
 
 
 @dataclass(frozen=True)
@@ -190,12 +50,12 @@ class ControlGraph:
     @cached_property
     def player_using(self) -> dict[str, tuple[Player, ...]]:
         """Players whose parameters an operation reads, at first or again, by the operation's name."""
-        return _players_by((player, player.uses) for player in self.players)
+        return players_by((player, player.uses) for player in self.players)
 
     @cached_property
     def expressions(self) -> dict[str, tuple[Player, ...]]:
         """Operations computed from parameters alone, with the players whose parameters they read."""
-        return _players_by((player, player.expressions) for player in self.players)
+        return players_by((player, player.expressions) for player in self.players)
 
     def uses_in(self, ops: Iterable[str]) -> tuple[str, ...]:
         """Those of the operations that read trained parameters, in order."""
@@ -243,16 +103,16 @@ class ControlGraph:
         return self.ops.by_name[name]
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
-        """Operations, operands, stages, cuts and shortcuts as plain data: :func:`.views.to_networkx` lists it."""
-        return views.to_networkx(self)
+        """Operations, operands, stages, cuts and shortcuts as plain data: :func:`to_networkx` lists it."""
+        return to_networkx(self)
 
     def to_dot(self) -> str:
         """Graphviz source, one cluster a stage."""
-        return draw.dot(self.to_networkx())
+        return str(tool("draw").dot(self.to_networkx()))
 
     def to_mermaid(self) -> str:
         """A Mermaid flowchart, one subgraph a stage; folded into blocks where it would exceed Mermaid's limits."""
-        return draw.mermaid(self.to_networkx())
+        return str(tool("draw").mermaid(self.to_networkx()))
 
     def to_svg(self, boxes: int = 150) -> str:
         """A standalone drawing: one band a stage, waiting values as coloured curves.
@@ -260,7 +120,7 @@ class ControlGraph:
         Args:
             boxes: a network of more operations is folded into its blocks, so many boxes at most.
         """
-        return draw.svg(self.to_networkx(), boxes)
+        return str(tool("draw").svg(self.to_networkx(), boxes))
 
     def to_html(self, notes: Mapping[int, str] | None = None) -> str:
         """One self-contained page: the drawing with pan, zoom and hover texts, and the tables.
@@ -268,17 +128,159 @@ class ControlGraph:
         Args:
             notes: text shown for a stage, by its index, instead of the graph's own :attr:`notes`.
         """
-        return draw.html(self.to_networkx(), self.notes if notes is None else notes)
+        return str(tool("draw").html(self.to_networkx(), self.notes if notes is None else notes))
 
     def save(self, path: str | Path) -> None:
         """Write the graph as ``.svg``, ``.html``, ``.dot``, ``.mmd``, ``.md``, ``.txt`` or ``.json``, by suffix."""
-        draw.save(self.to_networkx(), path, self.notes)
+        tool("draw").save(self.to_networkx(), path, self.notes)
 
     def __str__(self) -> str:
-        return draw.table(self.to_networkx())
+        return str(tool("draw").table(self.to_networkx()))
 
     def __repr__(self) -> str:
         return f"<ControlGraph of {self.name}: {len(self.players)} players, {len(self.stages)} stages>"
 
     def _repr_html_(self) -> str:
-        return f'<div style="overflow:auto;max-height:720px">{draw.svg(self.to_networkx(), 60)}</div>'
+        return f'<div style="overflow:auto;max-height:720px">{tool("draw").svg(self.to_networkx(), 60)}</div>'
+
+
+def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
+    """The operations of a control graph, with stages, cuts, players and shortcuts as attributes.
+
+    Args:
+        graph: the control graph.
+
+    Returns:
+        A graph with one node an operation (its name) and one edge an operand, from the operation that computes a value
+        to the one that reads it; tied weights add an edge from the player's first use to each later one.
+
+        Node attributes: ``kind``, ``module``, ``source``, ``shape`` (batch axis included, or ``None``), ``stage`` (-1:
+        before any player), ``player`` (the player that decides there, or ``None``), ``parameters`` (names of all that
+        it reads), ``merge`` (whether it is the merge of a shortcut), ``input``, ``output`` and ``live`` (``None``, or
+        ``born``, ``dies``, ``readers``, ``fixed`` of the value that it computes).
+
+        Edge attributes: ``crosses`` (stages before which the value waits in the cut on its way along this edge),
+        ``shortcut`` (kind of the shortcut it is on, or ``None``) and ``control`` (name of the tied player whose control
+        it is, or ``None``).
+
+        Graph attributes: ``name``, ``schedule``, ``players``, ``stages``, ``shortcuts``, ``values``, ``unused``,
+        ``mixing`` (operations that mix samples), ``prologue``, ``inputs``, ``outputs``: lists of names, or of
+        dictionaries with the fields of ``gtddp_compile.graph``'s classes of those names; a player's ``parameters`` are
+        pairs of name and shape.
+    """
+    shapes = {info.name: list(info.shape) for info in graph.ops.parameters}
+    outputs = graph.ops.output_names
+    found: nx.MultiDiGraph[str] = nx.MultiDiGraph(
+        name=graph.name,
+        schedule=graph.schedule,
+        players=[_player(player, shapes) for player in graph.players],
+        stages=[_stage(stage) for stage in graph.stages],
+        shortcuts=[_shortcut(shortcut) for shortcut in graph.shortcuts],
+        values=[_value(value) for value in graph.values],
+        unused=list(graph.unused),
+        mixing=list(graph.ops.mixing),
+        prologue=list(graph.prologue),
+        inputs=list(graph.ops.inputs),
+        outputs=list(outputs),
+    )
+    deciding = {player.op: player.name for player in graph.players}
+    merges = {name for stage in graph.stages for name in stage.merges}
+    merges.update(shortcut.merge for shortcut in graph.shortcuts)
+    for op in graph.ops.ops:
+        value = graph.value.get(op.name)
+        found.add_node(
+            op.name,
+            kind=op.kind,
+            module=op.module,
+            source=op.source,
+            shape=None if op.shape is None else [int(size) for size in op.shape],
+            stage=graph.stage_of.get(op.name, -1),
+            player=deciding.get(op.name),
+            parameters=list(op.parameters),
+            merge=op.name in merges,
+            input=op.name in graph.ops.inputs,
+            output=op.name in outputs,
+            live=None if value is None else {k: v for k, v in _value(value).items() if k in _LIVE},
+        )
+    _add_edges(found, graph)
+    return found
+
+
+_LIVE = ("born", "dies", "readers", "fixed")
+
+
+def _add_edges(found: nx.MultiDiGraph[str], graph: ControlGraph) -> None:
+    on_shortcut: dict[tuple[str, str], str] = {}
+    for shortcut in graph.shortcuts:
+        path = {shortcut.fork, shortcut.merge, *shortcut.ops}
+        for name in (*shortcut.ops, shortcut.merge):
+            op = graph.ops.by_name.get(name)
+            sources = [source for source in (op.operands if op else ()) if source in path]
+            if name == shortcut.merge and shortcut.ops:  # the main path may also end in an edge from the fork
+                sources = [source for source in sources if source != shortcut.fork]
+            for source in sources:
+                on_shortcut.setdefault((source, name), shortcut.kind)
+    for op in graph.ops.ops:
+        for source in op.operands:
+            crosses = _crossed(graph, source, source, op.name)
+            kind = on_shortcut.get((source, op.name))
+            found.add_edge(source, op.name, crosses=crosses, shortcut=kind, control=None)
+    for player in graph.players:
+        for use in player.uses[1:]:
+            crosses = _crossed(graph, f"params:{player.name}", player.op, use)
+            found.add_edge(player.op, use, crosses=crosses, shortcut=None, control=player.name)
+
+
+def _crossed(graph: ControlGraph, value: str, source: str, reader: str) -> list[int]:
+    """Stages after the source's and up to the reader's whose cut holds the value."""
+    first, last = graph.stage_of.get(source, -1), graph.stage_of.get(reader, -1)
+    return [stage.index for stage in graph.stages[first + 1 : last + 1] if value in stage.live]
+
+
+def _player(player: Player, shapes: dict[str, list[int]]) -> dict[str, Any]:
+    parameters = [[name, shapes.get(name, [])] for name in player.parameters]
+    return {
+        "name": player.name,
+        "kind": player.kind,
+        "parameters": parameters,
+        "size": sum(prod(shapes[name]) for name in player.parameters if name in shapes),
+        "op": player.op,
+        "uses": list(player.uses),
+        "stage": player.stage,
+    }
+
+
+def _stage(stage: Stage) -> dict[str, Any]:
+    return {
+        "index": stage.index,
+        "players": list(stage.players),
+        "live": list(stage.live),
+        "consumed": list(stage.consumed),
+        "carried": list(stage.carried),
+        "produced": list(stage.produced),
+        "ops": list(stage.ops),
+        "merges": list(stage.merges),
+    }
+
+
+def _shortcut(shortcut: Shortcut) -> dict[str, Any]:
+    return {
+        "fork": shortcut.fork,
+        "merge": shortcut.merge,
+        "kind": shortcut.kind,
+        "players": list(shortcut.players),
+        "ops": list(shortcut.ops),
+        "regular": shortcut.regular,
+    }
+
+
+def _value(value: Value) -> dict[str, Any]:
+    return {
+        "name": value.name,
+        "shape": [int(size) for size in value.shape],
+        "born": value.born,
+        "dies": value.dies,
+        "readers": list(value.readers),
+        "fixed": value.fixed,
+        "control": value.control,
+    }

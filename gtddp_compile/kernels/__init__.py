@@ -1,325 +1,39 @@
 """Kernels: pure functions of tensors, torch alone, whose source text an exported program carries with it.
 
-The contract that layer kernels share is in ``gtddp_compile.rules.base``.
+Every public function of these modules can be called by generated code. The contract that layer kernels share is in
+``gtddp_compile.lowering.layers.base``.
 """
 
-from gtddp_compile.kernels.activations import relu_pulled, sigmoid_pulled, tanh_pulled
-from gtddp_compile.kernels.approximate import (
-    conv_centre_gram,
-    conv_separable_gram,
-    conv_sketch_gram,
-    linear_low_gram,
-    linear_separable_gram,
-    linear_sketch_gram,
-)
-from gtddp_compile.kernels.arrange import apart, apart_all, arranged, contract_arranged, order_of_rows, together
-from gtddp_compile.kernels.batch_norm import batch_known, batch_moments, batch_norm, quick_moments
-from gtddp_compile.kernels.channels import channel_factor, channel_filters, channel_step, conv_sketched, conv_whitened
-from gtddp_compile.kernels.conv import (
-    conv_directional,
-    conv_gram,
-    conv_gram_diagonal,
-    conv_per_sample,
-    conv_rows,
-    conv_weighted,
-)
-from gtddp_compile.kernels.conv_pairs import conv_gram_form
-from gtddp_compile.kernels.coordinates import (
-    coordinates_form,
-    coordinates_gram,
-    coordinates_moment,
-    coordinates_step,
-    dual_coordinates,
-    few_rows,
-    kronecker_coordinates,
-    made_rows,
-)
-from gtddp_compile.kernels.factors import (
-    clip_factors,
-    combine,
-    contract_factors,
-    factor_directional,
-    factor_gram,
-    factor_rows,
-    joint_sample_grams,
-    pull_back_factors,
-    sample_grams,
-    samples_apply,
-    samples_identity,
-    samples_inverse,
-    samples_of_inverse,
-    samples_solve,
-    shrink_samples,
-    split_columns,
-)
-from gtddp_compile.kernels.generators import random_state, restore_random_state
-from gtddp_compile.kernels.generic import (
-    generic_directional,
-    generic_gram,
-    generic_gram_diagonal,
-    generic_per_sample,
-    generic_probe,
-    generic_weighted,
-)
-from gtddp_compile.kernels.guard import OtherPath, guard
-from gtddp_compile.kernels.inplace import (
-    bernoulli_like_first,
-    copy_like_first,
-    fill_like_first,
-    normal_like_first,
-    setitem,
-    uniform_like_first,
-    zero_like_first,
-)
-from gtddp_compile.kernels.kronecker import (
-    factor_layer,
-    flat_rows,
-    input_factor,
-    kronecker_factor_shapes,
-    kronecker_factors,
-    kronecker_gram,
-    kronecker_gram_diagonal,
-    kronecker_layer,
-    kronecker_moment,
-    kronecker_precondition,
-    kronecker_sample_grams,
-    kronecker_widths,
-    second_moment,
-)
-from gtddp_compile.kernels.layers import attention_mask, lstm_cell, masked_scores, recurrent, time_first
-from gtddp_compile.kernels.linear import (
-    linear_directional,
-    linear_forward,
-    linear_gram,
-    linear_gram_diagonal,
-    linear_gram_form,
-    linear_inputs,
-    linear_per_sample,
-    linear_pieces,
-    linear_pulled,
-    linear_response,
-    linear_rows,
-    linear_subtract,
-    linear_weighted,
-)
-from gtddp_compile.kernels.loss import class_mean_scale, sample_means, sample_sums, terminal
-from gtddp_compile.kernels.moments import conv_moment, conv_moment_shares
-from gtddp_compile.kernels.norm import (
-    norm_directional,
-    norm_gamma,
-    norm_gram,
-    norm_gram_diagonal,
-    norm_per_sample,
-    norm_prepare,
-    norm_weighted,
-)
-from gtddp_compile.kernels.pooled import conv_pooled, linear_pooled
-from gtddp_compile.kernels.spread import spread
-from gtddp_compile.kernels.sweep import (
-    add_gram,
-    bind,
-    blocks_add,
-    blocks_diagonal,
-    blocks_into,
-    blocks_scale,
-    cap_step,
-    clip,
-    clip_gradients,
-    clip_radicand,
-    contract,
-    contract_value,
-    edge,
-    factor,
-    factor_unchecked,
-    gather,
-    gram_blocks,
-    group_scale,
-    inverse_diagonal,
-    joint_gram,
-    leaf,
-    loss_gradient,
-    make_again,
-    pull_back,
-    rows_directional,
-    rows_gram_diagonal,
-    rows_of,
-    rows_weighted,
-    scale,
-    solve,
-    tap,
-    weigh,
-    wide,
-)
-from gtddp_compile.kernels.transposed import (
-    linear_uses_gram,
-    transposed,
-    transposed_directional,
-    transposed_gram,
-    transposed_gram_diagonal,
-    transposed_per_sample,
-    transposed_subtract,
-    transposed_weighted,
-)
+from collections.abc import Callable
+from typing import Any
 
-__all__ = [
-    "OtherPath",
-    "add_gram",
-    "apart",
-    "apart_all",
-    "arranged",
-    "attention_mask",
-    "batch_known",
-    "batch_moments",
-    "batch_norm",
-    "bernoulli_like_first",
-    "bind",
-    "blocks_add",
-    "blocks_diagonal",
-    "blocks_into",
-    "blocks_scale",
-    "cap_step",
-    "channel_factor",
-    "channel_filters",
-    "channel_step",
-    "class_mean_scale",
-    "clip",
-    "clip_factors",
-    "clip_gradients",
-    "clip_radicand",
-    "combine",
-    "contract",
-    "contract_arranged",
-    "contract_factors",
-    "contract_value",
-    "conv_centre_gram",
-    "conv_directional",
-    "conv_gram",
-    "conv_gram_diagonal",
-    "conv_gram_form",
-    "conv_moment",
-    "conv_moment_shares",
-    "conv_per_sample",
-    "conv_pooled",
-    "conv_rows",
-    "conv_separable_gram",
-    "conv_sketch_gram",
-    "conv_sketched",
-    "conv_weighted",
-    "conv_whitened",
-    "coordinates_form",
-    "coordinates_gram",
-    "coordinates_moment",
-    "coordinates_step",
-    "copy_like_first",
-    "dual_coordinates",
-    "edge",
-    "factor",
-    "factor_directional",
-    "factor_gram",
-    "factor_layer",
-    "factor_rows",
-    "factor_unchecked",
-    "few_rows",
-    "fill_like_first",
-    "flat_rows",
-    "gather",
-    "generic_directional",
-    "generic_gram",
-    "generic_gram_diagonal",
-    "generic_per_sample",
-    "generic_probe",
-    "generic_weighted",
-    "gram_blocks",
-    "group_scale",
-    "guard",
-    "input_factor",
-    "inverse_diagonal",
-    "joint_gram",
-    "joint_sample_grams",
-    "kronecker_coordinates",
-    "kronecker_factor_shapes",
-    "kronecker_factors",
-    "kronecker_gram",
-    "kronecker_gram_diagonal",
-    "kronecker_layer",
-    "kronecker_moment",
-    "kronecker_precondition",
-    "kronecker_sample_grams",
-    "kronecker_widths",
-    "leaf",
-    "linear_directional",
-    "linear_forward",
-    "linear_gram",
-    "linear_gram_diagonal",
-    "linear_gram_form",
-    "linear_inputs",
-    "linear_low_gram",
-    "linear_per_sample",
-    "linear_pieces",
-    "linear_pooled",
-    "linear_pulled",
-    "linear_response",
-    "linear_rows",
-    "linear_separable_gram",
-    "linear_sketch_gram",
-    "linear_subtract",
-    "linear_uses_gram",
-    "linear_weighted",
-    "loss_gradient",
-    "lstm_cell",
-    "made_rows",
-    "make_again",
-    "masked_scores",
-    "norm_directional",
-    "norm_gamma",
-    "norm_gram",
-    "norm_gram_diagonal",
-    "norm_per_sample",
-    "norm_prepare",
-    "norm_weighted",
-    "normal_like_first",
-    "order_of_rows",
-    "pull_back",
-    "pull_back_factors",
-    "quick_moments",
-    "random_state",
-    "recurrent",
-    "relu_pulled",
-    "restore_random_state",
-    "rows_directional",
-    "rows_gram_diagonal",
-    "rows_of",
-    "rows_weighted",
-    "sample_grams",
-    "sample_means",
-    "sample_sums",
-    "samples_apply",
-    "samples_identity",
-    "samples_inverse",
-    "samples_of_inverse",
-    "samples_solve",
-    "scale",
-    "second_moment",
-    "setitem",
-    "shrink_samples",
-    "sigmoid_pulled",
-    "solve",
-    "split_columns",
-    "spread",
-    "tanh_pulled",
-    "tap",
-    "terminal",
-    "time_first",
-    "together",
-    "transposed",
-    "transposed_directional",
-    "transposed_gram",
-    "transposed_gram_diagonal",
-    "transposed_per_sample",
-    "transposed_subtract",
-    "transposed_weighted",
-    "uniform_like_first",
-    "weigh",
-    "wide",
-    "zero_like_first",
-]
+from gtddp_compile.kernels.activations import *
+from gtddp_compile.kernels.approximate import *
+from gtddp_compile.kernels.arrange import *
+from gtddp_compile.kernels.batch_norm import *
+from gtddp_compile.kernels.channels import *
+from gtddp_compile.kernels.conv import *
+from gtddp_compile.kernels.conv_pairs import *
+from gtddp_compile.kernels.coordinates import *
+from gtddp_compile.kernels.factors import *
+from gtddp_compile.kernels.generators import *
+from gtddp_compile.kernels.generic import *
+from gtddp_compile.kernels.guard import *
+from gtddp_compile.kernels.inplace import *
+from gtddp_compile.kernels.kronecker import *
+from gtddp_compile.kernels.layers import *
+from gtddp_compile.kernels.linear import *
+from gtddp_compile.kernels.loss import *
+from gtddp_compile.kernels.moments import *
+from gtddp_compile.kernels.norm import *
+from gtddp_compile.kernels.patches import *
+from gtddp_compile.kernels.spread import *
+from gtddp_compile.kernels.sweep import *
+from gtddp_compile.kernels.transposed import *
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    name: value
+    for name, value in sorted(globals().items())
+    if callable(value) and getattr(value, "__module__", "").startswith(f"{__name__}.") and not name.startswith("_")
+}
+"""By name."""

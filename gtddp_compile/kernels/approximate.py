@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile.kernels.conv import conv_gram
-from gtddp_compile.kernels.linear import _linear_blocks, _linear_rows, linear_gram
+from gtddp_compile.kernels.linear import linear_gram
 from gtddp_compile.kernels.patches import _conv_images, _conv_margins, _conv_padded, _conv_samples
 
 SMALLEST = 1e-30
@@ -117,28 +117,6 @@ def linear_sketch_gram(
     x = operands[0]
     projected = x @ _along(_signs(x.shape[-1], columns, x, seed), by_input, 0)
     return linear_gram((projected,), _along(g, by_output, -1), params, (True, False), (rest,)) + bias
-
-
-def linear_low_gram(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Any, ...],
-) -> Tensor:
-    """``γ M⁻¹ γᵀ`` of ``γ_i = Σ_t g_it x_itᵀ`` rounded to bfloat16, as products of bfloat16; ``(B, B)``.
-
-    The product with itself is one of float32 at least: the Gram matrix of rounded rows is positive semidefinite, a
-    rounded Gram matrix is not. A diagonal metric that is not separated multiplies the rows.
-    """
-    gram, bias = g.new_zeros(g.shape[0], g.shape[0]), _bias(g, wants, metric, -1)
-    whole = metric[0] ** 0.5 if isinstance(metric[0], Tensor) and metric[0].dim() else None
-    by_output, by_input, rest = (None, None, 1.0) if whole is not None else _apart(metric[0])
-    x = _linear_rows(_along(operands[0], by_input, -1)).bfloat16()
-    for rows, block in _linear_blocks(x, _linear_rows(_along(g, by_output, -1)).bfloat16()):
-        flat = (block if whole is None else block * whole[rows]).flatten(1).to(gram.dtype)
-        gram.addmm_(flat, flat.mT)
-    return gram * rest + bias
 
 
 def conv_separable_gram(

@@ -89,22 +89,13 @@ def batch_moments(x: Tensor) -> Moments:
     return mean, squares / entries
 
 
-def batch_known(moments: Moments, rows: tuple[Tensor, Tensor]) -> Moments:
-    """A batch's moments with what the gradient sums up to, from ``γ`` of the weight and of the bias, ``(B, C)`` each.
-
-    With them the normalisation and its gradient are taken entry by entry: of any part of the batch.
-    """
-    return (*moments[:2], *(gamma.mean(0).to(moments[0].dtype) for gamma in rows))
-
-
 class _Normalised(torch.autograd.Function):
     """torch's own normalisation and its own gradient, with the moments given."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *moments: Tensor) -> Tensor:
-        mean, var, *_ = moments
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mean: Tensor, var: Tensor) -> Tensor:
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
@@ -116,17 +107,14 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var, *sums = ctx.saved_tensors
-        wanted, others, rstd = list(ctx.needs_input_grad[:3]), (None,) * (3 + len(sums)), (var + ctx.eps).rsqrt()
-        if sums and wanted == [True, False, False]:
-            own = _known_gradient(x, g, rstd if weight is None else rstd * weight, (mean, var, *sums), ctx.eps)
-            return (own, None, None, *others)
+        x, weight, mean, var = ctx.saved_tensors
+        wanted, rstd = list(ctx.needs_input_grad[:3]), (var + ctx.eps).rsqrt()
         found = torch.ops.aten.native_batch_norm_backward(g, x, weight, None, None, mean, rstd, True, ctx.eps, wanted)
-        return (*(one if want else None for one, want in zip(found, wanted, strict=True)), *others)
+        return (*(one if want else None for one, want in zip(found, wanted, strict=True)), None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, moved: Tensor, *rest: Tensor | None) -> Tensor:
-        x, weight, mean, var, *_ = ctx.saved_tensors
+        x, weight, mean, var = ctx.saved_tensors
         scale, shift, *_ = rest
         axes, shape = [0, *range(2, x.dim())], (-1, *(1,) * (x.dim() - 2))
         rstd = (var + ctx.eps).rsqrt().view(shape)
@@ -135,11 +123,3 @@ class _Normalised(torch.autograd.Function):
         found = found if weight is None else found * weight.view(shape)
         found = found if scale is None else found + normal * scale.view(shape)
         return found if shift is None else found + shift.view(shape)
-
-
-def _known_gradient(x: Tensor, g: Tensor, scale: Tensor, known: Moments, eps: float) -> Tensor:
-    """``(g - mean(g) - x̂ mean(g x̂)) ∘ w / √(var + eps)``, the means from what is known."""
-    mean, var, with_normal, alone = known
-    share = -scale / math.prod(x.shape[2:])
-    found: Tensor = F.batch_norm(x, mean, var, with_normal * share, alone * share, False, 0.0, eps)
-    return found.add_(g * scale.view(-1, *(1,) * (x.dim() - 2)))

@@ -162,26 +162,9 @@ def linear_inputs(x: Tensor) -> Tensor:
     return product
 
 
-def _linear_factor(inputs: Tensor, metric: tuple[Tensor | float, ...]) -> Tensor:
-    """``X Xᵀ η_w``, and ``+ η_b`` of a bias that is trained too."""
-    factor = inputs * metric[0]
-    return factor.add_(metric[1]) if len(metric) > 1 else factor
-
-
-def linear_response(h: Tensor, inputs: Tensor, g: Tensor, wants: tuple[bool, ...], rates: tuple[float, ...]) -> Tensor:
-    """``h - (X Xᵀ η_w + η_b) G``: ``h`` after ``u -= rate · γᵀ 1``, of one row a sample, ``x`` as it was."""
-    return torch.addmm(h, _linear_factor(inputs, rates), g, alpha=-1)
-
-
 def linear_pulled(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """``g W``, the gradient of ``x``."""
     return (g @ weight.to(g.dtype)).to(x.dtype)
-
-
-def linear_forward(operands: tuple[Tensor, ...], params: tuple[Tensor | None, ...]) -> Tensor:
-    """``x Wᵀ + b``."""
-    weight, bias = params
-    return F.linear(operands[0], weight, bias)  # type: ignore[arg-type]
 
 
 def linear_gram(
@@ -190,16 +173,15 @@ def linear_gram(
     params: tuple[Tensor | None, ...],
     wants: tuple[bool, ...],
     metric: tuple[Tensor | float, ...],
-    *,
-    inputs: Tensor | None = None,
 ) -> Tensor:
-    """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape. ``inputs``: ``X Xᵀ`` if known."""
+    """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape."""
     x = operands[0]
     if x.dim() == 2 and all(not isinstance(entry, Tensor) or entry.dim() == 0 for entry in metric):
         gram = linear_inputs(g)
         if not wants[0]:
             return gram.mul_(metric[-1])
-        return gram.mul_(_linear_factor(linear_inputs(x) if inputs is None else inputs, metric))
+        factor = linear_inputs(x) * metric[0]
+        return gram.mul_(factor.add_(metric[1]) if len(metric) > 1 else factor)
     x, g = _linear_rows(x), _linear_rows(g)
     bias = linear_inputs(g.sum(1) * metric[-1] ** 0.5) if wants[1] else None
     if not wants[0]:

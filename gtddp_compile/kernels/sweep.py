@@ -15,9 +15,6 @@ from gtddp_compile.kernels.linear import linear_inputs, pieces
 
 Blocks = tuple[Tensor, ...]
 
-AGAIN = 2**19
-"""Elements of a value that are made again at a time."""
-
 WEIGHED = 2**20
 """Elements of ``g`` that are scaled at a time."""
 
@@ -48,58 +45,6 @@ def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Seque
     found: tuple[Tensor | None, ...] = torch.autograd.grad(targets, list(inputs), columns, allow_unused=True)
     cut_off(targets)
     return tuple(zeros_of(value) if g is None else g for value, g in zip(inputs, found, strict=True))
-
-
-def make_again(
-    function: Callable[..., tuple[Tensor, ...]],
-    p: dict[str, Tensor],
-    b: dict[str, Tensor | None],
-    values: tuple[Tensor, ...],
-    gradients: tuple[Tensor | None, ...],
-    wanted: tuple[bool, ...],
-    read: tuple[bool, ...],
-    by_entry: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """What the end of a stage computes from ``values``, and the gradients of the ``wanted`` ones among them.
-
-    ``gradients``: of what it returns, where one enters. ``read``: of all that is returned, what somebody reads; the
-    rest is ``None``. ``by_entry``: all values have one shape and no samples meet, so that some are taken at a time:
-    what is between is read again from the cache, and never there as a whole.
-    """
-    entries, samples = values[0].numel(), len(values[0])
-    rows = max(1, AGAIN * samples // max(1, entries)) if by_entry else samples
-    dynamics = functools.partial(function, p, b)
-    if rows >= samples or torch.compiler.is_compiling():
-        found = _again(dynamics, values, gradients, wanted)
-        return tuple(one if wants else None for one, wants in zip(found, read, strict=True))
-    whole: tuple[Tensor | None, ...] = ()
-    for part in pieces(samples, rows):
-        own = tuple(value[part] for value in values), tuple(None if g is None else g[part] for g in gradients)
-        found = _again(dynamics, *own, wanted)
-        whole = whole or tuple(
-            torch.empty_like(values[0], dtype=one.dtype) if wants else None
-            for one, wants in zip(found, read, strict=True)
-        )
-        for value, one in zip(whole, found, strict=True):
-            if value is not None:
-                value[part] = one
-    return whole
-
-
-def _again(
-    dynamics: Callable[..., tuple[Tensor, ...]],
-    values: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """:func:`make_again` of some samples."""
-    with torch.enable_grad():
-        leaves = tuple(leaf(value) if want else value.detach() for value, want in zip(values, wanted, strict=True))
-        found = dynamics(*leaves)
-    entered = [(value, g) for value, g in zip(found, gradients, strict=True) if g is not None]
-    inputs = [value for value, want in zip(leaves, wanted, strict=True) if want]
-    pulled = pull_back([value for value, _ in entered], inputs, [g for _, g in entered]) if inputs else ()
-    return (*(value.detach() for value in found), *pulled)
 
 
 def cut_off(outputs: Sequence[Tensor]) -> None:
@@ -147,15 +92,6 @@ def weigh(
         found = kernel(own, scale(g[part], weights[part]), params, wants, **options)
         totals = tuple(total.add_(more) for total, more in zip(totals, found, strict=True)) if totals else found
     return totals
-
-
-def contract_value(g: Tensor, value: Tensor) -> Tensor:
-    """``⟨g_i, x_i⟩``, shape (B,): what is kept of a value that is compared with its new one and read by nobody else."""
-    rows = max(1, 2**20 * g.shape[0] // max(1, g.numel()))
-    if rows >= g.shape[0] or torch.compiler.is_compiling():
-        product = g * value
-        return wide(product.sum(tuple(range(1, product.dim()))) if product.dim() > 1 else product)
-    return torch.cat([contract_value(*part) for part in zip(g.split(rows), value.split(rows), strict=True)])
 
 
 def contract(g: Tensor, after: Tensor, before: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import random_state, restore_random_state
-from gtddp_compile.program import UpdateProgram
+from gtddp_compile.methods.setting import same
+from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.union import Union, check_form
-from gtddp_compile.setting import same
 
 REMEDY = "Call opt.zero_grad() to drop what was accumulated, or make the step first"
 

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.terminal import terminal_weight
 from gtddp_compile.passes.p06_derive import DerivedStage
-from gtddp_compile.program import UpdateProgram
 from gtddp_compile.runtime.dense_metric import DenseMetric, Seen
 from gtddp_compile.runtime.dense_rollout import Gains, rolled_out
 from gtddp_compile.runtime.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.precision import Precision
-from gtddp_compile.terminal import terminal_weight
+from gtddp_compile.runtime.program import UpdateProgram
 
 
 @dataclass
@@ -325,7 +325,7 @@ class DenseBackend:
             assert total is not None
             self._apply(m, stage, total)
             if stage.index + 1 < len(self.program.derived.stages):
-                trajectory.run_again(stage.index, moved, q)
+                trajectory.recompute(stage.index, moved, q)
 
     def _believe(
         self, m: BaseMethod, t: int, change: dict[str, Tensor], measure: Pairs, aim: Tensor

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from gtddp_compile import kernels
 from gtddp_compile.graph import ControlGraph, Player
-from gtddp_compile.metrics import OF_PLAYERS
-from gtddp_compile.plan import MetricBlock
+from gtddp_compile.lowering.plan import MetricBlock
+from gtddp_compile.lowering.uses import describe_use
+from gtddp_compile.lowering.write.metrics import OF_PLAYERS
 from gtddp_compile.runtime.jacobians import Blocks, StageJacobians, Trajectory
 from gtddp_compile.runtime.method import BaseMethod
-from gtddp_compile.uses import describe_use
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile import kernels
-from gtddp_compile.program import UpdateProgram
+from gtddp_compile.runtime.program import UpdateProgram
 
 
 class Diagnostics:

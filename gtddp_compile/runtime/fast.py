@@ -14,20 +14,17 @@ from torch import Tensor
 
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
-from gtddp_compile.passes.p13_emit import emit_micro
-from gtddp_compile.program import UpdateProgram
+from gtddp_compile.passes.p11_emit import emit_micro
 from gtddp_compile.runtime.compiled import CompiledStep, check_done, refuse_uncompilable
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.precision import Precision
+from gtddp_compile.runtime.program import UpdateProgram
 
 Step = Callable[..., Tensor]
 Request = tuple[str, tuple[Any, ...]]
 """A method of the base method, and what one micro-batch would call it with."""
 
 Micro = Generator[Request, Any, Tensor]
-
-ROOM = 2**13
-"""Words that a step's frame is larger than it needs to be."""
 
 
 class FastBackend:
@@ -110,7 +107,7 @@ def _load(
 ) -> Any:
     filename = f"<gtddp_compile {program.graph.name} {name} {id(program):x}>"
     namespace: dict[str, Any] = {"torch": torch, "F": F, "operator": operator, "math": math}
-    namespace.update((name, getattr(kernels, name)) for name in kernels.__all__)
+    namespace.update(kernels.KERNELS)
     if deferred:
         namespace["factor"] = kernels.factor_unchecked
     namespace.update(program.emitted.constants)
@@ -118,15 +115,4 @@ def _load(
     exec(compile(code, filename, "exec"), namespace)
     if precision is not None and precision.mixed:
         namespace.update({key: precision.function(key, value) for key, value in namespace.items()})
-    return with_room(namespace[name])
-
-
-def with_room(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, for whose frame CPython takes a new chunk of its stack, with room for what it calls.
-
-    A step has hundreds of variables: its frame may happen to fill the chunk it lies in, and every call from it would
-    take a chunk by a system call and give it back, a twentieth of a ResNet's step.
-    """
-    code = function.__code__
-    function.__code__ = code.replace(co_stacksize=code.co_stacksize + ROOM)
-    return function
+    return namespace[name]

@@ -316,7 +316,7 @@ class Trajectory:
         """Values of the new trajectory before the first stage."""
         return {name: self.values[name] for name in self.graph.prologue}
 
-    def run_again(self, t: int, moved: dict[str, Any], q: Mapping[str, Tensor]) -> None:
+    def recompute(self, t: int, moved: dict[str, Any], q: Mapping[str, Tensor]) -> None:
         """Evaluate stage ``t`` with the new parameters, the same random numbers and no advancing of buffers."""
         restore_random_state(self._random[t])
         self._run(t, moved, q, self._still)

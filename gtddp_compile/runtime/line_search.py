@@ -8,7 +8,7 @@ import torch
 from torch.func import functional_call
 
 from gtddp_compile.kernels import random_state, restore_random_state
-from gtddp_compile.losses import Loss
+from gtddp_compile.methods.losses import Loss
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.model import ModelView
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gtddp_compile import kernels
-from gtddp_compile.curvature import BlockUpdates, Curvature
-from gtddp_compile.curvature.blocks import Names
-from gtddp_compile.curvature.kronecker import BlockKind
 from gtddp_compile.kernels.kronecker import Layer
-from gtddp_compile.losses import Loss, check
+from gtddp_compile.methods.curvature import BlockUpdates, Curvature
+from gtddp_compile.methods.curvature.blocks import Names
+from gtddp_compile.methods.curvature.kronecker import BlockKind
+from gtddp_compile.methods.losses import Loss, check
+from gtddp_compile.methods.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 from gtddp_compile.runtime.precision import Precision, lift
-from gtddp_compile.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 
 KEPT = 2**24
 """Bytes of old parameters up to which their memory is kept for the next step. More of it would lie idle where a step

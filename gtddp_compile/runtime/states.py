@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gtddp_compile.curvature import Curvature
 from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.runtime.precision import LOW, lift
 
 

@@ -20,10 +20,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import random_state, restore_random_state
-from gtddp_compile.passes.p13_emit import draws
-from gtddp_compile.program import UpdateProgram
+from gtddp_compile.passes.p11_emit import draws
 from gtddp_compile.runtime.fast import FastBackend, Micro, Request
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
+from gtddp_compile.runtime.program import UpdateProgram
 
 FORMS = ("base", *COUPLED)
 OF_LAYERS = ("observe_block", "observe_factors")
@@ -55,11 +55,6 @@ def check_form(program: UpdateProgram) -> None:
         raise CompileError(
             f"accumulate() with line_search={program.options.line_search!r}: a length is chosen on one batch",
             "Leave one of them out",
-        )
-    if program.lowered.plan.every:
-        raise CompileError(
-            f"accumulate() with gram={program.options.gram!r}: its levels belong to steps, not to micro-batches",
-            "Use gram='auto' with it",
         )
 
 

@@ -1,0 +1,1 @@
+"""What the passes write down, and what they write it down with: the plan, instructions, layers."""

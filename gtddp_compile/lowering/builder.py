@@ -1,0 +1,238 @@
+"""Names and bookkeeping while a plan is written down as instructions."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from sympy import MatrixExpr
+
+from gtddp_compile import kernels
+from gtddp_compile.algebra.collapsed import LEVENBERG
+from gtddp_compile.graph import BufferRef, ControlGraph, ParamRef, Player, Ref, map_leaves
+from gtddp_compile.lowering.costs import choose_gram
+from gtddp_compile.lowering.instructions import Buffer, Function, Instruction, Param, Phase, Var, identifier, render
+from gtddp_compile.lowering.plan import Plan
+from gtddp_compile.lowering.uses import Use, describe_use, use_key
+
+METRICS = ("spherical", "diagonal")
+"""Curvatures whose Gram matrices are made player by player from parameters' own metrics."""
+
+RESERVED = frozenset(
+    {"torch", "F", "operator", "m", "p", "b", "q", "b_again", "inputs", "targets", "outputs", "math", "rows"}
+    | {"ones", "aim", "rank", "rows_all", "tau", "start", "phi", "loss", "step", "random_state"}
+    # local names and functions of an exported module (gtddp_compile.tools.export.python)
+    | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
+    | {"factors", "refuse_negative", "BlockUpdates", "LOSS", "RANK"}
+)
+
+
+@dataclass
+class Builder:
+    """Collects instructions; knows every variable's name."""
+
+    plan: Plan
+    instructions: list[Instruction] = field(default_factory=list)
+    formulas: dict[MatrixExpr, str] = field(default_factory=dict)
+    """Source of every derived formula printed so far, with placeholders for the stage."""
+    gradients: dict[str, str] = field(default_factory=dict)
+    """Variables of players' weighted gradients, where all are made before the first is used."""
+    _names: dict[str, str] = field(default_factory=dict)
+    _taken: set[str] = field(default_factory=set)
+    _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)
+    _kept: dict[str, bool] = field(default_factory=dict)
+    _written: set[str] = field(default_factory=set)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Identifiers of the qualified names that have been asked for."""
+        return dict(self._names)
+
+    @cached_property
+    def outputs(self) -> frozenset[str]:
+        """Operations whose values the model returns."""
+        return frozenset(self.graph.ops.output_names)
+
+    @property
+    def graph(self) -> ControlGraph:
+        """The control graph."""
+        return self.plan.graph
+
+    @property
+    def factored(self) -> bool:
+        """Whether every sample has columns of its own beside the gradient (theory: 4c)."""
+        return self.plan.form.factored
+
+    @property
+    def drifts(self) -> bool:
+        """Whether ``s`` is there: weight decay, inertia, or an ordinary gradient that is kept apart."""
+        return self.plan.linear or self.factored
+
+    def alpha(self, t: int) -> str:
+        """What statistics at stage ``t`` are taken from: ``α`` after it, in the linear rollout ``α_T``."""
+        return f"alpha_{len(self.plan.stages) if self.plan.form.name == 'joint' else t + 1}"
+
+    @property
+    def rows(self) -> str:
+        """Variable of the rows of every group in a Gram matrix."""
+        return "rows_all" if self.factored else "rows"
+
+    def emit(
+        self,
+        phase: Phase,
+        stage: int,
+        writes: tuple[str, ...],
+        function: str,
+        /,
+        *args: Any,
+        note: str = "",
+        **kwargs: Any,
+    ) -> None:
+        """Append one instruction; ``kwargs`` may have any names, ``function`` among them."""
+        self.instructions.append(Instruction(phase, stage, writes, function, args, kwargs, note))
+
+    def written(self, write: Callable[[], None]) -> tuple[Instruction, ...]:
+        """The instructions that a call appends."""
+        before = len(self.instructions)
+        write()
+        return tuple(self.instructions[before:])
+
+    def name(self, qualified: str) -> str:
+        """The identifier of a qualified name, the same every time."""
+        if qualified not in self._names:
+            found = identifier(qualified, self._is_taken)
+            self._taken.add(found)
+            self._names[qualified] = found
+        return self._names[qualified]
+
+    def _is_taken(self, candidate: str) -> bool:
+        return (
+            candidate in self._taken
+            or candidate in RESERVED
+            or keyword.iskeyword(candidate)
+            or hasattr(builtins, candidate)
+            or hasattr(kernels, candidate)
+            or candidate.startswith(("stage_", "player_", "prologue"))
+        )
+
+    def new(self, value: str) -> str:
+        """A value in the forward sweep; what no player moves is what it was."""
+        return f"{self.name(value)}_new" if self.graph.stage_of.get(value, -1) >= 0 else self.name(value)
+
+    def leaf(self, value: str, stage: int) -> str:
+        """A value cut from the graph before it, as a stage reads it."""
+        return f"{self.name(value)}_at{stage}"
+
+    def g(self, value: str, reader: int) -> str:
+        """``g`` of a value at the cuts before ``reader``."""
+        return f"g_{self.name(value)}_at{reader}"
+
+    def g_output(self, op: str) -> str:
+        """``g`` of a player's output."""
+        return f"gh_{self.name(op)}"
+
+    def g_as_it_lies(self, op: str) -> str:
+        """``g`` of a player's output as it is pulled back, before samples are brought to the leading axis."""
+        arranged = any(use.layouts for _, use in self.uses_at(op))
+        return f"{self.g_output(op)}_lying" if arranged else self.g_output(op)
+
+    def contraction(self, value: str, reader: int) -> str:
+        """``⟨g_v, δv⟩``."""
+        return f"d_{self.name(value)}_at{reader}"
+
+    def uses(self, player: str) -> tuple[Use, ...]:
+        """How every use of a player's parameters is differentiated."""
+        if player not in self._uses:
+            owner = self.graph.player[player]
+            self._uses[player] = tuple(describe_use(self.graph, owner, self.graph.op(use)) for use in owner.uses)
+        return self._uses[player]
+
+    def uses_at(self, op: str) -> tuple[tuple[Player, Use], ...]:
+        """Players that use an operation, each with how."""
+        players = self.graph.player_using.get(op, ())
+        return tuple((player, use) for player in players for use in self.uses(player.name) if use.op == op)
+
+    def identity(self, player: Player) -> str:
+        """The identifier of a player: its operation's, unless several players decide there."""
+        return self.name(use_key(self.graph, player, player.op))
+
+    def keeps(self, player: str) -> bool:
+        """Whether the player's per-sample gradients are built once and kept through both sweeps."""
+        if player not in self._kept:
+            uses = self.uses(player)
+            alone = len(uses) == 1 and uses[0].names == self.graph.player[player].parameters
+            usable = (
+                self.plan.segments is None
+                and alone
+                and (self.plan.metric in METRICS or self.block_kind(player) == "uniform")
+                and not self.factored
+                and self.plan.form.name in LEVENBERG
+            )
+            self._kept[player] = usable and choose_gram(self.plan, uses[0]).kept
+        return self._kept[player]
+
+    def block_kind(self, player: str) -> str:
+        """In which kind of metric block a player is."""
+        stage = self.plan.stages[self.graph.player[player].stage]
+        return next(block.kind for block in stage.blocks if any(own.name == player for own in block.players))
+
+    @cached_property
+    def watched(self) -> frozenset[str]:
+        """Players whose ``δu`` itself is read: later uses of tied parameters."""
+        values = (self.graph.value[c.value] for stage in self.plan.stages for c in stage.contracts)
+        return frozenset(value.control for value in values if value.control is not None)
+
+    def first_time(self, variable: str) -> bool:
+        """Whether this is the first time that somebody asks for the variable."""
+        new = variable not in self._written
+        self._written.add(variable)
+        return new
+
+    def operand(self, ref: Ref | BufferRef | ParamRef | None) -> Any:
+        """A kernel's operand or parameter, as a variable of the first sweep."""
+        if ref is None:
+            return None
+        if isinstance(ref, BufferRef):
+            return Buffer(ref.name)
+        return Param(ref.name) if isinstance(ref, ParamRef) else Var(self.name(ref.name))
+
+    def tree(self, structure: Any, rename: Mapping[str, str] | None = None) -> Any:
+        """A nested structure of references as variables."""
+        return map_leaves(
+            structure,
+            lambda leaf: Var((rename or {}).get(leaf.name, self.name(leaf.name))) if isinstance(leaf, Ref) else leaf,
+        )
+
+    def kernel(self, use: Use, suffix: str) -> str:
+        """Name of a kernel of the use's rule."""
+        return f"{use.rule.prefix}_{suffix}"
+
+    def arrangement(self, use: Use) -> tuple[tuple[Any, ...] | None, ...]:
+        """Where samples lie in a use's value and operands, as kernels take it, orders as variables."""
+        return tuple(
+            found and (*found, *((Var(self.name(layout.order)),) if layout and layout.order else ()))
+            for found, layout in zip(use.arrangement, use.layouts, strict=True)
+        )
+
+    @cached_property
+    def orders(self) -> frozenset[str]:
+        """Operations that say in which order samples lie."""
+        return frozenset(op.layout.order for op in self.graph.ops.ops if op.layout and op.layout.order)
+
+    def options(self, use: Use) -> dict[str, Any]:
+        """Keyword arguments of the use's kernels."""
+        options = dict(use.options)
+        if use.function is None:
+            return options
+        function = f"player_{self.name(use.key)}"
+        if use.extras:
+            function = f"bind({', '.join([function, *(self.name(extra) for extra in use.extras)])})"
+        if use.layouts:
+            output, *rest = self.arrangement(use)
+            function = f"arranged({function}, phi.shape[0], {render(output)}, {render(tuple(rest))})"
+        options["function"] = Function(function)
+        return options

@@ -1,0 +1,63 @@
+"""Layer rules: how the compiler gets per-sample parameter gradients of each kind of operation."""
+
+from __future__ import annotations
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph.ops import Op
+from gtddp_compile.lowering.layers.base import Rule
+from gtddp_compile.lowering.layers.conv import ConvRule
+from gtddp_compile.lowering.layers.generic import GenericRule
+from gtddp_compile.lowering.layers.linear import LinearRule
+from gtddp_compile.lowering.layers.norm import NormRule
+from gtddp_compile.lowering.layers.shift import ShiftRule
+from gtddp_compile.lowering.layers.transposed import TransposedRule
+
+RULES: tuple[Rule, ...] = (
+    LinearRule(),
+    TransposedRule(),
+    ConvRule(),
+    NormRule(),
+    ShiftRule(),
+    GenericRule(),
+)
+"""Every rule, most specific first."""
+
+
+def choose(op: Op, trainable: frozenset[str]) -> Rule:
+    """The first rule that is exact for ``op`` when the parameters ``trainable`` are trained.
+
+    Raises:
+        CompileError: no rule is (the operation draws random numbers, writes buffers or has no tensor value).
+    """
+    for rule in RULES:
+        if rule.handles(op, trainable):
+            return rule
+    if op.random:
+        why, remedy = (
+            "it owns trained parameters and draws random numbers",
+            "Move the random part into an operation of its own",
+        )
+    elif op.advances:
+        why, remedy = (
+            f"it owns trained parameters and writes {', '.join(op.advances)}",
+            "Freeze its parameters or those buffers",
+        )
+    else:
+        why, remedy = (
+            "it owns trained parameters, but its value is not one differentiable tensor",
+            "Freeze its parameters",
+        )
+    raise CompileError(why, remedy, module=op.module, operation=op.kind, source=op.source)
+
+
+__all__ = [
+    "RULES",
+    "ConvRule",
+    "GenericRule",
+    "LinearRule",
+    "NormRule",
+    "Rule",
+    "ShiftRule",
+    "TransposedRule",
+    "choose",
+]

@@ -1,0 +1,87 @@
+"""Rule of the normalisations with an elementwise affine part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+
+from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref
+from gtddp_compile.lowering.layers.binding import BATCH_NORM, bind, is_direct, key, roles
+
+FORMS: dict[Callable[..., Any] | str, str] = {
+    BATCH_NORM: "batch",
+    F.layer_norm: "layer",
+    F.group_norm: "group",
+    F.instance_norm: "instance",
+    F.rms_norm: "rms",
+}
+"""Option ``form`` of the kernels for each function."""
+
+
+class NormRule:
+    """Batch-, layer-, group-, instance- and RMS-norm, ``h = x̂ ∘ w + b``; parameters (weight, bias).
+
+    Operands are ``(x,)`` or, where running statistics normalise, ``(x, running_mean, running_var)``.
+    ``norm_prepare`` turns the operands of the whole batch into ``(x̂,)``.
+    """
+
+    name = "norm"
+    prefix = "norm"
+    prepare = True
+    rows = False
+    subtracts = False
+    pieces = False
+
+    def handles(self, op: Op, trainable: frozenset[str]) -> bool:
+        """A normalisation of a value with a batch axis, its weight and bias parameters themselves."""
+        bound = bind(op) if key(op) in FORMS else None
+        if bound is None or not is_direct(bound, _operand_names(bound)):
+            return False
+        if "normalized_shape" in bound:
+            return op.shape is None or len(op.shape) > len(_shape(bound["normalized_shape"]))
+        least = 3 if FORMS[key(op)] == "instance" else 2
+        if op.shape is not None and len(op.shape) < least:
+            return False
+        return all(bound[name] is not None for name in _operand_names(bound))
+
+    def operands(self, op: Op) -> tuple[Ref | BufferRef, ...]:
+        """``(x,)`` or, where running statistics normalise, ``(x, running_mean, running_var)``."""
+        bound = bind(op) or {}
+        return tuple(bound[name] for name in _operand_names(bound))
+
+    def roles(self, op: Op) -> tuple[ParamRef | BufferRef | None, ...]:
+        """``(weight, bias)``; ``(weight,)`` for ``F.rms_norm``."""
+        return roles(bind(op) or {})
+
+    def options(self, op: Op) -> Mapping[str, Any]:
+        """``form``, ``eps`` and, where they apply, ``training``, ``num_groups``, ``normalized_shape``."""
+        bound = bind(op) or {}
+        form = FORMS[key(op)]
+        options: dict[str, Any] = {"form": form, "eps": bound["eps"]}
+        if form in ("batch", "instance"):
+            options["training"] = _uses_input_statistics(bound)
+        if form == "group":
+            options["num_groups"] = bound["num_groups"]
+        if form in ("layer", "rms"):
+            options["normalized_shape"] = _shape(bound["normalized_shape"])
+        return options
+
+
+def _uses_input_statistics(bound: Mapping[str, Any]) -> bool:
+    """Whether batch- or instance-norm normalises by the input's own statistics."""
+    return bool(bound.get("training", bound.get("use_input_stats", True))) or bound["running_mean"] is None
+
+
+def _operand_names(bound: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the arguments the kernels need."""
+    first = next(iter(bound))
+    if "running_mean" not in bound or _uses_input_statistics(bound):
+        return (first,)
+    return (first, "running_mean", "running_var")
+
+
+def _shape(value: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    """A shape given as an int, a list or a tuple."""
+    return (value,) if isinstance(value, int) else tuple(value)

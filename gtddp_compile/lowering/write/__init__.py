@@ -1,0 +1,1 @@
+"""What emits instructions, one part of a step a file."""

@@ -1,0 +1,150 @@
+"""Instructions of the forms with several columns a sample (theory: 3 and 4c), where they differ from rank one."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from sympy import HadamardProduct, Inverse, MatrixExpr
+
+from gtddp_compile.algebra import collapsed as a
+from gtddp_compile.algebra.collapsed import CollapsedForm
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph, Player
+from gtddp_compile.graph.ops import Method
+from gtddp_compile.lowering.builder import Builder
+from gtddp_compile.lowering.instructions import Code, Function, Var
+from gtddp_compile.lowering.write.calls import operands, params
+from gtddp_compile.methods.terminal import MonteCarlo
+from gtddp_compile.options import Options
+
+
+def terminal_columns(b: Builder, end: int) -> None:
+    """The value function at the end: ``V_x = A``, ``P_T`` a multiple of the identity over all columns."""
+    form, coupling = b.plan.form.name, b.plan.coupling
+    group = coupling if isinstance(coupling, int) else None
+    size = f"{group} * {{}}" if group else "None"
+    any_output = b.g(next(value.name for value in b.graph.values if value.dies == end and not value.fixed), end)
+    b.emit("loss", end, ("*rank",), "=", Code(f"{any_output}.shape[0] - 1"), note="columns a sample")
+    for name, width in (("rows", "rank"), ("rows_all", "(1 + rank)")):
+        b.emit("loss", end, (f"*{name}",), "rows_of", Code(f"phi.shape[0] * {width}"), Code(size.format(width)),
+               note="columns of every group of samples")  # fmt: skip
+    b.emit("loss", end, ("*tau",), "group_scale", Var("rows"), Code("phi.shape[0] * rank"), note="B / b")
+    b.emit("loss", end, (f"*alpha_{end}",), "=", Code("ones.repeat_interleave(rank) * 0"), note="V_x = A + G alpha")
+    b.emit("loss", end, (), "m.keep", end, alpha=Var(f"alpha_{end}"), start=Var("start"),
+           samples=Code("phi.shape[0]"))  # fmt: skip
+    if form in a.COUPLED:
+        b.emit("loss", end, (f"*y_{end}",), "=", Code(f"alpha_{end}"), note="y_T = P_T^-1 alpha_T")
+        b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal",
+               Code("ones.repeat_interleave(rank) / start"), Var("rows"), note="Lambda_T = P_T^-1")  # fmt: skip
+        return
+    b.emit("loss", end, (f"*own_{end}",), "samples_identity", Var("start"), Var("ones"), Var("rank"), note="P_T")
+    if form != "block":
+        b.emit("loss", end, (f"*root_{end}",), "samples_identity", Code("start ** 0.5"), Var("ones"), Var("rank"),
+               note="P_T = root root^T")  # fmt: skip
+
+
+@cache
+def environment() -> dict[MatrixExpr, str]:
+    """Variables of what the derived formulas mention beside the names of rank one; ``{t}`` stands for the stage."""
+    pulled = a.GRADIENTS.T * Inverse(a.CURVATURE)
+    return {
+        a.TARGET_NEXT: "y_{after}",
+        a.TARGET: "y_{t}",
+        pulled * a.BASE: "cross_{t}",
+        a.GROUP_SCALE * pulled * a.BASE: "cross_{t}",
+        pulled * a.DECAY: "fall_{t}",
+    }
+
+
+def sample_matrices() -> dict[MatrixExpr, str]:
+    """Matrices held as one block a sample."""
+    return {a.OWN_NEXT: "own_{after}"}
+
+
+def split(b: Builder, t: int) -> None:
+    """``Γ`` and the cross terms, from the Gram matrix over all columns."""
+    b.emit("backward", t, (f"gamma_{t}", f"cross_{t}"), "split_columns", Var(f"columns_{t}"), Var("rank"), Var("start"),
+           Var("tau"), note="Gamma; tau Psi M^-1 gamma^T alpha_T")  # fmt: skip
+
+
+def shrink(b: Builder, t: int, grams: list[str]) -> None:
+    """``P`` of every sample where ``Q_uu = M``: eigenvalues of the radicand at 0 at least, and counted (section 3).
+
+    ``grams``: variables of ``Γ_ii`` of the stage's blocks.
+    """
+    b.emit("backward", t, (f"*gamma_{t}",), "=", Code(" + ".join(grams)), note="Gamma_ii")
+    equation = b.plan.form.backward["R"]
+    b.emit("backward", t, (f"root_{t}", f"own_{t}", f"clipped_{t}"), "shrink_samples", Var(f"root_{t + 1}"),
+           Var(f"gamma_{t}"), radicand_sign(equation.expression), note=f"R ({equation.source})")  # fmt: skip
+    b.emit("backward", t, (), "m.keep", t, radicands=Var(f"clipped_{t}"))
+
+
+def radicand_sign(expression: MatrixExpr) -> int:
+    """1 or -1 if the derived block is ``root (I ∓ rootᵀ Γ_ii root) rootᵀ`` with ``P' = root rootᵀ``.
+
+    Raises:
+        CompileError: no instruction computes it.
+    """
+    own = a.OWN_NEXT * HadamardProduct(a.GRAM, a.SAMPLES) * a.OWN_NEXT
+    for sign in (1, -1):
+        if (expression - a.OWN_NEXT + sign * own).doit() == 0 * a.OWN:
+            return sign
+    raise CompileError(f"no instruction computes the derived block {expression}", "Use backend='dense'")
+
+
+def sample_gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
+    """``Γ_ii`` of one player over all its uses."""
+    uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
+    if len(uses) == 1 and uses[0].names == player.parameters:
+        use = uses[0]
+        taken = given or operands(b, use)
+        b.emit("backward", t, (f"*{result}",), "sample_grams", Function(b.kernel(use, "per_sample")), taken,
+               Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
+        return result
+    found = []
+    for use in uses:
+        name = f"gamma_{b.name(use.key)}_rows"
+        b.emit("backward", t, (f"*{name}",), "factor_rows", Function(b.kernel(use, "per_sample")), operands(b, use),
+               Code(f"{b.g_output(use.op)}[1:]"), params(b, use), use.wants, note="Psi", **b.options(use))  # fmt: skip
+        found.append((use.names, Var(name)))
+    total = f"gamma_{b.identity(player)}_total"
+    b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *found, note="every use")
+    b.emit("backward", t, (f"*{result}",), "joint_sample_grams", Var(total), Var(metric), Var("rank"))
+    return result
+
+
+def describe_terminal(graph: ControlGraph, form: CollapsedForm, options: Options) -> str:
+    """The terminal Hessian, how many columns a sample has, and the size of the matrices the program factors."""
+    if not form.factored:
+        return f"terminal {options.terminal_kind}: 1 column a sample" if form.name != "base" else "no value Hessian"
+    count: int | None = None
+    if isinstance(options.terminal, MonteCarlo):
+        count = options.terminal.rank
+    else:
+        shapes = [graph.op(value.name).shape for value in graph.values if value.dies == len(graph.stages)]
+        known = [shape[1:] for shape in shapes if shape is not None]
+        count = sum(math.prod(shape) for shape in known) if len(known) == len(shapes) else None
+    columns = "r" if count is None else str(count)
+    samples = {"full": "B", "block": "B"}.get(str(options.coupling), str(options.coupling))
+    shape = f"{columns} x {columns} a sample" if form.name in ("substituted", "printed") else f"{samples}*{columns}"
+    return f"terminal {options.terminal}: {columns} columns a sample, matrices of size {shape}"
+
+
+def vectorises(graph: ControlGraph, stage: int) -> bool:
+    """Whether the stage is made of torch's own operations, whose reverse passes ``vmap`` all supports.
+
+    Code of the user's own (a registered operation, a function or module that is kept whole) may not; it is pulled back
+    one column at a time.
+    """
+    return all(_is_torchs_own(graph.op(name).target) for name in graph.stages[stage].ops)
+
+
+def _is_torchs_own(target: object) -> bool:
+    if isinstance(target, Method | torch.nn.Module):
+        return isinstance(target, Method) or type(target).__module__.startswith("torch.nn.")
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(target).partition(".")[0] in {"aten", "prims"}
+    home = str(getattr(target, "__module__", None) or type(target).__module__)
+    return home.partition(".")[0] in {"torch", "operator", "_operator", "math", "builtins", "gtddp_compile"}

@@ -1,0 +1,97 @@
+"""Base methods, one a file: the curvature ``Q_uu`` of Table 1 and how each consumes a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.curvature.adam import Adam, AdamW
+from gtddp_compile.methods.curvature.base import Curvature, Group, MetricKind, State
+from gtddp_compile.methods.curvature.blocks import BlockUpdates
+from gtddp_compile.methods.curvature.ekfac import EKFAC
+from gtddp_compile.methods.curvature.foof import FOOF
+from gtddp_compile.methods.curvature.kfac import KFAC
+from gtddp_compile.methods.curvature.kronecker import Kronecker
+from gtddp_compile.methods.curvature.rmsprop import RMSprop
+from gtddp_compile.methods.curvature.sgd import SGD
+from gtddp_compile.methods.curvature.updates import ParameterUpdates
+
+__all__ = [
+    "EKFAC",
+    "FOOF",
+    "KFAC",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "BlockUpdates",
+    "Curvature",
+    "Group",
+    "Kronecker",
+    "MetricKind",
+    "ParameterUpdates",
+    "RMSprop",
+    "State",
+    "resolve",
+]
+
+REGISTRY: dict[str, Any] = {
+    "sgd": SGD,
+    "rmsprop": RMSprop,
+    "adam": Adam,
+    "adamw": AdamW,
+    "kfac": KFAC,
+    "ekfac": EKFAC,
+    "foof": FOOF,
+}
+"""The base methods by name: frozen dataclasses that implement :class:`Curvature`."""
+
+IMPLEMENTATION_ONLY = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""torch.optim's options that choose between implementations of the same update."""
+
+
+def resolve(curvature: str | Curvature, **options: Any) -> Curvature:
+    """A base method from its name and options, or the object as it is.
+
+    Args:
+        curvature: a name in :data:`REGISTRY`, or an object such as ``Adam(lr=1e-3)``.
+        **options: torch.optim's options, with a name only.
+
+    Raises:
+        CompileError: unknown name or option, an option out of range, or options beside an object.
+    """
+    if isinstance(curvature, str):
+        if curvature not in REGISTRY:
+            raise CompileError(f"curvature {curvature!r} is not known", f"Choose one of {_listed(REGISTRY)}")
+        return _build(curvature, options)
+    if isinstance(curvature, type) or not _implements(curvature):
+        remedy = f"Give one of {_listed(REGISTRY)}, or an object such as Adam(lr=1e-3)"
+        raise CompileError(f"curvature is {curvature!r}, neither a name nor a Curvature object", remedy)
+    if options:
+        raise CompileError(
+            f"options {_listed(options)} were given beside the curvature object {curvature!r}",
+            f"Give them to the object: {type(curvature).__name__}(…)",
+        )
+    return curvature
+
+
+def _build(name: str, options: dict[str, Any]) -> Curvature:
+    kind = REGISTRY[name]
+    known = [field.name for field in fields(kind) if field.init]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        why = f"curvature {name!r} has no option {_listed(unknown)}"
+        if IMPLEMENTATION_ONLY.intersection(unknown):
+            why += " (it would only choose between implementations of the same update, which the compiler does)"
+        raise CompileError(why, f"Its options are {', '.join(known)}")
+    built: Curvature = kind(**options)
+    return built
+
+
+def _implements(candidate: object) -> bool:
+    members = [member for member in vars(Curvature) if not member.startswith("_")]
+    return all(hasattr(candidate, member) for member in [*members, "name"])
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,283 @@
+"""The base method's side of metrics that belong to players: statistics, metric and update of one block at a time.
+
+A block is named by its players' parameters: ``(("a.weight", "a.bias"), ("b.weight",))``. Its gradients travel as
+``(G, m, n)`` matrices, the bias as the last column (the homogeneous coordinate); an exact block's as one column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gtddp_compile.kernels.channels import channel_step
+from gtddp_compile.kernels.coordinates import coordinates_step, few_rows, kronecker_coordinates
+from gtddp_compile.kernels.kronecker import Layer, Metric, kronecker_precondition
+from gtddp_compile.kernels.patches import _conv_images
+from gtddp_compile.methods.curvature.base import Group
+from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
+from gtddp_compile.methods.curvature.updates import ParameterUpdates
+
+Names = tuple[tuple[str, ...], ...]
+
+
+class BlockUpdates(ParameterUpdates):
+    """What generated programs call ``m`` for Kronecker-factored curvatures."""
+
+    @property
+    def _kronecker(self) -> Kronecker:
+        assert isinstance(self._curvature, Kronecker)  # the compiler emits these calls for no other
+        return self._curvature
+
+    def observe_block(
+        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float, *, moments: bool = True
+    ) -> None:
+        """Factors of a block of a stage from its layers' inputs and ``V_h = α g_h`` (Eq. 43, 44, 50), and moments."""
+        flat = [name for player in names for name in player]
+        states = [self.states[name] for name in flat]
+        found = self._kronecker.observe_block(kind, layers, start, states, self._groups[flat[0]], moments=moments)
+        self.states.update(zip(flat, found, strict=True))
+
+    def observe_factors(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float) -> None:
+        """As :meth:`observe_block` where moments are taken from coordinates: :meth:`observe_coordinates`."""
+        self.observe_block(stage, kind, names, layers, start, moments=False)
+
+    def observe_coordinates(self, names: Names, moment: Tensor) -> None:
+        """Running ``E[(α γ̂)²]`` ``(G, M, N)`` of one player, from the batch's."""
+        first = names[0][0]
+        self.states[first] = self._kronecker.observe_coordinates(moment, self.states[first], self._groups[first])
+
+    def observe_uniform(self, names: tuple[str, ...], positions: float) -> None:
+        """Parameters without rows under a metric of inputs alone (:class:`gtddp_compile.FOOF`)."""
+        for name in names:
+            # FOOF's: the compiler emits this call for no other.
+            self.states[name] = self._kronecker.observe_uniform(  # type: ignore[attr-defined]
+                self.states[name], positions
+            )
+
+    def observe_channels(
+        self, names: tuple[str, ...], x: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor, ...], positions: float,
+        groups: int, sketch: tuple[int, int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Statistics of a convolution's channels (:class:`gtddp_compile.FOOF`).
+
+        Returns:
+            ``X`` with ``X Xᵀ = A⁻¹``, or with ``sketch`` (columns, seed) the filters that project whitened patches.
+        """
+        images, _ = _conv_images(x, g, params)
+        states = [self.states[name] for name in names]
+        shape, group = max((tuple(self._params[name].shape) for name in names), key=len), self._groups[names[0]]
+        observe = self._kronecker.observe_channels  # type: ignore[attr-defined]  # FOOF's, and asked of no other
+        found = observe(images, positions, shape, groups, states, group, sketch)
+        self.states.update(zip(names, found, strict=True))
+        maps: Tensor = found[0]["map_x" if sketch is None else "filters"]
+        return maps
+
+    def channels_metric(self, names: tuple[str, ...]) -> tuple[float, ...]:
+        """``M⁻¹`` of a convolution's weight in whitened channels, and of its bias."""
+        return tuple(
+            float(self._groups[name]["lr"]) if self._params[name].dim() > 1 else float(self._inverse(name))
+            for name in names
+        )
+
+    def block_maps(self, names: Names) -> tuple[Tensor, Tensor | None]:
+        """``(X, Y)`` of one player: into coordinates where its metric is diagonal (``None``: the identity)."""
+        state = self.states[names[0][0]]
+        return state["map_x"], state.get("map_g")
+
+    def block_inverses(self, names: Names) -> tuple[Tensor, Tensor | None]:
+        """``(A⁻¹, B⁻¹)`` of one player (``None``: the identity), made when the maps were."""
+        state = self.states[names[0][0]]
+        return state["inverse_x"], state.get("inverse_g")
+
+    def observe_moment(self, names: tuple[str, ...], moments: tuple[Tensor, ...]) -> None:
+        """Running ``E[γ²]`` of parameters with the diagonal rule."""
+        for name, moment in zip(names, moments, strict=True):
+            self.states[name] = self._curvature.observe(
+                self._params[name], moment, self.states[name], self._groups[name]
+            )
+
+    def block_metric(self, kind: BlockKind, names: Names) -> Metric:
+        """``M⁻¹`` of a block, as the kernels take it."""
+        return self._kronecker.block_metric(kind, self.states[names[0][0]], *self._widths_and_groups(kind, names))
+
+    def own_metric(self, kind: BlockKind, names: Names) -> Metric:
+        """The players' ``M⁻¹`` without cross terms (Eq. 23)."""
+        return self._kronecker.own_metric(kind, self.states[names[0][0]], *self._widths_and_groups(kind, names))
+
+    def _widths_and_groups(self, kind: BlockKind, names: Names) -> tuple[list[tuple[int, int]], list[Group]]:
+        """``(n, m)`` and options of every player."""
+        shapes = [self._shape(kind, player) for player in names]
+        return [(shape[2], shape[1]) for shape in shapes], [self._groups[player[0]] for player in names]
+
+    def drift_block(self, kind: BlockKind, names: Names) -> tuple[tuple[Tensor, ...], ...]:
+        """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of every player."""
+        if all(self._linear(name) is None for player in names for name in player):
+            return tuple(tuple(self._less_inertia(name, None) for name in player) for player in names)
+        linear = []
+        for player in names:
+            terms = [(self._params[name], self._linear(name)) for name in player]
+            linear.append(tuple(torch.zeros_like(param) if term is None else term for param, term in terms))
+        found = self._scaled(kind, names, self._directions(kind, names, linear), 1)
+        return tuple(tuple(map(self._less_inertia, player, parts)) for player, parts in zip(names, found, strict=True))
+
+    def open_block(
+        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """``k = -M⁻¹ (γᵀ α + ℓ_u)`` of every player (Eq. 4; of a coalition Eq. 18, 53)."""
+        return self._scaled(kind, names, self._directions(kind, names, self._with_decays(names, gradients)), -1)
+
+    def descend_block(self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]) -> None:
+        """As :meth:`apply_block` where nobody reads ``δu``: one pass over every new parameter."""
+        self._descend(names, self._directions(kind, names, self._with_decays(names, gradients)))
+
+    def descend_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> None:
+        """As :meth:`descend_block`, from ``M⁻¹ C w / η`` ``(G, m, n)`` of every player."""
+        self._descend(names, self._stepping(kind, names, steps))
+
+    def descend_rows(
+        self,
+        names: tuple[str, ...],
+        weighted: Callable[..., tuple[Tensor, ...]],
+        rows: Callable[..., tuple[Tensor, Tensor]],
+        operands: tuple[Tensor, ...],
+        g: Tensor,
+        params: tuple[Tensor | None, ...],
+        wants: tuple[bool, ...],
+        **options: Any,
+    ) -> None:
+        """:meth:`descend_block` of one layer; its rows, if few, are mapped instead of its gradient."""
+        x, v_h = rows(operands, g, params, wants, **options)
+        if not few_rows(x.shape[0] * x.shape[2], x.shape[3], v_h.shape[3]):  # a larger batch than was compiled for
+            self.descend_block("kronecker", (names,), (weighted(operands, g, params, wants, **options),))
+            return
+        coordinates = kronecker_coordinates(x, v_h, self.block_maps((names,)), "rows")
+        ones = coordinates[0].new_ones(x.shape[0])
+        step = coordinates_step(coordinates, ones, self.block_metric("kronecker", (names,)))
+        self.descend_steps("kronecker", (names,), (step,))
+
+    def apply_block(
+        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """Consume ``ĝ = γᵀ w + ℓ_u`` of every player; returns each one's ``δu``."""
+        return self._apply(names, self._directions(kind, names, self._with_decays(names, gradients)))
+
+    def apply_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+        """As :meth:`apply_block`, from ``M⁻¹ C w / η`` ``(G, m, n)`` of every player."""
+        return self._apply(names, self._stepping(kind, names, steps))
+
+    def _descend(self, names: Names, directions: Sequence[tuple[Tensor, ...]]) -> None:
+        for player, parts in zip(names, directions, strict=True):
+            for name, direction in zip(player, parts, strict=True):
+                if "inertia" in self._groups[name]:
+                    param, group = self._params[name], self._groups[name]
+                    delta, self.states[name] = self._kronecker.consume(param, direction, self.states[name], group)
+                    self._writable(name).add_(self._carried(name, delta))
+                    continue
+                target = self._writable(name)
+                self.states[name] = self._kronecker.advance(target, direction, self.states[name], self._groups[name])
+
+    def _apply(self, names: Names, directions: Sequence[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], ...]:
+        found = []
+        for player, parts in zip(names, directions, strict=True):
+            deltas = []
+            for name, direction in zip(player, parts, strict=True):
+                param = self._params[name]
+                delta, self.states[name] = self._kronecker.consume(
+                    param, direction, self.states[name], self._groups[name]
+                )
+                delta = self._carried(name, delta)
+                self._new[name] = (param + delta).to(param.dtype)
+                deltas.append(delta)
+            found.append(tuple(deltas))
+        return tuple(found)
+
+    # --- matrices -----------------------------------------------------------------------------------------------------
+
+    def _directions(
+        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
+    ) -> list[tuple[Tensor, ...]]:
+        """``(M⁻¹ ĝ)_p / η_p``."""
+        if kind == "channels":
+            return [self._channel_directions(*pair) for pair in zip(names, gradients, strict=True)]
+        folded = [self._fold(kind, player, parts) for player, parts in zip(names, gradients, strict=True)]
+        found = kronecker_precondition(folded, self.block_metric(kind, names))
+        return [self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True)]
+
+    def _channel_directions(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inverse = self.states[names[0]]["inverse_x"]
+        return tuple(
+            channel_step(gradient, inverse)
+            if gradient.dim() > 1
+            else gradient * (self._inverse(name) / float(self._groups[name]["lr"]))
+            for name, gradient in zip(names, gradients, strict=True)
+        )
+
+    def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """``M⁻¹ (C w + ℓ) / η`` parameter by parameter, from ``M⁻¹ C w / η``."""
+        found = [self._unfold(kind, player, step) for player, step in zip(names, steps, strict=True)]
+        found = [
+            tuple(part.to(self._params[name].dtype) for name, part in zip(player, parts, strict=True))
+            for player, parts in zip(names, found, strict=True)
+        ]
+        if all(self._linear(name) is None for player in names for name in player):
+            return found
+        zeros = [tuple(torch.zeros_like(self._params[name]) for name in player) for player in names]
+        decays = self._directions(kind, names, self._with_decays(names, zeros))
+        return [tuple(map(torch.add, *pair)) for pair in zip(found, decays, strict=True)]
+
+    def _shape(self, kind: BlockKind, names: tuple[str, ...]) -> tuple[int, int, int]:
+        """``(G, m, n)`` of one player's gradients: groups of a convolution, or blocks of a wide layer's inputs."""
+        params = [self._params[name] for name in names]
+        if kind == "exact":
+            return 1, sum(param.numel() for param in params), 1
+        weight = max(params, key=torch.Tensor.dim)
+        width = weight[0].numel() + (len(params) > 1)
+        groups = self.states[names[0]]["factor_x"].shape[0] if "factor_x" in self.states[names[0]] else 1
+        if weight.dim() == 2:
+            return groups, len(weight), -(-width // groups)
+        return groups, len(weight) // groups, width
+
+    def _fold(self, kind: BlockKind, names: tuple[str, ...], parts: tuple[Tensor, ...]) -> Tensor:
+        """``(G, m, n)`` of one player's gradients, the bias's last among the inputs."""
+        groups, outputs, width = self._shape(kind, names)
+        if kind == "exact":
+            return torch.cat([part.flatten() for part in parts]).reshape(1, outputs, 1)
+        bias_last = sorted(parts, key=torch.Tensor.dim, reverse=True)
+        if groups > 1 and parts[0].dim() <= 2:
+            whole = torch.cat([part.reshape(outputs, -1) for part in bias_last], -1)
+            whole = F.pad(whole, (0, groups * width - whole.shape[1]))
+            return whole.reshape(outputs, groups, width).transpose(0, 1)
+        return torch.cat([part.reshape(groups, outputs, -1) for part in bias_last], -1)
+
+    def _unfold(self, kind: BlockKind, names: tuple[str, ...], matrix: Tensor) -> tuple[Tensor, ...]:
+        params = [self._params[name] for name in names]
+        if kind == "exact":
+            pieces = matrix.flatten().split([param.numel() for param in params])
+        else:
+            width = max(param[0].numel() for param in params)
+            if len(matrix) > 1 and max(param.dim() for param in params) == 2:
+                matrix = matrix.transpose(0, 1).flatten(1)[:, : width + (len(params) > 1)]
+            pieces = tuple(matrix[..., :width] if param.dim() > 1 else matrix[..., width:] for param in params)
+        return tuple(piece.reshape(param.shape) for piece, param in zip(pieces, params, strict=True))
+
+    def _scaled(
+        self, kind: BlockKind, names: Names, directions: Sequence[tuple[Tensor, ...]], sign: int
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple(
+            tuple(part * (sign * float(self._groups[name]["lr"])) for name, part in zip(player, parts, strict=True))
+            for player, parts in zip(names, directions, strict=True)
+        )
+
+    def _with_decays(self, names: Names, gradients: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+        found = []
+        for player, parts in zip(names, gradients, strict=True):
+            terms = [(part, self._linear(name)) for name, part in zip(player, parts, strict=True)]
+            found.append(tuple(part if term is None else part + term for part, term in terms))
+        return found
+
+    def _linear(self, name: str) -> Tensor | None:
+        return self._curvature.linear_term(self._params[name], self._groups[name])

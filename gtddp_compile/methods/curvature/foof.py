@@ -1,0 +1,137 @@
+"""FOOF (Benzing 2022): the input factor of K-FAC alone. Not in the paper; the default of ``compile_optimizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtddp_compile.kernels.channels import channel_factor, channel_filters
+from gtddp_compile.kernels.kronecker import Layer, input_factor
+from gtddp_compile.methods.curvature.base import NONE, Group, Memory, State
+from gtddp_compile.methods.curvature.checks import Scalar, scalar
+from gtddp_compile.methods.curvature.kfac import inverse_root
+from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
+
+
+@dataclass(frozen=True)
+class FOOF(Kronecker):
+    """``M = (A + λ ā I) ⊗ I / lr``, ``A = E[x xᵀ]`` of a layer's homogeneous inputs, ``ā`` its mean eigenvalue.
+
+    The curvature of a step measured by how far it moves every layer's outputs: K-FAC's input factor (inputs summed over
+    positions, running averages), without its gradient factor. Cheaper than :class:`KFAC`: no gradient statistics and
+    one inverse a layer. With feedback off it is the published method, ``δW = -lr G (A + λ ā I)⁻¹``.
+
+    A convolution's ``A`` is the covariance of its input channels at a pixel, for every element of the kernel
+    (spatially uncorrelated: Grosse and Martens 2016): steps to a target are those of whole patches
+    (docs/robustness.md), at a hundredth of the price.
+
+    Linear layers whose outputs are added up decide as the one layer that they are, of the inputs side by side (Theorem
+    3 with ``B = I``); others have nothing to do with each other. Parameters that are no layer's weight (normalisations,
+    embeddings, bare ones) have the input 1 at the P positions of a sample at which they are used: ``M = P (1 + λ) I /
+    lr``.
+
+    Do not use it where layers' outputs differ by orders of magnitude in how much the loss depends on them (very deep
+    networks without normalisation): :class:`KFAC`.
+
+    Args:
+        lr: learning rate ``η``. In the joint step it hardly matters, as the aim bounds the step; without feedback it
+            does.
+        damping: ``λ``, relative to the mean eigenvalue.
+        stat_decay: weight of the past in the running average of ``A``.
+        refresh: steps between two inversions.
+        stat_every: steps between two updates of the average.
+        early: in so many first steps both are made more often, at steps 1, 2, 3, 5, 9, …
+        widest: inputs of a linear layer up to which ``A`` is one matrix; a wider layer's is block-diagonal, in as many
+            equal blocks as are needed. An inversion takes the cube of the width.
+        momentum: as torch.optim.SGD's, of the preconditioned gradient; not beside ``inertia``.
+        weight_decay: coupled decay ``λ u``, part of the gradient.
+        maximize: not available: negate the loss.
+
+    Raises:
+        CompileError: an option is out of range.
+    """
+
+    lr: Scalar = 3.0
+    damping: float = 0.1
+    widest: int = 1024
+
+    name = "foof"
+    inputs_alone = True
+
+    def observe_uniform(self, state: State, positions: float) -> dict[str, Any]:
+        """Step count of a parameter without rows, and the positions at which a sample uses it."""
+        return {**self._stepped(state), "positions": positions}
+
+    def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor | float:
+        """``lr / (P (1 + λ))``."""
+        found: Tensor | float = scalar(group["lr"], param) / (state["positions"] * (1.0 + group["damping"]))
+        return found
+
+    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
+        """``δu`` and the state of a parameter without rows."""
+        return self.consume(param, self._scaled(g_hat, state, group), state, group)
+
+    def descend(
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
+        denominator: Tensor | None = None, into: Memory = NONE,
+    ) -> dict[str, Any]:  # fmt: skip
+        """As :meth:`apply`, added to the parameter in place."""
+        return self.advance(param, self._scaled(g_hat, state, group), state, group)
+
+    def _scaled(self, g_hat: Tensor, state: State, group: Group) -> Tensor:
+        scaled: Tensor = g_hat / (state["positions"] * (1.0 + group["damping"]))
+        return scaled
+
+    def observe_channels(
+        self, x: Tensor, positions: float, shape: tuple[int, ...], groups: int, states: Sequence[State], group: Group,
+        sketch: tuple[int, int] | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """States of a convolution's parameters after its channels' covariance.
+
+        Args:
+            x: inputs, ``(images, channels, pixels…)``.
+            positions: of the output, in a sample.
+            shape: of the weight.
+            groups: of the convolution.
+            states: of its parameters, the weight's first.
+            group: their options.
+            sketch: columns and seed of the random filters that ``Γ`` is made by; ``None``: it is made by others.
+        """
+        found = [{**self._stepped(state), "positions": positions} for state in states]
+        width = x.shape[1] // groups
+
+        def factors(old: State | None, keep: float) -> dict[str, Tensor]:
+            return {"factor_x": channel_factor(x, positions, groups, None if old is None else old["factor_x"], keep)}
+
+        if self._running(found[0], group, {"factor_x": (groups, width, width)}, factors):
+            found[0].update(self.refreshed("channels", found[0], group))
+            if sketch is not None:
+                found[0]["filters"] = channel_filters(found[0]["map_x"], tuple(shape[1:]), *sketch)
+        return found
+
+    def factor_keys(self) -> tuple[str, ...]:
+        """``A`` alone."""
+        return ("factor_x",)
+
+    def factors(self, layers: Sequence[Layer], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
+        """The running ``A``."""
+        return {"factor_x": input_factor(layers, None if old is None else old["factor_x"], keep)}
+
+    def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
+        """``X Xᵀ = (A + λ ā I)⁻¹``; ``Y = I`` is not kept."""
+        x = state["factor_x"]
+        mean = x.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(x.dtype).tiny)
+        map_x, failed = inverse_root(x, group["damping"] * mean)
+        return {"map_x": map_x, "inverse_x": map_x @ map_x.mT, "fallbacks": state.get("fallbacks", 0) + failed}
+
+    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:
+        """The map says everything."""
+        return 1.0, None

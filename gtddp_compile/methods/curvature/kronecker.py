@@ -1,0 +1,343 @@
+"""What K-FAC and EK-FAC share: options, running averages, and the metric of players that decide together.
+
+The curvature belongs to a *block*: one player, its weight and bias jointly, or the players of a coalition (Theorem 3).
+A block is
+
+* ``"kronecker"``: linear and convolution layers, from their homogeneous inputs and ``V_h``;
+* ``"channels"``: convolutions under a metric of inputs alone, from the covariance of the channels at a pixel;
+* ``"printed"``: the same of a coalition, with each player's own factors beside the joint ones (Eq. 23 reads them);
+* ``"shared"``: players with the same rows (Corollary 7; EK-FAC alone);
+* ``"exact"``: any other player of at most ``small`` parameters, the ``E[γ γᵀ]`` of its per-sample gradients (the same
+  algebra with the input 1);
+* ``"diagonal"``: larger ones, ``E[γ²]``, parameter by parameter, by the methods that every curvature has.
+
+A block's factors are in the state of its first parameter; every parameter has its own ``"step"`` and
+``"momentum_buffer"``. All methods are pure.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gtddp_compile.kernels.kronecker import (
+    Layer,
+    Maps,
+    Metric,
+    kronecker_factor_shapes,
+    kronecker_factors,
+    kronecker_widths,
+)
+from gtddp_compile.methods.curvature.base import NONE, Group, Memory, MetricKind, State
+from gtddp_compile.methods.curvature.checks import (
+    Scalar,
+    check_ranges,
+    first_step,
+    number,
+    out_of_range,
+    scalar,
+    statistics_gradient,
+    subtract,
+)
+
+BlockKind = Literal["kronecker", "channels", "printed", "shared", "exact"]
+
+MAPS = ("map_x", "map_g", "null_x", "null_g", "moment")
+DERIVED = (*MAPS, "inverse_x", "inverse_g", "filters", *(f"own_{key}" for key in MAPS))
+"""Keys of a block's state that are made of its factors."""
+
+
+@dataclass(frozen=True)
+class Kronecker(ABC):
+    """Options and state of a Kronecker-factored curvature; see :class:`KFAC` and :class:`EKFAC`."""
+
+    lr: Scalar = 1e-2
+    damping: float = 1e-3
+    stat_decay: float = 0.95
+    refresh: int = 10
+    stat_every: int = 10
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    maximize: bool = False
+    early: int = 10
+
+    name = "kronecker"
+    small = 0
+    """Largest number of parameters of an exact block."""
+    widest = 0
+    """Inputs of a linear layer up to which its factor is one matrix; 0: it always is."""
+    inputs_alone = False
+    """Whether the metric is of inputs alone; players without rows then have a multiple of the identity."""
+    shares = False
+    """Whether there is a form of its own for players of the same rows (Corollary 7)."""
+    rescales = False
+    """Whether the metric's diagonal in its own basis is a matrix of its own, and no product of two."""
+
+    def __post_init__(self) -> None:
+        self.check(self.defaults())
+
+    @property
+    def metric(self) -> MetricKind:
+        """Kronecker: of players, not of parameters."""
+        return "kronecker"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Layer inputs and ``V_h``."""
+        return True
+
+    def defaults(self) -> dict[str, Any]:
+        """Options of a param_group."""
+        return asdict(self)
+
+    def check(self, options: Group) -> None:
+        """Refuse options out of range.
+
+        Raises:
+            CompileError: names the option.
+        """
+        name = type(self).__name__
+        check_ranges(name, options, "lr", "damping", "momentum", "weight_decay")
+        if not 0.0 <= number(name, "stat_decay", options["stat_decay"]) < 1.0:
+            raise out_of_range(name, "stat_decay", options["stat_decay"], "a value in [0, 1)")
+        for option, least in (("refresh", 1), ("stat_every", 1), ("early", 0), ("small", 0)):
+            value = options.get(option, least)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise out_of_range(name, option, value, f"an integer that is at least {least}")
+
+    # --- parameter by parameter ---------------------------------------------------------------------------------------
+
+    def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
+        """``"step"`` and, with momentum, a zero ``"momentum_buffer"``; factors appear with the first statistics."""
+        self.check(group)
+        state: dict[str, Any] = {"step": first_step()}
+        if group["momentum"] > 0:
+            state["momentum_buffer"] = torch.zeros_like(param).detach()
+        return state
+
+    def linear_term(self, param: Tensor, group: Group) -> Tensor | None:
+        """``λ u`` of coupled decay, shape of the parameter."""
+        decay = group["weight_decay"]
+        return None if decay == 0 else param * scalar(decay, param)
+
+    def observe(
+        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
+    ) -> dict[str, Any]:
+        """Step count and running ``E[γ²]`` of a parameter with the diagonal rule (``g_stat`` is the batch's)."""
+        moment, new = statistics_gradient(type(self).__name__, g_stat), self._stepped(state)
+        new["second_moment"] = self._average(state.get("second_moment"), moment, new["step"], group)
+        return new
+
+    def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor | float:
+        """``lr / (E[γ²] + damping)`` of a parameter with the diagonal rule."""
+        inverse: Tensor = (state["second_moment"] + group["damping"]).reciprocal_().mul_(scalar(group["lr"], param))
+        return inverse
+
+    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor | None:
+        """None: the metric is a matrix."""
+        return None
+
+    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
+        """``δu`` and the state of a parameter with the diagonal rule."""
+        return self.consume(param, g_hat / (state["second_moment"] + group["damping"]), state, group)
+
+    def consume(self, param: Tensor, direction: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
+        """``δu = -lr · b``, ``b ← momentum · b + direction`` (torch.optim.SGD's), ``direction = M⁻¹ ĝ / lr``."""
+        moved, new = self._moved(param, direction, state, group)
+        return moved * -scalar(group["lr"], param), new
+
+    def descend(
+        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
+        denominator: Tensor | None = None, into: Memory = NONE,
+    ) -> dict[str, Any]:  # fmt: skip
+        """As :meth:`apply`, added to the parameter in place."""
+        return self.advance(param, g_hat / (state["second_moment"] + group["damping"]), state, group)
+
+    def advance(self, param: Tensor, direction: Tensor, state: State, group: Group) -> dict[str, Any]:
+        """As :meth:`consume`, added to the parameter in place."""
+        moved, new = self._moved(param, direction, state, group)
+        subtract(param, moved, group["lr"])
+        return new
+
+    def rate(self, group: Group) -> float | None:
+        """None: the metric is a matrix."""
+        return None
+
+    def _moved(
+        self, param: Tensor, direction: Tensor, state: State, group: Group
+    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+        """``b`` and the state with it."""
+        if group["momentum"] == 0:
+            return direction, dict(state)
+        old = state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(param)
+        buffer = old * group["momentum"] + direction
+        return buffer, {**state, "momentum_buffer": buffer}
+
+    # --- block by block -----------------------------------------------------------------------------------------------
+
+    def observe_block(
+        self,
+        kind: BlockKind,
+        layers: Sequence[Layer],
+        start: float,
+        states: Sequence[State],
+        group: Group,
+        *,
+        moments: bool = True,
+    ) -> list[dict[str, Any]]:
+        """States of a block's parameters after statistics.
+
+        Args:
+            kind: what the block is.
+            layers: one a player (:func:`gtddp_compile.kernels.kronecker_layer`), one for all of a ``"shared"`` block;
+                their output gradients are ``V_h = α_{t+1} g_h``.
+            start: ``α_T``.
+            states: of every parameter, the block's first one first.
+            group: options of the block's first player.
+            moments: take further statistics here; otherwise :meth:`observe_coordinates` does.
+        """
+        found = [self._stepped(state) for state in states]
+        lead = found[0]
+        shapes = {key: shape for key, shape in kronecker_factor_shapes(layers).items() if key in self.factor_keys()}
+        due = self._running(lead, group, shapes, lambda old, keep: self.factors(layers, start, old, keep))
+        if due:
+            lead.update(self.refreshed(kind, lead, group))
+        if moments:
+            lead.update(self.moments(layers, start, lead, group))
+        if kind == "printed":
+            lead.update(self._own(layers, start, lead, group, due=due or "own_map_x" not in lead))
+        return found
+
+    def _running(
+        self,
+        lead: dict[str, Any],
+        group: Group,
+        shapes: Mapping[str, tuple[int, ...]],
+        factors: Callable[[State | None, float], dict[str, Tensor]],
+    ) -> bool:
+        """Take the batch into the running factors, when its turn is; whether what is made of them is due."""
+        fresh = any(key not in lead or lead[key].shape != shapes[key] for key in shapes)
+        if fresh:  # the first step, or a block that was put together differently when it was compiled again
+            lead["averaged"] = lead["age"] = torch.zeros_like(lead["step"])
+        age = int(lead["age"])
+        lead["age"] = lead["age"] + 1
+        early = age < group["early"] and age & (age - 1) == 0  # the first steps, ever further apart
+        if early or age % group["stat_every"] == 0:
+            lead["averaged"] = lead["averaged"] + 1
+            lead.update(factors(None if fresh else lead, self._keep(lead["averaged"], group)))
+        # load_state_dict casts a state to the parameter's own precision; factors are at least float32.
+        lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
+        return early or age % group["refresh"] == 0
+
+    def _own(self, layers: Sequence[Layer], start: float, lead: State, group: Group, *, due: bool) -> dict[str, Tensor]:
+        """What every player's curvature would be alone, side by side in coordinates of its own."""
+        widths = kronecker_widths(layers)
+        found: list[dict[str, Any]] = []
+        for layer, x, g in zip(layers, *spans(widths), strict=True):
+            own: dict[str, Any] = {"age": lead["age"]}
+            if due:
+                own |= {key: lead[key][:, at, at] for key, at in zip(self.factor_keys(), (x, g), strict=False)}
+                own |= self.refreshed("kronecker", own, group)
+            else:
+                places = {"map_x": (x, x), "map_g": (g, g), "null_x": (x,), "null_g": (g,), "moment": (g, x)}
+                own |= {
+                    key: lead[f"own_{key}"][(slice(None), *at)] for key, at in places.items() if f"own_{key}" in lead
+                }
+            found.append(own | self.moments((layer,), start, own, group))
+        return {f"own_{key}": side_by_side([own[key] for own in found]) for key in MAPS if key in found[0]}
+
+    def block_metric(
+        self, kind: BlockKind, state: State, widths: Sequence[tuple[int, int]], groups: Sequence[Group]
+    ) -> Metric:
+        """The block's metric, as the kernels take it.
+
+        Args:
+            kind: what the block is.
+            state: of its first parameter, after :meth:`observe_block`.
+            widths: ``(n, m)`` of every player: its rows of the joint maps.
+            groups: options of every player.
+        """
+        rates = tuple(float(group["lr"]) for group in groups)
+        scale, cross = self.scales(kind, state, groups[0], len(widths))
+        if kind == "shared":
+            return ((state["map_x"], state["map_g"]),) * len(widths), scale, cross, rates
+        return split_maps(state, widths), scale, cross, rates
+
+    def own_metric(
+        self, kind: BlockKind, state: State, widths: Sequence[tuple[int, int]], groups: Sequence[Group]
+    ) -> Metric:
+        """The metric without cross terms: ``Q_uu⁻¹`` and ``Q_vv⁻¹`` of Eq. 23; arguments as :meth:`block_metric`."""
+        rates = tuple(float(group["lr"]) for group in groups)
+        if kind == "shared":
+            scale, _ = self.scales("kronecker", state, groups[0], 1)
+            return ((state["map_x"], state["map_g"]),) * len(widths), scale, torch.zeros_like(state["moment"]), rates
+        own = {key: state[f"own_{key}"] for key in MAPS if f"own_{key}" in state}
+        scale, _ = self.scales("kronecker", own, groups[0], 1)
+        return split_maps(own, widths), scale, None, rates
+
+    def factor_keys(self) -> tuple[str, ...]:
+        """Keys of the factors in a state."""
+        return ("factor_x", "factor_g")
+
+    def factors(self, layers: Sequence[Layer], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
+        """Running averages of the factors, of which ``keep`` is from the old ones."""
+        before = None if old is None else (old["factor_x"], old["factor_g"])
+        return dict(zip(self.factor_keys(), kronecker_factors(layers, start, before, keep), strict=True))
+
+    @abstractmethod
+    def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
+        """``"map_x"``, ``"map_g"`` (and what belongs to them) from the running factors."""
+
+    @abstractmethod
+    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
+        """Further statistics of the batch, taken every step."""
+
+    def observe_coordinates(self, moment: Tensor, state: State, group: Group) -> dict[str, Any]:
+        """The state after the batch's ``E[(α γ̂)²]`` (``rescales``: otherwise nobody asks)."""
+        return {**state, "moment": moment}
+
+    @abstractmethod
+    def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:
+        """``scale`` and ``cross`` of the metric."""
+
+    def _stepped(self, state: State) -> dict[str, Any]:
+        return {**state, "step": state["step"] + 1}
+
+    def _average(self, old: Tensor | None, new: Tensor, count: Tensor, group: Group) -> Tensor:
+        """Martens and Grosse's running average: the old one counts ``min(1 - 1/k, stat_decay)`` at step k."""
+        if old is None:
+            return new
+        return torch.lerp(new, old, self._keep(count, group))
+
+    def _keep(self, count: Tensor, group: Group) -> float:
+        return min(1.0 - 1.0 / float(count), float(group["stat_decay"]))
+
+
+def split_maps(state: State, widths: Sequence[tuple[int, int]]) -> Maps:
+    """Every player's rows of the joint maps: ``x̂ = Σ_p x_p X_p``."""
+    xs = state["map_x"].split([n for n, _ in widths], 1)
+    gs = state["map_g"].split([m for _, m in widths], 1) if "map_g" in state else [None] * len(widths)
+    return tuple(zip(xs, gs, strict=True))
+
+
+def spans(widths: Sequence[tuple[int, int]]) -> tuple[list[slice], list[slice]]:
+    """Where every player's inputs and outputs are among those of the block."""
+    found: tuple[list[slice], list[slice]] = ([], [])
+    for axis, places in enumerate(found):
+        end = 0
+        for width in widths:
+            places.append(slice(end, end + width[axis]))
+            end += width[axis]
+    return found
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Vectors ``(G, n)`` one after the other, matrices ``(G, m, n)`` as blocks along the diagonal."""
+    if parts[0].dim() == 2:
+        return torch.cat(list(parts), 1)
+    return torch.stack([torch.block_diag(*blocks) for blocks in zip(*parts, strict=True)])

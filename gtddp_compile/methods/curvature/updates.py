@@ -1,0 +1,276 @@
+"""What one step does with the base method, for parameters by name: statistics, metric, update.
+
+Exported programs carry this text with them (``gtddp_compile.tools.export``), so it needs torch and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtddp_compile.kernels.approximate import separated
+from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, weigh
+from gtddp_compile.methods.curvature.base import Curvature
+
+RAMP = 3.0
+"""Steps after which inertia is half of what it tends to (but for its cap): the first steps are no average yet, and in
+networks without normalisation an early one that is carried on leads astray (docs/robustness.md)."""
+
+
+class ParameterUpdates:
+    """What generated programs call ``m``: parameters and states of one step, kept aside until it is done.
+
+    Args:
+        curvature: the base method.
+        params: parameters before the step, by name.
+        new: dictionary that receives the parameters after it; starts as a copy of ``params``.
+        states: optimizer state of every parameter, by name; read, never written.
+        groups: options of every parameter, by name.
+    """
+
+    def __init__(
+        self,
+        curvature: Curvature,
+        params: dict[str, Tensor],
+        new: dict[str, Tensor],
+        states: Mapping[str, Mapping[str, Any]],
+        groups: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self._curvature, self._params, self._new, self._groups = curvature, params, new, groups
+        self.states: dict[str, Mapping[str, Any]] = dict(states)
+        self._denominators: dict[str, Tensor] = {}
+
+    def observe(self, names: tuple[str, ...], gradients: tuple[Tensor, ...] | None) -> None:
+        """Statistics from ``Q_u = γᵀ α + ℓ_u`` (``gradients`` without ``ℓ_u``), and the step count."""
+        for index, name in enumerate(names):
+            g = None if gradients is None else self._with_decay(name, gradients[index])
+            self.states[name] = self._curvature.observe(
+                self._params[name], g, self.states[name], self._groups[name], self._memory(name)
+            )
+
+    def observe_gram(
+        self,
+        names: tuple[str, ...],
+        weighted: Callable[..., tuple[Tensor, ...]],
+        gram: Callable[..., Tensor],
+        pieces: Callable[..., Iterable[tuple[int, Any, Tensor]]],
+        operands: tuple[Tensor, ...],
+        g: Tensor,
+        alpha: Tensor,
+        params: tuple[Tensor | None, ...],
+        wants: tuple[bool, ...],
+        rows: Sequence[slice],
+        **options: Any,
+    ) -> Blocks:
+        """:meth:`observe` and ``Γ = γ M⁻¹ γᵀ`` of a layer whose metric is diagonal, from ``γ`` that is made once.
+
+        A piece of ``γ`` at a time: it gives ``Q_u = γᵀ α`` of its rows, that their statistics and metric, and that
+        their part of ``Γ``, while the piece is in the cache.
+        """
+        if torch.compiler.is_compiling():
+            self.observe(names, weigh(weighted, operands, g, alpha, params, wants, **options))
+            return gram_blocks(gram, operands, g, params, wants, self.metric(names), rows, **options)
+        grams = tuple(torch.zeros_like(block) for block in blocks_diagonal(alpha, rows))
+        tables = [self._tables(name) for name in names]
+        found: dict[str, Mapping[str, Any]] = {}
+        for index, part, gamma in pieces(operands, g, params, wants, **options):
+            q_u = (alpha.to(gamma.dtype) @ gamma.flatten(1)).reshape(gamma.shape[1:])
+            inverse, found[names[index]] = self._observe_rows(names[index], part, q_u, tables[index])
+            add_gram(grams, gamma, inverse, rows)
+        self.states.update(found)
+        self._denominators.update((name, table["denominator"]) for name, table in zip(names, tables, strict=True))
+        return grams
+
+    def _tables(self, name: str) -> dict[str, Tensor]:
+        """Memory for what a parameter's state has of its shape, and for a diagonal metric."""
+        state, memory = self.states[name], self._memory(name)
+        own = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+        own["denominator"] = next(iter(own.values()))
+        return {key: memory[key] if key in memory else torch.empty_like(value) for key, value in own.items()}
+
+    def _observe_rows(
+        self, name: str, part: Any, g: Tensor, tables: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """``M⁻¹`` of some rows of a parameter, and the state of the whole: new in the rows that have been here."""
+        state, group, param = self.states[name], self._groups[name], self._params[name][part]
+        into = {key: value[part] for key, value in tables.items()}
+        own = {key: value[part] if key in tables else value for key, value in state.items()}
+        new = self._curvature.observe(param, g, own, group, into)
+        denominator = self._curvature.denominator(param, new, group, into)
+        assert denominator is not None  # a diagonal metric's
+        made = {
+            key: tables[key] if value is into.get(key) else state[key] for key, value in new.items() if key in tables
+        }
+        return denominator.reciprocal().mul_(group["lr"]), {**new, **made}
+
+    def metric(self, names: tuple[str, ...]) -> tuple[Tensor | float, ...]:
+        """``M⁻¹`` of each parameter."""
+        return tuple(self._inverse(name) for name in names)
+
+    def separated_metric(self, names: tuple[str, ...], groups: int = 1) -> tuple[Any, ...]:
+        """``M⁻¹`` of each parameter, a weight's as ``(√r, √c)`` of ``M⁻¹_ab ≈ r_a c_b`` (``kernels.approximate``)."""
+        found: list[Any] = []
+        for name in names:
+            own = self._denominator(name) if self._params[name].dim() > 1 else None
+            rate = self._groups[name]["lr"]
+            found.append(self._inverse(name) if own is None else separated(own, rate, groups))
+        return tuple(found)
+
+    def _inverse(self, name: str) -> Tensor | float:
+        own = self._denominator(name)
+        if own is None:
+            return self._curvature.inverse_metric(self._params[name], self.states[name], self._groups[name])
+        return own.reciprocal().mul_(self._groups[name]["lr"])
+
+    def _denominator(self, name: str) -> Tensor | None:
+        """``D`` of a diagonal metric, kept until the parameter has moved."""
+        arguments = (self._params[name], self.states[name], self._groups[name], self._memory(name))
+        own = self._curvature.denominator(*arguments)
+        if own is not None:
+            self._denominators[name] = own
+        return own
+
+    def _memory(self, name: str) -> Mapping[str, Tensor]:
+        """Memory for new tensors of a parameter, by key of its state; what is not there is allocated."""
+        return {}
+
+    def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of each parameter."""
+        found = []
+        for name in names:
+            linear = self._curvature.linear_term(self._params[name], self._groups[name])
+            decayed = None if linear is None else self._inverse(name) * linear
+            found.append(self._less_inertia(name, decayed))
+        return tuple(found)
+
+    def _inertia(self, name: str) -> Tensor | None:
+        """``μ_k = min(μ, k / (k + RAMP))`` after k steps, a 0-d tensor; ``None`` before the first."""
+        state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
+        if "last_step" not in state or not mu:
+            return None
+        ramp: Tensor = state["taken"] / (state["taken"] + RAMP)
+        return ramp.clamp_max(mu)
+
+    def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
+        """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``."""
+        mu = self._inertia(name)
+        if mu is None:
+            return torch.zeros_like(self._params[name]) if direction is None else direction
+        last = self.states[name]["last_step"]
+        return last * -mu if direction is None else torch.addcmul(direction, last, mu.to(last), value=-1)
+
+    def _carried(self, name: str, delta: Tensor) -> Tensor:
+        """``δu + μ v``, put down as the last step."""
+        if "inertia" not in self._groups[name]:
+            return delta
+        mu, state = self._inertia(name), self.states[name]
+        if mu is not None:
+            last, memory = state["last_step"], self._memory(name).get("last_step")
+            delta = torch.addcmul(delta, last, mu.to(last), out=memory)
+        taken = state["taken"] if "taken" in state else torch.zeros((), dtype=torch.float64)
+        self.states[name] = {**state, "last_step": delta, "taken": taken + 1}
+        return delta
+
+    def open_gain(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """``k = -M⁻¹ (γᵀ α + ℓ_u)`` (Eq. 4 with Table 1's ``Q_uu``)."""
+        pairs = zip(names, gradients, self.metric(names), strict=True)
+        return tuple(-(inverse * self._with_decay(name, gradient)) for name, gradient, inverse in pairs)
+
+    def apply(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Consume ``ĝ = γᵀ w + ℓ_u``: new parameters and states are kept aside; returns ``δu``."""
+        found = []
+        for name, gradient in zip(names, gradients, strict=True):
+            param = self._params[name]
+            delta, self.states[name] = self._curvature.apply(
+                param, self._with_decay(name, gradient), self.states[name], self._groups[name]
+            )
+            delta = self._carried(name, delta)
+            self._new[name] = (param + delta).to(param.dtype)
+            found.append(delta)
+        return tuple(found)
+
+    def descend(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> None:
+        """As :meth:`apply` where nobody reads ``δu``: one pass over the new parameter."""
+        for name, gradient in zip(names, gradients, strict=True):
+            g_hat = self._with_decay(name, gradient)
+            if "inertia" in self._groups[name]:
+                delta, self.states[name] = self._curvature.apply(
+                    self._params[name], g_hat, self.states[name], self._groups[name]
+                )
+                self._writable(name).add_(self._carried(name, delta))
+                continue
+            target = self._writable(name)
+            self.states[name] = self._curvature.descend(
+                target, g_hat, self.states[name], self._groups[name],
+                self._denominators.pop(name, None), self._memory(name),
+            )  # fmt: skip
+
+    def descend_by(
+        self,
+        names: tuple[str, ...],
+        weighted: Callable[..., tuple[Tensor, ...]],
+        subtract: Callable[..., None],
+        operands: tuple[Tensor, ...],
+        g: Tensor,
+        params: tuple[Tensor | None, ...],
+        wants: tuple[bool, ...],
+        **options: Any,
+    ) -> None:
+        """:meth:`descend` with the layer's gradient; where ``δu = -η ĝ``, its product writes the parameter itself."""
+        rates = self._rates(names)
+        if rates is None:
+            self.descend(names, weighted(operands, g, params, wants, **options))
+        else:
+            subtract(operands, g, tuple(self._writable(name) for name in names), wants, rates, **options)
+
+    def _rates(self, names: tuple[str, ...]) -> tuple[float, ...] | None:
+        """``η`` of each parameter where ``δu = -η ĝ``, and a product in float32 can write the parameter."""
+        if any(self._params[name].dtype in (torch.bfloat16, torch.float16) for name in names):
+            return None
+        if any("inertia" in self._groups[name] for name in names):
+            return None
+        rates = tuple(self._curvature.rate(self._groups[name]) for name in names)
+        return None if None in rates else rates  # type: ignore[return-value]
+
+    def _writable(self, name: str) -> Tensor:
+        """The new parameter, equal to the old one, to be written in place."""
+        self._new[name] = self._params[name].clone()
+        return self._new[name]
+
+    def _with_decay(self, name: str, gradient: Tensor) -> Tensor:
+        linear = self._curvature.linear_term(self._params[name], self._groups[name])
+        if gradient.dtype in (torch.bfloat16, torch.float16):  # states are float32 at least
+            gradient = gradient.float()
+        return gradient if linear is None else gradient + linear
+
+    # --- for the dense backend ----------------------------------------------------------------------------------------
+
+    def dense_inverse(self, names: tuple[str, ...]) -> Tensor:
+        """``M⁻¹`` of one player whose metric is of parameters: a diagonal matrix."""
+        pairs = zip(names, self.metric(names), strict=True)
+        entries = [(inverse * torch.ones_like(self._params[name])).flatten() for name, inverse in pairs]
+        return torch.diag(torch.cat(entries))
+
+    def linear_flat(self, names: tuple[str, ...]) -> Tensor:
+        """``ℓ_u`` of one player, its parameters flat and side by side."""
+        found = []
+        for name in names:
+            decay = self._curvature.linear_term(self._params[name], self._groups[name])
+            found.append((torch.zeros_like(self._params[name]) if decay is None else decay).flatten())
+        return torch.cat(found)
+
+    def carried_flat(self, names: tuple[str, ...]) -> Tensor:
+        """``μ v`` of one player, its parameters flat and side by side."""
+        return torch.cat([-self._less_inertia(name, None).flatten() for name in names])
+
+    def shape(self, name: str) -> torch.Size:
+        """A parameter's shape."""
+        return self._params[name].shape
+
+    def unflatten(self, names: tuple[str, ...], vector: Tensor) -> tuple[Tensor, ...]:
+        """One player's flat column as tensors of its parameters' shapes."""
+        pieces = vector.flatten().split([self._params[name].numel() for name in names])
+        return tuple(piece.reshape(self._params[name].shape) for name, piece in zip(names, pieces, strict=True))

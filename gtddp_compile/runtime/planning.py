@@ -1,0 +1,75 @@
+"""From a control graph to what its program has to compute: the symbolic passes."""
+
+from __future__ import annotations
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import LEADING, ControlGraph
+from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules
+from gtddp_compile.lowering.plan import Asked, Plan
+from gtddp_compile.methods.curvature import Curvature, Kronecker
+from gtddp_compile.methods.terminal import terminal_weight
+from gtddp_compile.options import Options, Sketch
+from gtddp_compile.passes import collapse, derive, simplify
+from gtddp_compile.passes.p06_derive import Derived
+
+
+def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool) -> tuple[Derived, Plan]:
+    """Passes 6 to 8: derivation, collapse, plan. ``decay``: whether any group has coupled weight decay."""
+    if options.factored:
+        _check_columns(graph, options)
+    derived = derive(graph, options.recursion, metric_rules(options, curvature))
+    form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored,
+                    rollout=options.rollout_kind, inertia=bool(options.inertia))  # fmt: skip
+    asked = Asked(
+        coupling=options.coupling,
+        decay=decay,
+        inertia=bool(options.inertia),
+        max_step=options.max_step,
+        max_grad_norm=options.max_grad_norm,
+        clip=options.feedback_clip,
+        terminal=terminal_weight(options.terminal_kind),
+        metric="rescaled" if isinstance(curvature, Kronecker) and curvature.rescales else curvature.metric,
+        gram=options.gram_kind,
+        columns=options.gram.columns if isinstance(options.gram, Sketch) else Sketch().columns,
+    )
+    return derived, simplify(
+        derived,
+        form,
+        asked,
+        contracts=options.feedback is True and options.rollout_kind == "nonlinear",
+        statistics=curvature.needs_statistics,
+        recompute=options.memory == "recompute",
+    )
+
+
+def _check_columns(graph: ControlGraph, options: Options) -> None:
+    """Outputs with several columns a sample have their samples leading: ``(r, B, …)``.
+
+    Raises:
+        CompileError: the samples of an output lie elsewhere.
+    """
+    for name in graph.ops.output_names:
+        op = graph.op(name) if name in graph.ops.position else None
+        if op is not None and op.samples != LEADING:
+            raise CompileError(
+                f"terminal={options.terminal!r}: the output has its {op.samples}, and the factors of the loss's Hessian"
+                " are taken a sample at a time along the leading axis",
+                "Move the samples to the leading axis of the output, or take terminal='geometric'",
+                module=op.module, operation=op.kind, source=op.source or None,
+            )  # fmt: skip
+
+
+def metric_rules(options: Options, curvature: Curvature) -> MetricRules:
+    """Which players are in one metric; with feedback off only where ``cooperative=True`` was said (Proposition 4)."""
+    if not isinstance(curvature, Kronecker):
+        return BY_PARAMETER
+    printed = options.recursion == "printed"
+    return MetricRules(
+        True,
+        curvature.small,
+        options.cooperates,
+        curvature.shares,
+        printed,
+        inputs_alone=curvature.inputs_alone,
+        widest=curvature.widest,
+    )

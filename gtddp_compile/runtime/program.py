@@ -1,0 +1,332 @@
+"""The compiled program: what was derived, the instructions, and the generated code."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from rich.console import Console
+from rich.table import Table
+from sympy import latex
+
+from gtddp_compile.algebra.collapsed import COUPLED, CollapsedForm
+from gtddp_compile.algebra.derivation import Equation, StageDerivation, equation_text
+from gtddp_compile.algebra.elimination import cooperative_gains
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph, Player, tool
+from gtddp_compile.lowering.costs import choose_gram, choose_stacked, rollout_units, separates
+from gtddp_compile.lowering.lowered import Lowered
+from gtddp_compile.lowering.segments import describe_memory
+from gtddp_compile.lowering.uses import Use
+from gtddp_compile.lowering.write.columns import describe_terminal, vectorises
+from gtddp_compile.methods.setting import Setting
+from gtddp_compile.options import Options
+from gtddp_compile.passes.p06_derive import Derived, DerivedStage
+from gtddp_compile.passes.p11_emit import Emitted
+from gtddp_compile.wording import few
+
+Format = Literal["text", "latex", "sympy"]
+
+
+class Difference(Protocol):
+    """What :meth:`UpdateProgram.diff` returns (``gtddp_compile.tools.difference.ProgramDiff``)."""
+
+    def to_html(self) -> str:
+        """The differences as one page."""
+
+    def save(self, path: str | Path) -> None:
+        """Write them as text or as a page, by suffix."""
+
+
+@dataclass(frozen=True)
+class UpdateProgram:
+    """The optimizer that was derived for one architecture (immutable).
+
+    ``str()`` shows the instructions stage by stage, ``code`` the Python that runs, :meth:`derivation` the mathematics
+    it was lowered from, :meth:`cost` what each player costs and in which form.
+    """
+
+    graph: ControlGraph
+    derived: Derived
+    form: CollapsedForm
+    lowered: Lowered
+    emitted: Emitted
+    options: Options
+    curvature: str
+    setting: Setting | None = None
+
+    @property
+    def code(self) -> str:
+        """The generated Python source."""
+        return self.emitted.code
+
+    def export(self, path: str | Path, *, targets: Any = None) -> None:
+        """Write the program to a file, in the format of its suffix.
+
+        ``.py``: a module that needs torch alone, ``init_state(params)`` and ``step(params, buffers, state, inputs,
+        targets) -> (params, buffers, state, loss)``. ``.json``: the program as data, for :meth:`load`. ``.tex``: the
+        derivation as a document. ``.pt2``: the step as one graph, for ``torch.export.load``.
+
+        Args:
+            path: the file.
+            targets: for ``.pt2`` with a loss of one's own, targets of the batch size that the program was compiled for.
+
+        Raises:
+            CompileError: the suffix is none of these, or the program holds what the format cannot.
+        """
+        tool("export").write(self, Path(path), targets)
+
+    @classmethod
+    def load(cls, path: str | Path) -> UpdateProgram:
+        """A program from the ``.json`` that :meth:`export` wrote; nothing that is read is executed.
+
+        Use it by ``compile_optimizer(model, program=program)``.
+
+        Raises:
+            CompileError: the file is no program, was changed, cut off or written by a newer version.
+            OSError: the file cannot be read.
+        """
+        found: UpdateProgram = tool("export").read(Path(path))
+        return found
+
+    def diff(self, other: UpdateProgram) -> Difference:
+        """What differs between this program and another, a network with one shortcut more, say.
+
+        Operations and stages that correspond are found by what they are, so that names and stage numbers that merely
+        moved on are no differences. ``str()`` of the result is text, ``to_html()`` a page, ``save(path)`` either.
+        """
+        found: Difference = tool("difference").compare(self, other)
+        return found
+
+    @cached_property
+    def drawn(self) -> ControlGraph:
+        """The control graph with every stage's derivation as its note, made when the page asks for it."""
+        return replace(self.graph, notes=StageNotes(self))
+
+    def __repr__(self) -> str:
+        return f"<UpdateProgram of {self.graph.name}: {self.curvature}, {len(self.lowered.instructions)} instructions>"
+
+    def __str__(self) -> str:
+        lines = [f"# {self.graph.name}: {self.curvature}, form {self.form.name}, coupling {self.options.coupling}"]
+        heading: tuple[str, int] | None = None
+        for instruction in self.lowered.instructions:
+            if (instruction.phase, instruction.stage) != heading:
+                heading = (instruction.phase, instruction.stage)
+                lines.append(f"\n{instruction.phase}, {self._stage_title(instruction.stage)}")
+            note = f"    # {instruction.note}" if instruction.note else ""
+            lines.append(f"  {instruction}{note}")
+        return "\n".join(lines)
+
+    def _stage_title(self, index: int) -> str:
+        if index < 0:
+            return "before the first stage"
+        if index == len(self.graph.stages):
+            return "terminal"
+        return f"stage {index}: {', '.join(self.graph.stages[index].players)}"
+
+    # --- derivation ---------------------------------------------------------------------------------------------------
+
+    def derivation(self, stage: int | None = None, format: Format = "text") -> Any:
+        """The symbolic derivation the code was lowered from.
+
+        Args:
+            stage: one stage's; ``None`` for all of them.
+            format: ``"text"``, ``"latex"`` (both str), or ``"sympy"``: a list of (symbol, expression) equations.
+
+        Raises:
+            CompileError: no such stage or format.
+        """
+        if format not in ("text", "latex", "sympy"):
+            raise CompileError(f"derivation format {format!r} is not known", "Choose 'text', 'latex' or 'sympy'")
+        if stage is None:
+            found = [self.derivation(index, format) for index in range(len(self.derived.stages))]
+            return [equation for part in found for equation in part] if format == "sympy" else "\n\n".join(found)
+        if not 0 <= stage < len(self.derived.stages):
+            raise CompileError(f"there is no stage {stage}", f"Stages run from 0 to {len(self.derived.stages) - 1}")
+        derived = self.derived.stages[stage]
+        rolled = derived.derivation.rolled.values() if self.form.name == "joint" else ()
+        collapsed = (*self.form.backward.values(), *self.form.forward.values())
+        equations = [*derived.derivation.equations(), *rolled, *collapsed]
+        if format == "sympy":
+            return [(equation.symbol, equation.expression) for equation in equations]
+        return self._latex(derived) if format == "latex" else self._text(derived)
+
+    def _legend(self, stage: DerivedStage) -> list[tuple[str, str]]:
+        rows = [(name, ", ".join(values)) for name, values in stage.inputs.items()]
+        rows += [(f"{name}'", ", ".join(values)) for name, values in stage.outputs.items()]
+        return rows + [(name, player) for name, player in stage.controls.items()]
+
+    def _text(self, stage: DerivedStage) -> str:
+        lines = [f"stage {stage.index}: {', '.join(stage.controls.values())}"]
+        lines += [f"  {name:<4} = {values}" for name, values in self._legend(stage)]
+        lines += ["  augmented dynamics (0, I, J dense; F in the controls):"]
+        lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
+        lines.append("  gains and value recursion (a prime: at t+1):")
+        lines += _equation_lines(stage.derivation)
+        if self.form.name == "joint":
+            lines.append("  the policy on the linearised dynamics: c' = c + C^T delta_u, and so Lambda' w' = Lambda' w")
+            lines += [_line(equation) for equation in stage.derivation.rolled.values()]
+        if len(stage.controls) > 1:
+            lines.append("  the same gains player by player (the others eliminated; cooperative gains):")
+            lines += [_line(equation) for equation in cooperative_gains(stage.derivation)]
+        return "\n".join((*lines, *self._form_lines))
+
+    @cached_property
+    def _form_lines(self) -> list[str]:
+        head = f"  collapsed, V_x = G alpha, V_xx = G P G^T ({self.form.name} form):"
+        return [head, *(_line(equation) for equation in _said(self.form))]
+
+    def _latex(self, stage: DerivedStage) -> str:
+        rows = [_latex_row(equation) for equation in stage.derivation.equations()]
+        if self.form.name == "joint":
+            rows += [_latex_row(equation) for equation in stage.derivation.rolled.values()]
+        rows += [_latex_row(equation) for equation in _said(self.form)]
+        body = " \\\\\n".join(rows)
+        return f"% stage {stage.index}\n\\begin{{align}}\n{body}\n\\end{{align}}"
+
+    # --- cost ---------------------------------------------------------------------------------------------------------
+
+    def cost(self) -> str:
+        """A table: every player's rule, the kernels' form, how its Gram matrix is made, and what is kept of a step."""
+        shown = describe_terminal(self.graph, self.form, self.options)
+        table = Table(
+            title=f"{self.form.name} form, coupling {self.options.coupling}, {shown}",
+            caption="\n".join(filter(None, (self._products(), self._memory(), self._mixing()))),
+        )
+        for column in ("stage", "player", "kind", "rule", "parameters", "gram", "notes"):
+            table.add_column(column, overflow="fold")
+        for player in self.graph.players:
+            uses = self.lowered.uses[player.name]
+            rules = ", ".join(dict.fromkeys(use.rule.name for use in uses))
+            table.add_row(
+                str(player.stage), player.name, player.kind, rules, str(self._size(player)), self._gram(uses),
+                "; ".join(filter(None, self._remarks(player, uses))),
+            )  # fmt: skip
+        return rendered(table)
+
+    def _products(self) -> str:
+        """Both rollouts beside each other."""
+        plan = self.lowered.plan
+        if self.form.name not in COUPLED or self.form.factored:
+            return ""
+        found = rollout_units(plan, (use for uses in self.lowered.uses.values() for use in uses))
+        if found is None:
+            return ""
+        linear, again = (f"{units:.2f}" for units in found)
+        return (
+            f"multiplications of a training step's (layers of known shape): rollout linear {linear}, nonlinear {again}"
+        )
+
+    def _memory(self) -> str:
+        return describe_memory(self.graph, self.lowered.plan.segments, gradients=self.form.name != "base")
+
+    def _mixing(self) -> str:
+        """Which operations are read approximately (theory: 4e); without feedback none is."""
+        mixing = self.graph.ops.mixing
+        if not mixing or self.form.name == "base" or self.options.mixing == "exact":
+            return ""
+        return f"read sample by sample, an approximation: {few(mixing)}, which mix samples"
+
+    def _remarks(self, player: Player, uses: tuple[Use, ...]) -> tuple[str, ...]:
+        joined = self._called("m.observe_gram", uses, "statistics from the same gamma")
+        return _notes(player, uses), self._pulled(player), self._metric(player), joined
+
+    def _metric(self, player: Player) -> str:
+        """Which block of a Kronecker-factored curvature the player is in."""
+        (block,) = (block for block in self.derived.stages[player.stage].blocks if player in block.players)
+        if block.kind == "parameters":
+            return ""
+        together = ", ".join(other.name for other in block.players if other != player)
+        return f"{block.kind} metric" + (f" with {together} ({block.why})" if together else "")
+
+    def _called(self, function: str, uses: tuple[Use, ...], remark: str) -> str:
+        """The remark, if the program has such a call for one of the uses."""
+        made = {call.args[0] for call in self.lowered.instructions if call.function == function}
+        return remark if any(use.names in made for use in uses) else ""
+
+    def _pulled(self, player: Player) -> str:
+        slow = self.form.factored and not vectorises(self.graph, player.stage)
+        return "pulled back a column at a time: code that is not torch's own" if slow else ""
+
+    def _size(self, player: Player) -> int:
+        sizes = self.graph.ops.parameter_info
+        return sum(math.prod(sizes[name].shape) for name in player.parameters)
+
+    def _gram(self, uses: tuple[Use, ...]) -> str:
+        if self.form.name == "base":
+            return "none"
+        if self.form.name in ("substituted", "printed"):
+            return "a block a sample" if self.form.factored else "diagonal"
+        if self.form.factored:
+            return "per-sample gradients, uses added" if len(uses) > 1 else "kernel, columns as samples"
+        plan = self.lowered.plan
+        if len(uses) > 1:
+            return str(choose_stacked(plan, uses) or "per-sample gradients, uses added")
+        return f"{choose_gram(plan, uses[0])}{', metric separated' if separates(plan, uses[0]) else ''}"
+
+
+class StageNotes(Mapping[int, str]):
+    """The derivation of every stage of a program as text, by the stage's index, each made when it is asked for."""
+
+    def __init__(self, program: UpdateProgram) -> None:
+        self._program = program
+
+    def __getitem__(self, stage: int) -> str:
+        if not 0 <= stage < len(self):
+            raise KeyError(stage)
+        return str(self._program.derivation(stage))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self._program.derived.stages)
+
+
+def rendered(table: Table, width: int = 110) -> str:
+    """A rich table as plain text."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(table)
+    return stream.getvalue()
+
+
+@lru_cache(maxsize=256)
+def _equation_lines(derivation: StageDerivation) -> tuple[str, ...]:
+    """Printed once a pattern, which deep networks share among all their stages."""
+    return tuple(_line(equation) for equation in derivation.equations())
+
+
+def _line(equation: Equation) -> str:
+    source = f"({equation.source})" if equation.source else ""
+    return f"    {equation_text(equation):<76} {source}".rstrip()
+
+
+def _said(form: CollapsedForm) -> list[Equation]:
+    """The collapsed equations, those that say nothing left out (``y = y'`` without weight decay)."""
+    found = [*form.backward.values(), *form.forward.values()]
+    return [equation for equation in found if str(equation.expression) != f"{equation.symbol}'"]
+
+
+def _latex_row(equation: Equation) -> str:
+    tag = f" \\tag{{{equation.source}}}" if equation.source else ""
+    return f"{latex(equation.symbol)} &= {latex(equation.expression)}{tag}"
+
+
+def _notes(player: Player, uses: tuple[Use, ...]) -> str:
+    said = []
+    if len(uses) > 1:
+        said.append(f"used {len(uses)} times")
+    for use in uses:
+        if use.rule.name == "generic":
+            slow = [name for name, fast in _speeds(use.options).items() if not fast]
+            said.append(f"automatic differentiation{', slow: no ' + ', '.join(slow) if slow else ''}")
+    return "; ".join(dict.fromkeys(said))
+
+
+def _speeds(options: Mapping[str, Any]) -> dict[str, bool]:
+    return {name: bool(options[name]) for name in ("vectorised", "forward_mode") if name in options}

@@ -1,0 +1,198 @@
+"""``.pt2``: the step as one graph of torch's operations, for ``torch.export.load``.
+
+The exported module's own text is traced, first by ``make_fx``, which resolves its gradients into plain operations (what
+torch.export alone does not), then by torch.export. Branches on values cannot be traced: the loss that is not finite
+and the Cholesky factor that fails are written as selections here, the other programs that branch are refused.
+
+The batch size is that of the program's example inputs: kernels decide by sizes how to multiply and in how many pieces.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import BufferRef
+from gtddp_compile.methods.curvature import SGD, Kronecker
+from gtddp_compile.methods.losses import is_kind
+from gtddp_compile.methods.terminal import ELEMENTWISE
+from gtddp_compile.passes.p11_emit import draws
+from gtddp_compile.tools.export.parts import Parts
+from gtddp_compile.tools.export.python import to_python
+
+REMEDY = "Export as .py, which runs with torch alone too"
+SAID = "program.txt"
+
+
+def save_graph(parts: Parts, path: Path) -> None:
+    """Write the step's graph; it is complete before the file is opened.
+
+    Raises:
+        CompileError: the program branches on values, draws random numbers, or example targets are needed.
+    """
+    exported = to_graph(parts)
+    about = f"Update program of {parts.graph.name}: {parts.curvature}. Written by gtddp_compile {parts.version}."
+    torch.export.save(exported, path, extra_files={SAID: about})
+
+
+def to_graph(parts: Parts) -> torch.export.ExportedProgram:
+    """``step(params, buffers, state, inputs, targets)`` as an exported program.
+
+    Its ``example_inputs`` hold zeros, but for the state: that is the initial one.
+    """
+    _refuse(parts)
+    module = _module(parts)
+    given = _examples(parts, module)
+    flat, spec = pytree.tree_flatten(given)
+    returned: list[Any] = []
+
+    def run(*values: Any) -> list[Any]:
+        found, outside = pytree.tree_flatten(_guarded(module, *pytree.tree_unflatten(values, spec)))
+        returned.append(outside)
+        return found
+
+    try:
+        graph = make_fx(run, tracing_mode="fake")(*flat)
+        return torch.export.export(_Step(graph, returned[0]), given, strict=False)
+    except (torch._dynamo.exc.UserError, torch._subclasses.fake_tensor.DataDependentOutputException) as error:
+        raise CompileError(f"the step is no single graph: it branches on a value ({error})", REMEDY) from error
+
+
+class _Step(nn.Module):
+    """The traced graph under the step's own arguments."""
+
+    def __init__(self, graph: torch.fx.GraphModule, returned: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.graph, self._returned = graph, returned
+
+    def forward(self, params: Any, buffers: Any, state: Any, inputs: Any, targets: Any) -> Any:
+        flat = pytree.tree_leaves((params, buffers, state, inputs, targets))
+        return pytree.tree_unflatten(self.graph(*flat), self._returned)
+
+
+def _refuse(parts: Parts) -> None:
+    if isinstance(parts.setting.curvature, Kronecker):
+        raise CompileError(
+            f"a .pt2 graph cannot hold {parts.curvature}: its factors are inverted only now and then, a branch on the"
+            " step count",
+            f"{REMEDY}, or use 'sgd', 'rmsprop', 'adam' or 'adamw'",
+        )
+    if parts.options.factored:
+        raise CompileError(
+            f"a .pt2 graph cannot hold terminal={parts.options.terminal!r}: it branches on the eigenvalues' signs",
+            f"{REMEDY}, or use terminal='geometric' or 'gradient'",
+        )
+    if draws(parts.lowered):
+        op = next(op for op in parts.graph.ops.ops if op.random)
+        raise CompileError(
+            "a .pt2 graph cannot draw the same random numbers in both sweeps",
+            f"{REMEDY}, or compile the model with this layer in evaluation mode",
+            module=op.module,
+            operation=op.kind,
+            source=op.source,
+        )
+
+
+# --- what is traced ---------------------------------------------------------------------------------------------------
+
+
+def _module(parts: Parts) -> ModuleType:
+    """The exported module, its branches on values replaced by selections."""
+    module = ModuleType("gtddp_compile_step")
+    exec(compile(to_python(parts, guarded=False), "<gtddp_compile .pt2>", "exec"), module.__dict__)
+    for name, replacement in (("_cholesky", _cholesky), ("_bias_correction", _bias_correction)):
+        if hasattr(module, name):
+            setattr(module, name, replacement)
+    return module
+
+
+def _guarded(module: ModuleType, params: Any, buffers: Any, state: Any, inputs: Any, targets: Any) -> Any:
+    """The step; where the loss is not finite, everything else comes back as it was given."""
+    *after, loss = module.step(params, buffers, state, inputs, targets)
+    finite = torch.isfinite(loss)
+    kept = pytree.tree_map(lambda new, old: torch.where(finite, new, old), tuple(after), (params, buffers, state))
+    return (*kept, loss)
+
+
+def _cholesky(block: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
+    """:func:`gtddp_compile.kernels.factor` of a block, both lifts made and one selected."""
+    lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
+    found, failed = torch.linalg.cholesky_ex(block + torch.diag(lift.expand(block.shape[0])), upper=True)
+    lifted, _ = torch.linalg.cholesky_ex(block + torch.diag((1000 * lift).expand(block.shape[0])), upper=True)
+    return torch.where(failed == 0, found, lifted), failed
+
+
+def _bias_correction(beta: float, step: Tensor) -> Tensor:
+    """``1 - βᵗ`` of Adam, the step count a tensor."""
+    return 1 - torch.pow(beta, step.to(torch.float64))
+
+
+# --- example arguments ------------------------------------------------------------------------------------------------
+
+
+def _examples(parts: Parts, module: ModuleType) -> tuple[Any, ...]:
+    """Zeros of every shape."""
+    graph, setting = parts.graph.ops, parts.setting
+    params = {info.name: torch.zeros(info.shape, dtype=info.dtype) for info in graph.parameters}
+    buffers = {name: torch.zeros(info.shape, dtype=info.dtype) for name, info in setting.buffers.items()}
+    read = {leaf.name for op in graph.ops for leaf in op.leaves if isinstance(leaf, BufferRef)}
+    missing = sorted(read - set(buffers) - set(setting.constants))
+    if missing:
+        raise CompileError(f"the program does not say what shape the buffer {missing[0]!r} has", "Export it again")
+    inputs = tuple(_zeros(parts, name) for name in graph.inputs)
+    targets = _targets(parts) if parts.targets is None else parts.targets
+    return params, buffers, _state(parts, module, params), inputs, targets
+
+
+def _state(parts: Parts, module: ModuleType, params: dict[str, Tensor]) -> Any:
+    """The initial state, with everything that the first step adds: a graph's state has the same keys at every step.
+
+    A momentum buffer or a last step of zeros is what none is, unless the first gradient is not
+    dampened as the others are.
+
+    Raises:
+        CompileError: SGD with dampening.
+    """
+    state = {name: dict(entry) for name, entry in module.init_state(params).items()}
+    for name, options in module.options_by_parameter().items():
+        if isinstance(parts.setting.curvature, SGD) and options["momentum"]:
+            if options["dampening"]:
+                raise CompileError(
+                    "a .pt2 graph cannot hold sgd with dampening: its first step does not dampen",
+                    f"{REMEDY}, or use dampening=0",
+                )
+            state[name]["momentum_buffer"] = torch.zeros_like(params[name])
+        if "inertia" in options:
+            state[name] |= {"last_step": torch.zeros_like(params[name]), "taken": torch.zeros((), dtype=torch.float64)}
+    return state
+
+
+def _zeros(parts: Parts, name: str) -> Tensor:
+    op = parts.graph.op(name)
+    return torch.zeros(op.shape or (), dtype=op.dtype)
+
+
+def _targets(parts: Parts) -> Tensor:
+    """Targets that the loss takes: class indices, or values like the outputs.
+
+    Raises:
+        CompileError: it is no loss of torch with one output.
+    """
+    names, module = parts.graph.ops.output_names, parts.setting.loss.module
+    if module is not None and len(names) == 1:
+        outputs = _zeros(parts, names[0])
+        if is_kind(module, nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss):
+            return outputs[:, 0].long()
+        if is_kind(module, *ELEMENTWISE, nn.L1Loss, nn.KLDivLoss):
+            return outputs
+    raise CompileError(
+        f"what targets the loss {parts.setting.loss.name} takes is not known, and the step is traced with an example",
+        "Give one: program.export('step.pt2', targets=example_targets), of the batch size of the example inputs",
+    )

@@ -1,0 +1,403 @@
+"""Coalitions: Theorem 3, Eq. 14, 15 and 40, Corollary 7, each against a computation of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from sympy import BlockMatrix, Inverse, MatrixSymbol
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile.algebra.elimination import cooperative_gains
+from gtddp_compile.algebra.numeric import evaluate
+from gtddp_compile.algebra.symbols import SymmetricSymbol, is_equal
+from gtddp_compile.lowering import cooperation
+from gtddp_compile.methods.curvature import resolve
+from gtddp_compile.options import Options
+from gtddp_compile.passes.p06_derive import derive
+from gtddp_compile.runtime.compiler import build_graph
+from support import networks
+from support.compared import FORMS, KRONECKER, assert_equal, trained
+from support.networks import Case, make
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def gates(players: int) -> Case:
+    """Layers side by side whose outputs are multiplied: different inputs' rows, different output derivatives."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        x = torch.tanh(net.stem(x))
+        parts = [torch.sigmoid(getattr(net, f"p{k}")(x)) + k for k in range(players)]
+        return net.head(torch.stack(parts).prod(0) + x)
+
+    layers = {f"p{k}": (3, 3, k != 1) for k in range(players)}
+    return Case(make(forward, stem=(4, 3), head=(3, 3), **layers), (4,), {})
+
+
+def sums(players: int, kind: str = "linear") -> Case:
+    """Fig. 7a: layers of the same input, added up."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        x = torch.tanh(net.stem(x))
+        parts = [getattr(net, f"p{k}")(x) for k in range(players)]
+        return net.head(torch.tanh(sum(parts[1:], parts[0])).flatten(1))
+
+    if kind == "linear":
+        layers: dict[str, Any] = {f"p{k}": (3, 4) for k in range(players)}
+        return Case(make(forward, stem=(4, 3), head=(4, 3), **layers), (4,), {})
+    layers = {f"p{k}": networks.conv(2, 3) for k in range(players)}
+    return Case(make(forward, stem=networks.conv(1, 2), head=(27, 3), **layers), (1, 3, 3), {})
+
+
+def rows(model: nn.Module, names: list[str], x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Homogeneous inputs and per-sample output gradients of linear layers, by hooks."""
+    xs: dict[str, Tensor] = {}
+    gs: dict[str, Tensor] = {}
+    handles = []
+    for name in names:
+        layer = model.get_submodule(name)
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            value = inputs[0].detach()
+            xs[name] = value if module.bias is None else torch.cat([value, torch.ones_like(value[:, :1])], 1)
+            output.register_hook(lambda g: gs.__setitem__(name, g.detach() * len(g)))
+
+        handles.append(layer.register_forward_hook(hook))
+    F.cross_entropy(model(x), y).backward()
+    for handle in handles:
+        handle.remove()
+    return [xs[name] for name in names], [gs[name] for name in names]
+
+
+def moved(case: Case, names: list[str], curvature: str, **options: Any) -> list[Tensor]:
+    """``[δW, δb]`` of every named layer after one step of the cooperative base method (no feedback)."""
+    model = copy.deepcopy(case.model)
+    x, y = case.batch(0, 9)
+    opt = compile_optimizer(model, x, loss=LOSS, curvature=curvature, feedback=False, cooperative=True, **options)
+    opt.step(x, y)
+    found = []
+    for name in names:
+        new, old = model.get_submodule(name), case.model.get_submodule(name)
+        parts = [new.weight.detach() - old.weight.detach()]  # type: ignore[operator]
+        if new.bias is not None:
+            parts.append((new.bias.detach() - old.bias.detach()).unsqueeze(1))  # type: ignore[operator]
+        found.append(torch.cat(parts, 1))
+    return found
+
+
+# --- Theorem 3 --------------------------------------------------------------------------------------------------------
+
+
+def test_theorem_3_equations_16_to_18() -> None:
+    """Two players, as the paper writes it: ``k̃ = -vec(B̃⁻¹ (Q_u + B_uv B_vv⁻¹ Q_v A_vv⁻ᵀ A_uvᵀ) Ã⁻ᵀ)``, and Eq. 53."""
+    case, damping, lr = gates(2), 0.04, 0.3
+    (xu, xv), (gu, gv) = rows(case.model, ["p0", "p1"], *case.batch(0, 9))
+    count = len(xu)
+    root = damping**0.5
+
+    def damped(matrix: Tensor) -> Tensor:
+        return matrix + root * torch.eye(len(matrix), dtype=matrix.dtype)
+
+    auu, avv, auv = damped(xu.T @ xu / count), damped(xv.T @ xv / count), xu.T @ xv / count
+    buu, bvv, buv = damped(gu.T @ gu / count), damped(gv.T @ gv / count), gu.T @ gv / count
+    qu, qv = gu.T @ xu / count, gv.T @ xv / count
+    inv = torch.linalg.inv
+    a_u, b_u = inv(auu - auv @ inv(avv) @ auv.T), inv(buu - buv @ inv(bvv) @ buv.T)
+    a_v, b_v = inv(avv - auv.T @ inv(auu) @ auv), inv(bvv - buv.T @ inv(buu) @ buv)
+    k_u = -b_u @ (qu + buv @ inv(bvv) @ qv @ inv(avv).T @ auv.T) @ a_u.T
+    k_v = -(b_v @ qv @ a_v.T + b_v @ buv.T @ inv(buu) @ qu @ (a_v @ auv.T @ inv(auu)).T)
+    found = moved(case, ["p0", "p1"], "kfac", lr=lr, damping=damping, pi=False)
+    torch.testing.assert_close(found, [lr * k_u, lr * k_v], rtol=0, atol=1e-10)
+    assert (found[0] + lr * inv(buu) @ qu @ inv(auu)).abs().max() > 1e-4  # the cross terms matter here
+
+
+@pytest.mark.parametrize("players", [2, 3, 4])
+def test_theorem_3_for_any_number_of_players(players: int) -> None:
+    """``M⁻¹_uv = [A⁻¹]_uv ⊗ [B⁻¹]_uv`` of the joint factors (Eq. 50, 52), built as one dense matrix."""
+    case, damping, lr = gates(players), 0.04, 0.3
+    names = [f"p{k}" for k in range(players)]
+    xs, gs = rows(case.model, names, *case.batch(0, 9))
+    joint_x, joint_g = torch.cat(xs, 1), torch.cat(gs, 1)
+    count, eye = len(joint_x), torch.eye
+    a = torch.linalg.inv(joint_x.T @ joint_x / count + damping**0.5 * eye(joint_x.shape[1]).double())
+    b = torch.linalg.inv(joint_g.T @ joint_g / count + damping**0.5 * eye(joint_g.shape[1]).double())
+    widths, heights = [x.shape[1] for x in xs], [g.shape[1] for g in gs]
+    a_blocks = [row.split(widths, 1) for row in a.split(widths)]
+    b_blocks = [row.split(heights, 1) for row in b.split(heights)]
+    matrix = torch.cat([torch.cat([torch.kron(b_blocks[p][q], a_blocks[p][q]) for q in range(players)], 1)
+                        for p in range(players)])  # fmt: skip
+    gradient = torch.cat([(g.T @ x / count).flatten() for g, x in zip(gs, xs, strict=True)])
+    expected = (-lr * matrix @ gradient).split([w * h for w, h in zip(widths, heights, strict=True)])
+    found = moved(case, names, "kfac", lr=lr, damping=damping, pi=False)
+    torch.testing.assert_close([part.flatten() for part in found], list(expected), rtol=0, atol=1e-10)
+    assert torch.linalg.eigvalsh(matrix).min() > 0
+
+
+def test_ekfac_rescales_in_the_joint_eigenbasis() -> None:
+    case, damping, lr, names = gates(3), 0.04, 0.3, ["p0", "p1", "p2"]
+    xs, gs = rows(case.model, names, *case.batch(0, 9))
+    joint_x, joint_g = torch.cat(xs, 1), torch.cat(gs, 1)
+    count = len(joint_x)
+    basis = torch.kron(*(torch.linalg.eigh(f.T @ f / count)[1] for f in (joint_g, joint_x)))
+    gamma = torch.einsum("bm,bn->bmn", joint_g, joint_x).flatten(1)
+    inverse = basis @ torch.diag(1 / ((gamma @ basis).square().mean(0) + damping)) @ basis.T
+    gradient = torch.block_diag(*(g.T @ x / count for g, x in zip(gs, xs, strict=True)))
+    whole = (-lr * inverse @ gradient.flatten()).reshape(gradient.shape)
+    heights, widths = [g.shape[1] for g in gs], [x.shape[1] for x in xs]
+    expected = [row.split(widths, 1)[k] for k, row in enumerate(whole.split(heights))]
+    torch.testing.assert_close(moved(case, names, "ekfac", lr=lr, damping=damping), expected, rtol=0, atol=1e-9)
+
+
+# --- Eq. 14, 15, 40 ---------------------------------------------------------------------------------------------------
+
+
+def coalition(players: int) -> Any:
+    graph = build_graph(gates(players).model.float(), (torch.zeros(2, 4),), Options())
+    (stage,) = (stage for stage in derive(graph).stages if len(stage.controls) == players)
+    return stage.derivation
+
+
+def test_equations_14_15_and_40() -> None:
+    """Two players: the derived elimination is the paper's ``k̃, K̃, Ĩ, H̃``, symbol by symbol."""
+    d = coalition(2)
+    gains = {str(e.symbol): e.expression for e in cooperative_gains(d)}
+    q = {pair: e.symbol for pair, e in d.q_uu.items()}
+    for (u, v), letters in {("u", "v"): ("k", "K"), ("v", "u"): ("I", "H")}.items():
+        schur = q[u, u] - q[u, v] * Inverse(q[v, v]) * q[v, u]
+        complement = SymmetricSymbol(f"Q~_{u}", *q[u, u].shape)
+        assert is_equal(gains[str(gains[f"Q~_{u}"])], schur)
+        for letter, own, other in (
+            (letters[0], d.q_u[u].symbol, d.q_u[v].symbol),
+            (letters[1], d.q_ux[u, "x"].symbol, d.q_ux[v, "x"].symbol),
+        ):
+            expected = -Inverse(complement) * (own - q[u, v] * Inverse(q[v, v]) * other)
+            assert is_equal(gains[f"{letter}~_{u}"], expected)
+
+
+@pytest.mark.parametrize("players", [2, 3, 4])
+def test_elimination_equals_the_joint_solve(players: int) -> None:
+    """Numbers for every symbol: the gains player by player are the rows of ``-Q_ûû⁻¹ [Q_û Q_ûx]``."""
+    d = coalition(players)
+    source, us = torch.Generator().manual_seed(0), d.pattern.controls
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=source)
+
+    size = {p: 2 + k for k, p in enumerate(us)}
+    total = sum(size.values())
+    half = normal(total, total)
+    whole = half @ half.T + torch.eye(total)
+    blocks = [row.split(list(size.values()), 1) for row in whole.split(list(size.values()))]
+    values: dict[Any, Tensor] = {d.q_uu[p, q].symbol: blocks[i][j] for i, p in enumerate(us) for j, q in enumerate(us)}
+    values |= {d.q_u[p].symbol: normal(size[p], 1) for p in us}
+    values |= {d.q_ux[p, i].symbol: normal(size[p], 3) for p in us for i in d.pattern.inputs}
+    dimensions: dict[object, int] = {d.q_u[p].symbol.shape[0]: size[p] for p in us}
+    for equation in cooperative_gains(d):
+        values[equation.symbol] = evaluate(equation.expression, values, dimensions)
+    named = {str(symbol): value for symbol, value in values.items()}
+    right = torch.cat([values[d.q_u[p].symbol] for p in us])
+    expected = -torch.linalg.solve(whole, right)
+    found = torch.cat([named[f"{'I' if players == 2 and p == us[1] else 'k'}~_{p}"] for p in us])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    right = torch.cat([values[d.q_ux[p, "x"].symbol] for p in us])
+    found = torch.cat([named[f"{'H' if players == 2 and p == us[1] else 'K'}~_{p}"] for p in us])
+    torch.testing.assert_close(found, -torch.linalg.solve(whole, right), rtol=0, atol=1e-9)
+
+
+def test_curvature_couples_where_it_has_cross_terms() -> None:
+    graph = build_graph(gates(2).model, (torch.zeros(2, 4).double(),), Options())
+    opt = compile_optimizer(gates(2).model, torch.zeros(2, 4).double(), loss=LOSS, curvature="kfac")
+    (coupled,) = (s.derivation for s in opt.program.derived.stages if len(s.controls) == 2)
+    (plain,) = (s.derivation for s in derive(graph).stages if len(s.controls) == 2)
+    assert {str(pair) for pair in coupled.curvature} - {str(pair) for pair in plain.curvature} == {
+        "('u', 'v')", "('v', 'u')",
+    }  # fmt: skip
+    assert isinstance(coupled.curvature["u", "v"], MatrixSymbol) and isinstance(
+        coupled.joint_uu.expression, BlockMatrix
+    )
+
+
+# --- Corollary 7 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("players", [2, 3, 4])
+def test_corollary_7(players: int) -> None:
+    """Eq. 24, 56-58: the joint matrix of players with the same rows, direction by direction, inverted densely.
+
+    ``Q̃_uu`` is the Schur complement of ``γ I + λ 1 1ᵀ``; for two players ``λ̃ = γ λ / (γ + λ)`` and the gain is the
+    paper's ``-Q̃⁻¹ (Q_u - Q_uv Q_vv⁻¹ Q_v)`` with ``Q_uv = -U Λ Uᵀ``.
+    """
+    case, damping, lr = sums(players), 0.04, 0.3
+    names = [f"p{k}" for k in range(players)]
+    (x, *_), (g, *_) = rows(case.model, names, *case.batch(0, 9))
+    count = len(x)
+    basis = torch.kron(*(torch.linalg.eigh(f.T @ f / count)[1] for f in (g, x)))
+    values = (torch.einsum("bm,bn->bmn", g, x).flatten(1) @ basis).square().mean(0)
+    gradient = basis.T @ (g.T @ x / count).flatten()
+    ones = torch.ones(players, players, dtype=torch.float64)
+    change = torch.empty_like(values)
+    for i, value in enumerate(values):
+        joint = torch.linalg.inv(damping * torch.eye(players).double() + value * ones)
+        if players == 2:
+            shrunk = damping * value / (damping + value)
+            torch.testing.assert_close(1 / joint[0, 0], damping + shrunk)
+        # two negative off-diagonal factors multiply (theory: section 6, item 3)
+        change[i] = (joint.abs() @ gradient[i].expand(players, 1).double())[0, 0]
+    if players == 2:
+        q_uu, q_uv = values + damping, -values
+        paper = (gradient - q_uv / q_uu * gradient) / (damping + damping * values / (damping + values))
+        torch.testing.assert_close(change, paper, rtol=1e-12, atol=1e-12)
+    expected = (-lr * basis @ change).reshape(g.shape[1], x.shape[1])
+    found = moved(case, names, "ekfac", lr=lr, damping=damping)
+    for part in found:
+        torch.testing.assert_close(part, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1])
+def test_corollary_7_with_the_gain_of_equation_16_is_gradient_descent(damping: float) -> None:
+    """Two players have one gradient, so the ``λ`` of each cancels that of the other: ``k̃ = -∇/γ`` in every direction.
+
+    ``(q + λ/(γ+λ) q) / (γ + λ̃) = q/γ``. A rescaling alone, ``Q̃⁻¹ q``, is within a factor of two of it.
+    """
+    case, lr = sums(2), 0.3
+    model, (x, y) = copy.deepcopy(case.model), case.batch(0, 9)
+    F.cross_entropy(model(x), y).backward()
+    for name, found in zip(("p0", "p1"), moved(case, ["p0", "p1"], "ekfac", lr=lr, damping=damping), strict=True):
+        layer = model.get_submodule(name)
+        gradient = torch.cat([layer.weight.grad, layer.bias.grad.unsqueeze(1)], 1)  # type: ignore[operator,union-attr]
+        torch.testing.assert_close(found, -lr / damping * gradient, rtol=1e-9, atol=1e-9)
+    q, value = torch.tensor(1.0).double(), torch.logspace(-6, 6, 25).double()
+    rescaled = q / (damping + damping * value / (damping + value))
+    assert (rescaled <= q / damping).all() and (rescaled >= q / (2 * damping)).all()
+
+
+def test_the_compiler_recognises_corollary_7() -> None:
+    def blocks(case: Case, curvature: str = "ekfac", **options: Any) -> list[tuple[str, int]]:
+        opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature=curvature, **options)
+        return [(block.kind, len(block.players)) for stage in opt.program.derived.stages for block in stage.blocks]
+
+    assert ("shared", 3) in blocks(sums(3)) and ("shared", 2) in blocks(sums(2, "conv"))
+    assert ("kronecker", 3) in blocks(sums(3), "kfac")
+    assert ("kronecker", 2) in blocks(gates(2))
+    off: list[dict[str, Any]] = [{"cooperative": False}, {"feedback": False}, {"schedule": "sequential"}]
+    for options in off:
+        case = sums(2)
+        assert all(count == 1 for _, count in blocks(case, **options))
+    opt = compile_optimizer(sums(2).model, sums(2).batch(0)[0], loss=LOSS, curvature="ekfac")
+    assert "Corollary 7" in opt.program.cost() and "cooperative gains" in opt.program.derivation()
+
+
+# --- fast equals dense ------------------------------------------------------------------------------------------------
+
+COALITIONS = {
+    "gates2": lambda: gates(2), "gates3": lambda: gates(3), "gates4": lambda: gates(4),
+    "sums2": lambda: sums(2), "sums3": lambda: sums(3), "conv2": lambda: sums(2, "conv"),
+    "attention": networks.attention, "branches": networks.branches,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("curvature", KRONECKER)
+@pytest.mark.parametrize("network", COALITIONS)
+def test_fast_equals_dense(network: str, curvature: str, form: str) -> None:
+    assert_equal(COALITIONS[network](), steps=3, **KRONECKER[curvature], **FORMS[form])
+
+
+@pytest.mark.parametrize("curvature", KRONECKER)
+@pytest.mark.parametrize("feedback", ["open", False])
+def test_fast_equals_dense_without_feedback(feedback: Any, curvature: str) -> None:
+    for case in (gates(3), sums(2)):
+        assert_equal(case, feedback=feedback, cooperative=True, steps=3, **KRONECKER[curvature])
+
+
+@pytest.mark.parametrize("form", ["full", "groups", "block", "substituted"])
+@pytest.mark.parametrize("terminal", ["gradient", "ggn"])
+def test_fast_equals_dense_with_other_terminal_factors(terminal: Any, form: str) -> None:
+    for curvature, case in (("kfac", gates(2)), ("ekfac", sums(2))):
+        assert_equal(case, terminal=terminal, steps=3, **KRONECKER[curvature], **FORMS[form])
+
+
+# --- Eq. 23 as printed ------------------------------------------------------------------------------------------------
+
+
+def late(added: bool) -> Case:
+    """A coalition of three after two stages: the first to see what its cooperative factor made of the value Hessian."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        x = torch.tanh(net.mid(torch.tanh(net.stem(x))))
+        y = net.p0(x) + net.p1(x) if added else net.p0(x) * torch.tanh(net.p1(x))
+        return net.head(torch.tanh(y) * torch.sigmoid(net.p2(x)))
+
+    return Case(make(forward, stem=(4, 3), mid=(3, 3), p0=(3, 2), p1=(3, 2), p2=(3, 2), head=(2, 3)), (4,), {})
+
+
+PRINTED: dict[str, Any] = {"coupling": "block", "recursion": "printed"}
+
+
+@pytest.mark.parametrize("terminal", ["gradient", "ggn"])
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("curvature", KRONECKER)
+def test_printed_recursion_with_cross_terms(curvature: str, added: bool, terminal: Any) -> None:
+    """Gains from the joint curvature, Eq. 23's factor from each player's own: fast equals dense, unlike all else."""
+    case, options = late(added), {"terminal": terminal, "steps": 3, **KRONECKER[curvature]}
+    assert_equal(case, **options, **PRINTED)
+    printed = trained(case, **options, **PRINTED)
+    for other in ({"recursion": "substituted"}, {"cooperative": False}):
+        assert (printed - trained(case, **options, **(PRINTED | other))).abs().max() > 1e-7
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_equation_23_reads_the_curvature_that_each_player_has_alone(kind: str) -> None:
+    """``Q_uu⁻¹`` of the printed factor, as explicit matrices: that of the same player without a coalition."""
+    found = []
+    for options in ({}, {"cooperative": False}):
+        case = late(added=True)
+        opt = compile_optimizer(
+            case.model, case.batch(0)[0], loss=LOSS, curvature=kind, damping=0.1, **PRINTED, **options
+        )
+        opt.step(*case.batch(0))
+        state = {name: opt.state[p] for name, p in case.model.named_parameters()}
+        curvature = resolve(kind, damping=0.1)
+        group = curvature.defaults()
+        whole = []
+        for block in (b for stage in opt.program.derived.stages for b in stage.blocks if b.players[0].name[0] == "p"):
+            widths = [(4, 2)] * len(block.players)
+            lead = state[block.players[0].parameters[0]]
+            metric = curvature.own_metric if len(block.players) > 1 else curvature.block_metric
+            maps, scale, cross, rates = metric(block.kind, lead, widths, [group] * len(widths))
+            for (x, g), rate in zip(maps, rates, strict=True):
+                basis = torch.kron(g[0], x[0])
+                weight = scale[0].flatten() if isinstance(scale, Tensor) else torch.ones(basis.shape[1]).double()
+                assert cross is None or not cross.any()
+                whole.append(rate * basis @ torch.diag(weight) @ basis.T)
+        found.append(torch.stack(whole))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+# --- what is not allowed ----------------------------------------------------------------------------------------------
+
+
+def test_cooperative_is_true_false_or_by_default() -> None:
+    case = gates(2)
+    with pytest.raises(CompileError, match="cooperative"):
+        compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd", cooperative="yes")  # type: ignore[arg-type]
+
+
+def test_joint_factors_are_bounded_and_their_size_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers of three inputs, two of them with a bias, and three outputs each."""
+    case = gates(3)
+    opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="kfac")
+    opt.step(*case.batch(0))
+    state = opt.state[case.model.get_parameter("p0.weight")]
+    assert [state[name].shape[-1] for name in ("factor_x", "factor_g")] == [11, 9]
+    notes = " ".join(line.split("│")[-2].strip() for line in opt.program.cost().splitlines() if "│" in line)
+    assert "joint factors 11 x 11 and 9 x 9" in notes
+    monkeypatch.setattr(cooperation, "LARGEST_JOINT", 10)
+    with pytest.raises(CompileError, match=r"module 'p0', operation linear, at .*p0, p1, p2.*11 x 11.*cooperative=Fal"):
+        compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="kfac")
+    compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="kfac", cooperative=False)

@@ -1,0 +1,145 @@
+"""The demo runs, with very few steps, and its report is complete and stands alone."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from gtddp_compile.tools.demo.experiment import Experiment, Method, Run, Scale, chosen, findings, verdicts
+
+DEMO = Path(__file__).parents[2] / "examples" / "digits.py"
+STEPS, SEEDS = 6, 2
+LABELS = ("Nesterov SGD", "Adam", "the paper's form", "the default")
+
+
+class Page(HTMLParser):
+    """Counts elements and collects what the page would load, its ids and the cells of its table."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.rows: list[list[str]] = []
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self._open.append(tag)
+        self.loads += [
+            v or "" for k, v in attrs if k in ("src", "href", "xlink:href") and not (v or "").startswith("#")
+        ]
+        self.ids += [v or "" for k, v in attrs if k == "id"]
+        if tag == "tr":
+            self.rows.append([])
+        if tag == "td":
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] in ("td", "b") and self.rows:
+            self.rows[-1][-1] += data if self._open[-1] == "b" else data.lstrip()
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """What the demo printed, and the page."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, str(DEMO), "--steps", str(STEPS), "--seeds", str(SEEDS), "--out", "out.html"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder.iterdir()] == ["out.html"]
+    return done.stdout, (folder / "out.html").read_text(encoding="utf-8")
+
+
+def test_report_loads_nothing(made: tuple[str, str]) -> None:
+    page = Page(made[1])
+    assert page.loads == []
+    assert not re.search(r"@import|url\((?!#)", made[1])
+    assert "script" not in page.counts
+
+
+def test_report_is_complete(made: tuple[str, str]) -> None:
+    page = Page(made[1])
+    assert page.counts["svg"] >= 1 + 2 * 4  # the graph; loss and accuracy by steps and seconds at two batch sizes
+    assert page.counts["table"] == 2 + 1
+    rows = [row for row in page.rows if row]
+    results, sweep = [row for row in rows if len(row) == 8], [row for row in rows if len(row) == 5]
+    assert len(results) == 2 * len(LABELS) and len(results) + len(sweep) == len(rows)
+    for text in (*LABELS, "conv2", "Eq. 9", f"Batch 8, {STEPS} steps", "Batch 128, 1 steps", "Compiling"):
+        assert text.replace("'", "&#39;") in made[1], text
+
+
+def test_sweep_is_shown_and_its_best_is_used(made: tuple[str, str]) -> None:
+    rows = [row for row in Page(made[1]).rows if row]
+    swept = {"Nesterov SGD": {"0.01", "0.03", "0.1"}, "Adam": {"0.001", "0.003", "0.01", "0.03"}}
+    for number, batch in enumerate(("8", "128")):
+        for label, least in swept.items():
+            tried = {row[2].removeprefix("chosen: "): row for row in rows if row[:2] == [batch, label]}
+            (chosen,) = (rate for rate, row in tried.items() if row[2] != rate)
+            finals = {rate: float(row[4]) for rate, row in tried.items() if row[4] != "not finite"}
+            assert least <= tried.keys()
+            assert finals[chosen] == min(finals.values())  # nobody reaches the target in so few steps
+            used = [row[1] for row in rows if len(row) == 8 and row[0].startswith(label)]
+            assert chosen == used[number]
+
+
+def test_ids_are_apart(made: tuple[str, str]) -> None:
+    ids = Page(made[1]).ids
+    assert len(ids) == len(set(ids))
+
+
+def test_terminal_shows_the_same_result(made: tuple[str, str]) -> None:
+    for text in (*LABELS, "sweep", "ms/step", "batch 8", "batch 128", "out.html"):
+        assert text in made[0], text
+
+
+def run_of(method: str, losses: list[float], seconds: list[float]) -> Run:
+    """A run that was evaluated every ten steps."""
+    found = Run(method_of(method), SCALE, 0.1, 0, list(range(0, 10 * len(losses), 10)), seconds, losses)
+    found.accuracies = [0.9] * len(losses)
+    return found
+
+
+def method_of(name: str) -> Method:
+    return Method(name, f"method {name}", "", lambda model, images, lr: lambda images, labels: images)
+
+
+SCALE = Scale(8, 30, 3)
+
+
+def test_a_sweep_has_two_winners_where_speed_and_the_end_disagree() -> None:
+    fast, low = run_of("sgd", [2.3, 0.04, 0.06], [0.0, 0.1, 0.2]), run_of("sgd", [2.3, 0.2, 0.01], [0.0, 0.1, 0.2])
+    bad = run_of("sgd", [2.3, math.nan, math.nan], [0.0, 0.1, 0.2])
+    assert chosen([bad, low, fast]) == [fast, low]
+    assert chosen([bad, low]) == [low]
+
+
+def test_it_says_who_won_and_who_lost() -> None:
+    """The default is ahead by steps, behind by time, and level in accuracy; the paper's form never gets there."""
+    runs = (
+        run_of("sgd", [2.3, 0.2, 0.04, 0.01], [0.0, 0.1, 0.2, 0.3]),
+        run_of("paper", [2.3, 2.0, math.nan, math.nan], [0.0, 1.0, 2.0, 3.0]),
+        run_of("default", [2.3, 0.04, 0.03, 0.02], [0.0, 1.0, 2.0, 3.0]),
+    )
+    experiment = Experiment(tuple(run.method for run in runs), (SCALE,), (), runs, 1, 1.0, (100, 10))
+    assert [(answer, first) for _, answer, first in verdicts(experiment, SCALE)] == [
+        ("method default: 10; method sgd: 20, method paper: never", "first"),
+        ("method sgd: 0.20 s; method default: 1.00 s, method paper: never", "behind"),
+        ("method sgd: 0.01; method default: 0.02, method paper: not finite", "behind"),
+        ("too close to call: method sgd: 90.0 %, method paper: 90.0 %, method default: 90.0 %", "close"),
+    ]
+    text = " ".join(findings(experiment))
+    assert "is first by steps to train loss 0.05; is too close to another to call by validation accuracy" in text
+    assert "is not first by processor time to train loss 0.05 and train loss at the end" in text
+    assert "no better than guessing at the end: method paper with 1 of 1 seeds" in text

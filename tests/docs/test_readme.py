@@ -1,0 +1,84 @@
+"""The documents a new user reads are true: code runs, pictures are what the scripts draw, tables match the source."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from gtddp_compile import compile_optimizer, passes
+from support.layers import LAYERS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/architecture.md"]
+PATH = r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`"
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readmes_code_runs_and_trains() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), names)
+    model, x, y = names["model"], names["x"], names["y"]
+    assert isinstance(model, torch.nn.Module) and isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+    assert torch.nn.functional.cross_entropy(model(x), y) < 0.9 * float(names["loss"].new_tensor(3.0).log())  # type: ignore[attr-defined]
+    for text in ("Control graph of Sequential", "stage 1: 2", "def step("):
+        assert text in printed.getvalue()
+
+
+def test_the_picture_is_what_the_script_draws() -> None:
+    assert script("control_graph").graph().to_svg() == read("docs/control_graph.svg")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!http|#)([^)#]+)", read(name))
+    found = {(ROOT / name).parent.joinpath(link).resolve() for link in links}
+    missing = {str(path.relative_to(ROOT)) for path in found if not path.exists()}
+    assert not missing
+
+
+def test_paths_that_are_named_exist() -> None:
+    for name in DOCUMENTS:
+        for path in re.findall(
+            r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`", read(name)
+        ):
+            assert (ROOT / path).exists() or path == "passes/pNN_name.py", f"{name} names {path}"
+
+
+def test_the_architecture_lists_the_passes() -> None:
+    rows = re.findall(r"^\| `(p\d\d_\w+)` \|", read("docs/architecture.md"), re.MULTILINE)
+    assert rows == [function.__module__.rpartition(".")[2] for function in passes.PIPELINE]
+
+
+def test_the_architecture_lists_the_layers() -> None:
+    rows = re.findall(r"^\| (\d+) \| (`.*?) \|", read("docs/architecture.md"), re.MULTILINE)
+    assert {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)`", names)} == LAYERS
+
+
+def test_the_options_in_the_usage_exist() -> None:
+    """Options of the compiler itself; those of a curvature are torch's."""
+    table = re.findall(r"^\| (`.*?) \|", read("docs/usage.md"), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)", " ".join(table))) - {"lr"}
+    assert named and named <= set(inspect.signature(compile_optimizer).parameters)

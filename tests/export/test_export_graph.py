@@ -1,0 +1,97 @@
+"""``.pt2``: the step as one graph of torch.export, loaded again and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gtddp_compile import CompileError, UpdateProgram
+from support.architectures import EXAMPLES, BasicBlock, Example
+from support.exported import compiled, largest, named, pseudo_huber, run_alone, state_by_name, targets_for, torch_only
+from support.networks import make, mlp, seeded
+
+
+def residual() -> Example:
+    """A residual network of convolutions and batch-norms with running statistics, a strided projection in it."""
+    model = seeded(lambda: nn.Sequential(BasicBlock(1, 2, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)))
+    return Example(model, (torch.randn(4, 1, 4, 4, dtype=torch.float64),))
+
+
+def small() -> Example:
+    return Example(mlp().model, (mlp().batch(0)[0],))
+
+
+CASES: dict[str, tuple[Callable[[], Example], dict[str, Any]]] = {
+    "sgd": (residual, {"curvature": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    "adam": (small, {"curvature": "adam", "amsgrad": True, "weight_decay": 0.1}),
+    "rmsprop": (small, {"curvature": "rmsprop", "coupling": "block"}),
+}
+SCRIPT = """
+for name in {names!r}:
+    loaded = torch.export.load(name + ".pt2")
+    params, buffers, inputs, targets = torch.load(name + ".pt")
+    _, _, state, *_ = loaded.example_inputs[0]
+    step, losses = loaded.module(), []
+    for _ in range(3):
+        params, buffers, state, loss = step(params, buffers, state, inputs, targets)
+        losses.append(loss)
+    bad = step(params, buffers, state, (torch.full_like(inputs[0], torch.nan),), targets)
+    torch.save((params, buffers, state, losses, bad), name + ".out")
+"""
+
+
+def test_three_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``opt.step`` in an environment with torch and nothing else; then one whose loss is not finite."""
+    monkeypatch.chdir(tmp_path)
+    optimizers = {}
+    for name, (build, options) in CASES.items():
+        example = build()
+        targets = targets_for(3, example.inputs[0].shape[0])
+        opt = compiled(example, **options)
+        opt.program.export(f"{name}.json")
+        UpdateProgram.load(f"{name}.json").export(f"{name}.pt2")
+        torch.save((*named(example.model), example.inputs, targets), f"{name}.pt")
+        optimizers[name] = (opt, example, targets)
+    run_alone(SCRIPT.format(names=list(CASES)), torch_only(tmp_path / "site"))
+    for name, (opt, example, targets) in optimizers.items():
+        *after, losses, bad = torch.load(f"{name}.out")
+        wanted = [float(opt.step(example.inputs, targets)) for _ in range(3)]
+        assert max(abs(float(a) - b) for a, b in zip(losses, wanted, strict=True)) <= 1e-12
+        expected = (*named(example.model), state_by_name(opt, example.model))
+        assert all(largest(a, b) <= 1e-12 for a, b in zip(after, expected, strict=True))
+        assert not bad[3].isfinite() and all(largest(a, b) == 0 for a, b in zip(bad[:3], after, strict=True))
+
+
+def test_a_loss_of_ones_own_needs_example_targets(tmp_path: Path) -> None:
+    example = Example(make(lambda net, x: net.a(x), a=(4, 3)), (torch.randn(7, 4, dtype=torch.float64),))
+    opt = compiled(example, loss=pseudo_huber)
+    with pytest.raises(CompileError, match=r"what targets the loss pseudo_huber takes is not known.*targets="):
+        opt.program.export(tmp_path / "step.pt2")
+    targets = torch.zeros(7, 3, dtype=torch.float64)
+    opt.program.export(tmp_path / "step.pt2", targets=targets)
+    loaded = torch.export.load(tmp_path / "step.pt2")
+    params, buffers = named(example.model)
+    after = loaded.module()(params, buffers, loaded.example_inputs[0][2], example.inputs, targets)
+    opt.step(example.inputs, targets)
+    assert largest(after[0], named(example.model)[0]) <= 1e-12
+
+
+REFUSED: dict[str, tuple[Callable[[], Example], dict[str, Any], str]] = {
+    "kfac": (small, {"curvature": "kfac"}, r"cannot hold kfac: its factors are inverted only now and then.*adamw"),
+    "ggn": (small, {"terminal": "ggn"}, r"cannot hold terminal='ggn'.* use terminal='geometric'"),
+    "dampening": (small, {"momentum": 0.9, "dampening": 0.5}, r"sgd with dampening.*dampening=0"),
+    "dropout": (EXAMPLES["dropout_mlp"], {}, r"operation dropout.*cannot draw the same random numbers.*evaluation"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_graph_cannot_hold_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    build, options, message = REFUSED[name]
+    with pytest.raises(CompileError, match=message):
+        compiled(build(), **options).program.export(tmp_path / "step.pt2")
+    assert not (tmp_path / "step.pt2").exists()

@@ -1,0 +1,373 @@
+"""``program.export("step.py")``: the written module does what ``opt.step`` does, with torch and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from gtddp_compile import CompiledOptimizer, CompileError, Geometric, MonteCarlo
+from gtddp_compile.tools.export.carry import Luggage
+from support.architectures import EXAMPLES, Example
+from support.exported import (
+    compiled,
+    largest,
+    load_module,
+    named,
+    pseudo_huber,
+    run_alone,
+    state_by_name,
+    targets_for,
+    torch_only,
+)
+from support.networks import conv, make, mlp
+
+STEPS = 10
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+SCRIPT = """
+import importlib
+case = torch.load({case!r})
+for name, (params, buffers, inputs, targets, expected) in case.items():
+    module = importlib.import_module(name)
+    state = module.init_state(params)
+    worst = 0.0
+    for wanted in expected:
+        params, buffers, state, loss = module.step(params, buffers, state, inputs, targets)
+        worst = max(worst, abs(float(loss) - wanted))
+    print(name, worst)
+    torch.save((params, buffers, state), name + ".pt")
+"""
+
+
+def mixed() -> Example:
+    """A convolution, a norm, two players with the same rows, a linear layer."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        h = net.norm(torch.relu(net.conv(x)).flatten(1))
+        return net.head(torch.tanh(net.a(h) + net.b(h)))
+
+    layers = {"conv": conv(1, 2), "norm": lambda: nn.LayerNorm(8), "a": (8, 5), "b": (8, 5), "head": (5, 3)}
+    return Example(make(forward, **layers), (torch.randn(4, 1, 2, 2, dtype=torch.float64),))
+
+
+ALONE: dict[str, tuple[Callable[[], Example], str]] = {
+    "resnet18_like": (EXAMPLES["resnet18_like"], "sgd"),
+    "densenet_like": (EXAMPLES["densenet_like"], "adamw"),
+    "unet_like": (EXAMPLES["unet_like"], "rmsprop"),
+    "attention_block": (EXAMPLES["attention_block"], "adam"),
+    "mixed_kfac": (mixed, "kfac"),
+    "mixed_ekfac": (mixed, "ekfac"),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Packages that a module imports, the standard library's left out."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+
+def test_ten_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, optimizers = {}, {}
+    for dtype in BOUNDS:
+        for architecture, (build, curvature) in ALONE.items():
+            example = build()
+            model, inputs = example.model.to(dtype), tuple(x.to(dtype) for x in example.inputs)
+            opt = compiled(Example(model, inputs), curvature=curvature, lr=0.01, weight_decay=1e-3)
+            name = f"{architecture}_{str(dtype)[6:]}"
+            opt.program.export(tmp_path / f"{name}.py")
+            assert imported(tmp_path / f"{name}.py") == {"torch"}
+            params, buffers = named(model)
+            targets = targets_for(3, 4)
+            losses = [opt.step(inputs, targets).item() for _ in range(STEPS)]
+            assert losses[-1] < losses[0]
+            cases[name] = (params, buffers, inputs, targets, losses)
+            optimizers[name] = (opt, model, BOUNDS[dtype])
+    torch.save(cases, tmp_path / "cases.pt")
+    monkeypatch.chdir(tmp_path)
+    output = run_alone(SCRIPT.format(case=str(tmp_path / "cases.pt")), torch_only(tmp_path / "site"), tmp_path)
+    worst = {line.split()[0]: float(line.split()[1]) for line in output.splitlines()}
+    for name, (opt, model, bound) in optimizers.items():
+        params, buffers, state = torch.load(tmp_path / f"{name}.pt")
+        assert worst[name] <= bound
+        assert largest(params, named(model)[0]) <= bound
+        assert largest(buffers, named(model)[1]) <= bound
+        assert largest(state, state_by_name(opt, model)) <= bound
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "momentum": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "centered": {"curvature": "rmsprop", "centered": True, "momentum": 0.5},
+    "amsgrad": {"curvature": "adam", "amsgrad": True, "weight_decay": 0.1},
+    "groups": {"coupling": 3, "feedback_clip": 0.01, "terminal": Geometric(2.0, own=4.0)},
+    "block": {"coupling": "block", "curvature": "rmsprop"},
+    "substituted": {"coupling": "block", "recursion": "substituted", "curvature": "rmsprop"},
+    "printed": {"coupling": "block", "recursion": "printed", "lr": 1e-3},
+    "open": {"feedback": "open", "feedback_clip": None},
+    "base": {"feedback": False, "curvature": "adamw"},
+    "smoothed": {"loss": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]).double(), label_smoothing=0.1)},
+    "sum": {"loss": nn.CrossEntropyLoss(reduction="sum"), "lr": 0.01},
+}
+
+
+def follow(opt: CompiledOptimizer, example: Example, path: Path, targets: Tensor, steps: int = 3) -> None:
+    """The optimizer and the module it was exported to, side by side."""
+    params, buffers = named(example.model)
+    opt.program.export(path)
+    assert imported(path) == {"torch"}
+    module = load_module(path)
+    state = module.init_state(params)
+    for seed in range(steps):
+        torch.manual_seed(seed)
+        wanted = opt.step(example.inputs, targets)
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        params, buffers, state, loss = module.step(params, buffers, state, example.inputs, targets)
+        assert torch.equal(after, torch.get_rng_state())
+        assert abs(float(loss) - float(wanted)) <= 1e-12
+    assert largest(params, named(example.model)[0]) <= 1e-12
+    assert largest(buffers, named(example.model)[1]) <= 1e-12
+    assert largest(state, state_by_name(opt, example.model)) <= 1e-12
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option(name: str, tmp_path: Path) -> None:
+    case = mlp()
+    example = Example(case.model, (case.batch(0)[0],))
+    follow(compiled(example, **OPTIONS[name]), example, tmp_path / "step.py", case.batch(0)[1])
+
+
+@pytest.mark.parametrize("name", ["dropout_mlp", "siamese", "two_inputs", "frozen"])
+def test_every_kind_of_network(name: str, tmp_path: Path) -> None:
+    example = EXAMPLES[name]()
+    follow(compiled(example), example, tmp_path / "step.py", targets_for(3, 4))
+
+
+class Scaled(nn.Module):
+    """Constant tensors: a plain attribute, and one made while tracing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+        self.scale = torch.tensor([0.5, 1.0, 2.0, -1.0]).double()
+        self.register_buffer("shift", torch.ones(4).double(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.scale + self.shift + torch.arange(4))
+
+
+def test_constants_travel(tmp_path: Path) -> None:
+    example = Example(Scaled(), (torch.randn(4, 4, dtype=torch.float64),))
+    follow(compiled(example, lr=0.01), example, tmp_path / "step.py", targets_for(3, 4))
+
+
+def test_nothing_that_is_passed_in_changes(tmp_path: Path) -> None:
+    example = EXAMPLES["resnet18_like"]()
+    opt = compiled(example, curvature="adam", lr=0.01)
+    opt.program.export(tmp_path / "step.py")
+    module = load_module(tmp_path / "step.py")
+    params, buffers = named(example.model)
+    state = module.init_state(params)
+    before = {name: {key: value.clone() for key, value in entry.items()} for name, entry in state.items()}
+    after = module.step(params, buffers, state, example.inputs, targets_for(3, 4))
+    assert largest(params, named(example.model)[0]) == 0
+    assert largest(buffers, named(example.model)[1]) == 0
+    assert largest(state, before) == 0
+    assert largest(after[1], buffers) > 0 and largest(after[0], params) > 0 and largest(after[2], before) > 0
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    example = EXAMPLES["dropout_mlp"]()
+    opt = compiled(example, curvature="adam")
+    opt.program.export(tmp_path / "step.py")
+    module = load_module(tmp_path / "step.py")
+    params, buffers = named(example.model)
+    state = module.init_state(params)
+    drawn = torch.get_rng_state()
+    result = module.step(params, buffers, state, torch.full((4, 4), torch.nan).double(), targets_for(3, 4))
+    assert result[0] is params and result[1] is buffers and result[2] is state and not result[3].isfinite()
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
+def test_options_are_those_of_the_groups_now_and_can_be_edited(tmp_path: Path) -> None:
+    case = mlp()
+    (x, y), example = case.batch(0), Example(case.model, (case.batch(0)[0],))
+    opt = compiled(example, lr=0.5)
+    opt.param_groups[1]["lr"] = 0.125
+    follow(opt, example, tmp_path / "step.py", y)
+    module = load_module(tmp_path / "step.py")
+    module.OPTIONS["lr"] = 0.0
+    module.GROUPS.update({name: (names, {"lr": 0.0}) for name, (names, _) in module.GROUPS.items()})
+    params, buffers = named(case.model)
+    assert largest(module.step(params, buffers, module.init_state(params), x, y)[0], params) == 0
+
+
+def test_a_loss_of_ones_own_travels_as_text(tmp_path: Path) -> None:
+    case = mlp()
+    example = Example(case.model, (case.batch(0)[0],))
+    follow(compiled(example, loss=pseudo_huber), example, tmp_path / "step.py", torch.zeros(7, 3).double())
+
+
+def test_a_loss_that_needs_more_than_torch_is_refused(tmp_path: Path) -> None:
+    case = mlp()
+    example = Example(case.model, (case.batch(0)[0],))
+    opt = compiled(example, loss=lambda outputs, targets: (outputs - targets).square().mean(1))
+    with pytest.raises(CompileError, match=r"<lambda> cannot be written .* Define it with def"):
+        opt.program.export(tmp_path / "step.py")
+    assert not (tmp_path / "step.py").exists()
+
+
+KRONECKER: dict[str, dict[str, Any]] = {
+    "kfac": {"curvature": "kfac", "refresh": 2, "momentum": 0.5, "weight_decay": 0.01, "small": 20},
+    "ekfac": {"curvature": "ekfac", "damping": 0.1, "refresh": 2},
+    "ekfac alone": {"curvature": "ekfac", "damping": 0.1, "stat_decay": 0.0, "feedback": False, "cooperative": True},
+    "kfac, sampled": {"curvature": "kfac", "damping": 0.1, "terminal": MonteCarlo(2), "small": 4},
+    "kfac, block": {"curvature": "kfac", "damping": 0.1, "coupling": "block"},
+}
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+def test_kronecker_curvatures(name: str, tmp_path: Path) -> None:
+    """Every kind of block: Kronecker, shared, exact, diagonal; refreshed within the steps."""
+    example = mixed()
+    follow(compiled(example, **KRONECKER[name]), example, tmp_path / "step.py", targets_for(3, 4))
+
+
+class Pair(NamedTuple):
+    logits: Tensor
+    rest: dict[str, Tensor]
+
+
+def of_pair(outputs: Any, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.logits, targets, reduction="none") + outputs.rest["value"].square().sum(1)
+
+
+def squares(outputs: Any, targets: Tensor) -> Tensor:
+    return (outputs - F.one_hot(targets, 3)).square().sum(1)
+
+
+FACTORS: dict[str, dict[str, Any]] = {
+    "ggn": {"terminal": "ggn", "curvature": "adam"},
+    "sampled": {"terminal": MonteCarlo(2)},
+    "ggn, block": {"terminal": "ggn", "coupling": "block"},
+    "ggn, groups": {"terminal": "ggn", "coupling": 2, "weight_decay": 0.1},
+    "elementwise": {"terminal": "ggn", "loss": nn.BCEWithLogitsLoss()},
+    "explicit": {"terminal": "ggn", "loss": squares},
+    "explicit, sampled": {"terminal": MonteCarlo(1), "loss": squares},
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_terminal_factors(name: str, tmp_path: Path) -> None:
+    case = mlp()
+    example = Example(case.model, (case.batch(0)[0],))
+    targets = case.batch(0)[1]
+    if name == "elementwise":
+        targets = F.one_hot(targets, 3).double()
+    follow(compiled(example, **FACTORS[name]), example, tmp_path / "step.py", targets)
+
+
+@pytest.mark.parametrize("terminal", ["geometric", "ggn"])
+def test_named_tuples_reach_the_loss(terminal: Any, tmp_path: Path) -> None:
+    model = make(lambda net, x: Pair(net.b(torch.tanh(net.a(x))), {"value": net.v(x)}), a=(4, 5), b=(5, 3), v=(4, 1))
+    example = Example(model, (torch.randn(4, 4, dtype=torch.float64),))
+    opt = compiled(example, loss=of_pair, terminal=terminal)
+    follow(opt, example, tmp_path / "step.py", targets_for(3, 4))
+    with pytest.raises(CompileError, match="the model returns a Pair: a stored program holds plain tuples"):
+        opt.program.export(tmp_path / "step.json")
+
+
+def test_a_concave_loss_is_refused_by_the_module_too(tmp_path: Path) -> None:
+    case = mlp()
+    x, y = case.batch(0)
+    opt = compiled(Example(case.model, (x,)), loss=concave, terminal="ggn")
+    opt.program.export(tmp_path / "step.py")
+    module = load_module(tmp_path / "step.py")
+    params, buffers = named(case.model)
+    with pytest.raises(ValueError, match="not convex in the network's outputs here: eigenvalue -2"):
+        module.step(params, buffers, module.init_state(params), x, y)
+
+
+def concave(outputs: Tensor, targets: Tensor) -> Tensor:
+    return 10 - outputs.square().sum(1)
+
+
+class Box(dict[str, Tensor]):
+    """A class of one's own, which torch's pytree knows."""
+
+
+pytree.register_pytree_node(
+    Box, lambda box: (list(box.values()), list(box)), lambda values, keys: Box(zip(keys, values, strict=True))
+)
+
+
+def test_an_output_of_a_class_of_ones_own_is_refused(tmp_path: Path) -> None:
+    model = make(lambda net, x: Box(logits=net.a(x)), a=(4, 3))
+    opt = compiled(Example(model, (torch.randn(4, 4, dtype=torch.float64),)), loss=of_box)
+    with pytest.raises(CompileError, match="the model returns a Box, a class that an exported program does not have"):
+        opt.program.export(tmp_path / "step.py")
+
+
+def of_box(outputs: Any, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs["logits"], targets, reduction="none")
+
+
+def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
+    case = mlp()
+    opt = compiled(Example(case.model, (case.batch(0)[0],)))
+    with pytest.raises(CompileError, match=r"no export format '.yaml'. Choose one of .py"):
+        opt.program.export(tmp_path / "step.yaml")
+
+
+def test_names_that_an_exported_module_uses_itself(tmp_path: Path) -> None:
+    """Layers named like the module's own variables and functions."""
+    names = ("state", "params", "first", "after", "loss", "losses", "options", "clip", "m", "ParameterUpdates")
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        for name in names:
+            x = torch.tanh(getattr(net, name)(x))
+        return x
+
+    model = make(forward, **dict.fromkeys(names, (3, 3)))
+    example = Example(model, (torch.randn(4, 3, dtype=torch.float64),))
+    follow(compiled(example), example, tmp_path / "step.py", targets_for(3, 4))
+
+
+def test_reads_like_a_page(tmp_path: Path) -> None:
+    """Lines of a page's width; every stage has a title in every sweep, every line of a sweep says what it is."""
+    example = EXAMPLES["resnet18_like"]()
+    opt = compiled(example, curvature="adam")
+    opt.program.export(tmp_path / "step.py")
+    text = (tmp_path / "step.py").read_text()
+    ast.parse(text)
+    assert max(map(len, text.splitlines())) <= 120
+    for stage in opt.graph.stages:  # the first one's matrix is factored before the last one moves
+        times = 4 if stage.index == 0 else 3
+        assert text.count(f"# stage {stage.index}: {', '.join(stage.players)}") == times
+    assert "type: ignore" not in text and "gtddp_compile" not in text.replace("Written by gtddp_compile", "")
+    unused = [name for name in ("generic_gram", "norm_gram_diagonal", "blocks_scale", "class SGD") if name in text]
+    assert not unused
+    kept = [line for line in text.splitlines() if "m.keep" in line]
+    assert not kept
+
+
+@pytest.mark.parametrize("prefix", ["linear", "conv", "norm", "generic"])
+def test_source_stands_alone(prefix: str) -> None:
+    """What an exported program carries of a kernel, its text and that of all it names, runs without this package."""
+    luggage = Luggage()
+    luggage.take("gtddp_compile.kernels", f"{prefix}_gram")
+    text = "\n\n".join([*sorted(luggage.imports), *luggage.pieces.values()])
+    assert "gtddp_compile" not in text
+    namespace: dict[str, Any] = {"__name__": "exported"}
+    exec(compile(text, f"{prefix}.py", "exec"), namespace)
+    assert f"{prefix}_gram" in namespace

@@ -1,0 +1,275 @@
+"""The front end that runs the model and notes what it calls: alone, it takes what the others do and more."""
+
+from __future__ import annotations
+
+import copy
+import random as random_numbers
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile.frontends import trace_followed
+from gtddp_compile.passes import p01_normalise as normalisation
+from support.networks import seeded
+from support.recorded import batch, net
+
+LR = 0.1
+Forward = Callable[[Any, Tensor], Tensor]
+
+
+def asks_whether_it_is_traced(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    if isinstance(h, torch.fx.Proxy) or torch.compiler.is_compiling() or type(h) is not Tensor:
+        h = 2 * h
+    return m.b(torch.tanh(h))
+
+
+def sizes_of_what_is_made(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    mask = torch.ones(h.shape[0], h.shape[1], dtype=h.dtype)
+    mask[:, 0] = 0
+    return m.b(torch.tanh(h) * mask)
+
+
+def operators(m: Any, x: Tensor) -> Tensor:
+    h = 2 - m.a(x)
+    h += 1.0
+    h = h / (2 + h.abs())
+    h = F.dropout(-h @ torch.eye(h.shape[1], dtype=h.dtype), 0.0, True, False)
+    return m.b(h.mT.mT + abs(h) ** 2 + (h > 0))
+
+
+def parts(m: Any, x: Tensor) -> Tensor:
+    first, second = m.a(x).split([2, 3], 1)
+    best = second.max(1)
+    rows = [row * best.values[i] for i, row in enumerate(first)]
+    return m.b(torch.cat([torch.stack(rows), second], 1))
+
+
+def random(m: Any, x: Tensor) -> Tensor:
+    if torch.rand([]) < 0.0:
+        return m.b(m.a(x))
+    return m.b(F.dropout(F.relu(m.a(x), inplace=True), 0.5, True))
+
+
+def decides(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    if h.abs().max() > 100:
+        return m.b(h)
+    kept = (x[:, 0] < 1e3).nonzero()[:, 0]
+    return m.b(torch.tanh(h[kept])) * int((x > 1e3).sum() + 1)
+
+
+def without_gradient(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = m.a(x)
+        scale = m.b(h[x[:, 0] < 1e3]).max(1, keepdim=True).values
+    return m.b(torch.tanh(m.a(x))) * scale
+
+
+def numbers_of_numpy(m: Any, x: Tensor) -> Tensor:
+    scale = np.sqrt(np.float64(x.shape[-1]))
+    return m.b(torch.tanh(m.a(x) * scale).clamp(max=np.float32(0.5))[:, slice(np.int64(0), None)])  # type: ignore[no-any-return]
+
+
+def drawn_in_vain(m: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(m.a(x))
+    aside = m.b(h)
+    found = F.dropout(m.b(h), 0.5)
+    F.dropout(aside, 0.5)
+    return found * torch.rand_like(found)
+
+
+FORWARDS = (
+    drawn_in_vain,
+    numbers_of_numpy,
+    asks_whether_it_is_traced,
+    sizes_of_what_is_made,
+    operators,
+    parts,
+    random,
+    decides,
+    without_gradient,
+)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normalisation.normalise, "__defaults__", ((trace_followed,),))
+
+
+def step(model: nn.Module, *inputs: Tensor, front_end: str = "eager", **options: Any) -> dict[str, Tensor]:
+    model = copy.deepcopy(model)
+    opt = compile_optimizer(model, inputs, loss=nn.MSELoss(), curvature="sgd", lr=LR, **options)
+    assert opt.graph.ops.frontend == front_end
+    with torch.no_grad():
+        target = torch.zeros_like(copy.deepcopy(model)(*inputs))
+    torch.manual_seed(1)
+    opt.step(inputs, target)
+    return dict(model.state_dict())
+
+
+def sgd(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    torch.manual_seed(1)
+    model(*inputs).square().mean().backward()
+    optimizer.step()
+    return dict(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.*depends on values")
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
+def test_feedback_off_is_torch(forward: Forward, alone: None) -> None:
+    model, x = net(forward), batch(6)
+    torch.testing.assert_close(step(model, x, feedback=False), sgd(model, x), rtol=0, atol=1e-12)
+    changed = step(model, x)
+    assert any(not torch.equal(value, changed[name]) for name, value in sgd(model, x).items())
+
+
+class Layers(nn.Module):
+    """Layers that are recorded by functions of their own, and one that calls attention with its own weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.norm = nn.LSTM(4, 4, batch_first=True), nn.BatchNorm1d(4)
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.3, batch_first=True)
+        self.q, self.k, self.v, self.out = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.lstm(x)
+        y = y + self.attention(y, y, y)[0]
+        y = self.norm(y.transpose(1, 2)).permute(2, 0, 1)
+        bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        mixed, _ = F.multi_head_attention_forward(
+            y, y, y, 4, 2, torch.empty(0), bias, None, None, False, 0.2, self.out.weight, self.out.bias, self.training,
+            need_weights=False, use_separate_proj_weight=True,
+            q_proj_weight=self.q.weight, k_proj_weight=self.k.weight, v_proj_weight=self.v.weight,
+        )  # fmt: skip
+        return (y + mixed).mean(0)
+
+
+@pytest.mark.parametrize("front_end", ["fx", "eager"])
+def test_layers(front_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if front_end == "eager":
+        monkeypatch.setattr(normalisation.normalise, "__defaults__", ((trace_followed,),))
+    model = seeded(Layers).double()
+    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    opt = compile_optimizer(copy.deepcopy(model), x, loss=nn.MSELoss(), curvature="sgd", lr=LR)
+    assert opt.graph.ops.frontend == front_end
+    if front_end == "eager":
+        torch.testing.assert_close(step(model, x, feedback=False), sgd(model, x), rtol=0, atol=1e-10)
+        torch.testing.assert_close(step(model, x), step(model, x, backend="dense"), rtol=0, atol=1e-9)
+
+
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def custom(m: Any, x: Tensor) -> Tensor:
+    return m.b(Hidden.apply(m.a(x)))
+
+
+def leaves_torch(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(torch.from_numpy(x.detach().numpy() + 1)))
+
+
+def draws_elsewhere(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x)) * random_numbers.random()
+
+
+def builds_in(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x)) * x.sum().item()
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (custom, "computes something else"),
+        (leaves_torch, "out of torch"),
+        (draws_elsewhere, "something else every time"),
+        (builds_in, "read from values is built in"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_refused(forward: Forward, why: str, alone: None) -> None:
+    with pytest.raises(CompileError, match=why):
+        step(net(forward), batch(6))
+
+
+class Biased(nn.Module):
+    """T5: a trained bias of positions is added to the scores of every layer, and weights are dropped."""
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+        self.positions, self.scale = nn.Embedding(5, 2), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 2)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        distance = (torch.arange(5)[:, None] - torch.arange(5)).abs()
+        bias = self.positions(distance).permute(2, 0, 1)[None]
+        for _ in range(2):
+            q = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=0.4, scale=self.scale)
+        return q.transpose(1, 2).flatten(2).mean(1)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_attention_that_adds_a_trained_bias_and_drops(scale: float | None) -> None:
+    model = seeded(lambda: Biased(scale)).double()
+    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(step(model, x, front_end="fx", feedback=False), sgd(model, x), rtol=0, atol=1e-12)
+    dense = step(model, x, front_end="fx", backend="dense")
+    torch.testing.assert_close(step(model, x, front_end="fx"), dense, rtol=0, atol=1e-9)
+
+
+class Learned(nn.Module):
+    """Attention that drops weights and reads a trained table: as queries, keys, or as all three (DETR's decoder)."""
+
+    def __init__(self, reads: str, **options: Any) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+        self.table, self.reads, self.options = nn.Parameter(torch.randn(1, 2, 5, 2)), reads, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 2)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        options = {"dropout_p": 0.4, **self.options}
+        if self.reads == "all":
+            table = torch.tanh(self.table)
+            q = q * F.scaled_dot_product_attention(table, table, table, **options)
+        elif self.reads == "keys":
+            k = self.table.expand(x.shape[0], -1, -1, -1)
+        else:
+            q, k, v = self.table, k[:, :1], v[:, :1]  # one head for two
+            options["enable_gqa"] = True
+        if self.reads != "all":
+            q = F.scaled_dot_product_attention(q, k, v, **options)
+        return q.transpose(1, 2).flatten(2).mean(1)
+
+
+ROWS = torch.ones(5, 5, dtype=torch.bool).tril() & (torch.arange(5) != 1)[:, None]
+"""A mask that allows the second query nothing: torch gives it zeros."""
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"attn_mask": ROWS}, {"is_causal": True}], ids=lambda o: next(iter(o), "plain")
+)
+@pytest.mark.parametrize("reads", ["queries", "keys", "all"])
+def test_attention_that_reads_parameters_and_drops(reads: str, options: dict[str, Any]) -> None:
+    model = seeded(lambda: Learned(reads, **options)).double()
+    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(step(model, x, front_end="fx", feedback=False), sgd(model, x), rtol=0, atol=1e-12)
+    dense = step(model, x, front_end="fx", backend="dense")
+    torch.testing.assert_close(step(model, x, front_end="fx"), dense, rtol=0, atol=1e-9)

@@ -1,0 +1,275 @@
+"""Players: who owns which parameter, by which uses, and the proof that nothing was missed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile.graph import OpGraph, Player, PlayerGraph
+from gtddp_compile.passes import find_players, normalise
+from gtddp_compile.passes.p02_find_players import prove_owned
+from support.architectures import EXAMPLES
+from support.networks import Net, seeded
+from support.recorded import FRONT_ENDS, assert_same
+
+
+@dataclass
+class Expected:
+    """A forward function, bare parameters by name and shape, layers a (4 to 5) and b (5 to 3), and the players."""
+
+    forward: Callable[[Any, Tensor], Tensor]
+    players: dict[str, tuple[str, ...]]
+    bare: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    uses: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    expressions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    waits: bool = False
+    """Whether a control waits for a later use, which the dense backend refuses."""
+
+
+class WithBare(Net):
+    def __init__(self, expected: Expected) -> None:
+        super().__init__(expected.forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+        for name, shape in expected.bare.items():
+            setattr(self, name, nn.Parameter(torch.rand(shape)))
+        for name in expected.frozen:
+            self.get_parameter(name).requires_grad_(False)
+
+
+def model_of(expected: Expected) -> nn.Module:
+    return seeded(lambda: WithBare(expected))
+
+
+A, B = ("a.weight", "a.bias"), ("b.weight", "b.bias")
+
+
+def head_on_three(net: Any, x: Tensor) -> Tensor:
+    return net.b(torch.tanh(net.a(x)))
+
+
+def token(net: Any, x: Tensor) -> Tensor:
+    tokens = torch.cat([net.cls_token.expand(x.shape[0], -1, -1), x.unsqueeze(1)], 1) + net.position
+    return net.b(torch.tanh(net.a(tokens)).mean(1))
+
+
+def stopped(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = net.a(x)
+    return net.b(y)
+
+
+PLAYERS: dict[str, Expected] = {
+    "plain": Expected(head_on_three, {"a": A, "b": B}),
+    "frozen layer": Expected(head_on_three, {"b": B}, frozen=A),
+    "frozen weight": Expected(head_on_three, {"a": ("a.bias",), "b": B}, frozen=("a.weight",)),
+    "unused": Expected(
+        lambda net, x: net.b(x @ net.a.weight.T),
+        {"a": ("a.weight",), "b": B},
+        expressions={"a": ("T",)},
+        unused=("a.bias",),
+    ),
+    "without gradient": Expected(stopped, {"b": B}, unused=A),
+    "used twice": Expected(
+        lambda net, x: net.b(torch.tanh(net.a(x)) + net.a(x**2)), {"a": A, "b": B}, uses={"a": ("a", "a_1")}
+    ),
+    "used again later": Expected(
+        lambda net, x: net.b(net.a(torch.tanh(net.a(x))[:, :4])), {"a": A, "b": B}, uses={"a": ("a", "a_1")}
+    ),
+    "tied to a later layer": Expected(
+        lambda net, x: net.b(torch.tanh(F.linear(net.b(torch.tanh(net.a(x))), net.b.weight.T))),
+        {"a": A, "b": B},
+        uses={"b": ("b", "linear", "b_1")},
+        expressions={"b": ("T",)},
+        waits=True,
+    ),
+    "scaled weight": Expected(
+        lambda net, x: net.b(torch.tanh(F.linear(x, net.a.weight * net.scale, net.a.bias))),
+        {"linear": ("a.bias", "a.weight", "scale"), "b": B},
+        bare={"scale": (5, 1)},
+        expressions={"linear": ("mul",)},
+    ),
+    "tokens and positions": Expected(
+        token,
+        {"cls_token": ("cls_token",), "position": ("position",), "a": A, "b": B},
+        bare={"cls_token": (1, 1, 4), "position": (2, 4)},
+        expressions={"cls_token": ("expand",)},
+    ),
+    "bare shift": Expected(
+        lambda net, x: net.b(torch.tanh(net.a(x)) + net.shift), {"a": A, "shift": ("shift",), "b": B},
+        bare={"shift": (5,)},
+    ),
+    "bare gain at the output": Expected(
+        lambda net, x: net.gain * net.b(torch.tanh(net.a(x))), {"a": A, "b": B, "gain": ("gain",)}, bare={"gain": ()}
+    ),
+}  # fmt: skip
+
+
+def inputs(size: int) -> Tensor:
+    return torch.randn(size, 4, generator=torch.Generator().manual_seed(size)).double()
+
+
+@pytest.mark.parametrize("front_end", ["fx", "export"])
+@pytest.mark.parametrize("name", PLAYERS)
+def test_players(name: str, front_end: str) -> None:
+    expected = PLAYERS[name]
+    found = find_players(normalise(model_of(expected), (inputs(6),), (FRONT_ENDS[front_end],)))
+    assert {player.name: player.parameters for player in found.players} == expected.players
+    for player in found.players:
+        assert player.uses == expected.uses.get(player.name, (player.op,))
+        assert player.uses[0] == player.op
+        assert player.expressions == expected.expressions.get(player.name, ())
+    assert found.unused == expected.unused
+
+
+@pytest.mark.parametrize("name", PLAYERS)
+def test_an_update_without_feedback_is_the_base_methods(name: str) -> None:
+    """Every use of every parameter counts in its gradient; frozen and unused ones stay as they are."""
+    expected = PLAYERS[name]
+    model, targets = model_of(expected), torch.arange(6) % 3
+    plain = copy.deepcopy(model)
+    opt = compile_optimizer(
+        model, inputs(6), loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.3, momentum=0.9, feedback=False
+    )
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(plain(inputs(6)), targets).backward()
+        optimizer.step()
+        opt.step(inputs(6), targets)
+    assert_same(dict(model.named_parameters()), dict(plain.named_parameters()))
+    assert opt.graph.unused == expected.unused
+
+
+@pytest.mark.parametrize("name", [name for name, expected in PLAYERS.items() if not expected.waits])
+@pytest.mark.parametrize("coupling", ["full", 4])
+def test_an_update_with_feedback_equals_the_dense_backends(name: str, coupling: str | int) -> None:
+    models = []
+    for backend in ("fast", "dense"):
+        model = model_of(PLAYERS[name])
+        opt = compile_optimizer(
+            model, inputs(6), loss=nn.CrossEntropyLoss(), curvature="rmsprop", lr=0.1, backend=backend,
+            coupling=coupling,
+        )  # fmt: skip
+        for _ in range(3):
+            opt.step(inputs(6), torch.arange(6) % 3)
+        models.append(model)
+    torch.testing.assert_close(*(dict(m.named_parameters()) for m in models), rtol=0, atol=1e-9)
+
+
+def test_one_parameter_under_two_names_is_one_player() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.decode, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.decode.weight = self.encode.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.decode(torch.tanh(self.encode(x))))
+
+    for front_end in (FRONT_ENDS["fx"], FRONT_ENDS["export"]):
+        found = find_players(normalise(seeded(Tied), (inputs(6),), (front_end,)))
+        players = {player.name: (player.parameters, player.uses) for player in found.players}
+        assert players == {
+            "encode": (("encode.weight", "encode.bias"), ("encode", "decode")),
+            "decode": (("decode.bias",), ("decode",)),
+            "head": (("head.weight", "head.bias"), ("head",)),
+        }
+        (info,) = (info for info in found.ops.parameters if info.aliases)
+        assert (info.name, info.aliases) == ("encode.weight", ("decode.weight",))
+
+
+def where_a_parameter_is(net: Any, x: Tensor) -> Tensor:
+    """Reads where a weight is kept and of what type, no entry of it."""
+    steps = torch.arange(3, device=net.b.weight.device).to(net.b.weight.dtype)
+    return net.b(torch.tanh(net.a(x)) * 2.0 ** (steps / 3))
+
+
+def test_a_parameters_device_and_type_are_no_gradient() -> None:
+    net = seeded(lambda: Net(where_a_parameter_is, a=nn.Linear(2, 3), b=nn.Linear(3, 2)))
+    players = find_players(normalise(net, (torch.randn(4, 2, dtype=torch.float64),))).players
+    assert [(player.name, player.uses, player.expressions) for player in players] == [
+        ("a", ("a",), ()),
+        ("b", ("b",), ()),
+    ]
+
+
+def test_nothing_to_train_is_refused() -> None:
+    frozen = Expected(head_on_three, {}, frozen=(*A, *B))
+    with pytest.raises(CompileError, match="no trainable parameters"):
+        compile_optimizer(model_of(frozen), inputs(6), loss=nn.CrossEntropyLoss(), curvature="sgd")
+    stray = Expected(lambda net, x: x @ torch.ones(4, 3).double() + 0 * net.a(x).detach()[:, :3], {}, frozen=B)
+    with pytest.raises(CompileError, match=r"no output .* depends on its trainable parameters"):
+        compile_optimizer(model_of(stray), inputs(6), loss=nn.CrossEntropyLoss(), curvature="sgd")
+
+
+# --- the proof --------------------------------------------------------------------------------------------------------
+
+
+def found_in(name: str) -> PlayerGraph:
+    return find_players(normalise(model_of(PLAYERS[name]), (inputs(6),)))
+
+
+def with_player(found: PlayerGraph, name: str, **changes: Any) -> PlayerGraph:
+    players = tuple(replace(player, **changes) if player.name == name else player for player in found.players)
+    return PlayerGraph(found.ops, players, found.unused)
+
+
+@pytest.mark.parametrize("name", PLAYERS)
+def test_the_proof_accepts_what_was_found(name: str) -> None:
+    prove_owned(found_in(name))
+
+
+def test_the_proof_sees_a_missed_use() -> None:
+    found = found_in("tied to a later layer")
+    prove_owned(found)
+    for missed, said in (("linear", r"'b\.weight'"), ("b_1", r"'b\.weight'")):
+        uses = tuple(use for use in found.players[1].uses if use != missed)
+        with pytest.raises(CompileError, match=f"{said} is read here, but its player does not know this use") as error:
+            prove_owned(with_player(found, "b", uses=uses))
+        assert error.value.operation == "linear" and error.value.source.startswith("test_players.py:")
+
+
+def test_the_proof_sees_a_missed_expression() -> None:
+    with pytest.raises(CompileError, match="does not know this use"):
+        prove_owned(with_player(found_in("scaled weight"), "linear", expressions=()))
+
+
+def test_the_proof_sees_a_parameter_without_an_owner() -> None:
+    """A player that lost a parameter: its use reads something nobody decides on."""
+    with pytest.raises(CompileError, match=r"'a\.bias' is read here, but no player owns it"):
+        prove_owned(with_player(found_in("plain"), "a", parameters=("a.weight",)))
+    found = found_in("plain")
+    with pytest.raises(CompileError, match="but no player owns it"):
+        prove_owned(PlayerGraph(found.ops, found.players[1:], found.unused))
+
+
+def test_the_proof_sees_two_owners() -> None:
+    found = found_in("plain")
+    thief = Player("thief", "linear", ("a.weight",), "b", ("b",))
+    with pytest.raises(CompileError, match="two players own it, a and thief"):
+        prove_owned(PlayerGraph(found.ops, (*found.players, thief), found.unused))
+
+
+def test_the_proof_sees_an_operation_added_after_the_search() -> None:
+    found = found_in("plain")
+    ops = found.ops.ops
+    copied = replace(ops[1], name="again")
+    last = replace(ops[-1], args=(replace(ops[-1].args[0], name="again"), *ops[-1].args[1:]))
+    doctored = OpGraph((*ops[:-1], copied, last), found.ops.inputs, found.ops.output, found.ops.parameters)
+    with pytest.raises(CompileError, match="its player does not know this use"):
+        prove_owned(PlayerGraph(doctored, found.players, found.unused))
+
+
+def test_every_example_is_proved() -> None:
+    for build in EXAMPLES.values():
+        example = build()
+        prove_owned(find_players(normalise(example.model, example.inputs)))

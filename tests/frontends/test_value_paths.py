@@ -1,0 +1,117 @@
+"""Models that decide on values: the path of the example inputs is recorded, checked, and others compiled when met."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
+from gtddp_compile.runtime import compiler as compiling
+from support.networks import seeded
+from support.recorded import batch, net
+
+LR = 0.1
+
+
+class Masked(nn.Module):
+    """transformers: where nothing is masked, no mask is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        if bool((mask == 1).all()):
+            return self.b(h)
+        return self.b(h * mask[:, None])
+
+
+def clamps_what_is_not_finite(m: Any, x: Tensor) -> Tensor:
+    """DETR: hidden values are clamped only if one of them overflowed."""
+    h = m.a(x)
+    if not torch.isfinite(h).all():
+        h = h.nan_to_num().clamp(-1e3, 1e3)
+    return m.b(torch.tanh(h))
+
+
+def halves_until_small(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    while h.detach().abs().max() > 1:
+        h = h / 2
+    return m.b(torch.tanh(h))
+
+
+def compiled(model: nn.Module, inputs: Any, **options: Any) -> CompiledOptimizer:
+    with pytest.warns(UserWarning, match="depends on values"):
+        return compile_optimizer(model, inputs, loss=nn.MSELoss(), curvature="sgd", lr=LR, **options)
+
+
+def sgd(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """torch's own step."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    loss = model(*inputs).square().mean()
+    loss.backward()
+    optimizer.step()
+    return dict(model.state_dict())
+
+
+def stepped(opt: CompiledOptimizer, model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    opt.step(inputs, torch.zeros(len(inputs[0]) if isinstance(inputs, tuple) else len(inputs), 3).double())
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_each_path_is_the_models_own() -> None:
+    model = seeded(Masked)
+    x, full, half = batch(4), torch.ones(4).double(), torch.tensor([1, 0.5, 1, 0]).double()
+    opt = compiled(model, (x, full), feedback=False)
+    (guard,) = opt.graph.guards
+    assert guard.source == f"test_value_paths.py:{Masked.forward.__code__.co_firstlineno + 2}"
+    for mask in (full, half, full, half):
+        expected = sgd(model, x, mask)
+        torch.testing.assert_close(stepped(opt, model, (x, mask)), expected, rtol=0, atol=1e-12)
+    assert len(opt._specialisations._programs) == 2, "each path is compiled once"
+
+
+@pytest.mark.parametrize("model_of", [Masked, clamps_what_is_not_finite, halves_until_small])
+def test_fast_equals_dense(model_of: Any) -> None:
+    inputs: Any = (batch(4), torch.ones(4).double()) if model_of is Masked else batch(4)
+    found = []
+    for backend in ("fast", "dense"):
+        model = seeded(Masked) if model_of is Masked else net(model_of)
+        opt = compiled(model, inputs, backend=backend)
+        stepped(opt, model, inputs)
+        found.append(stepped(opt, model, inputs))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+
+
+def test_too_many_paths_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "PATHS", 2)
+    model = net(halves_until_small)
+    opt = compiled(model, batch(4))
+    stepped(opt, model, 8 * batch(4))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CompileError, match=r"2 batches took another one each.*torch\.where"):
+        stepped(opt, model, 1000 * batch(4))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_an_exported_program_checks_its_path(tmp_path: Path) -> None:
+    model = seeded(Masked)
+    x, full = batch(4), torch.ones(4).double()
+    opt = compiled(model, (x, full))
+    opt.program.export(tmp_path / "step.py")
+    written: dict[str, Any] = {}
+    exec(compile((tmp_path / "step.py").read_text(), "step.py", "exec"), written)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    state, targets = written["init_state"](params), torch.zeros(4, 3).double()
+    found = written["step"](params, {}, state, (x, full), targets)[0]
+    torch.testing.assert_close(stepped(opt, model, (x, full)), found, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="another path"):
+        written["step"](params, {}, state, (x, 0.5 * full), targets)

@@ -1,0 +1,302 @@
+"""``opt.accumulate``: one update from the union of micro-batches, each of them a group of samples."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo, compile_optimizer
+from support import networks
+
+LOSS = nn.CrossEntropyLoss()
+SIZE = 4
+
+
+def optimizer(model: nn.Module, x: Tensor, **options: Any) -> CompiledOptimizer:
+    return compile_optimizer(model, x, **{"curvature": "sgd", "loss": LOSS, "lr": 0.1, **options})
+
+
+def step_of_parts(opt: CompiledOptimizer, x: Tensor, y: Tensor, size: int = SIZE) -> Tensor:
+    """One update from micro-batches; the last goes to ``step``."""
+    *first, last = zip(x.split(size), y.split(size), strict=True)
+    for part in first:
+        opt.accumulate(*part)
+    return opt.step(*last)
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module, tolerance: float = 1e-9) -> None:
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"lr": 0.5},
+    {"momentum": 0.9, "weight_decay": 0.1},
+    {"curvature": "rmsprop", "lr": 0.01},
+    {"curvature": "adam", "lr": 0.01, "weight_decay": 0.1},
+    {"curvature": "kfac"},
+    {"curvature": "foof", "terminal": "geometric", "inertia": 0.9},
+    {"curvature": "ekfac", "weight_decay": 0.1, "damping": 0.1},
+    {"curvature": "ekfac", "small": 0},
+    {"rollout": "nonlinear"},
+    {"rollout": "nonlinear", "curvature": "adam", "lr": 0.01, "weight_decay": 0.1},
+    {"rollout": "nonlinear", "terminal": "ggn"},
+    {"terminal": "ggn"},
+    {"feedback": "open"},
+    {"loss": nn.CrossEntropyLoss(reduction="sum"), "lr": 0.02},
+    {"loss": nn.CrossEntropyLoss(reduction="sum"), "curvature": "adam", "lr": 0.01},
+]
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_equals_one_step_on_the_union(options: dict[str, Any], memory: str) -> None:
+    """Groups of the micro-batches' size on the concatenated batch; the last micro-batch is smaller."""
+    case = networks.projection()
+    parts, whole = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    x, y = case.batch(0, 10)
+    ours = optimizer(parts, x[:SIZE], memory=memory, **options)
+    theirs = optimizer(whole, x, coupling=SIZE, **options)
+    for step in range(3):
+        x, y = case.batch(step, 10)
+        torch.testing.assert_close(step_of_parts(ours, x, y), theirs.step(x, y), rtol=1e-12, atol=1e-12)
+    assert_same(parts, whole)
+    for key, value in theirs.diagnostics.items():
+        assert ours.diagnostics[key] == pytest.approx(value, rel=1e-6), key
+    one, other = (list(opt.state_dict()["state"].values()) for opt in (ours, theirs))
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        keys = [key for key in a if not key.startswith("map_")]  # a null space has any basis
+        assert all(torch.allclose(torch.as_tensor(a[key]), torch.as_tensor(b[key]), 1e-9, 1e-9) for key in keys)
+
+
+def test_groups_within_micro_batches_are_groups_of_the_union() -> None:
+    case = networks.mlp()
+    parts, whole = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    x, y = case.batch(0, 12)
+    step_of_parts(optimizer(parts, x, coupling=2), x, y)
+    optimizer(whole, x, coupling=2).step(x, y)
+    assert_same(parts, whole)
+
+
+TORCH: list[tuple[str, Callable[..., torch.optim.Optimizer], dict[str, Any]]] = [
+    ("sgd", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+    ("rmsprop", torch.optim.RMSprop, {"lr": 0.01, "centered": True}),
+    ("adamw", torch.optim.AdamW, {"lr": 0.01}),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), TORCH)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_without_feedback_it_is_torch_after_accumulated_gradients(
+    name: str, kind: Callable[..., torch.optim.Optimizer], options: dict[str, Any], reduction: str
+) -> None:
+    """Also with batch-norms, which see a micro-batch at a time on either side."""
+    torch.manual_seed(0)
+    # no bias before the batch-norm: its gradient is rounding alone, which Adam would scale up
+    model = nn.Sequential(
+        nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)
+    ).double()
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    loss = nn.CrossEntropyLoss(reduction=reduction)
+    opt = optimizer(ours, torch.randn(4, 4).double(), loss=loss, curvature=name, feedback=False, **options)
+    reference = kind(theirs.parameters(), **options)
+    for step in range(4):
+        x, y = torch.randn(10, 4).double(), torch.randint(3, (10,))
+        torch.manual_seed(step)
+        step_of_parts(opt, x, y)
+        after = torch.get_rng_state()
+        torch.manual_seed(step)
+        reference.zero_grad()
+        for a, b in zip(x.split(SIZE), y.split(SIZE), strict=True):
+            (loss(theirs(a), b) * (len(b) / 10 if reduction == "mean" else 1.0)).backward()
+        reference.step()
+        assert torch.equal(after, torch.get_rng_state())
+    assert_same(ours, theirs, 1e-12)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn, self.out = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores."""
+        return self.out(self.drop(torch.relu(self.bn(self.fc(self.drop(x))))))
+
+
+def noisy(**options: Any) -> tuple[nn.Module, CompiledOptimizer, Callable[[int], tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model = Noisy().double()
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        source = torch.Generator().manual_seed(seed)
+        return torch.randn(5, 4, generator=source).double(), torch.randint(3, (5,), generator=source)
+
+    return model, optimizer(model, batch(0)[0], **options), batch
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "recompute"}, {"curvature": "adam", "terminal": MonteCarlo(2)}])
+def test_masks_of_each_micro_batch_are_the_same_in_both_sweeps(options: dict[str, Any]) -> None:
+    """With a vanishing learning rate nothing moves, so nothing may be seen to have moved."""
+    _, opt, batch = noisy(**{**options, "rollout": "nonlinear", "lr": 1e-30})
+    opt.accumulate(*batch(0))
+    opt.step(*batch(1))
+    changes = [stage["change"] for stage in opt._diagnostics._stages.values() if "change" in stage]
+    assert changes and all(float(change.abs().max()) == 0 for change in changes)
+
+
+def everything(model: nn.Module, opt: CompiledOptimizer) -> list[Any]:
+    return [*map(torch.clone, model.state_dict().values()), str(opt.state_dict()), torch.get_rng_state()]
+
+
+def assert_equal(left: list[Any], right: list[Any]) -> None:
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("curvature", ["sgd", "adam"])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_a_step_that_fails_leaves_the_accumulated(
+    curvature: str, feedback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second attempt makes the update that the first would have made."""
+    results = []
+    for fails in (False, True):
+        model, opt, batch = noisy(curvature=curvature, feedback=feedback)
+        opt.step(*batch(9))
+        torch.manual_seed(1)
+        opt.accumulate(*batch(0))
+        before = everything(model, opt)
+        if fails:
+            with pytest.raises(CompileError):
+                opt.step(batch(1)[0], torch.full((5,), 7))
+            assert_equal(before, everything(model, opt))
+            with monkeypatch.context() as patch:
+                patch.setattr(type(opt._curvature), "descend", _interrupted_at_the_second(type(opt._curvature).descend))
+                with pytest.raises(KeyboardInterrupt):
+                    opt.step(*batch(1))
+            assert_equal(before, everything(model, opt))
+        opt.step(*batch(1))
+        results.append(everything(model, opt))
+    assert_equal(*results)
+
+
+def _interrupted_at_the_second(descend: Callable[..., Any]) -> Callable[..., Any]:
+    calls = []
+
+    def broken(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return descend(*arguments)
+
+    return broken
+
+
+def test_accumulate_itself_changes_nothing_and_a_micro_batch_that_fails_is_left_out() -> None:
+    model, opt, batch = noisy(curvature="adam")
+    twin, other, _ = noisy(curvature="adam")
+    torch.manual_seed(1)
+    before = everything(model, opt)[:-1]
+    opt.accumulate(*batch(0))
+    assert_equal(before, everything(model, opt)[:-1])
+    after = torch.get_rng_state()
+    with pytest.raises(CompileError):
+        opt.accumulate(batch(1)[0], torch.full((5,), 7))
+    bad = batch(2)[0].fill_(float("inf"))
+    assert not torch.isfinite(opt.accumulate(bad, batch(2)[1])) and opt.diagnostics["skipped"]
+    assert torch.equal(after, torch.get_rng_state())
+    opt.step(*batch(1))
+    torch.manual_seed(1)
+    other.accumulate(*batch(0))
+    other.step(*batch(1))
+    assert_equal(everything(model, opt), everything(twin, other))
+
+
+def test_a_step_whose_loss_is_not_finite_drops_the_accumulated() -> None:
+    model, opt, batch = noisy()
+    opt.accumulate(*batch(0))
+    before = everything(model, opt)
+    assert not torch.isfinite(opt.step(batch(1)[0] / 0, batch(1)[1])) and opt.diagnostics["skipped"]
+    assert_equal(before, everything(model, opt))
+    with pytest.raises(CompileError, match="batch itself"):
+        opt.step()
+
+
+def test_options_and_state_are_those_of_the_step() -> None:
+    """As a learning rate that a scheduler sets between backward passes and the step is torch's."""
+    model, opt, batch = noisy(curvature="adam")
+    twin, other, _ = noisy(curvature="adam")
+    for both in (opt, other):
+        torch.manual_seed(1)
+        both.step(*batch(3))
+    saved = copy.deepcopy(opt.state_dict())
+    opt.step(*batch(4))
+    model.load_state_dict(twin.state_dict())
+    torch.manual_seed(2)
+    opt.accumulate(*batch(0))
+    opt.load_state_dict(saved)
+    for group in (*opt.param_groups, *other.param_groups):
+        group["lr"] = 0.03
+    opt.step(*batch(1))
+    torch.manual_seed(2)
+    other.accumulate(*batch(0))
+    other.step(*batch(1))
+    assert_equal(everything(model, opt), everything(twin, other))
+
+
+def test_step_without_a_batch_takes_what_was_accumulated() -> None:
+    case = networks.residual()
+    one, two = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    x, y = case.batch(0, 8)
+    opt = optimizer(one, x)
+    opt.accumulate(x[:4], y[:4])
+    opt.accumulate(x[4:], y[4:])
+    opt.step()
+    step_of_parts(optimizer(two, x), x, y)
+    assert_same(one, two, 0)
+
+
+def test_zero_grad_and_pickles_drop_the_accumulated() -> None:
+    model, opt, batch = noisy()
+    opt.accumulate(*batch(0))
+    assert "accumulated" not in str(opt.state_dict())
+    copied = pickle.loads(pickle.dumps(optimizer(nn.Linear(4, 3).double(), batch(0)[0])))
+    copied.accumulate(*batch(0))
+    for one in (pickle.loads(pickle.dumps(copied)), opt):
+        one.zero_grad()
+        with pytest.raises(CompileError, match="batch itself"):
+            one.step()
+    assert model.bn.num_batches_tracked == 0  # type: ignore[union-attr]
+
+
+def test_refusals_name_what_is_wrong() -> None:
+    model, opt, batch = noisy()
+    opt.accumulate(*batch(0))
+    model.eval()
+    with pytest.raises(CompileError, match="another program"):
+        opt.step(*batch(1))
+    model.train()
+    with torch.no_grad():
+        next(iter(model.parameters())).add_(1)
+    with pytest.raises(CompileError, match=r"fc\.weight.*changed"):
+        opt.step(*batch(1))
+    opt.zero_grad()
+    x, y = batch(0)
+    opt.accumulate(x, y)
+    x.zero_()
+    opt.param_groups[0]["lr"] = 0.2
+    with pytest.raises(CompileError, match="micro-batch 0 were overwritten"):
+        opt.step(*batch(1))
+    for options in ({"coupling": "block"}, {"coupling": "block", "recursion": "substituted"}, {"backend": "dense"}):
+        linear = optimizer(nn.Linear(4, 3).double(), x, **options)
+        with pytest.raises(CompileError, match="accumulate"):
+            linear.accumulate(x, y)

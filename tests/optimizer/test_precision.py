@@ -1,0 +1,196 @@
+"""Memory formats, autocast and low-precision models: what is added up over samples stays float32 or better."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
+from support import networks
+from support.architectures import EXAMPLES, Example
+from support.exported import targets_for
+
+LOSS = nn.CrossEntropyLoss()
+LOW = [torch.bfloat16, torch.float16]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"curvature": "sgd", "momentum": 0.9, "weight_decay": 0.01, "memory": "recompute"},
+    {"curvature": "rmsprop", "lr": 0.01, "eps": 1e-3},
+    {"curvature": "adam", "lr": 0.01, "gram": "separable"},
+    {"curvature": "ekfac"},
+    {"terminal": "ggn", "coupling": 2},
+    {"coupling": "block", "recursion": "substituted", "lr": 0.01},
+    {"feedback": False, "curvature": "adamw", "lr": 0.01},
+]
+
+
+def compiled(model: nn.Module, **options: Any) -> CompiledOptimizer:
+    return compile_optimizer(model, **{"curvature": "sgd", "loss": LOSS, "lr": 0.1, **options})
+
+
+def example(name: str, dtype: torch.dtype) -> Example:
+    found = EXAMPLES[name]()
+    return Example(found.model.to(dtype), tuple(x.to(dtype) for x in found.inputs))
+
+
+def vector(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def figures(opt: CompiledOptimizer) -> list[Tensor]:
+    """Tensors over samples of the last step."""
+    found = []
+    for stage in opt._diagnostics._stages.values():
+        found += [value for value in stage.values() if isinstance(value, Tensor) and value.dim()]
+        found += [block for key in ("factor",) for block in stage.get(key, ())]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("resnet18_like", {}), ("resnet18_like", {"curvature": "kfac"}), ("unet_like", {"curvature": "adam", "lr": 0.01})],
+)
+def test_channels_last_is_kept_and_changes_nothing(name: str, options: dict[str, Any]) -> None:
+    plain, last = EXAMPLES[name](), EXAMPLES[name]()
+    last.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    inputs = tuple(x.to(memory_format=torch.channels_last) for x in last.inputs)
+    strides = [p.stride() for p in last.model.parameters()]
+    y = targets_for(3, 4)
+    ours, theirs = compiled(last.model, **options), compiled(plain.model, **options)
+    for _ in range(2):
+        torch.testing.assert_close(ours.step(inputs, y), theirs.step(plain.inputs, y), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(vector(last.model), vector(plain.model), rtol=1e-9, atol=1e-9)
+    assert [p.stride() for p in last.model.parameters()] == strides
+
+
+@pytest.mark.parametrize("name", ["attention_block", "resnet18_like", "densenet_like"])
+def test_inputs_that_are_not_contiguous(name: str) -> None:
+    found = []
+    for strange in (False, True):
+        one = EXAMPLES[name]()
+        inputs = tuple(torch.stack([x, x], -1)[..., 1] if strange else x for x in one.inputs)
+        assert strange != all(x.is_contiguous() for x in inputs)
+        compiled(one.model).step(inputs, targets_for(3, 4))
+        found.append(vector(one.model))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["attention_block", "unet_like"])
+def test_autocast(name: str, options: dict[str, Any]) -> None:
+    """The loss falls as without it, and nothing over samples is bfloat16."""
+    losses = []
+    for enabled in (False, True):
+        one = example(name, torch.float32)
+        opt = compiled(one.model, **options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append([float(opt.step(one.inputs, targets_for(3, 4))) for _ in range(4)])
+        assert all(p.dtype == torch.float32 for p in one.model.parameters())
+        assert all(value.dtype == torch.float32 for value in figures(opt))
+        assert not opt.diagnostics["skipped"]
+    assert losses[1][-1] == pytest.approx(losses[0][-1], abs=0.05)
+    assert losses[1] != losses[0]
+
+
+def test_without_feedback_autocast_is_torch_s_to_its_precision() -> None:
+    one, other = example("attention_block", torch.float32), example("attention_block", torch.float32)
+    y, before = targets_for(3, 4), vector(one.model)
+    opt = compiled(one.model, feedback=False)
+    reference = torch.optim.SGD(other.model.parameters(), lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        opt.step(one.inputs, y)
+        LOSS(other.model(*other.inputs), y).backward()
+    reference.step()
+    ours, theirs = vector(one.model) - before, vector(other.model) - before
+    assert float((ours - theirs).norm()) < 2**-7 * float(theirs.norm())
+
+
+def test_the_mode_at_the_step_counts_not_that_at_compilation() -> None:
+    """Losses of the step are those of the model as it is called there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 3))
+    x, y = torch.randn(5, 3), targets_for(3, 5)
+    opt = compiled(model, example_inputs=x)
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            expected = float(LOSS(model(x), y))
+            assert float(opt.step(x, y)) == pytest.approx(expected, abs=1e-6)
+        assert float(LOSS(model(x).bfloat16(), y)) != float(LOSS(model(x), y))
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_models_of_low_precision(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    one = example("attention_block", dtype)
+    opt = compiled(one.model, **options)
+    losses = [float(opt.step(one.inputs, targets_for(3, 4))) for _ in range(8)]
+    assert losses[-1] < losses[0] and not opt.diagnostics["skipped"]
+    assert all(p.dtype == dtype for p in one.model.parameters())
+    states = [value for state in opt.state.values() for value in state.values() if isinstance(value, Tensor)]
+    assert all(value.dtype == torch.float32 for value in [*figures(opt), *states])
+
+
+def test_low_precision_follows_float32() -> None:
+    """From the same (rounded) parameters, one update differs from the float32 one by rounding."""
+    moves = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)).bfloat16().to(dtype)
+        x, before = torch.randn(8, 6).bfloat16().to(dtype), vector(model).float()
+        compiled(model, lr=8.0).step(x, targets_for(3, 8))
+        moves.append(vector(model).float() - before)
+    assert float((moves[1] - moves[0]).norm()) < 0.05 * float(moves[0].norm())
+
+
+@pytest.mark.parametrize("curvature", ["sgd", "adam", "ekfac"])
+def test_states_of_low_precision_models_survive_saving(curvature: str) -> None:
+    """torch would round a second moment to half on loading, where it is often zero."""
+    case = networks.mlp()
+    model = copy.deepcopy(case.model).half()
+    momentum = {"momentum": 0.9} if curvature == "sgd" else {}
+    opt = compiled(model, curvature=curvature, lr=0.01, **momentum)
+    x, y = case.batch(0)
+    for _ in range(3):
+        opt.step(x.half(), y)
+    stream = io.BytesIO()
+    torch.save(opt.state_dict(), stream)
+    stream.seek(0)
+    twin = copy.deepcopy(model)
+    resumed = compiled(twin, curvature=curvature, lr=0.01, **momentum)
+    resumed.load_state_dict(torch.load(stream))
+    for _ in range(2):
+        assert torch.equal(opt.step(x.half(), y), resumed.step(x.half(), y))
+    assert torch.equal(vector(model), vector(twin))
+
+
+def test_micro_batches_under_autocast() -> None:
+    results = []
+    for parts in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+        x, y = torch.randn(8, 6), targets_for(3, 8)
+        opt = compiled(model, coupling=4)
+        with torch.autocast("cpu", torch.bfloat16):
+            if parts:
+                opt.accumulate(x[:4], y[:4])
+                opt.step(x[4:], y[4:])
+            else:
+                opt.step(x, y)
+        results.append(vector(model))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-3)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    x, y = torch.randn(4, 2), targets_for(3, 4)
+    opt = compiled(nn.Linear(2, 3), backend="dense")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(CompileError, match="autocast"):
+        opt.step(x, y)
+    low = compiled(nn.Linear(2, 3).bfloat16(), example_inputs=x.bfloat16())
+    with pytest.raises(CompileError, match="bfloat16"):
+        low.program.export(tmp_path / "step.py")

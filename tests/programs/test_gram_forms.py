@@ -1,0 +1,246 @@
+"""How Gram matrices are made: per-sample gradients kept or not, separable metrics, sketches, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gtddp_compile import CompileError, Sketch, compile_optimizer, kernels
+from gtddp_compile.kernels import approximate, linear
+from gtddp_compile.lowering import costs
+from gtddp_compile.lowering.instructions import WORD
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+CONV: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 1), "groups": 2}
+LAYERS: dict[str, tuple[str, tuple[Tensor, ...], Tensor, Tensor, dict[str, Any], int]] = {
+    "linear": ("linear", (draw(5, 4),), draw(5, 3), draw(3, 4), {}, 4),
+    "sequence": ("linear", (draw(5, 2, 3, 4),), draw(5, 2, 3, 3), draw(3, 4), {}, 4),
+    "conv": ("conv", (draw(5, 4, 5, 4),), draw(5, 6, 3, 2), draw(6, 2, 3, 3), CONV, 18),
+}
+
+
+def outer(weight: Tensor, groups: int) -> Tensor:
+    """A metric of the weight's shape that is a product of one of outputs and one of inputs in every group."""
+    rows, columns = draw(weight.shape[0], seed=1).abs() + 0.1, draw(groups, weight.shape[1], seed=2).abs() + 0.1
+    table = rows.reshape(groups, -1, 1) * columns[:, None]
+    return table.reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2)).expand_as(weight).contiguous()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_a_product_by_halves_is_the_whole_product(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "HALVED", 0)
+    x, g, weight, bias = draw(samples, 4), draw(samples, 3), draw(3, 4), draw(3)
+    gamma = g.unsqueeze(2) * x.unsqueeze(1)
+    pairs = torch.einsum("imn,jmn->ij", gamma, gamma)
+    (joint,) = kernels.joint_gram((gamma,), (0.3,), kernels.rows_of(samples, None))
+    both = kernels.linear_gram((x,), g, (weight, bias), (True, True), (0.3, 0.5))
+    torch.testing.assert_close(joint, 0.3 * pairs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(both, 0.3 * pairs + 0.5 * torch.einsum("im,jm->ij", g, g), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
+def test_a_metric_of_rank_one_separates_exactly(layer: str, wants: tuple[bool, bool]) -> None:
+    prefix, operands, g, weight, options, _ = LAYERS[layer]
+    metric = (outer(weight, options.get("groups", 1)), draw(weight.shape[0], seed=3).abs())
+    chosen = tuple(entry for entry, want in zip(metric, wants, strict=True) if want)
+    arguments = (operands, g, (weight, draw(weight.shape[0])), wants, chosen)
+    exact = getattr(kernels, f"{prefix}_gram")(*arguments, **options)
+    found = getattr(kernels, f"{prefix}_separable_gram")(*arguments, **options)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_sketch_with_orthogonal_columns_is_exact(layer: str, diagonal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Ω Ωᵀ = I`` is all that the sketch assumes; random signs have it in the mean."""
+    prefix, operands, g, weight, options, inputs = LAYERS[layer]
+
+    def orthogonal(rows: int, columns: int, like: Tensor, seed: int) -> Tensor:
+        eye = torch.eye(inputs, dtype=like.dtype)
+        filters = eye.repeat(rows // inputs, 1) if rows > inputs else eye
+        return filters * (columns / inputs) ** 0.5 if prefix == "conv" else filters
+
+    monkeypatch.setattr(approximate, "_signs", orthogonal)
+    metric = (outer(weight, options.get("groups", 1)) if diagonal else 0.3, 0.2)
+    arguments = (operands, g, (weight, draw(weight.shape[0])), (True, True), metric)
+    exact = getattr(kernels, f"{prefix}_gram")(*arguments, **options)
+    found = getattr(kernels, f"{prefix}_sketch_gram")(*arguments, columns=inputs, seed=0, **options)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("margin", [0, 1, 2])
+def test_the_centre_of_a_kernel_stands_for_all(margin: int) -> None:
+    _, (x,), _, weight, options, _ = LAYERS["conv"]
+    options = {**options, "padding": (margin, margin)}
+    where = {name: options[name] for name in ("stride", "padding")}
+    g = draw(*F.conv2d(x, weight, None, groups=options["groups"], **where).shape, seed=7)
+    arguments = ((x,), g, (weight, draw(weight.shape[0])), (True, True))
+    gradient, bias = kernels.conv_per_sample(*arguments, **options)
+    ones, element = torch.ones(1, 1, *x.shape[2:], dtype=torch.float64), torch.zeros(1, 1, 3, 3, dtype=torch.float64)
+    element[..., 1, 1] = 1
+    inside = F.conv2d(ones, torch.ones_like(element), **where).sum() / F.conv2d(ones, element, **where).sum()
+    centre = gradient[..., 1, 1].flatten(1)
+    expected = 0.3 * inside * (centre @ centre.T) + 0.2 * (bias @ bias.T)
+    found = kernels.conv_centre_gram(*arguments, (0.3, 0.2), **options)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_parameters_without_a_gradient_do_not_spoil_a_separated_metric() -> None:
+    """Inputs that are always zero have second moments of zero, and a metric of ``lr / eps``."""
+    x, g = draw(6, 8), draw(6, 5)
+    x[:, :3] = 0
+    metric = 1 / ((g.square().mT @ x.square()).sqrt() + 1e-8)
+    exact = kernels.linear_gram((x,), g, (None,), (True, False), (metric,))
+    found = kernels.linear_separable_gram((x,), g, (None,), (True, False), (metric,))
+    assert (found - exact).norm() < 0.2 * exact.norm()
+
+
+def test_signs_are_white_and_leave_the_generator_alone() -> None:
+    state = torch.get_rng_state()
+    like = torch.zeros((), dtype=torch.float64)
+    drawn = [approximate._signs(4, 8, like, seed) for seed in range(400)]
+    assert torch.get_rng_state().equal(state)
+    mean = torch.stack([signs @ signs.T for signs in drawn]).mean(0)
+    torch.testing.assert_close(mean.diagonal(), torch.ones(4, dtype=torch.float64))
+    assert (mean - torch.eye(4, dtype=torch.float64)).abs().max() < 5 / (8 * 400) ** 0.5
+
+
+class Small(nn.Module):
+    """Convolution, normalisation, positions and a head: every kernel that can keep its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.mix, self.head = nn.Linear(16, 5), nn.Linear(15, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.conv(x))).flatten(2)
+        return self.head(torch.tanh(self.mix(h)).flatten(1))
+
+
+def train(steps: int = 3, **options: Any) -> tuple[list[Tensor], Any]:
+    model = Small()
+    x, y = draw(6, 2, 4, 4), torch.arange(6) % 3
+    optimizer = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), **options)
+    for _ in range(steps):
+        optimizer.step(x, y)
+    return [p.detach().clone() for p in model.parameters()], optimizer
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sgd": {"curvature": "sgd", "lr": 0.5, "momentum": 0.9},
+    "decay": {"curvature": "rmsprop", "lr": 0.01, "weight_decay": 0.1},
+    "adam, groups": {"curvature": "adam", "lr": 0.01, "eps": 1e-3, "coupling": 2},
+    "block": {"curvature": "sgd", "lr": 0.5, "coupling": "block"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_keeping_gradients_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "linear_gram_form", lambda *shape: "materialised")
+    monkeypatch.setattr(kernels, "conv_gram_form", lambda *shape: "materialised")
+    results = []
+    for keep, kept in ((0.0, 1), (1e9, 4)):
+        monkeypatch.setattr(costs, "KEEP", keep)
+        parameters, optimizer = train(**OPTIONS[name])
+        results.append(parameters)
+        assert optimizer.program.code.count("rows_weighted(") == kept * (1 if name in ("sgd", "block") else 2)
+    for kept_, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(kept_, recomputed, rtol=1e-9, atol=1e-12)
+
+
+def test_a_spherical_metric_needs_no_separation() -> None:
+    for kept, separable in zip(train(**OPTIONS["sgd"])[0], train(gram="separable", **OPTIONS["sgd"])[0], strict=True):
+        torch.testing.assert_close(kept, separable, rtol=0, atol=0)
+
+
+def test_approximations_are_taken_and_shown() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)), torch.randn(8, 64)
+    y, options = torch.arange(8) % 3, {"loss": nn.CrossEntropyLoss(), "curvature": "adam"}
+    optimizer = compile_optimizer(model, x, gram="separable", **options)
+    assert "metric separated" in optimizer.program.cost() and "linear_separable_gram" in optimizer.program.code
+    first = float(optimizer.step(x, y))
+    assert all(float(optimizer.step(x, y)) < first for _ in range(3))
+    positions = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 32, 3))
+    optimizer = compile_optimizer(positions, torch.randn(8, 32, 64), gram=Sketch(4), **options)
+    assert "sketch of 4 columns" in optimizer.program.cost() and "linear_sketch_gram" in optimizer.program.code
+    loss = float(optimizer.step(torch.randn(8, 32, 64), y))
+    assert loss == pytest.approx(float(F.cross_entropy(torch.zeros(8, 3), y)), abs=1.0)
+
+
+def choices(model: nn.Module, x: Tensor, **options: Any) -> list[str]:
+    program = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), **options).program
+    uses = [program.lowered.uses[player.name][0] for player in program.graph.players]
+    return [costs.choose_gram(program.lowered.plan, use).approximate for use in uses]
+
+
+def test_auto_is_exact_where_that_is_cheap() -> None:
+    wide, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)), torch.randn(64, 64)
+    assert choices(wide, x, curvature="adam") == ["separable", "exact"]  # 8 million multiplications, half a million
+    assert choices(wide, x[:4], curvature="adam") == ["exact", "exact"]
+    assert choices(wide, x, curvature="sgd") == ["exact", "exact"]
+    assert choices(wide, x, curvature="adam", terminal="ggn") == ["exact", "exact"]
+    assert choices(wide, x, curvature="adam", gram="exact") == ["exact", "exact"]
+    kept = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 64, 3))  # gradients that are kept
+    images = torch.randn(64, 8, 8, 8)
+    assert choices(kept, images, curvature="adam", rollout="nonlinear")[0] == "exact"
+    assert choices(kept, images, curvature="adam")[0] == "sketch"  # the joint step's: unfolded patches are slow
+
+
+def test_a_diagonal_in_an_eigenbasis_separates_where_the_exact_one_is_dear() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)), torch.randn(64, 64)
+    for curvature, gram, found in (("ekfac", "auto", 1), ("ekfac", "exact", 0), ("kfac", "auto", 0)):
+        optimizer = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature=curvature, gram=gram)
+        assert optimizer.program.code.count("separable=True") == optimizer.program.cost().count("separated") == found
+        assert float(optimizer.step(x, torch.arange(64) % 3)) > 0
+
+
+def test_a_separated_diagonal_of_rank_one_is_exact() -> None:
+    x, g = draw(5, 4), draw(5, 3)
+    layer = kernels.kronecker_layer(kernels.linear_rows, (x,), g, (None, None), (True, False))
+    maps, scale = (((draw(1, 4, 4), draw(1, 3, 3)),), draw(3, 1).abs() * draw(1, 4).abs())
+    metric, rows = (maps, scale.unsqueeze(0), None, (0.1,)), [slice(0, 3), slice(3, 5)]
+    exact = kernels.kronecker_gram([layer], metric, rows)
+    found = kernels.kronecker_gram([layer], metric, rows, separable=True)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_coarse_takes_the_cheapest_form_of_each_layer() -> None:
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 4, 4), nn.ReLU(), nn.Flatten(2)]
+    model = nn.Sequential(*layers, nn.Linear(64, 128), nn.Flatten(), nn.Linear(16 * 128, 3))
+    assert choices(model, torch.randn(8, 3, 32, 32), curvature="sgd", gram="coarse") == [
+        "centre", "exact", "sketch", "exact",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gram": "rough"}, {"gram": "separable", "backend": "dense"}, {"gram": Sketch(), "terminal": "ggn"},
+     {"gram": "separable", "coupling": "block", "recursion": "substituted"}],
+)  # fmt: skip
+def test_refusals(options: dict[str, Any]) -> None:
+    with pytest.raises(CompileError, match="gram"):
+        train(curvature="sgd", **options)
+    with pytest.raises(CompileError, match="columns"):
+        Sketch(0)
+
+
+def test_every_variable_is_freed_once_and_after_its_last_reader() -> None:
+    lines = train(1, curvature="sgd", lr=0.1)[1].program.code.splitlines()
+    freed = [name.strip() for line in lines if line.strip().startswith("del ") for name in line.strip()[4:].split(",")]
+    gradients = {name for line in lines for name in WORD.findall(line) if name.startswith(("gh_", "rows_"))}
+    assert len(gradients) >= 4 and gradients - {"rows_weighted", "rows_of", "rows_directional"} <= set(freed)
+    assert len(set(freed) - {"_"}) == len([name for name in freed if name != "_"])

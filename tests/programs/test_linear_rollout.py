@@ -1,0 +1,256 @@
+"""The linear rollout: one joint step, equal to a dense solve over all parameters (`primal.py`) to 1e-9 in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gtddp_compile import FOOF, Geometric, compile_optimizer
+from gtddp_compile.options import SUGGESTED
+from support import networks, random_networks
+from support.compared import LOSS, SUM, flat, optimizer
+from support.networks import Case, make
+from support.primal import Primal
+from support.quadratic import PROBLEMS, data
+
+SIZE = 5
+
+
+def tied() -> Case:
+    """A layer of three uses, one of them transposed."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        x = torch.tanh(net.a(torch.tanh(net.stem(x))))
+        x = x + torch.tanh(net.a(x)) + torch.sin(F.linear(x, net.a.weight.T))
+        return net.head(x)
+
+    return Case(make(forward, stem=(3, 2), a=(2, 2), head=(2, 3)), (3,), {})
+
+
+def two_outputs() -> Case:
+    """The first output waits for the second."""
+
+    def forward(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.tanh(net.stem(x))
+        early = net.early(x)
+        return early, net.late(torch.tanh(net.a(x)) + early)
+
+    return Case(make(forward, stem=(3, 2), early=(2, 3), a=(2, 3), late=(3, 2)), (3,), {})
+
+
+def classified(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def of_both(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs[0], targets, reduction="none") + outputs[1].square().sum(1)
+
+
+NETWORKS = {
+    "chain": networks.mlp,
+    "residual": networks.residual,
+    "nested": networks.nested,
+    "projection": networks.projection,
+    "gated": networks.gated,
+    "tied": tied,
+    "two outputs": two_outputs,
+}
+# Of compile_optimizer; what the oracle calls otherwise is translated in `oracle`.
+SETUPS: dict[str, dict[str, Any]] = {
+    "sgd": {"curvature": "sgd", "lr": 0.5},
+    "inertia, groups": {"curvature": "sgd", "lr": 0.3, "weight_decay": 0.05, "inertia": 0.9, "coupling": 2,
+                        "terminal": Geometric(0.3, own=2.0)},
+    "rmsprop": {"curvature": "rmsprop", "lr": 0.02, "terminal": "gradient", "inertia": 0.5},
+    "adam, ggn": {"curvature": "adam", "lr": 0.02, "terminal": "ggn", "weight_decay": 0.1},
+    "ggn, groups": {"curvature": "sgd", "lr": 0.5, "terminal": "ggn", "coupling": 3, "inertia": 0.8},
+    "capped": {"curvature": "rmsprop", "lr": 0.02, "max_step": 0.1, "inertia": 0.7, "weight_decay": 0.1, "coupling": 3},
+}  # fmt: skip
+
+
+def method(options: dict[str, Any]) -> dict[str, Any]:
+    """The base method's own options."""
+    return {key: value for key, value in options.items() if key in ("lr", "weight_decay", "damping", "betas", "alpha")}
+
+
+def oracle(model: nn.Module, loss: Any = classified, *, total: bool = False, **options: Any) -> Primal:
+    terminal = options.get("terminal", "geometric")
+    if terminal == "geometric":
+        terminal = Geometric()
+    if isinstance(terminal, Geometric):
+        terminal = (terminal.aim, terminal.own, terminal.half)
+    coupling = options.get("coupling", "full")
+    return Primal(
+        model, loss, options["curvature"], method(options), terminal,
+        None if coupling == "full" else coupling, options.get("inertia", 0.0), options.get("max_step"), total,
+    )  # fmt: skip
+
+
+def loss_of(network: str) -> Any:
+    return of_both if network == "two outputs" else LOSS
+
+
+def assert_primal(
+    case: Case, loss: Any, steps: int, backend: Any, per_sample: Any = classified, **options: Any
+) -> None:
+    model = copy.deepcopy(case.model)
+    expected = oracle(case.model, per_sample, total=loss is SUM, **options)
+    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=loss, backend=backend, **options)
+    for step in range(steps):
+        x, y = case.batch(step, SIZE)
+        before = expected.u
+        opt.step(x, y), expected.step((x,), y)
+        assert (expected.u - before).abs().max() > 1e-3
+        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_is_the_primal_step(network: str, setup: str) -> None:
+    per_sample = of_both if network == "two outputs" else classified
+    assert_primal(NETWORKS[network](), loss_of(network), 3, "fast", per_sample, **SETUPS[setup])
+
+
+@pytest.mark.parametrize(
+    ("network", "setup"),
+    [(network, "inertia, groups") for network in NETWORKS]
+    + [("projection", setup) for setup in SETUPS if setup != "inertia, groups"],
+)
+def test_the_rolled_out_policy_is_the_primal_step(network: str, setup: str) -> None:
+    """The dense backend: gains stage by stage, the policy on the linearised dynamics, which the program never does."""
+    per_sample = of_both if network == "two outputs" else classified
+    assert_primal(NETWORKS[network](), loss_of(network), 2, "dense", per_sample, **SETUPS[setup])
+
+
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+@pytest.mark.parametrize("curvature", ["kfac", "foof"])
+def test_kronecker_factors(curvature: str, backend: Any) -> None:
+    """Explicit ``(A + π √λ I) ⊗ (B + √λ/π I)`` or ``(A + λ ā I) ⊗ I`` a layer, from the ordinary gradients."""
+    options: dict[str, Any] = {"curvature": curvature, "lr": 0.1, "damping": 1e-2, "inertia": 0.9, "weight_decay": 0.05,
+                               "terminal": "geometric"}  # fmt: skip
+    model = copy.deepcopy((case := networks.mlp()).model)
+    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS, backend=backend, refresh=1, coupling=3, **options)
+    expected = oracle(case.model, coupling=3, **options)
+    for step in range(3):
+        x, y = case.batch(step, SIZE)
+        opt.step(x, y), expected.step((x,), y)
+        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+
+
+def test_the_defaults() -> None:
+    """Nothing said: FOOF with the inertia and the aim that it suggests, coupled as a whole."""
+    model = copy.deepcopy((case := networks.nested()).model)
+    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS)
+    options = {"lr": FOOF.lr, "damping": FOOF.damping, **SUGGESTED["foof"]}
+    assert options["inertia"] > 0 and options["terminal"].half > 0
+    expected = oracle(case.model, curvature="foof", **options)
+    for step in range(3):  # statistics are taken in each; later only now and then
+        x, y = case.batch(step, SIZE)
+        opt.step(x, y), expected.step((x,), y)
+        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+    assert opt.program.form.name == "joint"
+
+
+@pytest.mark.parametrize("terminal", ["geometric", "ggn"])
+def test_a_loss_that_is_a_sum(terminal: str) -> None:
+    assert_primal(networks.residual(), SUM, 2, "fast", terminal=terminal, curvature="sgd", lr=0.1, coupling=2)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(plan=random_networks.plans(), inertia=st.sampled_from([0.0, 0.9]), schedule=st.sampled_from(["asap", "alap"]))
+def test_random_networks(plan: random_networks.Plan, inertia: float, schedule: str) -> None:
+    options = {"curvature": "sgd", "lr": 0.1, "inertia": inertia, "terminal": "gradient"}
+    model = plan.build()
+    start = flat(model)
+    expected = oracle(plan.build(), random_networks.loss, **options)
+    opt = compile_optimizer(model, plan.batch(0)[0], loss=random_networks.loss, schedule=schedule, **options)
+    for step in range(2):
+        inputs, targets = plan.batch(step)
+        opt.step(inputs, targets), expected.step(inputs, targets)
+    scale = max(1.0, float(expected.u.abs().max()))
+    torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9 * scale)
+    assume((flat(model) - start).abs().max() > 1e-6)
+
+
+# --- optimal control --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_both_rollouts_are_one_on_linear_dynamics(name: str) -> None:
+    """A network that is linear in its controls, and a quadratic loss."""
+    model = PROBLEMS[name]()
+    x, y = data(model)
+    found = []
+    for rollout in ("linear", "nonlinear"):
+        for coupling in ("full", 3):
+            own = copy.deepcopy(model)
+            opt = compile_optimizer(own, x, loss=nn.MSELoss(), curvature="sgd", lr=0.5, terminal="ggn",
+                                    feedback_clip=None, rollout=rollout, coupling=coupling)  # fmt: skip
+            opt.step(x, y)
+            found.append(flat(own))
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-10)
+    torch.testing.assert_close(found[1], found[3], rtol=0, atol=1e-10)  # one stage, or all samples move alike
+    assert ((found[0] - found[1]).abs().max() > 1e-6) == (name == "single")
+
+
+# --- the base methods -------------------------------------------------------------------------------------------------
+
+
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
+}
+
+
+@pytest.mark.parametrize("bound", [0.2, 100.0])
+@pytest.mark.parametrize("name", BASES)
+def test_gradients_are_clipped_as_torch_clips_them(name: str, bound: float) -> None:
+    case, (base, options) = networks.projection(), BASES[name]
+    ours, opt = optimizer(case, curvature=name, feedback=False, max_grad_norm=bound, **options)
+    theirs = copy.deepcopy(case.model)
+    reference = base(theirs.parameters(), **options)
+    clipped = []
+    for step in range(3):
+        x, y = case.batch(step, 6)
+        opt.step(x, y)
+        reference.zero_grad()
+        LOSS(theirs(x), y).backward()
+        clipped.append(float(nn.utils.clip_grad_norm_(theirs.parameters(), bound)) > bound)
+        reference.step()
+        torch.testing.assert_close(flat(ours), flat(theirs), rtol=0, atol=1e-12)
+    assert all(clipped) == any(clipped) == (bound < 1)
+
+
+@pytest.mark.parametrize("inertia", [0.0, 0.9])
+def test_the_weighted_gradient_is_clipped(inertia: float) -> None:
+    """Of the joint step ``-lr C w`` all parameters together are shortened; inertia is none of it."""
+    case, lr, bound = networks.gated(), 0.5, 0.05
+    expected = oracle(case.model, curvature="sgd", lr=lr, inertia=inertia)
+    model, opt = optimizer(case, curvature="sgd", lr=lr, inertia=inertia, max_grad_norm=bound)
+    for step in range(2):
+        x, y = case.batch(step, 6)
+        before, last, mu = expected.u, expected.last, expected.mu
+        opt.step(x, y), expected.step((x,), y)
+        asked = expected.last - mu * last
+        assert asked.norm() / lr > bound
+        expected.last = mu * last + asked * (bound / (asked.norm() / lr + 1e-6))
+        expected.u = before + expected.last
+        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+
+
+def test_without_inertia_there_is_no_last_step() -> None:
+    _, opt = optimizer(networks.mlp(), curvature="sgd", lr=0.1)
+    assert "inertia" not in opt.param_groups[0]
+    model, opt = optimizer(networks.mlp(), curvature="sgd", lr=0.1, inertia=0.9)
+    before = flat(model)
+    opt.step(*networks.mlp().batch(0, 6))
+    assert opt.param_groups[0]["inertia"] == 0.9
+    last = torch.cat([opt.state[p]["last_step"].flatten() for p in model.parameters()])
+    torch.testing.assert_close(last, flat(model) - before, rtol=0, atol=1e-15)

@@ -1,0 +1,360 @@
+"""Richer terminal Hessians: the generated program equals the derivation executed with explicit ``H_i``, to 1e-9."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gtddp_compile import CompileError, Geometric, MonteCarlo, compile_optimizer
+from support import networks
+from support.networks import Case
+from support.oracle import flat, pack, sample_gradients, terminal_gradient, trajectory, unpack
+
+CASES = {
+    "residual": networks.residual,
+    "projection": networks.projection,
+    "gated": networks.gated,
+    "conv": lambda: networks.conv_residual(training=False),
+}
+CURVATURES: dict[str, dict[str, Any]] = {
+    "sgd": {"curvature": "sgd", "lr": 0.5, "weight_decay": 0.05},
+    "rmsprop": {"curvature": "rmsprop", "lr": 5e-3, "momentum": 0.5},
+    "adam": {"curvature": "adam", "lr": 1e-2},
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "full": {"coupling": "full"},
+    "groups": {"coupling": 3},
+    "block": {"coupling": "block"},
+    "substituted": {"coupling": "block", "recursion": "substituted"},
+    "printed": {"coupling": "block", "recursion": "printed"},
+}
+TERMINALS: dict[str, Any] = {"ggn": "ggn", "mc": MonteCarlo(2)}
+
+
+def trained(
+    case: Case, loss: nn.Module, steps: int = 2, size: int = 4, **options: Any
+) -> tuple[torch.Tensor, list[int]]:
+    """All parameters after training, and how many radicands were clipped."""
+    model = copy.deepcopy(case.model)
+    torch.manual_seed(5)
+    opt = compile_optimizer(model, case.batch(0, size)[0], loss=loss, **{"curvature": "sgd", **options})
+    clipped = []
+    for step in range(steps):
+        x, y = case.batch(step, size)
+        opt.step(x, y if isinstance(loss, nn.CrossEntropyLoss) else nn.functional.one_hot(y, 3).double())
+        clipped.append(opt.diagnostics["clipped_radicands"])
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), clipped
+
+
+def assert_equal(case: Case, loss: nn.Module | None = None, **options: Any) -> list[int]:
+    loss = loss or nn.CrossEntropyLoss()
+    (fast, clipped), (dense, counted) = (trained(case, loss, backend=b, **options) for b in ("fast", "dense"))
+    start = torch.cat([p.detach().flatten() for p in case.model.parameters()])
+    assert (fast - start).abs().max() > 1e-4
+    torch.testing.assert_close(fast, dense, rtol=0, atol=1e-9)
+    assert clipped == counted
+    return clipped
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("network", CASES)
+def test_fast_equals_dense(network: str, curvature: str, terminal: str, form: str) -> None:
+    assert_equal(CASES[network](), terminal=TERMINALS[terminal], **CURVATURES[curvature], **FORMS[form])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_geometric_with_another_aim(curvature: str, form: str) -> None:
+    assert_equal(networks.projection(), terminal=Geometric(2.5, own=3), **CURVATURES[curvature], **FORMS[form])
+
+
+@pytest.mark.parametrize(("coupling", "share"), [("full", 6), (2, 2)])
+def test_the_aim_is_a_multiple_of_the_loss(coupling: Any, share: int) -> None:
+    """One layer and sgd: ``δu = -η γᵀ w``, ``w = (B κ diag(φ) + (B/b) Γ)⁻¹ κ φ`` in groups of b, by autograd."""
+    model = networks.make(lambda net, x: net.a(x), a=(4, 3))
+    x, y = networks.mlp().batch(0, 6)
+    parameters, lr, kappa = list(model.parameters()), 0.7, 1.5 + 2.0 / share
+    phi = nn.functional.cross_entropy(model(x), y, reduction="none")
+    gamma = torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(one, parameters, retain_graph=True)]) for one in phi]
+    )
+    change = torch.zeros(len(gamma[0])).double()
+    for rows in torch.arange(6).split(share):
+        aim, mine = kappa * phi.detach()[rows], gamma[rows]
+        change -= lr * mine.T @ torch.linalg.solve(torch.diag(6 * aim) + 6 / share * lr * mine @ mine.T, aim)
+    start = torch.cat([p.detach().flatten() for p in parameters])
+    opt = compile_optimizer(
+        model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=lr, coupling=coupling, terminal=Geometric(1.5, 2.0)
+    )
+    opt.step(x, y)
+    found = torch.cat([p.detach().flatten() for p in parameters]) - start
+    torch.testing.assert_close(found, change, rtol=0, atol=1e-12)
+
+
+def test_geometric_by_name_and_aims_that_are_refused() -> None:
+    found = [trained(networks.residual(), nn.CrossEntropyLoss(), lr=0.5, terminal=t)[0]
+             for t in ("geometric", Geometric(), Geometric(2.0))]  # fmt: skip
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    for options in ({"aim": 0.0}, {"aim": float("inf")}, {"own": -1.0}, {"aim": float("nan")}, {"half": -1.0}):
+        with pytest.raises(CompileError, match="Give aim > 0, own >= 0, half >= 0"):
+            Geometric(**options)
+
+
+@pytest.mark.parametrize("form", ["full", "block"])
+@pytest.mark.parametrize("schedule", ["alap", "sequential"])
+def test_schedules(schedule: str, form: str) -> None:
+    assert_equal(networks.projection(), terminal="ggn", schedule=schedule, **CURVATURES["rmsprop"], **FORMS[form])
+
+
+@pytest.mark.parametrize("form", ["full", "groups", "substituted"])
+@pytest.mark.parametrize(
+    "loss",
+    [nn.MSELoss(), nn.BCEWithLogitsLoss(reduction="sum"), nn.HuberLoss(delta=0.3)],
+    ids=["mse", "logits", "huber"],
+)
+def test_losses(loss: nn.Module, form: str) -> None:
+    assert_equal(networks.residual(), loss, terminal="ggn", curvature="sgd", lr=0.1, **FORMS[form])
+
+
+@pytest.mark.parametrize("options", [{"feedback": "open"}, {"feedback_clip": None}, {"feedback_clip": 0.02}], ids=str)
+@pytest.mark.parametrize("form", ["full", "substituted"])
+def test_options_of_the_feedback(form: str, options: dict[str, Any]) -> None:
+    """Which the linear rollout has not."""
+    same: dict[str, Any] = {"terminal": "ggn", "curvature": "sgd", "lr": 0.5, "rollout": "nonlinear", **FORMS[form]}
+    found = [trained(networks.residual(), nn.CrossEntropyLoss(), **same, **chosen)[0] for chosen in (options, {})]
+    assert (found[0] - found[1]).abs().max() > 1e-7 or options["feedback_clip"] is None
+    assert_equal(networks.residual(), **same, **options)
+
+
+def test_radicands_are_clipped_by_eigenvalues_and_counted() -> None:
+    """Large steps with ``Q_uu = M``: some, not all, eigenvalues of a sample's radicand are negative."""
+    clipped = assert_equal(networks.residual(), terminal="ggn", curvature="sgd", lr=5.0, **FORMS["substituted"])
+    assert 0 < clipped[0] < 3 * 4 * 3  # stages after the first × samples × columns
+
+
+def test_without_feedback_the_terminal_does_not_matter() -> None:
+    found = [trained(networks.residual(), nn.CrossEntropyLoss(), feedback=False, lr=0.5, terminal=t)[0]
+             for t in ("gradient", "ggn")]  # fmt: skip
+    assert torch.equal(*found)
+
+
+def test_sampling_follows_torchs_random_state() -> None:
+    """The same seed, the same steps; every step draws anew."""
+    case = networks.residual()
+    x, y = case.batch(0)
+
+    def updates(seed: int) -> list[torch.Tensor]:
+        model = copy.deepcopy(case.model)
+        opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.5, terminal=MonteCarlo(1))
+        torch.manual_seed(seed)
+        found = []
+        for _ in range(2):
+            start = copy.deepcopy(model.state_dict())
+            opt.step(x, y)
+            found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+            model.load_state_dict(start)
+        return found
+
+    first, again, other = updates(0), updates(0), updates(1)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[0], first[1])
+
+
+def test_samples_mixed_by_batch_norm_are_read_column_by_column() -> None:
+    """Training-mode batch-norm: column a of sample i is pulled back to ``Σ_j (∂x_j'/∂x_i)ᵀ z_ja`` (theory: 4e)."""
+    case = networks.conv_residual(training=True)
+    stages, params = case.stages["asap"], {n: p.detach().clone() for n, p in case.model.named_parameters()}
+    x, y = case.batch(0, 4)
+    states = trajectory(stages, params, (x,))
+    _, g = terminal_gradient(lambda out, t: nn.functional.cross_entropy(out, t, reduction="none"), states[-1], y)
+    p = states[-1][0].softmax(1)
+    s = torch.diag_embed(p.sqrt()) - p.unsqueeze(2) * p.sqrt().unsqueeze(1)
+    base = sample_gradients(stages, params, states, g)[1]
+    columns = [sample_gradients(stages, params, states, s[:, :, a]) for a in range(3)]
+    z = {t: torch.stack([found[t] for found, _ in columns], 1) for t in columns[0][0]}
+    psi = {t: torch.stack([found[t] for _, found in columns], 1).flatten(0, 1) for t in base}
+    variance, beta, gains, lr = torch.eye(12).double() / 4, torch.zeros(12).double(), {}, 0.5
+    for t in reversed(range(len(stages))):
+        q_u = base[t].sum(0) / 4 + psi[t].T @ beta
+        q_uu = torch.eye(len(q_u)).double() / lr + psi[t].T @ variance @ psi[t]
+        gains[t] = (-torch.linalg.solve(q_uu, q_u), -torch.linalg.solve(q_uu, psi[t].T @ variance))
+        beta = beta + variance @ psi[t] @ gains[t][0]
+        variance = variance + variance @ psi[t] @ gains[t][1]
+    new, moved = dict(params), (x,)
+    for t, stage in enumerate(stages):
+        k, feedback = gains[t]
+        change = torch.einsum("ban,bn->ba", z[t], flat(moved) - flat(states[t])).flatten()
+        u = pack(params, stage.names) + k + feedback @ change
+        new |= unpack(u, params, stage.names)
+        moved = stage.step(moved, new)
+    model = copy.deepcopy(case.model)
+    options: dict[str, Any] = {"terminal": "ggn", "feedback_clip": None, "rollout": "nonlinear"}
+    compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=lr, **options).step(x, y)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), new[name], rtol=0, atol=1e-12)
+
+
+def test_tied_parameters() -> None:
+    """One layer used at two stages: the update is that of the dense Gauss-Newton problem in both uses' columns."""
+    torch.manual_seed(0)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
+
+    case = Case(Tied().double(), (3,), {})
+    x = case.batch(0, 4)[0]
+    y = torch.tensor([0, 1, 1, 0])
+    found = []
+    for model in (copy.deepcopy(case.model), untied(case.model)):
+        opt = compile_optimizer(
+            model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=1e-3, terminal="ggn", feedback="open"
+        )
+        opt.step(x, y)
+        found.append(dict(model.named_parameters()))
+    start = dict(case.model.named_parameters())["layer.weight"]
+    tied, first, second = found[0]["layer.weight"], found[1]["first.weight"], found[1]["second.weight"]
+    assert (tied - start).abs().max() > 1e-5
+    torch.testing.assert_close(tied - start, first + second - 2 * start, rtol=0, atol=1e-7)  # as the step goes to 0
+
+
+def untied(model: Any) -> nn.Module:
+    """The same network with a copy of the layer for each use."""
+    first, second, head = copy.deepcopy(model.layer), copy.deepcopy(model.layer), copy.deepcopy(model.head)
+    return networks.make(
+        lambda net, x: net.head(torch.tanh(net.second(torch.tanh(net.first(x))))),
+        first=lambda: first, second=lambda: second, head=lambda: head,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("gtddp_compile_tests::cube", mutates_args=())
+def cube(x: torch.Tensor) -> torch.Tensor:
+    return x**3
+
+
+@cube.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _cube_backward(context: Any, g: torch.Tensor) -> torch.Tensor:
+    assert bool(g.isfinite().all())  # depends on data, which vmap refuses
+    return 3 * context.saved_tensors[0] ** 2 * g
+
+
+cube.register_autograd(_cube_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def test_what_vmap_does_not_support_is_pulled_back_column_by_column() -> None:
+    found = []
+    for power in (cube, lambda x: x**3):
+        model = networks.make(lambda net, x, power=power: net.b(power(net.a(x))), a=(4, 5), b=(5, 3))
+        x, y = networks.mlp().batch(0)
+        opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.5, terminal="ggn")
+        assert ("column at a" in opt.program.cost()) == (power is cube)
+        opt.step(x, y)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+def test_cost_and_diagnostics_say_what_runs() -> None:
+    case = networks.residual()
+    x, y = case.batch(0, 4)
+    options: dict[str, Any] = {"loss": nn.CrossEntropyLoss(), "curvature": "sgd", "lr": 0.1}
+    for terminal, form, said in (
+        ("ggn", "full", "matrices of size B*3"),
+        (MonteCarlo(2), "groups", "matrices of size 3*2"),
+        ("ggn", "substituted", "3 x 3 a sample"),
+        ("gradient", "full", "1 column a sample"),
+    ):
+        opt = compile_optimizer(case.model, x, terminal=terminal, **options, **FORMS[form])
+        assert said in " ".join(opt.program.cost().split())
+    opt = compile_optimizer(case.model, x, terminal="ggn", **options)
+    before = float(opt.step(x, y))
+    after = float(nn.functional.cross_entropy(case.model(x), y).detach())
+    # ½ Q_uᵀ Q_uu⁻¹ Q_u summed over the stages: the decrease of the quadratic model, for small steps that of the loss.
+    assert opt.diagnostics["predicted_decrease"] * 2 == pytest.approx(before - after, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"terminal": "hessian"}, "terminal='hessian' is not known"),
+        ({"terminal": "ggn", "loss": nn.L1Loss()}, "L1Loss is .piecewise. linear"),
+        ({"terminal": MonteCarlo(1), "loss": nn.NLLLoss()}, "Use CrossEntropyLoss on the logits"),
+        ({"terminal": "ggn", "coupling": "full", "recursion": "substituted"}, "has no meaning with coupling 'full'"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+def test_refused_by_name(options: dict[str, Any], said: str, backend: Any) -> None:
+    case = networks.residual()
+    with pytest.raises(CompileError, match=said):
+        compile_optimizer(
+            case.model,
+            case.batch(0)[0],
+            **{"curvature": "sgd", "loss": nn.CrossEntropyLoss(), "backend": backend, **options},
+        )
+
+
+def test_refused_ranks_losses_and_mixing() -> None:
+    for rank in (0, -1, True, 1.5):
+        with pytest.raises(CompileError, match="not a positive integer"):
+            MonteCarlo(rank)  # type: ignore[arg-type]
+    case = networks.residual()
+    x, y = case.batch(0)
+    start = copy.deepcopy(case.model.state_dict())
+    for backend in ("fast", "dense"):
+        opt = compile_optimizer(case.model, loss=saddle, curvature="sgd", terminal="ggn", backend=backend)  # type: ignore[arg-type]
+        with pytest.raises(CompileError, match="saddle is not convex in the network's outputs here"):
+            opt.step(x, y)
+    assert all(torch.equal(value, start[name]) for name, value in case.model.state_dict().items())
+    mixing = networks.conv_residual(training=True)
+    with pytest.raises(CompileError, match="mixes samples with terminal='ggn'"):
+        compile_optimizer(
+            mixing.model,
+            mixing.batch(0)[0],
+            loss=nn.CrossEntropyLoss(),
+            curvature="sgd",
+            terminal="ggn",
+            backend="dense",
+        )
+
+
+def saddle(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return outputs[:, 0] ** 2 - outputs[:, 1] ** 2 + outputs[:, 2]
+
+
+@pytest.mark.parametrize("form", ["full", "groups", "block", "substituted"])
+def test_kronecker_curvature(form: str) -> None:
+    """``Γ`` over all columns in the metric of Kronecker factors, of a coalition's joint block too."""
+    options = {"terminal": "ggn", "curvature": "kfac", "lr": 0.1, "damping": 0.1}
+    assert_equal(networks.projection(), **options, **FORMS[form])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("terminal", ["ggn", MonteCarlo(2)])
+def test_refused_where_samples_of_the_output_do_not_lead(terminal: Any) -> None:
+    """Columns are taken a sample at a time along the leading axis: another one would be wrong, not slow."""
+
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.layer(x)).transpose(0, 1)
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs.transpose(0, 1) - targets).square().mean((1, 2))
+
+    with pytest.raises(CompileError, match=r"operation transpose.*samples along axis 1.*Move the samples"):
+        compile_optimizer(TimeFirst(), torch.randn(6, 2, 4), loss=loss, curvature="sgd", lr=0.1, terminal=terminal)

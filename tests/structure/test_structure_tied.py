@@ -1,0 +1,148 @@
+"""Tied weights, auxiliary values, several outputs, and stages given by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import (
+    Player,
+    PlayerGraph,
+    Ref,
+    Shortcut,
+)
+from gtddp_compile.passes.p03_find_shortcuts import find_shortcuts
+from gtddp_compile.passes.p04_schedule import schedule
+from gtddp_compile.passes.p05_augment import augment
+from support.hand_built import SCHEDULES, X, build, control, cuts, layer, op, shortcuts
+
+# --- tied weights, auxiliary values ---------------------------------------------------------------
+
+
+def test_tied_weights() -> None:
+    """The second use runs freely at its natural stage; the control waits for it in the state."""
+    graph = build(X, layer("a", "x"), layer("b", "a"), layer("again", "b", weight="a.weight"), layer("c", "again"))
+    found = control(graph)
+    assert [stage.players for stage in found.stages] == [("a",), ("b",), ("c",)]
+    assert found.stages[1].ops == ("b", "again")
+    assert cuts(found) == [("x",), ("a", "params:a"), ("again",)]
+    value = found.value["params:a"]
+    assert (value.control, value.born, value.dies, value.readers, value.shape) == ("a", 0, 1, (1,), ())
+    assert found.stages[1].consumed == ("a", "params:a")
+    assert found.stages[0].produced == ("a", "params:a")
+
+
+def test_tied_weights_in_the_same_stage_need_no_state() -> None:
+    graph = build(X, layer("a", "x"), layer("again", "a", weight="a.weight"), layer("c", "again"))
+    assert cuts(control(graph)) == [("x",), ("again",)]
+
+
+def test_a_later_use_waits_for_the_decision() -> None:
+    """No path of values leads from the first use to the second, and yet it comes later."""
+    graph = build(
+        X, op("y", "input"), layer("a", "x"), layer("b", "a"), layer("again", "y", weight="b.weight"),
+        layer("c", "again"), op("add", "add", "b c"),
+    )  # fmt: skip
+    found = schedule(find_shortcuts(graph))
+    assert found.stage_of["again"] == 1 and found.stage_of["c"] == 2
+    with pytest.raises(CompileError, match=r"player 'c' at stage 1 depends on player 'b' at stage 1"):
+        schedule(find_shortcuts(graph), {"a": 0, "b": 1, "c": 1})
+
+
+def test_tied_expression_is_recomputed() -> None:
+    ops = (
+        X, op("scaled", "mul", "", ("w",)), op("a", "linear", "x scaled"), layer("b", "a"),
+        op("again", "linear", "b scaled"), layer("c", "again"),
+    )  # fmt: skip
+    base = build(*ops)
+    tied = Player("w", "linear", ("w",), "a", ("a", "again"), ("scaled",))
+    found = control(PlayerGraph(base.ops, (tied, *base.players[1:])))
+    assert cuts(found) == [("x",), ("a", "params:w"), ("again",)]
+
+
+def test_auxiliary_values_are_no_state() -> None:
+    """Integers and sizes are read across stages without being in a cut."""
+    graph = build(
+        op("ids", "input", dtype=torch.int64), op("mask", "ne", "ids", dtype=torch.bool),
+        layer("embed", "ids", "embedding"), op("size", "size", "embed", shape=None), layer("a", "embed"),
+        op("fill", "masked_fill", "a mask"), op("view", "view", "fill size"), op("zeros", "zeros", "size"),
+        layer("b", "view"), op("add", "add", "b zeros"),
+    )  # fmt: skip
+    assert shortcuts(graph) == []
+    found = control(graph)
+    assert cuts(found) == [(), ("embed", "zeros"), ("view", "zeros")]
+    assert found.prologue == ("ids", "mask")
+    assert found.value["zeros"].fixed and not found.value["view"].fixed
+
+
+def test_several_outputs() -> None:
+    graph = build(X, layer("a", "x"), layer("b", "a"), layer("c", "b"), output={"hidden": Ref("a"), "out": [Ref("c")]})
+    found = control(graph)
+    assert cuts(found) == [("x",), ("a",), ("a", "b")]
+    assert [v.name for v in found.values if v.dies == 3] == ["a", "c"]
+
+
+def test_tuples_must_be_unpacked() -> None:
+    base = (X, layer("a", "x"), op("chunk", "chunk", "a", shape=None))
+    with pytest.raises(CompileError, match=r"module 'chunk', operation chunk, at net\.py:7: .* returned"):
+        control(build(*base))
+    with pytest.raises(CompileError, match="read by a later stage"):
+        control(build(*base, op("part", "getitem", "chunk"), layer("b", "part"), op("cat", "cat", "chunk b")))
+
+
+def test_no_players() -> None:
+    found = control(build(X, op("relu", "relu", "x"), op("add", "add", "relu x")))
+    assert found.stages == () and found.value["add"].fixed
+    assert found.shortcuts == (Shortcut("x", "add", "identity"),)
+
+
+# --- stages by hand -------------------------------------------------------------------------------
+
+
+def diamond() -> PlayerGraph:
+    return build(X, layer("a", "x"), layer("b", "a"), layer("c", "a"), op("add", "add", "b c"), layer("d", "add"))
+
+
+def test_mapping() -> None:
+    found = schedule(find_shortcuts(diamond()), {"a": 0, "c": 5, "b": 10, "d": 20})
+    assert [(p.name, p.stage) for p in found.players] == [("a", 0), ("c", 1), ("b", 2), ("d", 3)]
+    assert (found.stages, found.name) == (4, "mapping")
+    assert cuts(augment(found)) == [("x",), ("a",), ("a", "c"), ("add",)]
+
+
+@pytest.mark.parametrize(
+    ("given_stages", "message"),
+    [
+        ({"a": 0, "b": 1, "c": 1}, r"gives no stage to 'd'.*Name every player"),
+        ({"a": 0, "b": 1, "c": 1, "d": 2, "z": 0}, r"names 'z', but.*players are 'a', 'b', 'c', 'd'"),
+        (
+            {"a": 0, "b": 1, "c": 2, "d": 2},
+            r"module 'd'.*'d' at stage 2 depends on player 'c' at stage 2.*later stage",
+        ),
+        ({"a": 3, "b": 1, "c": 4, "d": 5}, r"'b' at stage 1 depends on player 'a' at stage 3"),
+        ({"a": 0, "b": 1, "c": "2", "d": 3}, r"player 'c' the stage '2'.*integers"),
+    ],
+)
+def test_mapping_errors(given_stages: dict[str, int], message: str) -> None:
+    with pytest.raises(CompileError, match=message):
+        schedule(find_shortcuts(diamond()), given_stages)
+
+
+@pytest.mark.parametrize("how", ["soon", None, ["asap"]])
+def test_unknown_schedule(how: Any) -> None:
+    with pytest.raises(CompileError, match="'asap', 'alap', 'sequential', or a mapping"):
+        schedule(find_shortcuts(diamond()), how)
+
+
+def test_players_at_one_operation_share_a_stage() -> None:
+    """A weight tied elsewhere and a bias that is not: two players, one decision."""
+    base = build(X, layer("a", "x"), layer("b", "a"))
+    bias = Player("bias", "linear", ("bias",), "b", ("b",))
+    graph = find_shortcuts(PlayerGraph(base.ops, (*base.players, bias)))
+    for how in SCHEDULES:
+        assert [p.stage for p in schedule(graph, how).players] == [0, 1, 1]
+    with pytest.raises(CompileError, match="'b' and 'bias' decide at the same operation"):
+        schedule(graph, {"a": 0, "b": 1, "bias": 2})

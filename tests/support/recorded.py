@@ -1,0 +1,44 @@
+"""Recordings of small models, and what a recording computes: in lines that share nothing with the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gtddp_compile.frontends import trace_export, trace_functional, trace_symbolically
+from gtddp_compile.graph import BufferRef, OpGraph, ParamRef, map_leaves
+from support.networks import make
+
+FRONT_ENDS = {"fx": trace_symbolically, "export": trace_export, "functional": trace_functional}
+
+
+def batch(size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, 4, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def values(graph: OpGraph, model: nn.Module, *inputs: Tensor) -> Any:
+    """What the normal form computes."""
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    found: dict[str, Any] = dict(zip(graph.inputs, inputs, strict=True))
+
+    def value(leaf: Any) -> Any:
+        if isinstance(leaf, ParamRef):
+            return params[leaf.name]
+        return buffers[leaf.name] if isinstance(leaf, BufferRef) else found[leaf.name]
+
+    for op in graph.ops:
+        if op.target is not None:
+            args, kwargs = map_leaves((op.args, dict(op.kwargs)), value)
+            found[op.name] = op.target(*args, **kwargs)
+    return map_leaves(graph.output, value)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def net(forward: Callable[..., object]) -> nn.Module:
+    return make(forward, a=(4, 5), b=(5, 3))
