@@ -110,9 +110,9 @@ def _run(f: Field, x: Tensor, order: str) -> Jet:
     first = torch.eye(size, dtype=x.dtype, device=x.device).view(size, *(1,) * (x.dim() - 1), size)
     first = first.expand(size, *x.shape)
     second = {"": None, "sum": torch.zeros_like(x), "diagonal": torch.zeros_like(first)}[order]
-    found = f(Jet(x, first, second))  # type: ignore[arg-type]
+    found: Any = f(Jet(x, first, second))  # type: ignore[arg-type]
     if isinstance(found, Tensor):  # it does not depend on the points
-        found = Jet(found, *(None if part is None else _like(part, found, x.dim()) for part in (first, second)))
+        found = Jet(found, _like(first, found, x.dim()), None if second is None else _like(second, found, x.dim()))
     if not isinstance(found, Jet):
         raise TypeError(f"the field returns {type(found).__name__}, not one tensor")
     return found
@@ -291,11 +291,7 @@ def _slopes(f: Callable[[Tensor], Tensor], name: str, x: Tensor) -> tuple[Tensor
         return value, torch.cos(x), -value
     ones = torch.ones_like(x)
 
-    def sloped(x: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = jvp(f, (x,), (ones,))
-        return found
-
-    (value, slope), (_, bend) = jvp(sloped, (x,), (ones,))
+    ((value, slope), (_, bend), *_) = jvp(lambda x: jvp(f, (x,), (ones,)), (x,), (ones,))
     return value, slope, bend
 
 

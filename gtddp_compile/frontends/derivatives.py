@@ -29,7 +29,7 @@ from gtddp_compile.frontends.traced import Traced, Untraceable, argument_names, 
 from gtddp_compile.pde import Jet
 
 aten = torch.ops.aten
-FUSED = get_decompositions(
+FUSED: dict[Any, Any] = get_decompositions(
     [
         aten.tanh_backward,
         aten.sigmoid_backward,
@@ -51,7 +51,9 @@ FUSED = get_decompositions(
 )
 """Operations that are taken apart: fused backward ones, and normalisations, whose moments autograd takes as given."""
 
-DETACHING = frozenset({torch.Tensor.detach, torch.Tensor.detach_, torch.detach, torch.Tensor.data.__get__})
+DETACHING = frozenset(
+    {torch.Tensor.detach, torch.Tensor.detach_, torch.detach, vars(torch._C.TensorBase)["data"].__get__}
+)
 
 
 def differentiates(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -100,7 +102,7 @@ def trace_derivatives(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
         with _quiet():
             recorded = make_fx(run)(*given)
             recorded.graph.eliminate_dead_code()
-            again = functionalize(_Again(recorded, where).run, remove="mutations")
+            again = functionalize(_Again(recorded, where).again, remove="mutations")
             plain = make_fx(again, decomposition_table=FUSED)(*given)
             plain.graph.eliminate_dead_code()
     except CompileError:
@@ -247,9 +249,9 @@ class _Again(fx.Interpreter):
         super().__init__(recorded)
         self._where = where
 
-    def run(self, *args: Any) -> Any:
+    def again(self, *args: Any) -> Any:
         with self._where.stamped():
-            return super().run(*args, enable_io_processing=False)
+            return self.run(*args, enable_io_processing=False)
 
     def run_node(self, node: fx.Node) -> Any:
         self._where.given = node.meta.get("where")

@@ -117,7 +117,7 @@ class _Walk:
 
     def _same(self, node: fx.Node, name: str) -> fx.Node | None:
         """The operand that an operation gives back as it is."""
-        first, *rest = node.args if node.args else (None,)
+        first, *rest = _given(node) or (None,)
         if name in SAME or name in SHAPED:
             kept = node.meta["where"][2] if name == "detach" and "where" in node.meta else True
             return first if kept and isinstance(first, fx.Node) and self._is_like(node, first) else None
@@ -155,7 +155,7 @@ class _Walk:
 
     def _product(self, node: fx.Node, name: str) -> bool:
         """A product with a weight as a linear layer; whether it is one."""
-        bias, (left, right) = (None, node.args) if name == "mm" else (node.args[0], node.args[1:])
+        bias, (left, right) = (None, _given(node)) if name == "mm" else (_given(node)[0], _given(node)[1:])
         if node.kwargs or not self._is_weight(right) or self._is_weight(left):
             return False
         if right not in self._turned:
@@ -171,31 +171,25 @@ class _Walk:
 
     def _biased(self, node: fx.Node) -> bool:
         """A bias that is added to a linear layer's value, which nobody else reads, as part of the layer."""
-        product, bias = node.args[:2]
-        leaf = self._leaf.get(bias) if isinstance(bias, fx.Node) else None  # type: ignore[call-overload]
-        if (
-            not isinstance(leaf, ParamRef)
-            or self._value[bias].dim() != 1
-            or node.kwargs
-            or not self._is_like(node, product)
-        ):
+        product, bias = _given(node)[:2]
+        leaf = self._leaf.get(bias) if isinstance(bias, fx.Node) and isinstance(product, fx.Node) else None
+        if not isinstance(leaf, ParamRef) or node.kwargs or not self._is_like(node, product):
             return False
         view, width = product, self._value[bias].shape
-        while isinstance(product, fx.Node) and len(product.users) == 1 and _name(product) in SHAPED:
-            product = product.args[0]
-            if self._value[product].shape[-1:] != width:
-                return False
-        ref = self._leaf.get(product)  # type: ignore[arg-type]
+        while len(product.users) == 1 and _name(product) in SHAPED and self._value[product].shape[-1:] == width:
+            product = _given(product)[0]
+        ref = self._leaf.get(product)
         call = self._calls.get(ref.name) if isinstance(ref, Ref) else None
-        alone = isinstance(product, fx.Node) and len(product.users) == 1 and call and self._times[call.name] == 1
-        if not alone or call is None or call.target is not F.linear or call.args[2] is not None:
+        if call is None or call.target is not F.linear or call.args[2] is not None:
+            return False
+        if self._value[product].shape[-1:] != width or len(product.users) > 1 or self._times[call.name] > 1:
             return False
         before, key = (_call_key(call.target, args, call.grad) for args in (call.args, (*call.args[:2], leaf)))
         if key in self._known:
             return False
         self._calls[call.name] = replace(call, args=(*call.args[:2], leaf))
         self._known[key] = self._known.pop(before)
-        self._take(node, view)  # type: ignore[arg-type]
+        self._take(node, view)
         return True
 
     # --- calls ----------------------------------------------------------------------------------------------------
@@ -247,6 +241,10 @@ class _Walk:
             self._known[key] = Ref(name)
         self._times[self._known[key].name] += 1
         return self._known[key]
+
+
+def _given(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
 
 
 def _name(node: fx.Node) -> str:

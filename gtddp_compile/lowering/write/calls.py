@@ -138,11 +138,11 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
                note="gamma M^-1 gamma^T", **b.options(use), **more)  # fmt: skip
         return result
     if not b.factored and choose_stacked(b.plan, uses) is not None:
-        taken = tuple(Code(f"{found.name}[0]") if isinstance(found, Var) else found[0] for found in
-                      (operands(b, use) for use in uses))  # fmt: skip
+        found = [operands(b, use) for use in uses]
+        inputs = tuple(Code(f"{v.name}[0]") if isinstance(v, Var) else v[0] for v in found)
         rest = tuple(Var(b.g_output(use.op)) for use in uses[1:])
         said = tuple((use.rule.prefix == "transposed", use.params[1] is not None) for use in uses)
-        b.emit("backward", t, (f"*{result}",), "gram_blocks", Function("linear_uses_gram"), (*taken, *rest),
+        b.emit("backward", t, (f"*{result}",), "gram_blocks", Function("linear_uses_gram"), (*inputs, *rest),
                Var(b.g_output(uses[0].op)), params(b, uses[0]), uses[0].wants, Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T of all uses", uses=said)  # fmt: skip
         return result
