@@ -32,6 +32,7 @@ from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.states import check_loaded, check_states, unrounded
 from gtddp_compile.runtime.union import Union, check_form
+from gtddp_compile.terms import Terms
 
 
 class CompiledOptimizer(torch.optim.Optimizer):
@@ -181,7 +182,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
         Args:
             inputs: a tensor or a tuple of them, batch on the leading axis. It and the targets may be left out where
-                there are accumulated micro-batches.
+                there are accumulated micro-batches. Of :class:`~gtddp_compile.Terms`, ``{"name": (points, right-hand
+                sides)}``, and no targets.
             targets: what the loss takes; a function as loss may do without.
             closure: called before the step, whatever it returns: training loops (Lightning's) hang their hooks on it.
 
@@ -195,6 +197,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 exception parameters, buffers, optimizer state, random state and what was accumulated are what they
                 were.
         """
+        if isinstance(inputs, Mapping):
+            inputs, targets = self._of_sets(inputs, targets)
         if inputs is not None or targets is not None or self._pending is None:
             self._demand_batch(inputs, targets)
         before = random_state()
@@ -211,6 +215,12 @@ class CompiledOptimizer(torch.optim.Optimizer):
         except BaseException:
             restore_random_state(before)
             raise
+
+    def _of_sets(self, sets: Mapping[str, Any], targets: Any) -> tuple[Any, Any]:
+        if not isinstance(self._view.model, Terms) or targets is not None:
+            raise CompileError("sets of points are for a model that is Terms, their right-hand sides beside them",
+                               'Pass {"name": (points, right-hand sides)} alone, or tensors')  # fmt: skip
+        return self._view.model.batch(sets)
 
     def _demand_batch(self, inputs: Any, targets: Any) -> None:
         missing = targets is None and self._loss.module is not None  # a function may do without

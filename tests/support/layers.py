@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 ORDER = (
-    "errors", "wording", "kernels", "pde", "graph", "algebra", "methods", "options", "lowering", "frontends", "passes",
-    "runtime", "optimizer", "api", "tools", "__main__",
+    "errors", "wording", "kernels", "pde", "terms", "graph", "algebra", "methods", "options", "lowering", "frontends",
+    "passes", "runtime", "optimizer", "api", "tools", "__main__",
 )  # fmt: skip
 
 
