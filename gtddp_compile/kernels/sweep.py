@@ -246,9 +246,9 @@ def blocks_scale(factors: tuple[float, ...], blocks: Blocks) -> Blocks:
 def factor(blocks: Blocks, scale: Tensor | None = None) -> tuple[Blocks, tuple[Tensor, ...]]:
     """Upper Cholesky factors, ``Rᵀ R``: positive definite by construction (theory: 4a), kept so against rounding.
 
-    A sum of Gram matrices carries rounding errors of about ``eps · trace``: that much is added to the diagonal, and a
-    thousand times as much, with a warning, where it does not do (very deep networks whose activations grow). The second
-    result says of every block, by a number that is not 0, that this was so.
+    A sum of Gram matrices carries rounding errors of about ``eps · trace``: that much is added to the diagonal, in
+    double precision nothing, and a thousand times as much, with a warning, where it does not do (very deep networks
+    whose activations grow). The second result says of every block, by a number that is not 0, that this was so.
 
     ``scale``: of every row, ``(B,)``. What is factored is ``A_ij / √(s_i s_j)``, so that a sample whose loss is small,
     and its row with it, is not lost beside what is added.
@@ -274,7 +274,8 @@ def _factors(blocks: Blocks, scale: Tensor | None, unchecked: bool) -> tuple[Blo
 def _cholesky(block: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
     eps = torch.finfo(block.dtype).eps
     found: Tensor
-    found, failed = torch.linalg.cholesky_ex(_lifted(block, eps), upper=True)
+    first = block if block.dtype == torch.float64 else _lifted(block, eps)
+    found, failed = torch.linalg.cholesky_ex(first, upper=True)
     if unchecked or torch.compiler.is_compiling():  # whether it failed is seen when the step is done
         return torch.where(failed == 0, found, torch.nan), failed
     if failed:

@@ -64,7 +64,7 @@ def explicit(model: Terms, given: dict[str, Any], lam: float) -> Tensor:
         found = vmap(jacrev(residual), (None, 0))(params, x)
         j.append(scale * torch.cat([found[key].reshape(len(r[-1]), -1) for key in params], 1))
     jac, res = torch.cat(j), torch.cat(r)
-    return -jac.T @ torch.linalg.solve(jac @ jac.T + lam * torch.eye(len(res)), res)
+    return -jac.T @ torch.linalg.solve(jac @ jac.T + lam * torch.eye(len(res), dtype=res.dtype), res)
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -124,7 +124,8 @@ def _guarded(module: ModuleType, params: Any, buffers: Any, state: Any, inputs: 
 def _cholesky(block: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
     """:func:`gtddp_compile.kernels.factor` of a block, both lifts made and one selected."""
     lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
-    found, failed = torch.linalg.cholesky_ex(block + torch.diag(lift.expand(block.shape[0])), upper=True)
+    first = block if block.dtype == torch.float64 else block + torch.diag(lift.expand(block.shape[0]))
+    found, failed = torch.linalg.cholesky_ex(first, upper=True)
     lifted, _ = torch.linalg.cholesky_ex(block + torch.diag((1000 * lift).expand(block.shape[0])), upper=True)
     return torch.where(failed == 0, found, lifted), failed
 
