@@ -1,4 +1,4 @@
-"""Operations that mix samples: the per-sample reading against the exact one (docs/derivations.md, batch-norm).
+"""Operations that mix samples: the per-sample reading against the exact one (docs/theory.md#mixing).
 
 A small residual network with training-mode batch-norm on digits shrunk to 4 × 4, by the dense backend in both readings,
 and the same network with running statistics, where the two are one. ``python benchmarks/batch_norm_reading.py`` writes

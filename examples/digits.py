@@ -5,7 +5,7 @@ The network, the methods that are compared and the measurements are in ``gtddp_c
 
 import typer
 
-from gtddp_compile.tools.demo.digits import main
+from gtddp_compile.tools.cli.commands import digits
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(digits)

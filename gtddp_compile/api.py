@@ -87,8 +87,8 @@ def compile_optimizer(
             measured by that Hessian: ``½ ‖c_i‖²`` is the second-order change of its loss. ``None``:
             ``"geometric"`` with recursion ``"levenberg"``, ``"gradient"`` with the paper's own.
         backend: ``"fast"`` (generated code) or ``"dense"`` (explicit matrices, small networks: the reference).
-        mixing: how the dense backend reads operations that mix samples (theory: 4e): ``"block"``, as the fast one
-            does, or ``"exact"``.
+        mixing: how the dense backend reads operations that mix samples (docs/theory.md#mixing): ``"block"``, as the
+            fast one does, or ``"exact"``.
         cooperative: whether coalitions use the cross terms of a curvature that has them (``"kfac"``, ``"ekfac"``:
             Theorem 3, Corollary 7). By default they do, except with ``feedback=False``, which is exactly the base
             method; True there too: the cooperative base method without feedback. Their factors are as wide as their

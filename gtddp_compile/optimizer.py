@@ -27,12 +27,11 @@ from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.fitting import check_fit
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
-from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
+from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.states import check_loaded, check_states, unrounded
 from gtddp_compile.runtime.union import Union, check_form
-from gtddp_compile.terms import Terms
 
 
 class CompiledOptimizer(torch.optim.Optimizer):
@@ -144,8 +143,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
         The update is that of all micro-batches since the last one and of the step's own: their mean over samples (or
         their sum, as the loss reduces), and with feedback each micro-batch a group of samples, as ``coupling`` set to
-        their size couples them (theory: 4a). Batch-norms see a micro-batch at a time. ``zero_grad`` drops what was
-        accumulated; ``state_dict`` and pickles do not have it.
+        their size couples them (docs/theory.md#accumulation). Batch-norms see a micro-batch at a time. ``zero_grad``
+        drops what was accumulated; ``state_dict`` and pickles do not have it.
 
         Args:
             inputs, targets: as ``step`` takes them; not to be overwritten before the step.
@@ -182,23 +181,19 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
         Args:
             inputs: a tensor or a tuple of them, batch on the leading axis. It and the targets may be left out where
-                there are accumulated micro-batches. Of :class:`~gtddp_compile.Terms`, ``{"name": (points, right-hand
-                sides)}``, and no targets.
+                there are accumulated micro-batches. Of ``Terms``, ``{"name": (points, right-hand sides)}`` alone.
             targets: what the loss takes; a function as loss may do without.
             closure: called before the step, whatever it returns: training loops (Lightning's) hang their hooks on it.
 
         Returns:
-            The loss before the update (mean or sum over all its samples, as the loss reduces), detached. If it or a
-            Gram matrix is not finite, nothing has changed and ``diagnostics["skipped"]`` is True; what was accumulated
-            is dropped.
+            The loss before the update (mean or sum over all its samples, as the loss reduces), detached. If it or Γ
+            is not finite, nothing has changed, ``diagnostics["skipped"]`` is True, what was accumulated dropped.
 
         Raises:
             CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
-                exception parameters, buffers, optimizer state, random state and what was accumulated are what they
-                were.
+                exception parameters, buffers, states, random state and what was accumulated are what they were.
         """
-        if isinstance(inputs, Mapping):
-            inputs, targets = self._of_sets(inputs, targets)
+        inputs, targets = as_batch(self._view.model, inputs, targets)
         if inputs is not None or targets is not None or self._pending is None:
             self._demand_batch(inputs, targets)
         before = random_state()
@@ -215,12 +210,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
         except BaseException:
             restore_random_state(before)
             raise
-
-    def _of_sets(self, sets: Mapping[str, Any], targets: Any) -> tuple[Any, Any]:
-        if not isinstance(self._view.model, Terms) or targets is not None:
-            raise CompileError("sets of points are for a model that is Terms, their right-hand sides beside them",
-                               'Pass {"name": (points, right-hand sides)} alone, or tensors')  # fmt: skip
-        return self._view.model.batch(sets)
 
     def _demand_batch(self, inputs: Any, targets: Any) -> None:
         missing = targets is None and self._loss.module is not None  # a function may do without
@@ -365,9 +354,11 @@ class CompiledOptimizer(torch.optim.Optimizer):
             first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
             states[name] = self.state[owner[name]] if first is None else first
         loss = self._loss.after(program.graph.ops.as_returned)
+        together = program.form.name == "joint" and self._options.line_search is None
         return BaseMethod(
             self._curvature, params, new, states, groups, loss,
             first=not self._checked, terminal=self._options.terminal_kind, aside=self._aside, spare=self._spare,
+            together=together,
         )  # fmt: skip
 
     def _commit(self, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:

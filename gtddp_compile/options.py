@@ -48,7 +48,7 @@ class Options:
     """What :func:`gtddp_compile.compile_optimizer` was asked for, apart from model, loss and curvature.
 
     Attributes are the options of :func:`gtddp_compile.compile_optimizer`, which says what each does. ``mixing`` is the
-    dense backend's reading of operations that mix samples (theory: 4e): ``"block"``, as the fast backend, or
+    dense backend's reading of operations that mix samples (docs/theory.md#mixing): ``"block"``, as the fast backend, or
     ``"exact"``.
     """
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
+
+from rich.console import Console, RenderableType
 
 FEW = 4
 """Names that are said of a long list in a sentence."""
@@ -22,3 +25,14 @@ def listed(names: Sequence[str], most: int = 12) -> str:
 def few(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     return listed(names, FEW) + (" more" if len(names) > FEW else "")
+
+
+def rendered(found: RenderableType, width: int = 110) -> str:
+    """What rich prints, as plain text without trailing blanks, the same on every terminal."""
+    stream = StringIO()
+    console = Console(
+        file=stream, width=width, color_system=None, force_terminal=False, legacy_windows=False, emoji=False,
+        markup=False, highlight=False, _environ={},
+    )  # fmt: skip
+    console.print(found, crop=False)
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())

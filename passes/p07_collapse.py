@@ -1,6 +1,6 @@
 """Collapse: rewrite the derived recursion into one B×B matrix a stage, after proving that it may be.
 
-Takes the derivations; guarantees a :class:`CollapsedForm`. The claim (theory: section 4) is that with an outer-product
+Takes the derivations; guarantees a :class:`CollapsedForm`. The claim (docs/theory.md#collapse): with an outer-product
 terminal factor the value function stays in the span of the back-propagated gradients: ``V_x = G α``, ``V_xx = G P Gᵀ``
 with ``G_i = Σ_o f̂_xᵀ G_o`` (ordinary back-propagation). It is proved here on the derived expressions of every
 pattern by exact noncommutative rewriting: substitute the ansatz at t+1, and find it again at t. Then
@@ -19,8 +19,7 @@ Richer terminal factors (r columns a sample) do not contain the linear term in t
 ``V_x = A + G α`` with ``A`` pulled back like a gradient, ``α`` zero at the end, and ``b = f_uᵀ A``. The same proof
 gives the same recursions with ``ℓ_u`` replaced by ``b + ℓ_u`` and B by B r columns; gradients are the case ``A = 0``.
 
-Departure from theory.md 4a, found by this proof and confirmed by the dense solver: with coupled weight decay
-(``ℓ_u ≠ 0``) the vector of ones becomes ``y = y' - s``, ``s = γ M⁻¹ ℓ_u``.
+With coupled weight decay (``ℓ_u ≠ 0``) ``y`` drifts: ``y = y' - s``, ``s = γ M⁻¹ ℓ_u`` (docs/theory.md#weight-decay).
 """
 
 from __future__ import annotations

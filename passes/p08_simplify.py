@@ -7,6 +7,7 @@ Takes the derivations and the collapsed form; guarantees a :class:`Plan` in whic
 * zero and identity blocks are not multiplied out: a waiting value's gradient and contraction are carried, so the cost
   of ``c`` is linear in the (value, reader) pairs instead of in the stages a value crosses;
 * a stage whose new values nobody compares with the old ones is not run again (always the last one);
+* how every player's layer is computed is decided (``lowering.decide``) and written down;
 * ``α`` is computed only where statistics or the form ask for it; in the linear rollout both take ``α_T``;
 * with ``ℓ_u = 0`` the drift ``s`` is zero and ``y`` stays the ones.
 """
@@ -18,6 +19,7 @@ from dataclasses import replace
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.graph import ControlGraph, Stage
+from gtddp_compile.lowering.decide import plan_layers
 from gtddp_compile.lowering.plan import Asked, Contraction, Plan, StagePlan
 from gtddp_compile.lowering.segments import choose_segments
 from gtddp_compile.passes.p06_derive import Derived, cut_after
@@ -56,7 +58,7 @@ def simplify(
         )
         for stage in graph.stages
     )
-    return Plan(
+    plan = Plan(
         **vars(asked),
         graph=graph,
         form=form if asked.linear else without_decay(form),
@@ -64,6 +66,7 @@ def simplify(
         removed=_describe(graph, stages, linear=asked.linear, factored=form.factored, joint=joint),
         segments=choose_segments(graph, gradients=form.name != "base") if recompute else None,
     )
+    return replace(plan, layers=plan_layers(plan))
 
 
 def _moves(graph: ControlGraph, name: str) -> bool:

@@ -16,15 +16,15 @@ from typing import Any
 from sympy import HadamardProduct, Identity, MatrixExpr, OneMatrix
 
 from gtddp_compile.algebra import collapsed as a
-from gtddp_compile.algebra.formulas import check_update, print_formula
 from gtddp_compile.graph import LEADING
 from gtddp_compile.lowering.builder import Builder
-from gtddp_compile.lowering.instructions import Code, Function, StageFunction, Var
+from gtddp_compile.lowering.formulas import check_update, formula
+from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, StageFunction, Var, mapped, total
 from gtddp_compile.lowering.lowered import Sweeps, Written
 from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
 from gtddp_compile.lowering.write import metrics
 from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
-from gtddp_compile.lowering.write.calls import SAMPLES, directional, joins, player_function, prepare, weighted
+from gtddp_compile.lowering.write.calls import directional, player_function, prepare, weighted
 from gtddp_compile.lowering.write.columns import (
     environment,
     sample_matrices,
@@ -49,9 +49,8 @@ def lower(plan: Plan) -> Written:
         b.name(op.name)
     functions = stage_functions(b)
     sweeps = _sweeps(b, functions)
-    uses = {player.name: b.uses(player.name) for player in plan.graph.players}
-    players = (player_function(b, use) for found in uses.values() for use in found if use.function)
-    return Written(plan, sweeps, (*functions, *players), uses, b.names)
+    players = (player_function(b, use) for layer in plan.layers.values() for use in layer.uses if use.function)
+    return Written(plan, sweeps, (*functions, *players), b.names)
 
 
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
@@ -82,13 +81,13 @@ def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
 
 
 def _inputs(b: Builder) -> None:
-    b.emit("trajectory", -1, tuple(b.name(name) for name in b.graph.ops.inputs), "=", Code("inputs"), note="x_0")
+    b.emit("trajectory", -1, tuple(b.name(name) for name in b.graph.ops.inputs), "=", Var("inputs"), note="x_0")
 
 
 def _trajectory(b: Builder, function: StageFunction) -> None:
     pulled = () if function.stage < 0 or written_out(b, function.stage) else b.plan.stages[function.stage].pulled
     for value in pulled:
-        b.emit("trajectory", function.stage, (f"*{b.leaf(value, function.stage)}",), "leaf", Var(b.name(value)))
+        b.emit("trajectory", function.stage, f"{b.leaf(value, function.stage)}", "leaf", Var(b.name(value)))
     read = partial(as_read, b) if written_out(b, function.stage) else lambda value: Var(b.name(value))
     arguments = [Var(b.leaf(value, function.stage)) if value in pulled else read(value) for value in function.inputs]
     writes = tuple(b.name(name) for name in function.returns)
@@ -107,9 +106,9 @@ def _loss(b: Builder) -> None:
     graph, end = b.graph, len(b.graph.stages)
     moved = _moved_outputs(b)
     for name in moved:
-        b.emit("loss", end, (f"*{b.leaf(name, end)}",), "leaf", Var(b.name(name)))
+        b.emit("loss", end, f"{b.leaf(name, end)}", "leaf", Var(b.name(name)))
     structure = b.tree(graph.ops.output, {name: b.leaf(name, end) for name in moved})
-    b.emit("loss", end, ("*phi",), "m.losses", structure, Var("targets"), note="phi_i")
+    b.emit("loss", end, "phi", "m.losses", structure, Var("targets"), note="phi_i")
     leaves = [Var(b.leaf(name, end)) for name in moved]
     gradients = tuple(b.g(name, end) for name in moved)
     if b.factored:
@@ -129,24 +128,24 @@ def _terminal(b: Builder, end: int) -> None:
     form, coupling = b.plan.form.name, b.plan.coupling
     papers = form not in a.LEVENBERG and b.plan.terminal[0] == "gradient"
     start = a.terminal(papers_scale=papers)
-    values = {name: Code(str(value).replace("/", " / ").replace("**", " ** ")) for name, value in start.items()}
-    b.emit("loss", end, (f"*alpha_{end}",), "=", Code(f"{values['alpha'].text} * ones"), note="alpha_T")
+    values = {name: formula(value, {a.START: Var("start"), a.AIM: Var("aim")}) for name, value in start.items()}
+    b.emit("loss", end, f"alpha_{end}", "=", Apply("*", (values["alpha"], Var("ones"))), note="alpha_T")
     if form in a.LEVENBERG:
         b.emit("loss", end, (), "m.keep", end, alpha=Var(f"alpha_{end}"))
     if form != "base":
         group = coupling if isinstance(coupling, int) else None
-        b.emit("loss", end, ("*rows",), "rows_of", Code("phi.shape[0]"), group, note="groups of samples")
+        b.emit("loss", end, "rows", "rows_of", SAMPLES, group, note="groups of samples")
     if form in a.COUPLED:
         if isinstance(coupling, int) or b.plan.max_step is not None:
-            b.emit("loss", end, ("*tau",), "group_scale", Var("rows"), Code("phi.shape[0]"), note="B / b")
-        b.emit("loss", end, (f"*y_{end}",), "=", values["y"], note="y_T = P_T^-1 alpha_T")
+            b.emit("loss", end, "tau", "group_scale", Var("rows"), SAMPLES, note="B / b")
+        b.emit("loss", end, f"y_{end}", "=", values["y"], note="y_T = P_T^-1 alpha_T")
         if form == "joint":
-            b.emit("loss", end, ("*information",), "=", values["Lambda"], note="the diagonal of P_T^-1")
+            b.emit("loss", end, "information", "=", values["Lambda"], note="the diagonal of P_T^-1")
             b.emit("loss", end, (), "m.keep", end, information=Var("information"))
         diagonal = Var("information") if form == "joint" else values["Lambda"]
-        b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal", diagonal, Var("rows"), note="Lambda_T = P_T^-1")
+        b.emit("loss", end, f"lambda_{end}", "blocks_diagonal", diagonal, Var("rows"), note="Lambda_T = P_T^-1")
     elif form != "base":
-        b.emit("loss", end, (f"*rho_{end}",), "=", values["rho"],
+        b.emit("loss", end, f"rho_{end}", "=", values["rho"],
                note="rho_T: V_xx = V_x V_x^T (Prop. 5)" if papers else "rho_T: P_T = diag(rho_T)")  # fmt: skip
 
 
@@ -171,8 +170,8 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
     for name in stage.pulled:
         later = [reader for reader in graph.segments(name) if reader > t]
         if later:
-            total = Code(f"{b.g(name, t)} + {b.g(name, later[0])}")
-            b.emit("backward", t, (f"*{b.g(name, t)}",), "=", total, note=f"identity block: {name} waits on")
+            both = total([Var(b.g(name, t)), Var(b.g(name, later[0]))])
+            b.emit("backward", t, b.g(name, t), "=", both, note=f"identity block: {name} waits on")
     for tap in taps:
         prepare(b, t, tap)
 
@@ -188,7 +187,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     opens: dict[str, str] = {}
     paper = form.name not in a.LEVENBERG
     for player in [player for block in stage.blocks if paper or block.kind == "parameters" for player in block.players]:
-        if stage.statistics and not joins(b, player):
+        if stage.statistics and not b.layer(player).observed:
             opens[player.name] = weighted(b, "backward", t, player, alpha, "qu", "Q_u = f_u^T V_x")
     found = [metrics.observe(b, t, block, alpha if stage.statistics else None, opens) for block in stage.blocks]
     if paper:
@@ -200,9 +199,9 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     pairs = {o.block.players[0].name: metrics.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
         left = tuple(player for player in stage.players if not pairs.get(player.name))
-        parts = [pair[1] for pair in pairs.values() if pair]
+        parts, faded = [pair[1] for pair in pairs.values() if pair and pair[1] is not None], not b.plan.decay
         drift = f"fall_{t}" if b.factored else f"s_{t}"
-        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts)
+        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts, faded=faded)
     grams = {}
     for o in found:
         pair = pairs[o.block.players[0].name]
@@ -210,16 +209,16 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in grams.items()})
     total = f"columns_{t}" if b.factored else f"gamma_{t}"
     add = "blocks_add" if len(grams) > 1 else "="
-    b.emit("backward", t, (f"*{total}",), add, *map(Var, grams.values()), note="Gamma = sum over the stage's players")
+    b.emit("backward", t, total, add, *map(Var, grams.values()), note="Gamma = sum over the stage's players")
     if b.factored:
         split(b, t)
 
 
-def _environment(b: Builder) -> dict[MatrixExpr, str]:
+def _environment(b: Builder) -> dict[MatrixExpr, Var]:
     """Variables of the derived symbols; ``{t}`` and ``{after}`` stand for the stage and the next."""
     end = len(b.plan.stages)
     drifts = b.drifts
-    return {
+    names = {
         a.TARGET_NEXT: "y_{after}" if drifts else f"y_{end}",
         a.TARGET: "y_{t}" if drifts or b.plan.form.name == "block" else f"y_{end}",
         a.DRIFT: "s_{t}",
@@ -233,15 +232,17 @@ def _environment(b: Builder) -> dict[MatrixExpr, str]:
         GRAM_DIAGONAL: "diagonal_{t}",
         **(environment() if b.factored else {}),
     }
+    return {symbol: Var(name) for symbol, name in names.items()}
 
 
-def _formula(b: Builder, t: int, expression: MatrixExpr) -> Code:
-    """A derived formula at stage ``t``; printed once, whatever the number of stages."""
+def _formula(b: Builder, t: int, expression: MatrixExpr) -> Any:
+    """A derived formula at stage ``t``; made once, whatever the number of stages."""
     if expression not in b.formulas:
-        factors = {a.INFORMATION: "factor_{t}", a.SYSTEM: "factor_{t}"}
-        total = a.INFORMATION_NEXT if b.plan.form.name == "joint" else None
-        b.formulas[expression] = print_formula(expression, _environment(b), factors, sample_matrices(), total)
-    return Code(b.formulas[expression].format(t=t, after=t + 1))
+        factors = {symbol: Var("factor_{t}") for symbol in (a.INFORMATION, a.SYSTEM)}
+        held = {symbol: Var(name) for symbol, name in sample_matrices().items()}
+        last = a.INFORMATION_NEXT if b.plan.form.name == "joint" else None
+        b.formulas[expression] = formula(expression, _environment(b), factors, held, last)
+    return mapped(b.formulas[expression], lambda variable: Var(variable.name.format(t=t, after=t + 1)))
 
 
 def _information(b: Builder, stage: StagePlan) -> None:
@@ -257,11 +258,11 @@ def _information(b: Builder, stage: StagePlan) -> None:
         if equation is None or not wanted.get(symbol, True):
             continue
         code = _formula(b, t, equation.expression)
-        b.emit("backward", t, (f"*{variable}_{t}",), "=", code, note=f"{symbol} ({equation.source})")
+        b.emit("backward", t, f"{variable}_{t}", "=", code, note=f"{symbol} ({equation.source})")
         if symbol in ("Lambda", "X") and not joint:
             b.emit("backward", t, (f"factor_{t}", f"lifted_{t}"), "factor", Var(f"{variable}_{t}"), note="Cholesky")
     figures: dict[str, Any] = {} if joint else {name: Var(f"{name}_{t}") for name in ("factor", "lifted")}
-    figures["target"] = Var(_formula(b, t, a.TARGET).text)
+    figures["target"] = _formula(b, t, a.TARGET)
     if b.drifts:
         figures["drift"] = Var(f"s_{t}")
     if "alpha" in b.plan.form.backward and block and t > 0:
@@ -270,7 +271,7 @@ def _information(b: Builder, stage: StagePlan) -> None:
 
 
 def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[metrics.Observed]) -> None:
-    """The paper's block-diagonal form: one pair of scalars a sample (theory: 4b)."""
+    """The paper's block-diagonal form: one pair of scalars a sample (docs/theory.md#block)."""
     t, form = stage.index, b.plan.form
     gains = {name: variable for block in found for name, variable in metrics.open_gain(b, t, block, opens).items()}
     if t == 0:
@@ -278,16 +279,16 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[metr
     directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
     if b.factored:
         alpha = form.backward["alpha"]
-        b.emit("backward", t, (f"*alpha_{t}",), "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
+        b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
         shrink(b, t, [metrics.block_sample_gram(b, t, block) for block in found])
         return
     diagonals = [metrics.block_diagonal(b, t, block) for block in found]
-    b.emit("backward", t, (f"*diagonal_{t}",), "=", Code(" + ".join(f"wide({d})" for d in diagonals)), note="Gamma_ii")
+    b.emit("backward", t, f"diagonal_{t}", "=", total([Apply("wide", (Var(d),)) for d in diagonals]), note="Gamma_ii")
     alpha, rho = form.backward["alpha"], form.backward["rho"]
-    b.emit("backward", t, (f"*alpha_{t}",), "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
+    b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
     code = _formula(b, t, rho.expression)
     if form.name == "printed":
-        b.emit("backward", t, (f"*rho_{t}",), "=", code, note=f"rho ({rho.source})")
+        b.emit("backward", t, f"rho_{t}", "=", code, note=f"rho ({rho.source})")
         return
     b.emit("backward", t, (f"rho_{t}", f"clipped_{t}"), "clip_radicand", code, note=f"rho ({rho.source})")
     b.emit("backward", t, (), "m.keep", t, radicands=Var(f"clipped_{t}"))
@@ -303,10 +304,10 @@ def _decide_together(b: Builder) -> None:
         b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var("lambda_0"), *scale, note="Cholesky, the only one")
         equation = b.plan.form.forward["w"]
         code = _formula(b, 0, equation.expression)
-        b.emit("joint", 0, ("*w",), "=", code, note=f"w ({equation.source}): of every stage")
+        b.emit("joint", 0, "w", "=", code, note=f"w ({equation.source}): of every stage")
         if b.plan.max_step is not None:
-            target = Var(_formula(b, 0, a.TARGET).text)
-            b.emit("joint", 0, ("*w_capped",), "cap_step", Var("w"), target, Var("information"), Var("tau"),
+            target = _formula(b, 0, a.TARGET)
+            b.emit("joint", 0, "w_capped", "cap_step", Var("w"), target, Var("information"), Var("tau"),
                    Var("rows"), b.plan.max_step, note="|delta u|_M at most max_step")  # fmt: skip
         b.emit("joint", 0, (), "m.keep", 0, lifted=Var("lifted_0"), weights=Var(_weights(b)))
     if b.plan.max_grad_norm is not None:
@@ -332,15 +333,15 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     t = stage.index
     expression = b.plan.form.forward["w"].expression
     if stage.feeds:
-        total = " + ".join(b.contraction(c.value, c.reader) for c in stage.feeds)
+        change = total([Var(b.contraction(c.value, c.reader)) for c in stage.feeds])
         clip, rest = ("clip_factors", (Var("rank"),)) if b.factored else ("clip", (Var("aim"),))
-        b.emit("forward", t, (f"*c_{t}",), clip, Code(total), b.plan.clip, *rest,
+        b.emit("forward", t, f"c_{t}", clip, change, b.plan.clip, *rest,
                note="c: the change the stages before have caused")  # fmt: skip
-        b.emit("forward", t, (), "m.keep", t, change=Var(f"c_{t}"), predicted=Code(total))
+        b.emit("forward", t, (), "m.keep", t, change=Var(f"c_{t}"), predicted=change)
     else:
         expression = expression.subs(a.CHANGE, 0 * a.CHANGE).doit()
     source = b.plan.form.forward["w"].source
-    b.emit("forward", t, (f"*w_{t}",), "=", _formula(b, t, expression), note=f"w ({source})")
+    b.emit("forward", t, f"w_{t}", "=", _formula(b, t, expression), note=f"w ({source})")
     b.emit("forward", t, (), "m.keep", t, weights=Var(f"w_{t}"))
     for block in stage.blocks:
         metrics.decide(b, "forward", t, block, f"w_{t}")
@@ -382,7 +383,7 @@ def _contract(b: Builder, t: int, contraction: Contraction) -> None:
         more: dict[str, Any] = {"columns": 1} if where and b.factored else {}
         if layout.order:
             more.update(order=Var(b.name(layout.order)), order_after=Var(b.new(layout.order)))
-        b.emit("forward", t, (f"*{result}",), *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
+        b.emit("forward", t, result, *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
                *where, note=f"<g, delta {value}>", **more)  # fmt: skip
         return
     player = b.graph.player[control]

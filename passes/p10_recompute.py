@@ -25,7 +25,7 @@ def recompute(written: Written) -> Lowered:
         instructions = _once(sweeps)
     else:
         instructions = _Recomputed(sweeps, segments, plan.graph).instructions()
-    return Lowered(plan, tuple(instructions), written.functions, written.uses, written.names)
+    return Lowered(plan, tuple(instructions), written.functions, written.names)
 
 
 def _once(sweeps: Sweeps) -> Iterable[Instruction]:
@@ -117,9 +117,7 @@ def _copied(
     for instruction in instructions:
         read = instruction.renamed(names)
         names.update({v: f"{v}_{suffix}" for v in instruction.written if v != "_"})
-        pairs = zip(instruction.writes, instruction.written, strict=True)
-        writes = tuple(write.replace(name, names.get(name, name)) for write, name in pairs)
-        yield replace(read, writes=writes, phase=phase)
+        yield replace(read.writing(lambda name: names.get(name, name)), phase=phase)
 
 
 def _renamed(instructions: Iterable[Instruction], names: Mapping[str, str]) -> Iterable[Instruction]:

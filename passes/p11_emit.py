@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from gtddp_compile.lowering.instructions import Code, Function, Instruction, StageFunction, render, render_instruction
+from gtddp_compile.lowering.instructions import Apply, Function, Instruction, StageFunction, render_instruction
 from gtddp_compile.lowering.lowered import Lowered
+from gtddp_compile.lowering.operations import is_shared
 from gtddp_compile.lowering.printing import Printer
 
 TITLES = {
@@ -134,13 +135,6 @@ def _step(lowered: Lowered) -> str:
     return f"def step(m, p, b, q, b_again, inputs, targets):\n    {doc}\n    {text}"
 
 
-SHARED = frozenset(f"m.{name}" for name in (
-    "terminal", "observe", "observe_block", "observe_moment", "observe_uniform", "observe_channels", "observe_factors",
-    "observe_coordinates", "apply", "apply_block", "apply_steps", "descend", "descend_block", "descend_steps",
-))  # fmt: skip
-"""What micro-batches of one update have in common: statistics, updates, and the weight of a batch in them."""
-
-
 def emit_micro(lowered: Lowered) -> str:
     """The same steps for one micro-batch of an update, as a generator.
 
@@ -152,40 +146,41 @@ def emit_micro(lowered: Lowered) -> str:
     return f"def micro_step(m, p, b, q, b_again, inputs, targets):\n    {doc}\n    {text}\n"
 
 
-def _asked(instruction: Instruction) -> Instruction:
+def _asked(one: Instruction) -> tuple[Instruction, ...]:
     """What a micro-batch does in an instruction's place."""
-    args = instruction.args
-    if instruction.function == "m.descend_by":  # a gradient of its own, that can be added to the others'
-        names, weighted, _subtract, *rest = args
-        gradient = _call(instruction, weighted, *rest)
-        return _answer(instruction, f"yield 'descend', ({render(names)}, {gradient})")
-    if instruction.function == "m.descend_rows":
-        names, weighted, _rows, *rest = args
-        gradient = _call(instruction, weighted, *rest)
-        return _answer(instruction, f"yield 'descend_block', ('kronecker', ({render(names)},), ({gradient},))")
-    if instruction.function == "m.observe_gram":  # statistics are the update's, the Gram matrix is its own
-        names, weighted, gram, _pieces, operands, g, alpha, params, wants, rows = args
-        own = _call(instruction, Function("weigh"), weighted, operands, g, alpha, params, wants)
-        metric = Code(f"m.metric({render(names)})")
-        after = _call(instruction, Function("gram_blocks"), gram, operands, g, params, wants, metric, rows)
-        return _answer(instruction, f"((yield 'observe', ({render(names)}, {own})), {after})[1]")
-    if instruction.function in SHARED:
-        return _answer(instruction, f"yield {instruction.function.removeprefix('m.')!r}, {render(args)}")
-    return instruction
+    given = one.named
+    if one.function in ("m.descend_by", "m.descend_rows"):  # a gradient of its own, that can be added to the others'
+        gradient = _called(one, given["weighted"], "operands", "g", "params", "wants")
+        if one.function == "m.descend_by":
+            return (_answered(one, "descend", given["names"], gradient),)
+        return (_answered(one, "descend_block", "kronecker", (given["names"],), (gradient,)),)
+    if one.function == "m.descend_dual":
+        step = _called(one, Function("dual_step"), "coordinates", "weights")
+        return (_answered(one, "descend_steps", "dual", given["names"], (step,)),)
+    if one.function == "m.observe_gram":  # statistics are the update's, the Gram matrix is its own
+        weigh = _called(one, Function("weigh"), "weighted", "operands", "g", "alpha", "params", "wants")
+        metric = Apply("m.metric", (given["names"],))
+        made = _called(one, Function("gram_blocks"), "gram", "operands", "g", "params", "wants", metric, "rows")
+        asked = replace(_answered(one, "observe", given["names"], weigh), writes=())
+        return asked, replace(one, function="=", args=(made,), kwargs=None)
+    if is_shared(one.function):
+        return (_answered(one, one.function.removeprefix("m."), *one.args),)
+    return (one,)
 
 
-def _call(instruction: Instruction, function: Function, *args: Any) -> str:
-    """The text of another function's call, with an instruction's options."""
-    return render_instruction(replace(instruction, writes=(), function=render(function), args=args))
+def _called(one: Instruction, function: Function, *operands: Any) -> Apply:
+    """A function of some operands of an instruction (by name, or as they are), with its options."""
+    given, options = one.named, tuple((one.kwargs or {}).items())
+    return Apply(function.name, tuple(given[o] if isinstance(o, str) else o for o in operands), options)
 
 
-def _answer(instruction: Instruction, request: str) -> Instruction:
-    """What is written is what comes back."""
-    return replace(instruction, function="=", args=(Code(request),), kwargs=None)
+def _answered(one: Instruction, request: str, *arguments: Any) -> Instruction:
+    """The update is asked for something; what is written is what comes back."""
+    return replace(one, function="=", args=(Apply("yield", (request, arguments)),), kwargs=None)
 
 
 def _show_and_free(
-    lowered: Lowered, asked: Callable[[Instruction], Instruction] = lambda instruction: instruction
+    lowered: Lowered, asked: Callable[[Instruction], tuple[Instruction, ...]] = lambda instruction: (instruction,)
 ) -> Callable[[Instruction], Sequence[str]]:
     """One line an instruction, and one that lets go of what nobody reads after it."""
     last: dict[str, int] = {}
@@ -197,12 +192,12 @@ def _show_and_free(
         if name not in ("phi", "inputs", "targets", "_"):
             free.setdefault(last[name], []).append(name)
     for instruction in lowered.instructions:
-        if "_" in instruction.writes:
+        if "_" in instruction.written:
             free.setdefault(id(instruction), []).append("_")
 
     def show(instruction: Instruction) -> Sequence[str]:
-        text = render_instruction(asked(instruction))
-        lines = [f"{text}  # {instruction.note}" if instruction.note else text]
+        lines = [render_instruction(one) for one in asked(instruction)]
+        lines[-1] += f"  # {instruction.note}" if instruction.note else ""
         if id(instruction) in free:
             lines.append(f"del {', '.join(free[id(instruction)])}")
         return lines

@@ -91,7 +91,7 @@ class CollapsedForm:
         name: ``"joint"`` (full batch coupling and groups, the policy rolled out on the linearised dynamics: one
             ``w`` for all stages), ``"information"`` (the same coupling, rolled out on the network),
             ``"block"`` (per-sample coupling, Levenberg stage Hessian), ``"substituted"`` and ``"printed"``
-            (4b, the paper's own), ``"base"`` (feedback off).
+            (the paper's own, docs/theory.md#block), ``"base"`` (feedback off).
         backward: equations of the backward sweep, in order, by the name of what they define.
         forward: equations of the forward sweep.
         factored: whether the columns are pulled-back factors (``V_x = A + G α``) instead of gradients (``V_x = G α``).
@@ -103,3 +103,9 @@ class CollapsedForm:
     forward: dict[str, Equation]
     claims: tuple[Claim, ...]
     factored: bool = False
+
+    @property
+    def said(self) -> list[Equation]:
+        """The equations of both sweeps, those left out that say nothing (``y = y'`` without weight decay)."""
+        found = [*self.backward.values(), *self.forward.values()]
+        return [equation for equation in found if str(equation.expression) != f"{equation.symbol}'"]

@@ -15,11 +15,16 @@ RECURSIONS: tuple[Recursion, ...] = ("levenberg", "substituted", "printed")
 
 @dataclass(frozen=True)
 class Equation:
-    """``symbol = expression``, with the number of the paper's equation it is, where it is one."""
+    """``symbol = expression``; ``source``: the paper's equation that it is, or a section of docs/theory.md."""
 
     symbol: MatrixExpr
     expression: MatrixExpr
     source: str = ""
+
+    @property
+    def tag(self) -> str:
+        """The source as LaTeX puts it beside the equation: a section without its document."""
+        return self.source.rpartition("#")[2]
 
 
 def equation_text(equation: Equation) -> str:
@@ -38,7 +43,7 @@ class StageDerivation:
 
     Attributes:
         pattern: the stage's structure.
-        recursion: which stage Hessian and which sign (api.md, ``recursion``).
+        recursion: which stage Hessian and which sign (docs/theory.md#block).
         state: symbols (or 0, I) of ``f̂_x``, by (output, input).
         control: symbols (or 0, I) of ``f̂_u``, by (output, control).
         value_x, value_xx: symbols of the value function's derivatives at t+1, by output(s).

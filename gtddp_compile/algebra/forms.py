@@ -30,6 +30,12 @@ from gtddp_compile.algebra.derivation import Equation
 from gtddp_compile.algebra.symbols import SymmetricSymbol, is_equal, rewrite
 from gtddp_compile.errors import CompileError
 
+COLLAPSE, LINEAR, COLUMNS, BLOCK, DECAY, INERTIA = (
+    f"docs/theory.md#{section}"
+    for section in ("collapse", "linear-rollout", "columns", "block", "weight-decay", "inertia")
+)
+"""What the printed equations refer to where the paper has none."""
+
 Coupling = Literal["full", "groups", "block"]
 Rollout = Literal["linear", "nonlinear"]
 Equations = dict[str, Equation]
@@ -73,7 +79,7 @@ class Form:
         variance, alpha: ``P'`` and ``α'`` by the symbols that are kept.
         system: the symbol of ``P⁻¹``, before it is projected, where the law is solved for that; else ``None``.
         state: the symbol of the projection of ``P``, where there is one.
-        sources: theory or equation of each symbol, ``""`` for the others'.
+        sources: section of docs/theory.md or equation of the paper of each symbol, ``""`` for the others'.
     """
 
     variance: MatrixExpr
@@ -87,20 +93,20 @@ def form_of(name: FormName, *, factored: bool) -> Form:
     """What each form keeps; ``factored``: a block of ``P`` a sample in place of a number."""
     state, projected = (a.OWN, a.OWN_NEXT) if factored else (a.RHO, DiagMatrix(a.RHO_NEXT))
     if name == "joint":
-        sources = {"": "4a", "y": "4f", "w": "4f"} | ({"s": "4c"} if factored else {})
+        sources = {"": COLLAPSE, "y": LINEAR, "w": LINEAR} | ({"s": COLUMNS} if factored else {})
         kept = Inverse(a.INFORMATION_NEXT)
         return Form(kept, kept * a.TARGET_NEXT, a.INFORMATION, None, sources)
     if name == "information":
-        sources = {"": "4a", "y": "4a, weight decay"} | ({"s": "4c", "w": "4c"} if factored else {})
+        sources = {"": COLLAPSE, "y": DECAY} | ({"s": COLUMNS, "w": COLUMNS} if factored else {})
         kept = Inverse(a.INFORMATION_NEXT)
         return Form(kept, kept * a.TARGET_NEXT, a.INFORMATION, None, sources)
     if name == "block":
-        return Form(projected, a.ALPHA_NEXT, a.SYSTEM, state, {"": f"{'4c' if factored else '4b'}, Levenberg"})
+        return Form(projected, a.ALPHA_NEXT, a.SYSTEM, state, {"": COLUMNS if factored else BLOCK})
     if name == "base":  # the value function is the loss itself
         return Form(ZeroMatrix(a.BATCH, a.BATCH), a.ALPHA_NEXT, None, None, {"": "Prop. 4"})
     printed = "21-23 as printed, any rank" if factored else "21-23 as printed"
-    source = printed if name == "printed" else "section 3" if factored else "4b"
-    return Form(projected, a.ALPHA_NEXT, None, state, {"": source, "k": "4, 3" if factored else "4, 4b"})
+    source = printed if name == "printed" else COLUMNS if factored else BLOCK
+    return Form(projected, a.ALPHA_NEXT, None, state, {"": source, "k": "4"})
 
 
 def build(
@@ -129,7 +135,7 @@ def build(
     sweeps: tuple[Equations, Equations] = ({}, {})
     if inertia:
         linear = a.WEIGHT_DECAY - a.INERTIA * a.CURVATURE * a.MOMENTUM
-        sweeps[0]["l"] = Equation(a.DECAY, linear, "4f, inertia")
+        sweeps[0]["l"] = Equation(a.DECAY, linear, INERTIA)
         alone = Inverse(a.CURVATURE) * a.WEIGHT_DECAY - a.INERTIA * a.MOMENTUM
         claims.append(_proof("M^-1 l = M^-1 d - mu v", (Inverse(a.CURVATURE) * linear).doit().expand().doit(), alone))
     for equation in equations:

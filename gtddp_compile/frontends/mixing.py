@@ -1,11 +1,11 @@
 """Which operations mix samples, found by trial: derivatives of one sample's part of a value by the others' operands.
 
 The theory's value function is one block a sample, so an operation whose value for sample i depends on sample j ≠ i
-(batch-norm in training mode, centring by the batch's mean, attention across a batch) is read approximately (theory:
-4e). Nothing but derivatives counts there, so they are what is looked at: every operation that a player moves is
-differentiated alone, around the example inputs, and what reaches operands of other samples is exactly zero unless it
-mixes. No name and no rounding decides. What only moves entries from one sample to another (a permutation) has no
-samples of its own, and what it does is told where it meets something that has.
+(batch-norm in training mode, centring by the batch's mean, attention across a batch) is read approximately
+(docs/theory.md#mixing). Nothing but derivatives counts there, so they are what is looked at: every operation that a
+player moves is differentiated alone, around the example inputs, and what reaches operands of other samples is exactly
+zero unless it mixes. No name and no rounding decides. What only moves entries from one sample to another (a
+permutation) has no samples of its own, and what it does is told where it meets something that has.
 
 A recording that holds for every size of the batch is tried on a few samples of it; one made of a batch of one (which
 has nothing to mix) holds for that size alone.

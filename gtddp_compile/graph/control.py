@@ -23,7 +23,7 @@ def tool(name: str) -> Any:
 
 @dataclass(frozen=True)
 class ControlGraph:
-    """The state-augmented control graph of a network (immutable; theory: sections 2.2 and 3, Eq. 8, 13, 26).
+    """The state-augmented control graph of a network (immutable; docs/theory.md#state; Eq. 8, 13, 26 of the paper).
 
     ``str()`` is a table, ``to_networkx``/``to_dot``/``to_mermaid``/``to_svg``/``to_html`` and ``save`` draw it.
 
@@ -131,7 +131,7 @@ class ControlGraph:
         return str(tool("draw").html(self.to_networkx(), self.notes if notes is None else notes))
 
     def save(self, path: str | Path) -> None:
-        """Write the graph as ``.svg``, ``.html``, ``.dot``, ``.mmd``, ``.md``, ``.txt`` or ``.json``, by suffix."""
+        """Write the graph as ``.svg``, ``.html``, ``.dot``, ``.mmd``, ``.txt`` or ``.json``, by suffix."""
         tool("draw").save(self.to_networkx(), path, self.notes)
 
     def __str__(self) -> str:
@@ -155,9 +155,10 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
         to the one that reads it; tied weights add an edge from the player's first use to each later one.
 
         Node attributes: ``kind``, ``module``, ``source``, ``shape`` (batch axis included, or ``None``), ``stage`` (-1:
-        before any player), ``player`` (the player that decides there, or ``None``), ``parameters`` (names of all that
-        it reads), ``merge`` (whether it is the merge of a shortcut), ``input``, ``output`` and ``live`` (``None``, or
-        ``born``, ``dies``, ``readers``, ``fixed`` of the value that it computes).
+        before any player), ``player`` (the player that decides there, or ``None``), ``coalition`` (players that decide
+        together there, or none), ``parameters`` (names of all that it reads), ``merge`` (whether it is the merge of a
+        shortcut), ``input``, ``output`` and ``live`` (``None``, or ``born``, ``dies``, ``readers``, ``fixed`` of the
+        value that it computes).
 
         Edge attributes: ``crosses`` (stages before which the value waits in the cut on its way along this edge),
         ``shortcut`` (kind of the shortcut it is on, or ``None``) and ``control`` (name of the tied player whose control
@@ -184,6 +185,7 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
         outputs=list(outputs),
     )
     deciding = {player.op: player.name for player in graph.players}
+    together = {player.op: list(graph.stages[player.stage].players) for player in graph.players}
     merges = {name for stage in graph.stages for name in stage.merges}
     merges.update(shortcut.merge for shortcut in graph.shortcuts)
     for op in graph.ops.ops:
@@ -196,6 +198,7 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
             shape=None if op.shape is None else [int(size) for size in op.shape],
             stage=graph.stage_of.get(op.name, -1),
             player=deciding.get(op.name),
+            coalition=together[op.name] if len(together.get(op.name, ())) > 1 else [],
             parameters=list(op.parameters),
             merge=op.name in merges,
             input=op.name in graph.ops.inputs,

@@ -84,7 +84,7 @@ class Op:
         advances: buffers that the operation writes (running statistics of a batch-norm in training mode).
         random: whether it draws random numbers (dropout in training mode).
         mixes_samples: whether what it gives sample i depends on what players give sample j ≠ i (batch-norm in training
-            mode, ``h - h.mean(0)``), as was found by trial; it is read sample by sample (theory: 4e).
+            mode, ``h - h.mean(0)``), as was found by trial; it is read sample by sample (docs/theory.md#mixing).
         layout: where the samples of its value lie; ``None``: along the leading axis, if it has any of its own;
             ``UNKNOWN``: it depends on them, but no axis has them.
     """

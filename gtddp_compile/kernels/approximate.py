@@ -1,4 +1,4 @@
-"""Cheaper Gram matrices, by name (theory: section 4d): a separable metric, and a random sketch of the inputs.
+"""Cheaper Gram matrices, by name (docs/theory.md#gram-matrices): a separable metric, and a random sketch of the inputs.
 
 A diagonal metric ``M⁻¹`` (outputs × inputs) does not separate. ``separable`` puts ``M_ab ≈ r_a c_b`` with ``r`` the
 row means of ``M`` and ``c`` its column means over their mean, exact where ``M`` has rank one: then ``Γ`` is the

@@ -36,6 +36,14 @@ def conv_whitened(operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor,
     return (CONVOLUTIONS[x.dim()](x, filters, groups=maps.shape[0]).reshape(shape),)
 
 
+def channel_rows(gradients: tuple[Tensor, ...], maps: Tensor) -> tuple[Tensor, ...]:
+    """``γ`` of a convolution's weight and bias in coordinates where the metric is spherical, ``γ X``."""
+    weight, *bias = gradients
+    samples, (groups, width, _) = weight.shape[0], maps.shape
+    split = weight.to(maps.dtype).reshape(samples, groups, -1, width, weight[0, 0, 0].numel())
+    return ((maps.mT.unsqueeze(1) @ split).reshape(weight.shape), *bias)
+
+
 def channel_filters(maps: Tensor, shape: tuple[int, ...], columns: int, seed: int) -> Tensor:
     """Random filters with the metric's map in them, ``(G · columns, c, kernel…)``.
 

@@ -1,4 +1,4 @@
-"""Per-sample parameter gradients of convolutions in one to three dimensions (theory: section 4d).
+"""Per-sample parameter gradients of convolutions in one to three dimensions (docs/theory.md#gram-matrices).
 
 A convolution is a linear layer at its output positions, its inputs patches (``kernels/patches.py``): the weighted
 gradient is torch's own, the others come from per-sample gradients of a piece of the batch or of the input channels, or

@@ -1,4 +1,4 @@
-"""Forms of a convolution's Gram matrix ``Γ_ij = Σ_st (x_is · x_jt)(g_is · g_jt)`` (theory: section 4d).
+"""Forms of a convolution's Gram matrix ``Γ_ij = Σ_st (x_is · x_jt)(g_is · g_jt)`` (docs/theory.md#gram-matrices).
 
 ``x_is`` is sample ``i``'s patch at position ``s``; which form is cheapest depends on the shapes alone.
 """

@@ -5,7 +5,7 @@ player, ``γ̂_i = Yᵀ γ_i X = Σ_t (g_it Y)(x_it X)ᵀ`` is what everything e
 γ̂_j⟩``, EK-FAC's moments ``E[(α γ̂)²]`` and the update ``M⁻¹ C w / η = Y (s ∘ Σ_i w_i γ̂_i) Xᵀ``. Coordinates are the
 pair ``(x X, g Y)`` (form ``"rows"``), or ``(γ̂,)`` (form ``"samples"``), where a sample has more positions than pay.
 With one position a sample nothing has to be mapped back: form ``"dual"`` is ``(x, g, x A⁻¹, g B⁻¹)``, ``Γ = η (x A⁻¹
-xᵀ) ∘ (g B⁻¹ gᵀ)`` and ``M⁻¹ C w / η = (w ∘ g B⁻¹)ᵀ (x A⁻¹)``.
+xᵀ) ∘ (g B⁻¹ gᵀ)`` and ``M⁻¹ C w / η = (w ∘ g B⁻¹)ᵀ (x A⁻¹)``; groups lead, ``(G, B, n)``.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def made_rows(
     wants: tuple[bool, ...],
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Rows that are there already, as a layer's; its option ``moment`` makes ``Σ x xᵀ`` of the other operands."""
+    """Rows that are there already, as a layer's; an option ``moment`` makes ``Σ x xᵀ`` of the other operands."""
     return operands[0], g
 
 
@@ -53,15 +53,72 @@ def kronecker_coordinates(x: Tensor, g: Tensor, maps: tuple[Tensor, Tensor | Non
     x, g = x.to(map_x.dtype), g.to(map_x.dtype)
     if form == "rows":
         return _coordinates_map(x, map_x), g if map_g is None else _coordinates_map(g, map_g)
-    gamma = _coordinates_map(g.mT @ x, map_x)
+    return _mapped(g.mT @ x, maps)
+
+
+def sample_coordinates(gradients: tuple[Tensor, ...], maps: tuple[Tensor, Tensor | None]) -> Coordinates:
+    """The coordinates of form ``"samples"`` from ``γ`` itself, of the weight and, where it is trained, of the bias."""
+    parts = [part.reshape(part.shape[0], maps[0].shape[0], -1, part[0, 0].numel()) for part in gradients]
+    gamma = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+    return _mapped(gamma.to(maps[0].dtype), maps)
+
+
+def _mapped(gamma: Tensor, maps: tuple[Tensor, Tensor | None]) -> Coordinates:
+    map_x, map_g = maps
+    gamma = _coordinates_map(gamma, map_x)
     return (gamma if map_g is None else map_g.mT @ gamma,)
 
 
 def dual_coordinates(x: Tensor, g: Tensor, inverses: tuple[Tensor, Tensor | None]) -> Coordinates:
     """A layer's rows, and the same times the inverse factors (``None``: the identity)."""
     inverse_x, inverse_g = inverses
-    x, g = x.to(inverse_x.dtype), g.to(inverse_x.dtype)
-    return x, g, _coordinates_map(x, inverse_x), g if inverse_g is None else _coordinates_map(g, inverse_g)
+    x, g = (rows[:, :, 0].transpose(0, 1).to(inverse_x.dtype) for rows in (x, g))
+    return x, g, x @ inverse_x, g if inverse_g is None else g @ inverse_g
+
+
+def dual_gram(coordinates: Coordinates, rate: float, rows: Sequence[slice]) -> tuple[Tensor, ...]:
+    """``Γ = η (x A⁻¹ xᵀ) ∘ (g B⁻¹ gᵀ)``, a block a group of samples; symmetric to rounding."""
+    plain = coordinates[1] is coordinates[3]
+    if len(rows) == 1:
+        return (_dual_gram(coordinates, plain).mul_(rate),)
+    return tuple(_dual_gram(tuple(part[:, row] for part in coordinates), plain).mul_(rate) for row in rows)
+
+
+def _dual_gram(coordinates: Coordinates, plain: bool) -> Tensor:
+    """``plain``: ``B`` is the identity."""
+    x, g, mapped_x, mapped_g = coordinates
+    if plain and (len(g) == 1 or g.stride(0) == 0):  # blocks of inputs have the same output gradients
+        by_g = linear_inputs(g[0])
+        return (mapped_x[0] @ x[0].mT if len(x) == 1 else (mapped_x @ x.mT).sum(0)).mul_(by_g)
+    return (mapped_x @ x.mT).mul_(mapped_g @ g.mT).sum(0)
+
+
+def dual_step(coordinates: Coordinates, weights: Tensor) -> Tensor:
+    """``M⁻¹ C w / η`` as ``(G, m, n)`` (Eq. 45)."""
+    _, _, x, g = coordinates
+    return (g * weights.to(g.dtype).unsqueeze(1)).mT @ x
+
+
+def dual_carried(
+    coordinates: Coordinates, weights: Tensor, last: Sequence[Tensor], mu: float, rate: float
+) -> list[Tensor]:
+    """``μ v - M⁻¹ C w`` of a linear layer's weight (and bias), by the product that makes the step.
+
+    Args:
+        coordinates: ``"dual"``, the input 1 of the bias the last.
+        weights: ``w``, ``(B,)``.
+        last: ``v`` of the weight ``(m, n)`` and, where it is trained, of the bias ``(m,)``.
+        mu: ``μ``; 0: ``v`` is not read.
+        rate: ``η``.
+    """
+    _, _, x, g = coordinates
+    g = (g * (weights.to(g.dtype) * -rate).unsqueeze(1)).mT
+    (weight, *bias), width, found = last, x.shape[2], torch.empty_like(last[0])
+    for k, first in enumerate(range(0, weight.shape[1], width)):
+        at = slice(first, min(first + width, weight.shape[1]))
+        torch.addmm(weight[:, at], g[k], x[k, :, : at.stop - first], beta=mu, out=found[:, at])
+    k, place = divmod(weight.shape[1], width)
+    return [found, *(torch.addmv(own, g[k], x[k, :, place], beta=mu) for own in bias)]
 
 
 def _coordinates_map(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -100,19 +157,10 @@ def coordinates_gram(
 def _coordinates_gram(coordinates: Coordinates, scale: Tensor | float) -> Tensor:
     if len(coordinates) == 1:
         (gamma,) = coordinates
+        if not isinstance(scale, Tensor):
+            return linear_inputs(gamma.flatten(1)) * scale
         whole: Tensor = (gamma * scale).flatten(1) @ gamma.flatten(1).mT
         return whole
-    if len(coordinates) == 4:
-        x, g, mapped_x, mapped_g = (part[:, :, 0].transpose(0, 1) for part in coordinates)  # (G, B, n): one position
-        mapped_g = g if coordinates[1] is coordinates[3] else mapped_g
-        if mapped_g is not g:
-            by_g = mapped_g @ g.mT
-        elif len(g) == 1 or g.stride(0) == 0:  # blocks of inputs have the same output gradients
-            by_g = linear_inputs(g[0])
-        else:
-            by_g = torch.stack([linear_inputs(own) for own in g])
-        dual: Tensor = (mapped_x @ x.mT).mul_(by_g).sum(0)
-        return (dual + dual.T) / 2  # symmetric but for rounding, which Cholesky does not mind, and the rest might
     x, g = coordinates
     found = [
         linear_gram((x[:, k],), g[:, k], (), (True, False), (scale[k] if isinstance(scale, Tensor) else scale,))
@@ -141,9 +189,6 @@ def coordinates_step(coordinates: Coordinates, weights: Tensor, metric: Metric) 
     """
     ((map_x, map_g),), scale, _, _ = metric
     weights = weights.to(coordinates[0].dtype)
-    if len(coordinates) == 4:
-        _, _, x, g = coordinates
-        return _coordinates_flat(g * weights.reshape(-1, 1, 1, 1)).mT @ _coordinates_flat(x)
     if len(coordinates) == 1:
         return _coordinates_back(_coordinates_sum(weights, coordinates[0]) * scale, map_x, map_g)
     x, g = _coordinates_flat(coordinates[0]), _coordinates_flat(coordinates[1] * weights.reshape(-1, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""Richer value Hessians: ``r`` columns a sample instead of the gradient alone (theory: sections 3 and 4c).
+"""Richer value Hessians: ``r`` columns a sample instead of the gradient alone (docs/theory.md#columns).
 
 Two layouts. A value's columns travel as ``(1 + r, B, …)``: row 0 is the ordinary gradient ``g`` (the linear term, kept
 apart), rows 1 … r the pulled-back factor. Vectors and matrices over columns are ordered sample by sample,

@@ -1,4 +1,4 @@
-"""Factors of a loss's Hessian in the network's outputs, ``H_i = S_i S_iᵀ`` (theory: section 2).
+"""Factors of a loss's Hessian in the network's outputs, ``H_i = S_i S_iᵀ`` (docs/theory.md#terminals).
 
 All take the loss as a function ``per_sample(outputs, targets) -> φ``, shape (B,), and ``refuse``, which is called with
 the eigenvalues (or what has their signs) and raises where one is negative.

@@ -1,4 +1,4 @@
-"""Kronecker metrics ``M⁻¹`` of one layer, or of layers that decide together, without ``γ`` (theory: 4d, 5).
+"""Kronecker metrics ``M⁻¹`` of one layer, or of layers that decide together, without ``γ`` (docs/theory.md#curvatures).
 
 A layer is seen as *rows*: homogeneous inputs ``x`` ``(B, G, T, n)`` (a one appended for a bias) and output gradients
 ``g`` ``(B, G, T, m)`` at ``T`` positions in ``G`` groups, so that ``γ_i = Σ_t g_it x_itᵀ``. A metric is a tuple
@@ -145,7 +145,7 @@ def kronecker_factors(
         if made is None:
             x = _side_by_side([x for x, _ in found])
             total_x = _gram_added(total_x, x, beta, new / layers[0][2].shape[0])
-        total_g = _gram_added(total_g, g, beta, new / (start * found[0][0].shape[2]))
+        total_g = _gram_added(total_g, g, beta, new / (start * found[0][1].shape[2]))
         beta = 1.0
     assert total_x is not None and total_g is not None
     return total_x, total_g
@@ -167,12 +167,12 @@ def input_factor(layers: Sequence[Layer], old: Tensor | None = None, keep: float
 
 
 def _moment_made(layers: Sequence[Layer]) -> Tensor | None:
-    """``Σ x xᵀ`` ``(G, n, n)`` where a layer of made rows has a kernel for it."""
+    """``Σ x xᵀ`` ``(G, n, n)`` where a layer has a kernel for it."""
     rows, operands, _, params, wants, options = layers[0]
-    if rows is not made_rows or "moment" not in options:
+    if "moment" not in options:
         return None
     others = {name: value for name, value in options.items() if name != "moment"}
-    found: Tensor = options["moment"](operands[1:], operands[0], params, wants, **others)
+    found: Tensor = options["moment"](operands[1:] if rows is made_rows else operands, params, wants, **others)
     return found
 
 

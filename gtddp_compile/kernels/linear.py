@@ -1,4 +1,4 @@
-"""Per-sample parameter gradients of ``h = x Wᵀ + b`` (theory: section 4d).
+"""Per-sample parameter gradients of ``h = x Wᵀ + b`` (docs/theory.md#gram-matrices).
 
 ``x`` is ``(B, …, n)``, ``h`` and ``g`` are ``(B, …, m)``; the middle axes are *positions*, ``T`` of them in
 all. Then ``γ_i = (Σ_t g_it x_itᵀ, Σ_t g_it)``, and for a spherical metric without positions ``Γ = η_w (X Xᵀ)
@@ -232,8 +232,11 @@ def linear_directional(
     """``⟨γ_i, v⟩ = Σ_t g_it · (V x_it + v_b)``, ``(B,)``."""
     if not wants[0]:
         return _linear_rows(g).sum(1) @ direction[0]
-    change = F.linear(operands[0], direction[0], direction[1] if wants[1] else None)
-    return (g * change).flatten(1).sum(1)
+    if g.shape[-1] * 2 < operands[0].shape[-1]:
+        change = F.linear(operands[0], direction[0], direction[1] if wants[1] else None)
+        return (g * change).flatten(1).sum(1)
+    found = (g @ direction[0] * operands[0]).flatten(1).sum(1)  # a product of untransposed matrices
+    return found + _linear_rows(g).sum(1) @ direction[1] if wants[1] else found
 
 
 def linear_per_sample(

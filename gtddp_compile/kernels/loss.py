@@ -1,4 +1,4 @@
-"""The loss as one number a sample, ``φ`` with ``J = (1/B) Σ φ_i`` or ``J = Σ φ_i`` (theory: section 2)."""
+"""The loss as one number a sample, ``φ`` with ``J = (1/B) Σ φ_i`` or ``J = Σ φ_i`` (docs/theory.md#value-function)."""
 
 import torch
 from torch import Tensor

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.kronecker import _kronecker_wide
-from gtddp_compile.kernels.patches import _conv_margins, _conv_padded, _conv_windows
+from gtddp_compile.kernels.patches import (
+    _conv_beside,
+    _conv_groups,
+    _conv_images,
+    _conv_margins,
+    _conv_padded,
+    _conv_windows,
+)
 
 NARROW = 32
 """Elements of a patch below which products of rows are too narrow to be worth it."""
@@ -26,7 +33,6 @@ def conv_moment_shares(patch: int, kernel: int, positions: int) -> bool:
 
 def conv_moment(
     operands: tuple[Tensor, ...],
-    rows: Tensor,
     params: tuple[Tensor, ...],
     wants: tuple[bool, ...],
     *,
@@ -35,10 +41,7 @@ def conv_moment(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """``Σ_it x_it x_itᵀ`` ``(1, n, n)`` of homogeneous patches (one group; stride and dilation 1 on the first axis).
-
-    ``rows`` are the patches themselves ``(B, 1, T, n)``, whose sums border the matrix where there is a bias.
-    """
+    """``Σ_it x_it x_itᵀ`` ``(1, n, n)`` of homogeneous patches (one group; stride and dilation 1 on the first axis)."""
     kernel, channels = tuple(params[0].shape[2:]), params[0].shape[1]
     images = _conv_padded(operands[0], _conv_margins(kernel, padding, dilation))
     windows = _conv_windows(images, kernel[1:], stride[1:], dilation[1:])  # (B, c, rows, *kernel[1:], *positions[1:])
@@ -47,11 +50,10 @@ def conv_moment(
     lines = windows.new_empty(count + size - 1, *windows.shape[1:])
     lines[:count] = windows
     lines[count:] = 0.0
-    lines, rows = _kronecker_wide(lines), _kronecker_wide(rows)
-    lines = lines.reshape(count + size - 1, inner, -1)
+    lines = _kronecker_wide(lines).reshape(count + size - 1, inner, -1)
     neighbours = lines.unfold(0, size, 1).permute(0, 3, 1, 2).flatten(1, 2)  # a view: (count, size · inner, B …)
     products = torch.bmm(lines[:count], neighbours.mT).unflatten(2, (size, inner))
-    whole, height = rows.new_empty(size, inner, size, inner), count - size + 1
+    whole, height = lines.new_empty(size, inner, size, inner), count - size + 1
     for first in range(size):
         block = products[first : first + height].sum(0)
         for gap in range(size - first):
@@ -61,7 +63,17 @@ def conv_moment(
     patches = whole.reshape(*split, *split).permute(1, 0, 2, 4, 3, 5).reshape(size * inner, size * inner)
     if not wants[1]:
         return patches[None]
-    found = rows.new_empty(1, size * inner + 1, size * inner + 1)
+    found = lines.new_full((1, size * inner + 1, size * inner + 1), height * lines.shape[2])
+    sums = lines.sum(2).unfold(0, height, 1).sum(2)[:size]  # of the patches' elements, (size, inner)
     found[0, :-1, :-1] = patches
-    found[..., -1, :] = found[..., :, -1] = rows.sum((0, 2))
+    found[0, -1, :-1] = found[0, :-1, -1] = sums.reshape(split).transpose(0, 1).flatten()
     return found
+
+
+def line_rows(
+    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor, ...], wants: tuple[bool, ...], **options: object
+) -> tuple[Tensor, Tensor]:
+    """A convolution's rows where the option ``moment`` makes what is asked of its patches: of these the width alone."""
+    x, outputs = _conv_images(operands, g, params)
+    width = params[0][0].numel() + wants[1]
+    return x.new_empty(1).expand(len(g), 1, 1, width), _conv_beside(_conv_groups(outputs, 1).flatten(3), len(g)).mT

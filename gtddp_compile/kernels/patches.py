@@ -1,4 +1,4 @@
-"""Patches of convolutions, and per-sample gradients made of them (theory: section 4d).
+"""Patches of convolutions, and per-sample gradients made of them (docs/theory.md#gram-matrices).
 
 With patches unfolded, a convolution is a linear layer at ``T`` output positions, group by group: ``x``
 becomes ``(B, G, n, T)`` with ``n = (channels / G) · kernel``, ``g`` is ``(B, G, m, T)`` with ``m = outputs /

@@ -113,7 +113,7 @@ def wide(value: Tensor) -> Tensor:
 def clip(change: Tensor, bound: float | None, aim: Tensor) -> Tensor:
     """``c`` within ``bound`` times the aim, where a linear prediction is believed.
 
-    With a bound of 1 no sample's weight, ``aim + c``, changes sign (theory: 4a).
+    With a bound of 1 no sample's weight, ``aim + c``, changes sign (docs/theory.md#trust).
     """
     if bound is None:
         return change
@@ -244,7 +244,7 @@ def blocks_scale(factors: tuple[float, ...], blocks: Blocks) -> Blocks:
 
 
 def factor(blocks: Blocks, scale: Tensor | None = None) -> tuple[Blocks, tuple[Tensor, ...]]:
-    """Upper Cholesky factors, ``Rᵀ R``: positive definite by construction (theory: 4a), kept so against rounding.
+    """Upper Cholesky factors, ``Rᵀ R``: positive definite by construction (docs/theory.md#collapse), and kept so.
 
     A sum of Gram matrices carries rounding errors of about ``eps · trace``: that much is added to the diagonal, in
     double precision nothing, and a thousand times as much, with a warning, where it does not do (very deep networks

@@ -12,15 +12,20 @@ from typing import Any
 from sympy import MatrixExpr
 
 from gtddp_compile import kernels
-from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.graph import BufferRef, ControlGraph, ParamRef, Player, Ref, map_leaves
-from gtddp_compile.lowering.costs import choose_gram
-from gtddp_compile.lowering.instructions import Buffer, Function, Instruction, Param, Phase, Var, identifier, render
-from gtddp_compile.lowering.plan import Plan
-from gtddp_compile.lowering.uses import Use, describe_use, use_key
-
-METRICS = ("spherical", "diagonal")
-"""Curvatures whose Gram matrices are made player by player from parameters' own metrics."""
+from gtddp_compile.lowering.instructions import (
+    SAMPLES,
+    Apply,
+    Buffer,
+    Function,
+    Instruction,
+    Param,
+    Phase,
+    Var,
+    identifier,
+)
+from gtddp_compile.lowering.plan import LayerPlan, Plan
+from gtddp_compile.lowering.uses import Use, use_key
 
 RESERVED = frozenset(
     {"torch", "F", "operator", "m", "p", "b", "q", "b_again", "inputs", "targets", "outputs", "math", "rows"}
@@ -37,14 +42,12 @@ class Builder:
 
     plan: Plan
     instructions: list[Instruction] = field(default_factory=list)
-    formulas: dict[MatrixExpr, str] = field(default_factory=dict)
-    """Source of every derived formula printed so far, with placeholders for the stage."""
+    formulas: dict[MatrixExpr, Any] = field(default_factory=dict)
+    """Every derived formula so far, with placeholders for the stage."""
     gradients: dict[str, str] = field(default_factory=dict)
     """Variables of players' weighted gradients, where all are made before the first is used."""
     _names: dict[str, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
-    _uses: dict[str, tuple[Use, ...]] = field(default_factory=dict)
-    _kept: dict[str, bool] = field(default_factory=dict)
     _written: set[str] = field(default_factory=set)
 
     @property
@@ -64,7 +67,7 @@ class Builder:
 
     @property
     def factored(self) -> bool:
-        """Whether every sample has columns of its own beside the gradient (theory: 4c)."""
+        """Whether every sample has columns of its own beside the gradient (docs/theory.md#columns)."""
         return self.plan.form.factored
 
     @property
@@ -85,7 +88,7 @@ class Builder:
         self,
         phase: Phase,
         stage: int,
-        writes: tuple[str, ...],
+        writes: str | tuple[str, ...],
         function: str,
         /,
         *args: Any,
@@ -146,10 +149,11 @@ class Builder:
 
     def uses(self, player: str) -> tuple[Use, ...]:
         """How every use of a player's parameters is differentiated."""
-        if player not in self._uses:
-            owner = self.graph.player[player]
-            self._uses[player] = tuple(describe_use(self.graph, owner, self.graph.op(use)) for use in owner.uses)
-        return self._uses[player]
+        return self.plan.layers[player].uses
+
+    def layer(self, player: Player) -> LayerPlan:
+        """How a player's layer is computed."""
+        return self.plan.layers[player.name]
 
     def uses_at(self, op: str) -> tuple[tuple[Player, Use], ...]:
         """Players that use an operation, each with how."""
@@ -159,32 +163,6 @@ class Builder:
     def identity(self, player: Player) -> str:
         """The identifier of a player: its operation's, unless several players decide there."""
         return self.name(use_key(self.graph, player, player.op))
-
-    def keeps(self, player: str) -> bool:
-        """Whether the player's per-sample gradients are built once and kept through both sweeps."""
-        if player not in self._kept:
-            uses = self.uses(player)
-            alone = len(uses) == 1 and uses[0].names == self.graph.player[player].parameters
-            usable = (
-                self.plan.segments is None
-                and alone
-                and (self.plan.metric in METRICS or self.block_kind(player) == "uniform")
-                and not self.factored
-                and self.plan.form.name in LEVENBERG
-            )
-            self._kept[player] = usable and choose_gram(self.plan, uses[0]).kept
-        return self._kept[player]
-
-    def block_kind(self, player: str) -> str:
-        """In which kind of metric block a player is."""
-        stage = self.plan.stages[self.graph.player[player].stage]
-        return next(block.kind for block in stage.blocks if any(own.name == player for own in block.players))
-
-    @cached_property
-    def watched(self) -> frozenset[str]:
-        """Players whose ``δu`` itself is read: later uses of tied parameters."""
-        values = (self.graph.value[c.value] for stage in self.plan.stages for c in stage.contracts)
-        return frozenset(value.control for value in values if value.control is not None)
 
     def first_time(self, variable: str) -> bool:
         """Whether this is the first time that somebody asks for the variable."""
@@ -228,11 +206,10 @@ class Builder:
         options = dict(use.options)
         if use.function is None:
             return options
-        function = f"player_{self.name(use.key)}"
+        function: Any = Function(f"player_{self.name(use.key)}")
         if use.extras:
-            function = f"bind({', '.join([function, *(self.name(extra) for extra in use.extras)])})"
+            function = Apply("bind", (function, *(Var(self.name(extra)) for extra in use.extras)))
         if use.layouts:
             output, *rest = self.arrangement(use)
-            function = f"arranged({function}, phi.shape[0], {render(output)}, {render(tuple(rest))})"
-        options["function"] = Function(function)
-        return options
+            function = Apply("arranged", (function, SAMPLES, output, tuple(rest)))
+        return {**options, "function": function}

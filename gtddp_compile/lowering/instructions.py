@@ -1,20 +1,24 @@
 """The program as data: a straight list of calls in static single assignment, and the stages' dynamics.
 
 An instruction is ``writes = function(*args, **kwargs)`` with a note saying which equation it is. Functions come from a
-closed set (kernels, stage functions of the program itself, methods of the base method ``m``), arguments are variables,
-parameters, buffers and literals; so a program can be read, compared and printed without being run.
+closed set (``operations``), arguments are variables, parameters, buffers, literals and formulas over them; so a program
+can be read, compared, renamed and printed without being run.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from gtddp_compile.lowering.operations import names_of
 
 Phase = Literal["trajectory", "loss", "backward", "forward", "joint", "checkpoint", "recompute", "gradients"]
 """Of ``"forward"`` and ``"joint"`` a program has one: the policy rolled out on the network, or on its linearisation.
 The last three are of programs that run the trajectory again (``memory="recompute"``)."""
+
+# --- operands ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +43,66 @@ class Buffer:
 
 
 @dataclass(frozen=True, slots=True)
-class Code:
-    """A formula over variables, printed from a derived expression."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Function:
     """A function passed to another (a kernel, a player's own dynamics)."""
 
     name: str
 
 
-WORD = re.compile(r"""'[^']*'|"[^"]*"|(?<![\w.])[A-Za-z_]\w*""")
-"""Names in source text, and strings, which hold none (a parameter is often called like a variable)."""
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """A formula: a function of operands, ``kwargs`` as pairs.
+
+    ``function`` is the name of one, an infix operator, ``"neg"``, ``"[]"`` (an item), ``"yield"`` (two operands),
+    ``".name"`` (an attribute) or ``".name()"`` (a method) of the first operand.
+    """
+
+    function: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+def item(value: Any, index: Any) -> Apply:
+    """``value[index]``."""
+    return Apply("[]", (value, index))
+
+
+def total(terms: list[Any]) -> Any:
+    """The sum of some terms; those that are negated are subtracted."""
+    found = terms[0]
+    for term in terms[1:]:
+        negative = isinstance(term, Apply) and term.function == "neg"
+        found = Apply("-", (found, term.args[0])) if negative else Apply("+", (found, term))
+    return found
+
+
+SAMPLES = item(Apply(".shape", (Var("phi"),)), 0)
+"""B."""
+
+
+def mapped(value: Any, change: Callable[[Var], Any]) -> Any:
+    """An operand with ``change`` applied to every variable in it."""
+    if isinstance(value, Var):
+        return change(value)
+    if isinstance(value, Apply):
+        return Apply(value.function, mapped(value.args, change), mapped(value.kwargs, change))
+    if isinstance(value, tuple | list):
+        return type(value)(mapped(part, change) for part in value)
+    return {key: mapped(part, change) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def variables(value: Any) -> Iterator[str]:
+    """Names of the variables in an operand."""
+    if isinstance(value, Var):
+        yield value.name
+    elif isinstance(value, Apply):
+        yield from variables((value.args, value.kwargs))
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from variables(part)
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,15 +112,15 @@ class Instruction:
     Attributes:
         phase: sweep it belongs to.
         stage: stage it belongs to, -1 before the first and the number of stages at the loss.
-        writes: variables it defines; a single ``"*name"`` takes the whole result.
-        function: name of what is called; ``"="`` evaluates a :class:`Code`.
-        args, kwargs: arguments.
+        writes: variables it defines: one for the whole result (a str), or one for each of its parts (a tuple).
+        function: name of what is called; ``"="`` evaluates its only argument.
+        args, kwargs: operands.
         note: the equation it is, for the reader.
     """
 
     phase: Phase
     stage: int
-    writes: tuple[str, ...]
+    writes: str | tuple[str, ...]
     function: str
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
@@ -83,34 +132,33 @@ class Instruction:
     @property
     def written(self) -> tuple[str, ...]:
         """Names of the variables it defines."""
-        return tuple(name.removeprefix("*") for name in self.writes)
+        return (self.writes,) if isinstance(self.writes, str) else self.writes
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Names that its arguments mention, each once, in order: variables, and functions handed over."""
-        found: dict[str, None] = {}
+        """Names of the variables that its operands mention, each once, in order."""
+        return tuple(dict.fromkeys(variables((self.args, dict(self.kwargs or {})))))
 
-        def seen(name: str) -> str:
-            found[name] = None
-            return name
-
-        _mapped((self.args, dict(self.kwargs or {})), seen)
-        return tuple(found)
+    @property
+    def named(self) -> dict[str, Any]:
+        """Its operands by the names that the operation declares."""
+        return dict(zip(names_of(self.function), self.args, strict=False)) | dict(self.kwargs or {})
 
     def renamed(self, names: Mapping[str, str]) -> Instruction:
-        """The same with other variables in its arguments; what is written keeps its name."""
-        args, kwargs = _mapped((self.args, dict(self.kwargs or {})), lambda name: names.get(name, name))
-        return replace(self, args=args, kwargs=kwargs if self.kwargs is not None else None)
+        """The same with other variables in its operands; what is written keeps its name."""
+        return self.with_variables(lambda name: names.get(name, name))
 
+    def with_variables(self, name: Callable[[str], str]) -> Instruction:
+        """The same with ``name`` applied to the name of every variable in its operands."""
+        args = mapped(self.args, lambda variable: Var(name(variable.name)))
+        kwargs = None if self.kwargs is None else mapped(dict(self.kwargs), lambda variable: Var(name(variable.name)))
+        return replace(self, args=args, kwargs=kwargs)
 
-def _mapped(value: Any, name: Callable[[str], str]) -> Any:
-    """An argument with ``name`` applied to every name in it."""
-    if isinstance(value, Var | Code | Function):
-        text = value.text if isinstance(value, Code) else value.name
-        return type(value)(WORD.sub(lambda found: found[0] if found[0][0] in "'\"" else name(found[0]), text))
-    if isinstance(value, tuple | list):
-        return type(value)(_mapped(item, name) for item in value)
-    return {key: _mapped(item, name) for key, item in value.items()} if isinstance(value, dict) else value
+    def writing(self, name: Callable[[str], str]) -> Instruction:
+        """The same with ``name`` applied to what it writes."""
+        whole = isinstance(self.writes, str)
+        found = tuple(name(written) for written in self.written)
+        return replace(self, writes=found[0] if whole else found)
 
 
 @dataclass(frozen=True)
@@ -157,23 +205,64 @@ def identifier(name: str, taken: Callable[[str], bool]) -> str:
     return found
 
 
+# --- text -------------------------------------------------------------------------------------------------------------
+
+BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "**": 4}
+"""How tightly an operator binds; what is no operator binds tightest."""
+TIGHTEST = 5
+
+
 def render(value: Any) -> str:
-    """Python source of an argument."""
+    """Python source of an operand."""
     if isinstance(value, Var | Function):
         return value.name
-    if isinstance(value, Code):
-        return value.text
+    if isinstance(value, Apply):
+        return _formula(value)
     if isinstance(value, Param):
         return f"p[{value.name!r}]"
     if isinstance(value, Buffer):
         return f"b[{value.name!r}]"
     if isinstance(value, tuple):
-        return f"({', '.join(render(item) for item in value)}{',' if len(value) == 1 else ''})"
+        return f"({', '.join(render(part) for part in value)}{',' if len(value) == 1 else ''})"
     if isinstance(value, list):
-        return f"[{', '.join(render(item) for item in value)}]"
+        return f"[{', '.join(render(part) for part in value)}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key!r}: {render(item)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{key!r}: {render(part)}' for key, part in value.items())}}}"
     return repr(value)
+
+
+def _formula(value: Apply) -> str:
+    function, args = value.function, value.args
+    if function in BINDING:
+        own = BINDING[function]
+        if function == "neg":
+            return f"-{_within(args[0], own)}"
+        left, right = args
+        return f"{_within(left, own)} {function} {_within(right, own + (function != '+' and function != '*'))}"
+    if function == "[]":
+        index = args[1]
+        if isinstance(index, slice):
+            index = Var(f"{'' if index.start is None else index.start}:{'' if index.stop is None else index.stop}")
+        return f"{_within(args[0], TIGHTEST)}[{render(index)}]"
+    if function == "yield":
+        return f"yield {render(args[0])}, {render(args[1])}"
+    rest = args
+    if function.startswith("."):
+        head = f"{_within(args[0], TIGHTEST)}{function.removesuffix('()')}"
+        if not function.endswith("()"):
+            return head
+        function, rest = head, args[1:]
+    return f"{function}({_arguments(rest, value.kwargs)})"
+
+
+def _within(value: Any, binding: int) -> str:
+    """An operand of an operator, in parentheses where it binds less tightly."""
+    loose = isinstance(value, Apply) and BINDING.get(value.function, TIGHTEST) < binding
+    return f"({render(value)})" if loose else render(value)
+
+
+def _arguments(args: tuple[Any, ...], kwargs: Any) -> str:
+    return ", ".join([*(render(arg) for arg in args), *(f"{key}={render(arg)}" for key, arg in kwargs)])
 
 
 def render_instruction(instruction: Instruction) -> str:
@@ -182,11 +271,9 @@ def render_instruction(instruction: Instruction) -> str:
     if instruction.function == "=":
         call = render(instruction.args[0])
     else:
-        arguments = [render(arg) for arg in instruction.args]
-        arguments += [f"{key}={render(arg)}" for key, arg in (instruction.kwargs or {}).items()]
-        call = f"{instruction.function}({', '.join(arguments)})"
+        call = f"{instruction.function}({_arguments(instruction.args, (instruction.kwargs or {}).items())})"
     if not writes:
         return call
-    if len(writes) == 1 and writes[0].startswith("*"):
-        return f"{writes[0][1:]} = {call}"
+    if isinstance(writes, str):
+        return f"{writes} = {call}"
     return f"{', '.join(writes)}{',' if len(writes) == 1 else ''} = {call}"

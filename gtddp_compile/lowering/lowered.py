@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from gtddp_compile.lowering.instructions import Instruction, StageFunction
 from gtddp_compile.lowering.plan import Plan
-from gtddp_compile.lowering.uses import Use
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,20 @@ class Written:
         plan: what is written down.
         sweeps: the instructions.
         functions: of the stages, and of players that go through a generic kernel.
-        uses: how each player's parameters are differentiated.
         names: identifiers of qualified names.
     """
 
     plan: Plan
     sweeps: Sweeps
     functions: tuple[StageFunction, ...]
-    uses: dict[str, tuple[Use, ...]]
     names: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """Instructions and stage functions; ``uses`` says how each player's parameters are differentiated."""
+    """The plan, the instructions that carry it out, and the functions of its stages."""
 
     plan: Plan
     instructions: tuple[Instruction, ...]
     functions: tuple[StageFunction, ...]
-    uses: dict[str, tuple[Use, ...]]
     names: dict[str, str]

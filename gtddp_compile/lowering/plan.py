@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.graph import ControlGraph, Player
 from gtddp_compile.lowering.segments import Segments
+from gtddp_compile.lowering.uses import Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,71 @@ class MetricBlock:
     why: str = ""
     positions: float = 1.0
     blocks: int = 1
+
+
+@dataclass(frozen=True)
+class GramChoice:
+    """Form of a Gram matrix.
+
+    Attributes:
+        form: ``"separable"`` (products of input and output Gram matrices), ``"pairs"``, ``"patches"``, ``"pixels"``
+            (sums over pairs of positions), ``"per-sample"`` (``γ`` itself), ``"sketch"`` or ``"centre"``.
+        kept: whether ``γ`` is kept for the weighted gradients.
+        approximate: ``"exact"``, ``"separable"``, ``"sketch"`` or ``"centre"``: which kernels make it.
+        columns: signs an input of the sketch; 0: as many as the option says.
+        uses: of so many linear layers with the same weight the positions are taken together; 0: there is one.
+    """
+
+    form: str
+    kept: bool = False
+    approximate: str = "exact"
+    columns: int = 0
+    uses: int = 0
+
+    def __str__(self) -> str:
+        separated = ["metric separated"] if self.approximate == "separable" else []
+        form = f"{self.form} over {self.uses} uses" if self.uses else self.form
+        return ", ".join([form, *(["kept"] if self.kept else []), *separated])
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one player's layer is computed: decided once (``lowering.decide``), read by everyone after.
+
+    Attributes:
+        player: whose.
+        block: the metric that it is in.
+        uses: how each use of its parameters is differentiated.
+        gram: how its ``Γ`` is made; ``gram.kept``: ``γ`` is built once and serves for the step too.
+        observed: statistics and ``Γ`` are made from the same pieces of ``γ``.
+        coordinates: in which form the rows of a Kronecker-factored layer are kept where its metric is diagonal
+            (:mod:`gtddp_compile.kernels.coordinates`); ``""``: they are not.
+        lines: the sum of a convolution's ``x xᵀ`` is made of lines of pixels that its patches share.
+        groups: groups of a weight whose diagonal metric is separated for ``Γ``; ``None``: its kernel takes the whole.
+        in_place: the product that makes the step writes the parameter.
+        watched: somebody reads ``δu`` itself (a later use of tied parameters).
+    """
+
+    player: Player
+    block: MetricBlock
+    uses: tuple[Use, ...]
+    gram: GramChoice
+    observed: bool = False
+    coordinates: str = ""
+    lines: bool = False
+    groups: int | None = None
+    in_place: bool = False
+    watched: bool = False
+
+    @property
+    def single(self) -> Use | None:
+        """The use that has all parameters of the player, if there is one."""
+        return self.uses[0] if len(self.uses) == 1 and self.uses[0].names == self.player.parameters else None
+
+    @property
+    def kind(self) -> str:
+        """What the base method calls the block: one whose rows are mapped by inverse factors is ``"dual"``."""
+        return "dual" if self.coordinates == "dual" else self.block.kind
 
 
 @dataclass(frozen=True)
@@ -125,6 +192,7 @@ class Plan(Asked):
         stages: in forward order.
         removed: what the pass left out and why, in words.
         segments: where the trajectory is run again from; ``None`` where it is kept.
+        layers: how every player's layer is computed, by its name.
     """
 
     graph: ControlGraph
@@ -132,3 +200,4 @@ class Plan(Asked):
     stages: tuple[StagePlan, ...]
     removed: tuple[str, ...]
     segments: Segments | None
+    layers: Mapping[str, LayerPlan] = field(default_factory=dict)

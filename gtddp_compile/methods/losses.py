@@ -1,4 +1,4 @@
-"""The loss as one number a sample (theory: section 2).
+"""The loss as one number a sample (docs/theory.md#value-function).
 
 The recursions need ``φ_i`` with ``J = (1/B) Σ φ_i`` or ``J = Σ φ_i``. A torch loss module of reduction "mean"
 or "sum" is evaluated through a copy with reduction "none", whose elements are summed over all axes but the

@@ -1,4 +1,4 @@
-"""Terminal factors: the loss's Hessian in the network's outputs, ``H_i = S_i S_iᵀ`` (theory: section 2).
+"""Terminal factors: the loss's Hessian in the network's outputs, ``H_i = S_i S_iᵀ`` (docs/theory.md#terminals).
 
 With the ordinary gradient as its only column, ``S_i = ∇φ_i`` is the paper's choice (Prop. 5). Here are the others: the
 exact Hessian, factored (``"ggn"``, rank = outputs a sample), and a sampled factor of chosen rank, ``S_i E_i / √k`` with

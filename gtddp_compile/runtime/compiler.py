@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import ControlGraph
+from gtddp_compile.graph import ControlGraph, OpGraph
 from gtddp_compile.methods.curvature import Curvature
+from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
 from gtddp_compile.passes import (
     augment,
@@ -36,15 +38,21 @@ PATHS = 8
 
 def build_graph(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> ControlGraph:
     """Passes 1 to 5: the control graph."""
-    players = find_players(normalise(model, inputs))
-    return augment(schedule(find_shortcuts(players), options.schedule), type(model).__name__)
+    return control_graph(normalise(model, inputs), options.schedule, type(model).__name__)
 
 
-def build_program(graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool) -> UpdateProgram:
+def control_graph(ops: OpGraph, how: str | Mapping[str, int], name: str) -> ControlGraph:
+    """Passes 2 to 5: from the normal form, without the model. ``how``: the schedule; ``name``: of the network."""
+    return augment(schedule(find_shortcuts(find_players(ops)), how), name)
+
+
+def build_program(
+    graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool, setting: Setting | None = None
+) -> UpdateProgram:
     """Passes 6 to 11: derivation to code. ``decay``: whether any group has coupled weight decay."""
     derived, plan = plan_program(graph, options, curvature, decay=decay)
     lowered = recompute(lower(plan))
-    return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name)
+    return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name, setting)
 
 
 def _say_guarded(graph: ControlGraph) -> None:

@@ -41,7 +41,7 @@ class Group:
 
 
 class DenseBackend:
-    """Executes the derived equations literally (theory: sections 1 and 2)."""
+    """Executes the derived equations literally (docs/theory.md#gains)."""
 
     def __init__(self, program: UpdateProgram) -> None:
         self.program = program
@@ -49,7 +49,7 @@ class DenseBackend:
         self._refuse_mixing(program)
 
     def _refuse_mixing(self, program: UpdateProgram) -> None:
-        """With several columns a sample no Jacobian of one sample reproduces the block reading (theory: 4e)."""
+        """With several columns no Jacobian of one sample reproduces the block reading (docs/theory.md#mixing)."""
         mixing = [op for op in program.graph.ops.ops if op.mixes_samples]
         if self._factored and mixing and program.options.mixing == "block":
             raise CompileError(
@@ -124,7 +124,7 @@ class DenseBackend:
     def _terminal(
         self, samples: Tensor, g: dict[str, Tensor], hessian: Pairs, start: float, aim: Tensor, batch: int
     ) -> Group:
-        """``V_x = α_T g`` and ``V_xx`` block-diagonal in the samples: ``H_i`` over B and the aim (section 2)."""
+        """``V_x = α_T g``, ``V_xx`` of the blocks ``H_i`` over B and the aim (docs/theory.md#terminals)."""
         keep = 1.0 if self.program.options.feedback else 0.0  # Proposition 4: no value Hessian
         weight = keep * start / aim[samples] * (start if self.program.options.papers_scale else 1.0)
         mine = {name: value[samples] for name, value in g.items()}
@@ -259,7 +259,7 @@ class DenseBackend:
         group.value_x, group.value_xx = value_x, value_xx
 
     def _clip_negative(self, stage: DerivedStage, group: Group, values: dict[Any, Tensor], value_xx: Pairs) -> Tensor:
-        """Negative eigenvalues of ``I - q_uᵀ Q_uu⁻¹ q_u`` count as 0 (section 3); returns how many there were.
+        """Negative eigenvalues of ``I - q_uᵀ Q_uu⁻¹ q_u`` count as 0 (docs/theory.md#columns); returns how many.
 
         ``V_xx' = Z Zᵀ`` by its symmetric root, sample by sample; what the clip takes away is added back to ``V_xx``.
         """
@@ -310,7 +310,7 @@ class DenseBackend:
         measures: list[Pairs],
         aim: Tensor,
     ) -> None:
-        """``û = u + k + K̂ δx̂``, stage by stage along the new trajectory (section 1)."""
+        """``û = u + k + K̂ δx̂``, stage by stage along the new trajectory (docs/theory.md#gains)."""
         moved = trajectory.begin_again()
         for stage in self.program.derived.stages:
             change = trajectory.change(moved, self.program.graph.stages[stage.index].live)
@@ -330,7 +330,7 @@ class DenseBackend:
     def _believe(
         self, m: BaseMethod, t: int, change: dict[str, Tensor], measure: Pairs, aim: Tensor
     ) -> dict[str, Tensor]:
-        """Scale each sample's ``δx̂`` so that the change it predicts stays within the clip (theory: 4a).
+        """Scale each sample's ``δx̂`` so that the change it predicts stays within the clip (docs/theory.md#trust).
 
         ``c² = δx̂ᵀ H δx̂`` with the terminal Hessian pulled back along the trajectory: ``⟨g, δx̂⟩²`` where it is ``g gᵀ``.
         """

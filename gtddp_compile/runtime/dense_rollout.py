@@ -1,4 +1,4 @@
-"""The linear rollout of the dense backend: the policy on the linearised dynamics, stage by stage (theory: 4f)."""
+"""The dense backend's policy on the linearised dynamics, stage by stage (docs/theory.md#linear-rollout)."""
 
 from __future__ import annotations
 

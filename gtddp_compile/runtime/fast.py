@@ -114,5 +114,6 @@ def _load(
     linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
     exec(compile(code, filename, "exec"), namespace)
     if precision is not None and precision.mixed:
-        namespace.update({key: precision.function(key, value) for key, value in namespace.items()})
+        network = {function.name for function in program.lowered.functions if function.params is None}
+        namespace.update({key: precision.function(key, value, network) for key, value in namespace.items()})
     return namespace[name]

@@ -34,7 +34,7 @@ class Blocks:
     mixes: bool
 
     def effective(self, g: Mapping[str, Tensor]) -> Blocks:
-        """The block-diagonal reading of a stage that mixes samples (theory: 4e).
+        """The block-diagonal reading of a stage that mixes samples (docs/theory.md#mixing).
 
         Sample i's block is corrected by the rank-one term with which it pulls ``g_i`` back to ``∂Σ_jφ_j/∂x_i``, what
         every sample contributes through the batch statistics included.

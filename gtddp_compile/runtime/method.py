@@ -64,6 +64,7 @@ class BaseMethod(BlockUpdates):
         terminal: which terminal Hessian.
         aside: memory for the old values of parameters, by name, kept by the caller from step to step while it is small.
         spare: memory for new tensors of states and metrics, by name and key, kept likewise.
+        together: nothing reads a parameter after its step is known: those with inertia move when the step is done.
 
     Attributes:
         samples: of the batch, against which losses are counted; ``None``: unknown.
@@ -82,6 +83,7 @@ class BaseMethod(BlockUpdates):
         terminal: Terminal = "gradient",
         aside: dict[str, Tensor] | None = None,
         spare: dict[str, dict[str, Tensor]] | None = None,
+        together: bool = False,
     ) -> None:
         super().__init__(curvature, params, new, states, groups)
         self._before = dict(states)
@@ -98,6 +100,7 @@ class BaseMethod(BlockUpdates):
         self._written: dict[str, Tensor] = {}
         self._spare = {} if spare is None else spare
         self._ready: set[str] = set()
+        self._together, self._steps = together, dict[str, Tensor]()
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
@@ -111,6 +114,12 @@ class BaseMethod(BlockUpdates):
         self._written[name] = param
         self._params[name] = old
         return param
+
+    def _move(self, name: str, delta: Tensor) -> None:
+        if self._together:
+            self._steps[name] = delta
+        else:
+            super()._move(name, delta)
 
     def undo(self) -> None:
         """Every parameter is what it was before the step."""
@@ -138,6 +147,8 @@ class BaseMethod(BlockUpdates):
 
     def commit(self, originals: Mapping[str, Tensor]) -> None:
         """Write those new parameters that are not written yet into the model's own; old values are done with."""
+        if self._steps:
+            torch._foreach_add_([originals[name] for name in self._steps], list(self._steps.values()))
         apart = [name for name in self.states if name not in self._written and self._new[name] is not originals[name]]
         if apart:
             with torch.no_grad():

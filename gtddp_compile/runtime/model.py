@@ -15,6 +15,23 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.runtime.precision import Precision
+from gtddp_compile.terms import Terms
+
+
+def as_batch(model: nn.Module, inputs: Any, targets: Any) -> tuple[Any, Any]:
+    """Inputs and targets: of sets of points in tensors, others as they are.
+
+    Raises:
+        CompileError: the model is not :class:`Terms`, or there are targets beside them.
+    """
+    if not isinstance(inputs, Mapping):
+        return inputs, targets
+    if not isinstance(model, Terms) or targets is not None:
+        raise CompileError(
+            "sets of points are for a model that is Terms, their right-hand sides beside them",
+            'Pass {"name": (points, right-hand sides)} alone, or tensors',
+        )
+    return model.batch(inputs)
 
 
 def as_inputs(inputs: Any) -> tuple[Any, ...]:

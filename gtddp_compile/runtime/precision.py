@@ -8,7 +8,7 @@ and states are float32 at least, and rounding to the parameter's precision happe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -17,12 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOW = (torch.bfloat16, torch.float16)
-LIFTED = ("linear_", "conv_", "norm_", "generic_", "contract", "scale", "weigh", "combine")
-"""Kernels, by the beginnings of their names, that read values of the network or gradients of them."""
+from gtddp_compile.lowering.operations import LIFTED
 
-OF_THE_NETWORK = ("stage_", "prologue")
-"""Functions of the program that are the network itself, as are a rule's kernels ``PREFIX_forward``."""
+LOW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,11 @@ class Precision:
         """Around the network and the loss: the user's autocast."""
         return torch.autocast(self.autocast[0], self.autocast[1]) if self.autocast else nullcontext()
 
-    def function(self, name: str, value: Any) -> Any:
-        """A function of the program's namespace as this precision needs it."""
-        if name.startswith(OF_THE_NETWORK) or name.endswith("_forward"):
+    def function(self, name: str, value: Any, network: Collection[str]) -> Any:
+        """A function of the program's namespace as this precision needs it; ``network``: those that are its stages."""
+        if name in network:
             return _within(self, value)
-        return _lifted(value) if name.startswith(LIFTED) else value
+        return _lifted(value) if name in LIFTED else value
 
 
 def lift(value: Any) -> Any:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rich.console import Console
 from rich.table import Table
 from sympy import latex
 
@@ -19,8 +18,9 @@ from gtddp_compile.algebra.derivation import Equation, StageDerivation, equation
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, tool
-from gtddp_compile.lowering.costs import choose_gram, choose_stacked, rollout_units, separates
+from gtddp_compile.lowering.decide import rollout_units
 from gtddp_compile.lowering.lowered import Lowered
+from gtddp_compile.lowering.plan import LayerPlan
 from gtddp_compile.lowering.segments import describe_memory
 from gtddp_compile.lowering.uses import Use
 from gtddp_compile.lowering.write.columns import describe_terminal, vectorises
@@ -28,9 +28,10 @@ from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
 from gtddp_compile.passes.p11_emit import Emitted
-from gtddp_compile.wording import few
+from gtddp_compile.wording import few, rendered
 
 Format = Literal["text", "latex", "sympy"]
+VERSION = metadata.version("gtddp-compile")
 
 
 class Difference(Protocol):
@@ -61,6 +62,20 @@ class UpdateProgram:
     setting: Setting | None = None
 
     @property
+    def compiled_for(self) -> Setting:
+        """Base method, options by parameter and loss, for what writes the program down.
+
+        Raises:
+            CompileError: it belongs to no optimizer.
+        """
+        if self.setting is None:
+            raise CompileError(
+                "the program has no base method with its options: it was built outside an optimizer",
+                "Export opt.program of a compiled optimizer",
+            )
+        return self.setting
+
+    @property
     def code(self) -> str:
         """The generated Python source."""
         return self.emitted.code
@@ -85,10 +100,12 @@ class UpdateProgram:
     def load(cls, path: str | Path) -> UpdateProgram:
         """A program from the ``.json`` that :meth:`export` wrote; nothing that is read is executed.
 
-        Use it by ``compile_optimizer(model, program=program)``.
+        It is compiled again from the stored network and options. Use it by ``compile_optimizer(model,
+        program=program)``.
 
         Raises:
-            CompileError: the file is no program, was changed, cut off or written by a newer version.
+            CompileError: the file is no program, was changed, cut off or written by a newer version, or these versions
+                of gtddp_compile and torch make another program of it.
             OSError: the file cannot be read.
         """
         found: UpdateProgram = tool("export").read(Path(path))
@@ -166,7 +183,7 @@ class UpdateProgram:
         lines += [f"  {name:<4} = {values}" for name, values in self._legend(stage)]
         lines += ["  augmented dynamics (0, I, J dense; F in the controls):"]
         lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
-        lines.append("  gains and value recursion (a prime: at t+1):")
+        lines.append("  gains and value recursion (a prime: at t+1; numbers: equations of the paper):")
         lines += _equation_lines(stage.derivation)
         if self.form.name == "joint":
             lines.append("  the policy on the linearised dynamics: c' = c + C^T delta_u, and so Lambda' w' = Lambda' w")
@@ -179,13 +196,13 @@ class UpdateProgram:
     @cached_property
     def _form_lines(self) -> list[str]:
         head = f"  collapsed, V_x = G alpha, V_xx = G P G^T ({self.form.name} form):"
-        return [head, *(_line(equation) for equation in _said(self.form))]
+        return [head, *(_line(equation) for equation in self.form.said)]
 
     def _latex(self, stage: DerivedStage) -> str:
         rows = [_latex_row(equation) for equation in stage.derivation.equations()]
         if self.form.name == "joint":
             rows += [_latex_row(equation) for equation in stage.derivation.rolled.values()]
-        rows += [_latex_row(equation) for equation in _said(self.form)]
+        rows += [_latex_row(equation) for equation in self.form.said]
         body = " \\\\\n".join(rows)
         return f"% stage {stage.index}\n\\begin{{align}}\n{body}\n\\end{{align}}"
 
@@ -201,20 +218,20 @@ class UpdateProgram:
         for column in ("stage", "player", "kind", "rule", "parameters", "gram", "notes"):
             table.add_column(column, overflow="fold")
         for player in self.graph.players:
-            uses = self.lowered.uses[player.name]
-            rules = ", ".join(dict.fromkeys(use.rule.name for use in uses))
+            layer = self.lowered.plan.layers[player.name]
+            rules = ", ".join(dict.fromkeys(use.rule.name for use in layer.uses))
             table.add_row(
-                str(player.stage), player.name, player.kind, rules, str(self._size(player)), self._gram(uses),
-                "; ".join(filter(None, self._remarks(player, uses))),
+                str(player.stage), player.name, player.kind, rules, str(self._size(player)), str(layer.gram),
+                "; ".join(filter(None, self._remarks(layer))),
             )  # fmt: skip
-        return rendered(table)
+        return rendered(table) + "\n"
 
     def _products(self) -> str:
         """Both rollouts beside each other."""
         plan = self.lowered.plan
         if self.form.name not in COUPLED or self.form.factored:
             return ""
-        found = rollout_units(plan, (use for uses in self.lowered.uses.values() for use in uses))
+        found = rollout_units(plan)
         if found is None:
             return ""
         linear, again = (f"{units:.2f}" for units in found)
@@ -226,15 +243,15 @@ class UpdateProgram:
         return describe_memory(self.graph, self.lowered.plan.segments, gradients=self.form.name != "base")
 
     def _mixing(self) -> str:
-        """Which operations are read approximately (theory: 4e); without feedback none is."""
+        """Which operations are read approximately (docs/theory.md#mixing); without feedback none is."""
         mixing = self.graph.ops.mixing
         if not mixing or self.form.name == "base" or self.options.mixing == "exact":
             return ""
         return f"read sample by sample, an approximation: {few(mixing)}, which mix samples"
 
-    def _remarks(self, player: Player, uses: tuple[Use, ...]) -> tuple[str, ...]:
-        joined = self._called("m.observe_gram", uses, "statistics from the same gamma")
-        return _notes(player, uses), self._pulled(player), self._metric(player), joined
+    def _remarks(self, layer: LayerPlan) -> tuple[str, ...]:
+        joined = "statistics from the same gamma" if layer.observed else ""
+        return _notes(layer.player, layer.uses), self._pulled(layer.player), self._metric(layer.player), joined
 
     def _metric(self, player: Player) -> str:
         """Which block of a Kronecker-factored curvature the player is in."""
@@ -244,11 +261,6 @@ class UpdateProgram:
         together = ", ".join(other.name for other in block.players if other != player)
         return f"{block.kind} metric" + (f" with {together} ({block.why})" if together else "")
 
-    def _called(self, function: str, uses: tuple[Use, ...], remark: str) -> str:
-        """The remark, if the program has such a call for one of the uses."""
-        made = {call.args[0] for call in self.lowered.instructions if call.function == function}
-        return remark if any(use.names in made for use in uses) else ""
-
     def _pulled(self, player: Player) -> str:
         slow = self.form.factored and not vectorises(self.graph, player.stage)
         return "pulled back a column at a time: code that is not torch's own" if slow else ""
@@ -256,18 +268,6 @@ class UpdateProgram:
     def _size(self, player: Player) -> int:
         sizes = self.graph.ops.parameter_info
         return sum(math.prod(sizes[name].shape) for name in player.parameters)
-
-    def _gram(self, uses: tuple[Use, ...]) -> str:
-        if self.form.name == "base":
-            return "none"
-        if self.form.name in ("substituted", "printed"):
-            return "a block a sample" if self.form.factored else "diagonal"
-        if self.form.factored:
-            return "per-sample gradients, uses added" if len(uses) > 1 else "kernel, columns as samples"
-        plan = self.lowered.plan
-        if len(uses) > 1:
-            return str(choose_stacked(plan, uses) or "per-sample gradients, uses added")
-        return f"{choose_gram(plan, uses[0])}{', metric separated' if separates(plan, uses[0]) else ''}"
 
 
 class StageNotes(Mapping[int, str]):
@@ -288,13 +288,6 @@ class StageNotes(Mapping[int, str]):
         return len(self._program.derived.stages)
 
 
-def rendered(table: Table, width: int = 110) -> str:
-    """A rich table as plain text."""
-    stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(table)
-    return stream.getvalue()
-
-
 @lru_cache(maxsize=256)
 def _equation_lines(derivation: StageDerivation) -> tuple[str, ...]:
     """Printed once a pattern, which deep networks share among all their stages."""
@@ -306,14 +299,8 @@ def _line(equation: Equation) -> str:
     return f"    {equation_text(equation):<76} {source}".rstrip()
 
 
-def _said(form: CollapsedForm) -> list[Equation]:
-    """The collapsed equations, those that say nothing left out (``y = y'`` without weight decay)."""
-    found = [*form.backward.values(), *form.forward.values()]
-    return [equation for equation in found if str(equation.expression) != f"{equation.symbol}'"]
-
-
 def _latex_row(equation: Equation) -> str:
-    tag = f" \\tag{{{equation.source}}}" if equation.source else ""
+    tag = f" \\tag{{{equation.tag}}}" if equation.tag else ""
     return f"{latex(equation.symbol)} &= {latex(equation.expression)}{tag}"
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches of one update, run side by side: the update of their union, each a group of samples (theory: 4a).
+"""Micro-batches of one update, side by side: that of their union, each a group (docs/theory.md#accumulation).
 
 A group of b of the union's B samples stands for the whole: ``P_t⁻¹ = P_{t+1}⁻¹ + (B/b) Γ_t`` from ``P_T⁻¹ = B
 diag(aim)``. That is B/b times what the group has as a batch of its own, so ``w`` and ``α`` are b/B times its own: a

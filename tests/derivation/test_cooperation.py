@@ -246,7 +246,7 @@ def test_corollary_7(players: int) -> None:
         if players == 2:
             shrunk = damping * value / (damping + value)
             torch.testing.assert_close(1 / joint[0, 0], damping + shrunk)
-        # two negative off-diagonal factors multiply (theory: section 6, item 3)
+        # two negative off-diagonal factors multiply (docs/theory.md#contradictions, item 3)
         change[i] = (joint.abs() @ gradient[i].expand(players, 1).double())[0, 0]
     if players == 2:
         q_uu, q_uv = values + damping, -values

@@ -1,15 +1,15 @@
 """The oracle on its own: base methods, a linear-quadratic problem, brute force against closed form.
 
-Findings about theory.md, each a test below:
+Each a test below:
 
-* 4a's closed form equals the dense solver with the whole batch-augmented Hessian, and 4b the dense
-  block-diagonal one.
-* With weight decay 4a as printed (`α = P 1`, `w = P (1 + c)`) is not the DDP update. The closed form that
-  equals the brute force has `y_t = y_{t+1} - γ_t M_t⁻¹ ℓ_u`, `y_T = 1`, in every place of the vector of ones.
-  4b needs nothing new: its k contains ℓ_u.
+* The closed form (docs/theory.md#collapse) equals the dense solver with the whole batch-augmented Hessian, and the
+  block form (docs/theory.md#block) the dense block-diagonal one.
+* With weight decay `α = P 1`, `w = P (1 + c)` is not the DDP update. The closed form that equals the brute force has
+  `y_t = y_{t+1} - γ_t M_t⁻¹ ℓ_u`, `y_T = 1`, in every place of the vector of ones (docs/theory.md#weight-decay).
+  The block form needs nothing new: its k contains ℓ_u.
 * Groups: `P_t⁻¹ = P_{t+1}⁻¹ + (B/b_j) Γ_t` is the mean, weighted by b_j/B, of the updates of groups that each
   stand for the batch; a ragged last group uses its own size.
-* 4e is the exact derivation where samples do not mix (batch-norm in eval mode), else an approximation.
+* docs/theory.md#mixing is the exact derivation where samples do not mix (batch-norm in eval mode), else it is near.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def test_options_reach_the_derivation(here: Path) -> None:
     paper = run(*words, "--coupling", "block", "--recursion", "printed", "--curvature", "rmsprop").stdout
     assert "printed form" in paper and "joint form" in run(*words).stdout
     assert run(*words, "--loss", "user_net:absolute").exit_code == 0
-    assert "(4c)" not in run(*words).stdout and "(4c)" in run(*words, "--terminal", "2").stdout
+    assert "#columns)" not in run(*words).stdout and "#columns)" in run(*words, "--terminal", "2").stdout
     steep = run(*words, "--terminal", "steep")
     assert steep.exit_code == 1 and "terminal='steep' is not known" in steep.stderr
     assert run(*words, "--loss", "SmoothL1Loss").exit_code == 0

@@ -17,12 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "gtddp_compile"
 LONGEST = 420
 
-# Low to high: the folders, and the modules beside them. A module imports only from its own entry or an earlier one;
-# gtddp_compile/__init__.py is above them all.
-# The same among the modules of lowering/: what a layer is, what is decided, what is written, and what writes it.
+# The folders' order is in support/layers.py. The same among the modules of lowering/: what a layer is, what is decided,
+# what is written, and what writes it.
 LOWERING = (
-    "layers", "segments", "plan", "uses", "costs", "cooperation", "instructions", "builder", "printing", "write",
-    "lowered",
+    "layers", "segments", "uses", "plan", "costs", "decide", "cooperation", "operations", "instructions", "formulas",
+    "builder", "printing", "write", "lowered",
 )  # fmt: skip
 TOP = max(LAYERS.values()) + 1
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import importlib.util
 import inspect
 import io
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -28,7 +30,7 @@ def read(name: str) -> str:
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # inspect looks for it there
     spec.loader.exec_module(module)
     return module
 
@@ -49,6 +51,14 @@ def test_the_readmes_code_runs_and_trains() -> None:
 
 def test_the_picture_is_what_the_script_draws() -> None:
     assert script("control_graph").graph().to_svg() == read("docs/control_graph.svg")
+
+
+def test_the_picture_of_a_program_is_what_the_compiler_prints() -> None:
+    picture = script("program_picture")
+    drawn, printed = picture.picture(), str(picture.program())
+    assert drawn == read("docs/program.svg")
+    assert html.escape(picture.program().derivation(picture.STAGE).splitlines()[-1].split("   (")[0].strip()) in drawn
+    assert all(html.escape(line) in drawn for line in printed.splitlines() if line.startswith("joint, "))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -78,6 +78,7 @@ def test_networkx() -> None:
         "shape": [32, 64],
         "stage": 1,
         "player": "block.project",
+        "coalition": ["block.fc1", "block.project"],
         "parameters": ["block.project.weight"],
         "merge": False,
         "input": False,

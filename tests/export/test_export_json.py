@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, UpdateProgram, compile_optimizer
+from gtddp_compile.passes.p11_emit import Emitted, emit
+from gtddp_compile.runtime import compiler
 from gtddp_compile.tools.export import document, targets
 from gtddp_compile.tools.export.document import FORMAT, from_json
 from support.architectures import EXAMPLES, Example
@@ -148,10 +150,24 @@ def test_the_checksum_is_of_the_content_not_of_the_layout(content: bytes) -> Non
 
 def test_changed_files_are_refused(content: bytes) -> None:
     changed = json.loads(content)
-    changed["program"]["groups"][0]["options"]["lr"] = 10.0
+    options = changed["program"]["groups"][0]["Group"]["options"]["dict"]
+    next(pair for pair in options if pair[0] == "lr")[1] = 10.0
     with pytest.raises(CompileError, match="changed or damaged after it was written"):
         from_json(json.dumps(changed).encode())
     from_json(resealed(changed))
+
+
+def test_programs_that_come_out_otherwise_are_refused(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file whose network, options or compiler make other equations or other code than where it was written."""
+    other = json.loads(content)
+    other["program"]["options"]["Options"]["feedback"] = False
+    with pytest.raises(CompileError, match=r"give other equations here .* by 'gtddp_compile \S+, torch \S+'"):
+        from_json(resealed(other))
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "emit", lambda lowered: Emitted(emit(lowered).code.replace("B", "A"), {}))
+        with pytest.raises(CompileError, match=r"give other code here"):
+            from_json(content)
+    from_json(content)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.999])
@@ -162,7 +178,7 @@ def test_cut_off_files_are_refused(content: bytes, part: float) -> None:
 
 def test_newer_files_are_refused(content: bytes) -> None:
     newer = {**json.loads(content), "version": document.SCHEMA_VERSION + 1, "written_by": "gtddp_compile 9.1"}
-    with pytest.raises(CompileError, match=r"version 2 and was written by 'gtddp_compile 9.1'.* Update gtddp_compile"):
+    with pytest.raises(CompileError, match=r"version 3 and was written by 'gtddp_compile 9.1'.* Update gtddp_compile"):
         from_json(json.dumps(newer).encode())
 
 
@@ -174,23 +190,31 @@ def test_other_files_are_refused() -> None:
         from_json(json.dumps({"format": FORMAT, "version": True}).encode())
 
 
+def ops(program: dict[str, Any]) -> list[dict[str, Any]]:
+    return [op["Op"] for op in program["ops"]["OpGraph"]["ops"]]
+
+
+def reading(target: str, *args: Any) -> Callable[[dict[str, Any]], None]:
+    """The second operation made to call a function of the table on the first."""
+    return lambda p: ops(p)[1].update(target={"function": target}, args=[{"ref": ops(p)[0]["name"]}, *args])
+
+
 FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
-    "function": lambda p: p["graph"]["ops"]["ops"][1].update(target={"function": "torch.load"}),
-    "eval": lambda p: p["graph"]["ops"]["ops"][1].update(target={"function": "eval"}),
-    "method": lambda p: p["graph"]["ops"]["ops"][1].update(target={"method": "__reduce__"}),
-    "aten": lambda p: p["graph"]["ops"]["ops"][1].update(target={"aten": "aten.from_file.default"}),
-    "instruction": lambda p: p["instructions"][-1].update(function="torch.load"),
-    "import": lambda p: p["instructions"][-1].update(args=[{"code": "__import__('os').system('true')"}], function="="),
-    "attribute": lambda p: p["instructions"][-1].update(args=[{"code": "m.__class__.__mro__"}], function="="),
-    "note": lambda p: p["instructions"][-1].update(note="x\n    import os"),
-    "doc": lambda p: p["functions"][0].update(doc='"""\n    import os\n    """'),
-    "name": lambda p: p["functions"][0].update(name="f():\n    import os\ndef g"),
-    "variable": lambda p: p["names"].update({next(iter(p["names"])): "x = open('y')\nz"}),
-    "lambda": lambda p: p["instructions"][-1].update(args=[{"code": "(lambda: 0)()"}], function="="),
-    "builtin": lambda p: p["instructions"][-1].update(args=[{"code": "open('x')"}], function="="),
-    "getattr": lambda p: p["instructions"][-1].update(args=[{"code": "getattr(m, '_loss')"}], function="="),
-    "torch": lambda p: p["instructions"][-1].update(args=[{"code": "torch.hub.load('a', 'b')"}], function="="),
-    "kernel": lambda p: p["functions"][0].update(name="solve"),
+    "function": reading("torch.load"),
+    "eval": reading("eval"),
+    "method": lambda p: ops(p)[1].update(target={"method": "__reduce__"}),
+    "aten": lambda p: ops(p)[1].update(target={"aten": "aten.from_file.default"}),
+    "getattr": reading("getattr", "__class__"),
+    "keyword": lambda p: ops(p)[1].update(kwargs={"dict": [["x=__import__('os'), y", 1]]}),
+    "name": lambda p: ops(p)[1].update(name='f"""\n    import os'),
+    "reference": lambda p: ops(p)[2].update(args=[{"ref": "x\n    import os"}]),
+    "module": lambda p: ops(p)[1].update(module="m\nimport os"),
+    "network": lambda p: p.update(name='n"""\nimport os'),
+    "parameter": lambda p: p["ops"]["OpGraph"]["parameters"][0]["ParameterInfo"].update(name='w"""'),
+    "record": lambda p: p["ops"]["OpGraph"]["ops"].__setitem__(1, {"UpdateProgram": {}}),
+    "method's name": lambda p: p.update(curvature={"Evil": {}}),
+    "type": lambda p: ops(p)[1].update(shape=["4"]),
+    "option": lambda p: p["groups"][0]["Group"].update(options={"dict": [["lr", "0.1"]]}),
 }
 
 

@@ -366,7 +366,7 @@ def test_source_stands_alone(prefix: str) -> None:
     """What an exported program carries of a kernel, its text and that of all it names, runs without this package."""
     luggage = Luggage()
     luggage.take("gtddp_compile.kernels", f"{prefix}_gram")
-    text = "\n\n".join([*sorted(luggage.imports), *luggage.pieces.values()])
+    text = "\n\n".join([*luggage.import_lines, *luggage.pieces.values()])
     assert "gtddp_compile" not in text
     namespace: dict[str, Any] = {"__name__": "exported"}
     exec(compile(text, f"{prefix}.py", "exec"), namespace)

@@ -151,7 +151,7 @@ def test_every_way_is_the_explicit_step(way: str, lam: float) -> None:
     expected = explicit(torch.cat([j[name].flatten(1) for name in names], 1), values - y, lam)
     found, opt = step(model, x, y, lam)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 if lam == 1 else 1e-8 * float(expected.abs().max()))
-    rules = {use.rule.name for uses in opt.program.lowered.uses.values() for use in uses}
+    rules = {use.rule.name for layer in opt.program.lowered.plan.layers.values() for use in layer.uses}
     assert rules <= ({"linear", "shift"} if way == "by hand" else {"linear", "transposed"})
 
 

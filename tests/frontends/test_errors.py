@@ -1,4 +1,4 @@
-"""What malformed models and inputs are told, and that nothing has changed then (api.md, Errors)."""
+"""What malformed models and inputs are told, and that nothing has changed then."""
 
 from __future__ import annotations
 

@@ -110,11 +110,37 @@ def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) ->
     basis = torch.eye(weight[0].numel(), dtype=x.dtype).reshape(-1, *weight.shape[1:])
     patches = convolve(x, basis, **options).flatten(2).transpose(0, 1).flatten(1)  # every weight's input
     patches = torch.cat([patches, torch.ones_like(patches[:1])]) if bias else patches
-    operands, g = (x,), torch.zeros_like(convolve(x, weight, **options))
+    operands = (x,)
     params, wants = (weight, draw(2)) if bias else (weight,), (True, bias)
-    rows, _ = kernels.conv_rows(operands, g, params, wants, groups=1, **options)
-    found = kernels.conv_moment(operands, rows, params, wants, groups=1, **options)
+    found = kernels.conv_moment(operands, params, wants, groups=1, **options)
     torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_last_step_is_added_by_the_product_that_makes_the_step(blocks: int, bias: bool) -> None:
+    x, g, weights, last = draw(5, 7), draw(5, 4), draw(5), (draw(4, 7), draw(4))[: 1 + bias]
+    rows = kernels.linear_rows((x,), g, (), (True, bias), blocks=blocks)
+    width = rows[0].shape[3]
+    inverses = draw(blocks, width, width), draw(1, 4, 4)
+    found = kernels.dual_carried(kernels.dual_coordinates(*rows, inverses), weights, last, 0.9, 0.3)
+    whole = torch.block_diag(*inverses[0])[: 7 + bias, : 7 + bias]
+    ones = torch.cat([x, torch.ones(5, 1, dtype=x.dtype)], 1) if bias else x
+    step = 0.3 * (weights[:, None] * g @ inverses[1][0]).T @ ones @ whole
+    expected = [0.9 * last[0] - step[:, :7], *(0.9 * own - step[:, 7] for own in last[1:])]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_kept_gradients_in_whitened_channels() -> None:
+    """``Γ`` of them is that of a convolution of whitened inputs."""
+    x, g, params, maps = draw(3, 4, 5, 5), draw(3, 6, 5, 5), (draw(6, 2, 3, 3), draw(6)), draw(2, 2, 2)
+    options: Any = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 2}
+    gamma = kernels.conv_per_sample((x,), g, params, (True, True), **options)
+    white = kernels.conv_whitened((x,), g, params, maps)
+    gram = kernels.conv_gram(white, g, params, (True, True), (0.3, 0.2), **options)
+    (found,) = kernels.joint_gram(kernels.channel_rows(gamma, maps), (0.3, 0.2), [slice(0, 3)])
+    torch.testing.assert_close(found, gram, rtol=1e-12, atol=1e-12)
 
 
 # --- in programs ------------------------------------------------------------------------------------------------------
@@ -129,8 +155,10 @@ def test_fast_equals_dense(network: Any, form: str, coupling: Any, kind: str) ->
     if kind == "ekfac":  # batches of five leave null spaces: directions in them are any basis's
         options["refresh"] = 1
     opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, coupling=coupling, **options)
-    kept = "dual_coordinates(" if kind == "kfac" and form == "rows" else f"'{form}')"
-    assert kept in opt.program.code and "coordinates_step" in opt.program.code
+    dual = kind == "kfac" and form == "rows"
+    made = "kronecker_coordinates(" if form == "rows" else "sample_coordinates("
+    kept, step = ("dual_coordinates(", "descend_dual") if dual else (made, "coordinates_step")
+    assert kept in opt.program.code and step in opt.program.code
     assert_equal(case, coupling=coupling, steps=3, size=5, **options)
 
 
@@ -138,7 +166,8 @@ def test_fast_equals_dense(network: Any, form: str, coupling: Any, kind: str) ->
 def test_with_decay_the_gradient_is_mapped(network: Any) -> None:
     case, options = network(), {"curvature": "kfac", "lr": 0.2, "damping": 1e-2, "weight_decay": 0.05}
     opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, **options)
-    assert "coordinates_gram" in opt.program.code and "coordinates_step" not in opt.program.code
+    gram = "dual_gram" if network is wide else "coordinates_gram"
+    assert gram in opt.program.code and "coordinates_step" not in opt.program.code and "dual(" not in opt.program.code
     assert_equal(case, steps=3, size=5, **options)
 
 
@@ -205,7 +234,7 @@ def test_factors_are_made_when_they_are_due(monkeypatch: pytest.MonkeyPatch) -> 
         calls.append(args)
         return original(*args, **options)
 
-    monkeypatch.setattr(kernels, "conv_moment", counted)
+    monkeypatch.setitem(kernels.KERNELS, "conv_moment", counted)
     opt = compile_optimizer(case.model, case.batch(0, 5)[0], loss=LOSS, curvature="kfac", stat_every=2, early=0)
     for step in range(4):
         opt.step(*case.batch(step, 5))

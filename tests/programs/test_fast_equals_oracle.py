@@ -112,7 +112,7 @@ def test_options_of_the_feedback_and_the_loss(name: str, regime: str) -> None:
 @pytest.mark.parametrize("setting", ["sgd", "momentum", "rmsprop", "adam"])
 @pytest.mark.parametrize("name", sorted(CONV))
 def test_convolutions_with_batch_norm(name: str, setting: str, regime: str) -> None:
-    """Training mode is read as theory.md 4e says, which `collapsed_step` defines."""
+    """Training mode is read as docs/theory.md#mixing says, which `collapsed_step` defines."""
     check(CONV[name](), setting, COUPLINGS[regime], method=collapsed_step)
 
 

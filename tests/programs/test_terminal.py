@@ -167,7 +167,7 @@ def test_sampling_follows_torchs_random_state() -> None:
 
 
 def test_samples_mixed_by_batch_norm_are_read_column_by_column() -> None:
-    """Training-mode batch-norm: column a of sample i is pulled back to ``Σ_j (∂x_j'/∂x_i)ᵀ z_ja`` (theory: 4e)."""
+    """Batch-norm in training pulls column a of sample i back to ``Σ_j (∂x_j'/∂x_i)ᵀ z_ja`` (docs/theory.md#mixing)."""
     case = networks.conv_residual(training=True)
     stages, params = case.stages["asap"], {n: p.detach().clone() for n, p in case.model.named_parameters()}
     x, y = case.batch(0, 4)

@@ -1,6 +1,6 @@
 """Small networks for the tests; for `CASES` also the same network as hand-written stages for the oracle.
 
-The stages follow theory.md section 1: parameter-free operations run in the stage of the last player they
+The stages follow docs/theory.md#state: parameter-free operations run in the stage of the last player they
 depend on, a state holds the values already computed that are still needed. A batch-norm layer is one player:
 its normalisation runs with its affine parameters, as the one operation that torch records.
 """

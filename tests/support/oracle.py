@@ -2,11 +2,11 @@
 
 The network is a list of `Stage`s over hand-written augmented states. Two independent ways to one update:
 
-* `ddp_step`: theory.md sections 1 and 2 with explicit matrices. The batch-augmented state is one vector of
+* `ddp_step`: docs/theory.md#gains for a whole batch, with explicit matrices. The batch-augmented state is one vector of
   B * n numbers, its Jacobians come from `torch.func.jacrev` of the whole batch (samples are not assumed to
   be separate), `V_xx` is a dense matrix and every gain is a linear solve.
-* `collapsed_step`: theory.md section 4 with explicit per-sample gradients and `torch.linalg.inv`. It is the
-  only one that defines section 4e's reading of operations that mix samples (batch-norm).
+* `collapsed_step`: docs/theory.md#collapse with explicit per-sample gradients and `torch.linalg.inv`. It is the
+  only one that defines the reading of operations that mix samples (batch-norm; docs/theory.md#mixing).
 
 Definitions, where the text leaves a choice. Scale: the loss is `s * sum(phi)` with `s = 1/B` ("mean") or 1
 ("sum"); `V_x = s grad`, `V_xx = s grad gradᵀ`, or `V_x V_xᵀ`, `s²` in place of `s`, where the paper's own recursions
@@ -20,9 +20,9 @@ group j's value function by `b_j/B` gives the same gains with `V` terminal scale
 Γ_t`.
 
 Weight decay: `ℓ_u = weight_decay * u` belongs to `Q_u` (so to k, and through `Q_xu k` to `V_x`); M is
-unchanged. The closed form needs one vector more than theory.md 4a prints: `y_T = 1`, `y_t = y_{t+1} - γ_t
-M_t⁻¹ ℓ_u`, `α_t = P_t y_t`, `w_t = P_t (y_t + c_t)`, `δu_t = -M_t⁻¹ (γ_tᵀ w_t + ℓ_u)` (test_oracle.py shows
-that the printed form is not the DDP update).
+unchanged. The closed form needs a vector in place of the ones: `y_T = 1`, `y_t = y_{t+1} - γ_t M_t⁻¹ ℓ_u`,
+`α_t = P_t y_t`, `w_t = P_t (y_t + c_t)`, `δu_t = -M_t⁻¹ (γ_tᵀ w_t + ℓ_u)` (test_oracle.py shows that the form with
+ones is not the DDP update; docs/theory.md#weight-decay).
 
 Block coupling keeps the per-sample diagonal blocks of V_xx after every stage; with the "levenberg" recursion
 the stage Hessian is the joint one, `Q_uu = M + Σ_i f_uᵀ V_xx^(i) f_u`.
@@ -198,7 +198,7 @@ def stage_backward(
 def ddp_step(
     stages: Sequence[Stage], params: Params, inputs: State, targets: Tensor, loss: Loss, base: Any, options: Options
 ) -> tuple[Params, Record]:
-    """One update by theory.md sections 1 and 2; `loss` gives one number a sample."""
+    """One update by docs/theory.md#gains; `loss` gives one number a sample."""
     assert options.recursion == "levenberg" or options.coupling == "block"
     record = Record()
     states = trajectory(stages, params, inputs)
@@ -244,7 +244,7 @@ def ddp_step(
 def sample_gradients(
     stages: Sequence[Stage], params: Params, states: list[State], g: Tensor
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """g at every cut and γ (B × m) of every stage, `γ_i = (∂h_i/∂u)ᵀ ∂Σφ/∂h_i` (4e where samples mix)."""
+    """g at every cut and γ (B × m) of every stage, `γ_i = (∂h_i/∂u)ᵀ ∂Σφ/∂h_i` (docs/theory.md#mixing)."""
     gradients, gammas = {len(stages): g}, {}
     for t in reversed(range(len(stages))):
         stage, state = stages[t], states[t]
@@ -273,7 +273,7 @@ def collapsed_step(
     *,
     decay_terms: bool = True,
 ) -> tuple[Params, Record]:
-    """One update by theory.md 4a (full, groups) or 4b (block); `decay_terms=False`: y = 1, 4a as printed."""
+    """One update by docs/theory.md#collapse (full, groups) or docs/theory.md#block; `decay_terms=False`: y = 1."""
     record = Record()
     states = trajectory(stages, params, inputs)
     phi, g = terminal_gradient(loss, states[-1], targets)

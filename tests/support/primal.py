@@ -1,4 +1,4 @@
-"""The joint step over one flat vector of parameters (theory: 4f), by `torch.func` and one dense solve.
+"""The joint step over one flat vector (docs/theory.md#linear-rollout), by `torch.func` and one dense solve.
 
 ``δu`` minimises ``(∇J + λ u)ᵀ δu + ½ δuᵀ H δu + ½ (δu - μ v)ᵀ M (δu - μ v)`` with ``H = C P_T Cᵀ`` or the exact
 ``Σ_i J_iᵀ H_i J_i``: ``(M + H) δu = -(∇J + λ u - μ M v)``. No stages, no cuts, no Gram matrices, no recursion; shares

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from gtddp_compile.graph import Op, ParamRef, Ref
 from gtddp_compile.lowering.builder import Builder
-from gtddp_compile.lowering.instructions import Code, Var
+from gtddp_compile.lowering.instructions import Apply, Var
 from gtddp_compile.lowering.layers.binding import bind
 from gtddp_compile.lowering.plan import StagePlan
 
@@ -73,11 +73,11 @@ def read_back(ops: Sequence[Op]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in refs if name in inside))
 
 
-def as_read(b: Builder, value: str) -> Code | Var:
+def as_read(b: Builder, value: str) -> Apply | Var:
     """A value as a stage that is written out reads it: without what torch has recorded of it."""
     t = b.graph.stage_of.get(value, -1)
     recorded = t >= 0 and not written_out(b, t)
-    return Code(f"{b.name(value)}.detach()") if recorded else Var(b.name(value))
+    return Apply(".detach()", (Var(b.name(value)),)) if recorded else Var(b.name(value))
 
 
 def pull(b: Builder, stage: StagePlan, ops: Sequence[Op], g: str) -> None:
@@ -85,12 +85,12 @@ def pull(b: Builder, stage: StagePlan, ops: Sequence[Op], g: str) -> None:
     t, taps = stage.index, b.graph.uses_in(b.graph.stages[stage.index].ops)
     targets = [b.g_as_it_lies(op.name) if op.name in taps else f"{b.g_as_it_lies(op.name)}_inner" for op in ops]
     if ops[-1].name in taps:
-        b.emit("backward", t, (f"*{targets[-1]}",), "=", Code(g), note="g of the player")
+        b.emit("backward", t, f"{targets[-1]}", "=", Var(g), note="g of the player")
     first = 0 if stage.pulled else 1 + min(index for index, op in enumerate(ops) if op.name in taps)
     for index in range(len(ops) - 1, first - 1, -1):
         found = _adjoint(ops[index])
         assert found is not None  # written_out() has seen it
         kernel, rest = found[0], [b.operand(ref) for ref in found[1]]
         after = targets[index - 1] if index else b.g(stage.pulled[0], t)
-        b.emit("backward", t, (f"*{after}",), kernel, Var(g), *rest, note="Q_x = f_x^T V_x; g of the players")
+        b.emit("backward", t, after, kernel, Var(g), *rest, note="Q_x = f_x^T V_x; g of the players")
         g = after

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.graph import BufferRef, Player
 from gtddp_compile.lowering.builder import Builder
-from gtddp_compile.lowering.costs import GramChoice, choose_gram, choose_stacked, observes
-from gtddp_compile.lowering.instructions import Code, Function, Phase, StageFunction, Var
+from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, Phase, StageFunction, Var, item, total
 from gtddp_compile.lowering.uses import Use
 
 
@@ -22,29 +20,26 @@ def operands(b: Builder, use: Use) -> Var | tuple[Var, ...]:
     return tuple(b.operand(ref) for ref in use.operands)
 
 
-SAMPLES = Code("phi.shape[0]")
-
-
 def prepare(b: Builder, t: int, tap: str) -> None:
     """Once a stage: what the kernels of a player's operation take, and ``g`` of its value, with samples leading."""
     uses = [use for player, use in b.uses_at(tap) if not _unprepared(b, player, use)]
     for use in [use for use in uses if use.rule.prepare][:1]:
         whole = tuple(b.operand(ref) for ref in use.operands)
-        b.emit("backward", t, (f"*o_{b.name(tap)}",), f"{use.rule.prefix}_prepare", whole, **b.options(use))
+        b.emit("backward", t, f"o_{b.name(tap)}", f"{use.rule.prefix}_prepare", whole, **b.options(use))
     for use in [use for use in uses if use.layouts]:
         _, *rest = b.arrangement(use)
         found = Var(f"o_{b.name(tap)}") if use.rule.prepare else tuple(b.operand(ref) for ref in use.operands)
-        b.emit("backward", t, (f"*o_{b.name(use.key)}_apart",), "apart_all", found, SAMPLES, tuple(rest),
+        b.emit("backward", t, f"o_{b.name(use.key)}_apart", "apart_all", found, SAMPLES, tuple(rest),
                note="samples leading")  # fmt: skip
     for use in [use for use in uses if use.layouts][:1]:
         columns = {"columns": 1} if b.factored else {}
-        b.emit("backward", t, (f"*{b.g_output(tap)}",), "apart", Var(b.g_as_it_lies(tap)), SAMPLES,
+        b.emit("backward", t, f"{b.g_output(tap)}", "apart", Var(b.g_as_it_lies(tap)), SAMPLES,
                *(b.arrangement(use)[0] or ()), note="samples leading", **columns)  # fmt: skip
 
 
 def _unprepared(b: Builder, player: Player, use: Use) -> bool:
     """Whether ``γ`` is made from the operands as they are, and nobody else asks for prepared ones."""
-    return use.rule.prepare and not use.layouts and b.keeps(player.name)
+    return use.rule.prepare and not use.layouts and b.layer(player).gram.kept
 
 
 def moments(b: Builder, op: str) -> str:
@@ -73,7 +68,7 @@ def player_function(b: Builder, use: Use) -> StageFunction:
     )
 
 
-def _kept(b: Builder, t: int, player: Player) -> str:
+def kept(b: Builder, t: int, player: Player) -> str:
     """``γ`` of a player whose per-sample gradients are kept, built the first time; returns the variable."""
     (use,) = b.uses(player.name)
     name = kept_rows(b, use)
@@ -83,8 +78,8 @@ def _kept(b: Builder, t: int, player: Player) -> str:
         more: dict[str, Any] = {}
         if raw and use.options.get("form") == "batch" and use.options.get("training"):
             more["moments"], x = Var(moments(b, use.op)), b.operand(use.operands[0])
-            b.emit("backward", t, (f"*{moments(b, use.op)}",), "batch_moments", x, note="mean, variance")
-        b.emit("backward", t, (f"*{name}",), b.kernel(use, "gamma" if raw else "per_sample"), found,
+            b.emit("backward", t, f"{moments(b, use.op)}", "batch_moments", x, note="mean, variance")
+        b.emit("backward", t, name, b.kernel(use, "gamma" if raw else "per_sample"), found,
                Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use), **more)  # fmt: skip
     return name
 
@@ -92,93 +87,75 @@ def _kept(b: Builder, t: int, player: Player) -> str:
 def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, prefix: str, note: str) -> str:
     """``C w`` of one player over all its uses (``b + C w`` if the linear term is kept apart); returns the variable."""
     found = []
-    if b.keeps(player.name):
+    if b.layer(player).gram.kept:
         name = f"{prefix}_{b.identity(player)}"
-        b.emit(phase, t, (f"*{name}",), "rows_weighted", Var(_kept(b, t, player)), Var(weights), note=note)
+        b.emit(phase, t, name, "rows_weighted", Var(kept(b, t, player)), Var(weights), note=note)
         return name
     for use in b.uses(player.name):
         name, g = f"{prefix}_{b.name(use.key)}", Var(b.g_output(use.op))
         piecewise = use.rule.rows and not b.factored and len(b.graph.op(use.op).shape or ()) > 2
         kernel, last = b.kernel(use, "weighted"), (params(b, use), use.wants)
         if piecewise:
-            b.emit(phase, t, (f"*{name}",), "weigh", Function(kernel), operands(b, use), g, Var(weights), *last,
+            b.emit(phase, t, name, "weigh", Function(kernel), operands(b, use), g, Var(weights), *last,
                    note=note, **b.options(use))  # fmt: skip
         else:
-            b.emit(phase, t, (f"*{name}",), kernel, operands(b, use), output_gradient(b, use, weights), *last,
+            b.emit(phase, t, name, kernel, operands(b, use), output_gradient(b, use, weights), *last,
                    note=note, **b.options(use))  # fmt: skip
         found.append((use.names, Var(name)))
     if len(found) == 1 and found[0][0] == player.parameters:
         return found[0][1].name
     total = f"{prefix}_{b.identity(player)}_total"
-    b.emit(phase, t, (f"*{total}",), "gather", player.parameters, *found, note="every use")
+    b.emit(phase, t, total, "gather", player.parameters, *found, note="every use")
     return total
 
 
 def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
     """``Γ`` of one player (over all columns, the gradient's included, where there are several).
 
-    ``given``: what the kernel takes in place of the use's operands: inputs in the metric's own coordinates.
+    ``given``: what the kernel takes in place of the use's operands, or of ``γ``: in the metric's own coordinates.
     """
-    uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
-    if b.keeps(player.name):
-        b.emit("backward", t, (f"*{result}",), "joint_gram", Var(_kept(b, t, player)), Var(metric), Var(b.rows),
+    result = f"gamma_{t}_{b.identity(player)}"
+    if b.layer(player).gram.kept:
+        b.emit("backward", t, result, "joint_gram", given or Var(kept(b, t, player)), Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T")  # fmt: skip
         return result
-    if len(uses) == 1 and uses[0].names == player.parameters:
-        use = uses[0]
-        chosen = GramChoice("") if b.factored else choose_gram(b.plan, use)
+    chosen, use = b.layer(player).gram, b.layer(player).single
+    if use is not None:
         choice = chosen.approximate
         more: dict[str, Any] = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
         kernel = "gram" if choice == "exact" else f"{choice}_gram"
         others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks") if b.factored else ()
         first = [Function(name) for name in (b.kernel(use, kernel), *others)]
         taken = given or operands(b, use)
-        b.emit("backward", t, (f"*{result}",), "factor_gram" if b.factored else "gram_blocks", *first, taken,
+        b.emit("backward", t, result, "factor_gram" if b.factored else "gram_blocks", *first, taken,
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T", **b.options(use), **more)  # fmt: skip
         return result
-    if not b.factored and choose_stacked(b.plan, uses) is not None:
+    if chosen.uses:
+        uses = b.uses(player.name)
         found = [operands(b, use) for use in uses]
-        inputs = tuple(Code(f"{v.name}[0]") if isinstance(v, Var) else v[0] for v in found)
+        inputs = tuple(item(v, 0) if isinstance(v, Var) else v[0] for v in found)
         rest = tuple(Var(b.g_output(use.op)) for use in uses[1:])
         said = tuple((use.rule.prefix == "transposed", use.params[1] is not None) for use in uses)
-        b.emit("backward", t, (f"*{result}",), "gram_blocks", Function("linear_uses_gram"), (*inputs, *rest),
+        b.emit("backward", t, result, "gram_blocks", Function("linear_uses_gram"), (*inputs, *rest),
                Var(b.g_output(uses[0].op)), params(b, uses[0]), uses[0].wants, Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T of all uses", uses=said)  # fmt: skip
         return result
-    b.emit("backward", t, (f"*{result}",), "joint_gram", Var(per_sample(b, t, player)), Var(metric), Var(b.rows),
+    b.emit("backward", t, result, "joint_gram", Var(per_sample(b, t, player)), Var(metric), Var(b.rows),
            note="gamma M^-1 gamma^T")  # fmt: skip
     return result
 
 
 def observed_gram(b: Builder, t: int, player: Player) -> str | None:
     """Statistics and ``Γ`` of one player from the same per-sample gradients, where that is cheaper."""
-    if not joins(b, player):
+    if not b.layer(player).observed:
         return None
     (use,), result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     functions = [Function(b.kernel(use, name)) for name in ("weighted", "gram", "pieces")]
-    b.emit("backward", t, (f"*{result}",), "m.observe_gram", use.names, *functions, operands(b, use),
+    b.emit("backward", t, result, "m.observe_gram", use.names, *functions, operands(b, use),
            Var(b.g_output(use.op)), Var(b.alpha(t)), params(b, use), use.wants, Var(b.rows),
            note="Q_u, M^-1, gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
     return result
-
-
-def joins(b: Builder, player: Player) -> bool:
-    """Whether :func:`observed_gram` makes a player's ``Γ``."""
-    uses, plan = b.uses(player.name), b.plan
-    if plan.form.name not in COUPLED or b.factored or plan.linear:
-        return False
-    return len(uses) == 1 and uses[0].names == player.parameters and observes(plan, uses[0])
-
-
-def separated_groups(b: Builder, player: Player) -> int | None:
-    """Groups of a weight whose diagonal metric is separated for ``Γ``; ``None``: its kernel takes the whole."""
-    uses = b.uses(player.name)
-    alone = len(uses) == 1 and uses[0].names == player.parameters and b.plan.form.name in COUPLED
-    if b.plan.metric != "diagonal" or b.factored or not alone or not uses[0].wants[0] or b.keeps(player.name):
-        return None
-    exact = choose_gram(b.plan, uses[0]).approximate == "exact"
-    return None if exact else int(uses[0].options.get("groups", 1))
 
 
 def per_sample(b: Builder, t: int, player: Player, weights: str | None = None) -> str:
@@ -187,60 +164,75 @@ def per_sample(b: Builder, t: int, player: Player, weights: str | None = None) -
     With ``weights``, ``V_u = b + C w`` of every sample instead: one column whatever the form.
     """
     prefix = "gamma" if weights is None else "vu"
-    total = f"{prefix}_{b.identity(player)}_total"
-    if any(f"*{total}" in instruction.writes for instruction in b.instructions):
-        return total
+    whole = f"{prefix}_{b.identity(player)}_total"
+    if any(instruction.writes == whole for instruction in b.instructions):
+        return whole
     gradients = []
     for use in b.uses(player.name):
         name, kernel = f"{prefix}_{b.name(use.key)}_rows", b.kernel(use, "per_sample")
         columns = b.factored and weights is None
         g = Var(b.g_output(use.op)) if weights is None else output_gradient(b, use, weights)
         call = ("factor_rows", Function(kernel)) if columns else (kernel,)
-        b.emit("backward", t, (f"*{name}",), *call, operands(b, use), g, params(b, use), use.wants,
+        b.emit("backward", t, name, *call, operands(b, use), g, params(b, use), use.wants,
                note="gamma" if weights is None else "V_u", **b.options(use))  # fmt: skip
         gradients.append((use.names, Var(name)))
-    b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *gradients, note="every use")
-    return total
+    b.emit("backward", t, whole, "gather", player.parameters, *gradients, note="every use")
+    return whole
 
 
-def output_gradient(b: Builder, use: Use, weights: str) -> Code:
+def output_gradient(b: Builder, use: Use, weights: str) -> Apply:
     """``V_h``: the weighted gradient of a use's output, the linear term included."""
     output = b.g_output(use.op)
-    return Code(f"combine({output}, start, {weights})" if b.factored else f"scale({output}, {weights})")
+    if b.factored:
+        return Apply("combine", (Var(output), Var("start"), Var(weights)))
+    return Apply("scale", (Var(output), Var(weights)))
+
+
+def parts_of(direction: str, player: Player, use: Use) -> tuple[Apply, ...]:
+    """Of a direction in a player's parameters, the tensors of those that a use takes."""
+    return tuple(item(Var(direction), player.parameters.index(name)) for name in use.names)
 
 
 def directional(
     b: Builder, phase: Phase, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
-    only: frozenset[str] | None = None, added: Sequence[str] = (),
+    only: frozenset[str] | None = None, added: Sequence[Apply] = (), faded: bool = False,
 ) -> None:  # fmt: skip
-    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``."""
-    parts = list(added)
+    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``.
+
+    ``faded``: times ``-μ`` of every player.
+    """
+    terms = list(added)
     for player in players:
+        parts: list[str] = []
         for use in b.uses(player.name):
             if only is not None and use.op not in only:
                 continue
-            change = tuple(Code(f"{directions[player.name]}[{player.parameters.index(name)}]") for name in use.names)
+            change = parts_of(directions[player.name], player, use)
             name = f"{result}_{b.name(use.key)}"
-            if b.keeps(player.name):
-                b.emit(phase, t, (f"*{name}",), "rows_directional", Var(_kept(b, t, player)), change)
+            if b.layer(player).gram.kept:
+                b.emit(phase, t, name, "rows_directional", Var(kept(b, t, player)), change)
                 parts.append(name)
                 continue
             kernel = b.kernel(use, "directional")
             call = ("factor_directional", Function(kernel)) if b.factored else (kernel,)
-            b.emit(phase, t, (f"*{name}",), *call, operands(b, use),
+            b.emit(phase, t, name, *call, operands(b, use),
                    Var(b.g_output(use.op)), params(b, use), use.wants, change, **b.options(use))  # fmt: skip
             parts.append(name)
-    total = " + ".join(f"wide({part})" for part in parts)
-    b.emit(phase, t, (f"*{result}",), "=", Code(total), note=note)
+        terms += [faded_by(b, player, part) if faded else Apply("wide", (Var(part),)) for part in parts]
+    b.emit(phase, t, result, "=", total(terms), note=note)
+
+
+def faded_by(b: Builder, player: Player, part: str) -> Apply:
+    """``-μ ⟨γ_i, v⟩`` of a player."""
+    return Apply("*", (Apply("neg", (Var(f"mu_{b.identity(player)}"),)), Apply("wide", (Var(part),))))
 
 
 def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, given: Var | None = None) -> None:
     """The diagonal of ``Γ`` of one player."""
-    uses = b.uses(player.name)
-    if len(uses) == 1 and uses[0].names == player.parameters:
-        use = uses[0]
-        b.emit("backward", t, (f"*{result}",), b.kernel(use, "gram_diagonal"), given or operands(b, use),
+    use = b.layer(player).single
+    if use is not None:
+        b.emit("backward", t, result, b.kernel(use, "gram_diagonal"), given or operands(b, use),
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
         return
     blocks = gram(b, t, player, metric)
-    b.emit("backward", t, (f"*{result}",), "=", Code(f"{blocks}[0].diagonal()"))
+    b.emit("backward", t, result, "=", Apply(".diagonal()", (item(Var(blocks), 0),)))

@@ -1,4 +1,4 @@
-"""Instructions of the forms with several columns a sample (theory: 3 and 4c), where they differ from rank one."""
+"""Instructions of the forms with several columns a sample (docs/theory.md#columns), where they differ from rank one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player
 from gtddp_compile.graph.ops import Method
 from gtddp_compile.lowering.builder import Builder
-from gtddp_compile.lowering.instructions import Code, Function, Var
+from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, Var, item, total
 from gtddp_compile.lowering.write.calls import operands, params
 from gtddp_compile.methods.terminal import MonteCarlo
 from gtddp_compile.options import Options
@@ -24,25 +24,29 @@ def terminal_columns(b: Builder, end: int) -> None:
     """The value function at the end: ``V_x = A``, ``P_T`` a multiple of the identity over all columns."""
     form, coupling = b.plan.form.name, b.plan.coupling
     group = coupling if isinstance(coupling, int) else None
-    size = f"{group} * {{}}" if group else "None"
+    rank = Var("rank")
     any_output = b.g(next(value.name for value in b.graph.values if value.dies == end and not value.fixed), end)
-    b.emit("loss", end, ("*rank",), "=", Code(f"{any_output}.shape[0] - 1"), note="columns a sample")
-    for name, width in (("rows", "rank"), ("rows_all", "(1 + rank)")):
-        b.emit("loss", end, (f"*{name}",), "rows_of", Code(f"phi.shape[0] * {width}"), Code(size.format(width)),
+    b.emit(
+        "loss", end, "rank", "=", Apply("-", (item(Apply(".shape", (Var(any_output),)), 0), 1)), note="columns a sample"
+    )
+    for name, width in (("rows", rank), ("rows_all", Apply("+", (1, rank)))):
+        size = Apply("*", (group, width)) if group else None
+        b.emit("loss", end, name, "rows_of", Apply("*", (SAMPLES, width)), size,
                note="columns of every group of samples")  # fmt: skip
-    b.emit("loss", end, ("*tau",), "group_scale", Var("rows"), Code("phi.shape[0] * rank"), note="B / b")
-    b.emit("loss", end, (f"*alpha_{end}",), "=", Code("ones.repeat_interleave(rank) * 0"), note="V_x = A + G alpha")
+    b.emit("loss", end, "tau", "group_scale", Var("rows"), Apply("*", (SAMPLES, rank)), note="B / b")
+    repeated = Apply(".repeat_interleave()", (Var("ones"), rank))
+    b.emit("loss", end, f"alpha_{end}", "=", Apply("*", (repeated, 0)), note="V_x = A + G alpha")
     b.emit("loss", end, (), "m.keep", end, alpha=Var(f"alpha_{end}"), start=Var("start"),
-           samples=Code("phi.shape[0]"))  # fmt: skip
+           samples=SAMPLES)  # fmt: skip
     if form in a.COUPLED:
-        b.emit("loss", end, (f"*y_{end}",), "=", Code(f"alpha_{end}"), note="y_T = P_T^-1 alpha_T")
-        b.emit("loss", end, (f"*lambda_{end}",), "blocks_diagonal",
-               Code("ones.repeat_interleave(rank) / start"), Var("rows"), note="Lambda_T = P_T^-1")  # fmt: skip
+        b.emit("loss", end, f"y_{end}", "=", Var(f"alpha_{end}"), note="y_T = P_T^-1 alpha_T")
+        b.emit("loss", end, f"lambda_{end}", "blocks_diagonal",
+               Apply("/", (repeated, Var("start"))), Var("rows"), note="Lambda_T = P_T^-1")  # fmt: skip
         return
-    b.emit("loss", end, (f"*own_{end}",), "samples_identity", Var("start"), Var("ones"), Var("rank"), note="P_T")
+    b.emit("loss", end, f"own_{end}", "samples_identity", Var("start"), Var("ones"), Var("rank"), note="P_T")
     if form != "block":
-        b.emit("loss", end, (f"*root_{end}",), "samples_identity", Code("start ** 0.5"), Var("ones"), Var("rank"),
-               note="P_T = root root^T")  # fmt: skip
+        root = Apply("**", (Var("start"), 0.5))
+        b.emit("loss", end, f"root_{end}", "samples_identity", root, Var("ones"), rank, note="P_T = root root^T")
 
 
 @cache
@@ -70,11 +74,11 @@ def split(b: Builder, t: int) -> None:
 
 
 def shrink(b: Builder, t: int, grams: list[str]) -> None:
-    """``P`` of every sample where ``Q_uu = M``: eigenvalues of the radicand at 0 at least, and counted (section 3).
+    """``P`` of a sample where ``Q_uu = M``: the radicand's eigenvalues at least 0 and counted (docs/theory.md#columns).
 
     ``grams``: variables of ``Γ_ii`` of the stage's blocks.
     """
-    b.emit("backward", t, (f"*gamma_{t}",), "=", Code(" + ".join(grams)), note="Gamma_ii")
+    b.emit("backward", t, f"gamma_{t}", "=", total([Var(gram) for gram in grams]), note="Gamma_ii")
     equation = b.plan.form.backward["R"]
     b.emit("backward", t, (f"root_{t}", f"own_{t}", f"clipped_{t}"), "shrink_samples", Var(f"root_{t + 1}"),
            Var(f"gamma_{t}"), radicand_sign(equation.expression), note=f"R ({equation.source})")  # fmt: skip
@@ -96,22 +100,21 @@ def radicand_sign(expression: MatrixExpr) -> int:
 
 def sample_gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
     """``Γ_ii`` of one player over all its uses."""
-    uses, result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
-    if len(uses) == 1 and uses[0].names == player.parameters:
-        use = uses[0]
+    use, result = b.layer(player).single, f"gamma_{t}_{b.identity(player)}"
+    if use is not None:
         taken = given or operands(b, use)
-        b.emit("backward", t, (f"*{result}",), "sample_grams", Function(b.kernel(use, "per_sample")), taken,
+        b.emit("backward", t, result, "sample_grams", Function(b.kernel(use, "per_sample")), taken,
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
         return result
     found = []
-    for use in uses:
-        name = f"gamma_{b.name(use.key)}_rows"
-        b.emit("backward", t, (f"*{name}",), "factor_rows", Function(b.kernel(use, "per_sample")), operands(b, use),
-               Code(f"{b.g_output(use.op)}[1:]"), params(b, use), use.wants, note="Psi", **b.options(use))  # fmt: skip
+    for use in b.uses(player.name):
+        name, psi = f"gamma_{b.name(use.key)}_rows", item(Var(b.g_output(use.op)), slice(1, None))
+        b.emit("backward", t, name, "factor_rows", Function(b.kernel(use, "per_sample")), operands(b, use),
+               psi, params(b, use), use.wants, note="Psi", **b.options(use))  # fmt: skip
         found.append((use.names, Var(name)))
     total = f"gamma_{b.identity(player)}_total"
-    b.emit("backward", t, (f"*{total}",), "gather", player.parameters, *found, note="every use")
-    b.emit("backward", t, (f"*{result}",), "joint_sample_grams", Var(total), Var(metric), Var("rank"))
+    b.emit("backward", t, total, "gather", player.parameters, *found, note="every use")
+    b.emit("backward", t, result, "joint_sample_grams", Var(total), Var(metric), Var("rank"))
     return result
 
 

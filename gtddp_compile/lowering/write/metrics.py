@@ -12,20 +12,20 @@ from typing import Any
 from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.graph import Player
 from gtddp_compile.lowering.builder import Builder
-from gtddp_compile.lowering.costs import choose_coordinates, choose_gram, separates, shares_lines
-from gtddp_compile.lowering.instructions import Code, Function, Phase, Var
-from gtddp_compile.lowering.plan import MetricBlock
+from gtddp_compile.lowering.instructions import Apply, Function, Phase, Var, item
+from gtddp_compile.lowering.plan import LayerPlan, MetricBlock
 from gtddp_compile.lowering.uses import Use
 from gtddp_compile.lowering.write.calls import (
+    faded_by,
     gram,
     gram_diagonal,
-    joins,
+    kept,
     observed_gram,
     operands,
     output_gradient,
     params,
+    parts_of,
     per_sample,
-    separated_groups,
     weighted,
 )
 from gtddp_compile.lowering.write.columns import sample_gram
@@ -56,7 +56,7 @@ class Observed:
 def base_update(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
     """Feedback off: statistics and update of a block in the backward sweep (Proposition 4)."""
     note = "delta_u = -M^-1 Q_u (Prop. 4)"
-    if _coordinates(b, block):
+    if _first(b, block).coordinates:
         _statistics(b, t, block, alpha, {})
         (use,) = b.uses(block.players[0].name)
         functions = [Function(b.kernel(use, name)) for name in ("weighted", "rows")]
@@ -74,28 +74,30 @@ def base_update(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
 
 def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str]) -> Observed:
     """Statistics (``opens``: ``Q_u`` of each player, where it is known) and the metric."""
-    if block.kind == "parameters" and joins(b, block.players[0]):  # with its Γ
+    if block.kind == "parameters" and _first(b, block).observed:  # with its Γ
         return Observed(block, "", (), "")
     layers = _statistics(b, t, block, alpha, opens)
-    coordinates = _kept(b, t, block, alpha) if _coordinates(b, block) else ""
+    coordinates = _kept(b, t, block, alpha) if _first(b, block).coordinates else ""
     metric = _metric(b, block)
-    if block.kind == "channels":
-        b.emit("backward", t, (f"*{metric}",), "m.channels_metric", block.players[0].parameters, note="M^-1 of x X")
+    if _first(b, block).kind == "dual":
+        b.emit("backward", t, metric, "m.rate", block.players[0].parameters, note="M^-1 = lr A^-1 x B^-1")
+    elif block.kind == "channels":
+        b.emit("backward", t, metric, "m.channels_metric", block.players[0].parameters, note="M^-1 of x X")
     elif block.kind in OF_PLAYERS:
-        b.emit("backward", t, (f"*{metric}",), "m.block_metric", block.kind, _names(block), note="M^-1")
+        b.emit("backward", t, metric, "m.block_metric", block.kind, _names(block), note="M^-1")
     else:
-        separated = separated_groups(b, block.players[0])
+        separated = _first(b, block).groups
         call, groups = ("m.metric", ()) if separated is None else ("m.separated_metric", (separated,))
-        b.emit("backward", t, (f"*{metric}",), call, block.players[0].parameters, *groups, note="M^-1")
+        b.emit("backward", t, metric, call, block.players[0].parameters, *groups, note="M^-1")
     own = metric
     if b.plan.form.name == "printed" and len(block.players) > 1:
         own = f"own_{metric}"
-        b.emit("backward", t, (f"*{own}",), "m.own_metric", block.kind, _names(block), note="Q_uu^-1, Q_vv^-1 (23)")
+        b.emit("backward", t, own, "m.own_metric", block.kind, _names(block), note="Q_uu^-1, Q_vv^-1 (23)")
     return Observed(block, metric, layers, own, coordinates)
 
 
-def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tuple[str, str] | None:
-    """Variables of a convolution's sketched ``Γ`` and of ``⟨γ_i, M⁻¹ ℓ_u⟩``, where one product makes both."""
+def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tuple[str, Apply | None] | None:
+    """A convolution's sketched ``Γ`` and ``⟨γ_i, M⁻¹ ℓ_u⟩``, where one product makes both: a variable and a formula."""
     if _sketch(b, t, found.block) is None:
         return None
     (player,) = found.block.players
@@ -103,41 +105,50 @@ def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tup
     gamma, moved = f"gamma_{t}_{identity}", f"s_{t}_{identity}"
     direction = None
     if player.name in drifts:
-        direction = tuple(Code(f"{drifts[player.name]}[{player.parameters.index(name)}]") for name in use.names)
+        direction = parts_of(drifts[player.name], player, use)
     b.emit("backward", t, (gamma, moved if direction else "_"), "conv_sketched", operands(b, use),
            Var(b.g_output(use.op)), params(b, use), use.wants, Var(f"maps_{identity}"), Var(found.metric), direction,
            Var(b.rows), note="gamma M^-1 gamma^T; gamma M^-1 l", **b.options(use))  # fmt: skip
-    return gamma, moved if direction else ""
+    if direction is None:
+        return gamma, None
+    return gamma, Apply("wide", (Var(moved),)) if b.plan.decay else faded_by(b, player, moved)
 
 
 def _sketch(b: Builder, t: int, block: MetricBlock) -> tuple[int, int] | None:
     """Columns and seed of the sketch that a convolution's ``Γ`` is made by, where it is."""
     if block.kind != "channels" or b.factored or b.plan.form.name not in LEVENBERG:
         return None
-    (use,) = b.uses(block.players[0].name)
-    chosen = choose_gram(b.plan, use)
+    chosen = _first(b, block).gram
     return (chosen.columns or b.plan.columns, t) if chosen.approximate == "sketch" else None
 
 
 def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
     """``M⁻¹ ℓ_u`` of every player."""
     names = {player.name: f"drift_{b.identity(player)}" for player in found.block.players}
-    if found.of_players or found.block.kind == "channels":
-        arguments = (found.block.kind, _names(found.block))
+    if not b.plan.decay:
+        for player in found.block.players:
+            b.emit("backward", t, (names[player.name], f"mu_{b.identity(player)}"), "m.last_step", player.parameters,
+                   note="v and mu: M^-1 l_u = -mu v")  # fmt: skip
+    elif found.of_players or found.block.kind == "channels":
+        arguments = (_first(b, found.block).kind, _names(found.block))
         b.emit("backward", t, tuple(names.values()), "m.drift_block", *arguments, note="M^-1 l_u")
     else:
         (player,) = found.block.players
-        b.emit("backward", t, (f"*{names[player.name]}",), "m.drift", player.parameters, note="M^-1 l_u")
+        b.emit("backward", t, f"{names[player.name]}", "m.drift", player.parameters, note="M^-1 l_u")
     return names
 
 
 def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
-    """A convolution's input in coordinates where the metric of its channels is spherical."""
+    """A convolution's input, or ``γ`` where it is kept, in coordinates where the metric of channels is spherical."""
     if found.block.kind != "channels":
         return None
     (player,) = found.block.players
     (use,), whitened = b.uses(player.name), f"white_{b.identity(player)}"
-    b.emit("backward", t, (f"*{whitened}",), "conv_whitened", operands(b, use), Var(b.g_output(use.op)),
+    if b.layer(player).gram.kept:
+        b.emit("backward", t, whitened, "channel_rows", Var(kept(b, t, player)),
+               Var(f"maps_{b.identity(player)}"), note="gamma X")  # fmt: skip
+        return Var(whitened)
+    b.emit("backward", t, whitened, "conv_whitened", operands(b, use), Var(b.g_output(use.op)),
            params(b, use), Var(f"maps_{b.identity(player)}"), note="x X at every pixel")  # fmt: skip
     return Var(whitened)
 
@@ -148,12 +159,13 @@ def block_gram(b: Builder, t: int, found: Observed) -> str:
         (player,) = found.block.players
         return observed_gram(b, t, player) or gram(b, t, player, found.metric, _whitened(b, t, found))
     result = f"gamma_{t}_{_identity(b, found.block)}"
-    uses = [use for player in found.block.players for use in b.uses(player.name)]
-    separable = not b.factored and found.block.kind != "exact" and any(separates(b.plan, use) for use in uses)
+    grams = [b.layer(player).gram.approximate for player in found.block.players]
+    separable = not b.factored and found.block.kind != "exact" and "separable" in grams
     options = {"separable": True} if separable else {}
-    kept = (Var(found.coordinates),) if found.coordinates else (found.layers,)
+    taken = (Var(found.coordinates),) if found.coordinates else (found.layers,)
     kernel = "coordinates_gram" if found.coordinates else "kronecker_gram"
-    b.emit("backward", t, (f"*{result}",), kernel, *kept, Var(found.metric), Var(b.rows),
+    kernel = "dual_gram" if _first(b, found.block).kind == "dual" else kernel
+    b.emit("backward", t, result, kernel, *taken, Var(found.metric), Var(b.rows),
            note="gamma M^-1 gamma^T", **options)  # fmt: skip
     return result
 
@@ -162,7 +174,7 @@ def block_diagonal(b: Builder, t: int, found: Observed) -> str:
     """The diagonal of a block's ``Γ``."""
     result = f"diagonal_{t}_{_identity(b, found.block)}"
     if found.of_players:
-        b.emit("backward", t, (f"*{result}",), "kronecker_gram_diagonal", found.layers, Var(found.own))
+        b.emit("backward", t, result, "kronecker_gram_diagonal", found.layers, Var(found.own))
     else:
         gram_diagonal(b, t, found.block.players[0], found.metric, result, _whitened(b, t, found))
     return result
@@ -173,7 +185,7 @@ def block_sample_gram(b: Builder, t: int, found: Observed) -> str:
     if not found.of_players:
         return sample_gram(b, t, found.block.players[0], found.metric, _whitened(b, t, found))
     result = f"gamma_{t}_{_identity(b, found.block)}"
-    b.emit("backward", t, (f"*{result}",), "kronecker_sample_grams", found.layers, Var(found.own), Var("rank"))
+    b.emit("backward", t, result, "kronecker_sample_grams", found.layers, Var(found.own), Var("rank"))
     return result
 
 
@@ -186,7 +198,7 @@ def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dic
         b.emit("backward", t, tuple(names.values()), "m.open_block", *arguments, note=note)
     else:
         (player,) = found.block.players
-        b.emit("backward", t, (f"*{names[player.name]}",), "m.open_gain", player.parameters, Var(opens[player.name]),
+        b.emit("backward", t, f"{names[player.name]}", "m.open_gain", player.parameters, Var(opens[player.name]),
                note=note)  # fmt: skip
     return names
 
@@ -194,13 +206,15 @@ def open_gain(b: Builder, t: int, found: Observed, opens: dict[str, str]) -> dic
 def decide(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str) -> None:
     """The weighted gradients of a block and what the base method makes of them."""
     note = "delta_u = -M^-1 (C w + l)"
-    if _coordinates(b, block) and not b.plan.decay:
+    dual, found = _first(b, block).kind == "dual", Var(f"coordinates_{_identity(b, block)}")
+    verb, deltas = _verb(b, block)
+    if dual and not b.plan.decay and verb == "descend":
+        b.emit(phase, t, (), "m.descend_dual", _names(block), found, Var(weights), note=note)
+    elif _first(b, block).coordinates and not b.plan.decay:
         step = f"step_{_identity(b, block)}"
-        kept = Var(f"coordinates_{_identity(b, block)}")
-        b.emit(phase, t, (f"*{step}",), "coordinates_step", kept, Var(weights), Var(_metric(b, block)),
-               note="M^-1 C w / lr")  # fmt: skip
-        verb, deltas = _verb(b, block)
-        b.emit(phase, t, deltas, f"m.{verb}_steps", block.kind, _names(block), (Var(step),), note=note)
+        kernel, more = ("dual_step", ()) if dual else ("coordinates_step", (Var(_metric(b, block)),))
+        b.emit(phase, t, step, kernel, found, Var(weights), *more, note="M^-1 C w / lr")
+        b.emit(phase, t, deltas, f"m.{verb}_steps", _first(b, block).kind, _names(block), (Var(step),), note=note)
     elif not _descends(b, phase, t, block, weights, note):
         gradients = {p.name: weighted(b, phase, t, p, weights, "grad", "C w") for p in block.players}
         update(b, phase, t, block, gradients, note)
@@ -238,13 +252,10 @@ def update_clipped(b: Builder, t: int, block: MetricBlock) -> None:
 
 def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str, note: str) -> bool:
     """Fold the update into the layer's own product, where there is one and nobody reads ``δu``."""
-    if block.kind != "parameters" or b.plan.metric != "spherical":
+    (player, *_) = block.players
+    if not b.layer(player).in_place:
         return False
-    (player,) = block.players
-    uses = b.uses(player.name)
-    if player.name in b.watched or len(uses) > 1 or not uses[0].rule.subtracts or b.keeps(player.name):
-        return False
-    (use,) = uses
+    (use,) = b.uses(player.name)
     functions = [Function(b.kernel(use, name)) for name in ("weighted", "subtract")]
     g = output_gradient(b, use, weights)
     b.emit(phase, t, (), "m.descend_by", use.names, *functions, operands(b, use), g, params(b, use), use.wants,
@@ -257,57 +268,45 @@ def update(b: Builder, phase: Phase, t: int, block: MetricBlock, gradients: dict
     verb, deltas = _verb(b, block)
     if block.kind in (*OF_PLAYERS, "channels"):
         found = tuple(Var(gradients[player.name]) for player in block.players)
-        b.emit(phase, t, deltas, f"m.{verb}_block", block.kind, _names(block), found, note=note)
+        b.emit(phase, t, deltas, f"m.{verb}_block", _first(b, block).kind, _names(block), found, note=note)
     else:
         (player,) = block.players
-        writes = (f"*{deltas[0]}",) if deltas else ()
+        writes = f"{deltas[0]}" if deltas else ()
         b.emit(phase, t, writes, f"m.{verb}", player.parameters, Var(gradients[player.name]), note=note)
 
 
 def _verb(b: Builder, block: MetricBlock) -> tuple[str, tuple[str, ...]]:
     """How the base method is asked, and the variables of ``δu`` where somebody reads it."""
-    watched = any(player.name in b.watched for player in block.players)
+    watched = any(b.layer(player).watched for player in block.players)
     return ("apply", tuple(f"delta_{b.identity(player)}" for player in block.players)) if watched else ("descend", ())
 
 
 # --- coordinates ------------------------------------------------------------------------------------------------------
 
 
-def _single(b: Builder, block: MetricBlock) -> Use | None:
-    """The use of a layer that is a block of its own."""
-    if block.kind != "kronecker" or len(block.players) > 1:
-        return None
-    uses = b.uses(block.players[0].name)
-    return uses[0] if len(uses) == 1 and uses[0].names == block.players[0].parameters else None
-
-
-def _coordinates(b: Builder, block: MetricBlock) -> str:
-    """The form of a block's coordinates, empty where they are not kept: those of a coalition are not."""
-    use = _single(b, block)
-    if use is None or (b.plan.form.name == "base" and block.blocks > 1):
-        return ""
-    return choose_coordinates(b.plan, use)
-
-
-def _shares_lines(b: Builder, block: MetricBlock) -> bool:
-    use = _single(b, block)
-    return use is not None and shares_lines(b.plan, use)
+def _first(b: Builder, block: MetricBlock) -> LayerPlan:
+    """How the first of a block's layers is computed: those of a coalition keep nothing."""
+    return b.layer(block.players[0])
 
 
 def _kept(b: Builder, t: int, block: MetricBlock, alpha: str | None) -> str:
     """Coordinates of a block's per-sample gradients, and the moments that are taken from them."""
     identity, names = _identity(b, block), _names(block)
     maps, found = f"maps_{identity}", f"coordinates_{identity}"
-    rows, form = [Var(name) for name in _rows(b, block.players[0])], _coordinates(b, block)
+    rows, form = [Var(name) for name in _rows(b, block.players[0])], _first(b, block).coordinates
     if form == "dual":
-        b.emit("backward", t, (f"*{maps}",), "m.block_inverses", names, note="A^-1, B^-1")
-        b.emit("backward", t, (f"*{found}",), "dual_coordinates", *rows, Var(maps), note="x, g, x A^-1, g B^-1")
+        b.emit("backward", t, maps, "m.block_inverses", names, note="A^-1, B^-1")
+        b.emit("backward", t, found, "dual_coordinates", *rows, Var(maps), note="x, g, x A^-1, g B^-1")
         return found
-    b.emit("backward", t, (f"*{maps}",), "m.block_maps", names, note="where M is diagonal")
-    b.emit("backward", t, (f"*{found}",), "kronecker_coordinates", *rows, Var(maps), form, note="gamma there")
+    b.emit("backward", t, maps, "m.block_maps", names, note="where M is diagonal")
+    if form == "samples":
+        gamma = per_sample(b, t, block.players[0])
+        b.emit("backward", t, found, "sample_coordinates", Var(gamma), Var(maps), note="there")
+    else:
+        b.emit("backward", t, found, "kronecker_coordinates", *rows, Var(maps), form, note="gamma there")
     if b.plan.metric == "rescaled":
         moment = f"moment_{identity}"
-        b.emit("backward", t, (f"*{moment}",), "coordinates_moment", Var(found), Var(alpha or ""), Var("start"),
+        b.emit("backward", t, moment, "coordinates_moment", Var(found), Var(alpha or ""), Var("start"),
                note="E[(alpha gamma)^2]")  # fmt: skip
         b.emit("backward", t, (), "m.observe_coordinates", names, Var(moment), note="statistics")
     return found
@@ -338,7 +337,7 @@ def _statistics(
     if block.kind == "channels":
         (player,) = block.players
         (use,), whitened = b.uses(player.name), f"maps_{b.identity(player)}"
-        b.emit(phase, t, (f"*{whitened}",), "m.observe_channels", player.parameters, operands(b, use),
+        b.emit(phase, t, whitened, "m.observe_channels", player.parameters, operands(b, use),
                Var(b.g_output(use.op)), params(b, use), block.positions, use.options["groups"],
                *filter(None, [_sketch(b, t, block)]), note="A = E[x x^T] of a pixel's channels")  # fmt: skip
         return ()
@@ -352,18 +351,21 @@ def _statistics(
     if block.kind == "diagonal":
         (player,) = block.players
         moment, v_u = f"moment_{b.identity(player)}", per_sample(b, t, player, alpha)
-        b.emit("backward", t, (f"*{moment}",), "second_moment", Var(v_u), Var("start"), note="E[V_u^2]")
+        b.emit("backward", t, moment, "second_moment", Var(v_u), Var("start"), note="E[V_u^2]")
         b.emit("backward", t, (), "m.observe_moment", player.parameters, Var(moment), note="statistics")
         return ()
-    if _shares_lines(b, block) if b.plan.form.name == "base" else _coordinates(b, block):
+    form = _first(b, block).coordinates
+    if _first(b, block).lines if b.plan.form.name == "base" else form in ("rows", "dual"):
         _seen_once(b, t, block, alpha)
         return ()
     count = 1 if block.kind == "shared" else len(block.players)
     players = block.players[:count]
     seen = tuple(_layer(b, t, block, player, alpha) for player in players)
-    b.emit("backward", t, (), "m.observe_block", t, block.kind, _names(block), seen, Var("start"),
+    verb = "observe_factors" if form == "samples" and _later(b) else "observe_block"
+    b.emit("backward", t, (), f"m.{verb}", t, block.kind, _names(block), seen, Var("start"),
            note="A = E[x x^T], B = E[V_h V_h^T]")  # fmt: skip
-    return () if b.plan.form.name == "base" else tuple(_layer(b, t, block, player) for player in players)
+    read = b.plan.form.name != "base" and form != "samples"
+    return tuple(_layer(b, t, block, player) for player in players) if read else ()
 
 
 def _seen_once(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
@@ -374,17 +376,21 @@ def _seen_once(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
            use.wants, note="rows", **_rows_options(b, use, block))  # fmt: skip
     made: tuple[object, ...] = (Var(x),)
     more: dict[str, Any] = {}
-    if shares_lines(b.plan, use):  # made where it is read: not at every step
+    if _first(b, block).lines:  # made where it is read: not at every step
         made, more = (
             (Var(x), *(b.operand(ref) for ref in use.operands)),
             {"moment": Function(b.kernel(use, "moment")), **b.options(use)},
         )
-    b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("made_rows"), made, Code(f"scale({g}, {alpha})"),
+    b.emit("backward", t, name, "kronecker_layer", Function("made_rows"), made, Apply("scale", (Var(g), Var(alpha))),
            params(b, use), use.wants, note="rows, V_h", **more)  # fmt: skip
-    later = b.plan.metric == "rescaled" and b.plan.form.name != "base"
-    verb = "observe_factors" if later else "observe_block"
-    b.emit("backward", t, (), f"m.{verb}", t, block.kind, _names(block), (Var(name),), Var("start"),
+    verb = "observe_factors" if _later(b) else "observe_block"
+    b.emit("backward", t, (), f"m.{verb}", t, _first(b, block).kind, _names(block), (Var(name),), Var("start"),
            note="A = E[x x^T], B = E[V_h V_h^T]")  # fmt: skip
+
+
+def _later(b: Builder) -> bool:
+    """Whether moments are taken from coordinates, when the factors have been seen."""
+    return b.plan.metric == "rescaled" and b.plan.form.name != "base"
 
 
 def _layer(b: Builder, t: int, block: MetricBlock, player: Player, alpha: str | None = None) -> Var:
@@ -392,14 +398,17 @@ def _layer(b: Builder, t: int, block: MetricBlock, player: Player, alpha: str | 
     name = f"{'layer' if alpha is None else 'seen'}_{b.identity(player)}"
     if block.kind == "exact":
         gamma = per_sample(b, t, player, alpha)
-        b.emit("backward", t, (f"*{name}",), "kronecker_layer", Function("flat_rows"), Var(gamma), Code(f"{gamma}[0]"),
+        b.emit("backward", t, name, "kronecker_layer", Function("flat_rows"), Var(gamma), item(Var(gamma), 0),
                (), (), note="rows")  # fmt: skip
         return Var(name)
     (use,) = b.uses(player.name)
     g = Var(b.g_output(use.op)) if alpha is None else output_gradient(b, use, alpha)
     layer = "factor_layer" if b.factored and alpha is None else "kronecker_layer"
-    b.emit("backward", t, (f"*{name}",), layer, Function(b.kernel(use, "rows")), operands(b, use), g, params(b, use),
-           use.wants, note="rows", **_rows_options(b, use, block))  # fmt: skip
+    rows, more = b.kernel(use, "rows"), _rows_options(b, use, block)
+    if alpha is not None and b.plan.form.name != "base" and _first(b, block).lines:
+        rows, more = "line_rows", more | {"moment": Function(b.kernel(use, "moment"))}
+    b.emit("backward", t, name, layer, Function(rows), operands(b, use), g, params(b, use), use.wants,
+           note="rows", **more)  # fmt: skip
     return Var(name)
 
 

@@ -1,4 +1,4 @@
-"""Adam and AdamW (theory: section 5): diagonal, bias-corrected; a first moment takes the gradient's place."""
+"""Adam and AdamW (docs/theory.md#curvatures): diagonal, bias-corrected; a first moment takes the gradient's place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gtddp_compile.methods.curvature.checks import (
 
 @dataclass(frozen=True)
 class Adam:
-    """Diagonal curvature ``M = diag(√v̂ + eps) / lr`` (theory: section 5), with torch.optim.Adam's options.
+    """Diagonal curvature ``M = diag(√v̂ + eps) / lr`` (docs/theory.md#curvatures), with torch.optim.Adam's options.
 
     With ``Q_u = g_stat`` and ``ĝ = γᵀ w + ℓ_u``, elementwise and of the parameter's own shape, at step t::
 

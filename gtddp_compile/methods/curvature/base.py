@@ -39,7 +39,7 @@ MetricKind = Literal["spherical", "diagonal", "kronecker"]
 
 
 class Curvature(Protocol):
-    """A base method (theory: section 5, Table 1)."""
+    """A base method (docs/theory.md#curvatures; Table 1 of the paper)."""
 
     name: str
 

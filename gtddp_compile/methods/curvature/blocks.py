@@ -14,12 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile.kernels.channels import channel_step
-from gtddp_compile.kernels.coordinates import coordinates_step, few_rows, kronecker_coordinates
+from gtddp_compile.kernels.coordinates import (
+    Coordinates,
+    coordinates_step,
+    dual_carried,
+    dual_step,
+    few_rows,
+    kronecker_coordinates,
+)
 from gtddp_compile.kernels.kronecker import Layer, Metric, kronecker_precondition
 from gtddp_compile.kernels.patches import _conv_images
 from gtddp_compile.methods.curvature.base import Group
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
-from gtddp_compile.methods.curvature.updates import ParameterUpdates
+from gtddp_compile.methods.curvature.updates import RAMP, ParameterUpdates
 
 Names = tuple[tuple[str, ...], ...]
 
@@ -31,6 +38,13 @@ class BlockUpdates(ParameterUpdates):
     def _kronecker(self) -> Kronecker:
         assert isinstance(self._curvature, Kronecker)  # the compiler emits these calls for no other
         return self._curvature
+
+    def _inertia(self, name: str) -> Tensor | float | None:
+        """A number: these steps are never recorded as a graph."""
+        state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
+        if "last_step" not in state or not mu:
+            return None
+        return min(float(mu), 1.0 - RAMP / (float(state["taken"]) + RAMP))
 
     def observe_block(
         self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float, *, moments: bool = True
@@ -89,9 +103,13 @@ class BlockUpdates(ParameterUpdates):
         return state["map_x"], state.get("map_g")
 
     def block_inverses(self, names: Names) -> tuple[Tensor, Tensor | None]:
-        """``(A⁻¹, B⁻¹)`` of one player (``None``: the identity), made when the maps were."""
+        """``(A⁻¹, B⁻¹)`` of one player (``None``: the identity)."""
         state = self.states[names[0][0]]
         return state["inverse_x"], state.get("inverse_g")
+
+    def rate(self, names: tuple[str, ...]) -> float:
+        """The learning rate of one player."""
+        return float(self._groups[names[0]]["lr"])
 
     def observe_moment(self, names: tuple[str, ...], moments: tuple[Tensor, ...]) -> None:
         """Running ``E[γ²]`` of parameters with the diagonal rule."""
@@ -134,6 +152,19 @@ class BlockUpdates(ParameterUpdates):
         """As :meth:`apply_block` where nobody reads ``δu``: one pass over every new parameter."""
         self._descend(names, self._directions(kind, names, self._with_decays(names, gradients)))
 
+    def descend_dual(self, names: Names, coordinates: Coordinates, weights: Tensor) -> None:
+        """As :meth:`descend_block`, from the rows of one player in ``"dual"`` coordinates."""
+        (player,) = names
+        params, group = [self._params[name] for name in player], self._groups[player[0]]
+        last, mu = self.last_step(player) if "inertia" in group else ((), 0.0)
+        plain = group["momentum"] == 0 and params[0].dim() == 2 and params[0].dtype == coordinates[0].dtype
+        if not last or not plain or any(self._groups[name]["lr"] != group["lr"] for name in player):
+            self.descend_steps("dual", names, (dual_step(coordinates, weights),))
+            return
+        found = dual_carried(coordinates, weights, last, float(mu), float(group["lr"]))
+        for name, delta in zip(player, found, strict=True):
+            self._move(name, self._stepped(name, delta))
+
     def descend_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> None:
         """As :meth:`descend_block`, from ``M⁻¹ C w / η`` ``(G, m, n)`` of every player."""
         self._descend(names, self._stepping(kind, names, steps))
@@ -175,7 +206,7 @@ class BlockUpdates(ParameterUpdates):
                 if "inertia" in self._groups[name]:
                     param, group = self._params[name], self._groups[name]
                     delta, self.states[name] = self._kronecker.consume(param, direction, self.states[name], group)
-                    self._writable(name).add_(self._carried(name, delta))
+                    self._move(name, self._carried(name, delta))
                     continue
                 target = self._writable(name)
                 self.states[name] = self._kronecker.advance(target, direction, self.states[name], self._groups[name])
@@ -204,6 +235,11 @@ class BlockUpdates(ParameterUpdates):
         if kind == "channels":
             return [self._channel_directions(*pair) for pair in zip(names, gradients, strict=True)]
         folded = [self._fold(kind, player, parts) for player, parts in zip(names, gradients, strict=True)]
+        if kind == "dual":
+            inverse_x, inverse_g = self.block_inverses(names)
+            mapped = folded[0].to(inverse_x.dtype) @ inverse_x
+            mapped = mapped if inverse_g is None else inverse_g @ mapped
+            return [self._unfold(kind, names[0], mapped.to(folded[0].dtype))]
         found = kronecker_precondition(folded, self.block_metric(kind, names))
         return [self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True)]
 

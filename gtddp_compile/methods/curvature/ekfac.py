@@ -17,7 +17,7 @@ from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker, spli
 
 @dataclass(frozen=True)
 class EKFAC(Kronecker):
-    """``M = (U_A ⊗ U_B) (diag(s) + λ I) (U_A ⊗ U_B)ᵀ / lr`` (Table 1; Eq. 55; theory: section 5).
+    """``M = (U_A ⊗ U_B) (diag(s) + λ I) (U_A ⊗ U_B)ᵀ / lr`` (Table 1, Eq. 55 of the paper; docs/theory.md#curvatures).
 
     ``U_A``, ``U_B`` are the eigenbases of K-FAC's factors (see :class:`KFAC` for these and for other layers), ``s =
     E[((U_A ⊗ U_B)ᵀ γ)²]`` the second moments of the per-sample gradients in that basis, ``γ`` weighted as ``V_h`` is.

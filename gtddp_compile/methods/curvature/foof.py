@@ -13,7 +13,7 @@ from gtddp_compile.kernels.channels import channel_factor, channel_filters
 from gtddp_compile.kernels.kronecker import Layer, input_factor
 from gtddp_compile.methods.curvature.base import NONE, Group, Memory, State
 from gtddp_compile.methods.curvature.checks import Scalar, scalar
-from gtddp_compile.methods.curvature.kfac import inverse_root
+from gtddp_compile.methods.curvature.kfac import inverse, inverse_root
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
 
 
@@ -122,11 +122,16 @@ class FOOF(Kronecker):
         return {"factor_x": input_factor(layers, None if old is None else old["factor_x"], keep)}
 
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
-        """``X Xᵀ = (A + λ ā I)⁻¹``; ``Y = I`` is not kept."""
+        """``X Xᵀ = (A + λ ā I)⁻¹``, or of a ``"dual"`` block the inverse itself; ``Y = I`` is not kept."""
         x = state["factor_x"]
         mean = x.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(x.dtype).tiny)
-        map_x, failed = inverse_root(x, group["damping"] * mean)
-        return {"map_x": map_x, "inverse_x": map_x @ map_x.mT, "fallbacks": state.get("fallbacks", 0) + failed}
+        if kind == "dual":
+            found = {}
+            found["inverse_x"], failed = inverse(x, group["damping"] * mean)
+        else:
+            map_x, failed = inverse_root(x, group["damping"] * mean)
+            found = {"map_x": map_x, "inverse_x": map_x @ map_x.mT} if kind == "channels" else {"map_x": map_x}
+        return {**found, "fallbacks": state.get("fallbacks", 0) + failed}
 
     def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
         """None."""

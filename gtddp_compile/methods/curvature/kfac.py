@@ -16,7 +16,7 @@ from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
 
 @dataclass(frozen=True)
 class KFAC(Kronecker):
-    """Kronecker-factored curvature ``M = (A + π √λ I) ⊗ (B + √λ / π I) / lr`` (Table 1; theory: section 5).
+    """Kronecker-factored curvature ``M = (A + π √λ I) ⊗ (B + √λ / π I) / lr`` (docs/theory.md#curvatures).
 
     ``A = E[x xᵀ]`` of the homogeneous inputs (a one appended for the bias), ``B = E[V_h V_hᵀ]`` of the output
     gradients, ``V_h = α_{t+1} g_h`` (Eq. 43, 44); both are running averages. Convolutions: inputs are unfolded patches,
@@ -57,14 +57,13 @@ class KFAC(Kronecker):
     name = "kfac"
 
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
-        """``X Xᵀ = (A + a I)⁻¹``, ``Y Yᵀ = (B + b I)⁻¹``."""
+        """``X Xᵀ = (A + a I)⁻¹``, ``Y Yᵀ = (B + b I)⁻¹``; of a ``"dual"`` block the inverses themselves."""
         x, g = state["factor_x"], state["factor_g"]
         a, b = split_damping(x, g, group["damping"], pi=group["pi"], exact=kind == "exact")
-        map_x, failed_x = inverse_root(x, a)
-        map_g, failed_g = inverse_root(g, b)
-        inverses = {"inverse_x": map_x @ map_x.mT, "inverse_g": map_g @ map_g.mT}
+        word, found = ("inverse", inverse) if kind == "dual" else ("map", inverse_root)
+        (of_x, failed_x), (of_g, failed_g) = found(x, a), found(g, b)
         failed = state.get("fallbacks", 0) + failed_x + failed_g
-        return {"map_x": map_x, "map_g": map_g, **inverses, "fallbacks": failed}
+        return {f"{word}_x": of_x, f"{word}_g": of_g, "fallbacks": failed}
 
     def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
         """None."""
@@ -93,12 +92,39 @@ def split_damping(x: Tensor, g: Tensor, damping: float, *, pi: bool, exact: bool
 
 def inverse_root(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """``X`` with ``X Xᵀ = (F + d I)⁻¹``, ``(G, n, n)``, and whether Cholesky failed (a 0-d count)."""
+    lower, failed = _cholesky(factor, damping)
+    if failed:
+        return _raised_root(factor, damping), failed
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    damped = factor + damping.reshape(-1, 1, 1) * eye
-    lower, info = torch.linalg.cholesky_ex(damped)
-    if bool((info == 0).all()):
-        found: Tensor = torch.linalg.solve_triangular(lower.mT, eye.expand_as(lower), upper=True, left=False)
-        return found, info.new_zeros((), dtype=factor.dtype)
-    values, basis = torch.linalg.eigh(damped)
+    found: Tensor = torch.linalg.solve_triangular(lower.mT, eye.expand_as(lower), upper=True, left=False)
+    return found, failed
+
+
+def inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """``(F + d I)⁻¹``, ``(G, n, n)``, and whether Cholesky failed (a 0-d count)."""
+    lower, failed = _cholesky(factor, damping)
+    if failed:
+        root = _raised_root(factor, damping)
+        return root @ root.mT, failed
+    found: Tensor = torch.cholesky_inverse(lower)
+    return found, failed
+
+
+def _damped(factor: Tensor, damping: Tensor) -> Tensor:
+    found = factor.clone()
+    found.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
+    return found
+
+
+def _cholesky(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of ``F + d I``, and whether there is none (a 0-d count)."""
+    lower, info = torch.linalg.cholesky_ex(_damped(factor, damping))
+    return lower, (info != 0).any().to(factor.dtype)
+
+
+def _raised_root(factor: Tensor, damping: Tensor) -> Tensor:
+    """A root of the inverse by eigenvalues, none of them below rounding."""
+    values, basis = torch.linalg.eigh(_damped(factor, damping))
     least = values[:, -1:].clamp_min(torch.finfo(factor.dtype).tiny) * torch.finfo(factor.dtype).eps
-    return basis * values.clamp_min(least).rsqrt().unsqueeze(1), (info != 0).any().to(factor.dtype)
+    found: Tensor = basis * values.clamp_min(least).rsqrt().unsqueeze(1)
+    return found

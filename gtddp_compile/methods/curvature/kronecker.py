@@ -4,6 +4,7 @@ The curvature belongs to a *block*: one player, its weight and bias jointly, or 
 A block is
 
 * ``"kronecker"``: linear and convolution layers, from their homogeneous inputs and ``V_h``;
+* ``"dual"``: the same of a layer with one position a sample, which needs the inverse factors and no roots of them;
 * ``"channels"``: convolutions under a metric of inputs alone, from the covariance of the channels at a pixel;
 * ``"printed"``: the same of a coalition, with each player's own factors beside the joint ones (Eq. 23 reads them);
 * ``"shared"``: players with the same rows (Corollary 7; EK-FAC alone);
@@ -45,7 +46,7 @@ from gtddp_compile.methods.curvature.checks import (
     subtract,
 )
 
-BlockKind = Literal["kronecker", "channels", "printed", "shared", "exact"]
+BlockKind = Literal["kronecker", "dual", "channels", "printed", "shared", "exact"]
 
 MAPS = ("map_x", "map_g", "null_x", "null_g", "moment")
 DERIVED = (*MAPS, "inverse_x", "inverse_g", "filters", *(f"own_{key}" for key in MAPS))
@@ -205,7 +206,9 @@ class Kronecker(ABC):
         lead = found[0]
         shapes = {key: shape for key, shape in kronecker_factor_shapes(layers).items() if key in self.factor_keys()}
         due = self._running(lead, group, shapes, lambda old, keep: self.factors(layers, start, old, keep))
-        if due:
+        if due or ("inverse_x" if kind == "dual" else "map_x") not in lead:
+            for key in DERIVED:
+                lead.pop(key, None)
             lead.update(self.refreshed(kind, lead, group))
         if moments:
             lead.update(self.moments(layers, start, lead, group))
@@ -291,7 +294,9 @@ class Kronecker(ABC):
 
     @abstractmethod
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
-        """``"map_x"``, ``"map_g"`` (and what belongs to them) from the running factors."""
+        """``"map_x"``, ``"map_g"`` (and what belongs to them) from the running factors; ``"inverse_x"`` and
+        ``"inverse_g"`` instead of a ``"dual"`` block.
+        """
 
     @abstractmethod
     def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:

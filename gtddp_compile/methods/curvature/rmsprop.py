@@ -22,7 +22,7 @@ from gtddp_compile.methods.curvature.checks import (
 
 @dataclass(frozen=True)
 class RMSprop:
-    """Diagonal curvature ``M = diag(√v + eps) / lr`` (Table 1; section 5), torch.optim.RMSprop's options.
+    """Diagonal curvature ``M = diag(√v + eps) / lr`` (docs/theory.md#curvatures), torch.optim.RMSprop's options.
 
     With ``Q_u = g_stat`` and ``ĝ = γᵀ w + ℓ_u``, elementwise and of the parameter's own shape::
 

@@ -15,7 +15,7 @@ from gtddp_compile.methods.curvature.checks import Scalar, check_ranges, scalar,
 
 @dataclass(frozen=True)
 class SGD:
-    """Spherical curvature ``M = I / lr`` (Table 1; theory: section 5), with torch.optim.SGD's options.
+    """Spherical curvature ``M = I / lr`` (docs/theory.md#curvatures), with torch.optim.SGD's options.
 
     With ``ĝ = γᵀ w + ℓ_u`` of a parameter's own shape::
 

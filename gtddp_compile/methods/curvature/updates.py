@@ -137,6 +137,13 @@ class ParameterUpdates:
         """Memory for new tensors of a parameter, by key of its state; what is not there is allocated."""
         return {}
 
+    def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor, ...], Tensor | float]:
+        """``v``, the last step's ``δu`` of each parameter (zero before the first), and ``μ``, one for all of them."""
+        mu = self._inertia(names[0])
+        if mu is None:
+            return tuple(torch.zeros_like(self._params[name]) for name in names), 0.0
+        return tuple(self.states[name]["last_step"] for name in names), mu
+
     def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of each parameter."""
         found = []
@@ -146,7 +153,7 @@ class ParameterUpdates:
             found.append(self._less_inertia(name, decayed))
         return tuple(found)
 
-    def _inertia(self, name: str) -> Tensor | None:
+    def _inertia(self, name: str) -> Tensor | float | None:
         """``μ_k = min(μ, k / (k + RAMP))`` after k steps, a 0-d tensor; ``None`` before the first."""
         state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
         if "last_step" not in state or not mu:
@@ -159,20 +166,32 @@ class ParameterUpdates:
         mu = self._inertia(name)
         if mu is None:
             return torch.zeros_like(self._params[name]) if direction is None else direction
-        last = self.states[name]["last_step"]
-        return last * -mu if direction is None else torch.addcmul(direction, last, mu.to(last), value=-1)
+        carried = self.states[name]["last_step"] * mu
+        return -carried if direction is None else direction - carried
 
     def _carried(self, name: str, delta: Tensor) -> Tensor:
         """``δu + μ v``, put down as the last step."""
         if "inertia" not in self._groups[name]:
             return delta
-        mu, state = self._inertia(name), self.states[name]
+        mu = self._inertia(name)
         if mu is not None:
-            last, memory = state["last_step"], self._memory(name).get("last_step")
-            delta = torch.addcmul(delta, last, mu.to(last), out=memory)
+            last, memory = self.states[name]["last_step"], self._memory(name).get("last_step")
+            if isinstance(mu, Tensor):
+                delta = torch.addcmul(delta, last, mu.to(last), out=memory)
+            else:
+                delta = torch.add(delta, last, alpha=mu, out=memory)
+        return self._stepped(name, delta)
+
+    def _stepped(self, name: str, delta: Tensor) -> Tensor:
+        """``δu``, put down as the last step."""
+        state = self.states[name]
         taken = state["taken"] if "taken" in state else torch.zeros((), dtype=torch.float64)
         self.states[name] = {**state, "last_step": delta, "taken": taken + 1}
         return delta
+
+    def _move(self, name: str, delta: Tensor) -> None:
+        """The new parameter, ``u + δu``."""
+        self._writable(name).add_(delta)
 
     def open_gain(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``k = -M⁻¹ (γᵀ α + ℓ_u)`` (Eq. 4 with Table 1's ``Q_uu``)."""
@@ -200,7 +219,7 @@ class ParameterUpdates:
                 delta, self.states[name] = self._curvature.apply(
                     self._params[name], g_hat, self.states[name], self._groups[name]
                 )
-                self._writable(name).add_(self._carried(name, delta))
+                self._move(name, self._carried(name, delta))
                 continue
             target = self._writable(name)
             self.states[name] = self._curvature.descend(

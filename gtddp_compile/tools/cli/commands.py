@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from importlib import metadata, util
 from pathlib import Path
@@ -17,28 +18,8 @@ from gtddp_compile.methods.curvature import SGD
 from gtddp_compile.options import Options
 from gtddp_compile.runtime.compiler import build_graph, build_program
 from gtddp_compile.tools.cli.loading import number_or_word, parse_schedule
-from gtddp_compile.tools.cli.options import (
-    Arguments,
-    Compared,
-    Coupling,
-    Curvature,
-    Dtype,
-    Feedback,
-    Inertia,
-    Inputs,
-    LossName,
-    Rate,
-    Recursion,
-    RolloutName,
-    Schedule,
-    Settings,
-    Target,
-    TerminalName,
-    compiled,
-    model_and_inputs,
-    program_of,
-)
-from gtddp_compile.tools.cli.terminal import reporting, show, warn, working, write, written
+from gtddp_compile.tools.cli.options import Compared, Inputs, Target, compiled, model_and_inputs, program_of, takes
+from gtddp_compile.tools.cli.terminal import reporting, save, show, warn, working
 from gtddp_compile.tools.difference import SUFFIXES as DIFF_SUFFIXES
 from gtddp_compile.tools.draw import SUFFIXES
 
@@ -80,6 +61,8 @@ def options(
 
 
 @app.command()
+@reporting()
+@takes("arguments", "dtype", "schedule", "coupling", "recursion")
 def inspect(
     target: Target,
     inputs: Inputs,
@@ -87,11 +70,7 @@ def inspect(
         Path | None,
         typer.Option("--out", "-o", dir_okay=False, help=f"File to write: {', '.join(SUFFIXES)}.", show_default=False),
     ] = None,
-    arguments: Arguments = [],  # noqa: B006
-    dtype: Dtype = "float32",
-    schedule: Schedule = ["asap"],  # noqa: B006
-    coupling: Coupling = "full",
-    recursion: Recursion = "levenberg",
+    **choices: Any,
 ) -> None:
     """Show the control graph of a model: players, stages, live values, shortcuts.
 
@@ -100,31 +79,28 @@ def inspect(
 
     [dim]gtddp-compile inspect mynet.py:Net --input 2,3,224,224 --out net.html[/]
     """
-    with reporting():
-        if out is not None and out.suffix.lower() not in SUFFIXES:
-            raise typer.BadParameter(
-                f"no drawing is known by {out.suffix!r}: {', '.join(SUFFIXES)}", param_hint="--out"
-            )
-        model, examples = model_and_inputs(target, inputs, arguments, dtype)
-        with working(f"tracing {type(model).__name__}"):
-            graph = build_graph(model, examples, Options(schedule=parse_schedule(schedule)))
-        if out is not None and out.suffix.lower() == ".html":  # only the page shows derivations
-            with working("deriving the stages"):
-                graph = _with_derivations(graph, schedule, coupling, recursion)
-        if out is None:
-            typer.echo(str(graph))
-            return
-        with working(f"drawing {out}"):
-            try:
-                graph.save(out)
-            except OSError as error:
-                raise CompileError(f"{out} cannot be written ({error.strerror})", "Choose another --out") from error
-        written(out)
+    _check_suffix(out, SUFFIXES)
+    model, examples = model_and_inputs(target, inputs, choices["arguments"], choices["dtype"])
+    schedule = parse_schedule(choices["schedule"])
+    with working(f"tracing {type(model).__name__}"):
+        graph = build_graph(model, examples, Options(schedule=schedule))
+    if out is None:
+        typer.echo(str(graph))
+        return
+    if out.suffix.lower() == ".html":  # only the page shows derivations
+        asked = {"coupling": number_or_word(choices["coupling"]), "recursion": choices["recursion"]}
+        with working("deriving the stages"):
+            graph = _with_derivations(graph, Options(schedule=schedule, **asked))
+    save(out, graph.save)
 
 
-def _with_derivations(graph: ControlGraph, schedule: list[str], coupling: str, recursion: Any) -> ControlGraph:
+def _check_suffix(out: Path | None, known: Iterable[str]) -> None:
+    if out is not None and out.suffix.lower() not in known:
+        raise typer.BadParameter(f"{out.suffix!r} is not one of {', '.join(known)}", param_hint="--out")
+
+
+def _with_derivations(graph: ControlGraph, choices: Options) -> ControlGraph:
     """The graph with every stage's derivation; without them, said openly, where there is no program for it."""
-    choices = Options(schedule=parse_schedule(schedule), coupling=number_or_word(coupling), recursion=recursion)
     try:
         return build_program(graph, choices, SGD(), decay=False).drawn
     except CompileError as error:
@@ -133,6 +109,8 @@ def _with_derivations(graph: ControlGraph, schedule: list[str], coupling: str, r
 
 
 @app.command()
+@reporting()
+@takes("*")
 def derive(
     target: Target,
     inputs: Inputs,
@@ -141,52 +119,26 @@ def derive(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", dir_okay=False, help="File to write.", show_default=False)
     ] = None,
-    arguments: Arguments = [],  # noqa: B006
-    dtype: Dtype = "float32",
-    loss: LossName = "cross_entropy",
-    schedule: Schedule = ["asap"],  # noqa: B006
-    curvature: Curvature = "foof",
-    coupling: Coupling = "full",
-    recursion: Recursion = "levenberg",
-    feedback: Feedback = "on",
-    terminal: TerminalName = None,
-    rollout: RolloutName = None,
-    inertia: Inertia = None,
+    **choices: Any,
 ) -> None:
     """Print what was derived for a model: dynamics, gains and value recursion, stage by stage.
 
     [dim]gtddp-compile derive mynet.py:Net --input 2,16 --stage 1 --format latex[/]
     """
-    with reporting():
-        optimizer = compiled(
-            target,
-            inputs,
-            arguments,
-            dtype,
-            loss,
-            schedule,
-            curvature,
-            None,
-            [],
-            coupling,
-            recursion,
-            feedback,
-            terminal,
-            rollout,
-            inertia,
-        )
-        with working("writing the derivation"):
-            text = optimizer.program.derivation(stage, format.value)
-        if out is not None:
-            write(out, text + "\n")
-            written(out)
-        elif format is Format.latex and (console := Console()).is_terminal:
-            console.print(Syntax(text, "latex", background_color="default"))
-        else:
-            typer.echo(text)
+    optimizer = compiled(target, inputs, **choices)
+    with working("writing the derivation"):
+        text = optimizer.program.derivation(stage, format.value)
+    if out is not None:
+        save(out, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    elif format is Format.latex and (console := Console()).is_terminal:
+        console.print(Syntax(text, "latex", background_color="default"))
+    else:
+        typer.echo(text)
 
 
 @app.command()
+@reporting()
+@takes("*")
 def export(
     target: Target,
     inputs: Inputs,
@@ -200,48 +152,18 @@ def export(
             help="File to write, by its suffix: .py (needs torch alone), .json, .tex, .pt2.",
         ),
     ],
-    arguments: Arguments = [],  # noqa: B006
-    dtype: Dtype = "float32",
-    loss: LossName = "cross_entropy",
-    curvature: Curvature = "foof",
-    lr: Rate = None,
-    settings: Settings = [],  # noqa: B006
-    schedule: Schedule = ["asap"],  # noqa: B006
-    coupling: Coupling = "full",
-    recursion: Recursion = "levenberg",
-    feedback: Feedback = "on",
-    terminal: TerminalName = None,
-    rollout: RolloutName = None,
-    inertia: Inertia = None,
+    **choices: Any,
 ) -> None:
     """Write the update program of a model to a file of its own.
 
     [dim]gtddp-compile export mynet.py:Net --input 2,16 --curvature adam --lr 1e-3 --out step.py[/]
-    """  # fmt: skip
-    with reporting():
-        optimizer = compiled(
-            target,
-            inputs,
-            arguments,
-            dtype,
-            loss,
-            schedule,
-            curvature,
-            lr,
-            settings,
-            coupling,
-            recursion,
-            feedback,
-            terminal,
-            rollout,
-            inertia,
-        )
-        with working(f"writing {out}"):
-            optimizer.program.export(out)
-        written(out)
+    """
+    save(out, compiled(target, inputs, **choices).program.export)
 
 
 @app.command()
+@reporting()
+@takes("*")
 def diff(
     first: Compared,
     second: Compared,
@@ -250,19 +172,7 @@ def diff(
         Path | None,
         typer.Option("--out", "-o", dir_okay=False, help="File to write: .html or .txt.", show_default=False),
     ] = None,
-    arguments: Arguments = [],  # noqa: B006
-    dtype: Dtype = "float32",
-    loss: LossName = "cross_entropy",
-    curvature: Curvature = "foof",
-    lr: Rate = None,
-    settings: Settings = [],  # noqa: B006
-    schedule: Schedule = ["asap"],  # noqa: B006
-    coupling: Coupling = "full",
-    recursion: Recursion = "levenberg",
-    feedback: Feedback = "on",
-    terminal: TerminalName = None,
-    rollout: RolloutName = None,
-    inertia: Inertia = None,
+    **choices: Any,
 ) -> None:
     """Show what differs between two update programs: players, cuts, derivations, instructions, options.
 
@@ -272,42 +182,18 @@ def diff(
 
     [dim]gtddp-compile diff mynet.py:Plain mynet.py:Residual --input 2,16[/]
     """
-    with reporting():
-        if out is not None and out.suffix.lower() not in DIFF_SUFFIXES:
-            raise typer.BadParameter(f"{out.suffix!r}: give {' or '.join(DIFF_SUFFIXES)}", param_hint="--out")
-        programs = [
-            program_of(
-                target,
-                inputs,
-                arguments=arguments,
-                dtype=dtype,
-                loss=loss,
-                schedule=schedule,
-                curvature=curvature,
-                lr=lr,
-                settings=settings,
-                coupling=coupling,
-                recursion=recursion,
-                feedback=feedback,
-                terminal=terminal,
-                rollout=rollout,
-                inertia=inertia,
-            )
-            for target in (first, second)
-        ]
-        with working("comparing"):
-            found = programs[0].diff(programs[1])
-        if out is None:
-            show(found)
-            return
-        try:
-            found.save(out)
-        except OSError as error:
-            raise CompileError(f"{out} cannot be written ({error.strerror})", "Choose another --out") from error
-        written(out)
+    _check_suffix(out, DIFF_SUFFIXES)
+    programs = [program_of(target, inputs, **choices) for target in (first, second)]
+    with working("comparing"):
+        found = programs[0].diff(programs[1])
+    if out is None:
+        show(found)
+    else:
+        save(out, found.save)
 
 
 @demo.command("digits")
+@reporting()
 def digits(
     steps: Annotated[int, typer.Option(min=1, help="Steps of batch 8 a run; batch 128 makes a twelfth.")] = 1440,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 3,
@@ -316,12 +202,11 @@ def digits(
     ),
 ) -> None:
     """The paper's DIGITS network: tuned SGD and Adam, the paper's form and the compiled default, side by side."""
-    with reporting():
-        missing = [name for name in ("jinja2", "matplotlib", "sklearn") if util.find_spec(name) is None]
-        if missing:
-            raise CompileError(
-                f"the demo needs {', '.join(missing)}, not installed here", "pip install 'gtddp-compile[demo]'"
-            )
-        from gtddp_compile.tools.demo.digits import main  # its packages are an extra
+    missing = [name for name in ("matplotlib", "sklearn") if util.find_spec(name) is None]
+    if missing:
+        raise CompileError(
+            f"the demo needs {', '.join(missing)}, not installed here", "pip install 'gtddp-compile[demo]'"
+        )
+    from gtddp_compile.tools.demo.digits import main  # its packages are an extra
 
-        main(steps, seeds, out)
+    main(steps, seeds, out)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from gtddp_compile.algebra.derivation import RECURSIONS
 from gtddp_compile.api import compile_optimizer
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import REGISTRY
@@ -26,11 +29,9 @@ from gtddp_compile.tools.cli.loading import (
 from gtddp_compile.tools.cli.terminal import working
 
 MODEL, DERIVATION = "Model", "Derivation"
-
-
-def _choices(names: Any) -> Any:
-    """Complete an option from a list of names."""
-    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+SUGGESTS = "what the base method suggests"
+FEEDBACK: Mapping[str, Any] = {"on": True, "open": "open", "off": False}
+Function = TypeVar("Function", bound=Callable[..., None])
 
 
 Target = Annotated[
@@ -62,93 +63,59 @@ Compared = Annotated[
         show_default=False,
     ),
 ]
-Arguments = Annotated[
-    list[str],
-    typer.Option(
-        "--arg", "-a", metavar="KEY=VALUE", help="Keyword argument of the factory; repeatable.", rich_help_panel=MODEL
-    ),
-]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help=f"Precision of the model and of inputs without a type of their own: {', '.join(FLOATS)}.",
-        rich_help_panel=MODEL,
-        autocompletion=_choices(FLOATS),
-    ),
-]
-Schedule = Annotated[
-    list[str],
-    typer.Option(
-        metavar="NAME|PLAYER=STAGE",
-        help=f"{', '.join(SCHEDULES)}; or [b]PLAYER=STAGE[/], again for every player.",
-        rich_help_panel=DERIVATION,
-        autocompletion=_choices(SCHEDULES),
-    ),
-]
-Curvature = Annotated[
-    str,
-    typer.Option(
-        help=f"Base method: {', '.join(REGISTRY)}.", rich_help_panel=DERIVATION, autocompletion=_choices(REGISTRY)
-    ),
-]
-Rate = Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=DERIVATION, show_default=False)]
-Settings = Annotated[
-    list[str],
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help="Further option of the base method, [b]momentum=0.9[/] say; repeatable.",
-        rich_help_panel=DERIVATION,
-    ),
-]
-LossName = Annotated[
-    str,
-    typer.Option(
-        help=f"{', '.join(LOSSES)}, a class of torch.nn, or module:callable.",
-        rich_help_panel=DERIVATION,
-        autocompletion=_choices(LOSSES),
-    ),
-]
-Coupling = Annotated[
-    str,
-    typer.Option(
-        help="full, block, or a group size.", rich_help_panel=DERIVATION, autocompletion=_choices(("full", "block"))
-    ),
-]
-Recursion = Annotated[
-    str,
-    typer.Option(
-        help="levenberg, substituted or printed (the last two with --coupling block).",
-        rich_help_panel=DERIVATION,
-        autocompletion=_choices(("levenberg", "substituted", "printed")),
-    ),
-]
-TerminalName = Annotated[
-    str | None,
-    typer.Option(
-        help="How the loss is expanded: geometric, gradient, ggn, or a number of sampled columns.",
-        rich_help_panel=DERIVATION,
-        autocompletion=_choices(("geometric", "gradient", "ggn")),
-        show_default="what the base method suggests",
-    ),
-]
-Feedback = Annotated[str, typer.Option(help="on, open or off.", rich_help_panel=DERIVATION)]
-RolloutName = Annotated[
-    str | None,
-    typer.Option(
-        help="linear (one joint step) or nonlinear (a second forward sweep).",
-        rich_help_panel=DERIVATION,
-        autocompletion=_choices(("linear", "nonlinear")),
-        show_default="linear where there is a joint step",
-    ),
-]
-Inertia = Annotated[
-    float | None,
-    typer.Option(
-        help="Momentum inside the model.", rich_help_panel=DERIVATION, show_default="what the base method suggests"
-    ),
-]
+
+
+def _option(
+    kind: Any, default: Any, help: str, *names: str, choices: Iterable[str] = (), panel: str = DERIVATION, **more: Any
+) -> tuple[Any, Any]:
+    """Annotation and default of an option that several commands have; ``choices`` complete it."""
+    known = list(choices)
+    if known:
+        more["autocompletion"] = lambda incomplete: [name for name in known if name.startswith(incomplete)]
+    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel, **more)], default
+
+
+OPTIONS: Mapping[str, tuple[Any, Any]] = {
+    "arguments": _option(list[str], [], "Keyword argument of the factory; repeatable.", "--arg", "-a",
+                         panel=MODEL, metavar="KEY=VALUE"),
+    "dtype": _option(str, "float32", "Precision of the model and of inputs without a type of their own: "
+                     f"{', '.join(FLOATS)}.", panel=MODEL, choices=FLOATS),
+    "loss": _option(str, "cross_entropy", f"{', '.join(LOSSES)}, a class of torch.nn, or module:callable.",
+                    choices=LOSSES),
+    "curvature": _option(str, "foof", f"Base method: {', '.join(REGISTRY)}.", choices=REGISTRY),
+    "lr": _option(float | None, None, "Learning rate.", show_default=False),
+    "settings": _option(list[str], [], "Further option of the base method, [b]momentum=0.9[/] say; repeatable.",
+                        "--set", "-s", metavar="KEY=VALUE"),
+    "schedule": _option(list[str], ["asap"], f"{', '.join(SCHEDULES)}; or [b]PLAYER=STAGE[/], again for every player.",
+                        choices=SCHEDULES, metavar="NAME|PLAYER=STAGE"),
+    "coupling": _option(str, "full", "full, block, or a group size.", choices=("full", "block")),
+    "recursion": _option(str, "levenberg", "levenberg, substituted or printed (the last two with --coupling block).",
+                         choices=RECURSIONS),
+    "feedback": _option(str, "on", "on, open or off.", choices=FEEDBACK),
+    "terminal": _option(str | None, None, "How the loss is expanded: geometric, gradient, ggn, or a number of sampled "
+                        "columns.", choices=("geometric", "gradient", "ggn"), show_default=SUGGESTS),
+    "rollout": _option(str | None, None, "linear (one joint step) or nonlinear (a second forward sweep).",
+                       choices=("linear", "nonlinear"), show_default="linear where there is a joint step"),
+    "inertia": _option(float | None, None, "Momentum inside the model.", show_default=SUGGESTS),
+}  # fmt: skip
+"""Options that several commands have, by the name of their argument."""
+
+
+def takes(*names: str) -> Callable[[Function], Function]:
+    """Give a command options of :data:`OPTIONS`, which it gets as keyword arguments; ``"*"``: all."""
+
+    def decorate(function: Function) -> Function:
+        hints = get_type_hints(function, include_extras=True)
+        own = [one for one in signature(function).parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
+        shared = {name: OPTIONS[name] for name in (OPTIONS if "*" in names else names)}
+        hints.update((name, kind) for name, (kind, _) in shared.items())
+        more = [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, (_, default) in shared.items()]
+        parameters = [one.replace(annotation=hints[one.name]) for one in (*own, *more)]
+        function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        function.__annotations__ = {one.name: one.annotation for one in parameters}
+        return function
+
+    return decorate
 
 
 def program_of(target: str, inputs: list[str], **choices: Any) -> UpdateProgram:
@@ -164,41 +131,23 @@ def program_of(target: str, inputs: list[str], **choices: Any) -> UpdateProgram:
     return compiled(target, inputs, **choices).program
 
 
-def compiled(
-    target: str,
-    inputs: list[str],
-    arguments: list[str],
-    dtype: str,
-    loss: str,
-    schedule: list[str],
-    curvature: str,
-    lr: float | None,
-    settings: list[str],
-    coupling: str,
-    recursion: str,
-    feedback: str,
-    terminal: str | None,
-    rollout: str | None,
-    inertia: float | None,
-) -> CompiledOptimizer:
-    """The optimizer that the options ask for."""
+def compiled(target: str, inputs: list[str], arguments: list[str], dtype: str, **given: Any) -> CompiledOptimizer:
+    """The optimizer that the options ask for (``given``: those of :data:`OPTIONS` under Derivation)."""
     model, examples = model_and_inputs(target, inputs, arguments, dtype)
-    options = keyword_arguments(settings, "--set") | ({} if lr is None else {"lr": lr})
-    switches: dict[str, Any] = {"on": True, "open": "open", "off": False}
-    if feedback not in switches:
+    rate, feedback, terminal = given.get("lr"), given["feedback"], given["terminal"]
+    options = keyword_arguments(given.get("settings", ()), "--set") | ({} if rate is None else {"lr": rate})
+    if feedback not in FEEDBACK:
         raise typer.BadParameter(f"{feedback!r}: give on, open or off", param_hint="--feedback")
     choices: dict[str, Any] = {
-        "schedule": parse_schedule(schedule),
-        "coupling": number_or_word(coupling),
-        "recursion": recursion,
-        "feedback": switches[feedback],
+        "schedule": parse_schedule(given["schedule"]),
+        "coupling": number_or_word(given["coupling"]),
+        "feedback": FEEDBACK[feedback],
         "terminal": MonteCarlo(int(terminal)) if terminal and terminal.isdecimal() else terminal,
-        "rollout": rollout,
-        "inertia": inertia,
+        **{name: given[name] for name in ("recursion", "rollout", "inertia", "curvature")},
     }
-    found = load_loss(loss)
+    found = load_loss(given["loss"])
     with working(f"deriving the optimizer of {type(model).__name__}"):
-        return compile_optimizer(model, examples, loss=found, curvature=curvature, **choices, **options)
+        return compile_optimizer(model, examples, loss=found, **choices, **options)
 
 
 def model_and_inputs(target: str, inputs: list[str], arguments: list[str], dtype: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,18 +84,16 @@ def warn(text: str) -> None:
     stderr().print(f"[yellow]note:[/] {escape(text)}")
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file.
+def save(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file and say where it is, and how large.
 
     Raises:
         CompileError: the file cannot be written.
     """
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CompileError(f"{path} cannot be written ({error.strerror})", "Choose another place with --out") from error
-
-
-def written(path: Path) -> None:
-    """Say where a file is, and how large."""
-    stderr().print(f"wrote [bold]{escape(str(path))}[/] ({path.stat().st_size / 1024:,.1f} KiB)", soft_wrap=True)
+    with working(f"writing {path}"):
+        try:
+            write(path)
+        except OSError as error:
+            raise CompileError(f"{path} cannot be written ({error.strerror})", "Choose another --out") from error
+    size = path.stat().st_size / 1024
+    stderr().print(f"wrote [bold]{escape(str(path))}[/] ({size:,.1f} KiB)", soft_wrap=True)

@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -26,13 +25,13 @@ from torch import Tensor, nn
 
 from gtddp_compile.api import compile_optimizer
 from gtddp_compile.tools.demo.experiment import (
+    FIGURES,
     TARGET,
     Experiment,
     Method,
     Run,
     Scale,
     Step,
-    Summary,
     chosen,
     findings,
     said,
@@ -280,51 +279,36 @@ def _board(runs: list[Run]) -> Table:
     return table
 
 
+def _table(title: str, left: int, *columns: str) -> Table:
+    """A table whose columns but for the first ``left`` hold figures."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", no_wrap=index < left)
+    return table
+
+
 def _swept(experiment: Experiment) -> Table:
     """What the sweeps found at every rate, the chosen one marked."""
     title = f"the sweep, on seed {SWEEP_SEED}; * chosen: by steps, and by the train loss"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("batch", "method"):
-        table.add_column(column)
-    for column in ("lr  ", f"steps to {TARGET:g}", "train loss"):
-        table.add_column(column, justify="right")
-    for scale in experiment.scales:
-        for method in experiment.methods:
-            runs = experiment.swept(scale, method)
-            best = chosen(runs) if runs else []
-            for run in runs:
-                steps, mark = said(run.until_target(run.steps), "{:.0f}"), "*" if run in best else " "
-                where = (str(scale.batch), method.label) if run is runs[0] else ("", "")
-                loss = said(run.final, "{:.2g}", "not finite")
-                table.add_row(*where, f"{run.rate:g} {mark}", steps, loss, end_section=run is runs[-1])
+    table = _table(title, 2, "batch", "method", "lr  ", f"steps to {TARGET:g}", "train loss")
+    for runs in experiment.swept():
+        for batch, method, rate, steps, loss, best in runs:
+            table.add_row(batch, method, f"{rate} {'*' if best else ' '}", steps, loss)
+        table.add_section()
     return table
 
 
 def _result(experiment: Experiment, scale: Scale) -> Table:
     """The table of the report, for the terminal."""
     title = f"DIGITS, batch {scale.batch}, {scale.steps} steps: medians of {experiment.seeds} seeds, processor time"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    to = f"to {TARGET:g}"
-    for column in ("lr", f"steps {to}", f"s {to}", "train loss", "valid. %", "ms/step", "compile s"):
-        table.add_column(column, justify="right")
+    table = _table(title, 1, "method", "lr", *(column for column, _, _ in FIGURES.values()))
     for row in experiment.summaries(scale):
-        table.add_row(Text(row.method.label, LOOKS[row.method.name]), *_cells(row))
+        medians = [median for median, _ in row.cells]
+        table.add_row(Text(row.method.label, LOOKS[row.method.name]), row.rate, *medians)
     return table
 
 
-def _cells(row: Summary) -> list[str]:
-    return [
-        row.rate, said(row.steps[0], "{:.0f}"), said(row.seconds[0], "{:.2f}"), said(row.final[0], "{:.2g}"),
-        said(row.accuracy[0], "{:.1f}"), f"{row.ms:.2f}", f"{row.compile_seconds:.2f}",
-    ]  # fmt: skip
-
-
-def main(
-    steps: Annotated[int, typer.Option(min=1, help="Steps of batch 8 a run; batch 128 makes a twelfth.")] = 1440,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 3,
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The report to write.")] = Path("digits.html"),
-) -> None:
+def main(steps: int, seeds: int, out: Path) -> None:
     """Train the paper's DIGITS network with tuned SGD and Adam, the paper's form and the default; write a report."""
     torch.set_num_threads(1)
     console = Console()

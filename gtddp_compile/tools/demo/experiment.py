@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ Step = Callable[[Tensor, Tensor], Tensor]
 Spread = tuple[float, float, float]
 Verdict = tuple[str, str, str]
 """What was measured, who won and how far the others are, and the default's place: "first", "close" or "behind"."""
+Tried = tuple[str, str, str, str, str, bool]
+"""A run of a sweep in words: batch, method, rate, steps to the target, final loss; and whether it was chosen."""
 
 
 @dataclass(frozen=True)
@@ -82,48 +84,45 @@ def chosen(sweep: list[Run]) -> list[Run]:
     return [fastest] if fastest is lowest else [fastest, lowest]
 
 
-@dataclass(frozen=True)
+FIGURES: Mapping[str, tuple[str, str, Callable[[Run], float]]] = {
+    "steps": (f"steps to {TARGET:g}", "{:.0f}", lambda run: run.until_target(run.steps)),
+    "seconds": (f"s to {TARGET:g}", "{:.2f}", lambda run: run.until_target(run.seconds)),
+    "final": ("train loss", "{:.2g}", lambda run: run.final),
+    "accuracy": ("valid. %", "{:.1f}", lambda run: 100 * run.accuracies[-1]),
+    "ms": ("ms/step", "{:.2f}", lambda run: 1e3 * run.seconds[-1] / run.steps[-1]),
+    "compile": ("compile s", "{:.2f}", lambda run: run.compile_seconds),
+}
+"""Columns of the tables: title, form and figure. Seconds are the processor's, of training but for ``compile``."""
+
+
+@dataclass(frozen=True, eq=False)
 class Summary:
-    """All seeds of a method at a batch size and rate: medians, with the least and the greatest value."""
+    """All seeds of a method at a batch size and rate."""
 
     method: Method
     scale: Scale
     runs: tuple[Run, ...]
 
-    @property
-    def steps(self) -> Spread:
-        """Steps to the target."""
-        return spread(run.until_target(run.steps) for run in self.runs)
+    def spread(self, figure: str) -> Spread:
+        """Median, least, greatest over the seeds; what is not finite counts as infinite."""
+        values = [FIGURES[figure][2](run) for run in self.runs]
+        finite = [value if math.isfinite(value) else math.inf for value in values]
+        return statistics.median(finite), min(finite), max(finite)
 
     @property
-    def seconds(self) -> Spread:
-        """Processor seconds of training to the target, compiling not included."""
-        return spread(run.until_target(run.seconds) for run in self.runs)
+    def cells(self) -> list[tuple[str, str]]:
+        """Every figure as two texts: median, and range."""
+        found = []
+        for name, (_, form, _) in FIGURES.items():
+            median, least, greatest = (said(value, form) for value in self.spread(name))
+            found.append((median, "" if least == greatest else f"{least} to {greatest}"))
+        return found
 
     @property
-    def final(self) -> Spread:
-        """Train loss after the last step."""
-        return spread(run.final for run in self.runs)
-
-    @property
-    def accuracy(self) -> Spread:
-        """Validation accuracy after the last step, in per cent."""
-        return spread(100 * run.accuracies[-1] for run in self.runs)
-
-    @property
-    def ms(self) -> float:
-        """Processor milliseconds a step."""
-        return spread(1e3 * run.seconds[-1] / run.steps[-1] for run in self.runs)[0]
-
-    @property
-    def compile_seconds(self) -> float:
-        """Processor seconds of making the optimizer."""
-        return spread(run.compile_seconds for run in self.runs)[0]
-
-    @property
-    def diverged(self) -> int:
-        """How many seeds ended no better than guessing."""
-        return sum(run.lost for run in self.runs)
+    def diverged(self) -> str:
+        """How many seeds ended no better than guessing, where any did."""
+        count = sum(run.lost for run in self.runs)
+        return f"{count} of {len(self.runs)}" if count else ""
 
     @property
     def rate(self) -> str:
@@ -156,16 +155,18 @@ class Experiment:
                 rows.setdefault((run.method, run.rate), []).append(run)
         return [Summary(method, scale, tuple(runs)) for (method, _), runs in rows.items()]
 
-    def swept(self, scale: Scale, method: Method) -> list[Run]:
-        """Runs of the sweep, by learning rate."""
-        found = [run for run in self.sweep if (run.method, run.scale) == (method, scale)]
-        return sorted(found, key=lambda run: run.rate)
+    def swept(self) -> list[list[Tried]]:
+        """The sweeps as rows of a table, one list a batch size and method, by learning rate."""
+        groups: dict[tuple[Scale, Method], list[Run]] = {}
+        for run in sorted(self.sweep, key=lambda run: run.rate):
+            groups.setdefault((run.scale, run.method), []).append(run)
+        order = [(scale, method) for scale in self.scales for method in self.methods if (scale, method) in groups]
+        return [[_tried(run, chosen(groups[key])) for run in groups[key]] for key in order]
 
 
-def spread(values: Iterable[float]) -> Spread:
-    """Median, least, greatest; what is not finite counts as infinite."""
-    finite = [value if math.isfinite(value) else math.inf for value in values]
-    return statistics.median(finite), min(finite), max(finite)
+def _tried(run: Run, best: list[Run]) -> Tried:
+    steps, loss = said(run.until_target(run.steps), "{:.0f}"), said(run.final, "{:.2g}", "not finite")
+    return str(run.scale.batch), run.method.label, f"{run.rate:g}", steps, loss, run in best
 
 
 def said(value: float, form: str, otherwise: str = "–") -> str:
@@ -175,29 +176,32 @@ def said(value: float, form: str, otherwise: str = "–") -> str:
 
 # --- who won ----------------------------------------------------------------------------------------------------------
 
-MEASURES: tuple[tuple[str, Callable[[Summary], Spread], str], ...] = (
-    (f"steps to train loss {TARGET:g}", lambda row: row.steps, "{:.0f}"),
-    (f"processor time to train loss {TARGET:g}", lambda row: row.seconds, "{:.2f} s"),
-    ("train loss at the end", lambda row: row.final, "{:.2g}"),
-    ("validation accuracy at the end", lambda row: (-row.accuracy[0], -row.accuracy[2], -row.accuracy[1]), "{:.1f} %"),
+MEASURES = (
+    (f"steps to train loss {TARGET:g}", "steps", "{:.0f}", "never"),
+    (f"processor time to train loss {TARGET:g}", "seconds", "{:.2f} s", "never"),
+    ("train loss at the end", "final", "{:.2g}", "not finite"),
+    ("validation accuracy at the end", "accuracy", "{:.1f} %", "not finite"),
 )
-"""What a user asks, how a row answers (median, best and worst seed; less is better), and how the answer is written."""
+"""What a user asks, the figure that answers, how the answer is written, and what is said where there is none."""
 
 
 def verdicts(experiment: Experiment, scale: Scale) -> list[Verdict]:
     """The answer of one batch size to every measure. A median inside the range of the best is too close to call."""
     found: list[Verdict] = []
-    for what, measure, form in MEASURES:
-        rows = sorted(experiment.summaries(scale), key=measure)
-        best, _, worst = measure(rows[0])
+    for what, figure, form, lost in MEASURES:
+        sign = -1 if figure == "accuracy" else 1
+        medians = {row: sign * row.spread(figure)[0] for row in experiment.summaries(scale)}
+        worst = {row: max(sign * end for end in row.spread(figure)[1:]) for row in medians}
+        rows = sorted(medians, key=lambda row: (medians[row], worst[row]))
+        best = medians[rows[0]]
         if not math.isfinite(best):
             found.append((what, "nobody got there", "behind"))
             continue
-        lost = "never" if "to train" in what else "not finite"
-        texts = [(row, f"{row.label}: {said(abs(measure(row)[0]), form, lost)}") for row in rows]
-        level = [row for row in rows if measure(row)[0] <= (worst if math.isfinite(worst) else best)]
-        ahead = ", ".join(text for row, text in texts if row in level)
-        others = ", ".join(text for row, text in texts if row not in level)
+        limit = worst[rows[0]] if math.isfinite(worst[rows[0]]) else best
+        level = [row for row in rows if medians[row] <= limit]
+        texts = {row: f"{row.label}: {said(abs(medians[row]), form, lost)}" for row in rows}
+        ahead = ", ".join(texts[row] for row in level)
+        others = ", ".join(texts[row] for row in rows if row not in level)
         place = "behind" if all(row.method.name != "default" for row in level) else "close" if level[1:] else "first"
         close = "too close to call: " if level[1:] else ""
         found.append((what, f"{close}{ahead}{'; ' if others else ''}{others}", place))
@@ -216,8 +220,7 @@ def findings(experiment: Experiment) -> list[str]:
         parts = [f"{PLACES[place]} {_listed(what)}" for place, what in places.items() if what]
         said_so.append(f"Batch {scale.batch}: the default, with nothing tuned, {'; '.join(parts)}.")
         said_so += [f"Batch {scale.batch}, {what}. {answer}." for what, answer, _ in answers]
-        bad = [f"{row.label} with {row.diverged} of {len(row.runs)} seeds"
-               for row in experiment.summaries(scale) if row.diverged]  # fmt: skip
+        bad = [f"{row.label} with {row.diverged} seeds" for row in experiment.summaries(scale) if row.diverged]
         said_so += [f"Batch {scale.batch}, no better than guessing at the end: {', '.join(bad)}."] if bad else []
     return [*said_so, _beside_training(experiment)]
 

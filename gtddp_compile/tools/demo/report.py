@@ -18,24 +18,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.tools.demo.experiment import (
-    TARGET,
-    Experiment,
-    Method,
-    Scale,
-    Spread,
-    Summary,
-    Verdict,
-    chosen,
-    findings,
-    said,
-    verdicts,
-)
+from gtddp_compile.tools.demo.experiment import TARGET, Experiment, Method, Scale, Summary, Verdict, findings, verdicts
+from gtddp_compile.tools.page import page
 
 # Okabe and Ito's colours: apart for colour-blind eyes; dashes tell them apart without colour. The page replaces them by
 # its own, so that they change with its scheme.
@@ -47,7 +35,6 @@ LOOKS: dict[str, dict[str, Any]] = {
 }
 INK, RULE = "#3a4556", "#e6eaf0"
 COLOURS = {INK: "var(--ink)", RULE: "var(--rule)"} | {look["color"]: f"var(--{name})" for name, look in LOOKS.items()}
-TEMPLATE = Path(__file__).with_name("digits.html.j2")
 NAMESPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 TOP = 30.0
 FLOOR = 80.0
@@ -62,17 +49,12 @@ STYLE: dict[Any, Any] = {
 def write_report(path: Path, experiment: Experiment, optimizer: CompiledOptimizer) -> None:
     """Write the page."""
     stage = _inside(optimizer)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    text = page(
+        "demo/digits.html.j2",
         experiment=experiment,
         findings=findings(experiment),
         results=[_result(experiment, scale) for scale in experiment.scales],
-        sweeps=[
-            (scale, method, _swept(experiment, scale, method))
-            for scale in experiment.scales
-            for method in experiment.methods
-            if experiment.swept(scale, method)
-        ],
+        sweeps=experiment.swept(),
         graph=optimizer.graph.to_svg(),
         stage=stage,
         players=", ".join(optimizer.graph.stages[stage].players),
@@ -82,51 +64,14 @@ def write_report(path: Path, experiment: Experiment, optimizer: CompiledOptimize
         top=TOP,
         floor=FLOOR,
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def _result(experiment: Experiment, scale: Scale) -> tuple[Scale, list[Verdict], list[dict[str, object]], list[str]]:
+def _result(experiment: Experiment, scale: Scale) -> tuple[Scale, list[Verdict], list[Summary], list[str]]:
     """All of one batch size: who won, rows of the table, curves."""
     drawn = [(what, along) for what in ("losses", "accuracies") for along in ("steps", "seconds")]
-    rows = [_row(row) for row in experiment.summaries(scale)]
-    return scale, verdicts(experiment, scale), rows, [_curve(experiment, scale, *which) for which in drawn]
-
-
-def _row(row: Summary) -> dict[str, object]:
-    """One row of a table, in words: figures are a median and a range."""
-    return {
-        "method": row.method,
-        "rate": row.rate,
-        "figures": [
-            _said(row.steps, "{:.0f}"), _said(row.seconds, "{:.2f}"), _said(row.final, "{:.2g}"),
-            _said(row.accuracy, "{:.1f}"), (f"{row.ms:.2f}", ""), (f"{row.compile_seconds:.2f}", ""),
-        ],
-        "diverged": f"{row.diverged} of {len(row.runs)}" if row.diverged else "",
-    }  # fmt: skip
-
-
-def _said(values: Spread, form: str) -> tuple[str, str]:
-    """Median, and range: two texts."""
-    median, least, greatest = (said(value, form) for value in values)
-    return median, "" if least == greatest else f"{least} to {greatest}"
-
-
-def _swept(experiment: Experiment, scale: Scale, method: Method) -> list[tuple[str, str, str, bool]]:
-    """The sweep of one method: rate, steps to the target, final loss, whether it was chosen."""
-    runs = experiment.swept(scale, method)
-    best = chosen(runs)
-    return [
-        (
-            f"{run.rate:g}",
-            said(run.until_target(run.steps), "{:.0f}"),
-            said(run.final, "{:.2g}", "not finite"),
-            run in best,
-        )
-        for run in runs
-    ]
+    curves = [_curve(experiment, scale, *which) for which in drawn]
+    return scale, verdicts(experiment, scale), experiment.summaries(scale), curves
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

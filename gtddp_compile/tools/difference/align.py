@@ -12,17 +12,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cached_property
-from typing import Protocol
 
-from gtddp_compile import kernels
-from gtddp_compile.algebra.collapsed import CollapsedForm
-from gtddp_compile.graph import BufferRef, ControlGraph, Op, ParamRef, Ref, map_leaves
+from gtddp_compile.graph import BufferRef, Op, ParamRef, Ref, map_leaves
 from gtddp_compile.graph.ops import Leaf
-from gtddp_compile.lowering.instructions import WORD, Code, Instruction, render_instruction
-from gtddp_compile.lowering.lowered import Lowered
-from gtddp_compile.methods.setting import Setting
-from gtddp_compile.options import Options
-from gtddp_compile.passes.p06_derive import Derived
+from gtddp_compile.lowering.instructions import Instruction, Var, render_instruction
+from gtddp_compile.runtime.program import UpdateProgram
 
 AT = re.compile(r"_at(\d+)$")
 STAGED = re.compile(r"(stage|alpha|factor|gamma|lambda|outside|lifted|[a-z])_(\d+)(?=$|_)")
@@ -30,25 +24,6 @@ STAGE_FIRST = ("m.keep", "m.observe_block", "m.observe_factors")
 """Calls whose first argument is the stage."""
 NEW = "\N{PRIME}"
 """Marks names of the second program that the first one has nothing for."""
-
-
-class Program(Protocol):
-    """What is compared of an update program."""
-
-    @property
-    def graph(self) -> ControlGraph: ...  # noqa: D102
-    @property
-    def derived(self) -> Derived: ...  # noqa: D102
-    @property
-    def form(self) -> CollapsedForm: ...  # noqa: D102
-    @property
-    def lowered(self) -> Lowered: ...  # noqa: D102
-    @property
-    def options(self) -> Options: ...  # noqa: D102
-    @property
-    def curvature(self) -> str: ...  # noqa: D102
-    @property
-    def setting(self) -> Setting | None: ...  # noqa: D102
 
 
 def matched(left: Sequence[Hashable], right: Sequence[Hashable]) -> dict[int, int]:
@@ -61,8 +36,8 @@ def matched(left: Sequence[Hashable], right: Sequence[Hashable]) -> dict[int, in
 class Alignment:
     """A translation of the second program's names into the first one's."""
 
-    left: Program
-    right: Program
+    left: UpdateProgram
+    right: UpdateProgram
 
     @cached_property
     def ops(self) -> Mapping[str, str]:
@@ -121,14 +96,15 @@ class Alignment:
     def instruction(self, instruction: Instruction) -> str:
         """An instruction of the second program in the first one's variables and stages."""
         if instruction.function in STAGE_FIRST:
-            here = Code(self.stage(instruction.stage))
+            here = Var(self.stage(instruction.stage))
             instruction = replace(instruction, args=(here, *instruction.args[1:]))
-        text = render_instruction(instruction)
-        return WORD.sub(lambda found: found[0] if found[0][0] in "'\"" else self._word(found[0]), text)
+        own = any(function.name == instruction.function for function in self.right.lowered.functions)
+        function = self._word(instruction.function) if own else instruction.function
+        return render_instruction(
+            replace(instruction.with_variables(self._word).writing(self._word), function=function)
+        )
 
     def _word(self, word: str) -> str:
-        if hasattr(kernels, word):  # a function's name: no variable is called like one
-            return word
         variable = self._variable.search(word)
         head, tail = (word[: variable.start()], word[variable.end() :]) if variable else (word, "")
         name = self._variables[variable[1]] if variable else ""

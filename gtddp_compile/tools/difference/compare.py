@@ -11,7 +11,8 @@ from gtddp_compile.algebra.derivation import equation_text
 from gtddp_compile.graph import ControlGraph, Op, Player, Stage
 from gtddp_compile.lowering.instructions import Instruction, render_instruction
 from gtddp_compile.passes.p06_derive import DerivedStage
-from gtddp_compile.tools.difference.align import Alignment, Program
+from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.tools.difference.align import Alignment
 from gtddp_compile.tools.difference.report import Change, Hunk, Line, ProgramDiff, Section
 from gtddp_compile.tools.draw.style import shape_text
 
@@ -19,11 +20,11 @@ Key = tuple[str, int]
 """A sweep and a stage in it."""
 
 
-def compare(left: Program, right: Program) -> ProgramDiff:
+def compare(left: UpdateProgram, right: UpdateProgram) -> ProgramDiff:
     """What differs between two programs; the first one's names and stages are the words it is said in."""
     alignment = Alignment(left, right)
     sections = (
-        _options(left, right),
+        _facts("options", "option", _settings(left), _settings(right)),
         _players(alignment),
         _operations(alignment),
         _shortcuts(alignment),
@@ -34,12 +35,12 @@ def compare(left: Program, right: Program) -> ProgramDiff:
     return ProgramDiff(_name(left), _name(right), sections, (left.graph, right.graph))
 
 
-def _name(program: Program) -> str:
+def _name(program: UpdateProgram) -> str:
     graph = program.graph
     return f"{graph.name}, {program.curvature} ({len(graph.players)} players, {len(graph.stages)} stages)"
 
 
-def _facts(left: Mapping[str, str], right: Mapping[str, str]) -> tuple[list[Change], int]:
+def _facts(title: str, unit: str, left: Mapping[str, str], right: Mapping[str, str]) -> Section:
     """Entries of two tables that are in one alone or have other values; and how many agree."""
     found, same = [], 0
     for key in dict.fromkeys([*left, *right]):
@@ -49,18 +50,10 @@ def _facts(left: Mapping[str, str], right: Mapping[str, str]) -> tuple[list[Chan
             found.append(Change("≠", key, left[key], right[key]))
         else:
             same += 1
-    return found, same
+    return Section(title, unit, tuple(found), same=same)
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
-def _options(left: Program, right: Program) -> Section:
-    changes, same = _facts(_settings(left), _settings(right))
-    return Section("options", "option", tuple(changes), same=same)
-
-
-def _settings(program: Program) -> dict[str, str]:
+def _settings(program: UpdateProgram) -> dict[str, str]:
     """Everything that was asked for, by name; options of a parameter group only where they are its own."""
     options = program.options
     found = {f.name: repr(getattr(options, f.name)) for f in fields(options)}
@@ -85,14 +78,13 @@ def _players(alignment: Alignment) -> Section:
     left, right = alignment.left, alignment.right
     ours = {player.name: _player(left, player, str(player.stage)) for player in left.graph.players}
     theirs = {player.name: _player(right, player, alignment.stage(player.stage)) for player in right.graph.players}
-    changes, same = _facts(ours, theirs)
-    return Section("players", "player", tuple(changes), same=same)
+    return _facts("players", "player", ours, theirs)
 
 
-def _player(program: Program, player: Player, stage: str) -> str:
+def _player(program: UpdateProgram, player: Player, stage: str) -> str:
     info = program.graph.ops.parameter_info
     sizes = " ".join(shape_text(info[name].shape) for name in player.parameters)
-    rules = ", ".join(dict.fromkeys(use.rule.name for use in program.lowered.uses[player.name]))
+    rules = ", ".join(dict.fromkeys(use.rule.name for use in program.lowered.plan.layers[player.name].uses))
     tied = f", used {len(player.uses)} times" if len(player.uses) > 1 else ""
     return f"stage {stage}: {player.kind} {sizes}, rule {rules}{tied}"
 
@@ -101,8 +93,7 @@ def _operations(alignment: Alignment) -> Section:
     """Operations by the first program's names: what they read, their literal arguments, the shape of their value."""
     ours = {op.name: _operation(alignment, op, translated=False) for op in alignment.left.graph.ops.ops}
     theirs = {alignment.op(op.name): _operation(alignment, op, translated=True) for op in alignment.right.graph.ops.ops}
-    changes, same = _facts(ours, theirs)
-    return Section("operations", "operation", tuple(changes), same=same)
+    return _facts("operations", "operation", ours, theirs)
 
 
 def _operation(alignment: Alignment, op: Op, *, translated: bool) -> str:
@@ -115,8 +106,7 @@ def _shortcuts(alignment: Alignment) -> Section:
         f"{alignment.op(s.fork)} → {alignment.op(s.merge)}": _shortcut(s.kind, s.players)
         for s in alignment.right.graph.shortcuts
     }
-    changes, same = _facts(ours, theirs)
-    return Section("shortcuts", "fork → merge", tuple(changes), same=same)
+    return _facts("shortcuts", "fork → merge", ours, theirs)
 
 
 def _shortcut(kind: str, players: Iterable[str]) -> str:
@@ -205,7 +195,7 @@ def _derived(stage: DerivedStage) -> tuple[str, ...]:
     return (*pattern, *(equation_text(equation) for equation in stage.derivation.equations()))
 
 
-def _collapsed(program: Program) -> tuple[str, ...]:
+def _collapsed(program: UpdateProgram) -> tuple[str, ...]:
     form = program.form
     return tuple(equation_text(equation) for equation in (*form.backward.values(), *form.forward.values()))
 
@@ -233,7 +223,7 @@ def _instructions(alignment: Alignment) -> Section:
     return Section("instructions", "stage", hunks=tuple(hunks), same=same)
 
 
-def _blocks(program: Program) -> dict[Key, tuple[Instruction, ...]]:
+def _blocks(program: UpdateProgram) -> dict[Key, tuple[Instruction, ...]]:
     found: dict[Key, list[Instruction]] = {}
     for instruction in program.lowered.instructions:
         found.setdefault((instruction.phase, instruction.stage), []).append(instruction)

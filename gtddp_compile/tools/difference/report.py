@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
-from io import StringIO
 from pathlib import Path
 from typing import Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
-from gtddp_compile.tools.draw.html import POLICY
 from gtddp_compile.tools.draw.style import escape
+from gtddp_compile.tools.page import page
+from gtddp_compile.wording import rendered
 
 Sign = Literal["-", "+", "≠"]
 STYLES: dict[str, str] = {"-": "red", "+": "green", "≠": "yellow"}
@@ -129,10 +128,7 @@ class ProgramDiff:
     # --- text ---------------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        console = Console(file=StringIO(), width=WIDTH, color_system=None, legacy_windows=False, _environ={})
-        console.print(self, crop=False)
-        assert isinstance(console.file, StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+        return rendered(self, WIDTH)
 
     def __rich__(self) -> RenderableType:
         """The whole as rich prints it."""
@@ -152,33 +148,15 @@ class ProgramDiff:
 
     def to_html(self) -> str:
         """One self-contained page: both control graphs, then the sections; it loads nothing."""
-        css = resources.files("gtddp_compile.tools.difference").joinpath("page.css").read_text(encoding="utf-8")
-        body = "".join(map(_section, self.sections)) if self else "<p>The programs do not differ.</p>"
-        title = f"{escape(self.graphs[0].name)} against {escape(self.graphs[1].name)}"
-        pictures = "".join(
-            f'<figure><figcaption class="{kind}">{sign} {escape(said)}</figcaption>{graph.to_svg(60)}</figure>'
-            for kind, sign, said, graph in zip(("gone", "new"), "-+", (self.left, self.right), self.graphs, strict=True)
+        one, other = self.graphs
+        return page(
+            "difference/page.html.j2",
+            title=f"Update programs: {one.name} against {other.name}",
+            css="difference/page.css",
+            pictures=[("gone", f"- {self.left}", one.to_svg(60)), ("new", f"+ {self.right}", other.to_svg(60))],
+            diff=self,
+            classes=CLASSES,
         )
-        return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Update programs: {title}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-<header><h1>Update programs: {title}</h1>
-<p>Names and stages are the first program's; what it has no name for is marked ′. Instructions stand as each program
-has them.</p></header>
-<details open><summary>Control graphs</summary><div class="pictures">{pictures}</div></details>
-{body}
-</main>
-</body>
-</html>
-"""
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
@@ -207,24 +185,3 @@ def _table(section: Section) -> Table:
         cells = (change.sign, change.what, change.left, change.right)
         found.add_row(*(Text(cell) for cell in cells), style=STYLES[change.sign])
     return found
-
-
-def _section(section: Section) -> str:
-    head = f"<summary>{escape(section.summary)}</summary>"
-    if not section:
-        return f'<p class="same">{escape(section.summary)}</p>\n'
-    rows = "".join(
-        f'<tr class="{CLASSES[c.sign]}"><td>{c.sign}</td><td>{escape(c.what)}</td><td>{escape(c.left)}</td>'
-        f"<td>{escape(c.right)}</td></tr>"
-        for c in section.changes
-    )
-    columns = "".join(f"<th>{escape(name)}</th>" for name in ("", section.unit, "− first", "+ second"))
-    table = f"<table><thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table>" if rows else ""
-    return f"<details open>{head}{table}{''.join(map(_hunk, section.hunks))}</details>\n"
-
-
-def _hunk(hunk: Hunk) -> str:
-    lines = "".join(
-        f'<div class="{CLASSES[line.sign]}"><i>{line.sign}</i>{escape(line.text)}</div>' for line in hunk.lines
-    )
-    return f"<h3>{escape(hunk.where)}</h3><pre>{lines}</pre>"

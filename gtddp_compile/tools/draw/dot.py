@@ -42,9 +42,10 @@ def _node(graph: nx.MultiDiGraph[str], name: str, indent: str) -> str:
     data = graph.nodes[name]
     colours = family(data["kind"]) if data["player"] else FREE
     label = f"{data['player'] or name}\n{data['kind']} {shape_text(data['shape'])}"
+    ring = " peripheries=2" if data["coalition"] else ""
     return (
         f'{indent}{quoted(name)} [label={quoted(label)} fillcolor="{colours.fill}" '
-        f'color="{colours.line}" fontcolor="{colours.text}"];'
+        f'color="{colours.line}" fontcolor="{colours.text}"{ring}];'
     )
 
 

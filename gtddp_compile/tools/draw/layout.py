@@ -16,6 +16,7 @@ from functools import cache
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from gtddp_compile.errors import CompileError
 
@@ -96,17 +97,13 @@ def layered(requests: Sequence[Request]) -> list[Layout]:
     sources = [request.sources() for request in requests]
     texts = list(dict.fromkeys(text for tries in sources for text in tries))
     answers = dict(zip(texts, _answers(_run("\n".join(texts))), strict=True)) if texts else {}
-    read: dict[str, Raw] = {}
-    found = []
-    for request, tries in zip(requests, sources, strict=True):
-        for text in tries:
-            if text not in read:
-                read[text] = _read(answers[text], len(request.boxes), len(request.rows), len(request.links))
-        found.append(_named(min((read[text] for text in tries), key=_length), request))
-    return found
+    return [
+        min((_read(answers[text], request) for text in tries), key=_length)
+        for request, tries in zip(requests, sources, strict=True)
+    ]
 
 
-def _answers(text: str) -> list[dict[str, object]]:
+def _answers(text: str) -> list[dict[str, Any]]:
     """The engine writes one JSON object a graph, one after the other."""
     decoder, found, at = json.JSONDecoder(), [], 0
     while (at := text.find("{", at)) >= 0:
@@ -115,26 +112,7 @@ def _answers(text: str) -> list[dict[str, object]]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """A layout by the numbers of its boxes."""
-
-    centres: Sequence[Point]
-    routes: Sequence[Sequence[Point]]
-    rows: Sequence[float]
-    width: float
-    height: float
-
-
-def _named(raw: Raw, request: Request) -> Layout:
-    boxes = {
-        name: Box(*centre, box.width, box.height, box.radius)
-        for (name, box), centre in zip(request.boxes.items(), raw.centres, strict=True)
-    }
-    return Layout(boxes, raw.routes, raw.rows, raw.width, raw.height)
-
-
-def _length(found: Raw) -> float:
+def _length(found: Layout) -> float:
     return sum(math.dist(a, b) for route in found.routes for a, b in pairwise(route))
 
 
@@ -168,20 +146,21 @@ def _source(request: Request, hint: bool) -> str:
     return "\n".join((*lines, "}"))
 
 
-def _read(answer: dict[str, object], boxes: int, rows: int, links: int) -> Raw:
-    _, _, width, height = map(float, str(answer["bb"]).split(","))
-    objects: list[dict[str, str]] = answer["objects"]  # type: ignore[assignment]
-    edges: list[dict[str, str]] = answer.get("edges", [])  # type: ignore[assignment]
-    at = {found["name"]: _point(found["pos"], height) for found in objects if "pos" in found}
-    routes: list[list[Point]] = [[] for _ in range(links)]
-    for edge in edges:
+def _read(answer: dict[str, Any], request: Request) -> Layout:
+    _, _, width, height = map(float, answer["bb"].split(","))
+    at = {found["name"]: _point(found["pos"], height) for found in answer["objects"] if "pos" in found}
+    routes: list[list[Point]] = [[] for _ in request.links]
+    for edge in answer.get("edges", ()):
         if "id" in edge:
             marks = edge["pos"].split()
             tips = [mark[2:] for mark in marks if mark.startswith("e,")]
             points = [mark for mark in marks if mark[0] not in "es"]
             routes[int(edge["id"])] = [_point(mark, height) for mark in points + (tips or points[-1:])]
-    centres = [at[f"n{index}"] for index in range(boxes)]
-    return Raw(centres, routes, [at[f"r{index}"][1] for index in range(rows)], width, height)
+    boxes = {
+        name: Box(*at[f"n{index}"], box.width, box.height, box.radius)
+        for index, (name, box) in enumerate(request.boxes.items())
+    }
+    return Layout(boxes, routes, [at[f"r{index}"][1] for index in range(len(request.rows))], width, height)
 
 
 def _point(text: str, height: float) -> Point:
@@ -190,14 +169,9 @@ def _point(text: str, height: float) -> Point:
 
 
 def _run(source: str) -> str:
+    command = [_executable(), "-Kdot", "-Tjson"]
     try:
-        done = subprocess.run(
-            [_executable(), "-Kdot", "-Tjson"],
-            input=source,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=TIMEOUT,
-        )
+        done = subprocess.run(command, input=source, capture_output=True, encoding="utf-8", timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(
             f"the layout engine {ENGINE} could not draw the graph ({error})",

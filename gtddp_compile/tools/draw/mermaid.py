@@ -6,6 +6,7 @@ import networkx as nx
 
 from gtddp_compile.tools.draw.style import (
     BLOCK,
+    COALITION_COLOUR,
     FAMILIES,
     FREE,
     SHORTCUT_COLOURS,
@@ -66,6 +67,12 @@ def flowchart(graph: nx.MultiDiGraph[str]) -> str:
         members = [short[name] for name in graph if _family(graph, name) is colours]
         if members:
             lines.append(f"  class {','.join(members)} f{index}")
+    together = [short[name] for name, data in graph.nodes(data=True) if data.get("coalition")]
+    if together:
+        lines += [
+            f"  classDef coalition stroke:{COALITION_COLOUR},stroke-width:3px",
+            f"  class {','.join(together)} coalition",
+        ]
     lines += [f"  linkStyle {','.join(edges)} stroke:{colour}" for colour, edges in styles.items()]
     return "\n".join(lines) + "\n"
 

@@ -159,7 +159,7 @@
     return null;
   }
 
-  function drawNode(part, [cx, cy, w, h, radius, form, colour, accent, first, second], at, out) {
+  function drawNode(part, [cx, cy, w, h, radius, form, colour, accent, together, first, second], at, out) {
     const kid = part.block.kids[at], own = part.block.words[at], [fill, , ink, detail] = D.colours[colour];
     const x = part.X(cx), y = part.Y(cy), left = x - w / 2, top = y - h / 2, dark = form === 'end';
     const words = (s, dy, size, paint, bold) => `<text x="${n(x)}" y="${n(y + dy)}" font-size="${size}" fill="${paint}" text-anchor="middle"${bold ? ' font-weight="600"' : ''}>${escaped(s)}</text>`;
@@ -167,6 +167,7 @@
     out.push(`<g ${what} data-node="${part.id}:${at}">`);
     if (form === 'block') out.push(`<rect x="${n(left + 4)}" y="${n(top + 4)}" width="${w}" height="${h}" rx="${radius}" fill="${fill}" stroke="${accent}"/>`);
     out.push(`<rect x="${n(left)}" y="${n(top)}" width="${w}" height="${h}" rx="${radius}" fill="${dark ? '#3a4556' : fill}" stroke="${dark ? '#3a4556' : accent}" stroke-width="${form === 'sign' || form === 'merge' ? 1.8 : 1.2}"/>`);
+    if (together) out.push(`<rect x="${n(left + 3)}" y="${n(top + 3)}" width="${n(w - 6)}" height="${n(h - 6)}" rx="${radius - 3}" fill="none" stroke="${D.ring}" stroke-width="1.2"/>`);
     if (form === 'block') out.push(words(`+ ${first}`, -2.5, 12, ink, true), words(own[0], 11, 10, detail));
     else if (form === 'player') out.push(words(first, -2.5, 12, ink, true), words(second, 11, 10, detail));
     else if (form === 'sign') out.push(words(first, 5.8, 17, accent, true));
@@ -336,7 +337,6 @@
     tip.style.display = 'none';
   }, { passive: false });
   pane.addEventListener('pointerdown', event => {
-    if (event.target.closest('.tools')) return;
     from = [event.clientX - x, event.clientY - y]; moved = false;
   });
   window.addEventListener('pointermove', event => {

@@ -18,6 +18,7 @@ from gtddp_compile.tools.draw.layout import Point, layered
 from gtddp_compile.tools.draw.picture import OUTPUT, Line, Node, Picture, sketch, tip
 from gtddp_compile.tools.draw.style import (
     BLOCK,
+    COALITION_COLOUR,
     FAMILIES,
     FREE,
     SHORTCUT_COLOURS,
@@ -61,7 +62,8 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
     Returns:
         ``lines`` of text, by number; ``ops``: name, hover text (numbers of lines), stage and innermost block of every
         operation; ``stages``: hover text, cut and note of every stage; ``layouts``; ``blocks``, the network itself
-        first; ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means.
+        first; ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means;
+        ``ring``: colour of a coalition's outline.
 
     Raises:
         CompileError: the layout engine is not installed, or it failed.
@@ -81,13 +83,14 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
         entries.append({"t": layouts.setdefault(text, len(layouts)), "title": block.title, "path": block.path, **entry})
     return {
         "ops": _ops(graph, blocks, texts),
-        "stages": [_stage(graph, stage, notes, texts) for stage in _titled(graph)],
+        "stages": _stages(graph, notes, texts),
         "layouts": [json.loads(text) for text in layouts],
         "blocks": entries,
         "open": _opened(blocks, number, len(graph)),
         "colours": [[found.fill, found.line, found.text, found.detail] for found in COLOURS],
         "kinds": {SHORTCUT_COLOURS[kind]: words for kind, words in SHORTCUT_WORDS.items()}
         | {TIED_COLOUR: "tied weights"},
+        "ring": COALITION_COLOUR,
         "lines": texts.lines,
     }
 
@@ -95,9 +98,9 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
 def _layout(found: Picture) -> dict[str, Any]:
     """What blocks of one structure share.
 
-    ``nodes``: centre, size, radius, form, colour, accent and lines of text (none for what enters: its name differs);
-    ``lines``: numbers of the nodes it joins, colour, flags, points, bands whose cuts it crosses, numbers of the nodes
-    whose values it carries or that read them; ``bands``: top and bottom.
+    ``nodes``: centre, size, radius, form, colour, accent, whether it is in a coalition, and lines of text (none for
+    what enters: its name differs); ``lines``: numbers of the nodes it joins, colour, flags, points, bands whose cuts it
+    crosses, numbers of the nodes whose values it carries or that read them; ``bands``: top and bottom.
     """
     index = {node.name: at for at, node in enumerate(found.nodes)}
     index |= {joint: len(index) + at for at, joint in enumerate(found.joints)}
@@ -118,7 +121,7 @@ def _node(node: Node, found: Picture) -> list[Any]:
     box = found.layout.boxes[node.name]
     words = ("",) if node.form == "end" and node.name != OUTPUT else node.lines
     place = _rounded((box.x, box.y, box.width, box.height, box.radius))
-    return [*place, node.form, COLOURS.index(node.colours), node.accent, *words]
+    return [*place, node.form, COLOURS.index(node.colours), node.accent, int(node.coalition), *words]
 
 
 def _line(line: Line, route: Sequence[Point], found: Picture, index: Mapping[str, int]) -> list[Any]:
@@ -155,11 +158,7 @@ def _block(
             words[at] = [node.lines[0], texts.numbers(node.tip)]
         elif isinstance(item, Block):
             words[at] = [block_text(view.nodes[node.name]["block"]), texts.numbers(node.tip)]
-    return {
-        "kids": kids,
-        "words": words,
-        "bands": [[stage["first"], stage["last"]] for stage in view.graph["stages"]],
-    }
+    return {"kids": kids, "words": words, "bands": [[stage["first"], stage["last"]] for stage in view.graph["stages"]]}
 
 
 def _ops(graph: nx.MultiDiGraph[str], blocks: Sequence[Block], texts: Texts) -> list[list[Any]]:
@@ -173,25 +172,21 @@ def _ops(graph: nx.MultiDiGraph[str], blocks: Sequence[Block], texts: Texts) -> 
     return found
 
 
-def _titled(graph: nx.MultiDiGraph[str]) -> Iterable[dict[str, Any]]:
+def _stages(graph: nx.MultiDiGraph[str], notes: Mapping[int, str], texts: Texts) -> list[dict[str, list[int]]]:
+    """``says``: a stage's players and merges; ``cut``: live values with shapes; ``names``: without; ``note``."""
     shapes = {value["name"]: shape_text(value["shape"]) for value in graph.graph["values"]}
+    found = []
     for stage in graph.graph["stages"]:
-        yield {**stage, "cut": [f"{name}  {shapes.get(name, '')}".rstrip() for name in stage["live"]]}
-
-
-def _stage(
-    graph: nx.MultiDiGraph[str], stage: dict[str, Any], notes: Mapping[int, str], texts: Texts
-) -> dict[str, list[int]]:
-    """``says``: its players and merges; ``cut``: live values with shapes; ``names``: without; ``note``."""
-    says = [f"players: {', '.join(stage['players'])}"] if stage["players"] else []
-    says += [f"merges here: {', '.join(stage['merges'])}"] if stage["merges"] else []
-    note = notes.get(stage["index"])
-    return {
-        "says": texts.numbers("\n".join(says)) if says else [],
-        "cut": texts.numbers("\n".join(stage["cut"])) if stage["cut"] else [],
-        "names": texts.numbers("\n".join(stage["live"])) if stage["live"] else [],
-        "note": texts.numbers(note) if note else [],
-    }
+        says = [f"players: {', '.join(stage['players'])}"] if stage["players"] else []
+        says += [f"merges here: {', '.join(stage['merges'])}"] if stage["merges"] else []
+        said = {
+            "says": "\n".join(says),
+            "cut": "\n".join(f"{name}  {shapes.get(name, '')}".rstrip() for name in stage["live"]),
+            "names": "\n".join(stage["live"]),
+            "note": notes.get(stage["index"], ""),
+        }
+        found.append({key: texts.numbers(text) if text else [] for key, text in said.items()})
+    return found
 
 
 def _opened(blocks: Sequence[Block], number: Mapping[int, int], size: int) -> list[int]:

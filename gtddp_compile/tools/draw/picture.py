@@ -29,11 +29,12 @@ NAME_SIZE, DETAIL_SIZE, FREE_SIZE = 12.0, 10.0, 11.0
 GLYPHS = {"add": "+", "sub": "−", "mul": "×"}
 LINE_COLOUR, WAIT_COLOUR = "#98a2b0", "#56657a"
 OUTPUT = "\0output"
+NOWHERE = Layout({}, (), (), 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One box: its lines of text (name, then detail), colours, form and hover text."""
+    """One box: its lines of text (name, then detail), colours, form, hover text; whether it decides with others."""
 
     name: str
     lines: tuple[str, ...]
@@ -43,6 +44,7 @@ class Node:
     accent: str
     tip: str
     stage: int
+    coalition: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +87,11 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Everything placed; coordinates are those of the layout, the labels' column not included."""
+    """Boxes and lines, what the layout is asked for, and, once there is one, every place.
 
-    nodes: Sequence[Node]
-    lines: Sequence[Line]
-    joints: Mapping[str, int]
-    bands: Sequence[Band]
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Sketch:
-    """Everything but the places: what the layout is asked for, and what its answer is drawn as."""
+    Coordinates are those of the layout, the labels' column not included. ``joints``: stages of the trunks' joints by
+    name; ``borders``: the empty row before every stage, and the one after all.
+    """
 
     graph: nx.MultiDiGraph[str]
     nodes: Sequence[Node]
@@ -104,10 +99,12 @@ class Sketch:
     joints: Mapping[str, int]
     borders: Sequence[int]
     request: Request
+    layout: Layout = NOWHERE
+    bands: Sequence[Band] = ()
 
     def placed(self, layout: Layout) -> Picture:
         """The picture, once there is a layout."""
-        return Picture(self.nodes, self.lines, self.joints, _bands(self.graph, layout, self.borders), layout)
+        return replace(self, layout=layout, bands=_bands(self.graph, layout, self.borders))
 
 
 def picture(graph: nx.MultiDiGraph[str]) -> Picture:
@@ -120,19 +117,15 @@ def picture(graph: nx.MultiDiGraph[str]) -> Picture:
     return drawn.placed(layered([drawn.request])[0])
 
 
-def sketch(graph: nx.MultiDiGraph[str]) -> Sketch:
-    """Label and size a control graph, and say what is to be placed how.
-
-    Args:
-        graph: as made by ``ControlGraph.to_networkx``, or a view of it.
-    """
+def sketch(graph: nx.MultiDiGraph[str]) -> Picture:
+    """The same before it is placed: many are placed at once."""
     data = graph.graph
     nodes = _nodes(graph)
-    last = len(data["stages"])
     stage_of = {node.name: node.stage for node in nodes}
     players = {node.name for node in nodes if node.form in ("player", "block")}
     lines, joints = bundled([_line(graph, *edge) for edge in graph.edges(data=True)], stage_of, players)
     if data["outputs"]:
+        last = len(data["stages"])
         nodes.append(Node(OUTPUT, ("output",), FREE, "end", FREE.line, "what the model returns", last))
         lines += [_returned(graph, name) for name in data["outputs"]]
     rows, borders = _rows(graph, nodes)
@@ -142,14 +135,10 @@ def sketch(graph: nx.MultiDiGraph[str]) -> Sketch:
         aside.setdefault(borders[stage], []).append(name)
     row = {name: index for index, names in (*enumerate(rows), *aside.items()) for name in names}
     links = [
-        Link(
-            line.source,
-            line.target,
-            _weight(line, row[line.target] - row[line.source], line.source in joints),
-        )
+        Link(line.source, line.target, _weight(line, row[line.target] - row[line.source], line.source in joints))
         for line in lines
     ]
-    return Sketch(graph, nodes, lines, joints, borders, Request(boxes, rows, links, aside))
+    return Picture(graph, nodes, lines, joints, borders, Request(boxes, rows, links, aside))
 
 
 def bundled(
@@ -172,13 +161,8 @@ def bundled(
     trunks = {key[0]: key for key, members in groups.items() if len({stage_of[line.target] for line in members}) > 1}
     found = []
     for line in lines:
-        if (
-            line.crosses
-            and not line.strong
-            and not line.dashed
-            and line.source in trunks
-            and line.target not in players
-        ):
+        thin = line.crosses and not (line.strong or line.dashed)
+        if thin and line.source in trunks and line.target not in players:
             trunk = trunks[line.source]
             groups[trunk].append(replace(line, colour=trunk[1], strong=True))
         elif not (line.strong and line.crosses):
@@ -293,7 +277,7 @@ def _node(name: str, data: dict[str, Any], shape: str, merged: str | None, words
         form, lines = "sign", (GLYPHS[kind],)
     else:
         form, lines = "merge" if data["merge"] else "free", (shortened(kind, 30),)
-    return Node(name, lines, colours, form, accent, words, data["stage"])
+    return Node(name, lines, colours, form, accent, words, data["stage"], bool(data.get("coalition")))
 
 
 def tip(name: str, data: dict[str, Any], player: dict[str, Any] | None) -> str:
@@ -311,6 +295,8 @@ def tip(name: str, data: dict[str, Any], player: dict[str, Any] | None) -> str:
     stage = data.get("true_stage", data["stage"])
     if stage >= 0:
         lines.append(f"stage {stage}")
+    if data.get("coalition"):
+        lines.append(f"coalition: {listed(data['coalition'])} decide together")
     live = data["live"]
     if live:
         readers = listed(list(map(str, live["readers"])))
@@ -338,7 +324,7 @@ def _line(graph: nx.MultiDiGraph[str], source: str, target: str, data: dict[str,
     tip = [f"{listed(data.get('values') or [source])} → {target}"]
     colour, strong = LINE_COLOUR, False
     if data["control"]:
-        colour, strong = TIED_COLOUR, False
+        colour = TIED_COLOUR
         tip.append(f"tied weights of {data['control']}")
     elif data["shortcut"]:
         colour, strong = SHORTCUT_COLOURS[data["shortcut"]], True
@@ -348,16 +334,8 @@ def _line(graph: nx.MultiDiGraph[str], source: str, target: str, data: dict[str,
     if crosses:
         stages = graph.graph["stages"]
         tip.append(f"in the cut before stage {listed([str(stages[at].get('first', at)) for at in crosses])}")
-    return Line(
-        source,
-        target,
-        colour,
-        crosses,
-        "\n".join(tip),
-        strong=strong,
-        dashed=bool(data["control"]),
-        ops=(source, target),
-    )
+    dashed = bool(data["control"])
+    return Line(source, target, colour, crosses, "\n".join(tip), strong=strong, dashed=dashed, ops=(source, target))
 
 
 def _returned(graph: nx.MultiDiGraph[str], name: str) -> Line:

@@ -39,6 +39,7 @@ SHORTCUT_WORDS = {
     "parameter_free": "shortcut without players",
 }
 TIED_COLOUR = "#8a6d00"
+COALITION_COLOUR, COALITION_WORDS = "#3a4556", "coalition: decides together"
 
 _WORDS = ((NORM, ("norm",)), (EMBEDDING, ("embedding",)), (CONV, ("conv",)), (LINEAR, ("linear", "addmm")))
 

@@ -23,11 +23,14 @@ from gtddp_compile.tools.draw.picture import (
 )
 from gtddp_compile.tools.draw.style import (
     BLOCK,
+    COALITION_COLOUR,
+    COALITION_WORDS,
     FAMILIES,
     FREE,
     SHORTCUT_COLOURS,
     SHORTCUT_WORDS,
     TIED_COLOUR,
+    Family,
     escape,
     shortened,
     summary,
@@ -156,6 +159,8 @@ def _node(node: Node, box: Box, number: int | None) -> str:
     ink = node.colours.text
     if node.form == "block":
         parts.insert(1, _stack(box, node))
+    if node.coalition:
+        parts.append(_ring(left, top, box.width, box.height, box.radius))
     if node.form in ("player", "block"):
         parts.append(_text(box.x, box.y - 2.5, node.lines[0], NAME_SIZE, ink, 600, "middle"))
         parts.append(_text(box.x, box.y + 11, node.lines[1], DETAIL_SIZE, node.colours.detail, anchor="middle"))
@@ -165,6 +170,14 @@ def _node(node: Node, box: Box, number: int | None) -> str:
         ink = "#ffffff" if node.form == "end" else ink
         parts.append(_text(box.x, box.y + 3.9, node.lines[0], FREE_SIZE, ink, anchor="middle"))
     return "".join((*parts, "</g>"))
+
+
+def _ring(left: float, top: float, width: float, height: float, radius: float) -> str:
+    """The inner outline of a player that decides together with others."""
+    return (
+        f'<rect x="{left + 3:.1f}" y="{top + 3:.1f}" width="{width - 6:.1f}" height="{height - 6:.1f}" '
+        f'rx="{radius - 3:g}" fill="none" stroke="{COALITION_COLOUR}" stroke-width="1.2"/>'
+    )
 
 
 def _stack(box: Box, node: Node) -> str:
@@ -245,11 +258,7 @@ def _crossings(found: Picture) -> str:
         points = [(_crossing(route, height[stage]), height[stage]) for stage in line.crosses if stage in height]
         if line.target in found.joints:
             points.append((found.layout.boxes[line.target].x, found.layout.boxes[line.target].y))
-        rings += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.9" fill="#ffffff" stroke="{line.colour}" stroke-width="1.5"/>'
-            for x, y in points
-            if x is not None
-        ]
+        rings += [_crossed(f"{x:.1f}", f"{y:.1f}", line.colour) for x, y in points if x is not None]
     return "".join(rings)
 
 
@@ -274,28 +283,23 @@ def _crossing(route: Sequence[Point], y: float) -> float | None:
 
 def _legend(found: Picture, x: float, y: float, width: float) -> tuple[str, float]:
     """What the colours mean, those that occur; and the height it takes."""
-    entries: list[tuple[str, str]] = []
+    forms = {node.form for node in found.nodes}
     used = {node.colours.name for node in found.nodes if node.form == "player"}
-    for colours in FAMILIES:
-        if colours.name in used:
-            box = f'<rect y="-9" width="16" height="11" rx="3.5" fill="{colours.fill}" stroke="{colours.line}"/>'
-            entries.append((box, colours.name))
-    if any(node.form == "block" for node in found.nodes):
-        box = f'<rect y="-9" width="16" height="11" rx="3.5" fill="{BLOCK.fill}" stroke="{BLOCK.line}"/>'
-        entries.append((box, "folded block"))
-    if any(node.form == "free" for node in found.nodes):
-        box = f'<rect y="-9" width="16" height="11" rx="5.5" fill="{FREE.fill}" stroke="{FREE.line}"/>'
-        entries.append((box, FREE.name))
-    drawn = {line.colour for line in found.lines}
+    boxes = [(colours, colours.name) for colours in FAMILIES if colours.name in used]
+    boxes += [(BLOCK, "folded block")] if "block" in forms else []
+    entries = [(_swatch(paint, 3.5), word) for paint, word in boxes]
+    if any(node.coalition for node in found.nodes):
+        outer = f'<rect y="-10" width="18" height="13" rx="4" fill="none" stroke="{COALITION_COLOUR}"/>'
+        entries.append((outer + _ring(0, -10, 18, 13, 4), COALITION_WORDS))
+    if "free" in forms:
+        entries.append((_swatch(FREE, 5.5), FREE.name))
     words = {colour: SHORTCUT_WORDS[kind] for kind, colour in SHORTCUT_COLOURS.items()}
     words |= {WAIT_COLOUR: "value that waits", TIED_COLOUR: "tied weights"}
-    for colour, word in words.items():
-        if colour in drawn:
-            dash = ' stroke-dasharray="5 4"' if colour == TIED_COLOUR else ""
-            mark = f'<path d="M0 -3.5h18" stroke="{colour}" stroke-width="2.2"{dash}/>'
-            entries.append((mark, word))
-    ring = f'<circle cx="8" cy="-3.5" r="2.9" fill="#ffffff" stroke="{LINE_COLOUR}" stroke-width="1.5"/>'
-    entries.append((ring, "crosses a cut"))
+    drawn = {line.colour for line in found.lines}
+    for colour in (colour for colour in words if colour in drawn):
+        dash = ' stroke-dasharray="5 4"' if colour == TIED_COLOUR else ""
+        entries.append((f'<path d="M0 -3.5h18" stroke="{colour}" stroke-width="2.2"{dash}/>', words[colour]))
+    entries.append((_crossed("8", "-3.5", LINE_COLOUR), "crosses a cut"))
     parts, at, row = [], 0.0, 0
     for mark, word in entries:
         step = 24 + text_width(word, LEGEND_SIZE) + 18
@@ -305,3 +309,11 @@ def _legend(found: Picture, x: float, y: float, width: float) -> tuple[str, floa
         parts.append(f'<g transform="translate({x + at:.1f} {y + 19 * row + 8:.1f})">{mark}{text}</g>')
         at += step
     return "".join(parts), 19.0 * (row + 1)
+
+
+def _swatch(paint: Family, radius: float) -> str:
+    return f'<rect y="-9" width="16" height="11" rx="{radius}" fill="{paint.fill}" stroke="{paint.line}"/>'
+
+
+def _crossed(x: str, y: str, colour: str) -> str:
+    return f'<circle cx="{x}" cy="{y}" r="2.9" fill="#ffffff" stroke="{colour}" stroke-width="1.5"/>'

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from io import StringIO
 from typing import Any
 
 import networkx as nx
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from gtddp_compile.tools.draw.repeats import Run, runs
 from gtddp_compile.tools.draw.style import shape_text, summary
+from gtddp_compile.wording import rendered
 
 WIDTH = 110
 WHOLE, MOST_ROWS, MOST_NAMES = 60, 200, 4
@@ -21,7 +20,6 @@ WHOLE, MOST_ROWS, MOST_NAMES = 60, 200, 4
 
 So are more names in a cell than ``MOST_NAMES``, in such a table."""
 Row = tuple[str, str, str, str]
-Fold = Callable[[Run], Row]
 
 
 def table(graph: nx.MultiDiGraph[str]) -> str:
@@ -36,119 +34,90 @@ def table(graph: nx.MultiDiGraph[str]) -> str:
         Text at most 110 columns wide (unless a single word is wider), without colour codes or trailing blanks.
     """
     data = graph.graph
-    tables = [_stages(graph)]
-    if data["shortcuts"]:
-        tables.append(_shortcuts(graph))
+    tables = [_stages(graph), *([_shortcuts(graph)] if data["shortcuts"] else [])]
+    texts = ["\n".join(filter(None, rendered(found, WIDTH).splitlines())) + "\n" for found in tables]
     head = f"Control graph of {data['name']} (schedule {data['schedule']})"
-    return "\n".join((head, *map(_rendered, tables), summary(graph)))
+    return "\n".join((head, *texts, summary(graph)))
 
 
-def packed(items: Iterable[str], width: int) -> str:
-    """Items with commas between them, filled into lines, an item broken only if it is wider than a line."""
+def packed(names: Sequence[str], width: int, few: bool) -> str:
+    """Names with commas between them, filled into lines; where there are not ``few`` rows, as many as can be read."""
+    if not few and len(names) > MOST_NAMES + 1:
+        names = [*names[:MOST_NAMES], f"+{len(names) - MOST_NAMES} more"]
     lines = [""]
-    for item in items:
-        joined = f"{lines[-1]}, {item}" if lines[-1] else item
+    for name in names:
+        joined = f"{lines[-1]}, {name}" if lines[-1] else name
         if lines[-1] and len(joined) > width - 1:
             lines[-1] += ","
-            lines.append(item)
+            lines.append(name)
         else:
             lines[-1] = joined
     return "\n".join(lines)
 
 
-def _rendered(found: Table) -> str:
-    console = Console(
-        file=StringIO(),
-        width=WIDTH,
-        color_system=None,
-        force_terminal=False,
-        legacy_windows=False,
-        emoji=False,
-        markup=False,
-        highlight=False,
-        _environ={},
-    )
-    console.print(found)
-    assert isinstance(console.file, StringIO)
-    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    return "\n".join(line for line in lines if line) + "\n"
-
-
-def _table(*columns: str) -> Table:
-    found = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        found.add_column(column, overflow="fold", justify="right" if column == "stage" else "left")
-    return found
-
-
 def _stages(graph: nx.MultiDiGraph[str]) -> Table:
     data = graph.graph
     players = {player["name"]: player for player in data["players"]}
-    values = {value["name"]: value for value in data["values"]}
-    found = _table("stage", "players: kind, parameters", "live values (the cut before it)", "merges")
-    rows, alike = [], []
+    shapes = {value["name"]: value["shape"] for value in data["values"]}
+    rows: list[Row] = []
+    alike: list[Hashable] = []
     few = len(data["stages"]) <= WHOLE
     for stage in data["stages"]:
         deciding = [players.get(name, {"name": name}) for name in stage["players"]]
-        live = [f"{name} {shape_text(values[name]['shape'])}" if name in values else name for name in stage["live"]]
-        lines = [_player_line(player) if "kind" in player else player["name"] for player in deciding]
-        rows.append(
-            (
-                str(stage["index"]),
-                "\n".join(lines),
-                packed(_most(live, few), 40),
-                packed(_most(stage["merges"], few), 24),
-            )
-        )
-        shapes = tuple(tuple(values[name]["shape"]) if name in values else name for name in stage["live"])
+        live = [f"{name} {shape_text(shapes[name])}" if name in shapes else name for name in stage["live"]]
+        cells = ("\n".join(map(_player_line, deciding)), packed(live, 40, few), packed(stage["merges"], 24, few))
+        rows.append((str(stage["index"]), *cells))
         kinds = tuple((player.get("kind"), player.get("size")) for player in deciding)
-        alike.append((kinds, shapes, len(stage["merges"])))
-    for row in _folded(rows, alike, _more_stages(data["stages"])):
-        found.add_row(*row)
-    return found
+        waiting = tuple(tuple(shapes[name]) if name in shapes else name for name in stage["live"])
+        alike.append((kinds, waiting, len(stage["merges"])))
 
-
-def _more_stages(stages: Sequence[dict[str, Any]]) -> Fold:
     def say(run: Run) -> Row:
         first, last = run.start + run.period, run.stop - 1
         pattern = f"stage {run.start}" if run.period == 1 else f"stages {run.start}–{first - 1}"
-        names = [stages[at]["players"] for at in (first, last)]
+        names = [data["stages"][at]["players"] for at in (first, last)]
         ends = f": {names[0][0]} – {names[1][-1]}" if all(names) else ""
         return f"{first}–{last}", f"as {pattern}, {run.count - 1} times{ends}", "", ""
 
-    return say
+    columns = ("stage", "players: kind, parameters", "live values (the cut before it)", "merges")
+    return _table(columns, _folded(rows, alike, say))
 
 
 def _player_line(player: dict[str, Any]) -> str:
+    if "kind" not in player:
+        return str(player["name"])
     tied = f" ×{len(player['uses'])}" if len(player["uses"]) > 1 else ""
     return f"{player['name']}: {player['kind']}{tied}, {player['size']:,}"
 
 
 def _shortcuts(graph: nx.MultiDiGraph[str]) -> Table:
-    found = _table("shortcut", "kind", "players", "region")
-    rows, alike = [], []
-    few = len(graph.graph["shortcuts"]) <= WHOLE
-    for shortcut in graph.graph["shortcuts"]:
-        rows.append(
-            (
-                f"{shortcut['fork']} → {shortcut['merge']}",
-                shortcut["kind"].replace("_", " "),
-                packed(_most(shortcut["players"], few), 36),
-                "regular" if shortcut["regular"] else "irregular",
-            )
-        )
-        ends = re.sub(r"\d+", "#", f"{shortcut['fork']} {shortcut['merge']}")
-        alike.append((ends, shortcut["kind"], len(shortcut["players"]), shortcut["regular"]))
+    shortcuts = graph.graph["shortcuts"]
+    few = len(shortcuts) <= WHOLE
+    rows: list[Row] = [
+        (f"{one['fork']} → {one['merge']}", one["kind"].replace("_", " "), packed(one["players"], 36, few),
+         "regular" if one["regular"] else "irregular")
+        for one in shortcuts
+    ]  # fmt: skip
+    alike = [
+        (re.sub(r"\d+", "#", f"{one['fork']} {one['merge']}"), one["kind"], len(one["players"]), one["regular"])
+        for one in shortcuts
+    ]
 
     def say(run: Run) -> Row:
         return f"and {run.period * (run.count - 1)} more alike, the last {rows[run.stop - 1][0]}", "", "", ""
 
-    for row in _folded(rows, alike, say):
+    return _table(("shortcut", "kind", "players", "region"), _folded(rows, alike, say))
+
+
+def _table(columns: Iterable[str], rows: Iterable[Row]) -> Table:
+    found = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        found.add_column(column, overflow="fold", justify="right" if column == "stage" else "left")
+    for row in rows:
         found.add_row(*row)
     return found
 
 
-def _folded(rows: Sequence[Row], alike: Sequence[Hashable], say: Fold) -> Iterator[Row]:
+def _folded(rows: Sequence[Row], alike: Sequence[Hashable], say: Callable[[Run], Row]) -> Iterator[Row]:
     """The rows; of many, those that repeat the ones before are said in one row, and there is an end."""
     if len(rows) <= WHOLE:
         yield from rows
@@ -164,9 +133,3 @@ def _folded(rows: Sequence[Row], alike: Sequence[Hashable], say: Fold) -> Iterat
         at = run.stop if run else at + 1
     if at < len(rows):
         yield f"and {len(rows) - at} more", "", "", ""
-
-
-def _most(names: Sequence[str], few: bool) -> list[str]:
-    """The names, all of them where there are ``few`` rows, else as many as can be read and the rest counted."""
-    whole = few or len(names) <= MOST_NAMES + 1
-    return list(names) if whole else [*names[:MOST_NAMES], f"+{len(names) - MOST_NAMES} more"]

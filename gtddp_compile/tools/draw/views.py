@@ -19,6 +19,11 @@ from gtddp_compile.wording import plural
 PORTS = 6
 """So many values that enter are shown one by one."""
 ENTERS = "\0enters "
+NOTHING: dict[str, Any] = {
+    "shape": None, "stage": -1, "player": None, "parameters": [], "merge": False, "input": False, "output": False,
+    "module": "", "source": "", "live": None,
+}  # fmt: skip
+"""What an operation has and a block or a value that enters has not."""
 Span = tuple[int, int]
 Edges = dict[tuple[str, str, Any, Any], tuple[list[str], set[int]]]
 """Values and the stages whose cuts they cross, by source, target, kind of shortcut and tied player."""
@@ -68,19 +73,19 @@ class Views:
         starts = {first: index for index, (first, _) in enumerate(bands)}
         leaving = self._leaving(owner)
         found: nx.MultiDiGraph[str] = nx.MultiDiGraph(**self.graph.graph)
+        for port, values in ports.items():
+            found.add_node(port, **self._port(values, base))
+        for key, item in keys.items():
+            found.add_node(key, **self._node(key, item, base, band_of[key]))
         found.graph.update(
             summary=self._summary,
             values=self._cut_values(bands),
             stages=[self._band(span, [k for k in keys if band_of[k] == at], at) for at, span in enumerate(bands)],
             outputs=list(dict.fromkeys(owner[at] for at in leaving)),
-            players=[self._player[name] for name in self._deciding(keys)],
+            players=[self._player[found.nodes[key]["player"]] for key in keys if found.nodes[key]["player"]],
             shortcuts=[shortcut for key in keys for shortcut in self._merged.get(key, ())],
             inputs=[*ports, *(key for key in keys if key in self.graph and self.graph.nodes[key]["input"])],
         )
-        for port, values in ports.items():
-            found.add_node(port, **self._port(values, base))
-        for key, item in keys.items():
-            found.add_node(key, **self._node(key, item, base, band_of[key]))
         for (source, target, kind, control), (values, crosses) in edges.items():
             cuts = sorted(starts[stage] for stage in crosses if stage in starts)
             found.add_edge(source, target, shortcut=kind, control=control, crosses=cuts, values=values)
@@ -94,10 +99,6 @@ class Views:
                 key += " "
             keys[key] = item
         return keys
-
-    def _deciding(self, keys: dict[str, Item]) -> list[str]:
-        """Players whose operations are items of their own."""
-        return [self.graph.nodes[key]["player"] for key in keys if self.graph.nodes.get(key, {}).get("player")]
 
     def _span(self, item: Item) -> Span | None:
         """First and last stage of an item; none if it runs before all stages.
@@ -168,22 +169,11 @@ class Views:
         ]
 
     def _port(self, values: list[str], base: str) -> dict[str, Any]:
-        only = self.graph.nodes[values[0]] if len(values) == 1 else None
-        return {
-            "kind": "value" if only else "values",
-            "label": _step(values[0], base) if only else plural(len(values), "value"),
-            "shape": only["shape"] if only else None,
-            "stage": -1,
-            "player": None,
-            "parameters": [],
-            "merge": False,
-            "input": True,
-            "output": False,
-            "module": "",
-            "source": "",
-            "live": only["live"] if only else None,
-            "enters": values,
-        }
+        found = {**NOTHING, "kind": "values", "label": plural(len(values), "value"), "input": True, "enters": values}
+        if len(values) == 1:
+            only = self.graph.nodes[values[0]]
+            found |= {"kind": "value", "label": _step(values[0], base), "shape": only["shape"], "live": only["live"]}
+        return found
 
     def _node(self, key: str, item: Item, base: str, band: int) -> dict[str, Any]:
         if isinstance(item, int):
@@ -192,36 +182,19 @@ class Views:
             if data["player"] and base:
                 found["label"] = _step(data["player"], base)
             return found
-        last = self.graph.nodes[self.names[item.stop - 1]]
-        players = self.players(item)
-        span = self._span(item)
-        return {
-            "kind": "block",
-            "label": relative_title(item, base),
-            "shape": last["shape"],
-            "stage": band,
-            "player": None,
-            "parameters": [],
-            "merge": False,
-            "input": False,
-            "output": False,
-            "module": item.path,
-            "source": "",
-            "live": None,
-            "block": {
-                "title": item.title,
-                "operations": item.stop - item.start,
-                "players": len(players),
-                "size": sum(player["size"] for player in players),
-                "stages": span,
-                "repeats": item.repeats,
-            },
+        inside = [self.graph.nodes[name] for name in self.names[item.start : item.stop]]
+        players = [self._player[node["player"]] for node in inside if node["player"]]
+        block = {
+            "title": item.title,
+            "operations": len(inside),
+            "players": len(players),
+            "size": sum(player["size"] for player in players),
+            "stages": self._span(item),
+            "repeats": item.repeats,
         }
-
-    def players(self, item: Block) -> list[dict[str, Any]]:
-        """The players inside a block."""
-        names = (self.graph.nodes[self.names[at]]["player"] for at in range(item.start, item.stop))
-        return [self._player[name] for name in names if name]
+        label = " – ".join(_step(part, base) for part in item.title.split(" – "))
+        shown = {"kind": "block", "label": label, "shape": inside[-1]["shape"], "stage": band, "module": item.path}
+        return {**NOTHING, **shown, "block": block}
 
     def frontier(self, boxes: int) -> list[Item]:
         """The items of a still picture of at most ``boxes`` boxes (or as few as the outermost blocks are).
@@ -278,19 +251,9 @@ def _leaves(item: Item) -> Iterator[Item]:
         yield item
 
 
-def relative(name: str, base: str) -> str:
-    """A qualified name without the module path it lies under."""
-    return name[len(base) + 1 :] if base and name.startswith(f"{base}.") else name
-
-
-def relative_title(block: Block, base: str) -> str:
-    """A block's title under a module path."""
-    return " – ".join(_step(part, base) for part in block.title.split(" – "))
-
-
 def _step(name: str, base: str) -> str:
-    """``blocks.7`` stays as it is under ``blocks``: a number alone says nothing."""
-    short = relative(name, base)
+    """A name without the module path it lies under; ``blocks.7`` stays as it is: a number alone says nothing."""
+    short = name[len(base) + 1 :] if base and name.startswith(f"{base}.") else name
     return f"{base.rpartition('.')[2]}.{short}" if short != name and short[0].isdecimal() else short
 
 

@@ -32,11 +32,6 @@ class Source:
     definitions: dict[str, tuple[ast.stmt, ...]]
     imports: dict[str, tuple[str, str | None]]
 
-    def text(self, first: ast.stmt, last: ast.stmt | None = None) -> str:
-        """The statements' own lines, decorators included."""
-        start = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", ()))])
-        return "\n".join(self.lines[start - 1 : (last or first).end_lineno])
-
 
 @cache
 def source_of(module: str) -> Source:
@@ -68,14 +63,14 @@ class Luggage:
     Attributes:
         package: modules whose text is carried; names from elsewhere are imported.
         aliases: names replaced in what is carried (a protocol by the class that implements it).
-        imports: import statements that the text needs.
+        imports: import statements that the text needs: ``import math``, or ``from typing import`` with the names.
         pieces: text of every definition by its exported name, dependencies first.
         origins: the module that each of them comes from.
     """
 
     package: str = "gtddp_compile"
     aliases: dict[str, str] = field(default_factory=dict)
-    imports: set[str] = field(default_factory=set)
+    imports: dict[str, set[str]] = field(default_factory=dict)
     pieces: dict[str, str] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     _taken: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -90,27 +85,22 @@ class Luggage:
         statements = source.definitions[name]
         text = _without_checks(source, statements)
         exported = self._name(module, name, text)
-        renamed = self._dependencies(source, statements, text)
+        renamed = self._dependencies(source, text)
         self._put(source, exported, _rename(text, {**renamed, name: exported}))
         return exported
 
-    def take_class(self, module: str, name: str, members: frozenset[str]) -> str:
+    def take_class(self, kind: type, members: frozenset[str]) -> None:
         """Carry a class and its bases with ``__init__``, the members asked for, and those of its own that they call."""
-        chain = self._chain(*self._home(module, name))
+        chain: list[tuple[Source, ast.ClassDef]] = []
+        for one in kind.__mro__:
+            if one.__module__.startswith(self.package):
+                source = source_of(one.__module__)
+                (node,) = source.definitions[one.__name__]
+                assert isinstance(node, ast.ClassDef)
+                chain.append((source, node))
         wanted = _reachable([node for _, node in chain], members | {"__init__"})
         for position in reversed(range(len(chain))):
             self._class(*chain[position], [node.name for _, node in chain[position + 1 : position + 2]], wanted)
-        return name
-
-    def _chain(self, module: str, name: str) -> list[tuple[Source, ast.ClassDef]]:
-        """A class and its bases of ours, one after the other."""
-        source = source_of(module)
-        (node,) = source.definitions[name]
-        assert isinstance(node, ast.ClassDef)
-        homes = [self._home(module, base.id) for base in node.bases if isinstance(base, ast.Name)]
-        ours = [home for home in homes if self._is_ours(*home)]
-        assert len(ours) < 2, f"{name} has several bases"  # classes that are carried are written so
-        return [(source, node), *(self._chain(*ours[0]) if ours else [])]
 
     def _class(self, source: Source, node: ast.ClassDef, bases: list[str], wanted: list[ast.FunctionDef]) -> None:
         """Carry one class with those methods of its own that are wanted."""
@@ -123,21 +113,18 @@ class Luggage:
         head = f"class {node.name}({', '.join(bases)}):" if bases else f"class {node.name}:"
         if kept:
             head = f"@dataclass(frozen=True)\n{head}"
-            self.imports.add("from dataclasses import dataclass")
-        parts = [_documentation(node), *(source.text(n) for n in kept)]
+            self.needs("dataclass", "dataclasses", "dataclass")
+        parts = [_documentation(node), *(_without_checks(source, (n,)) for n in kept)]
         parts += [_without_checks(source, (method,)) for method in methods]
         text = head + "\n" + "\n\n".join(part for part in parts if part)
         if len(parts) == 1 and not parts[0]:
             text += "\n    pass"
-        renamed = self._dependencies(source, (*methods, *kept), text)
+        renamed = self._dependencies(source, text)
         self._taken[source.name, node.name] = node.name
         self._put(source, node.name, _rename(text, renamed))
 
     def _put(self, source: Source, exported: str, text: str) -> None:
         self.pieces[exported], self.origins[exported] = text, source.name
-
-    def _is_ours(self, module: str, name: str) -> bool:
-        return module.startswith(self.package) and name in source_of(module).definitions
 
     def _home(self, module: str, name: str) -> tuple[str, str]:
         """Where a name of a module is defined, through re-exports."""
@@ -161,30 +148,36 @@ class Luggage:
         self._taken[module, name] = exported
         return exported
 
-    def _dependencies(self, source: Source, statements: tuple[ast.stmt, ...], text: str) -> dict[str, str]:
+    def _dependencies(self, source: Source, text: str) -> dict[str, str]:
         """Carry or import everything that the kept text names; returns what is called otherwise there."""
         renamed = {old: new for old, new in self.aliases.items() if re.search(rf"\b{old}\b", text)}
         for name in sorted(names_in(text)):
             if name in self.aliases:
                 continue
-            if name in source.definitions:
-                found = self.take(source.name, name)
-                renamed.update({name: found} if found != name else {})
-            elif name in source.imports:
-                module, attribute = source.imports[name]
-                if module.startswith(self.package) and attribute is not None:
-                    found = self.take(module, attribute)
-                    renamed.update({name: found} if found != name else {})
-                else:
-                    self.imports.add(import_line(name, module, attribute))
+            module, attribute = (
+                (source.name, name) if name in source.definitions else source.imports.get(name, ("", ""))
+            )
+            if module.startswith(self.package) and attribute is not None:
+                renamed[name] = self.take(module, attribute)
+            elif module:
+                self.needs(name, module, attribute)
         return renamed
 
+    def needs(self, name: str, module: str, attribute: str | None = None) -> None:
+        """Import a name: a module, or an attribute of one."""
+        if attribute is None:
+            self.imports.setdefault(f"import {module}" if module == name else f"import {module} as {name}", set())
+        else:
+            names = self.imports.setdefault(f"from {module} import", set())
+            names.add(attribute if name == attribute else f"{attribute} as {name}")
 
-def import_line(name: str, module: str, attribute: str | None) -> str:
-    """The statement that imports a name."""
-    if attribute is None:
-        return f"import {module} as {name}" if module != name else f"import {module}"
-    return f"from {module} import {attribute}" + (f" as {name}" if name != attribute else "")
+    @property
+    def import_lines(self) -> list[str]:
+        """The statements; torch's come last."""
+        rank = {line: (line.split()[1].startswith("torch"), line.startswith("from"), line) for line in self.imports}
+        return [
+            f"{line} {', '.join(sorted(self.imports[line]))}".rstrip() for line in sorted(rank, key=rank.__getitem__)
+        ]
 
 
 def carry_function(function: object, luggage: Luggage) -> str:

@@ -1,7 +1,7 @@
-"""``.json``: the program as data, versioned and checked, read back without running anything.
+"""``.json``: what a program was compiled from, versioned and checked, read back without running anything.
 
-What is stored is the normal form with its control graph, the instructions and stage functions, options, base method
-and loss. Symbolic parts are derived again from the graph when it is loaded, and compared with the stored equations.
+Stored are the network's normal form, options, base method and loss, with digests of the equations and of the code that
+came of them. Loading runs the passes behind the normal form again and refuses a file whose digests are others.
 The schema is published as docs/program-schema.json.
 """
 
@@ -12,35 +12,32 @@ import binascii
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gtddp_compile.algebra.derivation import equation_text
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import ControlGraph
-from gtddp_compile.lowering.instructions import Instruction, StageFunction
-from gtddp_compile.lowering.lowered import Lowered
-from gtddp_compile.lowering.uses import Use
-from gtddp_compile.methods.curvature import REGISTRY, Curvature, resolve
+from gtddp_compile.graph import OpGraph
+from gtddp_compile.methods.curvature import REGISTRY, Curvature
 from gtddp_compile.methods.losses import Loss, absent, split
 from gtddp_compile.methods.setting import BufferInfo, Group, Setting
 from gtddp_compile.options import Options
-from gtddp_compile.passes.p11_emit import emit
-from gtddp_compile.runtime.planning import plan_program
-from gtddp_compile.runtime.program import UpdateProgram
-from gtddp_compile.tools.export.codec import REMEDY, Reader, Writer, fields_of, is_instance, refuse
+from gtddp_compile.runtime.compiler import build_program, control_graph
+from gtddp_compile.runtime.program import VERSION, UpdateProgram
+from gtddp_compile.tools.export.codec import RECORDS, REMEDY, Reader, Writer, fields_of, is_instance, refuse
 from gtddp_compile.tools.export.losses import named_classes
-from gtddp_compile.tools.export.parts import VERSION, Parts
-from gtddp_compile.tools.export.safety import check_code
+from gtddp_compile.tools.export.targets import ATTRIBUTES
 from gtddp_compile.tools.export.values import base64_of, loss_arguments, make_loss
 
 FORMAT = "gtddp_compile update program"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever a file of before could be read wrongly."""
+WRITER = f"gtddp_compile {VERSION}, torch {torch.__version__}"
 MOST_AXES = 64
 
 
@@ -54,99 +51,74 @@ class StoredLoss:
 
 
 @dataclass(frozen=True)
-class StoredMethod:
-    """A base method by name, with its hyperparameters."""
-
-    name: str
-    options: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class StoredForm:
-    """The collapsed equations as text: for readers, and to see that a loaded graph derives the same."""
-
-    name: str
-    equations: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Stored:
-    """The file's ``program``."""
+    """The file's ``program``: what the compiler needs to make it again, and digests of what it made."""
 
-    graph: ControlGraph
+    name: str
+    ops: OpGraph
     options: Options
-    curvature: StoredMethod
+    curvature: Curvature
     groups: tuple[Group, ...]
     loss: StoredLoss
     decay: bool
-    form: StoredForm
-    functions: tuple[StageFunction, ...]
-    instructions: tuple[Instruction, ...]
-    uses: Mapping[str, tuple[Use, ...]]
-    names: Mapping[str, str]
-    attributes: Mapping[str, Any]
+    equations: str
+    code: str
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, BufferInfo] = field(default_factory=dict)
 
+
+RECORDS["StoredLoss"] = StoredLoss
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def to_json(parts: Parts) -> str:
+def to_json(program: UpdateProgram) -> str:
     """The program as a JSON document.
 
     Raises:
         CompileError: the network calls functions that are not torch's, or the base method is not one of the package's.
     """
     writer = Writer()
-    program = writer.record(_stored(parts))
-    body = {"tensors": [_tensor_data(tensor) for tensor in writer.tensors], "program": program}
-    head = {"format": FORMAT, "version": SCHEMA_VERSION, "written_by": f"gtddp_compile {VERSION}"}
+    stored = writer.record(_stored(program))
+    body = {"tensors": [_tensor_data(tensor) for tensor in writer.tensors], "program": stored}
+    head = {"format": FORMAT, "version": SCHEMA_VERSION, "written_by": WRITER}
     return json.dumps({**head, "checksum": _checksum(body), **body}, indent=1, ensure_ascii=True) + "\n"
 
 
-def _stored(parts: Parts) -> Stored:
-    setting, lowered = parts.setting, parts.lowered
-    named = named_classes(parts.graph.ops.output)
+def _stored(program: UpdateProgram) -> Stored:
+    setting, ops = program.compiled_for, program.graph.ops
+    named, kind = named_classes(ops.output), type(setting.curvature)
     if named:
         raise CompileError(
             f"the model returns a {named[0].__name__}: a stored program holds plain tuples, lists and dicts alone",
             "Return one of these, or export as .py",
         )
-    return Stored(
-        graph=parts.graph,
-        options=parts.options,
-        curvature=_stored_method(setting.curvature),
-        groups=setting.groups,
-        loss=_stored_loss(setting.loss),
-        decay=lowered.plan.decay,
-        form=StoredForm(parts.form.name, _equations(parts)),
-        functions=lowered.functions,
-        instructions=lowered.instructions,
-        uses=lowered.uses,
-        names=lowered.names,
-        attributes=setting.constants,
-        buffers=setting.buffers,
-    )
-
-
-def _stored_method(curvature: Curvature) -> StoredMethod:
-    kind: Any = type(curvature)
-    known: Any = REGISTRY.get(curvature.name)
-    if known is not kind:
+    if kind not in REGISTRY.values():
         raise CompileError(
             f"the base method {kind.__name__} is none of the package's own, so a file cannot name it",
             f"Use one of {', '.join(REGISTRY)}, or export another format",
         )
-    return StoredMethod(curvature.name, {f.name: getattr(curvature, f.name) for f in fields(kind) if f.init})
+    loss = loss_arguments(setting.loss)
+    return Stored(
+        name=program.graph.name,
+        ops=ops,
+        options=program.options,
+        curvature=setting.curvature,
+        groups=setting.groups,
+        loss=StoredLoss(setting.loss.name, {}, False) if loss is None else StoredLoss(*loss, True),
+        decay=program.lowered.plan.decay,
+        equations=_digest(_equations(program)),
+        code=_digest([program.code]),
+        constants=setting.constants,
+        buffers=setting.buffers,
+    )
 
 
-def _stored_loss(loss: Loss) -> StoredLoss:
-    found = loss_arguments(loss)
-    return StoredLoss(loss.name, {}, False) if found is None else StoredLoss(found[0], found[1], True)
-
-
-def _equations(parts: Parts) -> tuple[str, ...]:
-    return tuple(f"{equation.symbol} = {equation.expression}" for equation in parts.equations)
+def _equations(program: UpdateProgram) -> Iterable[str]:
+    """Every equation of the derivation, those that stages of one pattern share once."""
+    for derivation in {stage.derivation.pattern: stage.derivation for stage in program.derived.stages}.values():
+        yield from map(equation_text, (*derivation.equations(), *derivation.rolled.values()))
+    yield from map(equation_text, (*program.form.backward.values(), *program.form.forward.values()))
 
 
 def _tensor_data(tensor: Tensor) -> dict[str, Any]:
@@ -156,8 +128,11 @@ def _tensor_data(tensor: Tensor) -> dict[str, Any]:
 
 def _checksum(body: Mapping[str, Any]) -> str:
     """Of the content, whatever the white space."""
-    text = json.dumps(body, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    return _digest([json.dumps(body, separators=(",", ":"), ensure_ascii=True, allow_nan=False)])
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return f"sha256:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -167,7 +142,8 @@ def read(path: Path) -> UpdateProgram:
     """A stored program.
 
     Raises:
-        CompileError: the file is no program, was changed or cut off, or was written by a newer version.
+        CompileError: the file is no program, was changed or cut off, was written by a newer version, or this version
+            makes another program of it.
         OSError: it cannot be read.
     """
     return from_json(path.read_bytes())
@@ -175,20 +151,31 @@ def read(path: Path) -> UpdateProgram:
 
 def from_json(content: bytes) -> UpdateProgram:
     """The same from the file's content."""
-    stored, reader_at = _checked(content), "program"
-    tensors, data = stored["tensors"], stored["program"]
+    document = _checked(content)
+    tensors = document["tensors"]
     if not isinstance(tensors, list):
         refuse("tensors", "there is no list")
     reader = Reader(tuple(_tensor(entry, f"tensors/{index}") for index, entry in enumerate(tensors)))
     try:
-        found: Stored = reader.record(Stored, data, reader_at)
-        return _program(found)
+        stored: Stored = reader.record(Stored, document["program"], "program")
+        program = _program(stored)
     except CompileError:
         raise
     except Exception as error:  # the passes are written for graphs that passes made; this one came from outside
         raise CompileError(
             f"the file is no update program: its parts do not fit each other ({type(error).__name__}: {error})", REMEDY
         ) from error
+    for what, found, wanted in (
+        ("equations", _digest(_equations(program)), stored.equations),
+        ("code", _digest([program.code]), stored.code),
+    ):
+        if found != wanted:
+            raise CompileError(
+                f"the file's network and options give other {what} here than where it was written: by "
+                f"{str(document['written_by'])[:80]!r}, and this is {WRITER!r}",
+                "Load it with the versions that wrote it, or compile the model and export it again",
+            )
+    return program
 
 
 def _checked(content: bytes) -> dict[str, Any]:
@@ -203,104 +190,83 @@ def _checked(content: bytes) -> dict[str, Any]:
     version = document.get("version")
     if type(version) is not int or version < 1:
         refuse("version", "there is no version number")
-    if version > SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         raise CompileError(
             f"the file has version {version} and was written by {str(document.get('written_by'))[:80]!r}; this is "
-            f"gtddp_compile {VERSION}, which reads up to version {SCHEMA_VERSION}",
-            "Update gtddp_compile, or export again with this version",
+            f"{WRITER}, which reads version {SCHEMA_VERSION}",
+            "Update gtddp_compile, or export again with this version" if version > SCHEMA_VERSION else REMEDY,
         )
     body = {key: document.get(key) for key in ("tensors", "program")}
     if set(document) != {"format", "version", "written_by", "checksum", *body}:
         refuse("/", "the keys are not those of a program")
-    if document["checksum"] != _checksum_or_none(body):
+    try:
+        intact = document["checksum"] == _checksum(body)
+    except (ValueError, RecursionError):
+        intact = False
+    if not intact:
         raise CompileError(
             "the file was changed or damaged after it was written: its checksum does not match",
             "Export the program again",
         )
-    return body
+    return document
 
 
 def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON")
 
 
-def _checksum_or_none(body: Mapping[str, Any]) -> str | None:
-    try:
-        return _checksum(body)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _tensor(entry: Any, at: str) -> Tensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data"}:
         refuse(at, "a tensor has dtype, shape and data")
     dtype = getattr(torch, entry["dtype"], None) if isinstance(entry["dtype"], str) else None
-    shape = entry["shape"]
+    shape, data = entry["shape"], entry["data"]
     if not isinstance(dtype, torch.dtype):
         refuse(f"{at}/dtype", "there is no such dtype")
-    if (
-        not isinstance(shape, list)
-        or not all(type(n) is int and 0 <= n < 2**40 for n in shape)
-        or len(shape) > MOST_AXES
-    ):
+    sizes = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+    if not sizes or len(shape) > MOST_AXES:
         refuse(f"{at}/shape", "it is no shape")
     try:
-        data = base64.b64decode(entry["data"], validate=True) if isinstance(entry["data"], str) else None
+        content = base64.b64decode(data, validate=True) if isinstance(data, str) else b""
     except (binascii.Error, ValueError) as error:
         raise CompileError(f"the file is no update program: at {at}/data, {error}", REMEDY) from error
-    if data is None or len(data) != math.prod(shape) * dtype.itemsize:
+    if not isinstance(data, str) or len(content) != math.prod(shape) * dtype.itemsize:
         refuse(f"{at}/data", "its length is not that of the tensor")
-    if not data:
+    if not content:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape)
 
 
 def _program(stored: Stored) -> UpdateProgram:
-    curvature = _method(stored.curvature)
-    derived, plan = plan_program(stored.graph, stored.options, curvature, decay=stored.decay)
-    lowered = Lowered(
-        plan=plan,
-        instructions=stored.instructions,
-        functions=stored.functions,
-        uses=dict(stored.uses),
-        names=dict(stored.names),
-    )
-    setting = Setting(curvature, stored.groups, _loss(stored.loss), dict(stored.attributes), stored.buffers)
-    _check_groups(setting)
-    parts = Parts(stored.graph, derived, plan.form, lowered, stored.options, setting)
-    if (plan.form.name, _equations(parts)) != (stored.form.name, stored.form.equations):
-        refuse("program/form", "the equations are not those that its graph derives")
-    emitted = emit(lowered)
-    if not all(isinstance(value, Tensor) for value in emitted.constants.values()):
-        refuse("program", "a constant of its code is no tensor")
-    check_code(emitted.code, emitted.constants)
-    return UpdateProgram(stored.graph, derived, plan.form, lowered, emitted, stored.options, parts.curvature, setting)
+    """The passes behind the normal form, run on what was stored."""
+    _check_ops(stored.ops)
+    _check_groups(stored)
+    setting = Setting(stored.curvature, stored.groups, _loss(stored.loss), stored.constants, stored.buffers)
+    graph = control_graph(stored.ops, stored.options.schedule, stored.name)
+    return build_program(graph, stored.options, stored.curvature, decay=stored.decay, setting=setting)
 
 
-def _method(stored: StoredMethod) -> Curvature:
-    if stored.name not in REGISTRY:
-        refuse("program/curvature/name", f"there is no base method {stored.name!r}")
-    _check_types(REGISTRY[stored.name], stored.options, "program/curvature/options")
-    return resolve(stored.name, **stored.options)
+def _check_ops(ops: OpGraph) -> None:
+    """What the generated code takes from an operation as it is: names of arguments and of attributes."""
+    for index, op in enumerate(ops.ops):
+        at = f"program/ops/OpGraph/ops/{index}"
+        if not all(isinstance(key, str) and key.isidentifier() for key in op.kwargs):
+            refuse(f"{at}/kwargs", "an argument's name is no name")
+        if op.target is getattr and (len(op.args) < 2 or op.args[1] not in ATTRIBUTES):
+            refuse(f"{at}/args", "it asks for an attribute that no program needs")
 
 
-def _check_groups(setting: Setting) -> None:
-    if not setting.groups:
+def _check_groups(stored: Stored) -> None:
+    """Every group has the base method's options, of the types that it declares."""
+    if not stored.groups:
         refuse("program/groups", "there are none")
-    wanted = set(setting.curvature.defaults())
-    for index, group in enumerate(setting.groups):
-        at = f"program/groups/{index}/options"
-        if not wanted <= set(group.options):
-            refuse(at, f"{', '.join(sorted(wanted - set(group.options)))} is missing")
-        _check_types(type(setting.curvature), {name: group.options[name] for name in wanted}, at)
-
-
-def _check_types(kind: type, options: Mapping[str, Any], at: str) -> None:
-    """Hyperparameters are of the types that the base method declares."""
-    known = fields_of(kind)
-    for name, value in options.items():
-        if name in known and not is_instance(value, known[name][0]):
-            refuse(f"{at}/{name}", f"{value!r} is no value of {name}")
+    known = fields_of(type(stored.curvature))
+    for index, group in enumerate(stored.groups):
+        for name in stored.curvature.defaults():
+            at = f"program/groups/{index}/options/{name}"
+            if name not in group.options:
+                refuse(at, "it is missing")
+            if name in known and not is_instance(group.options[name], known[name][0]):
+                refuse(at, f"{group.options[name]!r} is no value of {name}")
 
 
 def _loss(stored: StoredLoss) -> Loss:

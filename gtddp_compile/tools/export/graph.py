@@ -24,32 +24,32 @@ from gtddp_compile.methods.curvature import SGD, Kronecker
 from gtddp_compile.methods.losses import is_kind
 from gtddp_compile.methods.terminal import ELEMENTWISE
 from gtddp_compile.passes.p11_emit import draws
-from gtddp_compile.tools.export.parts import Parts
+from gtddp_compile.runtime.program import VERSION, UpdateProgram
 from gtddp_compile.tools.export.python import to_python
 
 REMEDY = "Export as .py, which runs with torch alone too"
 SAID = "program.txt"
 
 
-def save_graph(parts: Parts, path: Path) -> None:
+def save_graph(program: UpdateProgram, path: Path, targets: Any = None) -> None:
     """Write the step's graph; it is complete before the file is opened.
 
     Raises:
         CompileError: the program branches on values, draws random numbers, or example targets are needed.
     """
-    exported = to_graph(parts)
-    about = f"Update program of {parts.graph.name}: {parts.curvature}. Written by gtddp_compile {parts.version}."
+    exported = to_graph(program, targets)
+    about = f"Update program of {program.graph.name}: {program.curvature}. Written by gtddp_compile {VERSION}."
     torch.export.save(exported, path, extra_files={SAID: about})
 
 
-def to_graph(parts: Parts) -> torch.export.ExportedProgram:
+def to_graph(program: UpdateProgram, targets: Any = None) -> torch.export.ExportedProgram:
     """``step(params, buffers, state, inputs, targets)`` as an exported program.
 
     Its ``example_inputs`` hold zeros, but for the state: that is the initial one.
     """
-    _refuse(parts)
-    module = _module(parts)
-    given = _examples(parts, module)
+    _refuse(program)
+    module = _module(program)
+    given = _examples(program, module, targets)
     flat, spec = pytree.tree_flatten(given)
     returned: list[Any] = []
 
@@ -77,20 +77,20 @@ class _Step(nn.Module):
         return pytree.tree_unflatten(self.graph(*flat), self._returned)
 
 
-def _refuse(parts: Parts) -> None:
-    if isinstance(parts.setting.curvature, Kronecker):
+def _refuse(program: UpdateProgram) -> None:
+    if isinstance(program.compiled_for.curvature, Kronecker):
         raise CompileError(
-            f"a .pt2 graph cannot hold {parts.curvature}: its factors are inverted only now and then, a branch on the"
+            f"a .pt2 graph cannot hold {program.curvature}: its factors are inverted only now and then, a branch on the"
             " step count",
             f"{REMEDY}, or use 'sgd', 'rmsprop', 'adam' or 'adamw'",
         )
-    if parts.options.factored:
+    if program.options.factored:
         raise CompileError(
-            f"a .pt2 graph cannot hold terminal={parts.options.terminal!r}: it branches on the eigenvalues' signs",
+            f"a .pt2 graph cannot hold terminal={program.options.terminal!r}: it branches on the eigenvalues' signs",
             f"{REMEDY}, or use terminal='geometric' or 'gradient'",
         )
-    if draws(parts.lowered):
-        op = next(op for op in parts.graph.ops.ops if op.random)
+    if draws(program.lowered):
+        op = next(op for op in program.graph.ops.ops if op.random)
         raise CompileError(
             "a .pt2 graph cannot draw the same random numbers in both sweeps",
             f"{REMEDY}, or compile the model with this layer in evaluation mode",
@@ -103,10 +103,10 @@ def _refuse(parts: Parts) -> None:
 # --- what is traced ---------------------------------------------------------------------------------------------------
 
 
-def _module(parts: Parts) -> ModuleType:
+def _module(program: UpdateProgram) -> ModuleType:
     """The exported module, its branches on values replaced by selections."""
     module = ModuleType("gtddp_compile_step")
-    exec(compile(to_python(parts, guarded=False), "<gtddp_compile .pt2>", "exec"), module.__dict__)
+    exec(compile(to_python(program, guarded=False), "<gtddp_compile .pt2>", "exec"), module.__dict__)
     for name, replacement in (("_cholesky", _cholesky), ("_bias_correction", _bias_correction)):
         if hasattr(module, name):
             setattr(module, name, replacement)
@@ -138,21 +138,21 @@ def _bias_correction(beta: float, step: Tensor) -> Tensor:
 # --- example arguments ------------------------------------------------------------------------------------------------
 
 
-def _examples(parts: Parts, module: ModuleType) -> tuple[Any, ...]:
+def _examples(program: UpdateProgram, module: ModuleType, targets: Any) -> tuple[Any, ...]:
     """Zeros of every shape."""
-    graph, setting = parts.graph.ops, parts.setting
+    graph, setting = program.graph.ops, program.compiled_for
     params = {info.name: torch.zeros(info.shape, dtype=info.dtype) for info in graph.parameters}
     buffers = {name: torch.zeros(info.shape, dtype=info.dtype) for name, info in setting.buffers.items()}
     read = {leaf.name for op in graph.ops for leaf in op.leaves if isinstance(leaf, BufferRef)}
     missing = sorted(read - set(buffers) - set(setting.constants))
     if missing:
         raise CompileError(f"the program does not say what shape the buffer {missing[0]!r} has", "Export it again")
-    inputs = tuple(_zeros(parts, name) for name in graph.inputs)
-    targets = _targets(parts) if parts.targets is None else parts.targets
-    return params, buffers, _state(parts, module, params), inputs, targets
+    inputs = tuple(_zeros(program, name) for name in graph.inputs)
+    targets = _targets(program) if targets is None else targets
+    return params, buffers, _state(program, module, params), inputs, targets
 
 
-def _state(parts: Parts, module: ModuleType, params: dict[str, Tensor]) -> Any:
+def _state(program: UpdateProgram, module: ModuleType, params: dict[str, Tensor]) -> Any:
     """The initial state, with everything that the first step adds: a graph's state has the same keys at every step.
 
     A momentum buffer or a last step of zeros is what none is, unless the first gradient is not
@@ -163,7 +163,7 @@ def _state(parts: Parts, module: ModuleType, params: dict[str, Tensor]) -> Any:
     """
     state = {name: dict(entry) for name, entry in module.init_state(params).items()}
     for name, options in module.options_by_parameter().items():
-        if isinstance(parts.setting.curvature, SGD) and options["momentum"]:
+        if isinstance(program.compiled_for.curvature, SGD) and options["momentum"]:
             if options["dampening"]:
                 raise CompileError(
                     "a .pt2 graph cannot hold sgd with dampening: its first step does not dampen",
@@ -175,25 +175,26 @@ def _state(parts: Parts, module: ModuleType, params: dict[str, Tensor]) -> Any:
     return state
 
 
-def _zeros(parts: Parts, name: str) -> Tensor:
-    op = parts.graph.op(name)
+def _zeros(program: UpdateProgram, name: str) -> Tensor:
+    op = program.graph.op(name)
     return torch.zeros(op.shape or (), dtype=op.dtype)
 
 
-def _targets(parts: Parts) -> Tensor:
+def _targets(program: UpdateProgram) -> Tensor:
     """Targets that the loss takes: class indices, or values like the outputs.
 
     Raises:
         CompileError: it is no loss of torch with one output.
     """
-    names, module = parts.graph.ops.output_names, parts.setting.loss.module
+    names, loss = program.graph.ops.output_names, program.compiled_for.loss
+    module = loss.module
     if module is not None and len(names) == 1:
-        outputs = _zeros(parts, names[0])
+        outputs = _zeros(program, names[0])
         if is_kind(module, nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss):
             return outputs[:, 0].long()
         if is_kind(module, *ELEMENTWISE, nn.L1Loss, nn.KLDivLoss):
             return outputs
     raise CompileError(
-        f"what targets the loss {parts.setting.loss.name} takes is not known, and the step is traced with an example",
+        f"what targets the loss {loss.name} takes is not known, and the step is traced with an example",
         "Give one: program.export('step.pt2', targets=example_targets), of the batch size of the example inputs",
     )

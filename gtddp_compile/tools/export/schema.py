@@ -6,49 +6,35 @@ docs/program-schema.json is this schema; ``PYTHONPATH=tests python tests/export/
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor
 
-from gtddp_compile.lowering.layers import Rule
-from gtddp_compile.tools.export.codec import (
-    DEVICE,
-    LEAVES,
-    NAMED,
-    NON_FINITE,
-    RULE_BY_NAME,
-    TARGETS,
-    fields_of,
-    is_target,
-    options_of,
-)
+from gtddp_compile.tools.export.codec import DEVICE, LEAVES, NAMED, NON_FINITE, RECORDS, TARGETS, fields_of, options_of
 from gtddp_compile.tools.export.document import FORMAT, MOST_AXES, SCHEMA_VERSION, Stored
 
 Schema = dict[str, Any]
-DRAFT = "https://json-schema.org/draft/2020-12/schema"
-PLAIN: Mapping[Any, str] = {int: "integer", str: "string", bool: "boolean", None: "null", types.NoneType: "null"}
-TREE = {"$ref": "#/$defs/tree"}
+PLAIN: Mapping[Any, str] = {int: "integer", str: "string", bool: "boolean", types.NoneType: "null"}
+TREE: Schema = {"$ref": "#/$defs/tree"}
+TEXT: Schema = {"type": "string"}
+INDEX: Schema = {"type": "integer", "minimum": 0}
+DIGEST: Schema = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
 
 
 def schema() -> Schema:
     """The schema of a whole file: head, checksum, tensors, program."""
-    definitions: Schema = {"tree": _tree(), "target": _target(), "tensor": _tensor()}
-    program = _of(Stored, definitions)
+    definitions: Schema = {"tree": _tree(), "target": _any([_tagged(kind, TEXT) for kind in TARGETS])}
     properties: Schema = {
         "format": {"const": FORMAT},
         "version": {"const": SCHEMA_VERSION},
-        "written_by": {"type": "string", "description": "Package and version that wrote the file."},
-        "checksum": {
-            "type": "string",
-            "pattern": "^sha256:[0-9a-f]{64}$",
-            "description": "SHA-256 of the JSON text of {tensors, program}, ASCII, without white space.",
-        },
-        "tensors": {"type": "array", "items": {"$ref": "#/$defs/tensor"}},
-        "program": program,
+        "written_by": {**TEXT, "description": "Versions of the package and of torch that wrote the file."},
+        "checksum": {**DIGEST, "description": "Of the JSON text of {tensors, program}, ASCII, without white space."},
+        "tensors": {"type": "array", "items": _tensor()},
+        "program": _fields(Stored, definitions),
     }
     return {
-        "$schema": DRAFT,
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": FORMAT,
         "description": "What gtddp_compile writes as .json and reads back without running anything.",
         **_object(properties, list(properties)),
@@ -64,103 +50,81 @@ def _tagged(tag: str, inside: Schema) -> Schema:
     return _object({tag: inside}, [tag])
 
 
+def _any(options: list[Schema]) -> Schema:
+    return options[0] if len(options) == 1 else {"anyOf": options}
+
+
+def _pairs(key: Schema, item: Schema) -> Schema:
+    return _tagged("dict", {"type": "array", "items": _row([key, item])})
+
+
+def _row(kinds: list[Schema]) -> Schema:
+    return {"type": "array", "prefixItems": kinds, "items": False, "minItems": len(kinds)}
+
+
 def _of(hint: Any, definitions: Schema) -> Schema:
     """Schema of an annotated type; records are collected in ``definitions``."""
-    if is_target(hint):
-        target: Schema = {"$ref": "#/$defs/target"}
-        return {"anyOf": [target, {"type": "null"}]} if types.NoneType in options_of(hint) else target
-    if hint is Any:
-        return TREE
-    if hint is Rule:
-        return {"enum": sorted(RULE_BY_NAME)}
-    options = options_of(hint)
-    if len(options) > 1:
-        return {"anyOf": [_of(option, definitions) for option in options]}
-    return _single(hint, definitions)
+    return _any([_single(option, definitions) for option in options_of(hint)])
 
 
 def _single(hint: Any, definitions: Schema) -> Schema:
     origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return TREE
+    if origin is Callable:
+        return {"$ref": "#/$defs/target"}
     if origin is Literal:
         return {"enum": list(inner)}
-    if hint in PLAIN:
-        return {"type": PLAIN[hint]}
     if hint is float:
-        return {"anyOf": [{"type": "number"}, _tagged("float", {"enum": list(NON_FINITE)})]}
-    if origin is tuple and len(inner) == 2 and inner[1] is Ellipsis:
+        return _any([{"type": "number"}, _tagged("float", {"enum": list(NON_FINITE)})])
+    if origin is tuple and inner[1:] == (Ellipsis,):
         return {"type": "array", "items": _of(inner[0], definitions)}
     if origin is tuple:
-        kinds = [_of(kind, definitions) for kind in inner]
-        return {"type": "array", "prefixItems": kinds, "items": False, "minItems": len(kinds)}
+        return _row([_of(kind, definitions) for kind in inner])
     if origin is not None:
-        return {"type": "object", "additionalProperties": _of(inner[1], definitions)}
-    for tag, kind in (*LEAVES.items(), *NAMED.items()):
-        if hint is kind:
-            return _tagged(tag, {"type": "string"})
+        return _pairs(_of(inner[0], definitions), _of(inner[1], definitions))
     if hint is Tensor:
-        return _tagged("tensor", {"type": "integer", "minimum": 0})
-    return _record(hint, definitions)
+        return _tagged("tensor", INDEX)
+    if hint in PLAIN:
+        return {"type": PLAIN[hint]}
+    if hint.__name__ in RECORDS:
+        return _tagged(hint.__name__, _fields(hint, definitions))
+    return _tagged(next(tag for tag, kind in NAMED.items() if kind is hint), TEXT)
 
 
-def _record(kind: type, definitions: Schema) -> Schema:
+def _fields(kind: Any, definitions: Schema) -> Schema:
+    """A record's fields, described once."""
     if kind.__name__ not in definitions:
-        definitions[kind.__name__] = {}  # records may hold each other
         known = fields_of(kind)
         properties = {name: _of(hint, definitions) for name, (hint, _) in known.items()}
         found = _object(properties, [name for name, (_, optional) in known.items() if not optional])
-        definitions[kind.__name__] = {"description": _first_line(kind), **found}
+        definitions[kind.__name__] = {"description": kind.__doc__.strip().partition("\n")[0], **found}
     return {"$ref": f"#/$defs/{kind.__name__}"}
 
 
-def _first_line(kind: type) -> str:
-    return (kind.__doc__ or kind.__name__).strip().partition("\n")[0]
-
-
 def _tree() -> Schema:
-    """An argument of an operation."""
+    """An argument of an operation, or an option."""
     many: Schema = {"type": "array", "items": TREE}
-    key: Schema = {"type": ["string", "integer", "boolean", "null"]}
-    pair: Schema = {"type": "array", "prefixItems": [key, TREE], "items": False, "minItems": 2}
-    tagged = {tag: {"type": "string"} for tag in (*LEAVES, *NAMED, *TARGETS)}
-    inside: Schema = {
-        **tagged,
-        "tuple": many,
-        "dict": {"type": "array", "items": pair},
+    tagged: dict[str, Schema] = {
+        **dict.fromkeys((*LEAVES, *NAMED, *TARGETS), TEXT),
+        "list": many,
         "slice": {**many, "minItems": 3, "maxItems": 3},
         "float": {"enum": list(NON_FINITE)},
         "ellipsis": {"const": True},
-        "device": {"type": "string", "pattern": f"^{DEVICE.pattern}$"},
-        "tensor": {"type": "integer", "minimum": 0, "description": "Index into tensors."},
+        "device": {**TEXT, "pattern": f"^{DEVICE.pattern}$"},
+        "tensor": {**INDEX, "description": "Index into tensors."},
     }
+    plain: Schema = {"type": ["null", "boolean", "number", "string"]}
+    pairs = _pairs({"type": ["string", "integer", "boolean", "null"]}, TREE)
+    options = [plain, many, *(_tagged(tag, inside) for tag, inside in tagged.items()), pairs]
     return {
-        "description": "A literal, or an object whose only key says what it is.",
-        "anyOf": [
-            {"type": ["null", "boolean", "number", "string"]},
-            many,
-            {"type": "object", "properties": inside, "additionalProperties": False, "minProperties": 1,
-             "maxProperties": 1},
-        ],
-    }  # fmt: skip
-
-
-def _target() -> Schema:
-    return {
-        "description": "A function by its entry in the closed table of tensor operations; never imported or evaluated.",
-        "anyOf": [_tagged(kind, {"type": "string"}) for kind in TARGETS],
+        "description": "A literal, an array (a tuple), or an object whose only key says what it is.",
+        **_any(options),
     }
 
 
 def _tensor() -> Schema:
-    size: Schema = {"type": "integer", "minimum": 0}
-    return _object(
-        {
-            "dtype": {"type": "string", "description": "A dtype of torch, without 'torch.'."},
-            "shape": {"type": "array", "items": size, "maxItems": MOST_AXES},
-            "data": {
-                "type": "string",
-                "contentEncoding": "base64",
-                "description": "Elements row by row, native bytes.",
-            },
-        },
-        ["dtype", "shape", "data"],
-    )
+    words = {"dtype": "A dtype of torch, without 'torch.'.", "data": "Elements row by row, native bytes, base64."}
+    shape: Schema = {"type": "array", "items": INDEX, "maxItems": MOST_AXES}
+    text: Schema = {key: {**TEXT, "description": said} for key, said in words.items()}
+    return _object({"dtype": text["dtype"], "shape": shape, "data": text["data"]}, ["dtype", "shape", "data"])

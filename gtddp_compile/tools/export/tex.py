@@ -14,7 +14,8 @@ from sympy.printing.latex import LatexPrinter
 from gtddp_compile.algebra.derivation import Equation, StageDerivation
 from gtddp_compile.algebra.pattern import StagePattern
 from gtddp_compile.passes.p06_derive import DerivedStage
-from gtddp_compile.tools.export.parts import Parts
+from gtddp_compile.runtime.program import VERSION, UpdateProgram
+from gtddp_compile.tools.page import page
 
 GREEK = frozenset({"alpha", "rho", "Gamma", "Lambda", "delta", "tau", "gamma", "eta"})
 LETTERS = {"l": r"\ell", "1": r"\mathbf{1}"}
@@ -22,29 +23,30 @@ NAME = re.compile(r"(?P<base>[^\W_]+)(?P<prime>'*)(?:\^(?P<above>[^\W_]+))?(?:_(
 UNPRINTABLE = re.compile(r"[^ -~]|[{}%#\\^]")
 ROOM = 62
 """Width of a line of a formula, in letters."""
-
 SHORT = 15
 """Rows of a table that is not broken."""
 
-PREAMBLE = r"""\documentclass[a4paper,11pt]{article}
-\usepackage[T1]{fontenc}
-\usepackage[utf8]{inputenc}
-\usepackage{lmodern,amsmath,amssymb,longtable,booktabs,array,url,microtype}
-\usepackage[margin=25mm]{geometry}
-\allowdisplaybreaks
-\newcommand{\room}{\par\vspace{0pt plus 9\baselineskip}\penalty-100\vspace{0pt plus -9\baselineskip}}
-\setlength{\emergencystretch}{3em}
-\Urlmuskip=0mu plus 1mu
-\DeclareUrlCommand\name{\urlstyle{tt}\def\UrlBreaks{\do\.\do\_\do\/}}
-\newcolumntype{L}[1]{>{\raggedright\arraybackslash}p{#1}}
-\setlength{\parindent}{0pt}\setlength{\parskip}{4pt}
-"""
 
-
-def to_tex(parts: Parts) -> str:
+def to_tex(program: UpdateProgram) -> str:
     """The document's source."""
-    sections = [_title(parts), _network(parts), *_patterns(parts), _collapse(parts)]
-    return f"{PREAMBLE}\\begin{{document}}\n{''.join(sections)}\\end{{document}}\n"
+    graph = program.graph
+    groups: dict[StagePattern, list[DerivedStage]] = {}
+    for stage in program.derived.stages:
+        groups.setdefault(stage.derivation.pattern, []).append(stage)
+    cuts = [(str(s.index), names(s.players), names(s.live), names(s.merges)) for s in graph.stages]
+    shortcuts = [(names([s.fork]), names([s.merge]), escape(s.kind.replace("_", " ")), names(s.players))
+                 for s in graph.shortcuts]  # fmt: skip
+    return page(
+        "export/derivation.tex.j2",
+        program=program,
+        graph=graph,
+        version=VERSION,
+        escape=escape,
+        stages=_table(("", "0.27", "0.40", "0.18"), ("stage", "players", "cut before it: the state", "merges"), cuts),
+        shortcuts=_table(("0.25", "0.25", "0.16", "0.20"), ("fork", "merge", "shortcut", "players on it"), shortcuts),
+        patterns=map(_pattern, groups.values()),
+        collapsed=align(program.form.said),
+    )
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ def formula(expression: MatrixExpr) -> str:
 
 def lines_of(equation: Equation) -> list[str]:
     """Rows of an ``align`` environment; a sum too wide for the page goes on below, indented."""
-    tag = rf"\tag{{{equation.source}}}" if equation.source else r"\notag"
+    tag = rf"\tag{{{equation.tag}}}" if equation.tag else r"\notag"
     expression = equation.expression
     terms = _terms(expression) if isinstance(expression, MatAdd) else [formula(expression)]
     rows, width = [f"{formula(equation.symbol)} &= {terms[0]}"], _width(terms[0]) + 8
@@ -156,6 +158,8 @@ def names(values: Iterable[str]) -> str:
 def _table(widths: Iterable[str], head: Iterable[str], rows: Sequence[Iterable[str]]) -> str:
     """A table; a short one stays with the heading above it, a long one may break over pages."""
     columns = " ".join(rf"L{{{width}\linewidth}}" if width else "r" for width in widths)
+    if not rows:
+        return ""
     body = " \\\\\n".join(" & ".join(row) for row in rows)
     top = rf"\toprule {' & '.join(head)} \\ \midrule"
     if len(rows) > SHORT:
@@ -165,55 +169,21 @@ def _table(widths: Iterable[str], head: Iterable[str], rows: Sequence[Iterable[s
     return f"{begin}\n{top}\n{body} \\\\ \\bottomrule\n\\end{{tabular}}\\end{{center}}\n"
 
 
-def _title(parts: Parts) -> str:
-    graph, options = parts.graph, parts.options
-    return rf"""\begin{{center}}\Large\bfseries The update program of {escape(graph.name)}\end{{center}}
-Derived by \texttt{{gtddp\_compile}} {escape(parts.version)}: base method {escape(parts.curvature)}, coupling
-{escape(str(options.coupling))}, {escape(parts.form.name)} form. {len(graph.players)} players decide in
-{len(graph.stages)} stages;
-{len(parts.derived.patterns)} of the stages' derivations differ. Numbers at the right
-are those of the paper's
-equations. A prime marks what belongs to $t+1$: the recursions run backward.
-
-"""
-
-
-def _network(parts: Parts) -> str:
-    rows = [(str(s.index), names(s.players), names(s.live), names(s.merges)) for s in parts.graph.stages]
-    found = _table(("", "0.27", "0.40", "0.18"), ("stage", "players", "cut before it: the state", "merges"), rows)
-    shortcuts = [(names([s.fork]), names([s.merge]), escape(s.kind.replace("_", " ")), names(s.players))
-                 for s in parts.graph.shortcuts]  # fmt: skip
-    if shortcuts:
-        found += _table(("0.25", "0.25", "0.16", "0.20"), ("fork", "merge", "shortcut", "players on it"), shortcuts)
-    return "\\section{The network as a control problem}\n" + found
-
-
-def _patterns(parts: Parts) -> list[str]:
-    groups: dict[StagePattern, list[DerivedStage]] = {}
-    for stage in parts.derived.stages:
-        groups.setdefault(stage.derivation.pattern, []).append(stage)
-    return [_pattern(stages) for stages in groups.values()]
-
-
-def _pattern(stages: list[DerivedStage]) -> str:
-    derivation = stages[0].derivation
-    indices = ", ".join(str(stage.index) for stage in stages)
-    plural = "s" if len(stages) > 1 else ""
-    text = f"\\room\n\\section{{Stage{plural} {indices}}}\n"
+def _pattern(stages: list[DerivedStage]) -> tuple[object, ...]:
+    """Stages, their bundles, dynamics, expansion, joint decision, gains and value function of one pattern."""
+    d = stages[0].derivation
     symbols = [symbol for symbol, _ in _legend(stages[0])]
     rows = [(str(stage.index), *(names(values) for _, values in _legend(stage))) for stage in stages]
     widths = [f"{(0.92 - 0.03 * len(symbols)) / len(symbols):.3f}"] * len(symbols)
-    text += _table(("", *widths), ("stage", *(f"${symbol}$" for symbol in symbols)), rows)
-    text += "Augmented dynamics, blocks that are zero or the identity by construction seen as such:\n"
-    text += "\\[\n" + _dynamics(derivation) + "\n\\]\n"
-    d = derivation
     joint = [] if len(d.pattern.controls) == 1 else [d.joint_u, d.joint_uu, *d.joint_ux.values()]
-    text += "Expansion of the stage's value:\n"
-    text += align([*d.q_x.values(), *d.q_u.values(), *d.q_uu.values(), *d.q_ux.values(), *d.q_xx.values()])
-    if joint:
-        text += "The players of the stage decide jointly:\n" + align(joint)
-    text += "Gains, and the value function before the stage:\n"
-    return text + align([d.k, *d.gains.values(), *d.new_value_x.values(), *d.new_value_xx.values()])
+    return (
+        [stage.index for stage in stages],
+        _table(("", *widths), ("stage", *(f"${symbol}$" for symbol in symbols)), rows),
+        _dynamics(d),
+        align([*d.q_x.values(), *d.q_u.values(), *d.q_uu.values(), *d.q_ux.values(), *d.q_xx.values()]),
+        align(joint),
+        align([d.k, *d.gains.values(), *d.new_value_x.values(), *d.new_value_xx.values()]),
+    )
 
 
 def _legend(stage: DerivedStage) -> list[tuple[str, tuple[str, ...]]]:
@@ -238,14 +208,3 @@ def _block(block: MatrixExpr) -> str:
     if isinstance(block, ZeroMatrix):
         return "0"
     return "I" if isinstance(block, Identity) else formula(block)
-
-
-def _collapse(parts: Parts) -> str:
-    return rf"""\section{{The collapsed recursion}}
-The value function stays in the span of the back-propagated gradients $G$, $V_x = G\alpha$ and
-$V_{{xx}} = G P G^{{\mathsf{{T}}}}$ (checked by exact rewriting on every pattern above: {len(parts.form.claims)}
-identities).
-What the program runs at every stage, with $C$ the per-sample parameter gradients, one column a sample, $M$ the
-curvature of the base method, $\Gamma = C^{{\mathsf{{T}}}} M^{{-1}} C$ and $c$ the change of each sample's loss that the
-stages before have caused:
-{align(parts.equations)}"""

@@ -1,0 +1,145 @@
+"""How every player's layer is computed: the one place where it is decided, from shapes, curvature and options.
+
+The exact form of a Gram matrix follows from the shapes (``costs``); what is decided here beside it is whether
+per-sample gradients, once built, are kept for the step, what statistics are made of, and how the step is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gtddp_compile import kernels
+from gtddp_compile.algebra.collapsed import COUPLED, LEVENBERG
+from gtddp_compile.graph import Player
+from gtddp_compile.lowering.costs import LayerShape, shape_of
+from gtddp_compile.lowering.plan import GramChoice, LayerPlan, MetricBlock, Plan
+from gtddp_compile.lowering.uses import Use, describe_use
+
+METRICS = ("spherical", "diagonal")
+"""Curvatures whose Gram matrices are made player by player from parameters' own metrics."""
+
+
+def plan_layers(plan: Plan) -> dict[str, LayerPlan]:
+    """The layer of every player, by name."""
+    graph = plan.graph
+    values = (graph.value[c.value] for stage in plan.stages for c in stage.contracts)
+    watched = frozenset(value.control for value in values)
+    blocks = {player.name: block for stage in plan.stages for block in stage.blocks for player in block.players}
+    return {player.name: _layer(plan, player, blocks[player.name], player.name in watched) for player in graph.players}
+
+
+def _layer(plan: Plan, player: Player, block: MetricBlock, watched: bool) -> LayerPlan:
+    graph, form = plan.graph, plan.form
+    uses = tuple(describe_use(graph, player, graph.op(use)) for use in player.uses)
+    found = LayerPlan(player, block, uses, GramChoice("per-sample gradients, uses added"), watched=watched)
+    use = found.single
+    if use is None or form.name == "base":
+        shared = use is not None and _lines(plan, block, use, shape_of(graph, use))
+        coordinates = "" if use is None or block.blocks > 1 else _coordinates(plan, block, use)
+        none = GramChoice("none") if form.name == "base" else _stacked(plan, found) or found.gram
+        return replace(found, gram=none, lines=shared, coordinates=coordinates, in_place=_in_place(plan, found))
+    shape = shape_of(graph, use)
+    gram = _gram(plan, use, shape)
+    kept = gram.kept and plan.segments is None and not form.factored and form.name in LEVENBERG
+    kept = kept and (plan.metric in METRICS or block.kind in ("uniform", "channels"))
+    found = replace(
+        found, gram=replace(gram, kept=kept), coordinates=_coordinates(plan, block, use),
+        lines=_lines(plan, block, use, shape),
+    )  # fmt: skip
+    if form.name not in COUPLED or form.factored or plan.metric != "diagonal" or not use.wants[0] or kept:
+        return replace(found, in_place=_in_place(plan, found))
+    exact = gram.approximate == "exact"
+    pieces = shape is not None and shape.positions > 1 and use.rule.pieces and gram.form == "per-sample"
+    groups = None if exact else int(use.options.get("groups", 1))
+    return replace(found, observed=exact and pieces and not plan.linear, groups=groups)
+
+
+def _in_place(plan: Plan, layer: LayerPlan) -> bool:
+    """Whether the update is folded into the layer's own product: nobody reads ``δu``, and ``M`` is spherical."""
+    own = layer.block.kind == "parameters" and plan.metric == "spherical" and len(layer.uses) == 1
+    return own and layer.uses[0].rule.subtracts and not layer.watched and not layer.gram.kept
+
+
+def _gram(plan: Plan, use: Use, shape: LayerShape | None) -> GramChoice:
+    """How ``Γ`` of a layer with one use is made."""
+    form = plan.form
+    if form.name in ("substituted", "printed"):
+        return GramChoice("a block a sample" if form.factored else "diagonal")
+    if form.factored:
+        return GramChoice("kernel, columns as samples")
+    if use.rule.prefix == "norm":
+        return GramChoice("per-sample", True)
+    if shape is None:
+        return GramChoice("per-sample")
+    diagonal, weight = plan.metric == "diagonal", use.wants[0]
+    if use.rule.prefix == "transposed":
+        return shape.choice("exact", 0, diagonal=diagonal, weight=weight)
+    gram = shape.choice(plan.gram, plan.columns, diagonal=diagonal, weight=weight, sketches=form.name == "joint")
+    if plan.metric == "rescaled" and plan.gram != "exact":  # diagonal in its own basis, and separated there
+        return replace(gram, approximate=shape.choice("auto", plan.columns, diagonal=True, weight=weight).approximate)
+    return gram
+
+
+def _stacked(plan: Plan, layer: LayerPlan) -> GramChoice | None:
+    """How ``Γ`` of a weight is made that linear layers alone use: the positions of all uses are those of one layer.
+
+    A later use may leave out the bias, and may be ``x W``, as where the layer is differentiated backwards.
+    """
+    first, shapes = layer.uses[0], [shape_of(plan.graph, use) for use in layer.uses]
+    found = [shape for shape in shapes if shape is not None and shape.prefix == "linear"]
+    same = len({use.params[0] for use in layer.uses if use.params}) == 1 and first.names == layer.player.parameters
+    if len(found) < len(layer.uses) or not same or not first.wants[0] or plan.form.factored:
+        return None
+    if plan.form.name not in COUPLED or len(layer.uses) == 1:
+        return None
+    outputs, inputs = found[0].weight
+    positions = sum(shape.positions for shape in found)
+    form = kernels.linear_gram_form(found[0].output[0], positions, inputs, outputs)
+    return GramChoice("pairs" if form == "pairs" and plan.metric != "diagonal" else "per-sample", uses=len(layer.uses))
+
+
+def _coordinates(plan: Plan, block: MetricBlock, use: Use) -> str:
+    """In which form a layer's rows are kept where its Kronecker metric is diagonal.
+
+    ``"rows"``, ``"samples"``, ``"dual"``, or ``""`` where they are too large, or where nobody reads them twice:
+    without feedback only an update from few rows is cheaper than one from the gradient.
+    """
+    shape, form = shape_of(plan.graph, use), plan.form.name
+    alone = block.kind == "kronecker" and len(block.players) == 1 and shape is not None
+    if not alone or plan.segments is not None or plan.form.factored or form not in ("base", *LEVENBERG):
+        return ""
+    assert shape is not None
+    if not use.wants[0] or (form == "base" and (plan.decay or not shape.few)):
+        return ""
+    found = shape.coordinates(bias=any(use.wants[1:]))
+    if found == "rows" and shape.positions == 1 and form in LEVENBERG and plan.metric == "kronecker":
+        return "dual"
+    return found
+
+
+def _lines(plan: Plan, block: MetricBlock, use: Use, shape: LayerShape | None) -> bool:
+    """Whether the sum of a convolution's ``x xᵀ`` is made of lines of pixels that its patches share."""
+    alone = block.kind == "kronecker" and len(block.players) == 1
+    if not alone or shape is None or shape.prefix != "conv" or shape.folded or shape.groups > 1 or use.layouts:
+        return False
+    strided = use.options["stride"][0] != 1 or use.options["dilation"][0] != 1
+    if strided or not use.wants[0] or plan.segments is not None or not shape.coordinates(bias=any(use.wants[1:])):
+        return False
+    return kernels.conv_moment_shares(shape.patch, shape.weight[2], shape.output[2])
+
+
+def rollout_units(plan: Plan) -> tuple[float, float] | None:
+    """Multiplications of a step of both rollouts against a training step's; ``None``: of no layer are they known.
+
+    A training step's are three products a layer: forward, gradient of the input, of the weight. The linear rollout has
+    ``Γ`` beside them, and with inertia ``⟨γ_i, v⟩``; the nonlinear one runs every layer again, too.
+    """
+    base = linear = again = 0.0
+    for layer in plan.layers.values():
+        for use in layer.uses:
+            shape = shape_of(plan.graph, use)
+            if shape is not None and use.wants[0]:
+                base += 3 * shape.weighted
+                linear += 2 * shape.weighted + shape.cost(layer.gram) + plan.inertia * shape.weighted
+                again += shape.weighted
+    return (linear / base, (linear + again) / base) if base else None

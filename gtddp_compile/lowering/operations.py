@@ -1,0 +1,101 @@
+"""The closed set of operations: what a method of ``m`` is called with, what micro-batches share, what is lifted.
+
+A kernel's operands are named by its own signature; a method's are named here, since a program may be read where no
+base method is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+
+from gtddp_compile import kernels
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the base method ``m``, as programs call it.
+
+    Attributes:
+        operands: names of its operands, in order.
+        shared: whether micro-batches of one update have it in common: statistics, updates, the weight of a batch.
+    """
+
+    operands: tuple[str, ...]
+    shared: bool = False
+
+
+def _method(operands: str, shared: bool = False) -> Method:
+    return Method(tuple(operands.split()), shared)
+
+
+METHODS: dict[str, Method] = {
+    # the loss
+    "losses": _method("outputs targets"),
+    "factors": _method("phi outputs targets leaves"),
+    "terminal": _method("phi kind aim own half group", shared=True),
+    # figures and random numbers
+    "keep": _method("stage"),
+    "mark": _method("segment"),
+    "rewind": _method("segment"),
+    "settle": _method(""),
+    # statistics
+    "observe": _method("names gradients", shared=True),
+    "observe_block": _method("stage kind names layers start", shared=True),
+    "observe_moment": _method("names moments", shared=True),
+    "observe_uniform": _method("names positions", shared=True),
+    "observe_channels": _method("names operands g params positions groups sketch", shared=True),
+    "observe_factors": _method("stage kind names layers start", shared=True),
+    "observe_coordinates": _method("names moment", shared=True),
+    "observe_gram": _method("names weighted gram pieces operands g alpha params wants rows"),
+    # the metric
+    "metric": _method("names"),
+    "separated_metric": _method("names groups"),
+    "channels_metric": _method("names"),
+    "block_metric": _method("kind names"),
+    "own_metric": _method("kind names"),
+    "block_maps": _method("names"),
+    "block_inverses": _method("names"),
+    "rate": _method("names"),
+    "last_step": _method("names"),
+    "drift": _method("names"),
+    "drift_block": _method("kind names"),
+    # gains and updates
+    "open_gain": _method("names gradients"),
+    "open_block": _method("kind names gradients"),
+    "apply": _method("names gradients", shared=True),
+    "apply_block": _method("kind names gradients", shared=True),
+    "apply_steps": _method("kind names steps", shared=True),
+    "descend": _method("names gradients", shared=True),
+    "descend_block": _method("kind names gradients", shared=True),
+    "descend_steps": _method("kind names steps", shared=True),
+    "descend_dual": _method("names coordinates weights"),
+    "descend_by": _method("names weighted subtract operands g params wants"),
+    "descend_rows": _method("names weighted rows operands g params wants"),
+}
+"""By name; ``m.NAME`` in a program."""
+
+OF_LAYERS = frozenset({"linear", "conv", "channels", "approximate", "norm", "generic", "conv_pairs"})
+"""Modules of kernels that read values of the network or gradients of them."""
+
+LIFTED = frozenset(
+    {name for name, kernel in kernels.KERNELS.items() if kernel.__module__.rpartition(".")[2] in OF_LAYERS}
+    | {"contract", "contract_factors", "contract_arranged", "scale", "weigh", "combine"}
+)
+"""Kernels that get bfloat16 and half values as float32 (``runtime.precision``)."""
+
+
+def is_shared(function: str) -> bool:
+    """Whether micro-batches of one update make a call together."""
+    return function.startswith("m.") and METHODS[function[2:]].shared
+
+
+@cache
+def names_of(function: str) -> tuple[str, ...]:
+    """Names of the operands of a function that programs call; none of what is no operation by itself (``"="``)."""
+    if function.startswith("m."):
+        return METHODS[function[2:]].operands
+    if function not in kernels.KERNELS:
+        return ()
+    return tuple(inspect.signature(kernels.KERNELS[function]).parameters)
