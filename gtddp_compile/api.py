@@ -22,7 +22,7 @@ from gtddp_compile.terms import Terms
 
 def compile_optimizer(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Tensor] | None = None,
     *,
     loss: nn.Module | Callable[[Any, Any], Tensor] | None = None,
     curvature: str | Curvature = "foof",
@@ -50,7 +50,7 @@ def compile_optimizer(
 
     Args:
         model: any traceable module; it is not changed.
-        example_inputs: a tensor or a tuple of them, batch on the leading axis; without it the program is
+        example_inputs: a tensor, or a tuple or dict of them, batch on the leading axis; without it the program is
             specialised at the first step. Of :class:`~gtddp_compile.Terms`, sets of points, as ``step`` takes them; the
             loss is then theirs, the terminal Gauss-Newton's (``Geometric(aim=2)``) and ``gram`` exact.
         loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)``
@@ -156,7 +156,7 @@ def _of_terms(model: Terms, example_inputs: Any, loss: Any) -> tuple[Any, Callab
 
 def _with_program(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Tensor] | None,
     program: UpdateProgram,
     loss: nn.Module | Callable[[Any, Any], Tensor] | None,
     options: Options,

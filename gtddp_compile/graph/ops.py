@@ -182,6 +182,7 @@ class OpGraph:
         parameters: every parameter of the model, used or not.
         frontend: ``"fx"``, ``"export"``, ``"eager"`` or ``"derivatives"``.
         specialised: whether the sizes of the example inputs are built in, the batch size included.
+        kept: names of attributes in which the model's forward pass keeps something that it does not read.
     """
 
     ops: tuple[Op, ...]
@@ -190,6 +191,7 @@ class OpGraph:
     parameters: tuple[ParameterInfo, ...] = ()
     frontend: str = "fx"
     specialised: bool = False
+    kept: tuple[str, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, Op]:

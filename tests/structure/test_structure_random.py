@@ -9,13 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtddp_compile.graph import (
-    PlayerGraph,
-    Ref,
-    Schedule,
-    Shortcut,
-    iter_leaves,
-)
+from gtddp_compile.graph import PlayerGraph, Ref, Schedule, Shortcut, iter_leaves
 from gtddp_compile.passes.p03_find_shortcuts import find_shortcuts
 from gtddp_compile.passes.p04_schedule import schedule
 from gtddp_compile.passes.p05_augment import augment
@@ -110,7 +104,7 @@ def expected_shortcuts(graph: PlayerGraph) -> tuple[Shortcut, ...]:
     return tuple(found)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(graphs())
 def test_shortcuts_against_brute_force(graph: PlayerGraph) -> None:
     assert find_shortcuts(graph).shortcuts == expected_shortcuts(graph)

@@ -42,3 +42,15 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def net(forward: Callable[..., object]) -> nn.Module:
     return make(forward, a=(4, 5), b=(5, 3))
+
+
+# --- tensors for the tests of kernels ---
+
+
+Params = tuple[Tensor | None, ...]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """A normal tensor in double precision."""
+    generator = torch.Generator().manual_seed(seed + sum(shape) + 31 * len(shape))
+    return torch.randn(shape, dtype=torch.float64, generator=generator)

@@ -148,9 +148,14 @@ def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
         b.emit("backward", t, whitened, "channel_rows", Var(kept(b, t, player)),
                Var(f"maps_{b.identity(player)}"), note="gamma X")  # fmt: skip
         return Var(whitened)
-    b.emit("backward", t, whitened, "conv_whitened", operands(b, use), Var(b.g_output(use.op)),
+    b.emit("backward", t, whitened, "conv_whitened", operands(b, use), _one_column(b, use),
            params(b, use), Var(f"maps_{b.identity(player)}"), note="x X at every pixel")  # fmt: skip
     return Var(whitened)
+
+
+def _one_column(b: Builder, use: Use) -> Var | Apply:
+    """Output gradients with the axes of the output: without that of a factor's columns."""
+    return item(b.g_output(use.op), 0) if b.factored else Var(b.g_output(use.op))
 
 
 def block_gram(b: Builder, t: int, found: Observed) -> str:
@@ -338,14 +343,12 @@ def _statistics(
         (player,) = block.players
         (use,), whitened = b.uses(player.name), f"maps_{b.identity(player)}"
         b.emit(phase, t, whitened, "m.observe_channels", player.parameters, operands(b, use),
-               Var(b.g_output(use.op)), params(b, use), block.positions, use.options["groups"],
+               _one_column(b, use), params(b, use), block.positions, use.options["groups"],
                *filter(None, [_sketch(b, t, block)]), note="A = E[x x^T] of a pixel's channels")  # fmt: skip
         return ()
     if block.kind == "uniform":
         (player,) = block.players
-        b.emit(
-            phase, t, (), "m.observe_uniform", player.parameters, block.positions, note="input 1 at so many positions"
-        )
+        b.emit(phase, t, (), "m.observe_uniform", player.parameters, block.positions, note="input 1 at so many places")
         return ()
     assert alpha is not None
     if block.kind == "diagonal":
