@@ -166,7 +166,7 @@ class ParameterUpdates:
         mu = self._inertia(name)
         if mu is None:
             return torch.zeros_like(self._params[name]) if direction is None else direction
-        carried = self.states[name]["last_step"] * mu
+        carried: Tensor = self.states[name]["last_step"] * mu
         return -carried if direction is None else direction - carried
 
     def _carried(self, name: str, delta: Tensor) -> Tensor:
