@@ -126,6 +126,16 @@ def verdict(mutant: Mutant, copy: Path, limit: int) -> str:
         target.write_text(kept, encoding="utf-8")
 
 
+def check_unchanged(said: str, copy: Path, seen: set[str], limit: int) -> None:
+    """The test that caught a mutant passes on the tree as it is."""
+    test = said.removeprefix("caught: ")
+    if test.startswith("tests/") and test not in seen:
+        done = run([test, "-q", "-p", "no:cacheprovider"], copy, limit)
+        if done is None or done.returncode:
+            raise SystemExit(f"{test} fails without a change: mend it first")
+        seen.add(test)
+
+
 def run(arguments: list[str], copy: Path, limit: int) -> subprocess.CompletedProcess[str] | None:
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", *arguments]
@@ -168,9 +178,11 @@ def main() -> None:
             shutil.copytree(ROOT / name, copy / name)
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / "gtddp_compile" / "passes").symlink_to("../passes")
-        rows = []
+        rows: list[tuple[Mutant, str]] = []
+        seen: set[str] = set()
         for mutant in drawn(given.count, given.seed):
             rows.append((mutant, verdict(mutant, copy, given.limit)))
+            check_unchanged(rows[-1][1], copy, seen, given.limit)
             print(f"{mutant.path}:{mutant.line}: {mutant.before} -> {mutant.after}: {rows[-1][1]}", flush=True)
             text = page(rows, given.seed, commit.stdout.strip())
             (ROOT / "docs" / "mutation.md").write_text(text, encoding="utf-8")
