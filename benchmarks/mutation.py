@@ -117,10 +117,10 @@ def verdict(mutant: Mutant, copy: Path, limit: int) -> str:
             if done is None:
                 return "caught: the tests do not end"
             if done.returncode not in (0, 5):
-                failed = [
-                    line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
-                ]
-                return f"caught: {failed[0].removeprefix('tests/') if failed else 'nothing can be imported'}"
+                lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                return (
+                    f"caught: {lines[0].split(' ', 1)[1].split(' - ')[0]}" if lines else "caught: nothing is imported"
+                )
         return "**not caught**"
     finally:
         target.write_text(kept, encoding="utf-8")
@@ -150,7 +150,7 @@ def run(arguments: list[str], copy: Path, limit: int) -> subprocess.CompletedPro
 def page(rows: list[tuple[Mutant, str]], seed: int, commit: str) -> str:
     caught = sum("not caught" not in said for _, said in rows)
     table = "\n".join(
-        f"| `{m.path}:{m.line}` | `{m.before}` | `{m.after}` | {said} |".replace("\\|", "∣") for m, said in rows
+        f"| `{m.path}:{m.line}` | `{m.before}` | `{m.after}` | {said.replace('tests/', '')} |" for m, said in rows
     )
     return f"""# Mutation check
 
