@@ -22,7 +22,7 @@ from gtddp_compile.passes.p01_normalise import FRONT_ENDS, normalise
 from gtddp_compile.passes.p06_derive import derive
 from gtddp_compile.runtime.compiler import build_graph
 from support.cases import gates, sums
-from support.compared import KRONECKER, LOSS, assert_equal, trained
+from support.compared import KRONECKER, LOSS, trained
 from support.networks import Case, make
 
 

@@ -31,7 +31,6 @@ from gtddp_compile.kernels.kronecker import (
     Metric,
     kronecker_factor_shapes,
     kronecker_factors,
-    kronecker_widths,
 )
 from gtddp_compile.methods.curvature.base import NONE, Group, Memory, MetricKind, State
 from gtddp_compile.methods.curvature.checks import (

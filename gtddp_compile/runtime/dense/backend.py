@@ -21,9 +21,9 @@ from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.terminal import terminal_weight
 from gtddp_compile.passes.p06_derive import DerivedStage
+from gtddp_compile.runtime.dense.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.dense.metric import DenseMetric, Seen
 from gtddp_compile.runtime.dense.rollout import Gains, rolled_out
-from gtddp_compile.runtime.dense.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.precision import Precision
 from gtddp_compile.runtime.program import UpdateProgram
