@@ -139,6 +139,14 @@ def test_no_import_cycles() -> None:
     assert not cycles(ROOT), "\n".join(" <-> ".join(group) for group in cycles(ROOT))
 
 
+def test_the_reference_does_without_the_code_generator() -> None:
+    """What the generated program is compared with takes nothing from what writes it."""
+    writers = ("lowering.write", "lowering.builder", "lowering.formulas", "passes.p09", "passes.p10", "passes.p11")
+    reference = [i for i in imports(ROOT) if i.importer.startswith(f"{PACKAGE}.runtime.dense")]
+    assert len(reference) > 15
+    assert not [i for i in reference if i.imported.removeprefix(f"{PACKAGE}.").startswith(writers)]
+
+
 def test_no_long_files() -> None:
     paths = [
         path for name in (PACKAGE, "passes", "tests", "examples", "benchmarks") for path in (ROOT / name).rglob("*.py")
