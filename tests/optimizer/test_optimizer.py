@@ -80,7 +80,7 @@ def test_exception_in_the_second_sweep_changes_nothing(
 
     def broken(self: BaseMethod, *args: Any) -> None:
         if self._written:
-            written.append(any(not torch.equal(self._aside[name], now) for name, now in self._written.items()))
+            written.append(any(not torch.equal(now, old) for now, old in self._written.values()))
             raise KeyboardInterrupt
         original(self, *args)
 
