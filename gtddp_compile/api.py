@@ -12,11 +12,12 @@ from gtddp_compile.algebra.forms import Rollout
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature, resolve
 from gtddp_compile.methods.losses import split
-from gtddp_compile.methods.terminal import Terminal, check_terminal
+from gtddp_compile.methods.terminal import Geometric, Terminal, check_terminal
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, suggested
 from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.terms import Terms
 
 
 def compile_optimizer(
@@ -50,7 +51,8 @@ def compile_optimizer(
     Args:
         model: any traceable module; it is not changed.
         example_inputs: a tensor, or a tuple or dict of them, batch on the leading axis; without it the program is
-            specialised at the first step.
+            specialised at the first step. Of :class:`~gtddp_compile.Terms`, sets of points, as ``step`` takes them; the
+            loss is then theirs, the terminal Gauss-Newton's (``Geometric(aim=2)``) and ``gram`` exact.
         loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)``
             returning one loss a sample, shape (B,).
         curvature: ``"foof"``, ``"kfac"``, ``"ekfac"``, ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` with
@@ -113,6 +115,9 @@ def compile_optimizer(
     Raises:
         CompileError: with the module, operation and source line where there is one, why, and what to do.
     """
+    if isinstance(model, Terms) and program is None:
+        example_inputs, loss = _of_terms(model, example_inputs, loss)
+        gram, terminal = "exact" if gram == "auto" else gram, terminal or Geometric(aim=2.0)
     options = Options(
         feedback=feedback,
         feedback_clip=feedback_clip,
@@ -141,6 +146,13 @@ def compile_optimizer(
     check_terminal(losses, options.terminal_kind)
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))  # refuses before it traces
     return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options).seal()
+
+
+def _of_terms(model: Terms, example_inputs: Any, loss: Any) -> tuple[Any, Callable[[Any, Any], Tensor]]:
+    """Points in one tensor, and the terms' own loss."""
+    if loss is not None:
+        raise CompileError("Terms have a loss of their own", "Leave the loss out; weights are an argument of Terms")
+    return (model.batch(example_inputs)[0] if isinstance(example_inputs, Mapping) else example_inputs), model.loss
 
 
 def _with_program(

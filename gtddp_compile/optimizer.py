@@ -27,7 +27,7 @@ from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.fitting import check_fit
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
-from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
+from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.states import check_loaded, check_states, regrouped, unrounded
@@ -173,20 +173,19 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
         Args:
             inputs: a tensor, or a tuple or dict of them, batch on the leading axis. It and the targets may be left out
-                where there are accumulated micro-batches.
+                where there are accumulated micro-batches. Of ``Terms``, ``{"name": (points, right-hand sides)}``.
             targets: what the loss takes; a function as loss may do without. ``None``: a dict's ``"labels"``.
             closure: called before the step, whatever it returns: training loops (Lightning's) hang their hooks on it.
 
         Returns:
-            The loss before the update (mean or sum over all its samples, as the loss reduces), detached. If it or a
-            Gram matrix is not finite, nothing has changed and ``diagnostics["skipped"]`` is True; what was accumulated
-            is dropped.
+            The loss before the update (mean or sum over all its samples, as the loss reduces), detached. If it or Γ
+            is not finite, nothing has changed, ``diagnostics["skipped"]`` is True, what was accumulated dropped.
 
         Raises:
             CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
-                exception parameters, buffers, optimizer state, random state and what was accumulated are what they
-                were.
+                exception parameters, buffers, states, random state and what was accumulated are what they were.
         """
+        inputs, targets = as_batch(self._view.model, inputs, targets)
         batch: tuple[Any, ...] = ()
         if inputs is not None or targets is not None or self._pending is None:
             batch, targets = self._batch(inputs, targets)

@@ -28,6 +28,8 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends import (
     Traced,
     Untraceable,
+    differentiates,
+    trace_derivatives,
     trace_export,
     trace_followed,
     trace_functional,
@@ -68,9 +70,7 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
     model, inputs = positional(model, inputs)
     reference, kept = watch(model, inputs)
     refusals: list[Untraceable] = []
-    for front_end in front_ends:
-        if front_end is trace_functional and any(r.why.startswith("torch.export:") for r in refusals):
-            continue  # it starts from torch.export's own recording
+    for front_end in _asked(front_ends, model, inputs, refusals):
         try:
             with untouched(model):
                 traced = front_end(model, inputs)
@@ -82,8 +82,28 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
         except Untraceable as refusal:
             refusals.append(refusal)
             continue
-        refusals.append(Untraceable("what was recorded computes something else than the model"))
+        why = "what was recorded computes something else than the model"
+        if front_end is trace_derivatives:
+            why += ": torch's own third derivatives of a fused operation, of layer_norm say, are wrong; write it out"
+        refusals.append(Untraceable(why))
     raise _cannot(refusals)
+
+
+def _asked(
+    front_ends: tuple[FrontEnd, ...], model: nn.Module, inputs: tuple[Any, ...], refusals: list[Untraceable]
+) -> Iterator[FrontEnd]:
+    """Front ends in order, each asked for after the one before has refused."""
+    for front_end in front_ends:
+        if front_end is trace_export and trace_symbolically in front_ends:
+            with untouched(model):
+                derives = differentiates(model, inputs)
+            if derives:
+                refusals.clear()
+                yield trace_derivatives
+                return
+        if front_end is trace_functional and any(r.why.startswith("torch.export:") for r in refusals):
+            continue  # it starts from torch.export's own recording
+        yield front_end
 
 
 def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bool:

@@ -1,5 +1,6 @@
 """Front ends: what a model does, recorded by torch.fx or torch.export, and the cleaning both need."""
 
+from gtddp_compile.frontends.derivatives import differentiates, trace_derivatives
 from gtddp_compile.frontends.exported import trace_export, trace_functional, trace_values
 from gtddp_compile.frontends.followed import trace_followed
 from gtddp_compile.frontends.keywords import positional
@@ -12,8 +13,10 @@ __all__ = [
     "Call",
     "Traced",
     "Untraceable",
+    "differentiates",
     "observe",
     "positional",
+    "trace_derivatives",
     "trace_export",
     "trace_followed",
     "trace_functional",

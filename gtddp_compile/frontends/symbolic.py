@@ -39,6 +39,8 @@ class Recorded(fx.Proxy):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Most functions as torch.fx records them, some as what they compute."""
+        if function is torch.autograd.grad:
+            raise TypeError("a derivative is taken in forward")
         if function not in FUNCTIONS:
             return super().__torch_function__(function, types, args, kwargs)
         (tracer, *_) = (value.tracer for value in args if isinstance(value, fx.Proxy))

@@ -69,7 +69,7 @@ class Traced:
         inputs: names of the positional arguments, in order.
         calls: in the order they were made.
         output: what is returned, with references.
-        frontend: ``"fx"``, ``"export"`` or ``"eager"``.
+        frontend: ``"fx"``, ``"export"``, ``"eager"`` or ``"derivatives"``.
         specialised: whether sizes of the example inputs are built in, the batch size included.
     """
 

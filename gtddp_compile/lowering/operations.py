@@ -75,7 +75,7 @@ METHODS: dict[str, Method] = {
 }
 """By name; ``m.NAME`` in a program."""
 
-OF_LAYERS = frozenset({"linear", "conv", "channels", "approximate", "norm", "generic", "conv_pairs"})
+OF_LAYERS = frozenset({"linear", "transposed", "conv", "channels", "approximate", "norm", "generic", "conv_pairs"})
 """Modules of kernels that read values of the network or gradients of them."""
 
 LIFTED = frozenset(

@@ -75,16 +75,19 @@ class GramChoice:
         kept: whether ``γ`` is kept for the weighted gradients.
         approximate: ``"exact"``, ``"separable"``, ``"sketch"`` or ``"centre"``: which kernels make it.
         columns: signs an input of the sketch; 0: as many as the option says.
+        uses: of so many linear layers with the same weight the positions are taken together; 0: there is one.
     """
 
     form: str
     kept: bool = False
     approximate: str = "exact"
     columns: int = 0
+    uses: int = 0
 
     def __str__(self) -> str:
         separated = ["metric separated"] if self.approximate == "separable" else []
-        return ", ".join([self.form, *(["kept"] if self.kept else []), *separated])
+        form = f"{self.form} over {self.uses} uses" if self.uses else self.form
+        return ", ".join([form, *(["kept"] if self.kept else []), *separated])
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,23 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.attributes import OWN, Reader
 from gtddp_compile.frontends.keywords import by_name
 from gtddp_compile.runtime.precision import Precision
+from gtddp_compile.terms import Terms
+
+
+def as_batch(model: nn.Module, inputs: Any, targets: Any) -> tuple[Any, Any]:
+    """Inputs and targets: of sets of points in tensors, others as they are.
+
+    Raises:
+        CompileError: there are targets beside them.
+    """
+    if not isinstance(inputs, Mapping) or not isinstance(model, Terms):
+        return inputs, targets
+    if targets is not None:
+        raise CompileError(
+            "sets of points come with their right-hand sides",
+            'Pass {"name": (points, right-hand sides)} alone, or tensors',
+        )
+    return model.batch(inputs)
 
 
 def as_inputs(inputs: Any, model: nn.Module) -> tuple[Any, ...]:

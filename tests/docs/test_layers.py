@@ -13,8 +13,8 @@ import networkx as nx
 import pytest
 
 ORDER = (
-    "errors", "wording", "kernels", "graph", "algebra", "methods", "options", "lowering", "frontends", "passes",
-    "runtime", "optimizer", "api", "tools", "__main__",
+    "errors", "wording", "kernels", "pde", "terms", "graph", "algebra", "methods", "options", "lowering", "frontends",
+    "passes", "runtime", "optimizer", "api", "tools", "__main__",
 )  # fmt: skip
 
 

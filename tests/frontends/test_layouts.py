@@ -37,10 +37,12 @@ def assert_same(case: Arranged, steps: int = 3, size: int = 4, **options: Any) -
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
 @names
-def test_same_as_with_samples_leading(name: str, setting: str) -> None:
-    assert_same(NETWORKS[name], **SETTINGS[setting])
+def test_same_as_with_samples_leading(name: str) -> None:
+    """By sgd, in groups by adam, and by one of the others in turn."""
+    turn = ("rmsprop", "substituted", "ggn")[list(NETWORKS).index(name) % 3]
+    for setting in ("sgd", "adam, groups", turn):
+        assert_same(NETWORKS[name], **SETTINGS[setting])
 
 
 @names
@@ -209,7 +211,7 @@ def test_exported(name: str, tmp_path: Path) -> None:
     run = train(case, curvature="sgd", lr=0.1)
     assert_exported(case, run, tmp_path)
     run.optimizer.program.export(tmp_path / "program.json")
-    assert UpdateProgram.load(tmp_path / "program.json").graph.ops == run.optimizer.graph.ops
+    assert UpdateProgram.load(tmp_path / "program.json").code == run.optimizer.program.code
 
 
 @pytest.mark.parametrize("backend", ["fast", "dense"])

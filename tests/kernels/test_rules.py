@@ -64,6 +64,8 @@ CASES: list[tuple[str, Op, dict[str, tuple[int, ...]], dict[str, Any]]] = [
      {"form": "instance", "eps": 1e-5, "training": False}),
     ("norm", op("rms_norm", F.rms_norm, X, (3,), weight=W, eps=0.1), {"x": (4, 2, 3, 3), "w": (3,)},
      {"form": "rms", "eps": 0.1, "normalized_shape": (3,)}),
+    ("transposed", op("transposed", kernels.transposed, X, W, shape=(4, 5, 3)), {"x": (4, 5, 2), "w": (2, 3)}, {}),
+    ("shift", op("add", torch.add, B, X, shape=(4, 5, 2)), {"x": (4, 5, 2), "b": (2,)}, {}),
     ("generic", op("mul", torch.mul, X, W), {"x": (4, 2, 3, 3), "w": (3, 3)},
      {"mixes": False, "batched": (True,)}),
 ]  # fmt: skip
@@ -102,7 +104,9 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
 @pytest.mark.parametrize("operation", [
     op("linear", F.linear, X, Ref("normalised weight"), B), op("linear", F.linear, W, X, B),
     op("linear", F.linear, BufferRef("x"), W, B), op("linear", F.linear, X, W, W),
-    op("linear", F.linear, X, W, shape=(4,)), op("linear", torch.mul, X, W), op("conv", F.conv_transpose2d, X, W, B),
+    op("linear", F.linear, X, W, shape=(4,)), op("linear", torch.mul, X, W),
+    op("transposed", kernels.transposed, W, X, shape=(4, 2)), op("add", torch.add, X, W, alpha=2),
+    op("conv", F.conv_transpose2d, X, W, B),
     op("conv", F.conv2d, X, W, B, Ref("stride")), op("conv", F.conv2d, X, W, B, shape=(2, 3, 3)),
     op("layer_norm", F.layer_norm, X, (4, 2, 3, 3), W, B),
     op("batch_norm", batch_norm, X, W, VAR, None, None, B, **{**BN, "training": False}),

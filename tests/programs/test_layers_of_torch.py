@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from gtddp_compile import CompileError, compile_optimizer
-from support.compared import assert_base, assert_equal, flat, optimizer
+from support.compared import assert_base, assert_equal, flat
 from support.networks import Case
 
 B = 3
@@ -174,5 +174,6 @@ def test_recurrent_layers_in_single_precision(kind: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     build, why = REFUSED[name]
+    case = made(build)
     with pytest.raises(CompileError, match=why):
-        optimizer(made(build), curvature="sgd")
+        compile_optimizer(case.model, case.batch(0)[0], loss=case.loss, curvature="sgd")

@@ -131,6 +131,16 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
                Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
                note="gamma M^-1 gamma^T", **b.options(use), **more)  # fmt: skip
         return result
+    if chosen.uses:
+        uses = b.uses(player.name)
+        found = [operands(b, use) for use in uses]
+        inputs = tuple(item(v, 0) if isinstance(v, Var) else v[0] for v in found)
+        rest = tuple(Var(b.g_output(use.op)) for use in uses[1:])
+        said = tuple((use.rule.prefix == "transposed", use.params[1] is not None) for use in uses)
+        b.emit("backward", t, result, "gram_blocks", Function("linear_uses_gram"), (*inputs, *rest),
+               Var(b.g_output(uses[0].op)), params(b, uses[0]), uses[0].wants, Var(metric), Var(b.rows),
+               note="gamma M^-1 gamma^T of all uses", uses=said)  # fmt: skip
+        return result
     b.emit("backward", t, result, "joint_gram", Var(per_sample(b, t, player)), Var(metric), Var(b.rows),
            note="gamma M^-1 gamma^T")  # fmt: skip
     return result

@@ -147,7 +147,7 @@ def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
 
 def _one_column(b: Builder, use: Use) -> Var | Apply:
     """Output gradients with the axes of the output: without that of a factor's columns."""
-    return item(b.g_output(use.op), 0) if b.factored else Var(b.g_output(use.op))
+    return item(Var(b.g_output(use.op)), 0) if b.factored else Var(b.g_output(use.op))
 
 
 def block_gram(b: Builder, t: int, found: Observed) -> str:
