@@ -302,7 +302,7 @@ def test_factors_are_made_more_often_at_the_beginning() -> None:
     changed, before = [], None
     for step, (x, y) in enumerate(batches(22)):
         opt.step(x, y)
-        now = opt.state[model.conv.weight]["map_x"]
+        now = opt.state[model.conv.weight]["map_x"].clone()
         if before is None or not torch.equal(now, before):
             changed.append(step)
         before = now
