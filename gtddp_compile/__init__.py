@@ -12,6 +12,7 @@ from gtddp_compile.methods.terminal import Geometric, MonteCarlo
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Sketch
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.terms import Terms
 
 __all__ = [
     "EKFAC",
@@ -31,6 +32,7 @@ __all__ = [
     "Shortcut",
     "Sketch",
     "Stage",
+    "Terms",
     "UpdateProgram",
     "Value",
     "compile_optimizer",

@@ -12,16 +12,17 @@ from gtddp_compile.algebra.forms import Rollout
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature, resolve
 from gtddp_compile.methods.losses import split
-from gtddp_compile.methods.terminal import Terminal, check_terminal
+from gtddp_compile.methods.terminal import Geometric, Terminal, check_terminal
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, suggested
 from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.terms import Terms
 
 
 def compile_optimizer(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Tensor] | None = None,
     *,
     loss: nn.Module | Callable[[Any, Any], Tensor] | None = None,
     curvature: str | Curvature = "foof",
@@ -49,8 +50,9 @@ def compile_optimizer(
 
     Args:
         model: any traceable module; it is not changed.
-        example_inputs: a tensor or a tuple of them, batch on the leading axis; without it the program is
-            specialised at the first step.
+        example_inputs: a tensor, or a tuple or dict of them, batch on the leading axis; without it the program is
+            specialised at the first step. Of :class:`~gtddp_compile.Terms`, sets of points, as ``step`` takes them; the
+            loss is then theirs, the terminal Gauss-Newton's (``Geometric(aim=2)``) and ``gram`` exact.
         loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)``
             returning one loss a sample, shape (B,).
         curvature: ``"foof"``, ``"kfac"``, ``"ekfac"``, ``"sgd"``, ``"rmsprop"``, ``"adam"``, ``"adamw"`` with
@@ -75,7 +77,8 @@ def compile_optimizer(
             of its aim (see ``terminal``); ``None``: none.
         schedule: ``"asap"``, ``"alap"``, ``"sequential"``, or a mapping of player names to stages.
         coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation).
-        recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``).
+        recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``, the
+            last without cross terms).
         terminal: how a sample's loss is expanded in the outputs. ``"geometric"``: ``∇φ ∇φᵀ / φ``, as if its logarithm
             were linear there (the aim is the loss itself, so the model does not depend on the loss's scale);
             ``Geometric(aim, own)``: the same with another aim, also one that depends on the batch's size;
@@ -112,6 +115,9 @@ def compile_optimizer(
     Raises:
         CompileError: with the module, operation and source line where there is one, why, and what to do.
     """
+    if isinstance(model, Terms) and program is None:
+        example_inputs, loss = _of_terms(model, example_inputs, loss)
+        gram, terminal = "exact" if gram == "auto" else gram, terminal or Geometric(aim=2.0)
     options = Options(
         feedback=feedback,
         feedback_clip=feedback_clip,
@@ -142,9 +148,16 @@ def compile_optimizer(
     return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options).seal()
 
 
+def _of_terms(model: Terms, example_inputs: Any, loss: Any) -> tuple[Any, Callable[[Any, Any], Tensor]]:
+    """Points in one tensor, and the terms' own loss."""
+    if loss is not None:
+        raise CompileError("Terms have a loss of their own", "Leave the loss out; weights are an argument of Terms")
+    return (model.batch(example_inputs)[0] if isinstance(example_inputs, Mapping) else example_inputs), model.loss
+
+
 def _with_program(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Tensor] | None,
     program: UpdateProgram,
     loss: nn.Module | Callable[[Any, Any], Tensor] | None,
     options: Options,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends import observe
+from gtddp_compile.frontends import observe, positional, withheld
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.kernels import OtherPath, random_state, restore_random_state
 from gtddp_compile.methods.curvature import Curvature
@@ -27,10 +27,10 @@ from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.fitting import check_fit
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
-from gtddp_compile.runtime.model import ModelView, as_inputs, check_batch
+from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.program import UpdateProgram
-from gtddp_compile.runtime.states import check_loaded, check_states, unrounded
+from gtddp_compile.runtime.states import check_loaded, check_states, regrouped, unrounded
 from gtddp_compile.runtime.union import Union, check_form
 
 
@@ -48,7 +48,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Tensor | tuple[Any, ...] | None,
+        example_inputs: Any,
         *,
         loss: Loss,
         curvature: Curvature,
@@ -60,17 +60,13 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self._current: UpdateProgram | None = None
         self._diagnostics = Diagnostics()
         self._checked = False
-        self._aside: dict[str, Tensor] = {}
-        self._spare: dict[str, dict[str, Tensor]] = {}
         self._pending: Accumulated | None = None
         inertia = {"inertia": options.inertia} if options.inertia else {}
         super().__init__(self._view.groups(), curvature.defaults() | inertia)
         if example_inputs is not None:
-            batch = as_inputs(example_inputs)
-            check_batch(batch, None)
-            self._specialise(batch)
+            self._specialise(self._batch(example_inputs, None, example=True)[0])
 
-    def adopt(self, program: UpdateProgram, example_inputs: Tensor | tuple[Any, ...] | None = None) -> None:
+    def adopt(self, program: UpdateProgram, example_inputs: Any = None) -> None:
         """Train by a program that was made elsewhere, with its options by parameter.
 
         Raises:
@@ -86,9 +82,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self._specialisations.adopt(program)
         self._current = program
         if example_inputs is not None:
-            batch = as_inputs(example_inputs)
-            check_batch(batch, None)
-            self._specialise(batch)
+            self._specialise(self._batch(example_inputs, None, example=True)[0])
 
     # --- what was compiled --------------------------------------------------------------------------------------------
 
@@ -157,10 +151,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
             CompileError: as ``step``; or the coupling is ``"block"``, the micro-batch needs another program, or
                 parameters changed since the first one. On any exception nothing was taken in.
         """
-        self._demand_batch(inputs, targets)
-        batch, before = as_inputs(inputs), random_state()
+        (batch, targets), before = self._batch(inputs, targets), random_state()
         try:
-            check_batch(batch, targets)
             program, backend = self._specialise(batch)
             pending = self._pending or self._accumulated(program, backend)
             loss = self._take_in(pending, batch, targets, program)
@@ -180,31 +172,28 @@ class CompiledOptimizer(torch.optim.Optimizer):
         """One update from one batch, and from the micro-batches accumulated before it; a transaction.
 
         Args:
-            inputs: a tensor or a tuple of them, batch on the leading axis. It and the targets may be left out where
-                there are accumulated micro-batches.
-            targets: what the loss takes; a function as loss may do without.
+            inputs: a tensor, or a tuple or dict of them, batch on the leading axis. It and the targets may be left out
+                where there are accumulated micro-batches. Of ``Terms``, ``{"name": (points, right-hand sides)}``.
+            targets: what the loss takes; a function as loss may do without. ``None``: a dict's ``"labels"``.
             closure: called before the step, whatever it returns: training loops (Lightning's) hang their hooks on it.
 
         Returns:
-            The loss before the update (mean or sum over all its samples, as the loss reduces), detached. If it or a
-            Gram matrix is not finite, nothing has changed and ``diagnostics["skipped"]`` is True; what was accumulated
-            is dropped.
+            The loss before the update (mean or sum over all its samples, as the loss reduces), detached. If it or Γ
+            is not finite, nothing has changed, ``diagnostics["skipped"]`` is True, what was accumulated dropped.
 
         Raises:
             CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
-                exception parameters, buffers, optimizer state, random state and what was accumulated are what they
-                were.
+                exception parameters, buffers, states, random state and what was accumulated are what they were.
         """
+        inputs, targets = as_batch(self._view.model, inputs, targets)
+        batch: tuple[Any, ...] = ()
         if inputs is not None or targets is not None or self._pending is None:
-            self._demand_batch(inputs, targets)
+            batch, targets = self._batch(inputs, targets)
         before = random_state()
         try:
             if closure is not None:
                 closure()
-            if inputs is None:
-                return self._union_step((), None)
-            batch = as_inputs(inputs)
-            check_batch(batch, targets)
+            self._view.say_unread()
             if self._pending is not None:
                 return self._union_step(batch, targets)
             return self._follow(batch, targets, before)
@@ -212,13 +201,17 @@ class CompiledOptimizer(torch.optim.Optimizer):
             restore_random_state(before)
             raise
 
-    def _demand_batch(self, inputs: Any, targets: Any) -> None:
-        missing = targets is None and self._loss.module is not None  # a function may do without
+    def _batch(self, inputs: Any, targets: Any, *, example: bool = False) -> tuple[tuple[Any, ...], Any]:
+        """What the model takes and what the loss takes beside it, which may be the ``"labels"`` of a mapping."""
+        if isinstance(inputs, Mapping) and targets is None:
+            inputs, targets = {k: v for k, v in inputs.items() if k != "labels"}, inputs.get("labels")
+        missing = targets is None and self._loss.module is not None and not example  # a function may do without
         if inputs is None or missing or callable(inputs):
             raise CompileError(
                 "the batch itself is needed: the program runs forward and backward passes",
                 "Call opt.step(inputs, targets); a closure does not stand for it",
             )
+        return check_batch(as_inputs(inputs, self._view.model), targets), targets
 
     def _follow(self, inputs: tuple[Any, ...], targets: Any, before: Any) -> Tensor:
         """One transaction, along the path that these inputs take through a model that decides on values."""
@@ -276,7 +269,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
             raise
         except Exception:
             restore_random_state(before)
-            observe(self._view.model, inputs)
+            observe(*positional(self._view.model, inputs))
             check_states(self.state)
             raise
 
@@ -337,7 +330,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim's; accumulated micro-batches stay, and are run again with the new state."""
+        """As torch.optim's, whose own are taken too; accumulated micro-batches are run again with the new state."""
+        state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
         check_loaded(state_dict, self.param_groups, self._curvature)
         super().load_state_dict(state_dict)
         self.state.update(unrounded(state_dict["state"], self.param_groups))
@@ -354,13 +348,13 @@ class CompiledOptimizer(torch.optim.Optimizer):
             known = owner[name] in self.state
             first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
             states[name] = self.state[owner[name]] if first is None else first
-        loss = self._loss.after(program.graph.ops.as_returned)
-        together = program.form.name == "joint" and self._options.line_search is None
-        return BaseMethod(
-            self._curvature, params, new, states, groups, loss,
-            first=not self._checked, terminal=self._options.terminal_kind, aside=self._aside, spare=self._spare,
-            together=together,
-        )  # fmt: skip
+        ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
+        if ops.kept and loss.function is not None and not self._options.compile:
+            loss = loss.within(lambda: withheld(self._view.model, ops.kept))
+        m = BaseMethod(self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
+        m.first = not self._checked
+        m.together = program.form.name == "joint" and self._options.line_search is None
+        return m
 
     def _commit(self, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         m.commit(originals)
@@ -415,7 +409,5 @@ class CompiledOptimizer(torch.optim.Optimizer):
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature)
-        state.update(
-            _specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _aside={}, _spare={}, _pending=None,
-        )  # fmt: skip
+        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None)
         return state

@@ -28,20 +28,25 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends import (
     Traced,
     Untraceable,
+    differentiates,
+    trace_derivatives,
     trace_export,
     trace_followed,
     trace_functional,
     trace_symbolically,
     trace_values,
 )
+from gtddp_compile.frontends.attributes import untouched
 from gtddp_compile.frontends.canonical import is_identity, is_random, python_number
 from gtddp_compile.frontends.functional import Clean, functionalise
+from gtddp_compile.frontends.keywords import Named, positional
 from gtddp_compile.frontends.masks import masks_apart
 from gtddp_compile.frontends.mixing import find_mixing
 from gtddp_compile.frontends.reference import agrees, observe, run
 from gtddp_compile.frontends.samples import find_layouts
-from gtddp_compile.frontends.traced import argument_names, parameter_infos, untouched
-from gtddp_compile.graph import DETACHED, GUARD, BufferRef, Op, OpGraph, Ref, iter_leaves, map_leaves
+from gtddp_compile.frontends.state import watch
+from gtddp_compile.frontends.traced import argument_names, parameter_infos
+from gtddp_compile.graph import DETACHED, GUARD, BufferRef, Op, OpGraph, ParamRef, Ref, iter_leaves, map_leaves
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
 FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_followed, trace_values)
@@ -56,42 +61,49 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
 
     Args:
         model: the module; it is left as it was.
-        inputs: its positional arguments, batch on the leading axis.
+        inputs: its arguments, batch on the leading axis.
         front_ends: what to try, in order.
 
     Raises:
         CompileError: the model refuses the inputs, or no front end can record it.
     """
-    with untouched(model):
-        numbers = _numbers(model)
-        reference = observe(model, inputs)
-        _check_numbers(numbers, _numbers(model))
+    model, inputs = positional(model, inputs)
+    reference, kept = watch(model, inputs)
     refusals: list[Untraceable] = []
-    for front_end in front_ends:
-        if front_end is trace_functional and any(r.why.startswith("torch.export:") for r in refusals):
-            continue  # it starts from torch.export's own recording
+    for front_end in _asked(front_ends, model, inputs, refusals):
         try:
             with untouched(model):
                 traced = front_end(model, inputs)
-            _check_state(traced.read & reference.rewritten)
             for draws in (False, True):  # what the model draws and does not use moves what it draws after
                 graph = masks_apart(_normal_form(traced, model, draws=draws))
                 graph, output = run(graph, model, inputs, reference)
                 if agrees(graph, output, reference):
-                    return find_mixing(find_layouts(graph, model, inputs), model, inputs)
+                    return find_mixing(find_layouts(replace(graph, kept=kept), model, inputs), model, inputs)
         except Untraceable as refusal:
             refusals.append(refusal)
             continue
-        refusals.append(Untraceable("what was recorded computes something else than the model"))
-    with untouched(model):
-        again = observe(model, inputs)
-    if not all(map(torch.equal, reference.outputs, again.outputs)):
-        raise CompileError(
-            "the model computes something else every time, from the same values and torch's same random numbers",
-            "Draw random numbers from torch's default generator, not from numpy's or Python's",
-            module="",
-        )
+        why = "what was recorded computes something else than the model"
+        if front_end is trace_derivatives:
+            why += ": torch's own third derivatives of a fused operation, of layer_norm say, are wrong; write it out"
+        refusals.append(Untraceable(why))
     raise _cannot(refusals)
+
+
+def _asked(
+    front_ends: tuple[FrontEnd, ...], model: nn.Module, inputs: tuple[Any, ...], refusals: list[Untraceable]
+) -> Iterator[FrontEnd]:
+    """Front ends in order, each asked for after the one before has refused."""
+    for front_end in front_ends:
+        if front_end is trace_export and trace_symbolically in front_ends:
+            with untouched(model):
+                derives = differentiates(model, inputs)
+            if derives:
+                refusals.clear()
+                yield trace_derivatives
+                return
+        if front_end is trace_functional and any(r.why.startswith("torch.export:") for r in refusals):
+            continue  # it starts from torch.export's own recording
+        yield front_end
 
 
 def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -103,7 +115,7 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
     Raises:
         CompileError: the model refuses the inputs.
     """
-    if len(graph.inputs) != len(inputs):
+    if len(graph.inputs) != len(inputs) or (isinstance(inputs, Named) and inputs.names != graph.inputs):
         return False
     if graph.frontend == "fx":
         return True
@@ -115,52 +127,13 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
         return True
     if graph.specialised or graph.batch == 1:  # one sample does not tell where samples lie and whether they mix
         return False
+    model, inputs = positional(model, inputs)
     with untouched(model):
         reference = observe(model, inputs)
     try:
         return agrees(graph, run(graph, model, inputs, reference)[1], reference)
     except Untraceable:
         return False
-
-
-def _numbers(model: nn.Module) -> dict[str, Any]:
-    """Numbers and words among the attributes of every module, by qualified name."""
-    return {
-        f"{path}.{name}".removeprefix("."): value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str)
-    }
-
-
-def _check_numbers(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A number that the forward pass itself changes would be built into the program as it was.
-
-    Raises:
-        CompileError: there is one.
-    """
-    for name, value in after.items():
-        if before.get(name, value) != value:
-            raise CompileError(
-                f"the forward pass changes the attribute {name!r} from {before[name]!r} to {value!r}, which a compiled "
-                "program cannot do",
-                "Change it outside forward, in the training loop",
-                module=name.rpartition(".")[0],
-            )
-
-
-def _check_state(names: frozenset[str]) -> None:
-    """A tensor that is kept for inspection is let go; one that the next pass reads is state.
-
-    Raises:
-        CompileError: there is one.
-    """
-    for name in sorted(names):
-        raise CompileError(
-            f"the forward pass reads the attribute {name!r} and writes it for the next pass",
-            "Make it an input and an output of the model",
-            module=name.rpartition(".")[0],
-        )
 
 
 def _cannot(refusals: list[Untraceable]) -> CompileError:
@@ -210,6 +183,7 @@ def _normal_form(traced: Traced, model: nn.Module, *, draws: bool) -> OpGraph:
             ops.append(Op(name, DETACHED, torch.detach, (Ref(op.name),), module=op.module, source=op.source))
             value[clean.call.name] = Ref(name)
     returned = pytree.tree_map(resolve, output)
+    returned = pytree.tree_map(lambda leaf: _constant(leaf, model, names, ops), returned)
     ops += decisions.guards(names, ops)
     kept = _alive(ops, returned, draws=draws)
     return OpGraph(
@@ -220,6 +194,25 @@ def _normal_form(traced: Traced, model: nn.Module, *, draws: bool) -> OpGraph:
         traced.frontend,
         traced.specialised,
     )
+
+
+def _constant(leaf: Any, model: nn.Module, names: _Names, ops: list[Op]) -> Any:
+    """What is returned; a buffer, a frozen parameter or a constant as an operation of its own.
+
+    Raises:
+        CompileError: it is a trained parameter, which the loss would have to read once a sample.
+    """
+    if not isinstance(leaf, ParamRef | BufferRef | torch.Tensor):
+        return leaf
+    if isinstance(leaf, ParamRef) and model.get_parameter(leaf.name).requires_grad:
+        path, _, name = leaf.name.rpartition(".")
+        raise CompileError(
+            f"the model returns its parameter {leaf.name!r} as it is, which no sample has a part of",
+            f"Return it once a sample, {name}.expand(len(x), *{name}.shape), and read a sample's own in the loss",
+            module=path,
+        )
+    ops.append(Op(names.new("", "constant", set()), DETACHED, torch.detach, (leaf,)))
+    return Ref(ops[-1].name)
 
 
 def _operation(clean: Clean, names: _Names, layers: set[str]) -> Op:

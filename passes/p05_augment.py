@@ -85,6 +85,10 @@ def _packed(op: Op, *, returned: bool) -> CompileError:
     )
 
 
+POOLING = frozenset({"index_add", "index_reduce", "scatter_add", "scatter_reduce", "scatter", "segment_reduce"})
+"""Kinds that bring rows together by an index."""
+
+
 def check_batch_axes(players: PlayerGraph, values: tuple[Value, ...]) -> None:
     """The state is one a sample: whose the entries of what players decide on, and of what moves, are is known."""
     ops = players.ops
@@ -100,10 +104,14 @@ def check_batch_axes(players: PlayerGraph, values: tuple[Value, ...]) -> None:
                 source=op.source or None,
             )
         if op.shape is not None and ops.batch and not op.samples.fits(op.shape, ops.batch):
+            pools = op.kind in POOLING
             raise CompileError(
                 f"its value has shape {op.shape}, and which of its elements belong to which of the {ops.batch} samples "
-                "is no matter of axes",
-                "Keep samples along an axis of their own, (B, T, n), or in order along one with others, (B T, n); "
+                f"is no matter of axes (a sample is an entry along the leading axis of {', '.join(ops.inputs)}"
+                + (", and these are pooled by an index, as nodes are to graphs)" if pools else ")"),
+                "Give graphs as a padded batch of nodes, (B, N, n), with a mask, and sum over N"
+                if pools
+                else "Keep samples along an axis of their own, (B, T, n), or in order along one with others, (B T, n); "
                 "compute what is of the whole batch where it is read, between the same two layers",
                 module=op.module,
                 operation=op.kind,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from sympy import Identity, Integer, Inverse, MatAdd, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
 from sympy.matrices.expressions.blockmatrix import BlockMatrix
@@ -22,7 +23,8 @@ from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivatio
 from gtddp_compile.algebra.paths import StageEntries, stage_entries
 from gtddp_compile.algebra.pattern import IDENTITY, Entry, StagePattern
 from gtddp_compile.algebra.symbols import SymmetricSymbol, block_entries
-from gtddp_compile.graph import ControlGraph, Stage
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph, Player, Stage
 from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules, metric_blocks
 from gtddp_compile.lowering.plan import MetricBlock
 
@@ -59,6 +61,9 @@ def derive(graph: ControlGraph, recursion: Recursion = "levenberg", rules: Metri
     """Find each stage's pattern and derive it (cached over all networks of the process).
 
     ``rules`` says which players of a stage are coupled by the curvature itself.
+
+    Raises:
+        CompileError: some are, and the recursion is ``"printed"``.
     """
     return Derived(graph, recursion, tuple(_derive_stage(graph, stage, recursion, rules) for stage in graph.stages))
 
@@ -89,8 +94,21 @@ def _derive_stage(graph: ControlGraph, stage: Stage, recursion: Recursion, rules
     coupled = frozenset(
         (letter[a.name], letter[b.name]) for block in blocks for a in block.players for b in block.players if a != b
     )
+    if coupled and recursion == "printed":
+        raise _eq_23(graph, next(block.players for block in blocks if len(block.players) > 1))
     derivation = derive_pattern(pattern, recursion, coupled)
     return DerivedStage(stage.index, in_names, out_names, controls, blocks, derivation)
+
+
+def _eq_23(graph: ControlGraph, players: tuple[Player, ...]) -> CompileError:
+    """Eq. 23 as printed reads each player's own curvature, which a joint one does not have."""
+    op = graph.op(players[0].op)
+    return CompileError(
+        f"recursion='printed': the curvature couples {', '.join(player.name for player in players)}, and Eq. 23 as "
+        "printed adds up the players' own",
+        "Use recursion='substituted', or cooperative=False, with which every player has its own",
+        module=op.module, operation=op.kind, source=op.source or None,
+    )  # fmt: skip
 
 
 def cut_after(graph: ControlGraph, stage: Stage) -> tuple[str, ...]:
@@ -170,6 +188,37 @@ def _block(entries: dict[str, dict[str, Entry]], outs: tuple[str, ...], ins: tup
 # --- the algebra ------------------------------------------------------------------------------------------------------
 
 
+class _Symbols(NamedTuple):
+    """What a stage's algebra is written in: sizes, block Jacobians, the value function after it, ``ℓ_u`` and ``M``."""
+
+    size: dict[str, Symbol]
+    dimension: dict[str, Symbol]
+    state: dict[tuple[str, str], MatrixExpr]
+    control: dict[tuple[str, str], MatrixExpr]
+    value_x: dict[str, MatrixSymbol]
+    value_xx: dict[tuple[str, str], MatrixExpr]
+    linear: dict[str, MatrixSymbol]
+    curvature: dict[tuple[str, str], MatrixExpr]
+
+
+class _Expansion(NamedTuple):
+    """The stage's expansion to second order (Eq. 5, 27)."""
+
+    x: dict[str, Equation]
+    u: dict[str, Equation]
+    uu: dict[tuple[str, str], Equation]
+    ux: dict[tuple[str, str], Equation]
+    xx: dict[tuple[str, str], Equation]
+
+
+class _Joint(NamedTuple):
+    """The coalition's controls side by side (Eq. 13)."""
+
+    u: Equation
+    uu: Equation
+    ux: dict[str, Equation]
+
+
 @cache
 def derive_pattern(
     pattern: StagePattern, recursion: Recursion = "levenberg", coupled: frozenset[tuple[str, str]] = frozenset()
@@ -178,75 +227,81 @@ def derive_pattern(
 
     ``recursion`` decides ``Q_uu``: ``f_uᵀ V_xx f_u + M`` ("levenberg"), or ``M`` alone (Table 1 read literally), and,
     for "printed", the sign with which ``Q_xu Q_uu⁻¹ Q_ux`` enters the value Hessian (Eq. 21-23 print a plus).
-    ``coupled`` are the pairs of controls that ``M`` itself couples (Theorem 3); Eq. 23 as printed then has each
-    player's own curvature, ``N_p``, in the value Hessian.
+    ``coupled`` are the pairs of controls that ``M`` itself couples (Theorem 3).
     """
+    known = _symbols(pattern, coupled)
+    q = _expansion(pattern, recursion, known)
+    joint = _joint(pattern, q, known.size)
+    k, gains = _gains(pattern, joint)
+    new_x, new_xx = _recursion(pattern, recursion, q, joint, k, gains)
+    change = {i: MatrixSymbol(f"delta_{i}", known.size[i], 1) for i in pattern.inputs}
+    moved = {p: MatrixSymbol(f"delta_{p}", known.dimension[p], 1) for p in pattern.controls}
+    rolled = _rolled_out(pattern, known, change, moved, k, gains)
+    return StageDerivation(pattern, recursion, *known[2:], *q, *joint, k, gains, new_x, new_xx, change, moved, rolled)
+
+
+def _symbols(pattern: StagePattern, coupled: frozenset[tuple[str, str]]) -> _Symbols:
     size = {name: Symbol(f"n_{name}", integer=True, positive=True) for name in pattern.inputs}
     size_after = {name: Symbol(f"n'_{name}", integer=True, positive=True) for name in pattern.outputs}
     dimension = {name: Symbol(f"m_{name}", integer=True, positive=True) for name in pattern.controls}
     _unify_identities(pattern, size, size_after)
-    state = _jacobian(pattern.state, pattern.outputs, pattern.inputs, size_after, size, "f")
-    control = _jacobian(pattern.control, pattern.outputs, pattern.controls, size_after, dimension, "f")
-    value_x = {o: MatrixSymbol(f"V'_{o}", size_after[o], 1) for o in pattern.outputs}
-    value_xx = _hessian_symbols("V'", pattern.outputs, size_after)
-    linear = {p: MatrixSymbol(f"l_{p}", dimension[p], 1) for p in pattern.controls}
-    curvature = _curvature(pattern.controls, dimension, coupled)
+    return _Symbols(
+        size,
+        dimension,
+        state=_jacobian(pattern.state, pattern.outputs, pattern.inputs, size_after, size, "f"),
+        control=_jacobian(pattern.control, pattern.outputs, pattern.controls, size_after, dimension, "f"),
+        value_x={o: MatrixSymbol(f"V'_{o}", size_after[o], 1) for o in pattern.outputs},
+        value_xx=_hessian_symbols("V'", pattern.outputs, size_after),
+        linear={p: MatrixSymbol(f"l_{p}", dimension[p], 1) for p in pattern.controls},
+        curvature=_curvature(pattern.controls, dimension, coupled),
+    )
 
-    f_x = BlockMatrix([[state[o, i] for i in pattern.inputs] for o in pattern.outputs])
-    f_u = BlockMatrix([[control[o, p] for p in pattern.controls] for o in pattern.outputs])
-    v_x = BlockMatrix([[value_x[o]] for o in pattern.outputs])
-    v_xx = BlockMatrix([[value_xx[a, b] for b in pattern.outputs] for a in pattern.outputs])
-    ins, us = pattern.inputs, pattern.controls
 
+def _expansion(pattern: StagePattern, recursion: Recursion, known: _Symbols) -> _Expansion:
+    ins, us, outs, size, dimension = pattern.inputs, pattern.controls, pattern.outputs, known.size, known.dimension
+    f_x = BlockMatrix([[known.state[o, i] for i in ins] for o in outs])
+    f_u = BlockMatrix([[known.control[o, p] for p in us] for o in outs])
+    v_x = BlockMatrix([[known.value_x[o]] for o in outs])
+    v_xx = BlockMatrix([[known.value_xx[a, b] for b in outs] for a in outs])
     states, decisions, one = list(size.values()), list(dimension.values()), [Integer(1)]
-    raw_q_x = block_entries(f_x.T * v_x, states, one)
-    raw_q_u = block_entries(f_u.T * v_x, decisions, one)
-    raw_q_uu = block_entries(f_u.T * v_xx * f_u, decisions, decisions)
-    raw_q_ux = block_entries(f_u.T * v_xx * f_x, decisions, states)
-    raw_q_xx = block_entries(f_x.T * v_xx * f_x, states, states)
+    q_x = block_entries(f_x.T * v_x, states, one)
+    q_u = block_entries(f_u.T * v_x, decisions, one)
+    q_uu = block_entries(f_u.T * v_xx * f_u, decisions, decisions)
+    q_ux = block_entries(f_u.T * v_xx * f_x, decisions, states)
+    q_xx = block_entries(f_x.T * v_xx * f_x, states, states)
 
-    q_x = {i: Equation(MatrixSymbol(f"Q_{i}", size[i], 1), raw_q_x[n][0], "5, 27a") for n, i in enumerate(ins)}
-    q_u = {
-        p: Equation(MatrixSymbol(f"Q_{p}", dimension[p], 1), (raw_q_u[n][0] + linear[p]).doit(), "5, 27b")
-        for n, p in enumerate(us)
-    }
-    q_uu = {}
-    for a, p in enumerate(us):
-        for b, q in enumerate(us):
-            metric = curvature.get((p, q), ZeroMatrix(dimension[p], dimension[q]))
-            through = raw_q_uu[a][b] if recursion == "levenberg" else ZeroMatrix(dimension[p], dimension[q])
-            kind = SymmetricSymbol if p == q else MatrixSymbol
-            q_uu[p, q] = Equation(kind(f"Q_{p}{q}", dimension[p], dimension[q]), (through + metric).doit(), "5, 27c")
-    q_ux = {
-        (p, i): Equation(MatrixSymbol(f"Q_{p}{i}", dimension[p], size[i]), raw_q_ux[a][b], "5, 27d")
-        for a, p in enumerate(us)
-        for b, i in enumerate(ins)
-    }
-    q_xx = {}
-    for a, i in enumerate(ins):
-        for b, j in enumerate(ins[a:], start=a):
-            kind = SymmetricSymbol if i == j else MatrixSymbol
-            q_xx[i, j] = Equation(kind(f"Q_{i}{j}", size[i], size[j]), raw_q_xx[a][b].expand().doit(), "5, 27e")
-    joint_u, joint_uu, joint_ux = _joint(pattern, q_u, q_uu, q_ux, size)
-    k, gains = _gains(pattern, joint_u, joint_uu, joint_ux)
-    new_x, new_xx = _recursion(pattern, recursion, q_x, q_xx, joint_ux, joint_uu, k, gains)
-    own: dict[str, MatrixExpr] = {}
-    if recursion == "printed" and coupled:
-        own = {p: SymmetricSymbol(f"N_{p}", dimension[p], dimension[p]) for p in us}
-        new_xx = _printed_coalition(new_xx, q_xx, q_ux, own)
-    change = {i: MatrixSymbol(f"delta_{i}", size[i], 1) for i in ins}
-    moved = {p: MatrixSymbol(f"delta_{p}", dimension[p], 1) for p in us}
-    rolled = _rolled_out(pattern, state, control, change, moved, k, gains)
-    return StageDerivation(
-        pattern, recursion, state, control, value_x, value_xx, linear, curvature,
-        q_x, q_u, q_uu, q_ux, q_xx, joint_u, joint_uu, joint_ux, k, gains, new_x, new_xx, own, change, moved, rolled,
-    )  # fmt: skip
+    def stage_hessian(a: int, b: int) -> MatrixExpr:
+        nothing = ZeroMatrix(dimension[us[a]], dimension[us[b]])
+        through = q_uu[a][b] if recursion == "levenberg" else nothing
+        return (through + known.curvature.get((us[a], us[b]), nothing)).doit()
+
+    def square(p: str, q: str, sizes: dict[str, Symbol]) -> MatrixSymbol:
+        return (SymmetricSymbol if p == q else MatrixSymbol)(f"Q_{p}{q}", sizes[p], sizes[q])
+
+    pairs = [(a, p, b, q) for a, p in enumerate(us) for b, q in enumerate(us)]
+    return _Expansion(
+        x={i: Equation(MatrixSymbol(f"Q_{i}", size[i], 1), q_x[n][0], "5, 27a") for n, i in enumerate(ins)},
+        u={
+            p: Equation(MatrixSymbol(f"Q_{p}", dimension[p], 1), (q_u[n][0] + known.linear[p]).doit(), "5, 27b")
+            for n, p in enumerate(us)
+        },
+        uu={(p, q): Equation(square(p, q, dimension), stage_hessian(a, b), "5, 27c") for a, p, b, q in pairs},
+        ux={
+            (p, i): Equation(MatrixSymbol(f"Q_{p}{i}", dimension[p], size[i]), q_ux[a][b], "5, 27d")
+            for a, p in enumerate(us)
+            for b, i in enumerate(ins)
+        },
+        xx={
+            (i, j): Equation(square(i, j, size), q_xx[a][b].expand().doit(), "5, 27e")
+            for a, i in enumerate(ins)
+            for b, j in enumerate(ins[a:], start=a)
+        },
+    )
 
 
 def _rolled_out(
     pattern: StagePattern,
-    state: dict[tuple[str, str], MatrixExpr],
-    control: dict[tuple[str, str], MatrixExpr],
+    known: _Symbols,
     change: dict[str, MatrixSymbol],
     moved: dict[str, MatrixSymbol],
     k: Equation,
@@ -260,9 +315,12 @@ def _rolled_out(
     policy = MatAdd(k.symbol, *(gains[i].symbol * change[i] for i in pattern.inputs)).doit()
     found = {"u": Equation(symbol, policy, "4, 28")}
     for o in pattern.outputs:
-        parts = [state[o, i] * change[i] for i in pattern.inputs] + [control[o, p] * moved[p] for p in us]
+        parts = [known.state[o, i] * change[i] for i in pattern.inputs]
+        parts += [known.control[o, p] * moved[p] for p in us]
         total = MatAdd(*(part.doit() for part in parts)).doit()
-        found[o] = Equation(MatrixSymbol(f"delta'_{o}", state[o, pattern.inputs[0]].shape[0], 1), total, "linearised")
+        found[o] = Equation(
+            MatrixSymbol(f"delta'_{o}", known.state[o, pattern.inputs[0]].shape[0], 1), total, "linearised"
+        )
     return found
 
 
@@ -326,50 +384,40 @@ def _hessian_symbols(letter: str, names: tuple[str, ...], size: dict[str, Symbol
     return found
 
 
-def _joint(
-    pattern: StagePattern,
-    q_u: dict[str, Equation],
-    q_uu: dict[tuple[str, str], Equation],
-    q_ux: dict[tuple[str, str], Equation],
-    size: dict[str, Symbol],
-) -> tuple[Equation, Equation, dict[str, Equation]]:
+def _joint(pattern: StagePattern, q: _Expansion, size: dict[str, Symbol]) -> _Joint:
     """The coalition's controls side by side: they minimise jointly (Eq. 13)."""
     us = pattern.controls
     if len(us) == 1:
-        return q_u[us[0]], q_uu[us[0], us[0]], {i: q_ux[us[0], i] for i in pattern.inputs}
-    total = sum(q_u[p].symbol.shape[0] for p in us)
-    joint_u = Equation(MatrixSymbol("Q_û", total, 1), BlockMatrix([[q_u[p].symbol] for p in us]), "13")
-    joint_uu = Equation(
-        SymmetricSymbol("Q_ûû", total, total), BlockMatrix([[q_uu[p, q].symbol for q in us] for p in us]), "13"
+        return _Joint(q.u[us[0]], q.uu[us[0], us[0]], {i: q.ux[us[0], i] for i in pattern.inputs})
+    total = sum(q.u[p].symbol.shape[0] for p in us)
+    hessian = BlockMatrix([[q.uu[p, other].symbol for other in us] for p in us])
+    return _Joint(
+        Equation(MatrixSymbol("Q_û", total, 1), BlockMatrix([[q.u[p].symbol] for p in us]), "13"),
+        Equation(SymmetricSymbol("Q_ûû", total, total), hessian, "13"),
+        {
+            i: Equation(MatrixSymbol(f"Q_û{i}", total, size[i]), BlockMatrix([[q.ux[p, i].symbol] for p in us]), "13")
+            for i in pattern.inputs
+        },
     )
-    joint_ux = {
-        i: Equation(MatrixSymbol(f"Q_û{i}", total, size[i]), BlockMatrix([[q_ux[p, i].symbol] for p in us]), "13")
-        for i in pattern.inputs
-    }
-    return joint_u, joint_uu, joint_ux
 
 
-def _gains(
-    pattern: StagePattern, joint_u: Equation, joint_uu: Equation, joint_ux: dict[str, Equation]
-) -> tuple[Equation, dict[str, Equation]]:
+def _gains(pattern: StagePattern, joint: _Joint) -> tuple[Equation, dict[str, Equation]]:
     """``k = -Q_uu⁻¹ Q_u`` and one feedback gain a value: ``K`` on the state, ``G`` on what waits (Eq. 4, 9, 28)."""
-    inverse = Inverse(joint_uu.symbol)
-    k = Equation(MatrixSymbol("k", *joint_u.symbol.shape), -inverse * joint_u.symbol, "4")
+    inverse = Inverse(joint.uu.symbol)
+    k = Equation(MatrixSymbol("k", *joint.u.symbol.shape), -inverse * joint.u.symbol, "4")
     names = {"x": ("K", "4"), "r": ("G", "9, 28")}
     gains = {}
     for i in pattern.inputs:
         name, source = names.get(i, (f"K_{i}", "28"))
-        gains[i] = Equation(MatrixSymbol(name, *joint_ux[i].symbol.shape), -inverse * joint_ux[i].symbol, source)
+        gains[i] = Equation(MatrixSymbol(name, *joint.ux[i].symbol.shape), -inverse * joint.ux[i].symbol, source)
     return k, gains
 
 
 def _recursion(
     pattern: StagePattern,
     recursion: Recursion,
-    q_x: dict[str, Equation],
-    q_xx: dict[tuple[str, str], Equation],
-    joint_ux: dict[str, Equation],
-    joint_uu: Equation,
+    q: _Expansion,
+    joint: _Joint,
     k: Equation,
     gains: dict[str, Equation],
 ) -> tuple[dict[str, Equation], dict[tuple[str, str], Equation]]:
@@ -377,7 +425,7 @@ def _recursion(
     sign = -1 if recursion == "printed" else 1
     new_x = {
         i: Equation(
-            MatrixSymbol(f"V_{i}", *q_x[i].symbol.shape), q_x[i].symbol + joint_ux[i].symbol.T * k.symbol, "6, 29"
+            MatrixSymbol(f"V_{i}", *q.x[i].symbol.shape), q.x[i].symbol + joint.ux[i].symbol.T * k.symbol, "6, 29"
         )
         for i in pattern.inputs
     }
@@ -386,24 +434,8 @@ def _recursion(
         for j in pattern.inputs[a:]:
             kind = SymmetricSymbol if i == j else MatrixSymbol
             new_xx[i, j] = Equation(
-                kind(f"V_{i}{j}", *q_xx[i, j].symbol.shape),
-                q_xx[i, j].symbol + sign * joint_ux[i].symbol.T * gains[j].symbol,
+                kind(f"V_{i}{j}", *q.xx[i, j].symbol.shape),
+                q.xx[i, j].symbol + sign * joint.ux[i].symbol.T * gains[j].symbol,
                 "21-23, sign as printed" if recursion == "printed" else "6, 10, 30",
             )
     return new_x, new_xx
-
-
-def _printed_coalition(
-    new_xx: dict[tuple[str, str], Equation],
-    q_xx: dict[tuple[str, str], Equation],
-    q_ux: dict[tuple[str, str], Equation],
-    own: dict[str, SymmetricSymbol],
-) -> dict[tuple[str, str], Equation]:
-    """``V_xx = Q_xx + Σ_p Q_xp N_p⁻¹ Q_px``: the cooperative factors as printed, players one by one (Eq. 23)."""
-    found = {}
-    for (i, j), equation in new_xx.items():
-        total: MatrixExpr = q_xx[i, j].symbol
-        for p, alone in own.items():
-            total = total + q_ux[p, i].symbol.T * Inverse(alone) * q_ux[p, j].symbol
-        found[i, j] = Equation(equation.symbol, total, "23 as printed")
-    return found

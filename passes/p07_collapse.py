@@ -214,25 +214,8 @@ def _prove_recursion(d: StageDerivation, factored: bool) -> list[Claim]:
                apart[i] + g[i] * alpha)
         for i, equation in d.new_value_x.items()
     ]  # fmt: skip
-    if d.own:
-        return claims + _prove_printed_coalition(d, g)
     return claims + [
         _claim(f"V_{i}{j} = G_{i} P G_{j}^T", opened(equation), known, g[i] * variance * g[j].T)
-        for (i, j), equation in d.new_value_xx.items()
-    ]
-
-
-def _prove_printed_coalition(d: StageDerivation, g: dict[str, MatrixExpr]) -> list[Claim]:
-    """Eq. 23 as printed with cross terms: the law with ``Γ = Σ_p C_pᵀ N_p⁻¹ C_p``, whose ``P`` reads nothing else."""
-    variance = a.VARIANCE_NEXT
-    c = {p: MatrixSymbol(f"C_{p}", own.shape[0], a.BATCH) for p, own in d.own.items()}
-    known: dict[MatrixExpr, MatrixExpr] = {d.q_ux[p, i].symbol: c[p] * variance * g[i].T for p in c for i in g}
-    known.update((d.q_xx[i, j].symbol, g[i] * variance * g[j].T) for i, j in d.q_xx)
-    gram = MatAdd(*(c[p].T * Inverse(own) * c[p] for p, own in d.own.items()))
-    law, _ = prove_law(d.recursion, False)
-    grown = law.variance.xreplace({a.GRAM: gram})
-    return [
-        _claim(f"V_{i}{j} = G_{i} P G_{j}^T, Gamma = sum_p C_p^T N_p^-1 C_p", equation, known, g[i] * grown * g[j].T)
         for (i, j), equation in d.new_value_xx.items()
     ]
 

@@ -329,7 +329,8 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Obse
 def _decide_together(b: Builder) -> None:
     """``w`` of the joint step, every player's weighted gradient where their norm is asked for."""
     if b.plan.form.name == "joint":
-        b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var("lambda_0"), note="Cholesky, the only one")
+        scale = () if b.factored else (Var("information"),)
+        b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var("lambda_0"), *scale, note="Cholesky, the only one")
         equation = b.plan.form.forward["w"]
         code = _formula(b, 0, equation.expression)
         b.emit("joint", 0, "w", "=", code, note=f"w ({equation.source}): of every stage")

@@ -54,7 +54,6 @@ class StageDerivation:
         player).
         k: the open gain. gains: the feedback gains by input: ``K``, ``G`` (Eq. 9), …
         new_value_x, new_value_xx: the recursion (Eq. 6, 10, 29, 30).
-        own: symbols of every player's own curvature, where Eq. 23 as printed reads it beside ``M``; else empty.
         change, moved: symbols of ``δx̂`` by input, of ``δu`` by control.
         rolled: the policy rolled out on the linearised dynamics: ``δû``, and ``δx̂`` after the stage by output.
     """
@@ -79,7 +78,6 @@ class StageDerivation:
     gains: dict[str, Equation]
     new_value_x: dict[str, Equation]
     new_value_xx: dict[tuple[str, str], Equation]
-    own: dict[str, MatrixExpr] = field(default_factory=dict)
     change: dict[str, MatrixSymbol] = field(default_factory=dict)
     moved: dict[str, MatrixSymbol] = field(default_factory=dict)
     rolled: dict[str, Equation] = field(default_factory=dict)

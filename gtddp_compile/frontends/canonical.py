@@ -70,7 +70,20 @@ class Canonical:
 def canonical(call: Call) -> Canonical:
     """The cleaned form of a recorded call."""
     form = _cleaned(call)
+    if form.target in SPARSE:
+        return _dense(form)
     return _by_position(form) if form.kind in ("add", "sub", "rsub") else form
+
+
+SPARSE: Mapping[Callable[..., Any], int] = {F.embedding: 6, F.embedding_bag: 7}
+"""Functions with an argument ``sparse``, and its position."""
+
+
+def _dense(form: Canonical) -> Canonical:
+    """A table whose gradient is a dense tensor, of the same values."""
+    at = SPARSE[form.target]
+    args = (*form.args[:at], False, *form.args[at + 1 :]) if len(form.args) > at else form.args
+    return replace(form, args=args, kwargs={name: v for name, v in form.kwargs.items() if name != "sparse"})
 
 
 def _by_position(form: Canonical) -> Canonical:

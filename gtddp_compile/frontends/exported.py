@@ -138,7 +138,6 @@ class _Reader:
         self.counters: dict[str, BufferRef] = {}
         """Step counters of batch-norms by the path of their module."""
         self.statistics: list[BufferRef] = []
-        self.attributes_read: set[str] = set()
         canonical = {id(p): name for name, p in model.named_parameters()}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.parameter = {name: canonical[id(p)] for name, p in parameters.items()}
@@ -170,7 +169,7 @@ class _Reader:
         for name in sorted(written - kept):
             raise Untraceable(f"the forward pass writes the buffer {name!r}", module=name.rpartition(".")[0])
         output = pytree.tree_unflatten(values, self.program.call_spec.out_spec)
-        return Traced(tuple(inputs), tuple(self.calls), output, "export", specialised, frozenset(self.attributes_read))
+        return Traced(tuple(inputs), tuple(self.calls), output, "export", specialised)
 
     def _leaf(self, node: fx.Node) -> Any:
         signature = self.program.graph_signature
@@ -180,7 +179,6 @@ class _Reader:
             return BufferRef(signature.inputs_to_buffers[node.name])
         if node.name in signature.inputs_to_lifted_tensor_constants:
             name = signature.inputs_to_lifted_tensor_constants[node.name]
-            self.attributes_read.add(name)
             return self.program.constants[name]
         if node.name in signature.inputs_to_lifted_custom_objs:
             raise Untraceable("the model uses objects that are no tensors in its graph")

@@ -34,7 +34,6 @@ from gtddp_compile.frontends.traced import (
     Untraceable,
     argument_names,
     raised_at,
-    tensor_attributes,
     users_line,
 )
 from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref, iter_leaves
@@ -101,7 +100,7 @@ def trace_followed(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     except Exception as error:  # the user's own code runs here and may raise anything
         text = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise Untraceable(f"followed: {text[:300]}", source=raised_at(error.__traceback__)) from error
-    return Traced(names, tuple(recorder.calls), returned, "eager", specialised=True, read=frozenset(recorder.read))
+    return Traced(names, tuple(recorder.calls), returned, "eager", specialised=True)
 
 
 class _Produced(TorchDispatchMode):
@@ -125,7 +124,6 @@ class Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.read: set[str] = set()
         self.produced: dict[int, weakref.ref[Tensor]] = {}
         self._known: dict[int, tuple[Tensor, Any]] = {}
         self._moving: set[str] = set()
@@ -133,7 +131,6 @@ class Recorder(TorchFunctionMode):
         self._stack: list[str] = [""]
         self._counters: dict[str, BufferRef] = {}
         self._cast = torch.is_autocast_enabled("cpu")
-        self._attributes = {id(value): name for name, value in tensor_attributes(model).items()}
         for name, value in (*model.named_parameters(), *parameters.items()):
             self.know(value, ParamRef(name))
         for name, value in (*model.named_buffers(), *buffers.items()):
@@ -339,7 +336,6 @@ class Recorder(TorchFunctionMode):
         made = self.produced.get(id(value))
         if value.requires_grad or (made is not None and made() is value):
             raise self._refusal("a tensor is computed where calls of torch's functions cannot be followed")
-        self.read.update(filter(None, [self._attributes.get(id(value))]))
         return value.detach()
 
     def _refusal(self, why: str) -> Untraceable:

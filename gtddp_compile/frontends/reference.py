@@ -14,13 +14,16 @@ from torch.nn.modules.module import register_module_buffer_registration_hook, re
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, tensor_attributes, users_line
+from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
 
 SEED = 0
 ROUNDING = 1000
 """Units of rounding of the largest gradient below which one is none."""
+RETURNED = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
+"""What a model may return beside tensors."""
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
@@ -32,13 +35,11 @@ class Reference:
         outputs: tensors of the output, flat.
         gradients: of a fixed linear function of the outputs, by parameter; ``None`` where it has no path to them.
         buffers: after the pass.
-        rewritten: names of plain tensor attributes that the pass has replaced.
     """
 
     outputs: tuple[Tensor, ...]
     gradients: Mapping[str, Tensor | None]
     buffers: Mapping[str, Tensor]
-    rewritten: frozenset[str] = frozenset()
 
 
 def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
@@ -48,12 +49,11 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
         CompileError: it raises, assigns a buffer, packs sequences, or returns no differentiable tensor.
     """
     params, buffers = leaves(model)
-    before = tensor_attributes(model)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
         try:
             with _assignments(model, buffers) as assigned, _padded(model):
-                output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
+                output = _called(model, params, buffers, inputs)
         except CompileError:
             raise
         except Exception as error:  # the user's own code runs here and may raise anything
@@ -73,7 +73,6 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
                 "writes it in evaluation mode for the step",
                 module=name.rpartition(".")[0],
             )
-        _know_dataclasses(output)
         found = tuple(tensors(output))
         if not any(value.requires_grad for value in found):
             raise CompileError(
@@ -89,9 +88,29 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
                 "Make loss.backward() work on it first",
                 module="",
             ) from error
-        after = tensor_attributes(model)
-        rewritten = frozenset(name for name, value in before.items() if after.get(name) is not value)
-        return Reference(tuple(value.detach() for value in found), gradients, buffers, rewritten)
+        return Reference(tuple(value.detach() for value in found), gradients, buffers)
+
+
+def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Tensors of the output of one pass, from the same random state, without further questions."""
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(SEED)
+        return tuple(value.detach() for value in tensors(_called(model, *leaves(model), inputs)))
+
+
+def _called(model: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
+    output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
+    _know_dataclasses(output)
+    parts = pytree.tree_leaves(output)
+    for index, leaf in enumerate(parts):
+        if not isinstance(leaf, Tensor) and type(leaf) not in RETURNED:
+            place = f" (part {index + 1} of {len(parts)})" if len(parts) > 1 else ""
+            raise CompileError(
+                f"the model returns an object of class {type(leaf).__name__}{place}, which no program can make",
+                "Return its tensors, alone or in tuples, lists, dicts or dataclasses, and make the object in the loss",
+                module="",
+            )
+    return output
 
 
 def _know_dataclasses(output: Any) -> None:
@@ -150,7 +169,8 @@ def _padded(model: nn.Module) -> Iterator[None]:
 
 
 def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Reference) -> tuple[OpGraph, Reference]:
-    """Run a recording the same way; the graph comes back with the shapes and dtypes of its values.
+    """Run a recording the same way; the graph comes back with the shapes and dtypes of its values, and with every
+    operation that draws random numbers known as one, whatever it is called.
 
     Raises:
         Untraceable: it raises.
@@ -160,10 +180,13 @@ def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Re
     ops: list[Op] = []
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
+        before = kernels.random_state()
         for op in graph.ops:
             if op.target is not None:
                 values[op.name] = evaluate(op, values, params, buffers)
-            ops.append(_with_shape(op, values[op.name]))
+            after = kernels.random_state()
+            drew, before = not all(map(torch.equal, before, after)), after
+            ops.append(_with_shape(replace(op, random=op.random or drew), values[op.name]))
             for name in graph.finished[op.name]:  # what autograd does not keep is let go
                 del values[name]
         output = map_leaves(graph.output, lambda leaf: _value(leaf, values, params, buffers))
@@ -239,7 +262,8 @@ def _gradients(outputs: tuple[Tensor, ...], params: Mapping[str, Tensor]) -> dic
     ]
     wanted = {name: p for name, p in params.items() if p.requires_grad}
     found = torch.autograd.grad(reached, list(wanted.values()), weights, allow_unused=True)
-    return dict(zip(wanted, found, strict=True))
+    dense = (gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient for gradient in found)
+    return dict(zip(wanted, dense, strict=True))
 
 
 def _value(leaf: Any, values: Mapping[str, Any], params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:

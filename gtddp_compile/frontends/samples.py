@@ -30,6 +30,12 @@ REORDERING = frozenset(
 )
 """Kinds that may bring another axis of the batch's size to the front."""
 
+DROPPING = frozenset({"mul", "div", "truediv", "where", "masked_fill"})
+"""Kinds by which a mask that was drawn drops entries."""
+
+EMPTY = ("new_", "empty")
+"""How kinds begin that take nothing but sizes from a value."""
+
 SPREADING = frozenset({"expand", "expand_as", "repeat", "tile", "broadcast_to"})
 """Kinds that give every sample a copy."""
 
@@ -180,7 +186,9 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
     """Every operation with its values, for the inputs and each variant, and with what it reads for the inputs.
 
     Values are let go after their last reader. Their list may be changed; later operations see what it holds then.
+    Random numbers are the same in all runs, and what a mask of them drops is put back: luck decides nothing.
     """
+    drawn: set[str] = set()
     runs = []
     for inputs in (trial.inputs, *trial.variants):
         runs.append((dict(zip(graph.inputs, inputs, strict=True)), *leaves(model)))
@@ -189,6 +197,10 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
             for run, (values, params, buffers) in enumerate(runs):
                 if op.target is not None:
                     values[op.name] = _evaluate(op, values, params, buffers, example=run == 0)
+            source = _dropped(op, graph, drawn)
+            if source:
+                for values, _, _ in runs:
+                    values[op.name] = _put_back(values[op.name], values[source])
             found = [values[op.name] for values, _, _ in runs]
             yield op, found, [runs[0][0][name] for name in op.operands]
             for (values, _, _), value in zip(runs, found, strict=True):
@@ -196,6 +208,23 @@ def _side_by_side(graph: OpGraph, model: nn.Module, trial: Trial) -> Iterator[tu
             for name in graph.finished[op.name]:
                 for values, _, _ in runs:
                     del values[name]
+
+
+def _dropped(op: Op, graph: OpGraph, drawn: set[str]) -> str | None:
+    """The value of which an operation drops entries at random; what is drawn otherwise is noted."""
+    if not op.random and not drawn.intersection(op.operands):
+        return None
+    for name in op.operands if op.random or op.kind in DROPPING else ():
+        source = graph.by_name[name]
+        if name not in drawn and source.shape == op.shape and not source.kind.startswith(EMPTY):
+            return name
+    drawn.add(op.name)
+    return None
+
+
+def _put_back(value: Any, source: Any) -> Any:
+    alike = isinstance(value, Tensor) and isinstance(source, Tensor) and value.shape == source.shape
+    return torch.where(value == 0, source.to(value.dtype), value) if alike else value
 
 
 def _evaluate(

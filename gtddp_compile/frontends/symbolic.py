@@ -26,7 +26,6 @@ from gtddp_compile.frontends.traced import (
     Untraceable,
     argument_names,
     raised_at,
-    tensor_attributes,
     users_line,
 )
 from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
@@ -40,6 +39,8 @@ class Recorded(fx.Proxy):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Most functions as torch.fx records them, some as what they compute."""
+        if function is torch.autograd.grad:
+            raise TypeError("a derivative is taken in forward")
         if function not in FUNCTIONS:
             return super().__torch_function__(function, types, args, kwargs)
         (tracer, *_) = (value.tracer for value in args if isinstance(value, fx.Proxy))
@@ -73,8 +74,6 @@ class Tracer(fx.Tracer):
         self._buffers = {id(b): name for name, b in model.named_buffers()}
         self._attributes: dict[int, Any] = {}
         self.constants: dict[str, Tensor] = {}
-        self.read: set[str] = set()
-        self.attributes = {id(value): name for name, value in tensor_attributes(model).items()}
         self.failed_in: str | None = None
         self.asked: fx.Node | None = None
         self.returns: pytree.TreeSpec | None = None
@@ -130,7 +129,6 @@ class Tracer(fx.Tracer):
             if name is None:
                 name = f"_constant_{len(self.constants)}"
                 self.constants[name] = a.detach()
-                self.read.update(filter(None, [self.attributes.get(id(a))]))
             return self.create_node("get_attr", name, (), {})
         return super().create_arg(a)
 
@@ -244,4 +242,4 @@ def _collect(graph: fx.Graph, tracer: Tracer, count: int) -> Traced:
         else:
             target = Method(node.target) if node.op == "call_method" else node.target
             calls.append(Call(node.name, target, tree(node.args), tree(node.kwargs), module, source, grad))
-    return Traced(tuple(inputs[:count]), tuple(calls), output, "fx", read=frozenset(tracer.read))
+    return Traced(tuple(inputs[:count]), tuple(calls), output, "fx")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gtddp_compile.graph import ParameterInfo
 
@@ -71,9 +69,8 @@ class Traced:
         inputs: names of the positional arguments, in order.
         calls: in the order they were made.
         output: what is returned, with references.
-        frontend: ``"fx"``, ``"export"`` or ``"eager"``.
+        frontend: ``"fx"``, ``"export"``, ``"eager"`` or ``"derivatives"``.
         specialised: whether sizes of the example inputs are built in, the batch size included.
-        read: names of plain tensor attributes (no parameters or buffers) that became constants.
     """
 
     inputs: tuple[str, ...]
@@ -81,29 +78,6 @@ class Traced:
     output: Any
     frontend: str
     specialised: bool = False
-    read: frozenset[str] = frozenset()
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Undo whatever the block writes to attributes of the model's modules (values kept for inspection, say).
-
-    Containers among the attributes get their items back, one level deep; tensors are not copied.
-    """
-    saved = [(m, dict(vars(m)), [(c, copy.copy(c)) for c in _containers(m)]) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, containers in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for container, items in containers:
-                container.clear()
-                container.extend(items) if isinstance(container, list) else container.update(items)
-
-
-def _containers(module: nn.Module) -> list[Any]:
-    return [value for value in vars(module).values() if isinstance(value, list | dict | set)]
 
 
 def parameter_infos(model: nn.Module) -> tuple[ParameterInfo, ...]:
@@ -115,16 +89,6 @@ def parameter_infos(model: nn.Module) -> tuple[ParameterInfo, ...]:
         ParameterInfo(name, tuple(p.shape), p.dtype, p.requires_grad, tuple(n for n in names[id(p)] if n != name))
         for name, p in model.named_parameters()
     )
-
-
-def tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors among the plain attributes of every module, neither parameters nor buffers, by qualified name."""
-    return {
-        f"{path}.{name}".removeprefix("."): value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor)
-    }
 
 
 def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:

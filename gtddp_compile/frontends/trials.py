@@ -60,7 +60,7 @@ def trials(graph: OpGraph, inputs: tuple[Any, ...], batch: int) -> Iterator[Tria
     changed = tuple(sample for sample, _ in pairs)
     for bold in (True, False):
         base = inputs if batch > 1 else tuple(several(value, bold=bold) for value in inputs)
-        variants = [tuple(_other(value, sample, count, seed, bold=bold) for value in base) for sample, seed in pairs]
+        variants = [tuple(other(value, sample, count, seed, bold=bold) for value in base) for sample, seed in pairs]
         yield Trial(count, base, tuple(variants), changed)
     if batch > 1:
         variants = [tuple(nudged(value, sample, count, seed) for value in inputs) for sample, seed in pairs]
@@ -81,7 +81,7 @@ def some(value: Any, batch: int, count: int) -> Any:
     return value[torch.arange(count, device=value.device) % batch]
 
 
-def _other(value: Any, sample: int, batch: int, seed: int, *, bold: bool) -> Any:
+def other(value: Any, sample: int, batch: int, seed: int, *, bold: bool) -> Any:
     """The input with one sample replaced: by another of the batch, then by ones that look like them."""
     if not _has_samples(value, batch):
         return value

@@ -180,8 +180,9 @@ class OpGraph:
         output: what the model returns: a :class:`Ref` or a tree of them (tuples, named ones too, lists, dicts, and
             whatever classes torch's pytree knows).
         parameters: every parameter of the model, used or not.
-        frontend: ``"fx"``, ``"export"`` or ``"eager"``.
+        frontend: ``"fx"``, ``"export"``, ``"eager"`` or ``"derivatives"``.
         specialised: whether the sizes of the example inputs are built in, the batch size included.
+        kept: names of attributes in which the model's forward pass keeps something that it does not read.
     """
 
     ops: tuple[Op, ...]
@@ -190,6 +191,7 @@ class OpGraph:
     parameters: tuple[ParameterInfo, ...] = ()
     frontend: str = "fx"
     specialised: bool = False
+    kept: tuple[str, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, Op]:

@@ -29,7 +29,9 @@ from gtddp_compile.kernels.moments import *
 from gtddp_compile.kernels.norm import *
 from gtddp_compile.kernels.patches import *
 from gtddp_compile.kernels.rows import *
+from gtddp_compile.kernels.spread import *
 from gtddp_compile.kernels.sweep import *
+from gtddp_compile.kernels.transposed import *
 
 KERNELS: dict[str, Callable[..., Any]] = {
     name: value

@@ -69,7 +69,7 @@ def part_of(layer: Layer, rows: slice) -> Layer:
     return Layer(own, g[rows], params, wants, how)
 
 
-def spread(layer: Layer) -> Layer:
+def column_samples(layer: Layer) -> Layer:
     """The columns of ``g`` ``(k, B, …)`` as further samples, sample by sample: ``(B k, …)``."""
     operands, g, params, wants, how = layer
     split = (isinstance(how, Operation) and how.batched) or (True,) * len(operands)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import Layer, part_of, spread, wide
+from gtddp_compile.kernels.bundle import Layer, column_samples, part_of, wide
 from gtddp_compile.kernels.rows import joint_gram
 from gtddp_compile.kernels.sweep import gram_blocks
 
@@ -70,7 +70,7 @@ def factor_rows(per_sample: Kernel, layer: Layer) -> tuple[Tensor, ...]:
     if _mixes(layer):
         found = [per_sample(layer._replace(g=column)) for column in layer.g]
         return tuple(torch.stack(rows, 1).flatten(0, 1) for rows in zip(*found, strict=True))
-    rows: tuple[Tensor, ...] = per_sample(spread(layer))
+    rows: tuple[Tensor, ...] = per_sample(column_samples(layer))
     return rows
 
 
@@ -82,7 +82,7 @@ def factor_gram(
     """
     if _mixes(layer):
         return joint_gram(factor_rows(per_sample, layer), metric, rows)
-    return gram_blocks(gram, spread(layer), metric, rows, **options)
+    return gram_blocks(gram, column_samples(layer), metric, rows, **options)
 
 
 def factor_directional(directional: Kernel, layer: Layer, direction: tuple[Tensor, ...]) -> Tensor:

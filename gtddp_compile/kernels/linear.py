@@ -5,6 +5,7 @@ all. Then ``γ_i = (Σ_t g_it x_itᵀ, Σ_t g_it)``, and for a spherical metric 
 ∘ (G Gᵀ) + η_b G Gᵀ``. Nothing larger than about ``CHUNK`` elements is built on the way.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,10 @@ CHUNK = 2**20
 """Bound on the elements of an intermediate tensor."""
 
 HALVED = 2**23
-"""Multiplications from which on a CPU's symmetric product is made by halves."""
+"""Multiplications from which on a CPU's symmetric product is made of its upper triangle, a few rows at a time."""
+
+FEW = 8
+"""Positions up to which pairs of them are taken one by one."""
 
 
 def linear_gram_form(samples: int, positions: int, inputs: int, outputs: int) -> str:
@@ -49,6 +53,8 @@ def _linear_blocks(x: Tensor, g: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
     """``Σ_st (x_is · x_jt)(g_is · g_jt)`` as ``(B, B)``."""
     samples, positions, _ = x.shape
+    if positions <= FEW and not torch.compiler.is_compiling():
+        return _linear_few_pairs(x, g)
     all_x, all_g = x.flatten(0, 1).mT, g.flatten(0, 1).mT
     step = max(1, CHUNK // (samples * positions**2))
     blocks = []
@@ -56,6 +62,25 @@ def _linear_pairs(x: Tensor, g: Tensor) -> Tensor:
         product = (x[part].flatten(0, 1) @ all_x) * (g[part].flatten(0, 1) @ all_g)
         blocks.append(product.reshape(-1, positions, samples, positions).sum((1, 3)))
     return torch.cat(blocks)
+
+
+def _linear_few_pairs(x: Tensor, g: Tensor) -> Tensor:
+    """The same, its upper triangle a few samples at a time: what is added up stays in the cache."""
+    samples, positions, _ = x.shape
+    step = max(1, CHUNK // (16 * samples))
+    gram, space = g.new_empty(samples, samples), g.new_empty(3, step * samples)
+    (x, x_mT), (g, g_mT) = ((v.transpose(0, 1).contiguous(), v.permute(1, 2, 0).contiguous()) for v in (x, g))
+    for rows in pieces(samples, step):
+        shape = (min(step, samples - rows.start), samples - rows.start)
+        inputs, outputs, total = (part[: shape[0] * shape[1]].view(shape) for part in space)
+        total.zero_()
+        for s, t in itertools.product(range(positions), repeat=2):
+            torch.mm(x[s, rows], x_mT[t, :, rows.start :], out=inputs)
+            torch.mm(g[s, rows], g_mT[t, :, rows.start :], out=outputs)
+            total.addcmul_(inputs, outputs)
+        gram[rows, rows.start :] = total
+        gram[rows.start :, rows] = total.mT
+    return gram
 
 
 def _linear_sample_pairs(x: Tensor, g: Tensor, metric: Tensor) -> Tensor:
@@ -85,12 +110,11 @@ def _linear_weight_gram(x: Tensor, g: Tensor, metric: Tensor | float) -> Tensor:
         return _linear_pairs(x, g) * metric
     if not spherical and positions == 1 and samples * (inputs + g.shape[-1]) <= 2 * inputs * g.shape[-1]:
         return _linear_sample_pairs(x[:, 0], g[:, 0], metric)  # type: ignore[arg-type]
-    gram = g.new_zeros(samples, samples)
+    gram = None
     for rows, block in _linear_blocks(x, g):
-        scaled = block if spherical else block * metric[rows] ** 0.5  # type: ignore[index]
-        flat = scaled.flatten(1)
-        gram = gram + flat @ flat.mT
-    return gram * metric if spherical else gram
+        found = linear_inputs((block if spherical else block * metric[rows] ** 0.5).flatten(1))  # type: ignore[index]
+        gram = found if gram is None else gram.add_(found)
+    return gram.mul_(metric) if spherical else gram  # type: ignore[union-attr,return-value]
 
 
 def linear_weighted(layer: Layer) -> tuple[Tensor, ...]:
@@ -110,15 +134,14 @@ def linear_subtract(layer: Layer, targets: tuple[Tensor, ...], rates: tuple[floa
 
 
 def linear_inputs(x: Tensor) -> Tensor:
-    """``X Xᵀ``, ``(B, B)``, of one row a sample; of a large one the block below the diagonal is a copy."""
+    """``X Xᵀ``, ``(B, B)``, of one row a sample; of a large one the blocks below the diagonal are copies."""
     samples, inputs = x.shape
     if torch.compiler.is_compiling() or x.device.type != "cpu" or samples**2 * inputs < HALVED:
         return x @ x.mT
-    half = samples // 2
-    first, second, product = x[:half], x[half:], x.new_empty(samples, samples)
-    torch.mm(first, x.mT, out=product[:half])
-    torch.mm(second, second.mT, out=product[half:, half:])
-    product[half:, :half] = product[:half, half:].mT
+    product = x.new_empty(samples, samples)
+    for rows in pieces(samples, -(-samples // 4)):
+        torch.mm(x[rows], x[rows.start :].mT, out=product[rows, rows.start :])
+        product[rows.stop :, rows] = product[rows, rows.stop :].mT
     return product
 
 
@@ -137,13 +160,11 @@ def linear_gram(layer: Layer, metric: Inverses) -> Tensor:
         factor = linear_inputs(x) * metric[0]
         return gram.mul_(factor.add_(metric[1]) if len(metric) > 1 else factor)
     x, g = _linear_rows(x), _linear_rows(g)
-    gram = g.new_zeros(g.shape[0], g.shape[0])
-    if wants[0]:
-        gram = gram + _linear_weight_gram(x, g, metric[0])
-    if wants[1]:
-        bias = g.sum(1) * metric[-1] ** 0.5
-        gram = gram + bias @ bias.mT
-    return gram
+    bias = linear_inputs(g.sum(1) * metric[-1] ** 0.5) if wants[1] else None
+    if not wants[0]:
+        return bias  # type: ignore[return-value]
+    gram = _linear_weight_gram(x, g, metric[0])
+    return gram if bias is None else gram.add_(bias)
 
 
 def linear_gram_diagonal(layer: Layer, metric: Inverses) -> Tensor:

@@ -47,7 +47,7 @@ def terminal(
     outputs, which cross-entropy tends to where a sample is nearly fitted; or it is ``aim b / (b + half) + own / b``
     times the loss in groups of b samples (``None``: all of them). A loss that is not positive has no logarithm: it
     counts as 1. Losses below 10⁻⁴ of the mean are held there, so that fitted samples do not make the value function
-    singular.
+    singular; not with an aim of 2, Gauss-Newton on ``√(2φ)``, which is exact for every residual.
     """
     dtype = phi.dtype if phi.dtype in (torch.float32, torch.float64) else torch.float32
     ones = torch.ones(phi.shape[0], dtype=dtype, device=phi.device)
@@ -55,7 +55,8 @@ def terminal(
     if kind == "gradient":
         return ones, ones, start
     values = phi.detach().to(dtype)
-    floor = values.abs().mean().mul_(1e-4).clamp_min_(torch.finfo(dtype).tiny)
+    share = torch.finfo(dtype).eps ** 2 if (aim, own, half) == (2.0, 0.0, 0.0) else 1e-4
+    floor = values.abs().mean().mul_(share).clamp_min_(torch.finfo(dtype).tiny)
     aims = torch.threshold(values, 0.0, 1.0).clamp_min_(floor)
     if (aim, own, half) == (1.0, 0.0, 0.0):
         return ones, aims, start

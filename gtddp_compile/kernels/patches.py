@@ -115,7 +115,7 @@ def _conv_blocks(x: Tensor, g: Tensor, kernel: tuple[int, ...], how: Geometry) -
 def _conv_images(layer: Layer) -> tuple[Tensor, Tensor]:
     """``x`` and ``g`` image by image: ``(B k, channels, …)``."""
     x, g, weight = layer.operands[0], layer.g, layer.params[0]
-    return (x.flatten(0, 1), g.flatten(0, 1)) if weight is not None and g.dim() > weight.dim() else (x, g)
+    return (x.flatten(0, 1), g.flatten(0, 1)) if weight is not None and x.dim() > weight.dim() else (x, g)
 
 
 def _conv_weight(layer: Layer) -> tuple[Tensor, tuple[int, ...]]:

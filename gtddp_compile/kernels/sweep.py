@@ -178,27 +178,39 @@ def blocks_scale(factors: tuple[float, ...], blocks: Blocks) -> Blocks:
     return tuple(factor * block for factor, block in zip(factors, blocks, strict=True))
 
 
-def factor(blocks: Blocks) -> tuple[Blocks, tuple[Tensor, ...]]:
+def factor(blocks: Blocks, scale: Tensor | None = None) -> tuple[Blocks, tuple[Tensor, ...]]:
     """Upper Cholesky factors, ``Rᵀ R``: positive definite by construction (docs/theory.md#collapse), and kept so.
 
-    A sum of Gram matrices carries rounding errors of about ``eps · trace``: that much is added to the diagonal, and a
-    thousand times as much, with a warning, where it does not do (very deep networks whose activations grow). The second
-    result says of every block, by a number that is not 0, that this was so.
+    A sum of Gram matrices carries rounding errors of about ``eps · trace``: that much is added to the diagonal, in
+    double precision nothing, and a thousand times as much, with a warning, where it does not do (very deep networks
+    whose activations grow). The second result says of every block, by a number that is not 0, that this was so.
+
+    ``scale``: of every row, ``(B,)``. What is factored is ``A_ij / √(s_i s_j)``, so that a sample whose loss is small,
+    and its row with it, is not lost beside what is added.
     """
-    pairs = [_cholesky(block) for block in blocks]
-    return tuple(found for found, _ in pairs), tuple(failed for _, failed in pairs)
+    return _factors(blocks, scale, unchecked=False)
 
 
-def factor_unchecked(blocks: Blocks) -> tuple[Blocks, tuple[Tensor, ...]]:
+def factor_unchecked(blocks: Blocks, scale: Tensor | None = None) -> tuple[Blocks, tuple[Tensor, ...]]:
     """:func:`factor` without waiting for the device: not a number where the first lift does not do."""
-    pairs = [_cholesky(block, unchecked=True) for block in blocks]
-    return tuple(found for found, _ in pairs), tuple(failed for _, failed in pairs)
+    return _factors(blocks, scale, unchecked=True)
 
 
-def _cholesky(block: Tensor, unchecked: bool = False) -> tuple[Tensor, Tensor]:
+def _factors(blocks: Blocks, scale: Tensor | None, unchecked: bool) -> tuple[Blocks, tuple[Tensor, ...]]:
+    if scale is None:
+        pairs = [_cholesky(block, unchecked) for block in blocks]
+        return tuple(found for found, _ in pairs), tuple(failed for _, failed in pairs)
+    roots = scale.sqrt().split([block.shape[0] for block in blocks])
+    scaled = tuple(block / root / root.unsqueeze(1) for block, root in zip(blocks, roots, strict=True))
+    factors, failed = _factors(scaled, None, unchecked)
+    return tuple(found * root for found, root in zip(factors, roots, strict=True)), failed
+
+
+def _cholesky(block: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
     eps = torch.finfo(block.dtype).eps
     found: Tensor
-    found, failed = torch.linalg.cholesky_ex(_lifted(block, eps), upper=True)
+    first = block if block.dtype == torch.float64 else _lifted(block, eps)
+    found, failed = torch.linalg.cholesky_ex(first, upper=True)
     if unchecked or torch.compiler.is_compiling():  # whether it failed is seen when the step is done
         return torch.where(failed == 0, found, torch.nan), failed
     if failed:

@@ -198,7 +198,7 @@ class Builder:
 
     def kernel(self, use: Use, suffix: str) -> str:
         """Name of a kernel of the use's rule."""
-        return f"{use.rule.name}_{suffix}"
+        return f"{use.rule.prefix}_{suffix}"
 
     def arrangement(self, use: Use) -> tuple[tuple[Any, ...] | None, ...]:
         """Where samples lie in a use's value and operands, as kernels take it, orders as variables."""

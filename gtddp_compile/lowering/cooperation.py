@@ -27,7 +27,6 @@ class MetricRules:
         small: largest exact block, in parameters.
         cooperative: whether a coalition uses cross terms.
         shares: whether the curvature has Corollary 7's form.
-        printed: whether the value Hessian reads each player's own curvature beside the coalition's (Eq. 23).
         inputs_alone: whether the metric is of inputs alone: only players whose outputs are added up are in one.
         widest: inputs of a linear layer up to which its factor is one matrix; 0: it always is.
     """
@@ -36,7 +35,6 @@ class MetricRules:
     small: int = 0
     cooperative: bool = True
     shares: bool = False
-    printed: bool = False
     inputs_alone: bool = False
     widest: int = 0
 
@@ -122,7 +120,7 @@ def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], ru
             module=op.module, operation=op.kind, source=op.source or None,
         )  # fmt: skip
     why = f"Theorem 3: cross terms A_uv, B_uv; joint factors {sizes}"
-    return MetricBlock("printed" if rules.printed else "kronecker", tuple(group), why)
+    return MetricBlock("kronecker", tuple(group), why)
 
 
 def _grouped(players: Iterable[Player], key: Callable[[Player], Hashable]) -> list[list[Player]]:

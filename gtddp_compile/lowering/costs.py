@@ -46,12 +46,14 @@ NEGLIGIBLE = 2.0**20
 
 def shape_of(graph: ControlGraph, use: Use) -> LayerShape | None:
     """Shapes of a linear layer or convolution."""
-    prefix = use.rule.name
+    prefix = use.rule.prefix
     shapes = [arranged_shape(graph, use, ref.name) for ref in use.operands if ref.name in graph.ops.position]
     output = arranged_shape(graph, use, use.op)
     weight = graph.ops.parameter_info.get(use.params[0].name) if use.params and use.params[0] is not None else None
-    if prefix not in ("linear", "conv") or not output or not shapes or not shapes[0] or weight is None:
+    if prefix not in ("linear", "transposed", "conv") or not output or not shapes or not shapes[0] or weight is None:
         return None
+    if prefix == "transposed":
+        return LayerShape("linear", output, shapes[0], tuple(weight.shape), 1)
     folded = prefix == "conv" and len(output) > len(weight.shape)
     return LayerShape(prefix, shapes[0], output, tuple(weight.shape), use.options.get("groups", 1), folded)
 

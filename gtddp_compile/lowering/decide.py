@@ -36,7 +36,7 @@ def _layer(plan: Plan, player: Player, block: MetricBlock, watched: bool) -> Lay
     if use is None or form.name == "base":
         shared = use is not None and _lines(plan, block, use, shape_of(graph, use))
         coordinates = "" if use is None or block.blocks > 1 else _coordinates(plan, block, use)
-        none = GramChoice("none") if form.name == "base" else found.gram
+        none = GramChoice("none") if form.name == "base" else _stacked(plan, found) or found.gram
         return replace(found, gram=none, lines=shared, coordinates=coordinates, in_place=_in_place(plan, found))
     shape = shape_of(graph, use)
     gram = _gram(plan, use, shape)
@@ -67,15 +67,35 @@ def _gram(plan: Plan, use: Use, shape: LayerShape | None) -> GramChoice:
         return GramChoice("a block a sample" if form.factored else "diagonal")
     if form.factored:
         return GramChoice("kernel, columns as samples")
-    if use.rule.name == "norm":
+    if use.rule.prefix == "norm":
         return GramChoice("per-sample", True)
     if shape is None:
         return GramChoice("per-sample")
     diagonal, weight = plan.metric == "diagonal", use.wants[0]
+    if use.rule.prefix == "transposed":
+        return shape.choice("exact", 0, diagonal=diagonal, weight=weight)
     gram = shape.choice(plan.gram, plan.columns, diagonal=diagonal, weight=weight, sketches=form.name == "joint")
     if plan.metric == "rescaled" and plan.gram != "exact":  # diagonal in its own basis, and separated there
         return replace(gram, approximate=shape.choice("auto", plan.columns, diagonal=True, weight=weight).approximate)
     return gram
+
+
+def _stacked(plan: Plan, layer: LayerPlan) -> GramChoice | None:
+    """How ``Γ`` of a weight is made that linear layers alone use: the positions of all uses are those of one layer.
+
+    A later use may leave out the bias, and may be ``x W``, as where the layer is differentiated backwards.
+    """
+    first, shapes = layer.uses[0], [shape_of(plan.graph, use) for use in layer.uses]
+    found = [shape for shape in shapes if shape is not None and shape.prefix == "linear"]
+    same = len({use.params[0] for use in layer.uses if use.params}) == 1 and first.names == layer.player.parameters
+    if len(found) < len(layer.uses) or not same or not first.wants[0] or plan.form.factored:
+        return None
+    if plan.form.name not in COUPLED or len(layer.uses) == 1:
+        return None
+    outputs, inputs = found[0].weight
+    positions = sum(shape.positions for shape in found)
+    form = kernels.linear_gram_form(found[0].output[0], positions, inputs, outputs)
+    return GramChoice("pairs" if form == "pairs" and plan.metric != "diagonal" else "per-sample", uses=len(layer.uses))
 
 
 def _coordinates(plan: Plan, block: MetricBlock, use: Use) -> str:

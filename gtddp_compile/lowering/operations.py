@@ -54,7 +54,6 @@ METHODS: dict[str, Method] = {
     "separated_metric": _method("names groups"),
     "channels_metric": _method("names"),
     "block_metric": _method("kind names"),
-    "own_metric": _method("kind names"),
     "block_maps": _method("names"),
     "block_inverses": _method("names"),
     "rate": _method("names"),
@@ -76,7 +75,7 @@ METHODS: dict[str, Method] = {
 }
 """By name; ``m.NAME`` in a program."""
 
-OF_LAYERS = frozenset({"linear", "conv", "channels", "approximate", "norm", "generic", "conv_pairs"})
+OF_LAYERS = frozenset({"linear", "transposed", "conv", "channels", "approximate", "norm", "generic", "conv_pairs"})
 """Modules of kernels that read values of the network or gradients of them."""
 
 LIFTED = frozenset(

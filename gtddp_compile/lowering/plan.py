@@ -30,7 +30,7 @@ class Contraction:
     born: int
 
 
-BlockKind = Literal["parameters", "diagonal", "uniform", "channels", "exact", "kronecker", "printed", "shared"]
+BlockKind = Literal["parameters", "diagonal", "uniform", "channels", "exact", "kronecker", "shared"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class MetricBlock:
 
     Attributes:
         kind: ``"parameters"`` (spherical or diagonal, parameter by parameter); for Kronecker-factored curvatures
-            ``"kronecker"`` (one player, or a coalition with cross terms: Theorem 3), ``"printed"``
-            (such a coalition, each player's own curvature kept beside: Eq. 23), ``"shared"`` (Corollary 7),
+            ``"kronecker"`` (one player, or a coalition with cross terms: Theorem 3), ``"shared"`` (Corollary 7),
             ``"exact"`` (``E[γ γᵀ]``), ``"diagonal"`` (``E[γ²]``) or, where the metric is of inputs alone, ``"uniform"``
             (a multiple of the identity) and ``"channels"`` (a convolution: of its input channels at a pixel).
         positions: of a ``"uniform"`` block, how often a sample uses each parameter; of ``"channels"``, the bias.
@@ -57,8 +56,13 @@ class MetricBlock:
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:
-        """Parameters of every player."""
+        """Every player's parameters."""
         return tuple(player.parameters for player in self.players)
+
+    @property
+    def of_players(self) -> bool:
+        """Whether the metric is one matrix over weight and bias, and over the players of a coalition."""
+        return self.kind in ("kronecker", "shared", "exact")
 
 
 @dataclass(frozen=True)
@@ -71,16 +75,19 @@ class GramChoice:
         kept: whether ``γ`` is kept for the weighted gradients.
         approximate: ``"exact"``, ``"separable"``, ``"sketch"`` or ``"centre"``: which kernels make it.
         columns: signs an input of the sketch; 0: as many as the option says.
+        uses: of so many linear layers with the same weight the positions are taken together; 0: there is one.
     """
 
     form: str
     kept: bool = False
     approximate: str = "exact"
     columns: int = 0
+    uses: int = 0
 
     def __str__(self) -> str:
         separated = ["metric separated"] if self.approximate == "separable" else []
-        return ", ".join([self.form, *(["kept"] if self.kept else []), *separated])
+        form = f"{self.form} over {self.uses} uses" if self.uses else self.form
+        return ", ".join([form, *(["kept"] if self.kept else []), *separated])
 
 
 @dataclass(frozen=True)

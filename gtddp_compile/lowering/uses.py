@@ -14,6 +14,7 @@ from gtddp_compile import kernels
 from gtddp_compile.graph import LEADING, BufferRef, ControlGraph, Layout, Op, ParamRef, Player, Ref, map_leaves
 from gtddp_compile.lowering.layers import Rule, choose
 from gtddp_compile.lowering.layers.generic import GenericRule
+from gtddp_compile.lowering.layers.shift import ShiftRule
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def describe_use(graph: ControlGraph, player: Player, op: Op) -> Use:
     if through:
         return _generic_use(graph, player, op, through)
     rule = choose(op, owned)
-    if isinstance(rule, GenericRule):
+    if isinstance(rule, GenericRule) or (isinstance(rule, ShiftRule) and not _along_last_axis(graph, rule, op)):
         return _generic_use(graph, player, op, ())
     params = tuple(rule.roles(op))
     wants = tuple(isinstance(param, ParamRef) and param.name in owned for param in params)
@@ -72,6 +73,17 @@ def describe_use(graph: ControlGraph, player: Player, op: Op) -> Use:
     key = use_key(graph, player, op.name)
     use = Use(op.name, key, rule, tuple(rule.operands(op)), params, wants, names, dict(rule.options(op)))
     return _with_layouts(graph, use, (True,) * (1 if rule.prepare else len(use.operands)))
+
+
+def _along_last_axis(graph: ControlGraph, rule: Rule, op: Op) -> bool:
+    """Whether what is added is one number for each entry of the last axis, to a value as wide as the sum."""
+    (value,), (_, bias) = rule.operands(op), rule.roles(op)
+    shape = op.shape or ()
+    return (
+        bias is not None
+        and graph.op(value.name).shape == shape
+        and graph.ops.parameter_info[bias.name].shape == shape[-1:]
+    )
 
 
 CHANNELS_FIRST = frozenset({"batch_norm", "group_norm", "instance_norm"})
@@ -100,7 +112,7 @@ def arranged_shape(graph: ControlGraph, use: Use, name: str) -> tuple[int, ...] 
         return op.shape
     batch = graph.ops.batch or op.shape[0]
     shape = op.samples.sample_shape(op.shape, batch)
-    if use.rule.name == "conv" and op.samples.fold:
+    if use.rule.prefix == "conv" and op.samples.fold:
         shape = (*shape[1:], shape[0])
     return (batch, *shape)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -73,6 +74,15 @@ class Loss:
     def after(self, change: Callable[[Any], Any]) -> Loss:
         """The loss of ``change(outputs)``."""
         return replace(self, samples=lambda outputs, targets: self.samples(change(outputs), targets))
+
+    def within(self, context: Callable[[], AbstractContextManager[None]]) -> Loss:
+        """The loss as it is in such a context."""
+
+        def samples(outputs: Any, targets: Any) -> Tensor:
+            with context():
+                return self.samples(outputs, targets)
+
+        return replace(self, samples=samples)
 
     def count(self, phi: Tensor, outputs: Any, samples: int) -> None:
         """There is one loss a sample.

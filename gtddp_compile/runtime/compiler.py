@@ -24,7 +24,7 @@ from gtddp_compile.passes import (
     schedule,
 )
 from gtddp_compile.passes.p01_normalise import still_holds
-from gtddp_compile.runtime.dense import DenseBackend
+from gtddp_compile.runtime.dense.backend import DenseBackend
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.planning import plan_program
@@ -77,11 +77,12 @@ class Specialisations:
         self._known: dict[tuple[int, Any], bool] = {}
         self._programs: dict[tuple[int, bool], tuple[UpdateProgram, Backend]] = {}
         self._compiled = 0
+        self._skipped: set[tuple[Any, str]] = set()
 
     def adopt(self, program: UpdateProgram) -> None:
         """Take a program that was made elsewhere as that of the model as it is now."""
         backend = FastBackend(program) if self._options.backend == "fast" else DenseBackend(program)
-        self._graphs[self._view.signature()] = [program.graph]
+        self._graphs[self._structure(program.graph)] = [program.graph]
         self._programs[id(program.graph), program.lowered.plan.decay] = (program, backend)
 
     def program_for(
@@ -105,7 +106,7 @@ class Specialisations:
         return self._programs[id(graph), decay]
 
     def _graph_for(self, inputs: tuple[Any, ...], left: tuple[ControlGraph, ...]) -> ControlGraph:
-        structure = self._view.signature()
+        structure = self._view.signature(self._skipped)
         gone = {id(graph) for graph in left}
         for graph in self._graphs.get(structure, ()):
             if id(graph) not in gone and self._holds(graph, inputs):
@@ -121,10 +122,16 @@ class Specialisations:
         graph = build_graph(self._view.model, inputs, self._options)
         if graph.guards and not gone:
             _say_guarded(graph)
+        structure = self._structure(graph)
         if structure not in self._graphs:
             self._forget()
         self._graphs.setdefault(structure, []).append(graph)
         return graph
+
+    def _structure(self, graph: ControlGraph) -> Any:
+        """The state of the modules, but for what their forward passes write."""
+        self._skipped |= self._view.owned(graph.ops.kept)
+        return self._view.signature(self._skipped)
 
     def _holds(self, graph: ControlGraph, inputs: tuple[Any, ...]) -> bool:
         if graph.ops.frontend == "fx":
@@ -143,7 +150,7 @@ class Specialisations:
         if self._compiled == KEPT + 1:
             warnings.warn(
                 f"the program was derived {KEPT} times because modules were replaced, changed between training and "
-                "evaluation, or had numbers among their attributes changed; each new state compiles again",
+                "evaluation, or had attributes changed; each new state compiles again (buffers may change freely)",
                 stacklevel=2,
             )
         if len(self._graphs) >= KEPT:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from gtddp_compile.frontends.keywords import positional
 from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.methods.losses import Loss
 from gtddp_compile.runtime.method import BaseMethod
@@ -35,13 +36,14 @@ def choose_length(
     if grid is None:
         return
     assert m.loss is not None
+    model, inputs = positional(view.model, inputs)
     after, best, least = random_state(), 0.0, float(m.loss)
     for length in grid:
         restore_random_state(before)
         trial = {name: torch.lerp(old, new, length) for name, old, new in m.moved()}
         with torch.no_grad():
             copies = {name: value.clone() for name, value in view.buffers().items()}
-            outputs = functional_call(view.model, (trial, copies), inputs)
+            outputs = functional_call(model, (trial, copies), inputs)
             found = float(loss.total(loss.per_sample(outputs, targets)))
         if found < least:
             best, least = length, found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -14,27 +13,54 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.frontends.attributes import OWN, Reader
+from gtddp_compile.frontends.keywords import by_name
 from gtddp_compile.runtime.precision import Precision
+from gtddp_compile.terms import Terms
 
 
-def as_inputs(inputs: Any) -> tuple[Any, ...]:
-    """Positional arguments of the model: a tensor, or a tuple or list of them."""
-    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
-    found = tuple(inputs) if several else (inputs,)
+def as_batch(model: nn.Module, inputs: Any, targets: Any) -> tuple[Any, Any]:
+    """Inputs and targets: of sets of points in tensors, others as they are.
+
+    Raises:
+        CompileError: there are targets beside them.
+    """
+    if not isinstance(inputs, Mapping) or not isinstance(model, Terms):
+        return inputs, targets
+    if targets is not None:
+        raise CompileError(
+            "sets of points come with their right-hand sides",
+            'Pass {"name": (points, right-hand sides)} alone, or tensors',
+        )
+    return model.batch(inputs)
+
+
+def as_inputs(inputs: Any, model: nn.Module) -> tuple[Any, ...]:
+    """Arguments of the model: a tensor, or a tuple, list or mapping of them (in which ``None`` is one left out).
+
+    Raises:
+        CompileError: there are none, or others than tensors.
+    """
+    if isinstance(inputs, Mapping):
+        given = {name: value for name, value in inputs.items() if value is not None}
+        found = by_name(given, model)
+    else:
+        several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+        found = tuple(inputs) if several else (inputs,)
     for value in found:
         if not isinstance(value, Tensor):
             raise CompileError(
                 f"inputs must be tensors, got {type(value).__name__}",
-                "Pass a tensor, or a tuple of tensors in the order of the model's arguments (sequences padded); "
-                "keywords and None are for a module around the model to pass",
+                "Pass a tensor, a tuple of tensors in the order of the model's arguments, or a dict of them by name "
+                "(sequences padded); other arguments are for a module around the model to pass",
             )
     if not found:
-        raise CompileError("there are no inputs", "Pass a tensor or a tuple of tensors")
+        raise CompileError("there are no inputs", "Pass a tensor, or a tuple or dict of tensors")
     return found
 
 
-def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
-    """Refuse an empty batch, inputs without a batch axis, and inference mode."""
+def check_batch(inputs: tuple[Any, ...], targets: Any) -> tuple[Any, ...]:
+    """The inputs; an empty batch, inputs without a batch axis, and inference mode are refused."""
     if torch.is_inference_mode_enabled():
         raise CompileError("torch.inference_mode() is on, under which nothing has a gradient", "Train outside it")
     sizes = {value.shape[0] if value.dim() else None for value in inputs}
@@ -44,13 +70,10 @@ def check_batch(inputs: tuple[Any, ...], targets: Any) -> None:
         raise CompileError("the batch is empty", "Skip empty batches, or drop the last one in the loader")
     if isinstance(targets, Tensor) and targets.dim() and targets.shape[0] == 0:
         raise CompileError("the targets are empty", "Give one target a sample")
+    return inputs
 
 
-PLAIN = frozenset({bool, int, float, str, FunctionType, BuiltinFunctionType})
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-CONTAINERS = frozenset({tuple, list, dict})
-OWN = frozenset(vars(nn.Module())) - {"training"}
-"""What torch keeps in every module: not the user's attributes."""
 
 REFUSED: dict[type[nn.Module], str] = {
     torch.jit.ScriptModule: "Compile the module it was made from",
@@ -98,6 +121,18 @@ class ModelView:
                 module=empty.rpartition(".")[0],
             )
         _say_unheard(self.named)
+        self._said = False
+
+    def say_unread(self) -> None:
+        """Warn, once, of gradients in ``p.grad``: whatever was done to them is without effect."""
+        if not self._said and any(p.grad is not None for p in self.named.values()):
+            self._said = True
+            warnings.warn(
+                "parameters have p.grad, which a compiled step does not read: backward() and what is done to gradients "
+                "after it (clip_grad_norm_, scaling), has no effect. Clip by compile_optimizer(max_grad_norm=...), "
+                "and leave out backward()",
+                stacklevel=4,
+            )
 
     def groups(self) -> list[dict[str, Any]]:
         """One param_group for every module that owns parameters, with its name.
@@ -138,10 +173,12 @@ class ModelView:
                 if name not in OWN and isinstance(value, Tensor):
                     yield f"{prefix}{name}", value
 
-    def signature(self) -> tuple[Any, ...]:
-        """What the program depends on: the modules with their mode, their forward hooks and every number, word and
-        function among their attributes (a dropout's ``p``, a stride, an activation), containers of such included, and
-        which parameters are trained.
+    def signature(self, skipped: set[tuple[Any, str]]) -> tuple[Any, ...]:
+        """What the program depends on: the modules with their attributes (a dropout's ``p``, a stride, an activation, a
+        field of a configuration) and forward hooks, and which parameters are trained.
+
+        Args:
+            skipped: attributes that do not count, see :meth:`owned`; those that lead out of the model are added.
 
         Raises:
             CompileError: a parameter was added, removed or replaced since the optimizer was made.
@@ -151,8 +188,15 @@ class ModelView:
             self._check_parameters()
             self._placed = _placed(modules)
         params = self.named.values()
-        found = tuple((id(module), *_plain(module)) for module in modules)
-        return found, tuple(p.requires_grad for p in params), Precision.around(params)
+        found = tuple(Reader(self.model).attributes([(id(module), module) for module in modules], skipped))
+        hooks = tuple((id(m), *map(id, vars(m)[name].values())) for m in modules for name in HOOKS if vars(m)[name])
+        return found, hooks, tuple(p.requires_grad for p in params), Precision.around(params)
+
+    def owned(self, names: tuple[str, ...]) -> set[tuple[Any, str]]:
+        """Attributes of modules, by qualified name, as :meth:`signature` skips them."""
+        modules = dict(self.model.named_modules())
+        parts = [name.rpartition(".") for name in names]
+        return {(id(modules[path]), name) for path, _, name in parts if path in modules}
 
     def _check_parameters(self) -> None:
         current = dict(self.model.named_parameters())
@@ -182,28 +226,6 @@ def _placed(modules: list[nn.Module]) -> list[tuple[object, ...]]:
         (*module._modules, *((name, id(parameter)) for name, parameter in module._parameters.items()))
         for module in modules
     ]
-
-
-def _plain(module: nn.Module) -> Iterator[Any]:
-    for name, value in vars(module).items():
-        if name in OWN:
-            continue
-        if type(value) in PLAIN:
-            yield value
-        elif type(value) in CONTAINERS:
-            yield name, _frozen(value)
-    for name in HOOKS:
-        if hooks := vars(module)[name]:
-            yield name, tuple(map(id, hooks.values()))
-
-
-def _frozen(value: Any) -> Any:
-    """A container's numbers, words and functions, to compare it with itself later; of other objects only their type."""
-    if type(value) is dict:
-        return tuple((key, _frozen(held)) for key, held in value.items() if type(key) in PLAIN)
-    if type(value) in CONTAINERS:
-        return tuple(map(_frozen, value))
-    return value if type(value) in PLAIN else type(value)
 
 
 def _say_unheard(parameters: Mapping[str, nn.Parameter]) -> None:

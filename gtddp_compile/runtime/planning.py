@@ -63,13 +63,11 @@ def metric_rules(options: Options, curvature: Curvature) -> MetricRules:
     """Which players are in one metric; with feedback off only where ``cooperative=True`` was said (Proposition 4)."""
     if not isinstance(curvature, Kronecker):
         return BY_PARAMETER
-    printed = options.recursion == "printed"
     return MetricRules(
-        True,
-        curvature.small,
-        options.cooperates,
-        curvature.shares,
-        printed,
+        kronecker=True,
+        small=curvature.small,
+        cooperative=options.cooperates,
+        shares=curvature.shares,
         inputs_alone=curvature.inputs_alone,
         widest=curvature.widest,
     )

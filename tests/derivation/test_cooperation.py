@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from sympy import BlockMatrix, Inverse, MatrixSymbol
+from sympy import Inverse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,42 +17,13 @@ from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.algebra.symbols import SymmetricSymbol, is_equal
 from gtddp_compile.lowering import cooperation
-from gtddp_compile.methods.curvature import resolve
 from gtddp_compile.options import Options
+from gtddp_compile.passes.p01_normalise import FRONT_ENDS, normalise
 from gtddp_compile.passes.p06_derive import derive
 from gtddp_compile.runtime.compiler import build_graph
-from support import networks
-from support.compared import FORMS, KRONECKER, assert_equal, trained
+from support.cases import gates, sums
+from support.compared import KRONECKER, LOSS, trained
 from support.networks import Case, make
-
-LOSS = nn.CrossEntropyLoss()
-
-
-def gates(players: int) -> Case:
-    """Layers side by side whose outputs are multiplied: different inputs' rows, different output derivatives."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.stem(x))
-        parts = [torch.sigmoid(getattr(net, f"p{k}")(x)) + k for k in range(players)]
-        return net.head(torch.stack(parts).prod(0) + x)
-
-    layers = {f"p{k}": (3, 3, k != 1) for k in range(players)}
-    return Case(make(forward, stem=(4, 3), head=(3, 3), **layers), (4,), {})
-
-
-def sums(players: int, kind: str = "linear") -> Case:
-    """Fig. 7a: layers of the same input, added up."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.stem(x))
-        parts = [getattr(net, f"p{k}")(x) for k in range(players)]
-        return net.head(torch.tanh(sum(parts[1:], parts[0])).flatten(1))
-
-    if kind == "linear":
-        layers: dict[str, Any] = {f"p{k}": (3, 4) for k in range(players)}
-        return Case(make(forward, stem=(4, 3), head=(4, 3), **layers), (4,), {})
-    layers = {f"p{k}": networks.conv(2, 3) for k in range(players)}
-    return Case(make(forward, stem=networks.conv(1, 2), head=(27, 3), **layers), (1, 3, 3), {})
 
 
 def rows(model: nn.Module, names: list[str], x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -209,19 +181,6 @@ def test_elimination_equals_the_joint_solve(players: int) -> None:
     torch.testing.assert_close(found, -torch.linalg.solve(whole, right), rtol=0, atol=1e-9)
 
 
-def test_curvature_couples_where_it_has_cross_terms() -> None:
-    graph = build_graph(gates(2).model, (torch.zeros(2, 4).double(),), Options())
-    opt = compile_optimizer(gates(2).model, torch.zeros(2, 4).double(), loss=LOSS, curvature="kfac")
-    (coupled,) = (s.derivation for s in opt.program.derived.stages if len(s.controls) == 2)
-    (plain,) = (s.derivation for s in derive(graph).stages if len(s.controls) == 2)
-    assert {str(pair) for pair in coupled.curvature} - {str(pair) for pair in plain.curvature} == {
-        "('u', 'v')", "('v', 'u')",
-    }  # fmt: skip
-    assert isinstance(coupled.curvature["u", "v"], MatrixSymbol) and isinstance(
-        coupled.joint_uu.expression, BlockMatrix
-    )
-
-
 # --- Corollary 7 ------------------------------------------------------------------------------------------------------
 
 
@@ -292,93 +251,6 @@ def test_the_compiler_recognises_corollary_7() -> None:
     assert "Corollary 7" in opt.program.cost() and "cooperative gains" in opt.program.derivation()
 
 
-# --- fast equals dense ------------------------------------------------------------------------------------------------
-
-COALITIONS = {
-    "gates2": lambda: gates(2), "gates3": lambda: gates(3), "gates4": lambda: gates(4),
-    "sums2": lambda: sums(2), "sums3": lambda: sums(3), "conv2": lambda: sums(2, "conv"),
-    "attention": networks.attention, "branches": networks.branches,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("curvature", KRONECKER)
-@pytest.mark.parametrize("network", COALITIONS)
-def test_fast_equals_dense(network: str, curvature: str, form: str) -> None:
-    assert_equal(COALITIONS[network](), steps=3, **KRONECKER[curvature], **FORMS[form])
-
-
-@pytest.mark.parametrize("curvature", KRONECKER)
-@pytest.mark.parametrize("feedback", ["open", False])
-def test_fast_equals_dense_without_feedback(feedback: Any, curvature: str) -> None:
-    for case in (gates(3), sums(2)):
-        assert_equal(case, feedback=feedback, cooperative=True, steps=3, **KRONECKER[curvature])
-
-
-@pytest.mark.parametrize("form", ["full", "groups", "block", "substituted"])
-@pytest.mark.parametrize("terminal", ["gradient", "ggn"])
-def test_fast_equals_dense_with_other_terminal_factors(terminal: Any, form: str) -> None:
-    for curvature, case in (("kfac", gates(2)), ("ekfac", sums(2))):
-        assert_equal(case, terminal=terminal, steps=3, **KRONECKER[curvature], **FORMS[form])
-
-
-# --- Eq. 23 as printed ------------------------------------------------------------------------------------------------
-
-
-def late(added: bool) -> Case:
-    """A coalition of three after two stages: the first to see what its cooperative factor made of the value Hessian."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.mid(torch.tanh(net.stem(x))))
-        y = net.p0(x) + net.p1(x) if added else net.p0(x) * torch.tanh(net.p1(x))
-        return net.head(torch.tanh(y) * torch.sigmoid(net.p2(x)))
-
-    return Case(make(forward, stem=(4, 3), mid=(3, 3), p0=(3, 2), p1=(3, 2), p2=(3, 2), head=(2, 3)), (4,), {})
-
-
-PRINTED: dict[str, Any] = {"coupling": "block", "recursion": "printed"}
-
-
-@pytest.mark.parametrize("terminal", ["gradient", "ggn"])
-@pytest.mark.parametrize("added", [True, False])
-@pytest.mark.parametrize("curvature", KRONECKER)
-def test_printed_recursion_with_cross_terms(curvature: str, added: bool, terminal: Any) -> None:
-    """Gains from the joint curvature, Eq. 23's factor from each player's own: fast equals dense, unlike all else."""
-    case, options = late(added), {"terminal": terminal, "steps": 3, **KRONECKER[curvature]}
-    assert_equal(case, **options, **PRINTED)
-    printed = trained(case, **options, **PRINTED)
-    for other in ({"recursion": "substituted"}, {"cooperative": False}):
-        assert (printed - trained(case, **options, **(PRINTED | other))).abs().max() > 1e-7
-
-
-@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
-def test_equation_23_reads_the_curvature_that_each_player_has_alone(kind: str) -> None:
-    """``Q_uu⁻¹`` of the printed factor, as explicit matrices: that of the same player without a coalition."""
-    found = []
-    for options in ({}, {"cooperative": False}):
-        case = late(added=True)
-        opt = compile_optimizer(
-            case.model, case.batch(0)[0], loss=LOSS, curvature=kind, damping=0.1, **PRINTED, **options
-        )
-        opt.step(*case.batch(0))
-        state = {name: opt.state[p] for name, p in case.model.named_parameters()}
-        curvature = resolve(kind, damping=0.1)
-        group = curvature.defaults()
-        whole = []
-        for block in (b for stage in opt.program.derived.stages for b in stage.blocks if b.players[0].name[0] == "p"):
-            widths = [(4, 2)] * len(block.players)
-            lead = state[block.players[0].parameters[0]]
-            metric = curvature.own_metric if len(block.players) > 1 else curvature.block_metric
-            maps, scale, cross, rates = metric(block.kind, lead, widths, [group] * len(widths))
-            for (x, g), rate in zip(maps, rates, strict=True):
-                basis = torch.kron(g[0], x[0])
-                weight = scale[0].flatten() if isinstance(scale, Tensor) else torch.ones(basis.shape[1]).double()
-                assert cross is None or not cross.any()
-                whole.append(rate * basis @ torch.diag(weight) @ basis.T)
-        found.append(torch.stack(whole))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
-
-
 # --- what is not allowed ----------------------------------------------------------------------------------------------
 
 
@@ -386,6 +258,17 @@ def test_cooperative_is_true_false_or_by_default() -> None:
     case = gates(2)
     with pytest.raises(CompileError, match="cooperative"):
         compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd", cooperative="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "foof"])
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+def test_equation_23_as_printed_has_no_cross_terms(backend: str, curvature: str) -> None:
+    """It adds up the players' own curvatures: a coalition that the curvature couples is refused, others run."""
+    case = sums(2)
+    options: dict[str, Any] = {"curvature": curvature, "backend": backend, "coupling": "block", "recursion": "printed"}
+    with pytest.raises(CompileError, match=r"module 'p0', operation linear, at .*p0, p1.*recursion='substituted'"):
+        trained(case, **options)
+    trained(case, **options, cooperative=False)
 
 
 def test_joint_factors_are_bounded_and_their_size_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,3 +284,50 @@ def test_joint_factors_are_bounded_and_their_size_is_said(monkeypatch: pytest.Mo
     with pytest.raises(CompileError, match=r"module 'p0', operation linear, at .*p0, p1, p2.*11 x 11.*cooperative=Fal"):
         compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="kfac")
     compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="kfac", cooperative=False)
+
+
+# --- sums are what they are, whatever they are written as: Corollary 7's players are found by their derivative ---
+
+
+SUMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "nested": lambda a, b, c: a + (b + c),
+    "torch.add": lambda a, b, c: torch.add(torch.add(input=a, other=b, alpha=1), c),
+    "method": lambda a, b, c: c.add(b).add(other=a),
+    "in place": lambda a, b, c: a.add_(b).add_(c),
+    "of a list": lambda a, b, c: sum([a, b, c]),
+    "beside a constant": lambda a, b, c: 1.0 + a + torch.zeros_like(b) + (b + c) - 1,
+    "differences": lambda a, b, c: -(0 - a - torch.add(b, c)),
+    "reshaped": lambda a, b, c: a.view(a.size(0), -1) + b.flatten(1) + c,
+}
+
+
+@pytest.mark.parametrize("spelling", SUMS)
+def test_corollary_7_whatever_the_sum_is_written_as(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def case(add: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Case:
+        def forward(net: nn.Module, x: Tensor) -> Tensor:
+            x = torch.tanh(net.stem(x))
+            return net.head(torch.tanh(add(net.p0(x), net.p1(x), net.p2(x))))
+
+        return Case(make(forward, stem=(4, 3), head=(4, 3), **{f"p{k}": (3, 4) for k in range(3)}), (4,), {})
+
+    expected = trained(case(lambda a, b, c: a + b + c), steps=2, **KRONECKER["ekfac"])
+    for front_end in FRONT_ENDS[:2]:
+        monkeypatch.setattr(normalise, "__defaults__", ((front_end,),))
+        found = trained(case(SUMS[spelling]), steps=2, **KRONECKER["ekfac"])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_no_corollary_7_for_other_derivatives_or_readers() -> None:
+    """A difference, a player counted twice, and one whose output is read elsewhere too."""
+    others: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
+        lambda a, b, c: a + b - c, lambda a, b, c: a + b + c + c, lambda a, b, c: (a + b + c) * c,
+    ]  # fmt: skip
+    for add in others:
+
+        def forward(net: nn.Module, x: Tensor, add: Any = add) -> Tensor:
+            return net.head(torch.tanh(add(net.p0(x), net.p1(x), net.p2(x))))
+
+        case = Case(make(forward, head=(4, 3), **{f"p{k}": (4, 4) for k in range(3)}), (4,), {})
+        opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="ekfac")
+        kinds = [(block.kind, len(block.players)) for block in opt.program.derived.stages[0].blocks]
+        assert kinds == [("shared", 2), ("kronecker", 1)]

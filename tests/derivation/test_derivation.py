@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from sympy import Identity, Inverse, MatrixExpr, MatrixSymbol, Symbol
+from sympy import Identity, Inverse, MatAdd, MatrixExpr, MatrixSymbol, Symbol
 from torch import nn
 
-from gtddp_compile.algebra.derivation import equation_text
+from gtddp_compile import CompileError
+from gtddp_compile.algebra import collapsed as a
+from gtddp_compile.algebra import forms
+from gtddp_compile.algebra.collapsed import CollapsedForm
+from gtddp_compile.algebra.derivation import RECURSIONS, equation_text
+from gtddp_compile.algebra.forms import Form, Law, build
 from gtddp_compile.algebra.symbols import is_equal
+from gtddp_compile.lowering.formulas import check_update
 from gtddp_compile.options import Options
+from gtddp_compile.passes import p07_collapse
 from gtddp_compile.passes.p06_derive import DerivedStage, derive
-from gtddp_compile.passes.p07_collapse import collapse
+from gtddp_compile.passes.p07_collapse import collapse, form_equations, prove_law, prove_span
 from gtddp_compile.runtime.compiler import build_graph
+from support import networks
 from support.derived import Residual, opened, residual_stages
 
 N, M = Symbol("n", integer=True, positive=True), Symbol("m", integer=True, positive=True)
@@ -28,10 +40,6 @@ def square(e: MatrixExpr, stage: int) -> MatrixExpr:
             name = str(s).replace("'", "")
             renamed[s] = type(s)(f"{name}@{stage + 1 if chr(39) in str(s) else stage}", *s.shape)
     return e.subs(renamed)
-
-
-def symbol(name: str, stage: int, *shape: Symbol) -> MatrixSymbol:
-    return MatrixSymbol(f"{name}@{stage}", *shape)
 
 
 def test_residual_gain_is_equation_9() -> None:
@@ -128,15 +136,6 @@ def _along_the_shortcut(stages: list[DerivedStage]) -> tuple[MatrixExpr, MatrixE
     return v_r, v_rr, sum_x, sum_xx
 
 
-def test_patterns_are_shared_between_layers() -> None:
-    """Deriving costs the same for many layers: the number of patterns does not grow."""
-    counts = []
-    for depth in (4, 9):
-        graph = build_graph(Residual(depth), (torch.zeros(2, 3),), Options())
-        counts.append(len(derive(graph).patterns))
-    assert counts[0] == counts[1]
-
-
 @pytest.mark.parametrize("recursion", ["levenberg", "substituted", "printed"])
 def test_collapse_is_proved_on_every_pattern(recursion: str) -> None:
     """Each claim is an exact identity; a wrong one must not pass."""
@@ -148,49 +147,11 @@ def test_collapse_is_proved_on_every_pattern(recursion: str) -> None:
 
 
 def test_printed_recursion_of_one_player() -> None:
-    """Eq. 21-23's plus with the one ``Q_uu`` there is (``K = -Q_uu⁻¹ Q_ux``). The own curvatures of Eq. 23 are for
-    players that the metric couples.
-    """
+    """Eq. 21-23's plus with the one ``Q_uu`` there is (``K = -Q_uu⁻¹ Q_ux``)."""
     graph = build_graph(Residual(2), (torch.zeros(2, 3),), Options(coupling="block", recursion="printed"))
     stages = [stage.derivation for stage in derive(graph, "printed").stages]
-    assert not any(d.own for d in stages)
     last = stages[-1].new_value_xx["x", "x"]
     assert (equation_text(last), last.source) == ("V_xx = Q_xx - Q_ux.T*K", "21-23, sign as printed")
-
-
-class Dense(nn.Module):
-    """Dense blocks of ``layers`` layers, each of which reads every feature of its block; a transition after each."""
-
-    def __init__(self, blocks: int, layers: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(nn.Sequential(nn.Linear(3 + 2 * n, 4), nn.Tanh(), nn.Linear(4, 2)) for n in range(layers))
-            for _ in range(blocks)
-        )
-        self.transitions = nn.ModuleList(nn.Linear(3 + 2 * layers, 3) for _ in range(blocks))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores, (batch, 3)."""
-        for block, transition in zip(self.blocks, self.transitions, strict=True):
-            features = [x]
-            for layer in block:
-                features.append(layer(torch.cat(features, 1)))
-            x = torch.tanh(transition(torch.cat(features, 1)))
-        return x
-
-
-def test_features_of_a_dense_block_are_one_bundle() -> None:
-    """Patterns repeat from layer to layer and from block to block: more of either derives nothing new."""
-    small, large = (
-        derive(build_graph(Dense(blocks, layers), (torch.zeros(2, 3),), Options()))
-        for blocks, layers in ((2, 4), (3, 16))
-    )
-    assert set(small.patterns) == set(large.patterns) and len(large.stages) == 3 * (2 * 16 + 1)
-    assert max(len(pattern.inputs) for pattern in large.patterns) == 2
-    widest = max(large.stages, key=lambda stage: max(map(len, stage.inputs.values())))
-    (bundle,) = (bundle for bundle in widest.inputs.values() if len(bundle) > 1)
-    assert len(bundle) == 16 and bundle in widest.outputs.values()
-    collapse(large, coupling="full", feedback=True)
 
 
 def test_equal_as_polynomials_whatever_the_order_of_terms() -> None:
@@ -200,3 +161,110 @@ def test_equal_as_polynomials_whatever_the_order_of_terms() -> None:
     assert not is_equal(a * b, b * a)
     assert not is_equal(2 * a * b, a * b)
     assert is_equal(a * b * a, b, [((a, b, a), b)])
+
+
+# --- the equations that run are those that were proved: whatever is altered between the two fails the compilat ---
+
+
+# name, recursion, coupling, whether the factors are richer than gradients
+CASES: list[tuple[Any, Any, Any, bool]] = [
+    ("base", "levenberg", "full", False),
+    *(
+        (name, recursion, coupling, factored)
+        for name, recursion, coupling in (
+            ("joint", "levenberg", "full"), ("joint", "levenberg", "groups"),
+            ("information", "levenberg", "full"), ("information", "levenberg", "groups"),
+            ("block", "levenberg", "block"), ("substituted", "substituted", "block"), ("printed", "printed", "block"),
+        )
+        for factored in (False, True)
+    ),
+]  # fmt: skip
+
+
+def alterations(expression: MatrixExpr) -> Iterator[MatrixExpr]:
+    """The expression with one sign turned, or one term left out, wherever it has a sum; and its negative."""
+    yield -expression
+    for node in expression.atoms(MatAdd):
+        for term in node.args:
+            rest = MatAdd(*(t for t in node.args if t != term)).doit()
+            yield from (expression.xreplace({node: rest}), expression.xreplace({node: rest - term}))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_altered_equation_is_refused(case: tuple[Any, Any, Any, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    name, recursion, coupling, factored = case
+    law, _ = prove_law("substituted" if name == "base" else recursion, factored)
+    proved, seen = forms._proved, []
+    monkeypatch.setattr(forms, "_proved", lambda *args: seen.append(args) or proved(*args))
+    backward, forward, claims = build(name, law, coupling, factored=factored)
+    (name, form, law, equations), count = seen.pop(), 0
+    run = forms._joint(equations) if name == "joint" else equations  # w of the first stage, where nothing has moved
+    assert claims and list(run) == [*backward.values(), *forward.values()]
+    for position, equation in enumerate(equations):
+        named = [e for e in equations[:position] if e.symbol in (form.system, a.TARGET)]  # what others are read with
+        for altered in alterations(equation.expression):
+            with pytest.raises(CompileError, match="is not what was proved"):
+                list(proved(name, form, law, (*named, replace(equation, expression=altered))))
+            count += 1
+    assert count >= len(equations)
+
+
+@pytest.mark.parametrize("recursion", RECURSIONS)
+def test_an_altered_law_is_refused(recursion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = p07_collapse._proved
+    read = {"levenberg": ("alpha", "variance", "weights", "drift", "update")}.get(
+        recursion, ("gain", "alpha", "variance", "weights", "update")
+    )
+    for field in read:
+        for factored in (False, True):
+
+            def wrong(law: Law, *rest: Any, field: str = field) -> Any:
+                return original(replace(law, **{field: -getattr(law, field)}), *rest)
+
+            monkeypatch.setattr(p07_collapse, "_proved", wrong)
+            with pytest.raises(CompileError, match="does not follow from the derivation"):
+                prove_law.__wrapped__(recursion, factored)
+
+
+@pytest.mark.parametrize("recursion", RECURSIONS)
+def test_the_law_is_that_of_every_pattern(recursion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of ``k``, ``α``, ``P``, ``δu`` is compared with the derivation of the stage itself."""
+    case = networks.projection()
+    stage = derive(build_graph(case.model, case.batch(0)[:1], Options()), recursion).stages[1].derivation
+    original = p07_collapse.in_span
+    assert prove_span.__wrapped__(stage)
+    for altered in range(4):
+
+        def wrong(*args: Any, altered: int = altered) -> Any:
+            return tuple(-e if n == altered else e for n, e in enumerate(original(*args)))
+
+        monkeypatch.setattr(p07_collapse, "in_span", wrong)
+        with pytest.raises(CompileError, match="does not follow from the derivation"):
+            prove_span.__wrapped__(stage)
+
+
+@pytest.mark.parametrize("name", ["joint", "information", "block", "printed"])
+def test_symbols_mean_what_is_kept(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    law, _ = prove_law("printed" if name == "printed" else "levenberg", False)
+    form = forms.form_of(name, factored=False)
+    wrong = [replace(form, variance=2 * form.variance)]
+    wrong += [replace(form, alpha=-Inverse(a.INFORMATION_NEXT) * a.TARGET_NEXT)] if name in a.COUPLED else []
+    for kept in wrong:
+
+        def said(*_: Any, kept: Form = kept, **__: Any) -> Form:
+            return kept
+
+        monkeypatch.setattr(forms, "form_of", said)
+        with pytest.raises(CompileError, match="is not what was proved"):
+            build(name, law, "block", factored=False)
+
+
+@pytest.mark.parametrize("symbol", ["k", "delta_u"])
+def test_an_update_that_no_instruction_computes_is_refused(symbol: str) -> None:
+    backward, forward, claims = form_equations("printed", "printed", "block", False)
+    form = CollapsedForm("printed", backward, forward, claims)
+    check_update(form, linear=True)
+    sweep = backward if symbol == "k" else forward
+    changed = sweep | {symbol: replace(sweep[symbol], expression=2 * sweep[symbol].expression)}
+    with pytest.raises(CompileError, match="has no instruction"):
+        check_update(replace(form, **{"backward" if symbol == "k" else "forward": changed}), linear=True)

@@ -7,7 +7,6 @@ equations 11 and 12, and Eq. 9 and 10 with them, are proved symbolically in test
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -175,34 +174,6 @@ def swept(
         value_xx = {pair: values[e.symbol] for pair, e in d.new_value_xx.items()}
         value_xx |= {(j, i): block.T for (i, j), block in value_xx.items() if i != j}
     return value_x["x"], value_xx["x", "x"]
-
-
-# --- Proposition 4 ----------------------------------------------------------------------------------------------------
-
-BASES: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.01}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 3e-3}),
-    "adam": (torch.optim.Adam, {"lr": 3e-3}),
-    "adamw": (torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.1}),
-}
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("network", ["attention", "gated"])
-def test_proposition_4(network: str, base: str) -> None:
-    """Mixed derivatives off, layers uncorrelated: torch.optim's own update, beyond residual networks too."""
-    case, theirs = networks.CASES[network](), networks.CASES[network]().model
-    make, options = BASES[base]
-    reference = make(theirs.parameters(), **options)
-    opt = compile_optimizer(case.model, loss=nn.CrossEntropyLoss(), curvature=base, feedback=False, **options)
-    for step in range(4):
-        x, y = case.batch(step)
-        opt.step(x, y)
-        reference.zero_grad()
-        nn.functional.cross_entropy(theirs(x), y).backward()
-        reference.step()
-    for mine, other in zip(case.model.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
 
 
 # --- Propositions 5 and 6 ---------------------------------------------------------------------------------------------

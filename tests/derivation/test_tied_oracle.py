@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
+from torch.func import grad
 
 from gtddp_compile import compile_optimizer
+from support.networks import CASES
+from support.oracle import Params, State, flat, jacobians, pack, trajectory, unpack
 
-SAMPLES, WIDTH, CLASSES, WORDS, STEPS, LR = 3, 3, 2, 5, 2, 0.5
+SAMPLES, WIDTH, CLASSES, LR = 3, 3, 2, 0.5
 Stage = Callable[[Tensor, Tensor], Tensor]
 """``f_t(state, control)``, flat vectors over the whole batch."""
 
@@ -75,61 +77,16 @@ def reused(x: Tensor, targets: Tensor) -> tuple[list[Stage], Tensor, Callable[[T
     return [first, second, third], x.flatten(), lambda y: (y.view(SAMPLES, -1) - targets).square().mean(1)
 
 
-class LanguageModel(nn.Module):
-    """The table of the words is the output layer too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.b = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.head = nn.Linear(WIDTH, WORDS, bias=False)
-        self.head.weight = self.words.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.b(self.words(ids))))
-
-
-def language_model(ids: Tensor, targets: Tensor) -> tuple[list[Stage], Tensor, Callable[[Tensor], Tensor]]:
-    table = WORDS * WIDTH
-    chosen = F.one_hot(ids, WORDS).double()
-
-    def first(state: Tensor, u: Tensor) -> Tensor:
-        return torch.cat([(chosen @ u.view(WORDS, WIDTH)).flatten(), u])
-
-    def second(state: Tensor, u: Tensor) -> Tensor:
-        h, waiting = state[:-table].view(SAMPLES, STEPS, WIDTH), state[-table:].view(WORDS, WIDTH)
-        return (torch.tanh(h @ u.view(WIDTH, WIDTH).T) @ waiting.T).flatten()
-
-    def losses(y: Tensor) -> Tensor:
-        rows = y.view(SAMPLES, STEPS, WORDS).log_softmax(-1)
-        return -(rows * F.one_hot(targets, WORDS)).sum(-1).mean(1)
-
-    return [first, second], torch.zeros(1).double(), losses
-
-
 def mean_square(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().mean(1)
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs.transpose(1, 2), targets, reduction="none").mean(1)
-
-
-def cases() -> dict[str, Any]:
-    torch.manual_seed(0)
-    x, y = torch.randn(SAMPLES, WIDTH).double(), torch.randn(SAMPLES, CLASSES).double()
-    ids, words = torch.randint(WORDS, (SAMPLES, STEPS)), torch.randint(WORDS, (SAMPLES, STEPS))
-    return {
-        "a layer used again": (Reused().double(), x, y, mean_square, reused),
-        "a tied language model": (LanguageModel().double(), ids, words, cross_entropy, language_model),
-    }
-
-
 @pytest.mark.parametrize("backend", ["fast", "dense"])
-@pytest.mark.parametrize("name", cases())
-def test_tied_weights_against_explicit_matrices(name: str, backend: str) -> None:
-    model, x, y, loss, by_hand = cases()[name]
+def test_tied_weights_against_explicit_matrices(backend: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = Reused().double(), torch.randn(SAMPLES, WIDTH).double(), torch.randn(SAMPLES, CLASSES).double()
     parameters = list(model.parameters())
-    stages, start, losses = by_hand(x, y)
+    stages, start, losses = reused(x, y)
     before = [p.detach().clone() for p in parameters]
     expected = solve(stages, start, [p.flatten() for p in before], losses)
     options: dict[str, Any] = {
@@ -138,9 +95,53 @@ def test_tied_weights_against_explicit_matrices(name: str, backend: str) -> None
         "rollout": "nonlinear",
         "backend": backend,
     }
-    opt = compile_optimizer(model, x, loss=loss, curvature="sgd", lr=LR, **options)
+    opt = compile_optimizer(model, x, loss=mean_square, curvature="sgd", lr=LR, **options)
     assert len(opt.graph.players[0].uses) == 2, "one player, two uses"
     opt.step(x, y)
     for p, old, new in zip(parameters, before, expected, strict=True):
         torch.testing.assert_close(p.detach().flatten(), new, rtol=0, atol=1e-11)
         assert (new - old.flatten()).abs().max() > 1e-3
+
+
+# --- the paper's recursions start from ``V_xx = V_x V_xᵀ``: Proposition 5's factor is the gradient of the batc ---
+
+
+PAPER: dict[str, Any] = {"curvature": "sgd", "coupling": "block", "recursion": "substituted", "feedback_clip": None}
+
+
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["mlp", "residual", "projection"])
+def test_the_terminal_hessian_is_the_outer_product_of_the_terminal_gradient(
+    name: str, reduction: str, backend: str
+) -> None:
+    """One step against explicit blocks: gradients by autograd of the user's own loss, no scale written down here."""
+    case, lr = CASES[name](), 0.1
+    (x, y), criterion = case.batch(0), nn.CrossEntropyLoss(reduction=reduction)
+    stages, params = case.stages["asap"], {name: p.detach().clone() for name, p in case.model.named_parameters()}
+    states = trajectory(stages, params, (x,))
+    v_x = grad(lambda outputs: criterion(outputs, y))(states[-1][0])
+    gains: list[tuple[Tensor, Tensor]] = []
+    value_x, value_xx = v_x.flatten(), torch.block_diag(*(torch.outer(row, row) for row in v_x))
+    for t in reversed(range(len(stages))):
+        f_x, f_u = jacobians(stages[t], states[t], params)
+        q_ux = f_u.T @ value_xx @ f_x
+        k, feedback = -lr * f_u.T @ value_x, -lr * q_ux
+        gains.insert(0, (k, feedback))
+        value_x = f_x.T @ value_x + q_ux.T @ k
+        whole = f_x.T @ value_xx @ f_x - lr * q_ux.T @ q_ux
+        size = len(whole) // len(x)
+        value_xx = torch.block_diag(*(whole[i : i + size, i : i + size] for i in range(0, len(whole), size)))
+    expected: Params = dict(params)
+    moved: State = (x,)
+    for t, stage in enumerate(stages):
+        k, feedback = gains[t]
+        change = feedback @ (flat(moved) - flat(states[t])).flatten()
+        assert t == 0 or change.norm() > 0
+        expected |= unpack(pack(params, stage.names) + k + change, params, stage.names)
+        moved = stage.step(moved, expected)
+    optimizer = compile_optimizer(case.model, x, loss=criterion, lr=lr, backend=backend, **PAPER)
+    optimizer.step(x, y)
+    assert optimizer.diagnostics["clipped_radicands"] == 0
+    for key, parameter in case.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[key], rtol=0, atol=1e-9)

@@ -106,11 +106,6 @@ def test_inspect_writes(here: Path, suffix: str, says: str) -> None:
     assert says in text and "second" in text
 
 
-def test_inspect_page_holds_the_derivation(here: Path) -> None:
-    assert run("inspect", "user_net:Net", "-i", "2,4", "-o", "net.html").exit_code == 0
-    assert "Q_xx = " in (here / "net.html").read_text(encoding="utf-8")
-
-
 def test_arguments_precision_and_schedule(here: Path) -> None:
     words = ("user_net:Net", "-i", "2,4", "--arg", "hidden=6", "--dtype", "float64", "--schedule", "sequential")
     done = run("inspect", *words, "-o", "net.json")
@@ -118,12 +113,6 @@ def test_arguments_precision_and_schedule(here: Path) -> None:
     data = json.loads((here / "net.json").read_text(encoding="utf-8"))
     assert data["graph"]["schedule"] == "sequential"
     assert [player["size"] for player in data["graph"]["players"]] == [30, 42, 21]
-
-
-@pytest.mark.parametrize("target", ["user_net:tokens", "user_net:ready"])
-def test_integer_inputs(here: Path, target: str) -> None:
-    done = run("inspect", target, "--input", "2,5:int64")
-    assert done.exit_code == 0 and "embedding" in done.stdout, done.stderr
 
 
 def test_derive(here: Path) -> None:
@@ -149,16 +138,7 @@ def test_options_reach_the_derivation(here: Path) -> None:
 def test_export_writes_a_module_that_runs(here: Path) -> None:
     words = (
         "user_net.py:Net",
-        "-i",
-        "2,4",
-        "--loss",
-        "mse",
-        "--curvature",
-        "adam",
-        "--lr",
-        "0.01",
-        "--set",
-        "eps=1e-6",
+        *["-i", "2,4", "--loss", "mse", "--curvature", "adam", "--lr", "0.01", "--set", "eps=1e-6"],
     )
     done = run("export", *words, "--dtype", "float64", "--out", "step.py")
     assert done.exit_code == 0 and done.stdout == "", done.stderr
@@ -178,20 +158,17 @@ def test_export_refuses_an_unknown_suffix(here: Path) -> None:
     assert done.exit_code == 1 and ".exe" in done.stderr and not (here / "step.exe").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (("user_net:broken", "-i", "2,4"), ["no weights [here]", "RuntimeError", "user_net.py:36"]),
-        (("user_net:number", "-i", "2,4"), ["gave int, not a torch.nn.Module"]),
-        (("user_net:Missing", "-i", "2,4"), ["has no 'Missing'", "Net, tokens"]),
-        (("not_there:Net", "-i", "2,4"), ["no module 'not_there'"]),
-        (("not_there.py:Net", "-i", "2,4"), ["no file not_there.py"]),
-        (("user_net:Net", "-i", "2,3"), ["user_net.py:15", "Pass inputs"]),
-        (("user_net:Net", "-i", "2,4", "-a", "deep=1"), ["TypeError", "--arg KEY=VALUE"]),
-        (("user_net:Net", "-i", "2,4", "-o", "nowhere/net.svg"), ["cannot be written"]),
-        (("user_net:Net", "-i", "2,4", "--schedule", "later"), ["'later'", "asap"]),
-    ],
-)
+@pytest.mark.parametrize(("words", "says"), [
+    (("user_net:broken", "-i", "2,4"), ["no weights [here]", "RuntimeError", "user_net.py:36"]),
+    (("user_net:number", "-i", "2,4"), ["gave int, not a torch.nn.Module"]),
+    (("user_net:Missing", "-i", "2,4"), ["has no 'Missing'", "Net, tokens"]),
+    (("not_there:Net", "-i", "2,4"), ["no module 'not_there'"]),
+    (("not_there.py:Net", "-i", "2,4"), ["no file not_there.py"]),
+    (("user_net:Net", "-i", "2,3"), ["user_net.py:15", "Pass inputs"]),
+    (("user_net:Net", "-i", "2,4", "-a", "deep=1"), ["TypeError", "--arg KEY=VALUE"]),
+    (("user_net:Net", "-i", "2,4", "-o", "nowhere/net.svg"), ["cannot be written"]),
+    (("user_net:Net", "-i", "2,4", "--schedule", "later"), ["'later'", "asap"]),
+])  # fmt: skip
 def test_failures_are_readable_and_exit_1(here: Path, words: tuple[str, ...], says: list[str]) -> None:
     done = run("inspect", *words)
     assert done.exit_code == 1 and done.stdout == ""
@@ -200,25 +177,16 @@ def test_failures_are_readable_and_exit_1(here: Path, words: tuple[str, ...], sa
     assert all(part in text for part in says), done.stderr
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("inspect",),
-        ("inspect", "user_net:Net"),
-        ("inspect", "user_net", "-i", "2,4"),
-        ("inspect", "user_net:Net", "-i", "2,wide"),
-        ("inspect", "user_net:Net", "-i", "2,0"),
-        ("inspect", "user_net:Net", "-i", "2,4:int7"),
-        ("inspect", "user_net:Net", "-i", "2,4", "--dtype", "int64"),
-        ("inspect", "user_net:Net", "-i", "2,4", "--arg", "hidden"),
-        ("inspect", "user_net:Net", "-i", "2,4", "--out", "net.png"),
-        ("derive", "user_net:Net", "-i", "2,4", "--format", "html"),
-        ("derive", "user_net:Net", "-i", "2,4", "--loss", "tall"),
-        ("derive", "user_net:Net", "-i", "2,4", "--feedback", "maybe"),
-        ("export", "user_net:Net", "-i", "2,4"),
-        ("fly",),
-    ],
-)
+@pytest.mark.parametrize("words", [
+    ("inspect",), ("inspect", "user_net:Net"), ("inspect", "user_net", "-i", "2,4"),
+    ("inspect", "user_net:Net", "-i", "2,wide"), ("inspect", "user_net:Net", "-i", "2,0"),
+    ("inspect", "user_net:Net", "-i", "2,4:int7"), ("inspect", "user_net:Net", "-i", "2,4", "--dtype", "int64"),
+    ("inspect", "user_net:Net", "-i", "2,4", "--arg", "hidden"),
+    ("inspect", "user_net:Net", "-i", "2,4", "--out", "net.png"),
+    ("derive", "user_net:Net", "-i", "2,4", "--format", "html"),
+    ("derive", "user_net:Net", "-i", "2,4", "--loss", "tall"),
+    ("derive", "user_net:Net", "-i", "2,4", "--feedback", "maybe"), ("export", "user_net:Net", "-i", "2,4"), ("fly",),
+])  # fmt: skip
 def test_usage_errors_exit_2(here: Path, words: tuple[str, ...]) -> None:
     done = run(*words)
     assert done.exit_code == 2, (done.stdout, done.stderr)
@@ -238,15 +206,6 @@ def test_error_is_printed_in_three_parts(capsys: pytest.CaptureFixture[str]) -> 
     terminal.report(CompileError("it [is] so", "Do that", module="a.b", operation="linear", source="net.py:3"))
     lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
     assert lines == ["failed: module a.b, operation linear, at net.py:3", "it [is] so.", "Do that."]
-
-
-@pytest.mark.parametrize(
-    "words", [(), ("inspect",), ("derive",), ("export",), ("diff",), ("demo",), ("demo", "digits")]
-)
-def test_help(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "110")
-    done = run(*words, "--help")
-    assert done.exit_code == 0 and "Usage" in done.stdout
 
 
 def test_demo_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,13 +250,3 @@ def test_diff_of_a_file_and_a_model(here: Path) -> None:
     assert run("diff", "net.json", "net.json", "--out", "diff.pdf").exit_code == 2
     missing = run("diff", "net.json", "nowhere.json")
     assert missing.exit_code == 1 and "nowhere.json cannot be read" in missing.stderr
-
-
-@pytest.mark.parametrize(("line", "wanted"), [("export x:y --curvature r", "rmsprop"), ("di", "diff")])
-def test_completion_names_commands_and_values(line: str, wanted: str) -> None:
-    """What the shell asks for when the tab key is pressed."""
-    words = f"gtddp-compile {line}"
-    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    environment = {"_GTDDP_COMPILE_COMPLETE": "complete_bash", **asked}
-    done = CliRunner().invoke(app, [], prog_name="gtddp-compile", env=environment)
-    assert wanted in done.stdout.split(), done.output

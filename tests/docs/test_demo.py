@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -16,39 +15,6 @@ from gtddp_compile.tools.demo.experiment import Experiment, Method, Run, Scale, 
 DEMO = Path(__file__).parents[2] / "examples" / "digits.py"
 STEPS, SEEDS = 6, 2
 LABELS = ("Nesterov SGD", "Adam", "the paper's form", "the default")
-
-
-class Page(HTMLParser):
-    """Counts elements and collects what the page would load, its ids and the cells of its table."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.counts: dict[str, int] = {}
-        self.loads: list[str] = []
-        self.ids: list[str] = []
-        self.rows: list[list[str]] = []
-        self._open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self._open.append(tag)
-        self.loads += [
-            v or "" for k, v in attrs if k in ("src", "href", "xlink:href") and not (v or "").startswith("#")
-        ]
-        self.ids += [v or "" for k, v in attrs if k == "id"]
-        if tag == "tr":
-            self.rows.append([])
-        if tag == "td":
-            self.rows[-1].append("")
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] in ("td", "b") and self.rows:
-            self.rows[-1][-1] += data if self._open[-1] == "b" else data.lstrip()
-
-    def handle_endtag(self, tag: str) -> None:
-        while self._open and self._open.pop() != tag:
-            pass
 
 
 @pytest.fixture(scope="module")
@@ -63,40 +29,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def test_report_loads_nothing(made: tuple[str, str]) -> None:
-    page = Page(made[1])
-    assert page.loads == []
-    assert not re.search(r"@import|url\((?!#)", made[1])
-    assert "script" not in page.counts
+    assert not re.search(r"""@import|url\((?!#)|(?:src|href)=["'](?!#)|<script""", made[1])
 
 
 def test_report_is_complete(made: tuple[str, str]) -> None:
-    page = Page(made[1])
-    assert page.counts["svg"] >= 1 + 2 * 4  # the graph; loss and accuracy by steps and seconds at two batch sizes
-    assert page.counts["table"] == 2 + 1
-    rows = [row for row in page.rows if row]
-    results, sweep = [row for row in rows if len(row) == 8], [row for row in rows if len(row) == 5]
-    assert len(results) == 2 * len(LABELS) and len(results) + len(sweep) == len(rows)
+    assert made[1].count("<svg") >= 1 + 2 * 4  # the graph; loss and accuracy by steps and seconds at two batch sizes
+    rows = [row.count("<td") for row in made[1].split("<tr")[1:] if "<td" in row]
+    assert made[1].count("<table") == 2 + 1 and rows.count(8) == 2 * len(LABELS) and set(rows) == {8, 5}
     for text in (*LABELS, "conv2", "Eq. 9", f"Batch 8, {STEPS} steps", "Batch 128, 1 steps", "Compiling"):
         assert text.replace("'", "&#39;") in made[1], text
-
-
-def test_sweep_is_shown_and_its_best_is_used(made: tuple[str, str]) -> None:
-    rows = [row for row in Page(made[1]).rows if row]
-    swept = {"Nesterov SGD": {"0.01", "0.03", "0.1"}, "Adam": {"0.001", "0.003", "0.01", "0.03"}}
-    for number, batch in enumerate(("8", "128")):
-        for label, least in swept.items():
-            tried = {row[2].removeprefix("chosen: "): row for row in rows if row[:2] == [batch, label]}
-            (chosen,) = (rate for rate, row in tried.items() if row[2] != rate)
-            finals = {rate: float(row[4]) for rate, row in tried.items() if row[4] != "not finite"}
-            assert least <= tried.keys()
-            assert finals[chosen] == min(finals.values())  # nobody reaches the target in so few steps
-            used = [row[1] for row in rows if len(row) == 8 and row[0].startswith(label)]
-            assert chosen == used[number]
-
-
-def test_ids_are_apart(made: tuple[str, str]) -> None:
-    ids = Page(made[1]).ids
-    assert len(ids) == len(set(ids))
 
 
 def test_terminal_shows_the_same_result(made: tuple[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,19 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-from support.layers import LAYERS
+ORDER = (
+    "errors", "wording", "kernels", "pde", "terms", "graph", "algebra", "methods", "options", "lowering", "frontends",
+    "passes", "runtime", "optimizer", "api", "tools", "__main__",
+)  # fmt: skip
+
+
+LAYERS = {name: height for height, name in enumerate(ORDER)}
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "gtddp_compile"
 LONGEST = 420
 
-# The folders' order is in support/layers.py. The same among the modules of lowering/: what a layer is, what is decided,
+# The folders' order is ORDER below. The same among the modules of lowering/: what a layer is, what is decided,
 # what is written, and what writes it.
 LOWERING = (
     "layers", "segments", "uses", "plan", "costs", "decide", "cooperation", "operations", "instructions", "formulas",
@@ -120,7 +127,7 @@ def cycles(root: Path) -> list[list[str]]:
 
 def test_every_module_has_a_layer() -> None:
     assert not unlisted(ROOT), (
-        f"add {unlisted(ROOT)} to ORDER in tests/support/layers.py, as low as their imports allow"
+        f"add {unlisted(ROOT)} to ORDER in tests/docs/test_layers.py, as low as their imports allow"
     )
 
 
@@ -130,6 +137,14 @@ def test_nothing_imports_upward() -> None:
 
 def test_no_import_cycles() -> None:
     assert not cycles(ROOT), "\n".join(" <-> ".join(group) for group in cycles(ROOT))
+
+
+def test_the_reference_does_without_the_code_generator() -> None:
+    """What the generated program is compared with takes nothing from what writes it."""
+    writers = ("lowering.write", "lowering.builder", "lowering.formulas", "passes.p09", "passes.p10", "passes.p11")
+    reference = [i for i in imports(ROOT) if i.importer.startswith(f"{PACKAGE}.runtime.dense")]
+    assert len(reference) > 15
+    assert not [i for i in reference if i.imported.removeprefix(f"{PACKAGE}.").startswith(writers)]
 
 
 def test_no_long_files() -> None:
@@ -193,3 +208,9 @@ def test_faults_are_seen(tmp_path: Path, file: str, text: str, fault: str) -> No
     assert bool(upward(tmp_path)) == (fault == "up"), upward(tmp_path)
     if fault != "up":
         assert bool(cycles(tmp_path)) == (fault == "cycle"), cycles(tmp_path)
+
+
+def test_the_architecture_lists_the_layers() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (`.*?) \|", text, re.MULTILINE)
+    assert {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)`", names)} == LAYERS

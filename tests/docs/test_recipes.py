@@ -36,13 +36,10 @@ def test_plain_loop() -> None:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 CURVATURES: dict[str, dict[str, Any]] = {
-    "sgd": {"momentum": 0.9, "weight_decay": 0.01},
-    "rmsprop": {"momentum": 0.5, "centered": True},
-    "adam": {"amsgrad": True},
-    "adamw": {},
-    "kfac": {"refresh": 2, "momentum": 0.5, "damping": 0.1},
+    "sgd": {"momentum": 0.9, "weight_decay": 0.01}, "rmsprop": {"momentum": 0.5, "centered": True},
+    "adam": {"amsgrad": True}, "adamw": {}, "kfac": {"refresh": 2, "momentum": 0.5, "damping": 0.1},
     "ekfac": {"refresh": 2, "damping": 0.1},
-}
+}  # fmt: skip
 
 
 def run(curvature: str, seed: int) -> tuple[nn.Module, CompiledOptimizer, Callable[[int], list[Tensor]]]:

@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "columns": {"curvature": "kfac", "terminal": MonteCarlo(2), "coupling": 2, "rollout": "nonlinear"},
     "paper": {"curvature": "rmsprop", "coupling": "block", "recursion": "substituted"},
     "paper, columns": {"curvature": "sgd", "coupling": "block", "recursion": "substituted", "terminal": "ggn"},
-    "printed": {"curvature": "kfac", "coupling": "block", "recursion": "printed"},
+    "printed": {"curvature": "kfac", "coupling": "block", "recursion": "printed", "cooperative": False},
     "block": {"curvature": "ekfac", "coupling": "block"},
     "recompute": {"memory": "recompute", "rollout": "nonlinear"},
     "capped": {"max_step": 1.0, "max_grad_norm": 1.0},

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 from collections.abc import Callable
-from itertools import combinations, pairwise
+from functools import cache
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import networkx as nx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.tools import draw
 from gtddp_compile.tools.draw import layout
-from gtddp_compile.tools.draw.layout import Box, Link, Request, layered
+from gtddp_compile.tools.draw.blocks import MOST, Block, start_of, stop_of, tree
+from gtddp_compile.tools.draw.mermaid import EDGES, TEXT
+from gtddp_compile.tools.draw.repeats import runs
 from gtddp_compile.tools.draw.style import shortened, text_width
-from support.drawn import Line, control_graph, dense, hostile, residual, resnet18, tied, two_outputs, unet
+from gtddp_compile.tools.draw.views import Views
+from support.drawn import Line, control_graph, dense, hostile, residual, resnet18, tied, two_outputs
 
-ALL = [residual, resnet18, unet, tied, dense, two_outputs, hostile]
+ALL = [residual, resnet18, tied, dense, two_outputs, hostile]
 each = pytest.mark.parametrize("make", ALL, ids=[make.__name__ for make in ALL])
 Make = Callable[[], ControlGraph]
 
@@ -56,52 +64,6 @@ def test_table(make: Make, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert str(make()) == text
-
-
-@each
-def test_table_names_everything_within_its_width(make: Make) -> None:
-    graph = make()
-    text = str(graph)
-    assert max(map(len, text.splitlines())) <= 110 or make is tied
-    joined = "".join(text.split())
-    if make is not hostile:
-        assert all(player.name in joined for player in graph.players)
-    assert "\x1b" not in text
-
-
-def test_networkx() -> None:
-    graph = residual().to_networkx()
-    assert graph.nodes["block.project"] == {
-        "kind": "linear",
-        "module": "block.project",
-        "source": "net.py:7",
-        "shape": [32, 64],
-        "stage": 1,
-        "player": "block.project",
-        "coalition": ["block.fc1", "block.project"],
-        "parameters": ["block.project.weight"],
-        "merge": False,
-        "input": False,
-        "output": False,
-        "live": {"born": 1, "dies": 2, "readers": [2], "fixed": False},
-    }
-    assert graph.nodes["block.add"]["merge"] and graph.nodes["x"]["stage"] == -1 and graph.nodes["head"]["output"]
-    assert graph.edges["block.project", "block.add", 0] == {
-        "crosses": [2],
-        "shortcut": "parametric",
-        "control": None,
-    }
-    assert graph.edges["block.fc2", "block.add", 0]["shortcut"] is None
-    assert graph.edges["relu", "block.project", 0]["shortcut"] == "parametric"
-    assert graph.graph["stages"][2]["live"] == ["block.tanh", "block.project"]
-    assert graph.graph["players"][0]["parameters"] == [["stem.weight", [32, 16]]]
-    waiting = resnet18().to_networkx().edges["maxpool", "layer1.0.add", 0]
-    assert waiting == {"crosses": [2, 3, 4, 5], "shortcut": "identity", "control": None}
-    assert tied().to_networkx().edges["embed", "head", 0] == {
-        "crosses": [1],
-        "shortcut": None,
-        "control": "embed",
-    }
 
 
 @each
@@ -177,34 +139,6 @@ def test_svg(make: Make) -> None:
         assert all(-20 <= n <= max(width, height) for n in numbers)
 
 
-@each
-def test_svg_draws_bands_in_order_and_boxes_in_their_band(make: Make) -> None:
-    graph = make()
-    root = ElementTree.fromstring(graph.to_svg())
-    bands = {}
-    for group in root.iter(f"{SPACE}g"):
-        rect = group.find(f"{SPACE}rect")
-        if group.attrib.get("class") == "stage" and rect is not None:
-            top = float(rect.attrib["y"])
-            bands[int(group.attrib["data-stage"])] = (top, top + float(rect.attrib["height"]))
-    for (_, bottom), (top, _) in pairwise(bands.values()):
-        assert abs(bottom - top) <= 0.11
-    for op, (_, top, _, bottom, _) in zip(graph.ops.ops, boxes(root), strict=False):
-        stage = graph.stage_of[op.name]
-        if stage >= 0:
-            assert bands[stage][0] < top and bottom < bands[stage][1]
-
-
-def test_svg_is_the_same_every_time() -> None:
-    assert unet().to_svg() == unet().to_svg()
-
-
-def test_svg_of_a_long_network() -> None:
-    lines: list[Line] = [("x", "input", (4,), "", None)]
-    lines += [(f"fc{i}", "linear", (4,), f"fc{i - 1}" if i else "x", (4, 4)) for i in range(300)]
-    assert len(boxes(ElementTree.fromstring(control_graph(lines).to_svg(boxes=400)))) == 302
-
-
 @pytest.mark.parametrize("suffix", draw.SUFFIXES)
 def test_save(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"net{suffix}"
@@ -234,14 +168,178 @@ def test_missing_engine_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> Non
     layout._executable.cache_clear()
 
 
-def test_layout_places_rows_downwards() -> None:
-    sizes = {name: Box(0, 0, 50, 20) for name in "abc"}
-    request = Request(sizes, [["a"], [], ["b", "c"]], [Link("a", "b"), Link("a", "c", 3)])
-    found, again = layered([request, request])
-    assert found == again
-    assert found.boxes["a"].y < found.rows[1] < found.boxes["b"].y == found.boxes["c"].y
-    assert len(found.routes) == 2 and all(len(route) % 3 == 2 for route in found.routes)
+# --- large networks drawn: what is folded, what the page holds, and that every form stays within its limits ---
 
 
-def test_notebook() -> None:
-    assert "<svg " in residual()._repr_html_()
+@cache
+def deep(blocks: int, width: int = 4) -> ControlGraph:
+    """Residual blocks ``blocks.I`` of two layers, with a stem and a head."""
+    lines: list[Line] = [("x", "input", (width,), "", None), ("stem", "linear", (width,), "x", (width, width))]
+    before = "stem"
+    for index in range(blocks):
+        name = f"blocks.{index}"
+        lines += [
+            (f"{name}.fc1", "linear", (width,), before, (width, width)),
+            (f"{name}.relu", "relu", (width,), f"{name}.fc1", None),
+            (f"{name}.fc2", "linear", (width,), f"{name}.relu", (width, width)),
+            (f"{name}.add", "add", (width,), f"{before} {name}.fc2", None),
+        ]
+        before = f"{name}.add"
+    lines.append(("head", "linear", (3,), before, (3, width)))
+    return control_graph(lines, "deep")
+
+
+def flat(layers: int) -> ControlGraph:
+    """A sequence without modules around its layers: only its structure repeats."""
+    lines: list[Line] = [("x", "input", (4,), "", None)]
+    for index in range(layers):
+        lines.append((f"{2 * index}", "linear", (4,), f"{2 * index - 1}" if index else "x", (4, 4)))
+        lines.append((f"{2 * index + 1}", "relu", (4,), f"{2 * index}", None))
+    return control_graph(lines, name="flat")
+
+
+def page(graph: ControlGraph, notes: dict[int, str] | None = None) -> tuple[str, dict[str, Any]]:
+    text = graph.to_html(notes)
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return text, json.loads(found[1])
+
+
+def said(data: dict[str, Any], numbers: list[int]) -> str:
+    return "\n".join(data["lines"][number] for number in numbers)
+
+
+# --- repeats and blocks -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 2), max_size=60))
+def test_runs_are_periodic_and_apart(sequence: list[int]) -> None:
+    end = 0
+    for run in runs(sequence):
+        assert run.start >= end and run.count >= 3
+        end = run.stop
+        assert sequence[run.start : run.stop] == sequence[run.start : run.start + run.period] * run.count
+
+
+def checked(block: Block) -> None:
+    """Children fill their block's interval in order, and are few."""
+    at = block.start
+    for child in block.children:
+        assert start_of(child) == at
+        at = stop_of(child)
+        if isinstance(child, Block):
+            checked(child)
+    assert at == block.stop and len(block.children) <= MOST
+
+
+@pytest.mark.parametrize("make", [residual, resnet18, tied, dense, two_outputs, hostile, lambda: flat(300)])
+def test_blocks_are_intervals(make: Any) -> None:
+    graph = make().to_networkx()
+    root = tree(graph)
+    checked(root)
+    assert (root.start, root.stop) == (0, len(graph))
+
+
+# --- folded views -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [resnet18, dense, lambda: deep(50), lambda: flat(80)])
+@pytest.mark.parametrize("boxes", [1, 12, 40])
+def test_views_are_acyclic_and_stages_run_down(make: Any, boxes: int) -> None:
+    whole = make().to_networkx()
+    view = Views(whole).folded(boxes)
+    assert nx.is_directed_acyclic_graph(view)
+    assert all(view.nodes[a]["stage"] <= view.nodes[b]["stage"] for a, b in view.edges())
+    inside = sum(data.get("block", {"operations": 1})["operations"] for _, data in view.nodes(data=True))
+    assert inside == len(whole)
+    players = sum(data.get("block", {"players": bool(data["player"])})["players"] for _, data in view.nodes(data=True))
+    assert players == len(whole.graph["players"])
+    stages = view.graph["stages"]
+    spans = [(stage.get("first", stage["index"]), stage.get("last", stage["index"])) for stage in stages]
+    covered = [at for first, last in spans for at in range(first, last + 1)]
+    assert covered == sorted(set(covered)) and len(covered) <= len(whole.graph["stages"])
+
+
+# --- still pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_mermaid_stays_within_its_limits() -> None:
+    for graph in (deep(1000), flat(500), dense()):
+        text = graph.to_mermaid()
+        assert len(text) <= TEXT and len(re.findall(r"(?:-->|==>|-\.->)", text)) <= EDGES
+    assert "999 alike" in deep(1000).to_mermaid()
+
+
+def test_table_of_a_thousand_blocks_is_read_at_a_glance() -> None:
+    lines = str(deep(1000)).splitlines()
+    assert len(lines) < 25 and max(map(len, lines)) <= 112
+    assert any("3–2000" in line and "as stages 1–2, 999 times" in line for line in lines)
+    assert any("998 more alike, the last blocks.998.add → blocks.999.add" in line for line in lines)
+    assert lines[-1] == "2002 players, 2002 stages, widest cut 2 values (stage 2), 1000 shortcuts"
+
+
+def test_the_picture_in_the_docs_is_what_the_script_makes(tmp_path: Path) -> None:
+    """Names and stages, not places: another release of the layout engine may move a line."""
+    script = Path(__file__).parents[2] / "examples" / "pictures.py"
+    runpy.run_path(str(script))["main"](str(tmp_path / "made.svg"))
+    made, committed = (
+        [found.text for found in ElementTree.parse(path).iter(f"{SPACE}text")]
+        for path in (tmp_path / "made.svg", script.parent.parent / "docs" / "transformer.svg")
+    )
+    assert made == committed and "blocks.1 – blocks.23" in made, "run python examples/pictures.py"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", ALL, ids=[make.__name__ for make in ALL])
+def test_page_is_self_contained(make: Any) -> None:
+    text, data = page(make(), {0: "k = -M⁻¹ Q_u </script><script>alert(1)</script>"})
+    assert not re.search(r"""(?:src|href|url|@import)\s*[=(]\s*["']?\s*(?:https?:)?//""", text)
+    assert text.count("<svg ") == 1 and text.count("</script>") == 2 and "<script>alert" not in text
+    assert "default-src 'none'" in text
+    assert said(data, data["stages"][0]["note"]).startswith("k = -M⁻¹ Q_u </script>")
+
+
+@pytest.mark.parametrize("make", [*ALL, lambda: deep(60), lambda: flat(70)])
+def test_page_holds_everything(make: Any) -> None:
+    graph = make()
+    data = page(graph)[1]
+    assert [name for name, *_ in data["ops"]] == [op.name for op in graph.ops.ops]
+    kids = [kid for block in data["blocks"] for kid in block["kids"] if kid is not None]
+    assert sorted(kid for kid in kids if kid >= 0) == list(range(len(graph.ops.ops)))
+    assert sorted(-1 - kid for kid in kids if kid < 0) == list(range(1, len(data["blocks"])))
+    for op, (_, words, stage, block) in zip(graph.ops.ops, data["ops"], strict=True):
+        assert said(data, words).startswith(f"{op.name}: {op.kind}") or make is hostile
+        assert stage == graph.stage_of[op.name]
+        assert data["ops"].index([op.name, words, stage, block]) in data["blocks"][block]["kids"]
+    for stage, found in zip(graph.stages, data["stages"], strict=True):
+        assert [data["lines"][number] for number in found["names"]] == list(stage.live) or make is hostile
+
+
+@pytest.mark.parametrize("make", [*ALL, lambda: deep(60)])
+def test_page_layouts_do_not_overlap(make: Any) -> None:
+    data = page(make())[1]
+    for found in data["layouts"]:
+        width, height = found["size"]
+        boxes = [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h, *_ in found["nodes"]]
+        for index, (left, top, right, bottom) in enumerate(boxes):
+            assert left >= -1 and right <= width + 1 and top >= -1 and bottom <= height + 1
+            for other in boxes[:index]:
+                apart = right <= other[0] + 1 or other[2] <= left + 1 or bottom <= other[1] + 1 or other[3] <= top + 1
+                assert apart, found
+        for source, target, _, _, points, crosses, _ in found["lines"]:
+            assert max(source, target) < len(found["nodes"]) + len(found["joints"])
+            assert len(points) % 2 == 0 and len(points) >= 10 and all(at < len(found["bands"]) for at in crosses)
+
+
+def test_a_thousand_blocks_are_few_layouts_and_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    run = layout._run
+    monkeypatch.setattr(layout, "_run", lambda source: calls.append(source) or run(source))
+    text, data = page(deep(1000), dict.fromkeys(range(2002), "the same\nderivation"))
+    assert len(calls) == 1 and len(data["blocks"]) > 1000
+    assert len(data["layouts"]) < 60 and len(text) < 2_000_000
+    assert data["open"] == [0] and len(data["blocks"][0]["kids"]) < 10
+    assert data["lines"].count("derivation") == 1

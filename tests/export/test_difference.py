@@ -86,46 +86,6 @@ def test_options_and_their_formulas() -> None:
     assert not diff["players"] and not diff["operations"] and not diff["stages"]
 
 
-def test_one_group_has_its_own_rate() -> None:
-    opt = compile_optimizer(network(), X, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1)
-    opt.param_groups[1]["lr"] = 0.5
-    rows = {(c.sign, c.what, c.right) for c in program(network()).diff(opt.program)["options"].changes}
-    assert ("+", "a.lr", "0.5") in rows
-
-
-def test_other_sizes_and_stages() -> None:
-    wide = make(
-        lambda net, x: net.head(torch.tanh(net.a(torch.relu(net.first(x))))), first=(4, 6), a=(6, 5), head=(5, 3)
-    )
-    narrow = make(
-        lambda net, x: net.head(torch.tanh(net.a(torch.relu(net.first(x))))), first=(4, 5), a=(5, 5), head=(5, 3)
-    )
-    diff = program(narrow).diff(program(wide))
-    assert [c.what for c in diff["players"].changes] == ["first", "a"]
-    assert "5×4 5" in diff["players"].changes[0].left and "6×4 6" in diff["players"].changes[0].right
-    assert not diff["instructions"] and not diff["derivation"]
-
-
-def test_a_value_that_waits_long_is_one_entry() -> None:
-    """A shortcut over a whole chain: the stages between wait alike and are said together."""
-
-    def chain(long: bool) -> nn.Module:
-        def forward(net: nn.Module, x: Tensor) -> Tensor:
-            x = first = net.a(x)
-            for name in "bcd":
-                x = torch.tanh(getattr(net, name)(x))
-            return net.e(x + first if long else x)
-
-        return make(forward, a=(4, 5), b=(5, 5), c=(5, 5), d=(5, 5), e=(5, 3))
-
-    section = program(chain(False)).diff(program(chain(True)))["stages"]
-    assert [(c.what, c.left, c.right, c.count) for c in section.changes] == [
-        ("stage 2: c … stage 3: d (2 stages)", "", "a 5", 2),
-        ("stage 4: e", "tanh_2 5", "add′ 5", 1),
-    ]
-    assert section.summary.endswith("3 changed, 2 the same")
-
-
 class Checked(HTMLParser):
     """Whether elements are closed in order, and nothing is loaded."""
 

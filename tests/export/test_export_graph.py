@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from gtddp_compile import CompileError, UpdateProgram
+from gtddp_compile import CompileError, UpdateProgram, compile_optimizer
+from gtddp_compile.tools.export.tex import symbol_text
+from support import networks
 from support.architectures import EXAMPLES, BasicBlock, Example
 from support.exported import compiled, largest, named, pseudo_huber, run_alone, state_by_name, targets_for, torch_only
 from support.networks import make, mlp, seeded
@@ -95,3 +100,39 @@ def test_what_a_graph_cannot_hold_is_refused_by_name(name: str, tmp_path: Path) 
     with pytest.raises(CompileError, match=message):
         compiled(build(), **options).program.export(tmp_path / "step.pt2")
     assert not (tmp_path / "step.pt2").exists()
+
+
+# --- ``.tex``: a document with the derivation of every kind of stage; compiled where there is a pdflatex ---
+
+
+def exported(path: Path) -> str:
+    case = networks.projection()
+    opt = compile_optimizer(
+        case.model, case.batch(0)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, weight_decay=0.1
+    )
+    opt.program.export(path)
+    return path.read_text()
+
+
+def test_symbols_of_the_field() -> None:
+    shown = {"V'_xx": "V'_{xx}", "f^y_x": "f^{y}_{x}", "Q_û": r"Q_{\hat u}", "Lambda'": r"\Lambda'", "l_u": r"\ell_{u}"}
+    assert {name: symbol_text(name) for name in shown} == shown
+
+
+def test_the_document_of_a_residual_network(tmp_path: Path) -> None:
+    text = exported(tmp_path / "net.tex")
+    assert r"^{\mathsf{T}} K + Q_{xx} \tag{6, 10, 30}" in text and r"Q_{\hat u" in text
+    assert text.count(r"\begin{") == text.count(r"\end{")
+    assert not re.search(r"\^\{[^{}]*\}\^|'\^", text), "two superscripts on one symbol"
+    assert text.isascii()
+    assert r"\begin{longtable}" not in text, "a short table that may break leaves its heading alone"
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex (Debian: texlive-latex-recommended)")
+def test_pdflatex_compiles_it(tmp_path: Path) -> None:
+    exported(tmp_path / "net.tex")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "net.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    wide = [float(points) for points in re.findall(r"Overfull \\hbox \(([\d.]+)pt", done.stdout)]
+    assert all(points < 3 for points in wide)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,12 +22,13 @@ from gtddp_compile.passes.p11_emit import Emitted, emit
 from gtddp_compile.runtime import compiler
 from gtddp_compile.tools.export import document, targets
 from gtddp_compile.tools.export.document import FORMAT, from_json
+from gtddp_compile.tools.export.schema import schema
 from support.architectures import EXAMPLES, Example
 from support.exported import largest, named, targets_for
 from support.networks import make
 from support.stored import SETTINGS, compiled, small
 
-MUTANTS = 1000
+MUTANTS = 400
 
 
 @pytest.mark.parametrize("name", [*EXAMPLES, *SETTINGS])
@@ -293,7 +296,7 @@ def _damage(content: bytes, source: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_a_thousand_mutants(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutants(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Damaged bytes, and forged content under a right checksum: nothing executed, every error the documented one."""
     source = random.Random(0)
     original = json.loads(content)
@@ -339,3 +342,75 @@ def test_functions_that_are_not_torchs_are_refused_when_written(tmp_path: Path) 
     with pytest.raises(CompileError, match=r"which a stored program cannot name"):
         program.export(tmp_path / "program.json")
     assert not (tmp_path / "program.json").exists()
+
+
+# --- docs/program-schema.json is the schema that the code has, and what is exported is valid by it ---
+
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "program-schema.json"
+NETWORKS = ("densenet_like", "attention_block", "dropout_mlp", "siamese", "two_inputs")
+
+
+def text() -> str:
+    return json.dumps(schema(), indent=1) + "\n"
+
+
+def exported(name: str, folder: Path) -> dict[str, Any]:
+    example = EXAMPLES[name]() if name in NETWORKS else small()
+    compiled(example, **SETTINGS.get(name, {})).program.export(folder / "program.json")
+    found: dict[str, Any] = json.loads((folder / "program.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_published_schema_is_the_codes() -> None:
+    assert PUBLISHED.read_text(encoding="utf-8") == text(), "write it again (CONTRIBUTING.md)"
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(schema())
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, *SETTINGS])
+def test_exported_programs_are_valid(name: str, tmp_path: Path) -> None:
+    jsonschema.Draft202012Validator(schema()).validate(exported(name, tmp_path))
+
+
+def test_every_record_is_closed(tmp_path: Path) -> None:
+    """A field too many, one missing or one of another type anywhere in a program is not valid."""
+    document, source = exported("dropout_mlp", tmp_path), random.Random(0)
+    validator = jsonschema.Draft202012Validator(schema())
+    records = list(_records(document["program"], schema()["$defs"]["Stored"], schema()["$defs"]))
+    assert len({name for name, _ in records}) > 6
+    for _, path in source.sample(records, 20):
+        for spoil in (lambda record: record.update(another=1), lambda record: record.pop(next(iter(record)))):
+            spoiled = copy.deepcopy(document)
+            record = spoiled["program"]
+            for key in path:
+                record = record[key]
+            spoil(record)
+            assert not validator.is_valid(spoiled), path
+    assert not validator.is_valid({**document, "version": document["version"] + 1})
+
+
+def _records(data: Any, kind: dict[str, Any], definitions: dict[str, Any], path: tuple[Any, ...] = ()) -> Any:
+    """Name and place of every record, by the schema."""
+    for option in kind.get("anyOf", [kind]):
+        name = option.get("$ref", "").rpartition("/")[2]
+        if name in ("tree", "target"):
+            continue
+        found = definitions[name] if name else option
+        if isinstance(data, dict) and "properties" in found and set(data) <= set(found["properties"]):
+            yield (name, path)
+            for key, item in data.items():
+                yield from _records(item, found["properties"][key], definitions, (*path, key))
+        elif isinstance(data, dict) and isinstance(found.get("additionalProperties"), dict):
+            for key, item in data.items():
+                yield from _records(item, found["additionalProperties"], definitions, (*path, key))
+        elif isinstance(data, list) and isinstance(found.get("items"), dict):
+            for index, item in enumerate(data):
+                yield from _records(item, found["items"], definitions, (*path, index))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    PUBLISHED.write_text(text(), encoding="utf-8")

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from gtddp_compile import CompiledOptimizer, CompileError, Geometric, MonteCarlo
-from gtddp_compile.tools.export.carry import Luggage
+from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo
 from support.architectures import EXAMPLES, Example
 from support.exported import (
     compiled,
@@ -60,13 +59,10 @@ def mixed() -> Example:
 
 
 ALONE: dict[str, tuple[Callable[[], Example], str]] = {
-    "resnet18_like": (EXAMPLES["resnet18_like"], "sgd"),
-    "densenet_like": (EXAMPLES["densenet_like"], "adamw"),
-    "unet_like": (EXAMPLES["unet_like"], "rmsprop"),
-    "attention_block": (EXAMPLES["attention_block"], "adam"),
-    "mixed_kfac": (mixed, "kfac"),
-    "mixed_ekfac": (mixed, "ekfac"),
-}
+    "resnet18_like": (EXAMPLES["resnet18_like"], "sgd"), "densenet_like": (EXAMPLES["densenet_like"], "adamw"),
+    "unet_like": (EXAMPLES["unet_like"], "rmsprop"), "attention_block": (EXAMPLES["attention_block"], "adam"),
+    "mixed_kfac": (mixed, "kfac"), "mixed_ekfac": (mixed, "ekfac"),
+}  # fmt: skip
 
 
 def imported(path: Path) -> set[str]:
@@ -105,21 +101,6 @@ def test_ten_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert largest(state, state_by_name(opt, model)) <= bound
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "momentum": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-    "centered": {"curvature": "rmsprop", "centered": True, "momentum": 0.5},
-    "amsgrad": {"curvature": "adam", "amsgrad": True, "weight_decay": 0.1},
-    "groups": {"coupling": 3, "feedback_clip": 0.01, "terminal": Geometric(2.0, own=4.0)},
-    "block": {"coupling": "block", "curvature": "rmsprop"},
-    "substituted": {"coupling": "block", "recursion": "substituted", "curvature": "rmsprop"},
-    "printed": {"coupling": "block", "recursion": "printed", "lr": 1e-3},
-    "open": {"feedback": "open", "feedback_clip": None},
-    "base": {"feedback": False, "curvature": "adamw"},
-    "smoothed": {"loss": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]).double(), label_smoothing=0.1)},
-    "sum": {"loss": nn.CrossEntropyLoss(reduction="sum"), "lr": 0.01},
-}
-
-
 def follow(opt: CompiledOptimizer, example: Example, path: Path, targets: Tensor, steps: int = 3) -> None:
     """The optimizer and the module it was exported to, side by side."""
     params, buffers = named(example.model)
@@ -138,13 +119,6 @@ def follow(opt: CompiledOptimizer, example: Example, path: Path, targets: Tensor
     assert largest(params, named(example.model)[0]) <= 1e-12
     assert largest(buffers, named(example.model)[1]) <= 1e-12
     assert largest(state, state_by_name(opt, example.model)) <= 1e-12
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_option(name: str, tmp_path: Path) -> None:
-    case = mlp()
-    example = Example(case.model, (case.batch(0)[0],))
-    follow(compiled(example, **OPTIONS[name]), example, tmp_path / "step.py", case.batch(0)[1])
 
 
 @pytest.mark.parametrize("name", ["dropout_mlp", "siamese", "two_inputs", "frozen"])
@@ -169,21 +143,6 @@ class Scaled(nn.Module):
 def test_constants_travel(tmp_path: Path) -> None:
     example = Example(Scaled(), (torch.randn(4, 4, dtype=torch.float64),))
     follow(compiled(example, lr=0.01), example, tmp_path / "step.py", targets_for(3, 4))
-
-
-def test_nothing_that_is_passed_in_changes(tmp_path: Path) -> None:
-    example = EXAMPLES["resnet18_like"]()
-    opt = compiled(example, curvature="adam", lr=0.01)
-    opt.program.export(tmp_path / "step.py")
-    module = load_module(tmp_path / "step.py")
-    params, buffers = named(example.model)
-    state = module.init_state(params)
-    before = {name: {key: value.clone() for key, value in entry.items()} for name, entry in state.items()}
-    after = module.step(params, buffers, state, example.inputs, targets_for(3, 4))
-    assert largest(params, named(example.model)[0]) == 0
-    assert largest(buffers, named(example.model)[1]) == 0
-    assert largest(state, before) == 0
-    assert largest(after[1], buffers) > 0 and largest(after[0], params) > 0 and largest(after[2], before) > 0
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
@@ -225,22 +184,6 @@ def test_a_loss_that_needs_more_than_torch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=r"<lambda> cannot be written .* Define it with def"):
         opt.program.export(tmp_path / "step.py")
     assert not (tmp_path / "step.py").exists()
-
-
-KRONECKER: dict[str, dict[str, Any]] = {
-    "kfac": {"curvature": "kfac", "refresh": 2, "momentum": 0.5, "weight_decay": 0.01, "small": 20},
-    "ekfac": {"curvature": "ekfac", "damping": 0.1, "refresh": 2},
-    "ekfac alone": {"curvature": "ekfac", "damping": 0.1, "stat_decay": 0.0, "feedback": False, "cooperative": True},
-    "kfac, sampled": {"curvature": "kfac", "damping": 0.1, "terminal": MonteCarlo(2), "small": 4},
-    "kfac, block": {"curvature": "kfac", "damping": 0.1, "coupling": "block"},
-}
-
-
-@pytest.mark.parametrize("name", KRONECKER)
-def test_kronecker_curvatures(name: str, tmp_path: Path) -> None:
-    """Every kind of block: Kronecker, shared, exact, diagonal; refreshed within the steps."""
-    example = mixed()
-    follow(compiled(example, **KRONECKER[name]), example, tmp_path / "step.py", targets_for(3, 4))
 
 
 class Pair(NamedTuple):
@@ -341,33 +284,3 @@ def test_names_that_an_exported_module_uses_itself(tmp_path: Path) -> None:
     model = make(forward, **dict.fromkeys(names, (3, 3)))
     example = Example(model, (torch.randn(4, 3, dtype=torch.float64),))
     follow(compiled(example), example, tmp_path / "step.py", targets_for(3, 4))
-
-
-def test_reads_like_a_page(tmp_path: Path) -> None:
-    """Lines of a page's width; every stage has a title in every sweep, every line of a sweep says what it is."""
-    example = EXAMPLES["resnet18_like"]()
-    opt = compiled(example, curvature="adam")
-    opt.program.export(tmp_path / "step.py")
-    text = (tmp_path / "step.py").read_text()
-    ast.parse(text)
-    assert max(map(len, text.splitlines())) <= 120
-    for stage in opt.graph.stages:  # the first one's matrix is factored before the last one moves
-        times = 4 if stage.index == 0 else 3
-        assert text.count(f"# stage {stage.index}: {', '.join(stage.players)}") == times
-    assert "type: ignore" not in text and "gtddp_compile" not in text.replace("Written by gtddp_compile", "")
-    unused = [name for name in ("generic_gram", "norm_gram_diagonal", "blocks_scale", "class SGD") if name in text]
-    assert not unused
-    kept = [line for line in text.splitlines() if "m.keep" in line]
-    assert not kept
-
-
-@pytest.mark.parametrize("prefix", ["linear", "conv", "norm", "generic"])
-def test_source_stands_alone(prefix: str) -> None:
-    """What an exported program carries of a kernel, its text and that of all it names, runs without this package."""
-    luggage = Luggage()
-    luggage.take("gtddp_compile.kernels", f"{prefix}_gram")
-    text = "\n\n".join([*luggage.import_lines, *luggage.pieces.values()])
-    assert "gtddp_compile" not in text
-    namespace: dict[str, Any] = {"__name__": "exported"}
-    exec(compile(text, f"{prefix}.py", "exec"), namespace)
-    assert f"{prefix}_gram" in namespace

@@ -13,57 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
 from gtddp_compile.passes import normalise
-from support.networks import make, seeded
+from support.networks import make
 from support.recorded import FRONT_ENDS, batch
-
-LOSS = nn.CrossEntropyLoss()
-TARGETS = torch.arange(6) % 3
-
-
-class Layer(nn.Module):
-    """A layer with something in its forward pass that is put there by a test."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
-        super().__init__()
-        self.fc, self.run = nn.Linear(4, 4), forward
-        self.register_buffer("mean", torch.zeros(4))
-        self.scale, self.calls, self.state = 2.0, 0, torch.zeros(4)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
-
-
-class Model(nn.Module):
-    def __init__(self, forward: Callable[[Any, Tensor], Any] = lambda layer, x: layer.fc(x)) -> None:
-        super().__init__()
-        self.block, self.act, self.out = nn.ModuleList([Layer(forward)]), nn.Tanh(), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.act(self.block[0](x)))
-
-
-def model(forward: Callable[[Any, Tensor], Any] | None = None) -> Any:
-    return seeded(lambda: Model() if forward is None else Model(forward))
-
-
-def compiled(net: nn.Module, inputs: Any = None, **options: Any) -> CompiledOptimizer:
-    return compile_optimizer(net, batch(6) if inputs is None else inputs, loss=LOSS, **{"curvature": "sgd", **options})
-
-
-def everything(opt: CompiledOptimizer, net: nn.Module) -> str:
-    """Parameters, buffers, optimizer state and random state, as text."""
-    return f"{net.state_dict()} {opt.state_dict()} {torch.get_rng_state().sum()} {net.training}"
-
-
-def refused(call: Callable[[], Any], *said: str) -> CompileError:
-    with pytest.raises(CompileError) as caught:
-        call()
-    for text in said:
-        assert text in str(caught.value), str(caught.value)
-    assert caught.value.why and caught.value.remedy
-    return caught.value
+from support.refused import TARGETS, compiled, everything, model, refused
 
 
 def line(forward: Callable[..., Any], offset: int) -> str:
@@ -109,17 +62,6 @@ def assigns_a_buffer(layer: Any, x: Tensor) -> Tensor:
     return y - layer.mean
 
 
-def keeps_state(layer: Any, x: Tensor) -> Tensor:
-    y = layer.fc(x) + layer.state
-    layer.state = y.detach().mean(0)
-    return y
-
-
-def counts(layer: Any, x: Tensor) -> Tensor:
-    layer.calls += 1
-    return layer.fc(x) / layer.calls
-
-
 def overwrites(layer: Any, x: Tensor) -> Tensor:
     y = torch.tanh(layer.fc(x))
     y.mul_(2)
@@ -131,7 +73,6 @@ UNTRACEABLE = {
     calls_numpy: (None, 2, "numpy"),
     writes_a_buffer: (None, 2, "writes the buffer 'block.0.mean'"),
     assigns_a_buffer: (None, None, "writes the buffer 'block.0.mean'"),
-    keeps_state: (None, None, "reads the attribute 'block.0.state' and writes it"),
 }
 
 
@@ -155,12 +96,6 @@ def test_control_flow_is_refused_by_every_front_end(
     error = refused(lambda: normalise(model(forward), (batch(6),), (FRONT_ENDS[front_end],)), "depend")
     assert error.source == line(forward, 2)
     assert capsys.readouterr() == ("", ""), "torch.export's own log is not for our users"
-
-
-def test_a_forward_pass_that_changes_a_number_is_refused() -> None:
-    net = model(counts)
-    error = refused(lambda: compiled(net), "changes the attribute 'block.0.calls' from 0 to 1")
-    assert error.module == "block.0" and net.block[0].calls == 0
 
 
 def test_a_model_that_cannot_be_differentiated() -> None:
@@ -198,19 +133,16 @@ def test_samples_that_no_axis_tells_apart(forward: Callable[..., Any], shape: tu
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (lambda: "model", "a str is not a torch.nn.Module"),
-        (lambda: F.relu, "is not a torch.nn.Module"),
-        (nn.ReLU, "no trainable parameters"),
-        (lambda: nn.Sequential(nn.LazyLinear(3)), "parameters have no shape yet: 0.weight, 0.bias"),
-        (lambda: torch.jit.trace(model(), batch(6)), "Compile the module it was made from"),
-        (lambda: nn.DataParallel(model()), "Compile its .module"),
-        (lambda: torch.compile(model(), backend="eager"), "wrapped by torch.compile"),
-        (lambda: nn.Linear(4, 3, device="meta"), "parameter 'weight' is on the meta device"),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "said"), [
+    (lambda: "model", "a str is not a torch.nn.Module"),
+    (lambda: F.relu, "is not a torch.nn.Module"),
+    (nn.ReLU, "no trainable parameters"),
+    (lambda: nn.Sequential(nn.LazyLinear(3)), "parameters have no shape yet: 0.weight, 0.bias"),
+    (lambda: torch.jit.trace(model(), batch(6)), "Compile the module it was made from"),
+    (lambda: nn.DataParallel(model()), "Compile its .module"),
+    (lambda: torch.compile(model(), backend="eager"), "wrapped by torch.compile"),
+    (lambda: nn.Linear(4, 3, device="meta"), "parameter 'weight' is on the meta device"),
+])  # fmt: skip
 def test_what_is_no_model(wrong: Callable[[], Any], said: str) -> None:
     refused(lambda: compiled(wrong()), said)
 
@@ -222,7 +154,8 @@ INPUTS: dict[str, tuple[Any, str]] = {
     "array": (np.zeros((6, 4)), "inputs must be tensors, got ndarray"),
     "list of numbers": ([1.0, 2.0], "inputs must be tensors, got float"),
     "packed": (nn.utils.rnn.pack_sequence([torch.zeros(2, 4)]), "inputs must be tensors, got PackedSequence"),
-    "dict": ({"x": torch.zeros(6, 4)}, "inputs must be tensors, got dict"),
+    "dict": ({"x": torch.zeros(6, 4).double(), "y": torch.zeros(6)}, "the model takes no argument 'y'"),
+    "set": ({1.0}, "inputs must be tensors, got set"),
     "nothing in a tuple": ((), "there are no inputs"),
     "no batch axis": (torch.tensor(1.0), "no batch axis"),
     "empty batch": (batch(6)[:0], "the batch is empty"),
@@ -301,116 +234,6 @@ def test_frozen_parameters_are_respected() -> None:
     opt.step(batch(6), TARGETS)
     assert [player.name for player in opt.graph.players] == ["out"]
     assert torch.equal(net.block[0].fc.weight, before)
-
-
-# --- changes after compilation ----------------------------------------------------------------------------------------
-
-
-def expect_the_base_methods_update(opt: CompiledOptimizer, net: nn.Module, inputs: Any, size: int = 6) -> None:
-    plain = copy.deepcopy(net)
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
-    F.cross_entropy(plain(*given), TARGETS[:size]).backward()
-    torch.optim.SGD(plain.parameters(), lr=0.5).step()
-    opt.step(inputs, TARGETS[:size])
-    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda net: setattr(net, "act", nn.Sigmoid()),
-        lambda net: setattr(net.block[0], "scale", 3.0),
-        lambda net: setattr(net.block[0], "run", lambda layer, x: layer.fc(x) ** 2),
-        lambda net: net.block[0].fc.requires_grad_(False),
-        lambda net: net.eval(),
-    ],
-    ids=["module", "number", "function", "frozen", "mode"],
-)
-def test_a_changed_model_is_compiled_again(change: Callable[[Any], Any]) -> None:
-    net = model(lambda layer, x: layer.fc(x) * layer.scale)
-    opt = compiled(net, lr=0.5, feedback=False)
-    expect_the_base_methods_update(opt, net, batch(6))
-    change(net)
-    expect_the_base_methods_update(opt, net, batch(6))
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (lambda net: setattr(net, "out", nn.Linear(4, 3).double()), "out."),
-        (lambda net: setattr(net, "extra", nn.Linear(4, 3)), "extra."),
-        (lambda net: delattr(net, "out"), "out."),
-    ],
-)
-def test_changed_parameters_are_refused(change: Callable[[Any], Any], name: str) -> None:
-    net = model()
-    opt = compiled(net)
-    change(net)
-    refused(lambda: opt.step(batch(6), TARGETS), f"parameter '{name}", "added, removed or replaced", "again")
-
-
-def test_a_model_that_was_converted_after_its_first_step() -> None:
-    net = model().float()
-    opt = compiled(net, batch(6).float(), curvature="adam")
-    opt.step(batch(6).float(), TARGETS)
-    net.double()
-    before = everything(opt, net)
-    refused(lambda: opt.step(batch(6), TARGETS), "parameters are torch.float64", "state for them is torch.float32")
-    assert everything(opt, net) == before
-    opt.load_state_dict(opt.state_dict())
-    assert torch.isfinite(opt.step(batch(6), TARGETS))
-
-
-def test_hooks_on_gradients_are_pointed_out() -> None:
-    net = model()
-    net.out.bias.register_hook(lambda gradient: 0 * gradient)
-    with pytest.warns(UserWarning, match="gradient hooks of out.bias do not run"):
-        compiled(net)
-
-
-def test_a_model_that_keeps_changing_is_pointed_out() -> None:
-    net = model(lambda layer, x: layer.fc(x) * layer.scale)
-    opt = compiled(net, lr=0.5, feedback=False)
-    with pytest.warns(UserWarning, match="had numbers among their attributes changed"):
-        for index in range(12):
-            net.block[0].scale = float(index)
-            opt.step(batch(6), TARGETS)
-    expect_the_base_methods_update(opt, net, batch(6))
-
-
-# --- sizes that a recording has built in ------------------------------------------------------------------------------
-
-
-def as_often_as_samples(net: Any, x: Tensor) -> Tensor:
-    y = net.a(x)
-    for _ in range(x.shape[0]):
-        y = torch.tanh(y)
-    return net.b(y)
-
-
-def by_batch_size(net: Any, x: Tensor) -> Tensor:
-    y = torch.tanh(net.a(x))
-    return net.b(y) if x.shape[0] > 3 else net.b(2 * y)
-
-
-@pytest.mark.parametrize(("forward", "specialised"), [(as_often_as_samples, True), (by_batch_size, False)])
-def test_a_program_for_another_batch_size_is_compiled_again(forward: Callable[..., Any], specialised: bool) -> None:
-    """torch.export builds the batch size in, or follows one side of a decision on it."""
-    net = make(forward, a=(4, 5), b=(5, 3))
-    opt = compiled(net, lr=0.5, feedback=False)
-    assert (opt.graph.ops.frontend, opt.graph.ops.specialised) == ("export", specialised)
-    programs = []
-    for size in (6, 2, 6, 4, 2):
-        expect_the_base_methods_update(opt, net, batch(size), size)
-        programs.append(opt.program.code)
-    assert programs[0] == programs[2] and programs[1] == programs[4] and programs[0] != programs[1]
-
-
-def test_an_input_that_was_left_out_at_first() -> None:
-    net = make(lambda net, x, y=None: net.b(torch.tanh(net.a(x if y is None else x * y))), a=(4, 5), b=(5, 3))
-    opt = compiled(net, lr=0.5, feedback=False)
-    for inputs in (batch(6), (batch(6), batch(6, 1)), batch(6)):
-        expect_the_base_methods_update(opt, net, inputs)
 
 
 def test_errors_can_be_sent_between_processes() -> None:

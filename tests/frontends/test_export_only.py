@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
+from gtddp_compile import CompiledOptimizer, compile_optimizer
+from support.compared import assert_base, assert_equal
+from support.networks import Case
 
 LR, SAMPLES, STEPS, WIDTH, CLASSES = 0.1, 3, 5, 4, 2
 RECURRENT: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
@@ -57,55 +59,38 @@ class Attention(nn.Module):
         return self.out((y if self.first else y.transpose(0, 1)).mean(1))
 
 
-def data() -> tuple[Tensor, Tensor]:
-    made = torch.Generator().manual_seed(2)
-    shapes = (SAMPLES, STEPS, 3), (SAMPLES, CLASSES)
+def data(seed: int = 2, size: int = SAMPLES) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    shapes = (size, STEPS, 3), (size, CLASSES)
     x, y = (torch.randn(*shape, generator=made, dtype=torch.float64) for shape in shapes)
     return x, y
 
 
-def seeded(build: Any) -> nn.Module:
+def case_of(build: Any, loss: Any = None) -> Case:
     torch.manual_seed(0)
     model: nn.Module = build().double()
     model(data()[0])
-    return model
+    return Case(model, loss=loss or nn.MSELoss(), draw=data)
 
 
-def stepped(model: nn.Module, loss: Any, **options: Any) -> tuple[CompiledOptimizer, dict[str, Tensor]]:
-    x, y = data()
-    opt = compile_optimizer(model, x, loss=loss, curvature="sgd", lr=LR, **options)
-    torch.manual_seed(1)
-    opt.step(x, y)
-    return opt, dict(model.state_dict())
-
-
-def assert_base_method_and_dense(model: nn.Module, loss: Any, frontend: str) -> CompiledOptimizer:
+def assert_base_method_and_dense(case: Case, frontend: str) -> CompiledOptimizer:
     """With feedback off torch's own step; with feedback the dense backend's, another one."""
-    own = copy.deepcopy(model)
-    x, y = data()
-    torch.manual_seed(1)
-    loss(own(x), y).mean().backward()
-    torch.optim.SGD(own.parameters(), lr=LR).step()
-    opt, base = stepped(copy.deepcopy(model), loss, feedback=False)
-    assert opt.graph.ops.frontend == frontend
-    torch.testing.assert_close(base, dict(own.state_dict()), rtol=0, atol=1e-12)
-    fast, dense = (stepped(copy.deepcopy(model), loss, backend=b)[1] for b in ("fast", "dense"))
-    torch.testing.assert_close(fast, dense, rtol=0, atol=1e-9)
-    assert any(not torch.allclose(fast[name], base[name]) for name in base)
-    return opt
+    base = assert_base(case, steps=1, curvature="sgd", lr=LR)
+    run = assert_equal(case, steps=1, curvature="sgd", lr=LR)
+    assert base.optimizer.graph.ops.frontend == frontend and not torch.allclose(base.parameters, run.parameters)
+    return run.optimizer
 
 
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrent_modules(name: str) -> None:
-    model = seeded(lambda: Recurrent(*RECURRENT[name]))
-    opt = assert_base_method_and_dense(model, nn.MSELoss(), "export")
+    opt = assert_base_method_and_dense(case_of(lambda: Recurrent(*RECURRENT[name])), "export")
     layers = RECURRENT[name][1].get("num_layers", 1)
     assert [p.kind for p in opt.graph.players] == ["recurrent"] * layers + ["linear"]
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_attention_modules(first: bool) -> None:
-    assert_base_method_and_dense(seeded(lambda: Attention(first)), nn.MSELoss(), "export")
+    assert_base_method_and_dense(case_of(lambda: Attention(first)), "export")
 
 
 # --- what models return -----------------------------------------------------------------------------------------------
@@ -150,46 +135,10 @@ def test_the_loss_says_which_outputs_matter(name: str, asks: bool) -> None:
     def loss(outputs: Any, targets: Tensor) -> Tensor:
         return ((main(outputs) - targets) ** 2 + 0.3 * side(outputs) ** 2).mean(1)
 
-    torch.manual_seed(0)
-    assert_base_method_and_dense(Auxiliary(pack, asks).double(), loss, "export" if asks else "fx")
-
-
-def test_nested_inputs_are_refused() -> None:
-    x, _ = data()
-    with pytest.raises(CompileError, match=r"inputs must be tensors, got dict\. Pass a tensor, or a tuple of tensors"):
-        compile_optimizer(nn.Linear(3, 2).double(), ({"x": x},), loss=nn.MSELoss(), curvature="sgd")
+    assert_base_method_and_dense(case_of(lambda: Auxiliary(pack, asks), loss), "export" if asks else "fx")
 
 
 # --- what torch does around layers ------------------------------------------------------------------------------------
-
-
-class OldWeightNorm(nn.Module):
-    """The parametrization by hooks that torch had first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with pytest.warns(FutureWarning, match="weight_norm"):
-            self.layer = torch.nn.utils.weight_norm(nn.Linear(3, WIDTH))
-        self.out = nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.layer(x.mean(1))))
-
-
-def test_weight_norm_by_hooks() -> None:
-    torch.manual_seed(0)
-    model = OldWeightNorm().double()
-    x, y = data()
-    fresh = OldWeightNorm().double()
-    fresh.load_state_dict(model.state_dict())
-    F.mse_loss(fresh(x), y).backward()
-    torch.optim.SGD(fresh.parameters(), lr=LR).step()
-    opt, base = stepped(model, nn.MSELoss(), feedback=False)
-    torch.testing.assert_close(base, dict(fresh.state_dict()), rtol=0, atol=1e-12)
-    assert [set(p.parameters) for p in opt.graph.players] == [
-        {"layer.bias", "layer.weight_g", "layer.weight_v"},
-        {"out.weight", "out.bias"},
-    ]
 
 
 class Autocast(nn.Module):
@@ -236,8 +185,7 @@ class Moved(nn.Module):
 
 
 def test_a_buffer_assigned_to_itself_is_not_written() -> None:
-    torch.manual_seed(0)
-    model = Moved().double()
-    table = model.table
-    assert_base_method_and_dense(model, nn.MSELoss(), "fx")
-    assert model.table is table and isinstance(table, Tensor)
+    case = case_of(Moved)
+    table = case.model.table
+    assert_base_method_and_dense(case, "fx")
+    assert case.model.table is table and isinstance(table, Tensor)

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile import CompileError
 from gtddp_compile.frontends import trace_followed
 from gtddp_compile.passes import p01_normalise as normalisation
-from support.networks import seeded
+from support.compared import assert_base, assert_equal, train, trained
+from support.networks import Case, seeded
 from support.recorded import batch, net
 
 LR = 0.1
@@ -87,16 +88,9 @@ def drawn_in_vain(m: Any, x: Tensor) -> Tensor:
 
 
 FORWARDS = (
-    drawn_in_vain,
-    numbers_of_numpy,
-    asks_whether_it_is_traced,
-    sizes_of_what_is_made,
-    operators,
-    parts,
-    random,
-    decides,
-    without_gradient,
-)
+    drawn_in_vain, numbers_of_numpy, asks_whether_it_is_traced, sizes_of_what_is_made, operators, parts, random,
+    decides, without_gradient,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -104,33 +98,26 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(normalisation.normalise, "__defaults__", ((trace_followed,),))
 
 
-def step(model: nn.Module, *inputs: Tensor, front_end: str = "eager", **options: Any) -> dict[str, Tensor]:
-    model = copy.deepcopy(model)
-    opt = compile_optimizer(model, inputs, loss=nn.MSELoss(), curvature="sgd", lr=LR, **options)
-    assert opt.graph.ops.frontend == front_end
-    with torch.no_grad():
-        target = torch.zeros_like(copy.deepcopy(model)(*inputs))
-    torch.manual_seed(1)
-    opt.step(inputs, target)
-    return dict(model.state_dict())
+def case_of(model: nn.Module, *shape: int) -> Case:
+    """Targets are zeros of the outputs' shape."""
+
+    def draw(seed: int, size: int) -> tuple[Tensor, Tensor]:
+        x = batch(6) if not shape else torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+        with torch.no_grad(), torch.random.fork_rng():
+            return x, torch.zeros_like(copy.deepcopy(model)(x))
+
+    return Case(model, loss=nn.MSELoss(), draw=draw)
 
 
-def sgd(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    torch.manual_seed(1)
-    model(*inputs).square().mean().backward()
-    optimizer.step()
-    return dict(model.state_dict())
+OPTIONS: dict[str, Any] = {"steps": 1, "curvature": "sgd", "lr": LR}
 
 
 @pytest.mark.filterwarnings("ignore:.*depends on values")
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
 def test_feedback_off_is_torch(forward: Forward, alone: None) -> None:
-    model, x = net(forward), batch(6)
-    torch.testing.assert_close(step(model, x, feedback=False), sgd(model, x), rtol=0, atol=1e-12)
-    changed = step(model, x)
-    assert any(not torch.equal(value, changed[name]) for name, value in sgd(model, x).items())
+    run = assert_base(case_of(net(forward)), **OPTIONS)
+    assert run.optimizer.graph.ops.frontend == "eager"
+    assert not torch.equal(run.parameters, trained(case_of(net(forward)), **OPTIONS))
 
 
 class Layers(nn.Module):
@@ -159,13 +146,11 @@ class Layers(nn.Module):
 def test_layers(front_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if front_end == "eager":
         monkeypatch.setattr(normalisation.normalise, "__defaults__", ((trace_followed,),))
-    model = seeded(Layers).double()
-    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    opt = compile_optimizer(copy.deepcopy(model), x, loss=nn.MSELoss(), curvature="sgd", lr=LR)
-    assert opt.graph.ops.frontend == front_end
+    case = case_of(seeded(Layers).double(), 3, 5, 4)
+    assert train(case, **OPTIONS).optimizer.graph.ops.frontend == front_end
     if front_end == "eager":
-        torch.testing.assert_close(step(model, x, feedback=False), sgd(model, x), rtol=0, atol=1e-10)
-        torch.testing.assert_close(step(model, x), step(model, x, backend="dense"), rtol=0, atol=1e-9)
+        assert_base(case, tolerance=1e-10, **OPTIONS)
+        assert_equal(case, **OPTIONS)
 
 
 class Hidden(torch.autograd.Function):
@@ -199,14 +184,14 @@ def builds_in(m: Any, x: Tensor) -> Tensor:
     [
         (custom, "computes something else"),
         (leaves_torch, "out of torch"),
-        (draws_elsewhere, "something else every time"),
+        (draws_elsewhere, "draws random numbers from random"),
         (builds_in, "read from values is built in"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_refused(forward: Forward, why: str, alone: None) -> None:
     with pytest.raises(CompileError, match=why):
-        step(net(forward), batch(6))
+        train(case_of(net(forward)), **OPTIONS)
 
 
 class Biased(nn.Module):
@@ -228,11 +213,9 @@ class Biased(nn.Module):
 
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_attention_that_adds_a_trained_bias_and_drops(scale: float | None) -> None:
-    model = seeded(lambda: Biased(scale)).double()
-    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(step(model, x, front_end="fx", feedback=False), sgd(model, x), rtol=0, atol=1e-12)
-    dense = step(model, x, front_end="fx", backend="dense")
-    torch.testing.assert_close(step(model, x, front_end="fx"), dense, rtol=0, atol=1e-9)
+    case = case_of(seeded(lambda: Biased(scale)).double(), 3, 5, 4)
+    assert assert_base(case, **OPTIONS).optimizer.graph.ops.frontend == "fx"
+    assert_equal(case, **OPTIONS)
 
 
 class Learned(nn.Module):
@@ -268,8 +251,6 @@ ROWS = torch.ones(5, 5, dtype=torch.bool).tril() & (torch.arange(5) != 1)[:, Non
 )
 @pytest.mark.parametrize("reads", ["queries", "keys", "all"])
 def test_attention_that_reads_parameters_and_drops(reads: str, options: dict[str, Any]) -> None:
-    model = seeded(lambda: Learned(reads, **options)).double()
-    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(step(model, x, front_end="fx", feedback=False), sgd(model, x), rtol=0, atol=1e-12)
-    dense = step(model, x, front_end="fx", backend="dense")
-    torch.testing.assert_close(step(model, x, front_end="fx"), dense, rtol=0, atol=1e-9)
+    case = case_of(seeded(lambda: Learned(reads, **options)).double(), 3, 5, 4)
+    assert_base(case, **OPTIONS)
+    assert_equal(case, **OPTIONS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -135,32 +135,11 @@ def test_random_numbers_that_nothing_reads_are_drawn_too(front_end: str) -> None
     assert_same_numbers(graph, model)
 
 
-def test_a_step_draws_what_nothing_reads() -> None:
-    """With feedback off it is torch's step, from the same random state; what reaches no output stays as it was."""
-    torch.manual_seed(0)
-    ours, theirs = Wasteful().double(), Wasteful().double()
-    theirs.load_state_dict(ours.state_dict())
-    optimizer = compile_optimizer(ours, batch(4), loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, feedback=False)
-    reference = torch.optim.SGD(theirs.parameters(), lr=0.1)
-    targets = torch.tensor([0, 2, 1, 0])
-    torch.manual_seed(7)
-    optimizer.step(batch(4), targets)
-    torch.manual_seed(7)
-    nn.CrossEntropyLoss()(theirs(batch(4)), targets).backward()
-    reference.step()
-    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=0, atol=1e-12)
-
-
 def assert_same_numbers(graph: OpGraph, model: nn.Module) -> None:
     torch.manual_seed(7)
     expected = model(batch(6))
     torch.manual_seed(7)
     assert_same(values(graph, model, batch(6)), expected)
-
-
-def test_dropout_is_an_identity_in_eval_mode() -> None:
-    graph = normalise(EXAMPLES["dropout_mlp"]().model.eval(), (batch(4),))
-    assert "dropout" not in {op.kind for op in graph.ops}
 
 
 class Buffered(nn.Module):
@@ -265,44 +244,6 @@ def test_arguments_that_are_not_given_keep_their_defaults(front_end: str) -> Non
         graph = normalise(model, given, (FRONT_ENDS[front_end],))
         assert graph.inputs == ("x", "mask")[: len(given)]
         assert_same(values(graph, model, *given), model(*given))
-
-
-class Pair(NamedTuple):
-    logits: Tensor
-    hidden: Tensor
-
-
-OUTPUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "tuple": lambda a, b: (a, b),
-    "list": lambda a, b: [b, a],
-    "dict": lambda a, b: {"logits": a, "hidden": b},
-    "namedtuple": Pair,
-    "nested": lambda a, b: {"logits": a, "parts": (b, [a])},
-}
-
-
-@pytest.mark.parametrize("front_end", ["fx", "export"])
-@pytest.mark.parametrize("kind", OUTPUTS)
-def test_outputs_of_every_structure(kind: str, front_end: str) -> None:
-    def forward(net: Any, x: Tensor) -> Any:
-        hidden = torch.tanh(net.a(x))
-        return OUTPUTS[kind](net.b(hidden), hidden)
-
-    model = net(forward)
-    graph = normalise(model, (batch(4),), (FRONT_ENDS[front_end],))
-    found, expected = graph.as_returned(values(graph, model, batch(6))), model(batch(6))
-    assert type(found) is type(expected)
-    assert_same(found, expected)
-
-    def loss(outputs: Any, targets: Tensor) -> Tensor:
-        assert type(outputs) is type(expected)
-        logits = outputs.logits if isinstance(outputs, Pair) else outputs["logits"] if isinstance(outputs, dict) else (
-            outputs[1] if isinstance(outputs, list) else outputs[0]
-        )  # fmt: skip
-        return F.cross_entropy(logits, targets, reduction="none")
-
-    opt = compile_optimizer(model, batch(4), loss=loss, curvature="sgd", lr=0.1)
-    assert torch.isfinite(opt.step(batch(6), torch.arange(6) % 3))
 
 
 # --- the model is left alone ------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, compile_optimizer
-from gtddp_compile.passes import p01_normalise as normalisation
-from gtddp_compile.passes.p01_normalise import FRONT_ENDS
 
 WIDTH = 6
 MIXING: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
@@ -78,27 +76,11 @@ def test_the_size_of_the_example_does_not_matter(name: str, example: int, size: 
     torch.testing.assert_close(found, trained(model, size, size, backend="dense")[0], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("example", [1, 4])
-def test_under_torch_export(example: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Net(MIXING["centred"][0])
-    expected = trained(model)[0]
-    monkeypatch.setattr(normalisation.normalise, "__defaults__", (FRONT_ENDS[1:],))
-    found, opt = trained(model, example)
-    assert (opt.graph.ops.frontend, opt.graph.ops.mixing) == ("export", ("sub",))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "between",
-    [
-        lambda h: h - h.mean(1, keepdim=True),
-        lambda h: h - h.mean(0).detach(),
-        lambda h: torch.stack([h, 2 * h], 0).sum(0),
-        lambda h: h[[2, 0, 3, 1]][[1, 3, 0, 2]],
-        lambda h: h * h.shape[0],
-        lambda h: h + nn.functional.dropout(h, 0.5),
-    ],
-)
+@pytest.mark.parametrize("between", [
+    lambda h: h - h.mean(1, keepdim=True), lambda h: h - h.mean(0).detach(),
+    lambda h: torch.stack([h, 2 * h], 0).sum(0), lambda h: h[[2, 0, 3, 1]][[1, 3, 0, 2]], lambda h: h * h.shape[0],
+    lambda h: h + nn.functional.dropout(h, 0.5),
+])  # fmt: skip
 def test_what_does_not_mix(between: Callable[[Tensor], Tensor]) -> None:
     """A sample's own mean, a constant, and rows that come back in order: derivatives go to their own sample alone."""
     opt = trained(Net(between))[1]
@@ -133,22 +115,3 @@ def test_a_layer_that_belongs_to_no_sample_is_refused(away: Callable[[Tensor], T
         compile_optimizer(Shuffled(away).double(), data(example)[0], loss=nn.CrossEntropyLoss(), curvature="sgd")
     assert caught.value.source and "test_mixing.py" in caught.value.source
     assert "whole batch" in str(caught.value)
-
-
-def test_a_mixing_layer_of_its_own() -> None:
-    """A layer that compares samples with its own weight is differentiated as what it is."""
-
-    class Bilinear(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.a, self.w, self.c = nn.Linear(5, WIDTH), nn.Parameter(torch.randn(WIDTH, WIDTH) / 4), nn.Linear(6, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.a(x))
-            return self.c(torch.tanh(torch.einsum("bi,ij,cj->bcj", h, self.w, h).sum(1)))  # type: ignore[no-any-return]
-
-    model = Bilinear()
-    (found, opt), (expected, _) = (trained(model, backend=backend) for backend in ("fast", "dense"))
-    assert opt.graph.ops.mixing == ("einsum",)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)

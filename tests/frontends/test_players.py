@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +16,9 @@ from gtddp_compile.graph import OpGraph, Player, PlayerGraph
 from gtddp_compile.passes import find_players, normalise
 from gtddp_compile.passes.p02_find_players import prove_owned
 from support.architectures import EXAMPLES
-from support.networks import Net, seeded
-from support.recorded import FRONT_ENDS, assert_same
+from support.compared import assert_base, assert_equal
+from support.networks import Case, Net, seeded
+from support.recorded import FRONT_ENDS
 
 
 @dataclass
@@ -32,8 +32,6 @@ class Expected:
     expressions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
-    waits: bool = False
-    """Whether a control waits for a later use, which the dense backend refuses."""
 
 
 class WithBare(Net):
@@ -89,7 +87,6 @@ PLAYERS: dict[str, Expected] = {
         {"a": A, "b": B},
         uses={"b": ("b", "linear", "b_1")},
         expressions={"b": ("T",)},
-        waits=True,
     ),
     "scaled weight": Expected(
         lambda net, x: net.b(torch.tanh(F.linear(x, net.a.weight * net.scale, net.a.bias))),
@@ -131,38 +128,13 @@ def test_players(name: str, front_end: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLAYERS)
-def test_an_update_without_feedback_is_the_base_methods(name: str) -> None:
+def test_updates(name: str) -> None:
     """Every use of every parameter counts in its gradient; frozen and unused ones stay as they are."""
     expected = PLAYERS[name]
-    model, targets = model_of(expected), torch.arange(6) % 3
-    plain = copy.deepcopy(model)
-    opt = compile_optimizer(
-        model, inputs(6), loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.3, momentum=0.9, feedback=False
-    )
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.9)
-    for _ in range(3):
-        optimizer.zero_grad()
-        F.cross_entropy(plain(inputs(6)), targets).backward()
-        optimizer.step()
-        opt.step(inputs(6), targets)
-    assert_same(dict(model.named_parameters()), dict(plain.named_parameters()))
-    assert opt.graph.unused == expected.unused
-
-
-@pytest.mark.parametrize("name", [name for name, expected in PLAYERS.items() if not expected.waits])
-@pytest.mark.parametrize("coupling", ["full", 4])
-def test_an_update_with_feedback_equals_the_dense_backends(name: str, coupling: str | int) -> None:
-    models = []
-    for backend in ("fast", "dense"):
-        model = model_of(PLAYERS[name])
-        opt = compile_optimizer(
-            model, inputs(6), loss=nn.CrossEntropyLoss(), curvature="rmsprop", lr=0.1, backend=backend,
-            coupling=coupling,
-        )  # fmt: skip
-        for _ in range(3):
-            opt.step(inputs(6), torch.arange(6) % 3)
-        models.append(model)
-    torch.testing.assert_close(*(dict(m.named_parameters()) for m in models), rtol=0, atol=1e-9)
+    case = Case(model_of(expected), (4,))
+    run = assert_base(case, curvature="sgd", lr=0.3, momentum=0.9)
+    assert run.optimizer.graph.unused == expected.unused
+    assert_equal(case, curvature="rmsprop", lr=0.1, coupling=4)
 
 
 def test_one_parameter_under_two_names_is_one_player() -> None:
@@ -187,21 +159,6 @@ def test_one_parameter_under_two_names_is_one_player() -> None:
         assert (info.name, info.aliases) == ("encode.weight", ("decode.weight",))
 
 
-def where_a_parameter_is(net: Any, x: Tensor) -> Tensor:
-    """Reads where a weight is kept and of what type, no entry of it."""
-    steps = torch.arange(3, device=net.b.weight.device).to(net.b.weight.dtype)
-    return net.b(torch.tanh(net.a(x)) * 2.0 ** (steps / 3))
-
-
-def test_a_parameters_device_and_type_are_no_gradient() -> None:
-    net = seeded(lambda: Net(where_a_parameter_is, a=nn.Linear(2, 3), b=nn.Linear(3, 2)))
-    players = find_players(normalise(net, (torch.randn(4, 2, dtype=torch.float64),))).players
-    assert [(player.name, player.uses, player.expressions) for player in players] == [
-        ("a", ("a",), ()),
-        ("b", ("b",), ()),
-    ]
-
-
 def test_nothing_to_train_is_refused() -> None:
     frozen = Expected(head_on_three, {}, frozen=(*A, *B))
     with pytest.raises(CompileError, match="no trainable parameters"):
@@ -221,11 +178,6 @@ def found_in(name: str) -> PlayerGraph:
 def with_player(found: PlayerGraph, name: str, **changes: Any) -> PlayerGraph:
     players = tuple(replace(player, **changes) if player.name == name else player for player in found.players)
     return PlayerGraph(found.ops, players, found.unused)
-
-
-@pytest.mark.parametrize("name", PLAYERS)
-def test_the_proof_accepts_what_was_found(name: str) -> None:
-    prove_owned(found_in(name))
 
 
 def test_the_proof_sees_a_missed_use() -> None:

@@ -7,21 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from gtddp_compile import compile_optimizer
-from gtddp_compile.kernels import batch_moments, batch_norm, quick_moments
-from gtddp_compile.kernels import batch_norm as kernel
-from gtddp_compile.kernels.batch_norm import FEW, SMALL
+from gtddp_compile.kernels import batch_moments, batch_norm
 
-EPS = 1e-5
 ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "channels last": lambda x: x.to(memory_format=torch.channels_last),
-    "a slice": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
-    "one axis": lambda x: x.flatten(2),
+    "contiguous": lambda x: x, "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "a slice": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]], "one axis": lambda x: x.flatten(2),
     "no axis": lambda x: x[:, :, 0, 0],
-}
+}  # fmt: skip
 
 
 def make(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,28 +86,3 @@ def test_forward_mode_and_vmap() -> None:
         rtol=0,
         atol=1e-10,
     )
-
-
-def test_torch_finds_them_where_it_is_as_fast() -> None:
-    large = torch.randn(SMALL // FEW // 4, 4, FEW)
-    assert quick_moments(large) is not None
-    few = large.view(-1, 4, FEW // 2)
-    for other in (large[1:], few, large[..., 0], large.bfloat16(), large.mT.contiguous().mT, large.to("meta")):
-        assert quick_moments(other) is None
-
-
-def test_one_value_a_channel_is_torchs_error() -> None:
-    with pytest.raises(ValueError, match="more than 1 value"):
-        kernel(torch.randn(1, 3), None, None, None, None, None, training=True, moments=quick_moments(torch.randn(1, 3)))
-
-
-def test_without_feedback_they_are_torchs() -> None:
-    model, x = (
-        nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)),
-        torch.randn(4, 2, 2, 2),
-    )
-    for feedback in (False, True):
-        program = compile_optimizer(
-            model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, feedback=feedback
-        ).program
-        assert ("quick_moments" in program.code) is feedback

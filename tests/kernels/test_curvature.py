@@ -13,62 +13,43 @@ from torch import Tensor
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import SGD, Adam, AdamW, Curvature, RMSprop, resolve
+from support.compared import TORCH
 
-TORCH = {
-    "sgd": torch.optim.SGD,
-    "rmsprop": torch.optim.RMSprop,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
 SHAPES = [(), (7,), (4, 3)]
 
+RATE = torch.tensor(0.03, dtype=torch.float64)
 GRIDS: dict[str, dict[str, list[Any]]] = {
-    "sgd": {
-        "lr": [0.1, torch.tensor(0.03, dtype=torch.float64)],
-        "momentum": [0.0, 0.9],
-        "dampening": [0.0, 0.3],
-        "weight_decay": [0.0, 0.1],
-        "nesterov": [False, True],
-    },
-    "rmsprop": {
-        "lr": [1e-2, torch.tensor(0.03, dtype=torch.float64)],
-        "alpha": [0.99, 0.5],
-        "eps": [1e-8, 1e-2],
-        "weight_decay": [0.0, 0.1],
-        "momentum": [0.0, 0.9],
-        "centered": [False, True],
-    },
-    "adam": {
-        "lr": [1e-3, torch.tensor(0.03, dtype=torch.float64)],
-        "betas": [(0.9, 0.999), (0.5, 0.7)],
-        "eps": [1e-8, 1e-2],
-        "weight_decay": [0.0, 0.1],
-        "amsgrad": [False, True],
-        "decoupled_weight_decay": [False, True],
-    },
-    "adamw": {
-        "lr": [1e-3, torch.tensor(0.03, dtype=torch.float64)],
-        "betas": [(0.9, 0.999), (0.0, 0.0)],
-        "weight_decay": [0.0, 1e-2, 0.3],
-        "amsgrad": [False, True],
-    },
-}
+    "sgd": {"lr": [0.1, RATE], "momentum": [0.0, 0.9], "dampening": [0.0, 0.3], "weight_decay": [0.0, 0.1],
+            "nesterov": [False, True]},
+    "rmsprop": {"lr": [1e-2, RATE], "alpha": [0.99, 0.5], "eps": [1e-2], "weight_decay": [0.0, 0.1],
+                "momentum": [0.0, 0.9], "centered": [False, True]},
+    "adam": {"lr": [1e-3, RATE], "betas": [(0.9, 0.999), (0.5, 0.7)], "eps": [1e-2], "weight_decay": [0.0, 0.1],
+             "amsgrad": [False, True], "decoupled_weight_decay": [False, True]},
+    "adamw": {"lr": [1e-3, RATE], "betas": [(0.9, 0.999), (0.0, 0.0)], "weight_decay": [0.0, 0.3],
+              "amsgrad": [False, True]},
+}  # fmt: skip
 
 
 def combinations() -> Iterator[Any]:
     for name, grid in GRIDS.items():
         for values in itertools.product(*grid.values()):
             options = dict(zip(grid, values, strict=True))
-            if options.get("nesterov") and (not options["momentum"] or options["dampening"]):
-                continue
-            yield pytest.param(name, options, id=name + "-" + "-".join(map(str, values)))
+            if not options.get("nesterov") or (options["momentum"] and not options["dampening"]):
+                yield pytest.param(name, options, id=name + "-" + "-".join(map(str, values)))
 
 
 def one_step(c: Curvature, param: Tensor, gradient: Tensor, state: Any, group: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Of which nothing that is given is modified."""
+    before = _snapshot(param, gradient, state, group)
     linear = c.linear_term(param, group)
     g = gradient if linear is None else gradient + linear
-    state = c.observe(param, g if c.needs_statistics else None, state, group)
-    return c.apply(param, g, state, group)
+    observed = c.observe(param, g if c.needs_statistics else None, state, group)
+    middle = _snapshot(observed)
+    c.inverse_metric(param, observed, group)
+    delta, after = c.apply(param, g, observed, group)
+    assert _equal(before, _snapshot(param, gradient, state, group)) and _equal(middle, _snapshot(observed))
+    assert observed is not state and after is not observed
+    return delta, after
 
 
 @pytest.mark.parametrize(("name", "options"), list(combinations()))
@@ -81,7 +62,7 @@ def test_equals_torch(name: str, options: dict[str, Any]) -> None:
     optimizer = TORCH[name](theirs, **options)
     group = c.defaults()
     states: list[dict[str, Any]] = [c.init_state(p, group) for p in ours]
-    for _ in range(20):
+    for _ in range(5):
         for i, p in enumerate(theirs):
             p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             delta, states[i] = one_step(c, ours[i], p.grad.clone(), states[i], group)
@@ -91,44 +72,21 @@ def test_equals_torch(name: str, options: dict[str, Any]) -> None:
     for mine, p, state in zip(ours, theirs, states, strict=True):
         torch.testing.assert_close(mine, p.detach(), rtol=1e-12, atol=1e-12)
         reference = {key: value for key, value in optimizer.state[p].items() if value is not None}
-        assert state.keys() == reference.keys()
-        for key, value in reference.items():
-            torch.testing.assert_close(state[key], value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(state, reference, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "options"), list(combinations()))
 def test_delta_is_preconditioned_gradient(name: str, options: dict[str, Any]) -> None:
     """``δu = -M⁻¹ ĝ`` at the first step, where moments are the gradient; the metric has its shape."""
-    plain = {**options, "weight_decay": 0.0}
-    c = resolve(name, **plain)
+    c = resolve(name, **{**options, "weight_decay": 0.0})
     group, param = c.defaults(), torch.randn(4, 3, dtype=torch.float64)
     g = torch.randn_like(param)
     state = c.observe(param, g, c.init_state(param, group), group)
     inverse = c.inverse_metric(param, state, group)
-    if c.metric == "diagonal":
-        assert isinstance(inverse, Tensor) and inverse.shape == param.shape
-    else:
-        assert not isinstance(inverse, Tensor) or inverse.dim() == 0
-    delta, _ = c.apply(param, g, state, group)
+    assert c.metric != "diagonal" or (isinstance(inverse, Tensor) and inverse.shape == param.shape)
+    assert c.metric == "diagonal" or not isinstance(inverse, Tensor) or inverse.dim() == 0
     scale = 1 + options["momentum"] if options.get("nesterov") else 1.0
-    torch.testing.assert_close(delta, -inverse * g * scale, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize(("name", "options"), list(combinations()))
-def test_nothing_is_modified(name: str, options: dict[str, Any]) -> None:
-    c = resolve(name, **options)
-    group, param = c.defaults(), torch.randn(4, 3)
-    state = c.init_state(param, group)
-    for _ in range(2):
-        g = torch.randn(4, 3)
-        before = _snapshot(param, g, state, group)
-        observed = c.observe(param, g, state, group)
-        middle = _snapshot(observed)
-        c.inverse_metric(param, observed, group)
-        _, after = c.apply(param, g, observed, group)
-        assert _equal(before, _snapshot(param, g, state, group)) and _equal(middle, _snapshot(observed))
-        assert observed is not state and after is not observed
-        state = after
+    torch.testing.assert_close(c.apply(param, g, state, group)[0], -inverse * g * scale, rtol=1e-12, atol=1e-14)
 
 
 def _snapshot(*values: Any) -> Any:
@@ -185,19 +143,6 @@ def test_statistics_need_a_gradient(c: Curvature) -> None:
         c.observe(param, None, c.init_state(param, group), group)
 
 
-@pytest.mark.parametrize("name", ["rmsprop", "adam", "adamw"])
-def test_traces_under_torch_compile(name: str) -> None:
-    c = resolve(name)
-    group, param, g = c.defaults(), torch.randn(5), torch.randn(5)
-    state = c.init_state(param, group)
-
-    def step(p: Tensor, g: Tensor, s: Any) -> tuple[Tensor, dict[str, Any]]:
-        return one_step(c, p, g, s, group)
-
-    delta, _ = torch.compile(step, backend="eager", fullgraph=True)(param, g, state)
-    torch.testing.assert_close(delta, step(param, g, state)[0])
-
-
 @pytest.mark.parametrize("c", [SGD(lr=0.5), RMSprop(), Adam(), AdamW()])
 def test_objects(c: Curvature) -> None:
     assert resolve(c) is c
@@ -206,40 +151,28 @@ def test_objects(c: Curvature) -> None:
         resolve(c, lr=1.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("sgdd", {}, r"curvature 'sgdd' is not known.*'sgd', 'rmsprop', 'adam', 'adamw'"),
-        (
-            "sgd",
-            {"beta": 1},
-            r"no option 'beta'. Its options are lr, momentum, dampening, weight_decay, nesterov",
-        ),
-        ("adam", {"fused": True}, r"no option 'fused' \(it would only choose .*lr, betas, eps"),
-        ("rmsprop", {"foreach": False}, r"no option 'foreach'"),
-        ("adamw", {"decoupled_weight_decay": False}, r"no option 'decoupled_weight_decay'"),
-        ("sgd", {"maximize": True}, r"maximize=True.*Negate the loss"),
-        ("adam", {"maximize": True}, r"maximize=True.*Negate the loss"),
-        ("sgd", {"lr": -1.0}, r"SGD: lr is -1.0. Give lr a number that is at least 0"),
-        ("sgd", {"lr": float("nan")}, r"lr is nan"),
-        ("sgd", {"lr": torch.ones(2)}, r"lr is a tensor of shape \(2,\)"),
-        ("sgd", {"lr": "fast"}, r"lr is fast"),
-        ("sgd", {"lr": None}, r"lr is None"),
-        ("sgd", {"momentum": -0.1}, r"momentum is -0.1"),
-        ("sgd", {"weight_decay": -0.1}, r"weight_decay is -0.1"),
-        ("sgd", {"nesterov": True}, r"nesterov=True needs a momentum"),
-        ("sgd", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, r"zero dampening"),
-        ("rmsprop", {"alpha": -1}, r"alpha is -1"),
-        ("rmsprop", {"eps": -1e-8}, r"eps is -1e-08"),
-        ("adam", {"betas": (0.9, 1.0)}, r"betas\[1\] is 1.0. Give betas\[1\] a value in \[0, 1\)"),
-        ("adam", {"betas": (-0.1, 0.9)}, r"betas\[0\] is -0.1"),
-        ("adam", {"betas": 0.9}, r"betas is 0.9"),
-        ("adam", {"eps": -1}, r"eps is -1"),
-        (SGD, {}, r"neither a name nor a Curvature object"),
-        (torch.optim.SGD([torch.zeros(1)]), {}, r"neither a name nor a Curvature object"),
-        (None, {}, r"curvature is None"),
-    ],
-)
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("sgdd", {}, r"curvature 'sgdd' is not known.*'sgd', 'rmsprop', 'adam', 'adamw'"),
+    ("sgd", {"beta": 1}, r"no option 'beta'. Its options are lr, momentum, dampening, weight_decay, nesterov"),
+    ("adam", {"fused": True}, r"no option 'fused' \(it would only choose .*lr, betas, eps"),
+    ("adamw", {"decoupled_weight_decay": False}, r"no option 'decoupled_weight_decay'"),
+    ("adam", {"maximize": True}, r"maximize=True.*Negate the loss"),
+    ("sgd", {"lr": -1.0}, r"SGD: lr is -1.0. Give lr a number that is at least 0"),
+    ("sgd", {"lr": float("nan")}, r"lr is nan"),
+    ("sgd", {"lr": torch.ones(2)}, r"lr is a tensor of shape \(2,\)"),
+    ("sgd", {"lr": "fast"}, r"lr is fast"),
+    ("sgd", {"momentum": -0.1}, r"momentum is -0.1"),
+    ("sgd", {"weight_decay": -0.1}, r"weight_decay is -0.1"),
+    ("sgd", {"nesterov": True}, r"nesterov=True needs a momentum"),
+    ("sgd", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, r"zero dampening"),
+    ("rmsprop", {"alpha": -1}, r"alpha is -1"),
+    ("rmsprop", {"eps": -1e-8}, r"eps is -1e-08"),
+    ("adam", {"betas": (0.9, 1.0)}, r"betas\[1\] is 1.0. Give betas\[1\] a value in \[0, 1\)"),
+    ("adam", {"betas": 0.9}, r"betas is 0.9"),
+    (SGD, {}, r"neither a name nor a Curvature object"),
+    (torch.optim.SGD([torch.zeros(1)]), {}, r"neither a name nor a Curvature object"),
+    (None, {}, r"curvature is None"),
+])  # fmt: skip
 def test_errors(name: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CompileError, match="(?s)" + message):
         resolve(name, **options)

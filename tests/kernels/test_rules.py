@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from gtddp_compile import kernels
+from gtddp_compile import compile_optimizer, kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref, map_leaves
-from gtddp_compile.lowering.layers import RULES, choose
-from support.samples import layer
+from gtddp_compile.lowering.layers import choose
+from support.recorded import layer
 
 X, W, B = Ref("x"), ParamRef("w"), ParamRef("b")
 MEAN, VAR, COUNT = BufferRef("mean"), BufferRef("var"), BufferRef("count")
@@ -64,6 +65,8 @@ CASES: list[tuple[str, Op, dict[str, tuple[int, ...]], dict[str, Any]]] = [
      {"form": "instance", "eps": 1e-5, "training": False}),
     ("norm", op("rms_norm", F.rms_norm, X, (3,), weight=W, eps=0.1), {"x": (4, 2, 3, 3), "w": (3,)},
      {"form": "rms", "eps": 0.1, "normalized_shape": (3,)}),
+    ("transposed", op("transposed", kernels.transposed, X, W, shape=(4, 5, 3)), {"x": (4, 5, 2), "w": (2, 3)}, {}),
+    ("shift", op("add", torch.add, B, X, shape=(4, 5, 2)), {"x": (4, 5, 2), "b": (2,)}, {}),
     ("generic", op("mul", torch.mul, X, W), {"x": (4, 2, 3, 3), "w": (3, 3)},
      {"mixes": False, "batched": (True,)}),
 ]  # fmt: skip
@@ -95,27 +98,21 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
     if rule.prepare:
         operands = kernels.norm_prepare(operands, kernels.Norm(**options))
     extra = {"function": function} if name == "generic" else {}
-    own = layer(rule.name, operands, g, params, wants, **options, **extra)
-    found = getattr(kernels, f"{rule.name}_weighted")(own)
+    own = layer(rule.prefix, operands, g, params, wants, **options, **extra)
+    found = getattr(kernels, f"{rule.prefix}_weighted")(own)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "operation",
-    [
-        op("linear", F.linear, X, Ref("normalised weight"), B),
-        op("linear", F.linear, W, X, B),
-        op("linear", F.linear, BufferRef("x"), W, B),
-        op("linear", F.linear, X, W, W),
-        op("linear", F.linear, X, W, shape=(4,)),
-        op("linear", torch.mul, X, W),
-        op("conv", F.conv_transpose2d, X, W, B),
-        op("conv", F.conv2d, X, W, B, Ref("stride")),
-        op("conv", F.conv2d, X, W, B, shape=(2, 3, 3)),
-        op("layer_norm", F.layer_norm, X, (4, 2, 3, 3), W, B),
-        op("batch_norm", batch_norm, X, W, VAR, None, None, B, **{**BN, "training": False}),
-    ],
-)
+@pytest.mark.parametrize("operation", [
+    op("linear", F.linear, X, Ref("normalised weight"), B), op("linear", F.linear, W, X, B),
+    op("linear", F.linear, BufferRef("x"), W, B), op("linear", F.linear, X, W, W),
+    op("linear", F.linear, X, W, shape=(4,)), op("linear", torch.mul, X, W),
+    op("transposed", kernels.transposed, W, X, shape=(4, 2)), op("add", torch.add, X, W, alpha=2),
+    op("conv", F.conv_transpose2d, X, W, B),
+    op("conv", F.conv2d, X, W, B, Ref("stride")), op("conv", F.conv2d, X, W, B, shape=(2, 3, 3)),
+    op("layer_norm", F.layer_norm, X, (4, 2, 3, 3), W, B),
+    op("batch_norm", batch_norm, X, W, VAR, None, None, B, **{**BN, "training": False}),
+])  # fmt: skip
 def test_anything_unusual_is_generic(operation: Op) -> None:
     rule = choose(operation, frozenset({"w", "b"}))
     assert rule.name == "generic"
@@ -129,8 +126,59 @@ def test_no_rule_is_an_error_that_says_where() -> None:
         choose(drawing, frozenset({"w"}))
 
 
-def test_every_rule_has_its_kernels() -> None:
-    for rule in RULES:
-        names = ["weighted", "gram", "gram_diagonal", "directional", "per_sample"]
-        assert all(callable(getattr(kernels, f"{rule.name}_{name}")) for name in names)
-        assert hasattr(kernels, f"{rule.name}_prepare") == rule.prepare
+# --- factors of value functions stay definite against rounding, and a step on numbers that overflow changes no ---
+
+
+@pytest.mark.parametrize("noise", [1e-7, 3e-5])
+def test_rounding_does_not_make_it_indefinite(noise: float) -> None:
+    """A rank-one Gram matrix in float32, and one with more noise than rounding of one sum explains."""
+    torch.manual_seed(0)
+    gamma = torch.randn(64, 1)
+    error = torch.randn(64, 64) * noise
+    block = 1e6 * (gamma @ gamma.T + error + error.T)
+    with pytest.raises(RuntimeError):
+        torch.linalg.cholesky(block)
+    (found,), _ = kernels.factor((block,))
+    torch.testing.assert_close(found.T @ found, block, rtol=1e-2, atol=1e-2 * float(block.abs().max()))
+
+
+def test_a_step_whose_gram_matrices_overflow_is_skipped() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4) * 1e15, torch.randint(3, (6,))
+    with torch.no_grad():
+        model[1].weight.mul_(1e8)
+    before = copy.deepcopy(model.state_dict())
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1)
+    loss = opt.step(x, y)
+    assert torch.isfinite(loss) and opt.diagnostics["skipped"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("rollout", "factored"), [("linear", 1), ("nonlinear", 2)])
+@pytest.mark.parametrize(("coupling", "blocks"), [("full", 1), (3, 2)])
+def test_larger_lifts_are_counted(
+    coupling: int | str, blocks: int, rollout: Any, factored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first Gram matrices, one a group of samples, are said to be indefinite beyond rounding: those of the last
+    stage of two, or the only ones.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    options = {"curvature": "sgd", "coupling": coupling, "lr": 0.1, "rollout": rollout}
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), **options)
+    opt.step(x, y)
+    assert opt.diagnostics["lifted_grams"] == 0
+    true_cholesky, calls = torch.linalg.cholesky_ex, []
+
+    def fails_first(block: torch.Tensor, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(block)
+        found, failed = true_cholesky(block, **options)
+        return found, failed + (len(calls) <= blocks)
+
+    monkeypatch.setattr("torch.linalg.cholesky_ex", fails_first)
+    with pytest.warns(RuntimeWarning, match="not definite to rounding"):
+        opt.step(x, y)
+    assert len(calls) == factored * blocks
+    assert opt.diagnostics["lifted_grams"] == blocks

@@ -169,12 +169,6 @@ def test_refused_at_once() -> None:
     check_terminal(split(nn.MultiMarginLoss(p=2)), "ggn")
 
 
-def test_refused_where_torch_has_no_second_derivative() -> None:
-    leaf = real(B, C).requires_grad_()
-    with pytest.raises(CompileError, match="MultiMarginLoss has no second derivative"):
-        terminal_factors(split(nn.MultiMarginLoss(p=2)), leaf, torch.tensor([0, 1, 2]), (leaf,), "ggn")
-
-
 def test_a_loss_of_the_users_own_trains() -> None:
     """Without a formula: through its explicit Hessian, Newton's method on a linear model."""
     torch.manual_seed(0)

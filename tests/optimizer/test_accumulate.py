@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo, compile_optimizer
-from support import networks
 
 LOSS = nn.CrossEntropyLoss()
 SIZE = 4
@@ -33,56 +32,6 @@ def step_of_parts(opt: CompiledOptimizer, x: Tensor, y: Tensor, size: int = SIZE
 def assert_same(ours: nn.Module, theirs: nn.Module, tolerance: float = 1e-9) -> None:
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
-
-
-OPTIONS: list[dict[str, Any]] = [
-    {"lr": 0.5},
-    {"momentum": 0.9, "weight_decay": 0.1},
-    {"curvature": "rmsprop", "lr": 0.01},
-    {"curvature": "adam", "lr": 0.01, "weight_decay": 0.1},
-    {"curvature": "kfac"},
-    {"curvature": "foof", "terminal": "geometric", "inertia": 0.9},
-    {"curvature": "ekfac", "weight_decay": 0.1, "damping": 0.1},
-    {"curvature": "ekfac", "small": 0},
-    {"rollout": "nonlinear"},
-    {"rollout": "nonlinear", "curvature": "adam", "lr": 0.01, "weight_decay": 0.1},
-    {"rollout": "nonlinear", "terminal": "ggn"},
-    {"terminal": "ggn"},
-    {"feedback": "open"},
-    {"loss": nn.CrossEntropyLoss(reduction="sum"), "lr": 0.02},
-    {"loss": nn.CrossEntropyLoss(reduction="sum"), "curvature": "adam", "lr": 0.01},
-]
-
-
-@pytest.mark.parametrize("memory", ["keep", "recompute"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_equals_one_step_on_the_union(options: dict[str, Any], memory: str) -> None:
-    """Groups of the micro-batches' size on the concatenated batch; the last micro-batch is smaller."""
-    case = networks.projection()
-    parts, whole = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    x, y = case.batch(0, 10)
-    ours = optimizer(parts, x[:SIZE], memory=memory, **options)
-    theirs = optimizer(whole, x, coupling=SIZE, **options)
-    for step in range(3):
-        x, y = case.batch(step, 10)
-        torch.testing.assert_close(step_of_parts(ours, x, y), theirs.step(x, y), rtol=1e-12, atol=1e-12)
-    assert_same(parts, whole)
-    for key, value in theirs.diagnostics.items():
-        assert ours.diagnostics[key] == pytest.approx(value, rel=1e-6), key
-    one, other = (list(opt.state_dict()["state"].values()) for opt in (ours, theirs))
-    for a, b in zip(one, other, strict=True):
-        keys = [key for key in a if not key.startswith(("map_", "inverse_"))]  # a null space has any basis
-        assert keys == [key for key in b if not key.startswith(("map_", "inverse_"))]
-        assert all(torch.allclose(torch.as_tensor(a[key]), torch.as_tensor(b[key]), 1e-9, 1e-9) for key in keys)
-
-
-def test_groups_within_micro_batches_are_groups_of_the_union() -> None:
-    case = networks.mlp()
-    parts, whole = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    x, y = case.batch(0, 12)
-    step_of_parts(optimizer(parts, x, coupling=2), x, y)
-    optimizer(whole, x, coupling=2).step(x, y)
-    assert_same(parts, whole)
 
 
 TORCH: list[tuple[str, Callable[..., torch.optim.Optimizer], dict[str, Any]]] = [
@@ -251,18 +200,6 @@ def test_options_and_state_are_those_of_the_step() -> None:
     other.accumulate(*batch(0))
     other.step(*batch(1))
     assert_equal(everything(model, opt), everything(twin, other))
-
-
-def test_step_without_a_batch_takes_what_was_accumulated() -> None:
-    case = networks.residual()
-    one, two = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    x, y = case.batch(0, 8)
-    opt = optimizer(one, x)
-    opt.accumulate(x[:4], y[:4])
-    opt.accumulate(x[4:], y[4:])
-    opt.step()
-    step_of_parts(optimizer(two, x), x, y)
-    assert_same(one, two, 0)
 
 
 def test_zero_grad_and_pickles_drop_the_accumulated() -> None:

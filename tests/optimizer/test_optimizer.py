@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gtddp_compile import CompileError, RMSprop, compile_optimizer
-from gtddp_compile.runtime.method import BaseMethod
+from gtddp_compile import CompileError, compile_optimizer
 from support import networks
 from support.noisy import LOSS, Noisy, batch
 
@@ -67,62 +65,6 @@ def test_non_finite_loss_changes_nothing() -> None:
     assert_unchanged(before, model, opt)
 
 
-@pytest.mark.parametrize("targets", [torch.tensor([0, 1, 2, 3, 0, 1, 7]), torch.zeros(5, dtype=torch.long)])
-def test_bad_targets_are_named_and_change_nothing(targets: Tensor) -> None:
-    model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="rmsprop")
-    opt.step(*batch())
-    before = snapshot(model, opt)
-    with pytest.raises(CompileError):
-        opt.step(batch()[0], targets)
-    assert_unchanged(before, model, opt)
-
-
-@pytest.mark.parametrize(("curvature", "verb"), [("sgd", "descend_by"), ("adam", "descend"), ("kfac", "descend_block")])
-def test_exception_in_the_second_sweep_changes_nothing(
-    curvature: str, verb: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Parameters are written in place while the second sweep runs: one has been when it stops."""
-    model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature=curvature)
-    opt.step(*batch())
-    before = snapshot(model, opt)
-    original = getattr(BaseMethod, verb)
-    written: list[bool] = []
-
-    def broken(self: BaseMethod, *args: Any) -> None:
-        if self._written:
-            written.append(any(not torch.equal(self._aside[name], now) for name, now in self._written.items()))
-            raise KeyboardInterrupt
-        original(self, *args)
-
-    monkeypatch.setattr(BaseMethod, verb, broken)
-    with pytest.raises(KeyboardInterrupt):
-        opt.step(*batch(1))
-    assert written == [True]
-    assert_unchanged(before, model, opt)
-
-
-def test_state_dict_resumes_bit_for_bit() -> None:
-    case = networks.residual()
-    model = copy.deepcopy(case.model)
-    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="adam", lr=0.01)
-    for step in range(3):
-        opt.step(*case.batch(step))
-    stream = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, stream)
-    stream.seek(0)
-    saved = torch.load(stream)
-    other = copy.deepcopy(case.model)
-    resumed = compile_optimizer(other, loss=LOSS, curvature="adam")
-    other.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["opt"])
-    for step in range(3, 6):
-        assert torch.equal(opt.step(*case.batch(step)), resumed.step(*case.batch(step)))
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_pickle_carries_model_and_state() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -163,95 +105,11 @@ def test_hooks_and_zero_grad() -> None:
     assert all(p.grad is None for group in opt.param_groups for p in group["params"])
 
 
-def test_groups_cannot_be_added() -> None:
-    case = networks.mlp()
-    opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd")
-    with pytest.raises(CompileError, match="compile_optimizer again"):
-        opt.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
-
-
-def test_specialised_at_the_first_step() -> None:
-    case = networks.mlp()
-    opt = compile_optimizer(copy.deepcopy(case.model), loss=LOSS, curvature=RMSprop(lr=1e-3))
-    with pytest.raises(CompileError, match="not specialised"):
-        _ = opt.graph
-    opt.step(*case.batch(0))
-    assert len(opt.graph.players) == len(list(case.model.parameters())) // 2
-
-
-def test_mode_and_frozen_parameters_are_respected_after_a_change() -> None:
-    model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd", lr=0.1)
-    opt.step(*batch())
-    model.eval()
-    model.fc.weight.requires_grad_(False)
-    frozen, buffers = model.fc.weight.clone(), [b.clone() for b in model.buffers()]
-    bias = model.fc.bias.clone()
-    opt.step(*batch(1))
-    assert torch.equal(frozen, model.fc.weight)
-    assert not torch.equal(bias, model.fc.bias)
-    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
-
-
-class Striding(nn.Module):
-    """Attributes of several kinds that its forward pass reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(2, 3)
-        self.options = {"gain": 2.0}
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.conv(x).relu().mean((2, 3))) * self.options["gain"]
-        return out
-
-
-def test_changed_attributes_and_hooks_are_followed() -> None:
-    torch.manual_seed(0)
-    model, x, y = Striding(), torch.randn(4, 1, 6, 6), torch.randint(3, (4,))
-    opt = compile_optimizer(model, x, loss=LOSS, curvature="sgd", lr=0.1)
-    losses = []
-
-    def step() -> None:
-        expected = LOSS(model(x), y).item()
-        losses.append(float(opt.step(x, y)))
-        assert losses[-1] == pytest.approx(expected, rel=1e-5)
-
-    step()
-    model.conv.stride = (2, 2)
-    step()
-    model.options["gain"] = -1.0
-    step()
-    handle = model.fc.register_forward_hook(lambda module, inputs, output: 3 * output)
-    step()
-    handle.remove()
-    step()
-    assert len(set(losses)) == len(losses)
-
-
 def test_a_function_as_loss_may_do_without_targets() -> None:
     case = networks.mlp()
     x = case.batch(0)[0]
     opt = compile_optimizer(copy.deepcopy(case.model), x, loss=lambda y, _: y.square().mean(1), curvature="sgd", lr=0.1)
     assert opt.accumulate(x, None) == opt.step(x)
-
-
-def test_replaced_parameter_is_refused() -> None:
-    model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd")
-    model.fc.weight = nn.Parameter(torch.zeros(6, 4))
-    with pytest.raises(CompileError, match=r"fc\.weight.*replaced"):
-        opt.step(*batch())
-
-
-@pytest.mark.parametrize("inputs", [None, "text", torch.zeros(0, 4), torch.zeros(3, 5), [], torch.tensor(1.0)])
-def test_malformed_inputs(inputs: Any) -> None:
-    model = Noisy()
-    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd")
-    before = snapshot(model, opt)
-    with pytest.raises((CompileError, RuntimeError)):
-        opt.step(inputs, torch.zeros(3, dtype=torch.long))
-    assert_unchanged(before, model, opt)
 
 
 def test_unknown_options_are_refused_by_name() -> None:
@@ -265,36 +123,6 @@ def test_unknown_options_are_refused_by_name() -> None:
         with pytest.raises(CompileError) as error:
             compile_optimizer(model, x, loss=LOSS, **{"curvature": "sgd", **options})  # type: ignore[arg-type]
         assert next(iter(options)).split("_")[0] in str(error.value), options
-
-
-def test_batch_of_one_and_other_sizes() -> None:
-    case = networks.residual()
-    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0)[0], loss=LOSS, curvature="sgd", lr=0.1)
-    for size in (1, 2, 9):
-        assert torch.isfinite(opt.step(*case.batch(0, size)))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_lower_precision(dtype: torch.dtype) -> None:
-    case = networks.residual()
-    model = copy.deepcopy(case.model).to(dtype)
-    opt = compile_optimizer(model, case.batch(0)[0].to(dtype), loss=LOSS, curvature="sgd", lr=0.5)
-    x, y = case.batch(0)
-    first = float(opt.step(x.to(dtype), y))
-    for _ in range(20):
-        last = float(opt.step(x.to(dtype), y))
-    assert last < first
-
-
-def test_non_contiguous_inputs() -> None:
-    case = networks.residual()
-    x, y = case.batch(0)
-    found = []
-    for value in (x, x.T.contiguous().T):
-        model = copy.deepcopy(case.model)
-        compile_optimizer(model, x, loss=LOSS, curvature="sgd", lr=0.1).step(value, y)
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -316,27 +144,150 @@ def test_states_stay_the_tensors_they_are(options: dict[str, Any]) -> None:
     assert all(not torch.equal(value, copy) for (*_, value), copy in zip(held, copies, strict=True))
 
 
-@pytest.mark.parametrize("curvature", ["adam", "rmsprop"])
-def test_memory_of_new_states_is_no_state(curvature: str) -> None:
-    """A step that fails after the statistics leaves the states alone, and the next is what it would have been."""
-    found = []
-    for interrupted in (False, True):
-        torch.manual_seed(0)
-        model = Noisy()
-        opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature=curvature)
-        for index in range(4):
-            if interrupted:
-                before, x = snapshot(model, opt), batch(index)[0].clone()
-                x[0, 0] = float("inf")
-                opt.step(x, batch(index)[1])
-                with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                    patch.setattr(BaseMethod, "descend", _interrupted)
-                    opt.step(*batch(index + 7))
-                assert_unchanged(before, model, opt)
-            opt.step(*batch(index))
-        found.append([p.detach().clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+# --- parameter groups and state: whose they are, and what happens when parameters are trained later or replace ---
 
 
-def _interrupted(*arguments: Any) -> None:
-    raise KeyboardInterrupt
+def test_layers_that_are_trained_later() -> None:
+    """As in torch.optim, a frozen backbone has its options and its scheduler from the beginning."""
+    case = networks.mlp()
+    model, plain = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    for one in (model, plain):
+        next(one.children()).requires_grad_(False)
+    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="adam", lr=0.1, feedback=False)
+    adam = torch.optim.Adam(plain.parameters(), lr=0.1)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(one, 0.5) for one in (opt, adam)]
+    assert [group.name for group in opt.program.setting.groups] == [p.name for p in opt.graph.players]  # type: ignore[union-attr]
+    for index in range(4):
+        if index == 2:
+            for one in (model, plain):
+                one.requires_grad_(True)
+        x, y = case.batch(index)
+        opt.step(x, y)
+        adam.zero_grad()
+        LOSS(plain(x), y).backward()
+        adam.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_groups_can_be_divided() -> None:
+    """No weight decay for biases: options are taken parameter by parameter."""
+    case = networks.mlp()
+    model, plain = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3}
+    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="adamw", feedback=False, **options)
+    for group in list(opt.param_groups):
+        biases = [p for p in group["params"] if p.ndim < 2]
+        group["params"] = [p for p in group["params"] if p.ndim >= 2]
+        opt.param_groups.append({**group, "params": biases, "weight_decay": 0.0, "name": group["name"] + ".bias"})
+    halves = [{"params": [p for p in plain.parameters() if (p.ndim < 2) == low]} for low in (False, True)]
+    halves[1]["weight_decay"] = 0.0  # type: ignore[assignment]
+    adamw = torch.optim.AdamW(halves, **options)
+    opt.load_state_dict(opt.state_dict())
+    for index in range(3):
+        x, y = case.batch(index)
+        opt.step(x, y)
+        adamw.zero_grad()
+        LOSS(plain(x), y).backward()
+        adamw.step()
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("theirs", "said"), [
+    ({"curvature": "sgd", "momentum": 0.9}, "another base method than adam: it has no amsgrad, betas"),
+    ({}, "exp_avg has shape"),
+])  # fmt: skip
+def test_state_of_something_else_is_refused(theirs: dict[str, Any], said: str) -> None:
+    model = Noisy()
+    other = compile_optimizer(model, batch()[0], loss=LOSS, **{"curvature": "adam", **theirs})
+    other.step(*batch())
+    model.out = nn.Linear(6, 5)
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="adam")
+    with pytest.raises(CompileError, match=said):
+        opt.load_state_dict(other.state_dict())
+    halves = [{"params": [p]} for p in model.parameters()]
+    with pytest.raises(CompileError, match="6 parameter groups of 6 parameters without names"):
+        opt.load_state_dict(torch.optim.Adam(halves).state_dict())
+    named = list(model.named_parameters())
+    halves = [{"params": named[::2]}, {"params": named[1::2], "lr": 0.5}]
+    with pytest.raises(CompileError, match="other options for some parameters of module 'fc'"):
+        opt.load_state_dict(torch.optim.Adam(halves).state_dict())
+    with pytest.raises(CompileError, match="another base method than adam: it has no amsgrad"):
+        opt.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+    assert torch.isfinite(opt.step(*batch()))
+
+
+def test_a_loss_that_reads_parameters_is_refused() -> None:
+    model = Noisy()
+
+    def penalised(outputs: Tensor, targets: Tensor) -> Tensor:
+        losses: Tensor = nn.functional.cross_entropy(outputs, targets, reduction="none") + model.fc.weight.abs().sum()
+        return losses
+
+    opt = compile_optimizer(model, batch()[0], loss=penalised, curvature="sgd")
+    with pytest.raises(CompileError, match=r"reads trained parameters itself, fc\.weight"):
+        opt.step(*batch())
+    model.fc.weight.requires_grad_(False)
+    assert torch.isfinite(opt.step(*batch()))
+
+
+METHODS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "centered": True}),
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("given", ["parameters", "named_parameters", "trained", "two groups"])
+@pytest.mark.parametrize("curvature", METHODS)
+def test_states_of_torch_go_on_here_and_ours_there(curvature: str, given: str) -> None:
+    case, (kind, options) = networks.mlp(), METHODS[curvature]
+    plain, model = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    for one in (plain, model):
+        next(one.parameters()).requires_grad_(given != "trained")
+    named = list(plain.named_parameters())
+    groups: Any = {
+        "parameters": plain.parameters(),
+        "named_parameters": reversed(named),
+        "trained": [p for p in plain.parameters() if p.requires_grad],
+        "two groups": [{"params": named[2:]}, {"params": named[:2], "lr": 0.02}],
+    }[given]
+    theirs = kind(groups, **options)
+
+    def step(optimizer: torch.optim.Optimizer, index: int) -> None:
+        x, y = case.batch(index)
+        optimizer.zero_grad()
+        LOSS(plain(x), y).backward()
+        optimizer.step()
+
+    step(theirs, 0)
+    model.load_state_dict(plain.state_dict())
+    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature=curvature, feedback=False, lr=0.3)
+    opt.load_state_dict(copy.deepcopy(theirs.state_dict()))  # as torch's, it takes tensors as they are
+    for index in (1, 2):
+        opt.step(*case.batch(index))
+        step(theirs, index)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+    names = {id(p): name for name, p in model.named_parameters()}
+    own = dict(plain.named_parameters())
+    back = kind([{"params": [own[names[id(p)]] for p in group["params"]]} for group in opt.param_groups], lr=0.5)
+    back.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.step(*case.batch(3))
+    step(back, 3)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_gradients_that_nobody_reads_are_pointed_out() -> None:
+    model = Noisy()
+    opt = compile_optimizer(model, batch()[0], loss=LOSS, curvature="sgd")
+    x, y = batch()
+    LOSS(model(x), y).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-9)
+    with pytest.warns(UserWarning, match="backward.*no effect.*max_grad_norm") as caught:
+        opt.step(x, y)
+        opt.step(x, y)
+    assert [warning.filename for warning in caught] == [__file__]
+    opt.zero_grad()
+    opt.step(x, y)

@@ -3,139 +3,18 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import EKFAC, KFAC, CompileError, compile_optimizer
+from gtddp_compile import EKFAC, FOOF, KFAC, CompileError, compile_optimizer, kernels
 from support import networks
-from support.compared import FORMS, assert_equal, parameters
-from support.kronecker_reference import Reference
-from support.networks import Case, make
-
-LOSS = nn.CrossEntropyLoss()
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {"lr": 0.3, "damping": 1e-2},
-    "lazy": {"lr": 0.1, "damping": 1e-2, "refresh": 3, "stat_decay": 0.5},
-    "seldom": {"lr": 0.1, "damping": 1e-2, "refresh": 1, "stat_every": 2, "stat_decay": 0.5},
-    "momentum": {"lr": 0.1, "damping": 0.1, "refresh": 1, "momentum": 0.9, "weight_decay": 0.05},
-}
-
-
-def conv_mixed(seed: int = 0) -> Case:
-    """Strides, dilation, groups, a layer without bias, a projection, a norm."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.stem(x))
-        y = torch.tanh(net.norm(net.grouped(x)))
-        return net.head((net.down(y) + net.short(x)).flatten(1))
-
-    model = make(
-        forward,
-        seed,
-        stem=lambda: nn.Conv2d(1, 4, 3, padding=1, stride=(1, 2)),
-        grouped=lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2),
-        norm=lambda: nn.GroupNorm(2, 4),
-        down=lambda: nn.Conv2d(4, 3, (3, 1), stride=2, padding=(1, 0), bias=False),
-        short=lambda: nn.Conv2d(4, 3, 1, stride=2),
-        head=(6, 3),
-    )
-    return Case(model, (1, 4, 4), {})
-
-
-def embedded(seed: int = 0) -> Case:
-    """Tokens: an embedding, layers applied at every position, a layer norm."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        tokens = net.table((x.abs() * 3).long().clamp_max(5)) + 0.1 * x.unsqueeze(-1).expand(-1, -1, 4)
-        return net.head((tokens + net.mix(torch.tanh(net.norm(tokens)))).mean(1))
-
-    model = make(forward, seed, table=lambda: nn.Embedding(6, 4), norm=lambda: nn.LayerNorm(4), mix=(4, 4), head=(4, 3))
-    return Case(model, (5,), {})
-
-
-CASES = {
-    "mlp": networks.mlp,
-    "residual": networks.residual,
-    "projection": networks.projection,
-    "attention": networks.attention,
-    "conv": conv_mixed,
-    "conv_residual": lambda: networks.conv_residual(training=False),
-    "embedded": embedded,
-}
-
-
-# --- Proposition 4 ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
-@pytest.mark.parametrize("network", CASES)
-def test_proposition_4(network: str, kind: str, setting: str) -> None:
-    """With feedback off it is the published method, to 1e-8, over several steps."""
-    case = CASES[network]()
-    ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    options = SETTINGS[setting]
-    opt = compile_optimizer(ours, case.batch(0, 12)[0], loss=LOSS, curvature=kind, feedback=False, **options)
-    reference = Reference(theirs, kind, **options)
-    for step in range(5):
-        reference.step(*case.batch(step, 12))
-        opt.step(*case.batch(step, 12))
-    assert (parameters(theirs) - parameters(case.model)).abs().max() > 1e-3
-    torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("options", [{"pi": False}, {"small": 0}, {"damping": 0.5, "small": 3}])
-def test_proposition_4_without_pi_and_with_diagonal_layers(options: dict[str, Any]) -> None:
-    case = embedded()
-    ours, theirs = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    options = {"lr": 0.1, "damping": 1e-2} | options
-    opt = compile_optimizer(ours, case.batch(0, 12)[0], loss=LOSS, curvature="kfac", feedback=False, **options)
-    reference = Reference(theirs, "kfac", **options)
-    for step in range(4):
-        reference.step(*case.batch(step, 12))
-        opt.step(*case.batch(step, 12))
-    torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=0, atol=1e-8)
-
-
-# --- fast equals dense ------------------------------------------------------------------------------------------------
-
-CURVATURES: dict[str, dict[str, Any]] = {
-    "kfac": {"curvature": "kfac", "lr": 0.2, "damping": 1e-2, "refresh": 2, "momentum": 0.5, "weight_decay": 0.05},
-    "ekfac": {"curvature": "ekfac", "lr": 0.2, "damping": 1e-2, "refresh": 1},
-}
-
-
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "substituted"])
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("network", CASES)
-def test_fast_equals_dense(network: str, curvature: str, form: str) -> None:
-    assert_equal(CASES[network](), cooperative=False, steps=3, **CURVATURES[curvature], **FORMS[form])
-
-
-@pytest.mark.parametrize("form", ["full", "groups", "block"])
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("schedule", ["asap", "alap", "sequential"])
-def test_fast_equals_dense_under_every_schedule(schedule: str, curvature: str, form: str) -> None:
-    options = {"schedule": schedule, "steps": 3, "size": 9}
-    assert_equal(networks.projection(), **options, **CURVATURES[curvature], **FORMS[form])
-
-
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize("feedback", ["open", False])
-def test_fast_equals_dense_without_feedback(feedback: Any, curvature: str) -> None:
-    assert_equal(networks.residual(), feedback=feedback, steps=3, **CURVATURES[curvature])
-
-
-@pytest.mark.parametrize("curvature", CURVATURES)
-def test_diagonal_blocks_and_batch_norm(curvature: str) -> None:
-    assert_equal(embedded(), small=0, steps=3, **CURVATURES[curvature])
-    assert_equal(networks.conv_residual(training=True), steps=3, **CURVATURES[curvature])
-
+from support.cases import conv_mixed, convolutional, lines, wide
+from support.compared import LOSS, assert_equal, flat
+from support.recorded import draw
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -150,59 +29,11 @@ def test_in_pieces_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) ->
         opt = compile_optimizer(model, loss=LOSS, curvature=name, lr=0.1, damping=1e-2, refresh=1)
         for step in range(2):
             opt.step(*case.batch(step))
-        found.append(parameters(model))
+        found.append(flat(model))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
 
 
 # --- as an optimizer --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["kfac", "ekfac"])
-def test_state_dict_resumes_bit_for_bit(name: str) -> None:
-    case = networks.projection()
-    model = copy.deepcopy(case.model)
-    options = {"loss": LOSS, "curvature": name, "refresh": 2, "momentum": 0.5}
-    opt = compile_optimizer(model, **options)
-    for step in range(3):
-        opt.step(*case.batch(step))
-    stream = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, stream)
-    stream.seek(0)
-    saved = torch.load(stream)
-    other = copy.deepcopy(case.model)
-    resumed = compile_optimizer(other, **options)
-    other.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["opt"])
-    for step in range(3, 6):
-        assert torch.equal(opt.step(*case.batch(step)), resumed.step(*case.batch(step)))
-    assert torch.equal(parameters(model), parameters(other))
-
-
-def test_pickle_and_lower_precision() -> None:
-    torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-        x, y = torch.randn(9, 4).to(dtype), torch.randint(3, (9,))
-        opt = compile_optimizer(model, x, loss=LOSS, curvature=EKFAC(lr=0.05, damping=0.1))
-        first = float(opt.step(x, y))
-        twin = pickle.loads(pickle.dumps(opt))
-        assert torch.equal(opt.step(x, y), twin.step(x, y))
-        opt.load_state_dict(opt.state_dict())
-        for _ in range(10):
-            last = float(opt.step(x, y))
-        assert last < first
-        assert all(p.dtype == dtype for p in model.parameters())
-
-
-def test_a_failed_step_changes_nothing() -> None:
-    case = networks.residual()
-    model = copy.deepcopy(case.model)
-    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="kfac")
-    opt.step(*case.batch(0))
-    before, state = parameters(model), copy.deepcopy(opt.state_dict())
-    with pytest.raises(CompileError):
-        opt.step(case.batch(0)[0], torch.full((7,), 9))
-    assert torch.equal(before, parameters(model)) and str(state) == str(opt.state_dict())
 
 
 def test_cholesky_failure_is_counted_and_survived() -> None:
@@ -245,8 +76,8 @@ def test_the_choice_of_a_basis_of_a_null_space_does_not_matter(feedback: bool, m
         opt = compile_optimizer(model, loss=LOSS, curvature=EKFAC(lr=0.1, damping=1e-2, refresh=3), feedback=feedback)
         for step in range(3):
             opt.step(*case.batch(step, 3))
-        found.append(parameters(model))
-    assert seen and (found[0] - parameters(case.model)).abs().max() > 1e-2
+        found.append(flat(model))
+    assert seen and (found[0] - flat(case.model)).abs().max() > 1e-2
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
 
 
@@ -263,19 +94,12 @@ def test_learning_rates_by_group() -> None:
     assert not torch.equal(before["short.weight"], after["short.weight"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        (KFAC, {"damping": -1.0}, "KFAC: damping is -1.0"),
-        (EKFAC, {"damping": 0.0}, "EKFAC: damping is 0.0.*positive"),
-        (KFAC, {"stat_decay": 1.0}, "stat_decay is 1.0"),
-        (EKFAC, {"stat_every": 0}, "stat_every is 0"),
-        (EKFAC, {"refresh": 0}, "refresh is 0"),
-        (KFAC, {"small": -1}, "small is -1"),
-        (KFAC, {"maximize": True}, "maximize"),
-        (KFAC, {"lr": "x"}, "lr is x"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "options", "message"), [
+    (KFAC, {"damping": -1.0}, "KFAC: damping is -1.0"), (EKFAC, {"damping": 0.0}, "EKFAC: damping is 0.0.*positive"),
+    (KFAC, {"stat_decay": 1.0}, "stat_decay is 1.0"), (EKFAC, {"stat_every": 0}, "stat_every is 0"),
+    (EKFAC, {"refresh": 0}, "refresh is 0"), (KFAC, {"small": -1}, "small is -1"),
+    (KFAC, {"maximize": True}, "maximize"), (KFAC, {"lr": "x"}, "lr is x"),
+])  # fmt: skip
 def test_options_are_checked(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CompileError, match="(?s)" + message):
         kind(**options)
@@ -294,3 +118,243 @@ def test_statistics_come_from_v_h() -> None:
     torch.testing.assert_close(found[0]["c.weight"], found[1]["c.weight"])  # α_T = 1/B
     assert (found[0]["a.weight"] - found[1]["a.weight"]).abs().max() > 1e-6
     torch.testing.assert_close(found[2], found[1])
+
+
+# --- per-sample gradients in coordinates where a Kronecker metric is diagonal: kernels, choice, what is made o ---
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["rows", "samples"])
+@pytest.mark.parametrize(("samples", "positions"), [(5, 1), (40, 1), (5, 3)])
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_kernels_against_explicit_matrices(form: str, samples: int, positions: int, rescaled: bool) -> None:
+    """``γ`` and ``M⁻¹`` written out, a group at a time, with rank-deficient maps."""
+    x, g, weights = draw(samples, 2, positions, 6), draw(samples, 2, positions, 5), draw(samples)
+    maps, rate = (draw(2, 6, 4), draw(2, 5, 3)), 0.3
+    scale: Any = draw(2, 3, 4).abs() if rescaled else 1.0
+    gamma = torch.einsum("bgtm,bgtn->bgmn", g, x)
+    inverse = torch.stack([
+        (k := torch.kron(maps[1][group], maps[0][group])) @ (k * (scale[group].flatten() if rescaled else 1.0)).T
+        for group in range(2)
+    ])  # fmt: skip
+    flat = gamma.flatten(2)
+    gram = rate * torch.einsum("bgi,gij,cgj->bc", flat, inverse, flat)
+    step = torch.einsum("gij,bgj,b->gi", inverse, flat, weights).reshape(2, 5, 6)
+    moment = torch.einsum("bgmn,gmp,gnq->bgpq", gamma, maps[1], maps[0]).square()
+
+    found = kernels.kronecker_coordinates(x, g, maps, form)
+    metric, rows = ((maps,), scale, None, (rate,)), [slice(0, 3), slice(3, samples)]
+    for block, row in zip(kernels.coordinates_gram(found, metric, rows), rows, strict=True):
+        torch.testing.assert_close(block, gram[row, row], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(kernels.coordinates_step(found, weights, metric), step, rtol=1e-10, atol=1e-10)
+    expected = torch.einsum("b,bgpq->gpq", weights.square() / 0.2, moment)
+    torch.testing.assert_close(kernels.coordinates_moment(found, weights, 0.2), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["rows", "samples"])
+def test_a_separated_scale_of_rank_one_is_exact(form: str) -> None:
+    found = kernels.kronecker_coordinates(draw(5, 2, 3, 4), draw(5, 2, 3, 3), (draw(2, 4, 4), draw(2, 3, 3)), form)
+    metric = (((draw(2, 4, 4), draw(2, 3, 3)),), draw(2, 3, 1).abs() * draw(2, 1, 4).abs(), None, (0.1,))
+    exact, separated = (kernels.coordinates_gram(found, metric, [slice(0, 5)], separable=s)[0] for s in (False, True))
+    torch.testing.assert_close(separated, exact, rtol=1e-10, atol=1e-12)
+
+
+MOMENTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "plane": ((3, 4, 5), (2, 3), {"stride": (1, 2), "padding": (1, 0), "dilation": (1, 1)}),
+    "same": ((2, 5, 4), (4, 2), {"stride": (1, 1), "padding": "same", "dilation": (1, 1)}),
+    "dilated": ((1, 5, 6), (3, 2), {"stride": (1, 1), "padding": "valid", "dilation": (1, 3)}),
+    "line": ((3, 6), (3,), {"stride": (1,), "padding": (2,), "dilation": (1,)}),
+    "space": ((2, 4, 3, 3), (3, 2, 1), {"stride": (1, 1, 2), "padding": (1, 1, 0), "dilation": (1, 1, 1)}),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", MOMENTS)
+def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) -> None:
+    shape, kernel, options = MOMENTS[name]
+    x, weight = draw(3, *shape), draw(2, shape[0], *kernel)
+    convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(kernel) - 1]
+    basis = torch.eye(weight[0].numel(), dtype=x.dtype).reshape(-1, *weight.shape[1:])
+    patches = convolve(x, basis, **options).flatten(2).transpose(0, 1).flatten(1)  # every weight's input
+    patches = torch.cat([patches, torch.ones_like(patches[:1])]) if bias else patches
+    params = (weight, draw(2)) if bias else (weight,)
+    layer = kernels.Layer((x,), x.new_empty(0), params, (True, bias), kernels.Geometry(**options))
+    found = kernels.conv_moment(layer)
+    torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
+
+
+# --- in programs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_bias_that_is_not_trained() -> None:
+    """Rows have no ones, and coordinates no place for them."""
+    for case in (wide(), lines()):
+        case.model.a.bias.requires_grad_(False)
+        assert_equal(case, steps=3, size=5, curvature="kfac", lr=0.2, damping=1e-2)
+
+
+def test_coordinates_that_would_be_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = convolutional()
+    monkeypatch.setattr("gtddp_compile.lowering.costs.LARGEST", 5 * 36)  # the head's rows fit, the convolutions' do not
+    opt = compile_optimizer(copy.deepcopy(case.model), case.batch(0, 5)[0], loss=LOSS, curvature="kfac")
+    assert opt.program.code.count("dual_coordinates(") == 1 and "kronecker_coordinates" not in opt.program.code
+    assert_equal(case, steps=2, size=5, curvature="kfac", lr=0.2, damping=1e-2)
+
+
+# --- fOOF: the input factor's metric, against an independent computation and the dense backend ---
+
+
+PAPER = {"coupling": "block", "recursion": "substituted"}
+
+
+class Layers(nn.Module):
+    """A convolution, a normalisation and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.norm = nn.GroupNorm(1, 3)
+        self.fc = nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.fc(torch.tanh(self.norm(self.conv(x))).flatten(1))
+        return scores
+
+
+def network() -> Layers:
+    torch.manual_seed(0)
+    return Layers().double()
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randn(6, 2, 4, 4, generator=generator).double(), torch.randint(0, 4, (6,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def parameters(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def published(model: Layers, steps: int, lr: float, damping: float, decay: float) -> None:
+    """``δW = -lr G (A + λ ā I)⁻¹`` by hand: homogeneous inputs of the linear layer, channels of the convolution."""
+    running: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for name in ("conv", "fc"):
+        getattr(model, name).register_forward_hook(lambda _, x, __, name=name: seen.__setitem__(name, x[0].detach()))
+    for step, (x, y) in enumerate(batches(steps), start=1):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        pixels = seen["conv"].movedim(1, -1).reshape(-1, 2)
+        rows = F.pad(seen["fc"], (0, 1), value=1.0)
+        keep = min(1 - 1 / step, decay)
+        for name, factor in (("conv", pixels.T @ pixels / len(x)), ("fc", rows.T @ rows / len(x))):
+            running[name] = keep * running[name] + (1 - keep) * factor if name in running else factor
+        inverse = {
+            name: torch.linalg.inv(a + damping * a.trace() / len(a) * torch.eye(len(a)).double())
+            for name, a in running.items()
+        }
+        with torch.no_grad():
+            both = torch.cat([model.fc.weight.grad, model.fc.bias.grad[:, None]], 1) @ inverse["fc"]
+            model.fc.weight -= lr * both[:, :-1]
+            model.fc.bias -= lr * both[:, -1]
+            model.conv.weight -= lr * torch.einsum("mckl,cd->mdkl", model.conv.weight.grad, inverse["conv"])
+            for plain in (model.conv.bias, model.norm.weight, model.norm.bias):  # 16 positions, input 1
+                plain -= lr * plain.grad / (16 * (1 + damping))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_without_feedback_it_is_the_published_method(steps: int) -> None:
+    ours, theirs = network(), network()
+    options = {"lr": 0.05, "damping": 0.1, "stat_decay": 0.5, "refresh": 1, "stat_every": 1}
+    opt = compile_optimizer(
+        ours, batches(1)[0][0], loss=nn.CrossEntropyLoss(), curvature=FOOF(**options), feedback=False
+    )
+    for x, y in batches(steps):
+        opt.step(x, y)
+    published(theirs, steps, 0.05, 0.1, 0.5)
+    torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": 4}, {"rollout": "nonlinear"}, {"feedback": False}, PAPER])
+def test_a_wide_layer_has_a_factor_of_every_block_of_its_inputs(options: dict[str, Any]) -> None:
+    found = []
+    for backend in ("fast", "dense"):
+        model = network()
+        curvature = FOOF(widest=20, lr=0.1)  # 49 homogeneous inputs: three blocks of 17, two zeros behind the last
+        opt = compile_optimizer(
+            model, batches(1)[0][0], loss=nn.CrossEntropyLoss(), curvature=curvature, backend=backend, **options
+        )
+        for x, y in batches(2):
+            opt.step(x, y)
+        assert opt.state[model.fc.weight]["factor_x"].shape == (3, 17, 17)
+        found.append(parameters(model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+
+
+def test_factors_are_made_more_often_at_the_beginning() -> None:
+    model = network()
+    opt = compile_optimizer(model, batches(1)[0][0], loss=nn.CrossEntropyLoss(), lr=1e-9)
+    changed, before = [], None
+    for step, (x, y) in enumerate(batches(22)):
+        opt.step(x, y)
+        now = opt.state[model.conv.weight]["map_x"].clone()
+        if before is None or not torch.equal(now, before):
+            changed.append(step)
+        before = now
+    assert changed == [0, 1, 2, 4, 8, 10, 20]
+
+
+def sketched(seed: int, columns: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """A sketch of ``Γ`` with its change, of one convolution."""
+    (x, _), weight = batches(1)[0], network().conv.weight.detach()
+    shape, generator = (2, 3, 3), torch.Generator().manual_seed(1)
+    maps = torch.linalg.cholesky(torch.tensor([[[2.0, 0.5], [0.5, 1.0]]]).double())
+    g = torch.randn(6, 3, 4, 4, generator=generator).double()
+    filters = kernels.channel_filters(maps, shape, columns, seed)
+    direction = (torch.ones_like(weight), torch.arange(3).double())
+    geometry = kernels.Geometry((1, 1), (1, 1), (1, 1))
+    layer = kernels.Layer((x,), g, (weight, torch.zeros(3).double()), (True, True), geometry)
+    (gram,), change = kernels.conv_sketched(layer, filters, (0.7, 0.3), direction, (slice(0, 6),))
+    if not options.get("exact"):
+        assert change is not None
+        torch.testing.assert_close(change, kernels.conv_directional(layer, direction))
+        return gram, change
+    return kernels.conv_gram(kernels.conv_whitened(layer, maps), (0.7, 0.3)), gram
+
+
+def test_the_sketch_is_unbiased_and_its_change_exact() -> None:
+    exact, _ = sketched(0, 4, exact=True)
+    grams = torch.stack([sketched(seed, 4)[0] for seed in range(400)])
+    error = (grams.mean(0) - exact).norm() / exact.norm()
+    one = (grams[0] - exact).norm() / exact.norm()
+    assert error < one / 8  # falls as the square root of the number of sketches, 20
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_last_step_is_added_by_the_product_that_makes_the_step(blocks: int, bias: bool) -> None:
+    x, g, weights, last = draw(5, 7), draw(5, 4), draw(5), (draw(4, 7), draw(4))[: 1 + bias]
+    rows = kernels.in_blocks(kernels.linear_rows(kernels.Layer((x,), g, (), (True, bias))), blocks)
+    width = rows[0].shape[3]
+    inverses = draw(blocks, width, width), draw(1, 4, 4)
+    found = kernels.dual_carried(kernels.dual_coordinates(*rows, inverses), weights, last, 0.9, 0.3)
+    whole = torch.block_diag(*inverses[0])[: 7 + bias, : 7 + bias]
+    ones = torch.cat([x, torch.ones(5, 1, dtype=x.dtype)], 1) if bias else x
+    step = 0.3 * (weights[:, None] * g @ inverses[1][0]).T @ ones @ whole
+    expected = [0.9 * last[0] - step[:, :7], *(0.9 * own - step[:, 7] for own in last[1:])]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_kept_gradients_in_whitened_channels() -> None:
+    """``Γ`` of them is that of a convolution of whitened inputs."""
+    x, g, params, maps = draw(3, 4, 5, 5), draw(3, 6, 5, 5), (draw(6, 2, 3, 3), draw(6)), draw(2, 2, 2)
+    layer = kernels.Layer((x,), g, params, (True, True), kernels.Geometry((1, 1), (1, 1), (1, 1), 2))
+    gamma, gram = kernels.conv_per_sample(layer), kernels.conv_gram(kernels.conv_whitened(layer, maps), (0.3, 0.2))
+    (found,) = kernels.joint_gram(kernels.channel_rows(gamma, maps), (0.3, 0.2), [slice(0, 3)])
+    torch.testing.assert_close(found, gram, rtol=1e-12, atol=1e-12)

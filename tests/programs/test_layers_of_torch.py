@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from gtddp_compile import CompileError, compile_optimizer
+from support.compared import assert_base, assert_equal, flat
+from support.networks import Case
 
 B = 3
 Build = Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
@@ -141,63 +143,37 @@ REFUSED: dict[str, tuple[Build, str]] = {
 }
 
 
-def made(build: Build) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def made(build: Build) -> Case:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, inputs = build()
         model(*inputs)
-    return model.double(), tuple(x.double() if x.is_floating_point() else x for x in inputs)
-
-
-def largest(a: nn.Module, b: nn.Module) -> float:
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return max(float((x - y).abs().max()) for x, y in pairs if x.numel())
+    given = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    return Case(model.double(), draw=lambda seed, size: (given, torch.arange(B)))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(name: str) -> None:
-    model, inputs = made(LAYERS[name])
-    y = torch.arange(B)
-
-    def trained(**options: Any) -> nn.Module:
-        own_copy = copy.deepcopy(model)
-        opt = compile_optimizer(own_copy, inputs, loss=nn.CrossEntropyLoss(), lr=0.1, **{"curvature": "sgd", **options})
-        torch.manual_seed(1)
-        for _ in range(2):
-            opt.step(inputs, y)
-        return own_copy
-
-    base = copy.deepcopy(model)
-    sgd = torch.optim.SGD(base.parameters(), lr=0.1)
-    torch.manual_seed(1)
-    for _ in range(2):
-        sgd.zero_grad()
-        F.cross_entropy(base(*inputs), y).backward()
-        sgd.step()
-    off, fast = trained(feedback=False), trained()
-    assert largest(off, base) < 1e-12
-    assert largest(fast, trained(backend="dense")) < 1e-9
-    assert largest(fast, off) > 1e-6
+    case, options = made(LAYERS[name]), {"steps": 2, "curvature": "sgd", "lr": 0.1}
+    off, fast = assert_base(case, **options), assert_equal(case, **options)
+    assert (fast.parameters - off.parameters).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_recurrent_layers_in_single_precision(kind: str) -> None:
     """In float32 they are oneDNN's, whose derivative needs what is only kept where gradients are recorded."""
-    model, (x,) = made(recurrent(kind))
-
-    def trained(dtype: torch.dtype) -> nn.Module:
-        own_copy = copy.deepcopy(model).to(dtype)
-        compile_optimizer(own_copy, x.to(dtype), loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1).step(
-            x.to(dtype), torch.arange(B)
-        )
-        return own_copy.double()
-
-    assert largest(trained(torch.float32), trained(torch.float64)) < 1e-5
+    case, found = made(recurrent(kind)), []
+    (x,), y = case.batch(0)
+    for dtype in (torch.float32, torch.float64):
+        model = copy.deepcopy(case.model).to(dtype)
+        compile_optimizer(model, x.to(dtype), loss=case.loss, curvature="sgd", lr=0.1).step(x.to(dtype), y)
+        found.append(flat(model).double())
+    assert (found[0] - found[1]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     build, why = REFUSED[name]
-    model, inputs = made(build)
+    case = made(build)
     with pytest.raises(CompileError, match=why):
-        compile_optimizer(model, inputs, loss=nn.CrossEntropyLoss(), curvature="sgd")
+        compile_optimizer(case.model, case.batch(0)[0], loss=case.loss, curvature="sgd")

@@ -6,7 +6,6 @@ to be reviewed as a diff.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from gtddp_compile import ControlGraph, compile_optimizer
 from support.architectures import EXAMPLES, Example, example, resnet18_like
-from support.networks import conv, make
+from support.compared import assert_base, trained
+from support.networks import Case, conv, make
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -38,32 +38,16 @@ def compiled(given: Example, **options: Any) -> Any:
     return compile_optimizer(given.model, given.inputs, loss=loss, **{"curvature": "sgd", "lr": 0.05, **options})
 
 
-def parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
 # --- updates ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_without_feedback_a_step_is_torchs_and_with_it_another(name: str) -> None:
     given = EXAMPLES[name]()
-    plain, other = copy.deepcopy(given), copy.deepcopy(given)
-    torch.manual_seed(0)
-    optimizer = torch.optim.SGD(plain.model.parameters(), lr=0.05)
-    expected = loss(plain.model(*plain.inputs), targets(plain)).mean()
-    expected.backward()
-    optimizer.step()
-    torch.manual_seed(0)
-    found = compiled(given, feedback=False).step(given.inputs, targets(given))
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(parameters(given.model), parameters(plain.model), rtol=0, atol=1e-12)
-    torch.testing.assert_close(dict(given.model.named_buffers()), dict(plain.model.named_buffers()))
-    torch.manual_seed(0)
-    compiled(other).step(other.inputs, targets(other))
-    pairs = [(value, parameters(plain.model)[key]) for key, value in parameters(other.model).items()]
-    assert all(torch.isfinite(value).all() for value, _ in pairs)
-    assert max(float((value - base).abs().max()) for value, base in pairs) > 1e-6
+    case = Case(given.model, loss=loss, draw=lambda seed, size: (given.inputs, targets(given)))
+    options = {"steps": 1, "curvature": "sgd", "lr": 0.05}
+    base, found = assert_base(case, **options).parameters, trained(case, **options)
+    assert torch.isfinite(found).all() and (found - base).abs().max() > 1e-6
 
 
 # --- graphs -----------------------------------------------------------------------------------------------------------
@@ -103,16 +87,6 @@ def test_the_graph_prints_as_golden(name: str) -> None:
     assert str(GRAPHS[name]()) + "\n" == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def test_a_plain_network_is_a_chain() -> None:
-    graph = GRAPHS["plain"]()
-    assert [(s.players, s.live) for s in graph.stages] == [
-        (("conv1",), ("inputs",)),
-        (("fc1",), ("flatten",)),
-        (("fc2",), ("relu_1",)),
-    ]
-    assert graph.shortcuts == ()
-
-
 @pytest.mark.parametrize("schedule", ["asap", "alap", "sequential"])
 def test_resnet_names_everything(schedule: str) -> None:
     """Read off the module tree: a stage for every layer of the main path, shortcuts by the kind of `short`."""
@@ -137,21 +111,6 @@ def test_resnet_names_everything(schedule: str) -> None:
         if mapping and schedule != "sequential":
             beside = {"asap": (f"{name}.a.0", f"{name}.a.1"), "alap": (f"{name}.b.0", f"{name}.b.1")}[schedule]
             assert [depth[layer] for layer in mapping] == [depth[layer] for layer in beside]
-
-
-def test_live_values_of_a_residual_stage() -> None:
-    """Inside an identity block the forked value waits; where a mapping has decided, its value waits instead."""
-    graph = GRAPHS["resnet18_like"]()
-    cut = {stage.players[0]: stage.live for stage in graph.stages}
-    assert cut["2.a.0"] == ("1",) and cut["2.b.0"] == ("1", "2.relu")
-    assert cut["4.a.0"] == ("3.relu_1",) and cut["4.b.0"] == ("4.relu", "4.short.1")
-    assert cut["12"] == ("11",)
-
-
-def test_a_parameter_free_shortcut() -> None:
-    (shortcut,) = GRAPHS["parameter_free_shortcut"]().shortcuts
-    assert (shortcut.fork, shortcut.merge, shortcut.kind) == ("relu", "add", "parameter_free")
-    assert shortcut.players == () and shortcut.ops == ("getitem", "pad")
 
 
 if __name__ == "__main__":

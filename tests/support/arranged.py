@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from support.networks import Net
+from support.networks import Case, Net
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -39,6 +39,11 @@ class Arranged:
         layers = self.layers()
         nets = [Net(run, **copy.deepcopy(layers)).double() for run in (self.folded, self.plain)]
         return nets[0], nets[1]
+
+    def cases(self) -> tuple[Case, Case]:
+        """Folded and plain."""
+        folded, plain = self.models()
+        return Case(folded, draw=self.batch), Case(plain, draw=self.batch)
 
     def batch(self, seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
         source = torch.Generator().manual_seed(seed)
@@ -75,12 +80,6 @@ def tokens_in_one_list(net: Any, x: Tensor) -> Tensor:
 def tokens_apart(net: Any, x: Tensor) -> Tensor:
     h = net.embed(x)
     return net.head((h + mixture(net, net.norm(h))).sum(1))
-
-
-def words_in_one_list(net: Any, x: Tensor) -> Tensor:
-    h = net.embed(x.reshape(-1))
-    y = h + mixture(net, net.norm(h))
-    return net.head(y.reshape(x.shape[0], -1, 3).sum(1))
 
 
 def sorted_experts() -> dict[str, nn.Module]:
@@ -182,26 +181,7 @@ def heads_apart(net: Any, x: Tensor) -> Tensor:
     return net.head((x + net.out(y)).sum(1))
 
 
-# --- images: windows, frames, two views -------------------------------------------------------------------------------
-
-
-def windows() -> dict[str, nn.Module]:
-    return {"patch": nn.Linear(2, 3), "norm": nn.LayerNorm(3), "inside": nn.Linear(6, 6), "head": nn.Linear(3, 3)}
-
-
-def windows_with_samples(net: Any, x: Tensor) -> Tensor:
-    batch, length, _ = x.shape
-    h = net.patch(x)
-    y = net.norm(h).view(batch, length // 2, 2, 3).reshape(-1, 2, 3)
-    y = torch.tanh(net.inside(y.flatten(1))).view(batch, length, 3)
-    return net.head((h + y).sum(1))
-
-
-def windows_apart(net: Any, x: Tensor) -> Tensor:
-    batch, length, _ = x.shape
-    h = net.patch(x)
-    y = torch.tanh(net.inside(net.norm(h).view(batch, length // 2, 6))).view(batch, length, 3)
-    return net.head((h + y).sum(1))
+# --- images: frames, two views -------------------------------------------------------------------------------
 
 
 def frames() -> dict[str, nn.Module]:
@@ -314,7 +294,6 @@ INNER, OUTER, SECOND = "axis 0, B*k", "axis 0, k*B", "axis 1"
 
 NETWORKS = {
     "experts": Arranged(experts, tokens_in_one_list, tokens_apart, (3,), frozenset({INNER}), 6),
-    "words": Arranged(experts, words_in_one_list, tokens_apart, (3,), frozenset({INNER}), 6),
     "rows sorted by expert": Arranged(
         sorted_experts, tokens_sorted_by_expert, tokens_with_their_experts, (3,), frozenset({"in the order of"}), 6
     ),
@@ -324,7 +303,6 @@ NETWORKS = {
     "time first": Arranged(attention, time_first, time_second, (3, 2), frozenset({SECOND})),
     "time first, as long as the batch": Arranged(attention, time_first, time_second, (4, 2), frozenset({SECOND})),
     "heads": Arranged(heads, heads_with_samples, heads_apart, (3, 4), frozenset({INNER})),
-    "windows": Arranged(windows, windows_with_samples, windows_apart, (4, 2), frozenset({INNER})),
     "frames": Arranged(frames, frames_with_samples, frames_apart, (2, 1, 3, 3), frozenset({INNER})),
     "class tokens": Arranged(tokens, class_tokens_a_frame, class_tokens_apart, (2, 3, 2), frozenset({INNER})),
     "views": Arranged(views, views_one_after_the_other, views_apart, (3,), frozenset({OUTER})),

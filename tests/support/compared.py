@@ -1,60 +1,120 @@
-"""Two computations of the same training, compared; options and losses that many tests share."""
+"""A program trained, and compared: with the dense derivation, its base method, the module that it is exported to."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, compile_optimizer
+from support.exported import largest, load_module, named, state_by_name
+from support.kronecker_reference import Reference
 from support.networks import Case
 
-FORMS = {
-    "full": {"coupling": "full"},
-    "groups": {"coupling": 3},
-    "nonlinear": {"coupling": "full", "rollout": "nonlinear"},
-    "block": {"coupling": "block"},
-    "substituted": {"coupling": "block", "recursion": "substituted"},
-    "printed": {"coupling": "block", "recursion": "printed"},
+STEPS, SIZE = 3, 5
+LOSS, SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
+TORCH = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+KRONECKER: dict[str, dict[str, Any]] = {
+    "kfac": {"curvature": "kfac", "lr": 0.1, "damping": 1e-2, "refresh": 2, "momentum": 0.5, "weight_decay": 0.05},
+    "ekfac": {"curvature": "ekfac", "lr": 0.05, "damping": 5e-2, "refresh": 1},
 }
 
 
-def trained(case: Case, steps: int = 5, size: int = 5, **options: Any) -> torch.Tensor:
-    """All parameters after training."""
-    model = copy.deepcopy(case.model)
-    x, _ = case.batch(0, size)
-    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), **options)
-    for step in range(steps):
-        opt.step(*case.batch(step, size))
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+@dataclass
+class Run:
+    """What training left behind."""
 
+    optimizer: CompiledOptimizer
+    model: nn.Module
+    losses: list[float]
 
-def assert_equal(case: Case, **options: Any) -> None:
-    fast, dense = trained(case, **options), trained(case, backend="dense", **options)
-    start = torch.cat([p.detach().flatten() for p in case.model.parameters()])
-    assert (fast - start).abs().max() > 1e-4
-    torch.testing.assert_close(fast, dense, rtol=0, atol=1e-9)
-
-
-LOSS, SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
+    @property
+    def parameters(self) -> Tensor:
+        return flat(self.model)
 
 
 def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def optimizer(case: Case, **options: Any) -> tuple[nn.Module, CompiledOptimizer]:
+def batches(case: Case, steps: int, size: int) -> Iterator[tuple[Any, Tensor]]:
+    """The same random numbers before the same step, whoever makes it."""
+    for step in range(steps):
+        batch = case.batch(step, size)
+        torch.manual_seed(step)
+        yield batch
+
+
+def optimizer(case: Case, size: int = 6, **options: Any) -> tuple[nn.Module, CompiledOptimizer]:
+    """A copy of the case's model and its optimizer."""
     model = copy.deepcopy(case.model)
-    return model, compile_optimizer(model, case.batch(0, 6)[0], **{"loss": LOSS, **options})
+    return model, compile_optimizer(model, case.batch(0, size)[0], **{"loss": case.loss, **options})
 
 
-def parameters(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+def train(case: Case, steps: int = STEPS, size: int = SIZE, **options: Any) -> Run:
+    model, opt = optimizer(case, size, **options)
+    return Run(opt, model, [float(opt.step(x, y)) for x, y in batches(case, steps, size)])
 
 
-KRONECKER: dict[str, dict[str, Any]] = {
-    "kfac": {"curvature": "kfac", "lr": 0.1, "damping": 1e-2, "refresh": 2, "momentum": 0.5, "weight_decay": 0.05},
-    "ekfac": {"curvature": "ekfac", "lr": 0.05, "damping": 5e-2, "refresh": 1},
-}
+def trained(case: Case, steps: int = STEPS, size: int = SIZE, **options: Any) -> Tensor:
+    """All parameters after training."""
+    return train(case, steps, size, **options).parameters
+
+
+def assert_equal(case: Case, run: Run | None = None, steps: int = STEPS, size: int = SIZE, **options: Any) -> Run:
+    """The generated program is the derivation executed with explicit matrices, and does something."""
+    run = run or train(case, steps, size, **options)
+    dense = train(case, steps, size, backend="dense", **options)
+    assert (run.parameters - flat(case.model)).abs().max() > 1e-4
+    torch.testing.assert_close(run.parameters, dense.parameters, rtol=0, atol=1e-9)
+    torch.testing.assert_close(run.losses, dense.losses, rtol=1e-9, atol=1e-9)
+    clipped = "clipped_radicands"
+    assert run.optimizer.diagnostics.get(clipped) == dense.optimizer.diagnostics.get(clipped)
+    return run
+
+
+def assert_base(case: Case, steps: int = STEPS, size: int = SIZE, tolerance: float = 1e-12, **options: Any) -> Run:
+    """Proposition 4: with feedback off it is the base method itself, losses, buffers, states and random numbers too."""
+    run = train(case, steps, size, feedback=False, **options)
+    own = {key: value for key, value in options.items() if key not in ("curvature", "loss", "schedule", "pi_off")}
+    theirs, curvature, loss = copy.deepcopy(case.model), options["curvature"], options.get("loss", case.loss)
+    if curvature in TORCH:
+        reference: Any = TORCH[curvature]([p for p in theirs.parameters() if p.requires_grad], **own)
+    else:
+        reference = Reference(theirs, curvature, **own)
+    for (x, y), found in zip(batches(case, steps, size), run.losses, strict=True):
+        if curvature not in TORCH:
+            reference.step(x, y)
+            continue
+        reference.zero_grad()
+        value = loss(theirs(*x) if isinstance(x, tuple) else theirs(x), y).mean()
+        value.backward()
+        reference.step()
+        torch.testing.assert_close(found, float(value.detach()), rtol=1e-11, atol=1e-11)
+    assert (flat(theirs) - flat(case.model)).abs().max() > 1e-4
+    torch.testing.assert_close(run.model.state_dict(), theirs.state_dict(), rtol=0, atol=tolerance)
+    if curvature in TORCH:
+        ours, states = run.optimizer.state, reference.state
+        for mine, other in zip(run.model.parameters(), theirs.parameters(), strict=True):
+            assert set(ours[mine]) == {key for key, value in states[other].items() if value is not None}
+    return run
+
+
+def assert_exported(case: Case, run: Run, folder: Path, size: int = SIZE, tolerance: float = 1e-12) -> None:
+    """The exported module takes the optimizer's steps: losses, parameters, buffers and states."""
+    run.optimizer.program.export(folder / "step.py")
+    module, (params, buffers) = load_module(folder / "step.py"), named(case.model)
+    state = module.init_state(params)
+    for (x, y), found in zip(batches(case, len(run.losses), size), run.losses, strict=True):
+        params, buffers, state, loss = module.step(params, buffers, state, x, y)
+        assert abs(float(loss) - found) <= tolerance
+    assert largest(params, named(run.model)[0]) <= tolerance
+    assert largest(buffers, named(run.model)[1]) <= tolerance
+    kept = {name: own for name, own in state.items() if own}  # an unused parameter has none either way
+    ours = {name: own for name, own in state_by_name(run.optimizer, run.model).items() if own}
+    assert largest(kept, ours) <= tolerance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -50,38 +51,18 @@ def torch_only(folder: Path) -> Path:
     folder.mkdir()
     pending, seen = ["torch"], set()
     while pending:
-        distribution = metadata.distribution(pending.pop())
-        if distribution.name in seen:
+        try:
+            distribution = metadata.distribution(pending.pop())
+        except metadata.PackageNotFoundError:  # required on another platform
             continue
-        seen.add(distribution.name)
-        required = [r for r in distribution.requires or () if "extra ==" not in r and "platform_system ==" not in r]
-        pending += [name for name in map(_plain, required) if _installed(name)]
-        for top in {file.parts[0] for file in distribution.files or () if ".." not in file.parts}:
-            link = folder / top
-            if not link.exists():
-                link.symlink_to(Path(str(distribution.locate_file(top))))
+        if distribution.name not in seen:
+            seen.add(distribution.name)
+            required = [r for r in distribution.requires or () if "extra ==" not in r and "platform_system ==" not in r]
+            pending += [found[0] for found in map(re.compile(r"[\w.-]+").match, required) if found]
+            for top in {file.parts[0] for file in distribution.files or () if ".." not in file.parts}:
+                if not (link := folder / top).exists():
+                    link.symlink_to(Path(str(distribution.locate_file(top))))
     return folder
-
-
-def _plain(requirement: str) -> str:
-    return (
-        requirement.split(";")[0]
-        .split("[")[0]
-        .strip(" ()")
-        .split("<")[0]
-        .split(">")[0]
-        .split("=")[0]
-        .split("!")[0]
-        .strip()
-    )
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def run_alone(script: str, *paths: Path) -> str:
@@ -96,6 +77,8 @@ def largest(left: Any, right: Any) -> float:
     """Largest difference of two nested dictionaries of tensors with the same keys."""
     if isinstance(left, Tensor):
         return float((left.detach().double() - right.detach().double()).abs().max()) if left.numel() else 0.0
+    if isinstance(left, (int, float)):
+        return abs(left - right)
     assert left.keys() == right.keys()
     return max((largest(left[key], right[key]) for key in left), default=0.0)
 

@@ -8,15 +8,7 @@ from typing import Any
 
 import torch
 
-from gtddp_compile.graph import (
-    ControlGraph,
-    Op,
-    OpGraph,
-    ParamRef,
-    Player,
-    PlayerGraph,
-    Ref,
-)
+from gtddp_compile.graph import ControlGraph, Op, OpGraph, ParamRef, Player, PlayerGraph, Ref
 from gtddp_compile.passes.p03_find_shortcuts import find_shortcuts
 from gtddp_compile.passes.p04_schedule import schedule
 from gtddp_compile.passes.p05_augment import augment

@@ -8,7 +8,7 @@ its normalisation runs with its affine parameters, as the one operation that tor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -60,13 +60,20 @@ def readers(*names: str) -> Outputs:
 
 @dataclass
 class Case:
-    """A module, the shape of one sample, and its stages under every schedule that is named."""
+    """A module, the shape of one sample, its stages under every schedule that is named, and its loss.
+
+    `draw(seed, size)` gives other inputs and targets than normal numbers and classes.
+    """
 
     model: nn.Module
-    shape: tuple[int, ...]
-    stages: dict[str, list[Stage]]
+    shape: tuple[int, ...] = ()
+    stages: dict[str, list[Stage]] = field(default_factory=dict)
+    loss: Any = field(default_factory=nn.CrossEntropyLoss)
+    draw: Callable[[int, int], tuple[Any, Tensor]] | None = None
 
-    def batch(self, seed: int, size: int = 7) -> tuple[Tensor, Tensor]:
+    def batch(self, seed: int, size: int = 7) -> tuple[Any, Tensor]:
+        if self.draw is not None:
+            return self.draw(seed, size)
         source = torch.Generator().manual_seed(seed)
         x = torch.randn(size, *self.shape, dtype=torch.float64, generator=source)
         return x, torch.randint(3, (size,), generator=source)
@@ -80,12 +87,16 @@ def everywhere(stages: list[Stage]) -> dict[str, list[Stage]]:
 
 
 class Net(nn.Module):
-    """Named layers and a forward function over them: `run(net, *inputs)`."""
+    """Named layers, parameters and buffers, and a forward function over them: `run(net, *inputs)`."""
 
-    def __init__(self, run: Callable[..., object], **layers: nn.Module) -> None:
+    def __init__(self, run: Callable[..., object], **layers: nn.Module | Tensor) -> None:
         super().__init__()
         self.run = run
-        self._modules.update(layers)
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Module | nn.Parameter):
+                setattr(self, name, layer)
+            else:
+                self.register_buffer(name, layer)
 
     def forward(self, *inputs: Tensor) -> object:
         return self.run(self, *inputs)
@@ -150,21 +161,7 @@ def nested(seed: int = 0) -> Case:
         y = torch.tanh(inner + net.c(torch.tanh(net.b(inner))))
         return net.head(torch.tanh(outer + net.d(y)))
 
-    model = make(forward, seed, stem=(4, 4), a=(4, 5), b=(5, 3), c=(3, 5), d=(5, 4), head=(4, 3))
-    return Case(
-        model,
-        (4,),
-        everywhere(
-            [
-                STEM,
-                stage("a", layer("a"), squash_and_keep),
-                stage("b", layer("b"), squash_and_keep),
-                stage("c", layer("c"), lambda state, h: (torch.tanh(state[1] + h[0]), state[2])),
-                stage("d", layer("d"), lambda state, h: (torch.tanh(state[1] + h[0]),)),
-                HEAD,
-            ]
-        ),
-    )
+    return Case(make(forward, seed, stem=(4, 4), a=(4, 5), b=(5, 3), c=(3, 5), d=(5, 4), head=(4, 3)), (4,))
 
 
 def consecutive(seed: int = 0) -> Case:
@@ -173,21 +170,7 @@ def consecutive(seed: int = 0) -> Case:
         x = torch.tanh(x + net.b(torch.tanh(net.a(x))))
         return net.head(x + net.d(torch.tanh(net.c(x))))
 
-    model = make(forward, seed, stem=(4, 4), a=(4, 3), b=(3, 4), c=(4, 5), d=(5, 4), head=(4, 3))
-    return Case(
-        model,
-        (4,),
-        everywhere(
-            [
-                STEM,
-                stage("a", layer("a"), squash_and_keep),
-                stage("b", layer("b"), lambda state, h: (torch.tanh(state[1] + h[0]),)),
-                stage("c", layer("c"), squash_and_keep),
-                stage("d", layer("d"), lambda state, h: (state[1] + h[0],)),
-                HEAD,
-            ]
-        ),
-    )
+    return Case(make(forward, seed, stem=(4, 4), a=(4, 3), b=(3, 4), c=(4, 5), d=(5, 4), head=(4, 3)), (4,))
 
 
 def projection(seed: int = 0) -> Case:
@@ -253,46 +236,6 @@ def gated(seed: int = 0) -> Case:
         model,
         (4,),
         {"asap": [STEM, both, mix, HEAD], "alap": [STEM, both, mix, HEAD], "sequential": [STEM, *apart, mix, HEAD]},
-    )
-
-
-def branches(seed: int = 0) -> Case:
-    """Inception in small: branches of one and of two layers and none, concatenated."""
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        x = torch.tanh(net.stem(x))
-        return net.head(torch.cat([torch.tanh(net.a(x)), net.c(torch.tanh(net.b(x))), x], 1))
-
-    model = make(forward, seed, stem=(4, 3), a=(3, 2), b=(3, 4), c=(4, 2), head=(7, 3))
-    last = stage("c", layer("c"), lambda state, h: (torch.cat([state[1], h[0], state[2]], 1),))
-    return Case(
-        model,
-        (4,),
-        {
-            "asap": [
-                STEM,
-                stage("a b", readers("a", "b"), lambda state, h: (torch.tanh(h[1]), torch.tanh(h[0]), state[0])),
-                last,
-                HEAD,
-            ],
-            "alap": [
-                STEM,
-                stage("b", layer("b"), squash_and_keep),
-                stage(
-                    "c a",
-                    lambda s, p: (linear("c", s[0], p), linear("a", s[1], p)),
-                    lambda state, h: (torch.cat([torch.tanh(h[1]), h[0], state[1]], 1),),
-                ),
-                HEAD,
-            ],
-            "sequential": [
-                STEM,
-                stage("a", layer("a"), squash_and_keep),
-                stage("b", layer("b", 1), squash_and_keep),
-                last,
-                HEAD,
-            ],
-        },
     )
 
 
@@ -371,5 +314,5 @@ def conv_residual(seed: int = 0, training: bool = True) -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {"residual_relu": lambda: residual(act=torch.relu)} | {
-    build.__name__: build for build in (mlp, residual, nested, consecutive, projection, gated, branches, attention)
+    build.__name__: build for build in (mlp, residual, projection, gated, attention)
 }

@@ -1,12 +1,9 @@
 """A dense, brute-force DDP for networks given by hand: nothing traced, nothing shared with the package.
 
-The network is a list of `Stage`s over hand-written augmented states. Two independent ways to one update:
-
-* `ddp_step`: docs/theory.md#gains for a whole batch, with explicit matrices. The batch-augmented state is one vector of
-  B * n numbers, its Jacobians come from `torch.func.jacrev` of the whole batch (samples are not assumed to
-  be separate), `V_xx` is a dense matrix and every gain is a linear solve.
-* `collapsed_step`: docs/theory.md#collapse with explicit per-sample gradients and `torch.linalg.inv`. It is the
-  only one that defines the reading of operations that mix samples (batch-norm; docs/theory.md#mixing).
+The network is a list of `Stage`s over hand-written augmented states. `ddp_step` is docs/theory.md#gains with
+explicit matrices: the batch-augmented state is one vector of B * n numbers, its Jacobians come from `torch.func.jacrev`
+of the whole batch (samples are not assumed to be separate), `V_xx` is a dense matrix and every gain is a linear solve.
+`sample_gradients` defines the reading of operations that mix samples (batch-norm; docs/theory.md#mixing).
 
 Definitions, where the text leaves a choice. Scale: the loss is `s * sum(phi)` with `s = 1/B` ("mean") or 1
 ("sum"); `V_x = s grad`, `V_xx = s grad gradᵀ`, or `V_x V_xᵀ`, `s²` in place of `s`, where the paper's own recursions
@@ -16,13 +13,9 @@ Groups of b (consecutive samples, the last one ragged, `b_j` its own size): each
 so it runs the whole recursion for its own mean loss, `(B/b_j) s * sum over the group`, with the metric M of
 the whole batch, and the update is the mean of the groups' updates: `δu = Σ_j (b_j/B) δu^j`. Multiplying
 group j's value function by `b_j/B` gives the same gains with `V` terminal scaled as in the batch, `Q_uu =
-(b_j/B) M + f_uᵀ V f_u`, `Q_u = f_uᵀ V_x + (b_j/B) ℓ_u`; collapsed, `P_T = s I`, `P_t⁻¹ = P_{t+1}⁻¹ + (B/b_j)
-Γ_t`.
+(b_j/B) M + f_uᵀ V f_u`, `Q_u = f_uᵀ V_x + (b_j/B) ℓ_u`.
 
-Weight decay: `ℓ_u = weight_decay * u` belongs to `Q_u` (so to k, and through `Q_xu k` to `V_x`); M is
-unchanged. The closed form needs a vector in place of the ones: `y_T = 1`, `y_t = y_{t+1} - γ_t M_t⁻¹ ℓ_u`,
-`α_t = P_t y_t`, `w_t = P_t (y_t + c_t)`, `δu_t = -M_t⁻¹ (γ_tᵀ w_t + ℓ_u)` (test_oracle.py shows that the form with
-ones is not the DDP update; docs/theory.md#weight-decay).
+Weight decay: `ℓ_u = weight_decay * u` belongs to `Q_u` (so to k, and through `Q_xu k` to `V_x`); M is unchanged.
 
 Block coupling keeps the per-sample diagonal blocks of V_xx after every stage; with the "levenberg" recursion
 the stage Hessian is the joint one, `Q_uu = M + Σ_i f_uᵀ V_xx^(i) f_u`.
@@ -262,73 +255,6 @@ def sample_gradients(
     return gradients, gammas
 
 
-def collapsed_step(
-    stages: Sequence[Stage],
-    params: Params,
-    inputs: State,
-    targets: Tensor,
-    loss: Loss,
-    base: Any,
-    options: Options,
-    *,
-    decay_terms: bool = True,
-) -> tuple[Params, Record]:
-    """One update by docs/theory.md#collapse (full, groups) or docs/theory.md#block; `decay_terms=False`: y = 1."""
-    record = Record()
-    states = trajectory(stages, params, inputs)
-    phi, g = terminal_gradient(loss, states[-1], targets)
-    batch, zero = len(phi), torch.zeros_like(phi)
-    scale = 1 / batch if options.reduction == "mean" else 1.0
-    record.loss = float(phi.sum() * scale)
-    gradients, gammas = sample_gradients(stages, params, states, g)
-    groups, block = options.groups(batch), options.coupling == "block"
-    aim = options.aim(phi)
-    P = options.scale_xx(scale) * torch.diag(1 / aim)
-    y, alpha = aim, torch.full_like(phi, scale)
-    plans: dict[int, Callable[[Tensor], Tensor]] = {}
-    metrics: dict[int, Tensor] = {}
-    for t in reversed(range(len(stages))):
-        gamma, u = gammas[t], pack(params, stages[t].names)
-        l_u = base.linear(u)
-        metrics[t] = base.metric(t, gamma.T @ alpha + l_u)
-        Gamma = gamma @ torch.diag(1 / metrics[t]) @ gamma.T
-        if options.feedback is False:
-            plans[t] = lambda c, a=alpha, gamma=gamma, l_u=l_u: gamma.T @ a + l_u
-        elif not block:
-            y = y - gamma @ (l_u / metrics[t]) if decay_terms else y
-            updated = torch.zeros_like(P)
-            for rows in groups:
-                share = (rows.stop - rows.start) / batch
-                information = torch.linalg.inv(P[rows, rows]) + Gamma[rows, rows] / share
-                updated[rows, rows] = torch.linalg.inv(information)
-            P, alpha = updated, updated @ y
-            plans[t] = lambda c, P=P, y=y, gamma=gamma, l_u=l_u: gamma.T @ P @ (y + c) + l_u
-        elif options.recursion == "levenberg":
-            Q_uu, rho = torch.diag(metrics[t]) + gamma.T @ P @ gamma, P
-            plans[t] = lambda c, Q=Q_uu, rho=rho, a=alpha, gamma=gamma, l_u=l_u, M=metrics[t]: (
-                M * torch.linalg.solve(Q, gamma.T @ (a + rho @ c) + l_u)
-            )
-            alpha = alpha - rho @ gamma @ torch.linalg.solve(Q_uu, gamma.T @ alpha + l_u)
-            P = torch.diag(torch.diag(rho - rho @ gamma @ torch.linalg.solve(Q_uu, gamma.T @ rho)))
-        else:
-            rho, sign = P, {"substituted": -1.0, "printed": 1.0}[options.recursion]
-            plans[t] = lambda c, rho=rho, a=alpha, gamma=gamma, l_u=l_u: gamma.T @ (a + rho @ c) + l_u
-            alpha = alpha - rho @ gamma @ ((gamma.T @ alpha + l_u) / metrics[t])
-            radicand = 1 + sign * torch.diag(rho) * torch.diag(Gamma)
-            record.clipped_radicands += int((radicand < 0).sum())
-            P = torch.diag(torch.diag(rho) * radicand.clamp_min(0))
-    new, moved = dict(params), inputs
-    for t, stage in enumerate(stages):
-        c = (gradients[t] * (flat(moved) - flat(states[t]))).sum(1)
-        c = c * clipped(c, aim, options, record)
-        g_hat = plans[t](c if options.feedback is True else zero)
-        record.feedback_norm += float((g_hat - plans[t](zero)).norm())
-        u = pack(params, stage.names)
-        new |= unpack(u + base.update(t, u, g_hat), params, stage.names)
-        moved = stage.step(moved, new)
-    return new, record
-
-
 def run(
     stages: Sequence[Stage],
     params: Params,
@@ -336,13 +262,10 @@ def run(
     loss: Loss,
     base: Any,
     options: Options = Options(),
-    *,
-    method: Callable[..., tuple[Params, Record]] = ddp_step,
-    **extra: Any,
 ) -> tuple[Params, list[Record]]:
-    """Several steps by `ddp_step` or `collapsed_step`; the base method keeps its state between them."""
+    """Several steps; the base method keeps its state between them."""
     records, params = [], {name: value.detach().clone() for name, value in params.items()}
     for inputs, targets in batches:
-        params, record = method(stages, params, inputs, targets, loss, base, options, **extra)
+        params, record = ddp_step(stages, params, inputs, targets, loss, base, options)
         records.append(record)
     return params, records

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +13,6 @@ from torch.nn import functional as F
 
 from support.networks import Case
 from support.oracle import Options
-
-TORCH = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("sgd", {"lr": 0.7}),
@@ -26,21 +26,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 COUPLINGS: dict[str, Options] = {
-    "full": Options(),
-    "groups": Options(coupling=3),
-    "samples": Options(coupling=1),
-    "block": Options(coupling="block"),
-    "substituted": Options("block", "substituted"),
-    "printed": Options("block", "printed"),
-    "open": Options(feedback="open"),
-    "unclipped": Options(clip=None),
-    "sum": Options(coupling=3, reduction="sum"),
-    "base": Options(feedback=False),
-    "geometric": Options(terminal="geometric"),
+    "full": Options(), "groups": Options(coupling=3), "samples": Options(coupling=1),
+    "block": Options(coupling="block"), "substituted": Options("block", "substituted"),
+    "printed": Options("block", "printed"), "open": Options(feedback="open"), "unclipped": Options(clip=None),
+    "sum": Options(coupling=3, reduction="sum"), "geometric": Options(terminal="geometric"),
     "geometric_groups": Options(coupling=3, terminal="geometric"),
     "geometric_block": Options(coupling="block", terminal="geometric"),
     "geometric_substituted": Options("block", "substituted", terminal="geometric"),
-}
+}  # fmt: skip
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -78,3 +71,55 @@ def arguments(setting: str, options: Options) -> dict[str, Any]:
         "rollout": "nonlinear",
         **keywords,
     }
+
+
+# --- base methods written a second time, for the oracle: flat controls, one state a stage ---
+
+
+@dataclass
+class Base:
+    """A base method written a second time: flat controls, one memory a stage. ``metric`` is asked before ``update``."""
+
+    kind: str
+    lr: float
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    alpha: float = 0.99
+    centered: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    memory: dict[tuple[str, int], Any] = field(default_factory=dict)
+
+    def linear(self, u: Tensor) -> Tensor:
+        return (0.0 if self.kind == "adamw" else self.weight_decay) * u
+
+    def average(self, name: str, t: int, beta: float, new: Tensor) -> Tensor:
+        self.memory[name, t] = beta * self.memory.get((name, t), torch.zeros_like(new)) + (1 - beta) * new
+        return self.memory[name, t]
+
+    def metric(self, t: int, q_u: Tensor) -> Tensor:
+        count = self.memory["count", t] = self.memory.get(("count", t), 0) + 1
+        if self.kind == "sgd":
+            return torch.full_like(q_u, 1 / self.lr)
+        beta = self.alpha if self.kind == "rmsprop" else self.betas[1]
+        second = self.average("second", t, beta, q_u**2)
+        if self.centered:
+            second = second - self.average("mean", t, beta, q_u) ** 2
+        second = second if self.kind == "rmsprop" else second / (1 - beta**count)
+        self.memory["root", t] = second.sqrt() + self.eps
+        return self.memory["root", t] / self.lr
+
+    def update(self, t: int, u: Tensor, g: Tensor) -> Tensor:
+        if self.kind in ("adam", "adamw"):
+            first = self.average("first", t, self.betas[0], g) / (1 - self.betas[0] ** self.memory["count", t])
+            decayed = self.weight_decay * u if self.kind == "adamw" else 0.0
+            return -self.lr * (first / self.memory["root", t] + decayed)
+        step = g / self.memory["root", t] if self.kind == "rmsprop" else g
+        if self.momentum:
+            kept = self.memory["momentum", t] = self.momentum * self.memory.get(("momentum", t), 0.0) + step
+            step = step + self.momentum * kept if self.nesterov else kept
+        return -self.lr * step
+
+
+BASES: dict[str, Callable[..., Base]] = {name: partial(Base, name) for name in ("sgd", "rmsprop", "adam", "adamw")}

@@ -9,8 +9,17 @@ from gtddp_compile.lowering.layers.conv import ConvRule
 from gtddp_compile.lowering.layers.generic import GenericRule
 from gtddp_compile.lowering.layers.linear import LinearRule
 from gtddp_compile.lowering.layers.norm import NormRule
+from gtddp_compile.lowering.layers.shift import ShiftRule
+from gtddp_compile.lowering.layers.transposed import TransposedRule
 
-RULES: tuple[Rule, ...] = (LinearRule(), ConvRule(), NormRule(), GenericRule())
+RULES: tuple[Rule, ...] = (
+    LinearRule(),
+    TransposedRule(),
+    ConvRule(),
+    NormRule(),
+    ShiftRule(),
+    GenericRule(),
+)
 """Every rule, most specific first."""
 
 
@@ -41,4 +50,14 @@ def choose(op: Op, trainable: frozenset[str]) -> Rule:
     raise CompileError(why, remedy, module=op.module, operation=op.kind, source=op.source)
 
 
-__all__ = ["RULES", "ConvRule", "GenericRule", "LinearRule", "NormRule", "Rule", "choose"]
+__all__ = [
+    "RULES",
+    "ConvRule",
+    "GenericRule",
+    "LinearRule",
+    "NormRule",
+    "Rule",
+    "ShiftRule",
+    "TransposedRule",
+    "choose",
+]

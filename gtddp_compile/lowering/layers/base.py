@@ -5,11 +5,11 @@ where ``h`` is the operation's output and ``g = ∂φ/∂h`` its per-sample back
 five kernels:
 
 ========================  =======================================================  =======================
-``NAME_weighted``       ``γᵀ 1`` (``g`` already carries the weights ``w``)        one tensor a parameter
-``NAME_gram``           ``γ M⁻¹ γᵀ`` for spherical or diagonal ``M``               ``(B, B)``
-``NAME_gram_diagonal``  its diagonal alone                                        ``(B,)``
-``NAME_directional``    ``⟨γ_i, v⟩`` for a change ``v`` of the parameters          ``(B,)``
-``NAME_per_sample``     ``γ`` itself                                              ``(B, *shape)`` each
+``PREFIX_weighted``       ``γᵀ 1`` (``g`` already carries the weights ``w``)        one tensor a parameter
+``PREFIX_gram``           ``γ M⁻¹ γᵀ`` for spherical or diagonal ``M``               ``(B, B)``
+``PREFIX_gram_diagonal``  its diagonal alone                                        ``(B,)``
+``PREFIX_directional``    ``⟨γ_i, v⟩`` for a change ``v`` of the parameters          ``(B,)``
+``PREFIX_per_sample``     ``γ`` itself                                              ``(B, *shape)`` each
 ========================  =======================================================  =======================
 
 Kernels are pure functions of tensors in ``gtddp_compile.kernels`` (one file a layer kind) that use torch
@@ -17,11 +17,11 @@ alone, so that an exported program can carry their text with it. They are called
 
     layer = Layer(operands, g, params, wants, how)
 
-    NAME_weighted(layer)                  -> tuple of (*shape)
-    NAME_gram(layer, metric)              -> (B, B)
-    NAME_gram_diagonal(layer, metric)     -> (B,)
-    NAME_directional(layer, direction)    -> (B,)
-    NAME_per_sample(layer)                -> tuple of (B, *shape)
+    PREFIX_weighted(layer)                  -> tuple of (*shape)
+    PREFIX_gram(layer, metric)              -> (B, B)
+    PREFIX_gram_diagonal(layer, metric)     -> (B,)
+    PREFIX_directional(layer, direction)    -> (B,)
+    PREFIX_per_sample(layer)                -> tuple of (B, *shape)
 
 * ``operands``: tuple of tensors, what :meth:`Rule.operands` names, in that order (inputs detached from
   autograd);
@@ -38,18 +38,18 @@ alone, so that an exported program can carry their text with it. They are called
   (diagonal);
 * ``direction`` (``directional``): tuple aligned with the wanted ones, tensors of the parameters' shapes.
 
-Where :attr:`Rule.rows` is set there is also ``NAME_rows(layer)``: homogeneous inputs ``(B, G, T, n)`` and output
+Where :attr:`Rule.rows` is set there is also ``PREFIX_rows(layer)``: homogeneous inputs ``(B, G, T, n)`` and output
 gradients ``(B, G, T, m)``, what Kronecker factors are made of (``kernels/kronecker.py``).
 
-Where :attr:`Rule.subtracts` is set there is also ``NAME_subtract(layer, targets, rates)``: ``target -= rate · γᵀ 1``
+Where :attr:`Rule.subtracts` is set there is also ``PREFIX_subtract(layer, targets, rates)``: ``target -= rate · γᵀ 1``
 of every wanted parameter, in place.
 
-Where :attr:`Rule.pieces` is set there is also ``NAME_pieces(layer)``, an iterator of ``(index, part, gamma)``: ``γ``
+Where :attr:`Rule.pieces` is set there is also ``PREFIX_pieces(layer)``, an iterator of ``(index, part, gamma)``: ``γ``
 ``(B, rows, …)`` of the rows ``part`` of the wanted parameter ``index``, to be overwritten by the caller if it likes.
 
-Where :attr:`Rule.prepare` is set, ``operands = NAME_prepare(operands, how)`` comes first, once a
+Where :attr:`Rule.prepare` is set, ``operands = PREFIX_prepare(operands, how)`` comes first, once a
 stage and on the whole batch; all the kernels above take the prepared operands (a normalisation's ``x̂``). Beside it
-there is ``NAME_gamma``, which is ``NAME_per_sample`` of the whole batch from operands that are not prepared.
+there is ``PREFIX_gamma``, which is ``PREFIX_per_sample`` of the whole batch from operands that are not prepared.
 
 The batch axis is the leading axis of every operand (prepared ones, where the rule prepares) and of ``g``, and
 callers may take some samples of a layer (``kernels.part_of``), so that ``B`` is the size of a group. The generic rule
@@ -71,17 +71,23 @@ class Rule(ABC):
     """Compile-time description of one kind of parametric operation.
 
     Attributes:
-        name: of its kernels, ``gtddp_compile.kernels.NAME_weighted`` and so on; shown by ``program.cost()``.
+        name: shown by ``program.cost()``.
+        prefix: of its kernels, ``gtddp_compile.kernels.PREFIX_weighted`` and so on; the name, unless it says another.
         how: class of ``gtddp_compile.kernels`` that holds the options; ``""``: there are none.
-        prepare: whether there is a kernel ``NAME_prepare``.
-        rows: whether there is a kernel ``NAME_rows``: the layer is a sum of outer products ``g xᵀ`` over positions.
-        subtracts: whether there is a kernel ``NAME_subtract``: the weighted gradient's product can write the parameter.
-        pieces: whether there is a kernel ``NAME_pieces``: per-sample gradients a piece at a time.
+        prepare: whether there is a kernel ``PREFIX_prepare``.
+        rows: whether there is a kernel ``PREFIX_rows``: the layer is a sum of outer products ``g xᵀ`` over positions.
+        subtracts: whether there is a kernel ``PREFIX_subtract``: the weighted gradient's product can write a parameter.
+        pieces: whether there is a kernel ``PREFIX_pieces``: per-sample gradients a piece at a time.
     """
 
     name: str
     how = ""
     prepare = rows = subtracts = pieces = False
+
+    @property
+    def prefix(self) -> str:
+        """Of its kernels."""
+        return self.name
 
     @abstractmethod
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:

@@ -47,7 +47,7 @@ def prepare(b: Builder, t: int, tap: str) -> None:
     uses = [use for player, use in b.uses_at(tap) if not _unprepared(b, player, use)]
     for use in [use for use in uses if use.rule.prepare][:1]:
         whole = tuple(b.operand(ref) for ref in use.operands)
-        b.emit("backward", t, f"o_{b.name(tap)}", f"{use.rule.name}_prepare", whole, b.how(use))
+        b.emit("backward", t, f"o_{b.name(tap)}", f"{use.rule.prefix}_prepare", whole, b.how(use))
     for use in [use for use in uses if use.layouts]:
         _, *rest = b.arrangement(use)
         found = Var(f"o_{b.name(tap)}") if use.rule.prepare else tuple(b.operand(ref) for ref in use.operands)
@@ -133,6 +133,16 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
     """
     result, note = f"gamma_{t}_{b.identity(player)}", "gamma M^-1 gamma^T"
     chosen, use = b.layer(player).gram, b.layer(player).single
+    if chosen.uses:  # all of one layer with the positions of every use
+        uses = b.uses(player.name)
+        found = [operands(b, use) for use in uses]
+        inputs = tuple(item(v, 0) if isinstance(v, Var) else v[0] for v in found)
+        rest = tuple(Var(b.g_output(use.op)) for use in uses[1:])
+        said = tuple((use.rule.prefix == "transposed", use.params[1] is not None) for use in uses)
+        b.emit("backward", t, result, "gram_blocks", Function("linear_uses_gram"),
+               bundle(b, uses[0], (*inputs, *rest)), Var(metric), Var(b.rows), note=f"{note} of all uses",
+               uses=said)  # fmt: skip
+        return result
     if chosen.kept or use is None:
         gamma = given or Var(kept(b, t, player) if chosen.kept else per_sample(b, t, player))
         b.emit("backward", t, result, "joint_gram", gamma, Var(metric), Var(b.rows), note=note)

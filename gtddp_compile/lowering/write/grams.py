@@ -87,7 +87,7 @@ def block_diagonal(b: Builder, t: int, found: Observed) -> str:
     """The diagonal of a block's ``Γ``."""
     result = f"diagonal_{t}_{b.name_of(found.block)}"
     if found.of_players:
-        b.emit("backward", t, result, "kronecker_gram_diagonal", found.layers, Var(found.own))
+        b.emit("backward", t, result, "kronecker_gram_diagonal", found.layers, Var(found.metric))
     else:
         gram_diagonal(b, t, found.block.players[0], found.metric, result, _whitened(b, t, found))
     return result
@@ -98,7 +98,7 @@ def block_sample_gram(b: Builder, t: int, found: Observed) -> str:
     if not found.of_players:
         return sample_gram(b, t, found.block.players[0], found.metric, _whitened(b, t, found))
     result = f"gamma_{t}_{b.name_of(found.block)}"
-    b.emit("backward", t, result, "kronecker_sample_grams", found.layers, Var(found.own), Var("rank"))
+    b.emit("backward", t, result, "kronecker_sample_grams", found.layers, Var(found.metric), Var("rank"))
     return result
 
 

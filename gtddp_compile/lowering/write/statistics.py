@@ -17,33 +17,29 @@ from gtddp_compile.lowering.plan import MetricBlock
 from gtddp_compile.lowering.uses import Use
 from gtddp_compile.lowering.write.calls import layer, per_sample, weighed
 
-OF_PLAYERS = ("kronecker", "printed", "shared", "exact")
-
 
 @dataclass(frozen=True)
 class Observed:
-    """A block after its statistics: the variables of its metric, of its layers' rows, of what ``ρ`` shrinks by.
+    """A block after its statistics: the variables of its metric and of its layers' rows.
 
-    The last is the metric too, but for a coalition under recursion ``"printed"`` (Eq. 23: the players' own).
     ``coordinates``: of its per-sample gradients where the metric is diagonal, if they are kept.
     """
 
     block: MetricBlock
     metric: str
     layers: tuple[Var, ...]
-    own: str
     coordinates: str = ""
 
     @property
     def of_players(self) -> bool:
         """Whether the metric is one matrix over weight and bias, and over the players of a coalition."""
-        return self.block.kind in OF_PLAYERS
+        return self.block.of_players
 
 
 def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str]) -> Observed:
     """Statistics (``opens``: ``Q_u`` of each player, where it is known) and the metric."""
     if block.kind == "parameters" and b.first(block).observed:  # with its Γ
-        return Observed(block, "", (), "")
+        return Observed(block, "", ())
     layers = statistics(b, t, block, alpha, opens)
     coordinates = _kept(b, t, block, alpha) if b.first(block).coordinates else ""
     metric = f"metric_{b.name_of(block)}"
@@ -51,17 +47,13 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
         b.emit("backward", t, metric, "m.rate", block.players[0].parameters, note="M^-1 = lr A^-1 x B^-1")
     elif block.kind == "channels":
         b.emit("backward", t, metric, "m.channels_metric", block.players[0].parameters, note="M^-1 of x X")
-    elif block.kind in OF_PLAYERS:
+    elif block.of_players:
         b.emit("backward", t, metric, "m.block_metric", block.kind, block.names, note="M^-1")
     else:
         separated = b.first(block).groups
         call, groups = ("m.metric", ()) if separated is None else ("m.separated_metric", (separated,))
         b.emit("backward", t, metric, call, block.players[0].parameters, *groups, note="M^-1")
-    own = metric
-    if b.plan.form.name == "printed" and len(block.players) > 1:
-        own = f"own_{metric}"
-        b.emit("backward", t, own, "m.own_metric", block.kind, block.names, note="Q_uu^-1, Q_vv^-1 (23)")
-    return Observed(block, metric, layers, own, coordinates)
+    return Observed(block, metric, layers, coordinates)
 
 
 def statistics(
@@ -145,7 +137,7 @@ def _layer(b: Builder, t: int, block: MetricBlock, player: Player, alpha: str | 
     kernel, taken = b.kernel(use, "rows"), layer(b, use) if alpha is None else weighed(b, use, alpha)
     more: dict[str, Any] = {"blocks": block.blocks} if block.blocks > 1 else {}
     if b.factored and alpha is None:
-        taken = Apply("spread", (taken,))
+        taken = Apply("column_samples", (taken,))
     if alpha is not None and b.plan.form.name != "base" and b.first(block).lines:
         kernel, more = "line_rows", more | _moment(b, use)
     b.emit("backward", t, name, "Rows", Function(kernel), taken, note="rows", **more)

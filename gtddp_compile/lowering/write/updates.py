@@ -6,10 +6,7 @@ from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.instructions import Function, Phase, Var
 from gtddp_compile.lowering.plan import MetricBlock
 from gtddp_compile.lowering.write.calls import weighed, weighted
-from gtddp_compile.lowering.write.statistics import (
-    OF_PLAYERS,
-    statistics,
-)
+from gtddp_compile.lowering.write.statistics import statistics
 
 
 def base_update(b: Builder, t: int, block: MetricBlock, alpha: str) -> None:
@@ -91,7 +88,7 @@ def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str
 def update(b: Builder, phase: Phase, t: int, block: MetricBlock, gradients: dict[str, str], note: str) -> None:
     """The base method consumes the gradients of a block; ``δu`` is written down where somebody reads it."""
     verb, deltas = _verb(b, block)
-    if block.kind in (*OF_PLAYERS, "channels"):
+    if block.of_players or block.kind == "channels":
         found = tuple(Var(gradients[player.name]) for player in block.players)
         b.emit(phase, t, deltas, f"m.{verb}_block", b.first(block).kind, block.names, found, note=note)
     else:

@@ -7,6 +7,7 @@ A block is named by its players' parameters: ``(("a.weight", "a.bias"), ("b.weig
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,13 @@ from gtddp_compile.kernels.coordinates import (
 )
 from gtddp_compile.kernels.kronecker import Metric, Rows, kronecker_precondition
 from gtddp_compile.kernels.patches import _conv_images
-from gtddp_compile.methods.curvature.base import Group
+from gtddp_compile.methods.curvature.base import Group, Move
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
-from gtddp_compile.methods.curvature.updates import RAMP, ParameterUpdates
+from gtddp_compile.methods.curvature.updates import ParameterUpdates
 
 Names = tuple[tuple[str, ...], ...]
+Parts = tuple[tuple[Tensor, ...], ...]
+"""Of every parameter of every player a tensor of its shape."""
 
 
 class BlockUpdates(ParameterUpdates):
@@ -38,13 +41,6 @@ class BlockUpdates(ParameterUpdates):
     def _kronecker(self) -> Kronecker:
         assert isinstance(self._curvature, Kronecker)  # the compiler emits these calls for no other
         return self._curvature
-
-    def _inertia(self, name: str) -> Tensor | float | None:
-        """A number: these steps are never recorded as a graph."""
-        state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
-        if "last_step" not in state or not mu:
-            return None
-        return min(float(mu), 1.0 - RAMP / (float(state["taken"]) + RAMP))
 
     def observe_block(
         self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Rows], start: float, *, moments: bool = True
@@ -113,43 +109,31 @@ class BlockUpdates(ParameterUpdates):
     def observe_moment(self, names: tuple[str, ...], moments: tuple[Tensor, ...]) -> None:
         """Running ``E[γ²]`` of parameters with the diagonal rule."""
         for name, moment in zip(names, moments, strict=True):
-            self.states[name] = self._curvature.observe(
-                self._params[name], moment, self.states[name], self._groups[name]
-            )
+            arguments = self._params[name], moment, self.states[name], self._groups[name]
+            self.states[name] = self._curvature.observe(*arguments)
 
     def block_metric(self, kind: BlockKind, names: Names) -> Metric:
         """``M⁻¹`` of a block, as the kernels take it."""
         return self._kronecker.block_metric(kind, self.states[names[0][0]], *self._widths_and_groups(kind, names))
-
-    def own_metric(self, kind: BlockKind, names: Names) -> Metric:
-        """The players' ``M⁻¹`` without cross terms (Eq. 23)."""
-        return self._kronecker.own_metric(kind, self.states[names[0][0]], *self._widths_and_groups(kind, names))
 
     def _widths_and_groups(self, kind: BlockKind, names: Names) -> tuple[list[tuple[int, int]], list[Group]]:
         """``(n, m)`` and options of every player."""
         shapes = [self._shape(kind, player) for player in names]
         return [(shape[2], shape[1]) for shape in shapes], [self._groups[player[0]] for player in names]
 
-    def drift_block(self, kind: BlockKind, names: Names) -> tuple[tuple[Tensor, ...], ...]:
+    def drift_block(self, kind: BlockKind, names: Names) -> Parts:
         """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of every player."""
-        if all(self._linear(name) is None for player in names for name in player):
+        if not self._decays(names):
             return tuple(tuple(self._less_inertia(name, None) for name in player) for player in names)
-        linear = []
-        for player in names:
-            terms = [(self._params[name], self._linear(name)) for name in player]
-            linear.append(tuple(torch.zeros_like(param) if term is None else term for param, term in terms))
-        found = self._scaled(kind, names, self._directions(kind, names, linear), 1)
-        return tuple(tuple(map(self._less_inertia, player, parts)) for player, parts in zip(names, found, strict=True))
+        return _each(self._less_inertia, names, self._scaled(kind, names, self._zeros(names), 1))
 
-    def open_block(
-        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
-    ) -> tuple[tuple[Tensor, ...], ...]:
+    def open_block(self, kind: BlockKind, names: Names, gradients: Parts) -> Parts:
         """``k = -M⁻¹ (γᵀ α + ℓ_u)`` of every player (Eq. 4; of a coalition Eq. 18, 53)."""
-        return self._scaled(kind, names, self._directions(kind, names, self._with_decays(names, gradients)), -1)
+        return self._scaled(kind, names, gradients, -1)
 
-    def descend_block(self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]) -> None:
+    def descend_block(self, kind: BlockKind, names: Names, gradients: Parts) -> None:
         """As :meth:`apply_block` where nobody reads ``δu``: one pass over every new parameter."""
-        self._descend(names, self._directions(kind, names, self._with_decays(names, gradients)))
+        self._descend(names, self._directions(kind, names, gradients))
 
     def descend_dual(self, names: Names, coordinates: Coordinates, weights: Tensor) -> None:
         """As :meth:`descend_block`, from the rows of one player in ``"dual"`` coordinates."""
@@ -185,58 +169,38 @@ class BlockUpdates(ParameterUpdates):
         step = coordinates_step(coordinates, ones, self.block_metric("kronecker", (names,)))
         self.descend_steps("kronecker", (names,), (step,))
 
-    def apply_block(
-        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
-    ) -> tuple[tuple[Tensor, ...], ...]:
+    def apply_block(self, kind: BlockKind, names: Names, gradients: Parts) -> Parts:
         """Consume ``ĝ = γᵀ w + ℓ_u`` of every player; returns each one's ``δu``."""
-        return self._apply(names, self._directions(kind, names, self._with_decays(names, gradients)))
+        return self._apply(names, self._directions(kind, names, gradients))
 
-    def apply_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+    def apply_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> Parts:
         """As :meth:`apply_block`, from ``M⁻¹ C w / η`` ``(G, m, n)`` of every player."""
         return self._apply(names, self._stepping(kind, names, steps))
 
-    def _descend(self, names: Names, directions: Sequence[tuple[Tensor, ...]]) -> None:
-        for player, parts in zip(names, directions, strict=True):
-            for name, direction in zip(player, parts, strict=True):
-                if "inertia" in self._groups[name]:
-                    param, group = self._params[name], self._groups[name]
-                    delta, self.states[name] = self._kronecker.consume(param, direction, self.states[name], group)
-                    self._move(name, self._carried(name, delta))
-                    continue
-                target = self._writable(name)
-                self.states[name] = self._kronecker.advance(target, direction, self.states[name], self._groups[name])
+    def _descend(self, names: Names, directions: Parts) -> None:
+        _each(lambda name, part: self._descended(name, self._preconditioned(name, part)), names, directions)
 
-    def _apply(self, names: Names, directions: Sequence[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], ...]:
-        found = []
-        for player, parts in zip(names, directions, strict=True):
-            deltas = []
-            for name, direction in zip(player, parts, strict=True):
-                param = self._params[name]
-                delta, self.states[name] = self._kronecker.consume(
-                    param, direction, self.states[name], self._groups[name]
-                )
-                delta = self._carried(name, delta)
-                self._new[name] = (param + delta).to(param.dtype)
-                deltas.append(delta)
-            found.append(tuple(deltas))
-        return tuple(found)
+    def _apply(self, names: Names, directions: Parts) -> Parts:
+        return _each(lambda name, part: self._applied(name, self._preconditioned(name, part)), names, directions)
+
+    def _preconditioned(self, name: str, direction: Tensor) -> Move:
+        return self._kronecker.preconditioned(self._params[name], direction, self.states[name], self._groups[name])
 
     # --- matrices -----------------------------------------------------------------------------------------------------
 
-    def _directions(
-        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
-    ) -> list[tuple[Tensor, ...]]:
-        """``(M⁻¹ ĝ)_p / η_p``."""
+    def _directions(self, kind: BlockKind, names: Names, gradients: Parts) -> Parts:
+        """``(M⁻¹ (g + ℓ))_p / η_p``."""
+        gradients = _each(self._with_decay, names, gradients)
         if kind == "channels":
-            return [self._channel_directions(*pair) for pair in zip(names, gradients, strict=True)]
+            return tuple(map(self._channel_directions, names, gradients))
         folded = [self._fold(kind, player, parts) for player, parts in zip(names, gradients, strict=True)]
         if kind == "dual":
             inverse_x, inverse_g = self.block_inverses(names)
             mapped = folded[0].to(inverse_x.dtype) @ inverse_x
             mapped = mapped if inverse_g is None else inverse_g @ mapped
-            return [self._unfold(kind, names[0], mapped.to(folded[0].dtype))]
+            return (self._unfold(kind, names[0], mapped.to(folded[0].dtype)),)
         found = kronecker_precondition(folded, self.block_metric(kind, names))
-        return [self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True)]
+        return tuple(self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True))
 
     def _channel_directions(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inverse = self.states[names[0]]["inverse_x"]
@@ -247,18 +211,14 @@ class BlockUpdates(ParameterUpdates):
             for name, gradient in zip(names, gradients, strict=True)
         )
 
-    def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> Parts:
         """``M⁻¹ (C w + ℓ) / η`` parameter by parameter, from ``M⁻¹ C w / η``."""
-        found = [self._unfold(kind, player, step) for player, step in zip(names, steps, strict=True)]
-        found = [
-            tuple(part.to(self._params[name].dtype) for name, part in zip(player, parts, strict=True))
-            for player, parts in zip(names, found, strict=True)
-        ]
-        if all(self._linear(name) is None for player in names for name in player):
+        found = tuple(self._unfold(kind, player, step) for player, step in zip(names, steps, strict=True))
+        found = _each(lambda name, part: part.to(self._params[name].dtype), names, found)
+        if not self._decays(names):
             return found
-        zeros = [tuple(torch.zeros_like(self._params[name]) for name in player) for player in names]
-        decays = self._directions(kind, names, self._with_decays(names, zeros))
-        return [tuple(map(torch.add, *pair)) for pair in zip(found, decays, strict=True)]
+        decays = self._directions(kind, names, self._zeros(names))
+        return tuple(tuple(map(torch.add, *pair)) for pair in zip(found, decays, strict=True))
 
     def _shape(self, kind: BlockKind, names: tuple[str, ...]) -> tuple[int, int, int]:
         """``(G, m, n)`` of one player's gradients: groups of a convolution, or blocks of a wide layer's inputs."""
@@ -295,20 +255,18 @@ class BlockUpdates(ParameterUpdates):
             pieces = tuple(matrix[..., :width] if param.dim() > 1 else matrix[..., width:] for param in params)
         return tuple(piece.reshape(param.shape) for piece, param in zip(pieces, params, strict=True))
 
-    def _scaled(
-        self, kind: BlockKind, names: Names, directions: Sequence[tuple[Tensor, ...]], sign: int
-    ) -> tuple[tuple[Tensor, ...], ...]:
-        return tuple(
-            tuple(part * (sign * float(self._groups[name]["lr"])) for name, part in zip(player, parts, strict=True))
-            for player, parts in zip(names, directions, strict=True)
-        )
+    def _scaled(self, kind: BlockKind, names: Names, gradients: Parts, sign: int) -> Parts:
+        """``± M⁻¹ (g + ℓ)``."""
+        directions = self._directions(kind, names, gradients)
+        return _each(lambda name, part: part * (sign * float(self._groups[name]["lr"])), names, directions)
 
-    def _with_decays(self, names: Names, gradients: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-        found = []
-        for player, parts in zip(names, gradients, strict=True):
-            terms = [(part, self._linear(name)) for name, part in zip(player, parts, strict=True)]
-            found.append(tuple(part if term is None else part + term for part, term in terms))
-        return found
+    def _decays(self, names: Names) -> bool:
+        return any(self._linear(name) is not None for player in names for name in player)
 
-    def _linear(self, name: str) -> Tensor | None:
-        return self._curvature.linear_term(self._params[name], self._groups[name])
+    def _zeros(self, names: Names) -> Parts:
+        return tuple(tuple(torch.zeros_like(self._params[name]) for name in player) for player in names)
+
+
+def _each(function: Callable[[str, Tensor], Any], names: Names, parts: Parts) -> tuple[tuple[Any, ...], ...]:
+    """A function of every parameter's name and tensor."""
+    return tuple(tuple(map(function, player, own)) for player, own in zip(names, parts, strict=True))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gtddp_compile.kernels.kronecker import Rows, kronecker_moment, kronecker_widths
 from gtddp_compile.methods.curvature.base import Group, State
-from gtddp_compile.methods.curvature.checks import out_of_range
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker, split_maps
+from gtddp_compile.methods.curvature.numbers import out_of_range
 
 
 @dataclass(frozen=True)

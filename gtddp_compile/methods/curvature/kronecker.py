@@ -6,7 +6,6 @@ A block is
 * ``"kronecker"``: linear and convolution layers, from their homogeneous inputs and ``V_h``;
 * ``"dual"``: the same of a layer with one position a sample, which needs the inverse factors and no roots of them;
 * ``"channels"``: convolutions under a metric of inputs alone, from the covariance of the channels at a pixel;
-* ``"printed"``: the same of a coalition, with each player's own factors beside the joint ones (Eq. 23 reads them);
 * ``"shared"``: players with the same rows (Corollary 7; EK-FAC alone);
 * ``"exact"``: any other player of at most ``small`` parameters, the ``E[γ γᵀ]`` of its per-sample gradients (the same
   algebra with the input 1);
@@ -18,9 +17,9 @@ A block's factors are in the state of its first parameter; every parameter has i
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -32,29 +31,18 @@ from gtddp_compile.kernels.kronecker import (
     Rows,
     kronecker_factor_shapes,
     kronecker_factors,
-    kronecker_widths,
 )
-from gtddp_compile.methods.curvature.base import NONE, Group, Memory, MetricKind, State
-from gtddp_compile.methods.curvature.checks import (
-    Scalar,
-    check_ranges,
-    first_step,
-    number,
-    out_of_range,
-    scalar,
-    statistics_gradient,
-    subtract,
-)
+from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
+from gtddp_compile.methods.curvature.numbers import Scalar, number, out_of_range, scalar, statistics_gradient, zeros
 
-BlockKind = Literal["kronecker", "dual", "channels", "printed", "shared", "exact"]
+BlockKind = Literal["kronecker", "dual", "channels", "shared", "exact"]
 
-MAPS = ("map_x", "map_g", "null_x", "null_g", "moment")
-DERIVED = (*MAPS, "inverse_x", "inverse_g", "filters", *(f"own_{key}" for key in MAPS))
+DERIVED = ("map_x", "map_g", "null_x", "null_g", "moment", "inverse_x", "inverse_g", "filters")
 """Keys of a block's state that are made of its factors."""
 
 
 @dataclass(frozen=True)
-class Kronecker(ABC):
+class Kronecker(Curvature):
     """Options and state of a Kronecker-factored curvature; see :class:`KFAC` and :class:`EKFAC`."""
 
     lr: Scalar = 1e-2
@@ -68,6 +56,8 @@ class Kronecker(ABC):
     early: int = 10
 
     name = "kronecker"
+    metric = "kronecker"
+    nonnegative = ("lr", "damping", "momentum", "weight_decay")
     small = 0
     """Largest number of parameters of an exact block."""
     widest = 0
@@ -79,31 +69,10 @@ class Kronecker(ABC):
     rescales = False
     """Whether the metric's diagonal in its own basis is a matrix of its own, and no product of two."""
 
-    def __post_init__(self) -> None:
-        self.check(self.defaults())
-
-    @property
-    def metric(self) -> MetricKind:
-        """Kronecker: of players, not of parameters."""
-        return "kronecker"
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Layer inputs and ``V_h``."""
-        return True
-
-    def defaults(self) -> dict[str, Any]:
-        """Options of a param_group."""
-        return asdict(self)
-
     def check(self, options: Group) -> None:
-        """Refuse options out of range.
-
-        Raises:
-            CompileError: names the option.
-        """
+        """As every method's; averages forget, and what is counted is whole."""
+        super().check(options)
         name = type(self).__name__
-        check_ranges(name, options, "lr", "damping", "momentum", "weight_decay")
         if not 0.0 <= number(name, "stat_decay", options["stat_decay"]) < 1.0:
             raise out_of_range(name, "stat_decay", options["stat_decay"], "a value in [0, 1)")
         for option, least in (("refresh", 1), ("stat_every", 1), ("early", 0), ("small", 0)):
@@ -116,68 +85,34 @@ class Kronecker(ABC):
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """``"step"`` and, with momentum, a zero ``"momentum_buffer"``; factors appear with the first statistics."""
         self.check(group)
-        state: dict[str, Any] = {"step": first_step()}
-        if group["momentum"] > 0:
-            state["momentum_buffer"] = torch.zeros_like(param).detach()
-        return state
+        return zeros(param, *(("momentum_buffer",) if group["momentum"] > 0 else ()))
 
-    def linear_term(self, param: Tensor, group: Group) -> Tensor | None:
-        """``λ u`` of coupled decay, shape of the parameter."""
-        decay = group["weight_decay"]
-        return None if decay == 0 else param * scalar(decay, param)
-
-    def observe(
-        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
-    ) -> dict[str, Any]:
+    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """Step count and running ``E[γ²]`` of a parameter with the diagonal rule (``g_stat`` is the batch's)."""
         moment, new = statistics_gradient(type(self).__name__, g_stat), self._stepped(state)
         new["second_moment"] = self._average(state.get("second_moment"), moment, new["step"], group)
         return new
 
+    def divisor(self, state: State, group: Group) -> Any:
+        """``η M`` of a parameter with the diagonal rule, ``E[γ²] + damping``."""
+        return state["second_moment"] + group["damping"]
+
     def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor | float:
         """``lr / (E[γ²] + damping)`` of a parameter with the diagonal rule."""
-        inverse: Tensor = (state["second_moment"] + group["damping"]).reciprocal_().mul_(scalar(group["lr"], param))
+        inverse: Tensor | float = scalar(group["lr"], param) / self.divisor(state, group)
         return inverse
 
-    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor | None:
-        """None: the metric is a matrix."""
-        return None
+    def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:
+        """Of a parameter with the diagonal rule."""
+        return self.preconditioned(param, g_hat / self.divisor(state, group), state, group)
 
-    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
-        """``δu`` and the state of a parameter with the diagonal rule."""
-        return self.consume(param, g_hat / (state["second_moment"] + group["damping"]), state, group)
-
-    def consume(self, param: Tensor, direction: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
+    def preconditioned(self, param: Tensor, direction: Tensor, state: State, group: Group) -> Move:
         """``δu = -lr · b``, ``b ← momentum · b + direction`` (torch.optim.SGD's), ``direction = M⁻¹ ĝ / lr``."""
-        moved, new = self._moved(param, direction, state, group)
-        return moved * -scalar(group["lr"], param), new
-
-    def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
-        denominator: Tensor | None = None, into: Memory = NONE,
-    ) -> dict[str, Any]:  # fmt: skip
-        """As :meth:`apply`, added to the parameter in place."""
-        return self.advance(param, g_hat / (state["second_moment"] + group["damping"]), state, group)
-
-    def advance(self, param: Tensor, direction: Tensor, state: State, group: Group) -> dict[str, Any]:
-        """As :meth:`consume`, added to the parameter in place."""
-        moved, new = self._moved(param, direction, state, group)
-        subtract(param, moved, group["lr"])
-        return new
-
-    def rate(self, group: Group) -> float | None:
-        """None: the metric is a matrix."""
-        return None
-
-    def _moved(
-        self, param: Tensor, direction: Tensor, state: State, group: Group
-    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
-        """``b`` and the state with it."""
         if group["momentum"] == 0:
-            return direction, dict(state)
+            return Move(direction, None, group["lr"], dict(state))
         old = state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(param)
         buffer = old * group["momentum"] + direction
-        return buffer, {**state, "momentum_buffer": buffer}
+        return Move(buffer, None, group["lr"], {**state, "momentum_buffer": buffer})
 
     # --- block by block -----------------------------------------------------------------------------------------------
 
@@ -212,8 +147,6 @@ class Kronecker(ABC):
             lead.update(self.refreshed(kind, lead, group))
         if moments:
             lead.update(self.moments(layers, start, lead, group))
-        if kind == "printed":
-            lead.update(self._own(layers, start, lead, group, due=due or "own_map_x" not in lead))
         return found
 
     def _running(
@@ -237,23 +170,6 @@ class Kronecker(ABC):
         lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
         return early or age % group["refresh"] == 0
 
-    def _own(self, layers: Sequence[Rows], start: float, lead: State, group: Group, *, due: bool) -> dict[str, Tensor]:
-        """What every player's curvature would be alone, side by side in coordinates of its own."""
-        widths = kronecker_widths(layers)
-        found: list[dict[str, Any]] = []
-        for layer, x, g in zip(layers, *spans(widths), strict=True):
-            own: dict[str, Any] = {"age": lead["age"]}
-            if due:
-                own |= {key: lead[key][:, at, at] for key, at in zip(self.factor_keys(), (x, g), strict=False)}
-                own |= self.refreshed("kronecker", own, group)
-            else:
-                places = {"map_x": (x, x), "map_g": (g, g), "null_x": (x,), "null_g": (g,), "moment": (g, x)}
-                own |= {
-                    key: lead[f"own_{key}"][(slice(None), *at)] for key, at in places.items() if f"own_{key}" in lead
-                }
-            found.append(own | self.moments((layer,), start, own, group))
-        return {f"own_{key}": side_by_side([own[key] for own in found]) for key in MAPS if key in found[0]}
-
     def block_metric(
         self, kind: BlockKind, state: State, widths: Sequence[tuple[int, int]], groups: Sequence[Group]
     ) -> Metric:
@@ -271,18 +187,6 @@ class Kronecker(ABC):
             return ((state["map_x"], state["map_g"]),) * len(widths), scale, cross, rates
         return split_maps(state, widths), scale, cross, rates
 
-    def own_metric(
-        self, kind: BlockKind, state: State, widths: Sequence[tuple[int, int]], groups: Sequence[Group]
-    ) -> Metric:
-        """The metric without cross terms: ``Q_uu⁻¹`` and ``Q_vv⁻¹`` of Eq. 23; arguments as :meth:`block_metric`."""
-        rates = tuple(float(group["lr"]) for group in groups)
-        if kind == "shared":
-            scale, _ = self.scales("kronecker", state, groups[0], 1)
-            return ((state["map_x"], state["map_g"]),) * len(widths), scale, torch.zeros_like(state["moment"]), rates
-        own = {key: state[f"own_{key}"] for key in MAPS if f"own_{key}" in state}
-        scale, _ = self.scales("kronecker", own, groups[0], 1)
-        return split_maps(own, widths), scale, None, rates
-
     def factor_keys(self) -> tuple[str, ...]:
         """Keys of the factors in a state."""
         return ("factor_x", "factor_g")
@@ -299,17 +203,17 @@ class Kronecker(ABC):
         ``"inverse_g"`` instead of a ``"dual"`` block.
         """
 
-    @abstractmethod
     def moments(self, layers: Sequence[Rows], start: float, state: State, group: Group) -> dict[str, Any]:
         """Further statistics of the batch, taken every step."""
+        return {}
 
     def observe_coordinates(self, moment: Tensor, state: State, group: Group) -> dict[str, Any]:
         """The state after the batch's ``E[(α γ̂)²]`` (``rescales``: otherwise nobody asks)."""
         return {**state, "moment": moment}
 
-    @abstractmethod
     def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:
-        """``scale`` and ``cross`` of the metric."""
+        """``scale`` and ``cross`` of the metric: where the maps say everything, 1 and none."""
+        return 1.0, None
 
     def _stepped(self, state: State) -> dict[str, Any]:
         return {**state, "step": state["step"] + 1}
@@ -329,21 +233,3 @@ def split_maps(state: State, widths: Sequence[tuple[int, int]]) -> Maps:
     xs = state["map_x"].split([n for n, _ in widths], 1)
     gs = state["map_g"].split([m for _, m in widths], 1) if "map_g" in state else [None] * len(widths)
     return tuple(zip(xs, gs, strict=True))
-
-
-def spans(widths: Sequence[tuple[int, int]]) -> tuple[list[slice], list[slice]]:
-    """Where every player's inputs and outputs are among those of the block."""
-    found: tuple[list[slice], list[slice]] = ([], [])
-    for axis, places in enumerate(found):
-        end = 0
-        for width in widths:
-            places.append(slice(end, end + width[axis]))
-            end += width[axis]
-    return found
-
-
-def side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """Vectors ``(G, n)`` one after the other, matrices ``(G, m, n)`` as blocks along the diagonal."""
-    if parts[0].dim() == 2:
-        return torch.cat(list(parts), 1)
-    return torch.stack([torch.block_diag(*blocks) for blocks in zip(*parts, strict=True)])

@@ -121,10 +121,11 @@ def _guarded(module: ModuleType, params: Any, buffers: Any, state: Any, inputs: 
     return (*kept, loss)
 
 
-def _cholesky(block: Tensor) -> tuple[Tensor, Tensor]:
+def _cholesky(block: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
     """:func:`gtddp_compile.kernels.factor` of a block, both lifts made and one selected."""
     lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
-    found, failed = torch.linalg.cholesky_ex(block + torch.diag(lift.expand(block.shape[0])), upper=True)
+    first = block if block.dtype == torch.float64 else block + torch.diag(lift.expand(block.shape[0]))
+    found, failed = torch.linalg.cholesky_ex(first, upper=True)
     lifted, _ = torch.linalg.cholesky_ex(block + torch.diag((1000 * lift).expand(block.shape[0])), upper=True)
     return torch.where(failed == 0, found, lifted), failed
 

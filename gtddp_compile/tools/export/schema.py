@@ -1,6 +1,6 @@
 """The JSON Schema of stored programs, from the type annotations that the reader itself goes by.
 
-docs/program-schema.json is this schema; ``PYTHONPATH=tests python tests/export/test_export_schema.py`` writes it again.
+docs/program-schema.json is this schema; ``PYTHONPATH=tests python tests/export/test_export_json.py`` writes it again.
 """
 
 from __future__ import annotations

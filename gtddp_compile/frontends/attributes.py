@@ -1,0 +1,270 @@
+"""What the modules of a model hold beside parameters, buffers and modules: read to be compared, and put back.
+
+Read are their attributes and those of their classes: numbers, words, functions, tensors, generators of random numbers,
+and what lists, dicts, named tuples, namespaces, dataclasses and plain objects hold of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import functools
+import pickle
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ATOMS = frozenset(
+    {bool, int, float, complex, str, bytes, NoneType, FunctionType, BuiltinFunctionType, MethodType}
+    | {torch.dtype, torch.device, torch.Size, torch.memory_format}
+)
+"""Types that are compared by value; numbers and words among them are no business of a forward pass to change."""
+NUMBERS = bool | int | float | complex | str
+METHODS = (FunctionType, property, staticmethod, classmethod)
+ITEMS = (list, tuple, set, frozenset, deque)
+LARGE = 1000
+"""Items of an attribute up to which it is read: options of a model, not a table of words nor a program around it."""
+OTHERS = (sys.stdlib_module_names | {"torch", "numpy"}) - {"__main__"}
+"""Packages whose objects are taken as one."""
+OWN = frozenset(vars(nn.Module())) - {"training"}
+"""What torch keeps in every module: not the user's attributes."""
+
+
+class Same:
+    """A value that equals itself alone, while nobody writes it; it is held, so that none takes its place in memory."""
+
+    __slots__ = ("value", "version")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.version = value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value and self.version == other.version
+
+    def __hash__(self) -> int:
+        return hash((id(self.value), self.version))
+
+
+class State(NamedTuple):
+    """Of a generator of random numbers."""
+
+    told: bytes
+
+
+class Record(NamedTuple):
+    """An object by its class, its fields, and what its classes hold."""
+
+    kind: Same
+    fields: tuple[tuple[str, Any], ...]
+    shared: tuple[tuple[str, Any], ...]
+
+
+class _Around(Exception):
+    """An object leads back to the model, or to too much: it is a program around the model, no part of it."""
+
+
+class Reader:
+    """One reading of a model's attributes.
+
+    Attributes:
+        held: containers, tensors and generators that were met and can be written.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen: dict[int, int] = {}
+        self._most = 0
+        self.held: list[Any] = []
+
+    def attributes(
+        self, modules: Iterable[tuple[Hashable, nn.Module]], skipped: set[tuple[Hashable, str]]
+    ) -> list[tuple[Hashable, str, Any]]:
+        """Owner, name, and something that is equal as long as the attribute is.
+
+        Args:
+            modules: each with what its attributes are listed under; those of classes are under the class.
+            skipped: attributes that are not read; those that prove to be no part of the model are added.
+        """
+        found: list[tuple[Hashable, str, Any]] = []
+        for owner, module in modules:
+            for kind in _classes(type(module)):
+                if id(kind) not in self._seen:
+                    self._seen[id(kind)] = len(self._seen)
+                    self._note(kind, _members(kind), skipped, found)
+            self._note(owner, vars(module).items(), skipped, found)
+        return found
+
+    def _note(self, owner: Hashable, items: Iterable[tuple[str, Any]], skipped: set[Any], found: list[Any]) -> None:
+        for name, value in items:
+            if name in OWN or (skipped and (owner, name) in skipped):
+                continue
+            if type(value) not in ATOMS:
+                self._most = len(self._seen) + LARGE
+                try:
+                    value = self.read(value)
+                except _Around:
+                    skipped.add((owner, name))
+                    continue
+            found.append((owner, name, value))
+
+    def read(self, value: Any) -> Any:
+        """The value, or what stands for it.
+
+        Raises:
+            _Around: it is an object that leads to the model.
+        """
+        kind = type(value)
+        if kind in ATOMS:
+            return value
+        if kind is tuple:
+            return tuple(map(self.read, value))
+        if isinstance(value, Tensor):
+            self.held.append(value)
+            return Same(value)
+        if value is self._model:
+            raise _Around
+        if isinstance(value, nn.Module | type | enum.Enum):
+            return Same(value)
+        if id(value) in self._seen:
+            return kind, self._seen[id(value)]
+        self._seen[id(value)] = len(self._seen)
+        if len(self._seen) > self._most:
+            raise _Around
+        if isinstance(value, functools.partial):
+            return kind, self.read((value.func, value.args, value.keywords))
+        if isinstance(value, (*ITEMS, dict)):
+            return self._items(value, kind)
+        if generator(value) is not None:
+            self.held.append(value)
+            return _state(value)
+        if not _is_record(kind):
+            return Same(value)
+        self.held.append(vars(value))
+        fields = tuple((name, self.read(held)) for name, held in vars(value).items())
+        shared = tuple((name, self.read(held)) for own in _classes(kind) for name, held in _members(own))
+        return Record(Same(kind), fields, shared)
+
+    def _items(self, value: Any, kind: type) -> Any:
+        self.held.append(value)
+        if len(value) > LARGE:
+            return Same(value), len(value)
+        if isinstance(value, dict):
+            return kind, tuple((self.read(key), self.read(held)) for key, held in value.items())
+        return (kind, *map(self.read, value))
+
+
+def _is_record(kind: type) -> bool:
+    """Whether objects of a class are taken by their fields."""
+    if kind in (SimpleNamespace, argparse.Namespace):
+        return True
+    return kind.__dictoffset__ != 0 and kind.__module__.partition(".")[0] not in OTHERS
+
+
+def _own_classes(kind: type) -> tuple[type, ...]:
+    """The class and its bases, without those of torch and Python."""
+    return tuple(k for k in kind.__mro__ if k.__module__.partition(".")[0] not in OTHERS | {"builtins"})
+
+
+_classes: Callable[[type], tuple[type, ...]] = functools.cache(_own_classes)
+
+
+def _members(kind: type) -> Iterator[tuple[str, Any]]:
+    """What a class holds; its methods stay what they are."""
+    return (
+        (name, value) for name, value in vars(kind).items() if type(value) not in METHODS and not name.startswith("__")
+    )
+
+
+def generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
+    """How to get and how to set the state of a generator of random numbers; ``None``: it is none."""
+    if value is random or isinstance(value, random.Random):
+        return value.getstate, value.setstate
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and (value is numpy.random or isinstance(value, numpy.random.RandomState)):
+        return value.get_state, value.set_state
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        return (lambda: bits.state), functools.partial(setattr, bits, "state")
+    return None
+
+
+def _state(value: Any) -> State:
+    (get, _) = generator(value)  # type: ignore[misc]
+    state = get()
+    return State(bytes(state.tolist()) if isinstance(state, Tensor) else pickle.dumps(state))
+
+
+def generators() -> dict[str, Any]:
+    """Python's and numpy's own, by name."""
+    numpy = sys.modules.get("numpy")
+    return {"random": random} | ({} if numpy is None else {"numpy.random": numpy.random})
+
+
+def read(model: nn.Module) -> dict[tuple[Hashable, str], Any]:
+    """Every attribute by the path of its module (or by its class) and its name; by ``None``, :func:`generators`."""
+    reader = Reader(model)
+    found = {(owner, name): value for owner, name, value in reader.attributes(model.named_modules(), set())}
+    return found | {(None, name): _state(value) for name, value in generators().items()}
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Undo whatever the block writes to attributes of the model's modules (values kept for inspection, say)."""
+    reader = Reader(model)
+    reader.attributes(model.named_modules(), set())
+    own: list[Any] = [vars(m) for m in model.modules()]
+    own += [value for held in own for value in held.values() if isinstance(value, dict | list | set)]
+    undo = [_undo(value) for value in (*own, *reader.held, *generators().values())]
+    undo += [_undo_class(kind) for kind in {k for m in model.modules() for k in _classes(type(m))}]
+    try:
+        yield
+    finally:
+        for put_back in undo:
+            put_back()
+
+
+def _undo(held: Any) -> Callable[[], None]:
+    """What puts back what a container, a tensor or a generator holds now."""
+    if isinstance(held, tuple | frozenset):
+        return lambda: None
+    if isinstance(held, dict | list | set | deque):
+        items: Any = dict(held) if isinstance(held, dict) else list(held)
+
+        def put_back() -> None:
+            held.clear()
+            held.update(items) if isinstance(held, dict | set) else held.extend(items)
+
+        return put_back
+    if isinstance(held, Tensor):
+        before, value = Same(held), held.detach().clone()
+        return lambda: None if Same(held) == before else _write(held, value)
+    (get, put) = generator(held)  # type: ignore[misc]
+    return functools.partial(put, get())
+
+
+@torch.no_grad()
+def _write(held: Tensor, value: Tensor) -> None:
+    held.copy_(value)
+
+
+def _undo_class(kind: type) -> Callable[[], None]:
+    before = dict(_members(kind))
+
+    def put_back() -> None:
+        for name in dict(_members(kind)).keys() - before.keys():
+            delattr(kind, name)
+        for name, value in before.items():
+            if vars(kind).get(name) is not value:
+                setattr(kind, name, value)
+
+    return put_back

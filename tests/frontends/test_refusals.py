@@ -1,0 +1,339 @@
+"""What would be silently wrong is refused, and nothing has changed then: state, random numbers, values left behind."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.nn import functional as F
+
+from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile.frontends import trace_followed
+from support.networks import make, seeded
+from support.recorded import FRONT_ENDS, batch
+from support.refused import TARGETS, Layer, Model, compiled, everything, expect_the_base_methods_update, refused
+
+Forward = Callable[[Any, Tensor], Any]
+
+
+class Holding(Layer):
+    """A layer with attributes of several kinds, in which a test's forward pass keeps something."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__(forward)
+        self.kept: Any = None
+        self.table: dict[str, Any] = {"mean": torch.zeros(4)}
+        self.options = SimpleNamespace(mean=torch.zeros(4), calls=0)
+        self.python, self.numpy = random.Random(0), np.random.default_rng(0)
+        self.torch = torch.Generator()
+
+
+def holding(forward: Forward) -> Any:
+    net = Model()
+    net.block[0] = Holding(forward).double()
+    return net.double()
+
+
+def hidden(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x) if layer.kept is None else layer.fc(x) + layer.kept
+    layer.kept = y.detach()
+    return y
+
+
+def first_batch(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    if layer.kept is None:
+        layer.kept = y.detach().mean(0)
+    return y - layer.kept
+
+
+def running_mean(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.state = 0.999 * layer.state + 0.001 * y.detach().mean(0)
+    return y - layer.state
+
+
+def written_in_place(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.state.mul_(0.9).add_(y.detach().mean(0))
+    return y - layer.state
+
+
+def in_a_dict(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.table["mean"] = 0.9 * layer.table["mean"] + y.detach().mean(0)
+    return y - layer.table["mean"]
+
+
+def in_an_object(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.options.mean = 0.9 * layer.options.mean + y.detach().mean(0)
+    return y - layer.options.mean
+
+
+def counted_in_an_object(layer: Any, x: Tensor) -> Tensor:
+    layer.options.calls += 1
+    return layer.fc(x)  # type: ignore[no-any-return]
+
+
+CARRIED = {
+    hidden: "reads the attribute 'block.0.kept' and writes it",
+    first_batch: "reads the attribute 'block.0.kept' and writes it",
+    running_mean: "reads the attribute 'block.0.state' and writes it",
+    written_in_place: "reads the attribute 'block.0.state' and writes it",
+    in_a_dict: "reads the attribute 'block.0.table' and writes it",
+    in_an_object: "reads the attribute 'block.0.options' and writes it",
+    counted_in_an_object: "changes the attribute 'block.0.options.calls' from 0 to 1",
+}
+
+
+def drawn(source: Callable[[Any], float]) -> Forward:
+    """A layer left out at random, rarely: the first draws seldom tell."""
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        return x if source(layer) < 0.01 else layer.fc(x)
+
+    return forward
+
+
+DRAWN = {
+    "random": drawn(lambda _: random.random()),
+    "numpy.random": drawn(lambda _: np.random.rand()),
+    "block.0.python": drawn(lambda layer: layer.python.random()),
+    "block.0.numpy": drawn(lambda layer: layer.numpy.random()),
+    "block.0.torch": drawn(lambda layer: float(torch.rand((), generator=layer.torch))),
+}
+
+
+def snapshot(net: Any) -> str:
+    """Whatever a pass could have written, as text."""
+    layer = net.block[0]
+    states = random.getstate(), np.random.get_state(), layer.python.getstate(), layer.numpy.bit_generator.state
+    drawn = layer.torch.get_state().sum(), torch.get_rng_state().sum()
+    return f"{net.state_dict()} {layer.kept} {layer.state} {layer.table} {layer.options} {states} {drawn}"
+
+
+@pytest.mark.parametrize("forward", CARRIED, ids=lambda f: f.__name__)
+def test_what_is_carried_to_the_next_pass(forward: Forward) -> None:
+    net = holding(forward)
+    before = snapshot(net)
+    refused(lambda: compiled(net), "module 'block.0'", CARRIED[forward])
+    assert snapshot(net) == before
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_random_numbers_that_are_not_torchs(name: str) -> None:
+    net = holding(DRAWN[name])
+    before = snapshot(net)
+    refused(lambda: compiled(net), f"draws random numbers from {name}", "torch's functions")
+    assert snapshot(net) == before
+
+
+# --- what a pass leaves for the loss ----------------------------------------------------------------------------------
+
+
+def left_as_a_number(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.state = y.square().mean()
+    return y
+
+
+def left_in_a_list(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.kept = [y.square().mean(1)]
+    return y
+
+
+def left_in_a_dict(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.table["penalty"] = y.square().mean(1)
+    return y
+
+
+def left_in_an_object(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.options.mean = y.square().mean(1)
+    return y
+
+
+LEFT: dict[Forward, tuple[Callable[[Any], Any], str]] = {
+    left_as_a_number: (lambda layer: layer.state, "block.0.state"),
+    left_in_a_list: (lambda layer: sum(layer.kept), "block.0.kept"),
+    left_in_a_dict: (lambda layer: layer.table["penalty"], "block.0.table"),
+    left_in_an_object: (lambda layer: layer.options.mean, "block.0.options"),
+}
+
+
+@pytest.mark.parametrize("forward", LEFT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("was_run", [False, True])
+def test_a_loss_that_reads_what_the_pass_left(forward: Forward, was_run: bool) -> None:
+    """An auxiliary loss would have no gradient, and the value of the last pass of the model itself."""
+    net = holding(forward)
+    penalty, name = LEFT[forward]
+    if was_run:
+        net(batch(6))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none") + penalty(net.block[0])
+
+    opt = compile_optimizer(net, batch(6), loss=loss, curvature="sgd")
+    before = f"{snapshot(net)} {everything(opt, net)}"
+    refused(lambda: opt.step(batch(6), TARGETS), f"the loss reads the attribute '{name}'", "Return it from forward")
+    refused(lambda: opt.accumulate(batch(6), TARGETS), f"the loss reads the attribute '{name}'")
+    assert f"{snapshot(net)} {everything(opt, net)}" == before
+
+
+def for_inspection(layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = layer.fc(x)
+    layer.kept, layer.options.mean, layer.table["mean"] = [y.detach()], y.detach(), y.detach()
+    return y
+
+
+def test_what_the_pass_leaves_for_inspection_does_no_harm() -> None:
+    net = holding(for_inspection)
+    opt = compiled(net, lr=0.5, feedback=False)
+    code = opt.program.code
+    for size in (6, 4):
+        net(batch(size))  # a validation, which leaves other tensors every time
+        expect_the_base_methods_update(opt, net, batch(6))
+    assert opt.program.code is code
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+class Scores:
+    """A plain object."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Output(dict[str, Tensor]):
+    """A dict of a class that torch does not know."""
+
+
+RETURNED: dict[str, tuple[Forward, str]] = {
+    "distribution": (lambda y, x: (Categorical(logits=y), y), r"class Categorical \(part 1 of 2\)"),
+    "object": (lambda y, x: {"scores": Scores(y), "rest": y}, r"class Scores \(part 1 of 2\)"),
+    "dict": (lambda y, x: Output(logits=y), r"class Output, which"),
+    "numpy": (lambda y, x: (y, np.float64(1.0)), r"class float64 \(part 2 of 2\)"),
+}
+
+
+@pytest.mark.parametrize("kind", RETURNED)
+def test_what_no_program_can_return(kind: str) -> None:
+    give, said = RETURNED[kind]
+    net = make(lambda net, x: give(net.a(x), x), a=(4, 3))
+    with pytest.raises(CompileError, match=said):
+        compile_optimizer(net, batch(6), loss=lambda y, t: y, curvature="sgd")
+
+
+class Returning(nn.Module):
+    """Returns something beside its logits that no player makes."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.a, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        self.register_buffer("shift", torch.ones(3))
+        self.frozen, self.plain = nn.Parameter(torch.ones(3), requires_grad=False), torch.ones(3)
+        self.which = which
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.which == "one a sample":
+            return self.a(x), self.scale.expand(len(x), *self.scale.shape)
+        return self.a(x), getattr(self, self.which)
+
+
+@pytest.mark.parametrize("front_end", [*FRONT_ENDS.values(), trace_followed])
+@pytest.mark.parametrize("which", ["shift", "frozen", "plain"])
+def test_constants_among_the_outputs(which: str, front_end: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gtddp_compile.passes.p01_normalise.normalise.__defaults__", ((front_end,),))
+    net, inputs = seeded(lambda: Returning(which)), batch(6)
+
+    def loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[0] * outputs[1] * 2, targets, reduction="none")
+
+    plain = copy.deepcopy(net)
+    loss(plain(inputs), TARGETS).mean().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.5).step()
+    compile_optimizer(net, inputs, loss=loss, curvature="sgd", lr=0.5, feedback=False).step(inputs, TARGETS)
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_a_parameter_as_an_output() -> None:
+    """The remedy works: what is returned once a sample."""
+
+    def loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[0] * outputs[1], targets, reduction="none")
+
+    net = seeded(lambda: Returning("scale"))
+    options: dict[str, Any] = {"loss": loss, "curvature": "sgd", "lr": 0.5, "feedback": False}
+    refused(
+        lambda: compile_optimizer(net, batch(6), **options), "its parameter 'scale' as it is", "scale.expand(len(x)"
+    )
+    net.which = "one a sample"
+    plain = copy.deepcopy(net)
+    loss((plain.a(batch(6)), plain.scale), TARGETS).mean().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.5).step()
+    compile_optimizer(net, batch(6), **options).step(batch(6), TARGETS)
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bag", [False, True])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_tables_with_sparse_gradients_have_dense_ones(bag: bool, by_name: bool) -> None:
+    def forward(net: Any, i: Tensor) -> Tensor:
+        function = F.embedding_bag if bag else F.embedding
+        found: Tensor = function(i, net.table.weight, sparse=True) if by_name else net.table(i)
+        return net.b(found if bag else found.mean(1))  # type: ignore[no-any-return]
+
+    net = make(forward, b=(4, 3))
+    net.table = (nn.EmbeddingBag if bag else nn.Embedding)(9, 4, sparse=True).double()
+    words = torch.arange(24).reshape(6, 4) % 9
+    plain = copy.deepcopy(net)
+    opt = compiled(net, words, lr=0.5, feedback=False)
+    F.cross_entropy(plain(words), TARGETS).backward()
+    torch.optim.SGD(plain.parameters(), lr=0.5).step()
+    opt.step(words, TARGETS)
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+NODES = [4, 1, 3, 5, 2, 3]
+"""Of six graphs."""
+
+
+def by_index_add(h: Tensor, graph: Tensor) -> Tensor:
+    return torch.zeros(6, h.shape[1], dtype=h.dtype).index_add(0, graph, h)
+
+
+def by_scatter(h: Tensor, graph: Tensor) -> Tensor:
+    return torch.zeros(6, h.shape[1], dtype=h.dtype).scatter_add(0, graph[:, None].expand_as(h), h)
+
+
+@pytest.mark.parametrize("pool", [by_index_add, by_scatter])
+def test_nodes_pooled_to_graphs(pool: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Samples are rows of the inputs, nodes here. The remedy works: the same update from a padded batch."""
+    net = make(lambda net, x, graph: net.b(pool(torch.tanh(net.a(x)), graph)), a=(4, 5), b=(5, 3))
+    graph = torch.repeat_interleave(torch.arange(6), torch.tensor(NODES))
+    nodes = batch(sum(NODES))
+    said = "of the 18 samples", "leading axis of inputs_0, inputs_1", "as nodes are to graphs", "(B, N, n), with a mask"
+    refused(lambda: compiled(net, (nodes, graph)), *said)
+    padded = make(lambda net, x, mask: net.b((torch.tanh(net.a(x)) * mask[..., None]).sum(1)), a=(4, 5), b=(5, 3))
+    padded.load_state_dict(net.state_dict())
+    x = nn.utils.rnn.pad_sequence(list(nodes.split(NODES)), batch_first=True)
+    mask = (torch.arange(5) < torch.tensor(NODES)[:, None]).double()
+    F.cross_entropy(net(nodes, graph), TARGETS).backward()
+    torch.optim.SGD(net.parameters(), lr=0.5).step()
+    compiled(padded, (x, mask), lr=0.5, feedback=False).step((x, mask), TARGETS)
+    torch.testing.assert_close(padded.state_dict(), net.state_dict(), rtol=0, atol=1e-12)

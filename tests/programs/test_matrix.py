@@ -1,0 +1,202 @@
+"""Every program of the table is its derivation, its exported module, and its parts; with feedback off, its base method.
+
+The table and what it holds: tests/support/matrix.py. What is checked of a row: tests/support/compared.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gtddp_compile import CompileError, compile_optimizer
+from support import cases
+from support.compared import SIZE, STEPS, assert_base, assert_equal, assert_exported, batches, optimizer, train
+from support.matrix import FORMS, GROUP, NETWORKS, Row, compiled, meeting, table
+from support.networks import Case
+
+TABLE = table()
+
+
+def test_every_two_entries_meet() -> None:
+    met = set().union(*(row.pairs for row in TABLE))
+    assert set(meeting()) <= met and len(meeting()) > 1000
+    assert len({(row.curvature, row.terminal, row.form) for row in TABLE}) == 9 * 4 * 7
+
+
+CHECKS = [(row, check) for n, row in enumerate(TABLE) for check in ("dense", "exported")[: 2 - n % 2]]
+"""Of every other row the exported module too, beside it: the program is compiled once for both."""
+
+
+@pytest.mark.parametrize(("row", "check"), CHECKS, ids=str)
+def test_row(row: Row, check: str, tmp_path: Path) -> None:
+    if check == "dense":
+        run = assert_equal(row.case, compiled(row), **row.options)
+        assert (run.optimizer.program.form.name == "joint") == row.form.startswith("joint")
+    else:
+        assert_exported(row.case, compiled(row), tmp_path)
+
+
+@pytest.mark.parametrize("row", TABLE[::5], ids=str)
+def test_memory(row: Row) -> None:
+    """Segments that run again give what was kept; most programs have several."""
+    again = train(row.case, memory="recompute", **row.options)
+    segments = again.optimizer.program.lowered.plan.segments
+    assert segments is not None
+    assert len(segments.starts) > 1 or row.network in ("two_outputs", "summed convolutions", "conv_mixed")
+    torch.testing.assert_close(again.parameters, compiled(row).parameters, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(again.model.state_dict(), compiled(row).model.state_dict(), rtol=1e-10, atol=1e-12)
+
+
+# The own share of an aim is of a group's size, which a smaller last micro-batch has and a last group has not.
+UNION = [row for row in TABLE if "groups" in row.form and row.terminal in ("gradient", "ggn")
+         and row.network != "conv_residual"]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", UNION[::2], ids=str)
+def test_micro_batches_are_groups(row: Row) -> None:
+    """One update from parts of a batch is that of the whole in groups of the parts' size; figures and states too."""
+    whole = compiled(row)
+    model, opt = optimizer(row.case, GROUP, **{**row.options, "coupling": "full"})
+    for (x, y), loss in zip(batches(row.case, STEPS, SIZE), whole.losses, strict=True):
+        opt.accumulate(x[:GROUP], y[:GROUP])
+        assert float(opt.step(x[GROUP:], y[GROUP:])) == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(model.state_dict(), whole.model.state_dict(), rtol=1e-9, atol=1e-9)
+    for key, value in whole.optimizer.diagnostics.items():
+        assert opt.diagnostics[key] == pytest.approx(value, rel=1e-6, abs=1e-12), key
+    for ours, theirs in zip(opt.state.values(), whole.optimizer.state.values(), strict=True):
+        for key in (key for key in ours if not key.startswith(("map_", "inverse_"))):  # a null space has any basis
+            torch.testing.assert_close(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key]), rtol=1e-9, atol=1e-9)
+
+
+# --- Proposition 4 ----------------------------------------------------------------------------------------------------
+
+BASES: list[dict[str, Any]] = [
+    {"curvature": "sgd", "lr": 0.1},
+    {"curvature": "sgd", "lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    {"curvature": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    {"curvature": "rmsprop", "lr": 0.01},
+    {"curvature": "rmsprop", "lr": 0.01, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
+    {"curvature": "adam", "lr": 0.01},
+    {"curvature": "adam", "lr": 0.01, "amsgrad": True, "weight_decay": 0.1, "betas": (0.8, 0.95)},
+    {"curvature": "adamw", "lr": 0.01, "amsgrad": True, "weight_decay": 0.2},
+]
+PUBLISHED: list[dict[str, Any]] = [
+    {"lr": 0.3, "damping": 1e-2},
+    {"lr": 0.1, "damping": 1e-2, "refresh": 3, "stat_decay": 0.5},
+    {"lr": 0.1, "damping": 1e-2, "refresh": 1, "stat_every": 2, "stat_decay": 0.5},
+    {"lr": 0.1, "damping": 0.1, "refresh": 1, "momentum": 0.9, "weight_decay": 0.05},
+    {"lr": 0.1, "damping": 0.5, "small": 3},
+]
+FACTORED = ("mlp", "projection", "attention", "conv_mixed", "evaluated", "embedded", "wide", "lines", "convolutional")
+
+
+@pytest.mark.parametrize("options", BASES, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("network", ["projection", "conv_residual", "embedded", "tied", "two_outputs"])
+def test_proposition_4(network: str, options: dict[str, Any]) -> None:
+    """Mixed derivatives off, layers uncorrelated: torch.optim's own update."""
+    assert_base(NETWORKS[network](), steps=10, **options)
+
+
+@pytest.mark.parametrize("options", PUBLISHED, ids=str)
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+@pytest.mark.parametrize("network", FACTORED)
+def test_proposition_4_with_kronecker_factors(network: str, kind: str, options: dict[str, Any]) -> None:
+    """The published algorithms, from few rows (a batch narrower than a layer) and from many."""
+    size = 3 if network in ("wide", "lines") and kind == "kfac" else 12
+    assert_base(NETWORKS[network](), steps=5, size=size, tolerance=1e-8, curvature=kind, **options)
+
+
+@pytest.mark.parametrize("schedule", ["asap", "alap", "sequential"])
+@pytest.mark.parametrize("players", [2, 3, 4])
+def test_coalitions_by_hand(players: int, schedule: str) -> None:
+    """Who decides together, under every schedule; what their cross terms are."""
+    _, opt = optimizer(cases.beside(players), curvature="ekfac", schedule=schedule)
+    mappings = [f"p{k}" for k in range(players - 1)]
+    early, late = {"asap": (mappings, []), "alap": ([], mappings), "sequential": ([], [])}[schedule]
+    expected = {frozenset(names) for names in (["a", *early], ["b", *late]) if len(names) > 1}
+    assert {frozenset(stage.players) for stage in opt.graph.stages if len(stage.players) > 1} == expected
+    if schedule == "asap":
+        blocks = [sorted((b.kind, len(b.players)) for b in stage.blocks) for stage in opt.program.derived.stages]
+        together = {2: [("kronecker", 2)], 3: [("kronecker", 1), ("shared", 2)], 4: [("kronecker", 2), ("shared", 2)]}
+        assert blocks == [[("kronecker", 1)], together[players], [("kronecker", 1)]]
+
+
+def test_schedules_differ_where_they_do() -> None:
+    """Placement changes the update of the nonlinear rollout; the joint step is the minimiser over all stages."""
+    for form in ("joint", "nonlinear"):
+        found = [train(NETWORKS["projection"](), curvature="sgd", lr=0.5, schedule=schedule, **FORMS[form]).parameters
+                 for schedule in ("asap", "alap", "sequential")]  # fmt: skip
+        for i in range(3):
+            assert ((found[i] - found[i - 1]).abs().max() > 1e-6) == (form == "nonlinear")
+
+
+# --- proposition 4: with feedback off every curvature is torch.optim's own optimizer ---
+
+
+class TwoBranches(nn.Module):
+    """The second branch draws after the first one but depends on no player of it, as a decoder does on its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.other, self.head = (nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sum of the branches, (batch, 3)."""
+        encoded = F.dropout(self.second(F.dropout(torch.tanh(self.first(x)), 0.4)), 0.3)
+        return self.head(F.dropout(torch.tanh(self.other(F.dropout(x, 0.5))) + encoded, 0.2))
+
+
+BY_HAND = {"first": 0, "second": 1, "other": 3, "head": 5}
+
+
+@pytest.mark.parametrize("schedule", ["asap", "alap", "sequential", BY_HAND], ids=str)
+def test_random_numbers_are_drawn_in_the_model_s_order(schedule: Any) -> None:
+    """A dropout of the input runs beside a player: its value never moves, whichever stage computes it."""
+    torch.manual_seed(0)
+    case = Case(TwoBranches().double().train(), (3,))
+    opt = assert_base(case, curvature="sgd", lr=0.1, schedule=schedule).optimizer
+    draws = [opt.graph.stage_of[op.name] for op in opt.graph.ops.ops if op.random]
+    assert len(draws) == 4 and draws == sorted(draws)
+    for rollout in ("linear", "nonlinear"):
+        assert_equal(case, curvature="sgd", lr=0.5, schedule=schedule, rollout=rollout)
+
+
+def test_a_schedule_against_the_model_s_draws_is_refused() -> None:
+    together = {"first": 0, "second": 1, "other": 1, "head": 2}
+    with pytest.raises(CompileError, match="order of random draws"):
+        compile_optimizer(
+            TwoBranches().train(), torch.randn(5, 3), loss=nn.CrossEntropyLoss(), curvature="sgd", schedule=together
+        )
+
+
+def test_exact_reading_of_batch_norm_differs_in_training_only() -> None:
+    """The block reading is an approximation in training mode and none with running statistics."""
+    for network, differs in (("conv_residual", True), ("evaluated", False)):
+        options = {"curvature": "sgd", "lr": 0.5, "backend": "dense"}
+        exact, block = (train(NETWORKS[network](), mixing=m, **options).parameters for m in ("exact", "block"))
+        assert ((exact - block).abs().max() > 1e-6) == differs
+
+
+@pytest.mark.parametrize("curvature", ["sgd", "adam", "kfac", "ekfac", "foof"])
+def test_without_feedback_the_derivation_is_the_base_method_too(curvature: str) -> None:
+    for network in ("residual", "gates"):
+        assert_equal(NETWORKS[network](), feedback=False, curvature=curvature, lr=0.05)
+
+
+def test_micro_batches_by_default() -> None:
+    """FOOF with the inertia and the aim that it suggests."""
+    case, found = NETWORKS["projection"](), []
+    for coupling in ("full", 4):
+        model, opt = optimizer(case, 8, coupling=coupling)
+        for step in range(3):
+            x, y = case.batch(step, 8)
+            if coupling == "full":
+                opt.accumulate(x[:4], y[:4])
+            opt.step(*((x[4:], y[4:]) if coupling == "full" else (x, y)))
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
