@@ -18,13 +18,11 @@ from typing import Any
 from sympy import HadamardProduct, Identity, MatrixExpr, OneMatrix
 
 from gtddp_compile.algebra import collapsed as a
-from gtddp_compile.graph import LEADING
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.formulas import check_update, formula
 from gtddp_compile.lowering.instructions import (
     SAMPLES,
     Apply,
-    Function,
     Instruction,
     StageFunction,
     Var,
@@ -33,10 +31,10 @@ from gtddp_compile.lowering.instructions import (
     variables,
 )
 from gtddp_compile.lowering.lowered import Sweeps, Written
-from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
+from gtddp_compile.lowering.plan import Plan, StagePlan
 from gtddp_compile.lowering.write import grams, updates
 from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
-from gtddp_compile.lowering.write.calls import directional, player_function, prepare, weighted
+from gtddp_compile.lowering.write.calls import contract, directional, faded, player_function, prepare, weighted
 from gtddp_compile.lowering.write.columns import (
     environment,
     sample_matrices,
@@ -227,18 +225,19 @@ def _gains(b: Builder, stage: StagePlan) -> None:
         drifts = {name: variable for block in found for name, variable in grams.drift(b, t, block).items()}
     pairs = {o.block.players[0].name: grams.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
-        left = tuple(player for player in stage.players if not pairs.get(player.name))
-        parts, faded = [pair[1] for pair in pairs.values() if pair and pair[1] is not None], not b.plan.decay
-        drift = f"fall_{t}" if b.factored else f"s_{t}"
-        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts, faded=faded)
+        terms, drift = [pair[1] for pair in pairs.values() if pair and pair[1]], f"fall_{t}" if b.factored else f"s_{t}"
+        for player in (player for player in stage.players if not pairs.get(player.name)):
+            found_here = directional(b, "backward", t, player, drifts[player.name], drift)
+            terms += [faded(b, player, term) for term in found_here]
+        b.emit("backward", t, drift, "=", total(terms), note="gamma M^-1 l")
     gammas = {}
     for o in found:
         pair = pairs[o.block.players[0].name]
         gammas[", ".join(p.name for p in o.block.players)] = pair[0] if pair else grams.block_gram(b, t, o)
     b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in gammas.items()})
-    total = f"columns_{t}" if b.factored else f"gamma_{t}"
+    whole = f"columns_{t}" if b.factored else f"gamma_{t}"
     add = "blocks_add" if len(gammas) > 1 else "="
-    b.emit("backward", t, total, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
+    b.emit("backward", t, whole, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
     if b.factored:
         split(b, t)
 
@@ -305,7 +304,11 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Obse
     gains = {name: variable for block in found for name, variable in grams.open_gain(b, t, block, opens).items()}
     if t == 0:
         return
-    directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
+    terms = [
+        term for player in stage.players
+        for term in directional(b, "backward", t, player, gains[player.name], f"moved_{t}")
+    ]  # fmt: skip
+    b.emit("backward", t, f"moved_{t}", "=", total(terms), note="<gamma_i, k>")
     if b.factored:
         alpha = form.backward["alpha"]
         b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
@@ -389,7 +392,7 @@ def _run_again(b: Builder, stage: StagePlan, function: StageFunction, last_read:
         writes = tuple(b.new(name) if name in needed else "_" for name in function.returns)
         b.emit("forward", t, writes, function.name, Var("q"), Var("b_again"), *arguments, note=f"x' = f_{t}(x', u')")
     for contraction in stage.contracts:
-        _contract(b, t, contraction)
+        contract(b, t, contraction)
 
 
 def _read_again(b: Builder, t: int, last_read: Mapping[str, int]) -> set[str]:
@@ -398,24 +401,3 @@ def _read_again(b: Builder, t: int, last_read: Mapping[str, int]) -> set[str]:
     return {
         name for name in b.graph.stages[t].ops if name in contracted or name in b.orders or last_read.get(name, t) > t
     }
-
-
-def _contract(b: Builder, t: int, contraction: Contraction) -> None:
-    value, reader = contraction.value, contraction.reader
-    result = b.contraction(value, reader)
-    control = b.graph.value[value].control
-    if control is None:
-        kernel, layout = "contract_factors" if b.factored else "contract", b.graph.op(value).samples
-        call, where = ((kernel,), ()) if layout == LEADING else (
-            ("contract_arranged", Function(kernel)), (SAMPLES, layout.axis, layout.fold)
-        )  # fmt: skip
-        more: dict[str, Any] = {"columns": 1} if where and b.factored else {}
-        if layout.order:
-            more.update(order=Var(b.name(layout.order)), order_after=Var(b.new(layout.order)))
-        b.emit("forward", t, result, *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
-               *where, note=f"<g, delta {value}>", **more)  # fmt: skip
-        return
-    player = b.graph.player[control]
-    here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
-    directional(b, "forward", t, (player,), {control: f"delta_{b.identity(player)}"}, result,
-                 f"what the new {control} will change at stage {reader}", here)  # fmt: skip
