@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gtddp_compile import kernels
-from gtddp_compile.kernels.kronecker import Layer
+from gtddp_compile.kernels.kronecker import Rows
 from gtddp_compile.methods.curvature import BlockUpdates, Curvature
 from gtddp_compile.methods.curvature.blocks import Names
 from gtddp_compile.methods.curvature.kronecker import BlockKind
@@ -224,7 +224,7 @@ class BaseMethod(BlockUpdates):
         self.figures.setdefault(stage, {}).update(figures)
 
     def observe_block(
-        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float, *, moments: bool = True
+        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Rows], start: float, *, moments: bool = True
     ) -> None:
         """The block's factors; how many of their inversions failed is a figure of the stage."""
         first = names[0][0]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gtddp_compile.kernels.bundle import Layer
 from gtddp_compile.kernels.channels import channel_step
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
@@ -22,7 +23,7 @@ from gtddp_compile.kernels.coordinates import (
     few_rows,
     kronecker_coordinates,
 )
-from gtddp_compile.kernels.kronecker import Layer, Metric, kronecker_precondition
+from gtddp_compile.kernels.kronecker import Metric, Rows, kronecker_precondition
 from gtddp_compile.kernels.patches import _conv_images
 from gtddp_compile.methods.curvature.base import Group, Move
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
@@ -42,7 +43,7 @@ class BlockUpdates(ParameterUpdates):
         return self._curvature
 
     def observe_block(
-        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float, *, moments: bool = True
+        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Rows], start: float, *, moments: bool = True
     ) -> None:
         """Factors of a block of a stage from its layers' inputs and ``V_h = α g_h`` (Eq. 43, 44, 50), and moments."""
         flat = [name for player in names for name in player]
@@ -50,7 +51,7 @@ class BlockUpdates(ParameterUpdates):
         found = self._kronecker.observe_block(kind, layers, start, states, self._groups[flat[0]], moments=moments)
         self.states.update(zip(flat, found, strict=True))
 
-    def observe_factors(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float) -> None:
+    def observe_factors(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Rows], start: float) -> None:
         """As :meth:`observe_block` where moments are taken from coordinates: :meth:`observe_coordinates`."""
         self.observe_block(stage, kind, names, layers, start, moments=False)
 
@@ -68,19 +69,18 @@ class BlockUpdates(ParameterUpdates):
             )
 
     def observe_channels(
-        self, names: tuple[str, ...], x: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor, ...], positions: float,
-        groups: int, sketch: tuple[int, int] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, names: tuple[str, ...], layer: Layer, positions: float, sketch: tuple[int, int] | None = None
+    ) -> Tensor:
         """Statistics of a convolution's channels (:class:`gtddp_compile.FOOF`).
 
         Returns:
             ``X`` with ``X Xᵀ = A⁻¹``, or with ``sketch`` (columns, seed) the filters that project whitened patches.
         """
-        images, _ = _conv_images(x, g, params)
+        images, _ = _conv_images(layer)
         states = [self.states[name] for name in names]
         shape, group = max((tuple(self._params[name].shape) for name in names), key=len), self._groups[names[0]]
         observe = self._kronecker.observe_channels  # type: ignore[attr-defined]  # FOOF's, and asked of no other
-        found = observe(images, positions, shape, groups, states, group, sketch)
+        found = observe(images, positions, shape, layer.how.groups, states, group, sketch)
         self.states.update(zip(names, found, strict=True))
         maps: Tensor = found[0]["map_x" if sketch is None else "filters"]
         return maps
@@ -157,16 +157,12 @@ class BlockUpdates(ParameterUpdates):
         names: tuple[str, ...],
         weighted: Callable[..., tuple[Tensor, ...]],
         rows: Callable[..., tuple[Tensor, Tensor]],
-        operands: tuple[Tensor, ...],
-        g: Tensor,
-        params: tuple[Tensor | None, ...],
-        wants: tuple[bool, ...],
-        **options: Any,
+        layer: Layer,
     ) -> None:
         """:meth:`descend_block` of one layer; its rows, if few, are mapped instead of its gradient."""
-        x, v_h = rows(operands, g, params, wants, **options)
+        x, v_h = rows(layer)
         if not few_rows(x.shape[0] * x.shape[2], x.shape[3], v_h.shape[3]):  # a larger batch than was compiled for
-            self.descend_block("kronecker", (names,), (weighted(operands, g, params, wants, **options),))
+            self.descend_block("kronecker", (names,), (weighted(layer),))
             return
         coordinates = kronecker_coordinates(x, v_h, self.block_maps((names,)), "rows")
         ones = coordinates[0].new_ones(x.shape[0])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.channels import channel_factor, channel_filters
-from gtddp_compile.kernels.kronecker import Layer, input_factor
 from gtddp_compile.methods.curvature.base import Group, State
 from gtddp_compile.methods.curvature.kfac import inverse, inverse_root
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
@@ -100,10 +99,6 @@ class FOOF(Kronecker):
     def factor_keys(self) -> tuple[str, ...]:
         """``A`` alone."""
         return ("factor_x",)
-
-    def factors(self, layers: Sequence[Layer], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
-        """The running ``A``."""
-        return {"factor_x": input_factor(layers, None if old is None else old["factor_x"], keep)}
 
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
         """``X Xᵀ = (A + λ ā I)⁻¹``, or of a ``"dual"`` block the inverse itself; ``Y = I`` is not kept."""

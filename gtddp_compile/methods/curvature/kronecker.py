@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.kronecker import (
-    Layer,
     Maps,
     Metric,
+    Rows,
     kronecker_factor_shapes,
     kronecker_factors,
 )
@@ -119,7 +119,7 @@ class Kronecker(Curvature):
     def observe_block(
         self,
         kind: BlockKind,
-        layers: Sequence[Layer],
+        layers: Sequence[Rows],
         start: float,
         states: Sequence[State],
         group: Group,
@@ -130,7 +130,7 @@ class Kronecker(Curvature):
 
         Args:
             kind: what the block is.
-            layers: one a player (:func:`gtddp_compile.kernels.kronecker_layer`), one for all of a ``"shared"`` block;
+            layers: one a player (:class:`gtddp_compile.kernels.Rows`), one for all of a ``"shared"`` block;
                 their output gradients are ``V_h = α_{t+1} g_h``.
             start: ``α_T``.
             states: of every parameter, the block's first one first.
@@ -191,10 +191,11 @@ class Kronecker(Curvature):
         """Keys of the factors in a state."""
         return ("factor_x", "factor_g")
 
-    def factors(self, layers: Sequence[Layer], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
+    def factors(self, layers: Sequence[Rows], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
         """Running averages of the factors, of which ``keep`` is from the old ones."""
-        before = None if old is None else (old["factor_x"], old["factor_g"])
-        return dict(zip(self.factor_keys(), kronecker_factors(layers, start, before, keep), strict=True))
+        keys = self.factor_keys()
+        before = tuple(None if old is None else old[key] for key in keys)
+        return dict(zip(keys, kronecker_factors(layers, start, before, keep), strict=True))
 
     @abstractmethod
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
@@ -202,7 +203,7 @@ class Kronecker(Curvature):
         ``"inverse_g"`` instead of a ``"dual"`` block.
         """
 
-    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
+    def moments(self, layers: Sequence[Rows], start: float, state: State, group: Group) -> dict[str, Any]:
         """Further statistics of the batch, taken every step."""
         return {}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import separated
+from gtddp_compile.kernels.bundle import Layer
 from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, weigh
 from gtddp_compile.methods.curvature.base import Curvature, Move
 
@@ -55,13 +56,9 @@ class ParameterUpdates:
         weighted: Callable[..., tuple[Tensor, ...]],
         gram: Callable[..., Tensor],
         pieces: Callable[..., Iterable[tuple[int, Any, Tensor]]],
-        operands: tuple[Tensor, ...],
-        g: Tensor,
+        layer: Layer,
         alpha: Tensor,
-        params: tuple[Tensor | None, ...],
-        wants: tuple[bool, ...],
         rows: Sequence[slice],
-        **options: Any,
     ) -> Blocks:
         """:meth:`observe` and ``Γ = γ M⁻¹ γᵀ`` of a layer whose metric is diagonal, from ``γ`` that is made once.
 
@@ -69,11 +66,11 @@ class ParameterUpdates:
         their part of ``Γ``, while the piece is in the cache.
         """
         if torch.compiler.is_compiling():
-            self.observe(names, weigh(weighted, operands, g, alpha, params, wants, **options))
-            return gram_blocks(gram, operands, g, params, wants, self.metric(names), rows, **options)
+            self.observe(names, weigh(weighted, layer, alpha))
+            return gram_blocks(gram, layer, self.metric(names), rows)
         grams = tuple(torch.zeros_like(block) for block in blocks_diagonal(alpha, rows))
         found: dict[str, dict[str, Any]] = {name: {} for name in names}
-        for index, part, gamma in pieces(operands, g, params, wants, **options):
+        for index, part, gamma in pieces(layer):
             q_u = (alpha.to(gamma.dtype) @ gamma.flatten(1)).reshape(gamma.shape[1:])
             inverse = self._observe_rows(names[index], part, q_u, found[names[index]])
             add_gram(grams, gamma, inverse, rows)
@@ -216,18 +213,14 @@ class ParameterUpdates:
         names: tuple[str, ...],
         weighted: Callable[..., tuple[Tensor, ...]],
         subtract: Callable[..., None],
-        operands: tuple[Tensor, ...],
-        g: Tensor,
-        params: tuple[Tensor | None, ...],
-        wants: tuple[bool, ...],
-        **options: Any,
+        layer: Layer,
     ) -> None:
         """:meth:`descend` with the layer's gradient; where ``δu = -η ĝ``, its product writes the parameter itself."""
         rates = self._rates(names)
         if rates is None:
-            self.descend(names, weighted(operands, g, params, wants, **options))
+            self.descend(names, weighted(layer))
         else:
-            subtract(operands, g, tuple(self._writable(name) for name in names), wants, rates, **options)
+            subtract(layer, tuple(self._writable(name) for name in names), rates)
 
     def _rates(self, names: tuple[str, ...]) -> tuple[float, ...] | None:
         """``η`` of each parameter where ``δu = -η ĝ``, and a product in float32 can write the parameter."""

@@ -65,7 +65,8 @@ class DenseMetric:
                 x = seen.trajectory.values[use.operands[0].name]
                 weight = seen.trajectory.p[use.names[0]]
                 output = seen.trajectory.values[use.op]
-                self._m.observe_channels(names[0], (x,), output, (weight,), block.positions, use.options["groups"])
+                layer = kernels.Layer((x,), output, (weight,), (True,), kernels.Geometry(**use.options))
+                self._m.observe_channels(names[0], layer, block.positions)
             elif block.kind == "uniform":
                 self._m.observe_uniform(names[0], block.positions)
             elif block.kind == "diagonal":
@@ -112,7 +113,7 @@ class DenseMetric:
                 width = -(-x.shape[-1] // block.blocks)
                 x = F.pad(x, (0, block.blocks * width - x.shape[-1]))
                 x, v_h = torch.cat(x.split(width, -1), 1), torch.cat([v_h] * block.blocks, 1)
-        return kernels.kronecker_layer(lambda operands, g, params, wants: (operands[0], g), (x,), v_h, (), ())
+        return kernels.Rows(kernels.made_rows, kernels.Layer((x,), v_h, (), ()))
 
     def apply(self, delta: Tensor) -> None:
         """The base method consumes ``ĝ = -M δu`` (without ``ℓ_u``, which it adds), every player's part in turn."""
