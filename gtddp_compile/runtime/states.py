@@ -81,8 +81,8 @@ def regrouped(
     return found
 
 
-def _order(stored: Sequence[Mapping[str, Any]], named: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters that are stored, in order."""
+def _order(stored: Sequence[Mapping[str, Any]], named: Mapping[str, Tensor]) -> Sequence[str]:
+    """Names of saved parameters, group after group."""
     trained = [name for name, parameter in named.items() if parameter.requires_grad]
     count = sum(len(group["params"]) for group in stored)
     order = next((names for names in (list(named), trained) if len(names) == count), None)
