@@ -9,7 +9,9 @@ update is recognised as ``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted g
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +21,20 @@ from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.graph import LEADING
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.formulas import check_update, formula
-from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, StageFunction, Var, mapped, total
+from gtddp_compile.lowering.instructions import (
+    SAMPLES,
+    Apply,
+    Function,
+    Instruction,
+    StageFunction,
+    Var,
+    mapped,
+    total,
+    variables,
+)
 from gtddp_compile.lowering.lowered import Sweeps, Written
 from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
-from gtddp_compile.lowering.write import metrics
+from gtddp_compile.lowering.write import grams, updates
 from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
 from gtddp_compile.lowering.write.calls import directional, player_function, prepare, weighted
 from gtddp_compile.lowering.write.columns import (
@@ -34,6 +46,7 @@ from gtddp_compile.lowering.write.columns import (
     vectorises,
 )
 from gtddp_compile.lowering.write.dynamics import stage_functions
+from gtddp_compile.lowering.write.statistics import Observed, observe
 
 GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
 MOVED = a.GRADIENTS.T * a.OPEN_GAIN
@@ -50,7 +63,23 @@ def lower(plan: Plan) -> Written:
     functions = stage_functions(b)
     sweeps = _sweeps(b, functions)
     players = (player_function(b, use) for layer in plan.layers.values() for use in layer.uses if use.function)
-    return Written(plan, sweeps, (*functions, *players), b.names)
+    return Written(plan, _with_layers(sweeps), (*functions, *players), b.names)
+
+
+def _with_layers(sweeps: Sweeps) -> Sweeps:
+    """A layer that is read once is made where it is read, and one that nobody reads nowhere."""
+    parts = [sweeps.pulled, sweeps.gains, sweeps.recursion, sweeps.forward, {0: sweeps.decision}]
+    every = [one for part in parts for written in part.values() for one in written]
+    read = Counter(name for one in every for name in variables((one.args, dict(one.kwargs or {}))))
+    inline = {one.written[0]: Apply("Layer", one.args) for one in every if one.function == "Layer"}
+    inline = {name: made for name, made in inline.items() if read[name] < 2}
+
+    def change(written: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
+        kept = (one for one in written if one.function != "Layer" or one.written[0] not in inline)
+        return tuple(one.replacing(lambda found: inline.get(found.name, found)) for one in kept)
+
+    pulled, gains, recursion, forward, decision = ({t: change(w) for t, w in part.items()} for part in parts)
+    return replace(sweeps, pulled=pulled, gains=gains, recursion=recursion, forward=forward, decision=decision[0])
 
 
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
@@ -165,7 +194,7 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
     if chain := written_out(b, t):
         pull(b, stage, chain, gradients[0].name)
     else:
-        b.emit("backward", t, writes, "pull_back_factors" if b.factored else "pull_back", outputs, inputs, gradients,
+        b.emit("backward", t, writes, "pull_back", outputs, inputs, gradients,
                note="Q_x = f_x^T V_x; g of the players", **options)  # fmt: skip
     for name in stage.pulled:
         later = [reader for reader in graph.segments(name) if reader > t]
@@ -180,7 +209,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     """Statistics, Gram matrices and the collapsed recursion of one stage."""
     t, form, alpha = stage.index, b.plan.form, b.alpha(stage.index)
     if form.name == "base":
-        write = metrics.base_update if b.plan.max_grad_norm is None else metrics.base_gradients
+        write = updates.base_update if b.plan.max_grad_norm is None else updates.base_gradients
         for block in stage.blocks:
             write(b, t, block, f"alpha_{len(b.plan.stages)}")
         return
@@ -189,27 +218,27 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     for player in [player for block in stage.blocks if paper or block.kind == "parameters" for player in block.players]:
         if stage.statistics and not b.layer(player).observed:
             opens[player.name] = weighted(b, "backward", t, player, alpha, "qu", "Q_u = f_u^T V_x")
-    found = [metrics.observe(b, t, block, alpha if stage.statistics else None, opens) for block in stage.blocks]
+    found = [observe(b, t, block, alpha if stage.statistics else None, opens) for block in stage.blocks]
     if paper:
         _paper(b, stage, opens, found)
         return
     drifts: dict[str, str] = {}
     if b.plan.linear:
-        drifts = {name: variable for block in found for name, variable in metrics.drift(b, t, block).items()}
-    pairs = {o.block.players[0].name: metrics.sketched(b, t, o, drifts) for o in found}
+        drifts = {name: variable for block in found for name, variable in grams.drift(b, t, block).items()}
+    pairs = {o.block.players[0].name: grams.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
         left = tuple(player for player in stage.players if not pairs.get(player.name))
         parts, faded = [pair[1] for pair in pairs.values() if pair and pair[1] is not None], not b.plan.decay
         drift = f"fall_{t}" if b.factored else f"s_{t}"
         directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts, faded=faded)
-    grams = {}
+    gammas = {}
     for o in found:
         pair = pairs[o.block.players[0].name]
-        grams[", ".join(p.name for p in o.block.players)] = pair[0] if pair else metrics.block_gram(b, t, o)
-    b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in grams.items()})
+        gammas[", ".join(p.name for p in o.block.players)] = pair[0] if pair else grams.block_gram(b, t, o)
+    b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in gammas.items()})
     total = f"columns_{t}" if b.factored else f"gamma_{t}"
-    add = "blocks_add" if len(grams) > 1 else "="
-    b.emit("backward", t, total, add, *map(Var, grams.values()), note="Gamma = sum over the stage's players")
+    add = "blocks_add" if len(gammas) > 1 else "="
+    b.emit("backward", t, total, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
     if b.factored:
         split(b, t)
 
@@ -270,19 +299,19 @@ def _information(b: Builder, stage: StagePlan) -> None:
     b.emit("backward", t, (), "m.keep", t, **figures)
 
 
-def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[metrics.Observed]) -> None:
+def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Observed]) -> None:
     """The paper's block-diagonal form: one pair of scalars a sample (docs/theory.md#block)."""
     t, form = stage.index, b.plan.form
-    gains = {name: variable for block in found for name, variable in metrics.open_gain(b, t, block, opens).items()}
+    gains = {name: variable for block in found for name, variable in grams.open_gain(b, t, block, opens).items()}
     if t == 0:
         return
     directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
     if b.factored:
         alpha = form.backward["alpha"]
         b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
-        shrink(b, t, [metrics.block_sample_gram(b, t, block) for block in found])
+        shrink(b, t, [grams.block_sample_gram(b, t, block) for block in found])
         return
-    diagonals = [metrics.block_diagonal(b, t, block) for block in found]
+    diagonals = [grams.block_diagonal(b, t, block) for block in found]
     b.emit("backward", t, f"diagonal_{t}", "=", total([Apply("wide", (Var(d),)) for d in diagonals]), note="Gamma_ii")
     alpha, rho = form.backward["alpha"], form.backward["rho"]
     b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
@@ -311,7 +340,7 @@ def _decide_together(b: Builder) -> None:
                    Var("rows"), b.plan.max_step, note="|delta u|_M at most max_step")  # fmt: skip
         b.emit("joint", 0, (), "m.keep", 0, lifted=Var("lifted_0"), weights=Var(_weights(b)))
     if b.plan.max_grad_norm is not None:
-        metrics.clipped(b, _weights(b))
+        updates.clipped(b, _weights(b))
 
 
 def _weights(b: Builder) -> str:
@@ -323,9 +352,9 @@ def _update(b: Builder, stage: StagePlan) -> None:
     """One weighted gradient a player, and the base method; nobody has to move before anybody else."""
     for block in stage.blocks:
         if b.plan.max_grad_norm is not None:
-            metrics.update_clipped(b, stage.index, block)
+            updates.update_clipped(b, stage.index, block)
         else:
-            metrics.decide(b, "joint", stage.index, block, _weights(b))
+            updates.decide(b, "joint", stage.index, block, _weights(b))
 
 
 def _decide(b: Builder, stage: StagePlan) -> None:
@@ -344,7 +373,7 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     b.emit("forward", t, f"w_{t}", "=", _formula(b, t, expression), note=f"w ({source})")
     b.emit("forward", t, (), "m.keep", t, weights=Var(f"w_{t}"))
     for block in stage.blocks:
-        metrics.decide(b, "forward", t, block, f"w_{t}")
+        updates.decide(b, "forward", t, block, f"w_{t}")
 
 
 def _run_again(b: Builder, stage: StagePlan, function: StageFunction, last_read: Mapping[str, int]) -> None:

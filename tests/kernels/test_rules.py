@@ -14,6 +14,7 @@ from gtddp_compile import compile_optimizer, kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref, map_leaves
 from gtddp_compile.lowering.layers import choose
+from support.recorded import layer
 
 X, W, B = Ref("x"), ParamRef("w"), ParamRef("b")
 MEAN, VAR, COUNT = BufferRef("mean"), BufferRef("var"), BufferRef("count")
@@ -93,11 +94,12 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
     assert function(params, *operands).shape == operation.shape
     g = torch.randn(operation.shape or (), dtype=torch.float64)
     wants = tuple(param is not None for param in params)
-    expected = kernels.generic_weighted(operands, g, params, wants, function=function)
+    expected = kernels.generic_weighted(layer("generic", operands, g, params, wants, function=function))
     if rule.prepare:
-        operands = getattr(kernels, f"{rule.prefix}_prepare")(operands, **options)
+        operands = kernels.norm_prepare(operands, kernels.Norm(**options))
     extra = {"function": function} if name == "generic" else {}
-    found = getattr(kernels, f"{rule.prefix}_weighted")(operands, g, params, wants, **options, **extra)
+    own = layer(rule.prefix, operands, g, params, wants, **options, **extra)
+    found = getattr(kernels, f"{rule.prefix}_weighted")(own)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 

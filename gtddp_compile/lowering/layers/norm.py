@@ -7,8 +7,9 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref
-from gtddp_compile.lowering.layers.binding import BATCH_NORM, bind, is_direct, key, roles
+from gtddp_compile.graph.ops import BufferRef, Op, Ref
+from gtddp_compile.lowering.layers.base import Rule
+from gtddp_compile.lowering.layers.binding import BATCH_NORM, bind, is_direct, key
 
 FORMS: dict[Callable[..., Any] | str, str] = {
     BATCH_NORM: "batch",
@@ -20,7 +21,7 @@ FORMS: dict[Callable[..., Any] | str, str] = {
 """Option ``form`` of the kernels for each function."""
 
 
-class NormRule:
+class NormRule(Rule):
     """Batch-, layer-, group-, instance- and RMS-norm, ``h = x̂ ∘ w + b``; parameters (weight, bias).
 
     Operands are ``(x,)`` or, where running statistics normalise, ``(x, running_mean, running_var)``.
@@ -28,11 +29,8 @@ class NormRule:
     """
 
     name = "norm"
-    prefix = "norm"
+    how = "Norm"
     prepare = True
-    rows = False
-    subtracts = False
-    pieces = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A normalisation of a value with a batch axis, its weight and bias parameters themselves."""
@@ -50,10 +48,6 @@ class NormRule:
         """``(x,)`` or, where running statistics normalise, ``(x, running_mean, running_var)``."""
         bound = bind(op) or {}
         return tuple(bound[name] for name in _operand_names(bound))
-
-    def roles(self, op: Op) -> tuple[ParamRef | BufferRef | None, ...]:
-        """``(weight, bias)``; ``(weight,)`` for ``F.rms_norm``."""
-        return roles(bind(op) or {})
 
     def options(self, op: Op) -> Mapping[str, Any]:
         """``form``, ``eps`` and, where they apply, ``training``, ``num_groups``, ``normalized_shape``."""
