@@ -155,7 +155,8 @@ def page(rows: list[tuple[Mutant, str]], count: int, seed: int, commit: str) -> 
     return f"""# Mutation check
 
 {caught} of {len(rows)} changes of one operator are caught. Written by
-`benchmarks/mutation.py --count {count} --seed {seed}` at commit {commit}, after {len(rows)} of {count}: what it changes, and which tests it runs for a file, is in the script.
+`benchmarks/mutation.py --count {count} --seed {seed}` at commit {commit}, after {len(rows)} of {count}:
+what it changes, and which tests it runs for a file, is in the script.
 "Caught" names the first test that fails; it passes without the change.
 
 | place | is | was made | |
