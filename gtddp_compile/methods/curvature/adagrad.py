@@ -75,5 +75,6 @@ class Adagrad(Curvature):
 
 def _slowed(step: Tensor, group: Group) -> Scalar:
     """``r_t``: a float, or a tensor while torch traces, where the step count is not known."""
-    taken = step.to(torch.float64) if torch.compiler.is_compiling() else step.item()
-    return 1 + (taken - 1) * group["lr_decay"]
+    taken: Scalar = step.to(torch.float64) if torch.compiler.is_compiling() else step.item()
+    slowed: Scalar = 1 + (taken - 1) * group["lr_decay"]
+    return slowed
