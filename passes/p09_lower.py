@@ -9,9 +9,7 @@ update is recognised as ``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted g
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,12 +23,10 @@ from gtddp_compile.lowering.instructions import (
     SAMPLES,
     Apply,
     Function,
-    Instruction,
     StageFunction,
     Var,
     mapped,
     total,
-    variables,
 )
 from gtddp_compile.lowering.lowered import Sweeps, Written
 from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
@@ -63,23 +59,7 @@ def lower(plan: Plan) -> Written:
     functions = stage_functions(b)
     sweeps = _sweeps(b, functions)
     players = (player_function(b, use) for layer in plan.layers.values() for use in layer.uses if use.function)
-    return Written(plan, _with_layers(sweeps), (*functions, *players), b.names)
-
-
-def _with_layers(sweeps: Sweeps) -> Sweeps:
-    """A layer that is read once is made where it is read, and one that nobody reads nowhere."""
-    parts = [sweeps.pulled, sweeps.gains, sweeps.recursion, sweeps.forward, {0: sweeps.decision}]
-    every = [one for part in parts for written in part.values() for one in written]
-    read = Counter(name for one in every for name in variables((one.args, dict(one.kwargs or {}))))
-    inline = {one.written[0]: Apply("Layer", one.args) for one in every if one.function == "Layer"}
-    inline = {name: made for name, made in inline.items() if read[name] < 2}
-
-    def change(written: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
-        kept = (one for one in written if one.function != "Layer" or one.written[0] not in inline)
-        return tuple(one.replacing(lambda found: inline.get(found.name, found)) for one in kept)
-
-    pulled, gains, recursion, forward, decision = ({t: change(w) for t, w in part.items()} for part in parts)
-    return replace(sweeps, pulled=pulled, gains=gains, recursion=recursion, forward=forward, decision=decision[0])
+    return Written(plan, sweeps.with_layers(), (*functions, *players), b.names)
 
 
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:

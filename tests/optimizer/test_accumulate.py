@@ -129,7 +129,7 @@ def test_a_step_that_fails_leaves_the_accumulated(
                 opt.step(batch(1)[0], torch.full((5,), 7))
             assert_equal(before, everything(model, opt))
             with monkeypatch.context() as patch:
-                patch.setattr(type(opt._curvature), "descend", _interrupted_at_the_second(type(opt._curvature).descend))
+                patch.setattr(type(opt._curvature), "move", _interrupted_at_the_second(type(opt._curvature).move))
                 with pytest.raises(KeyboardInterrupt):
                     opt.step(*batch(1))
             assert_equal(before, everything(model, opt))
@@ -138,14 +138,14 @@ def test_a_step_that_fails_leaves_the_accumulated(
     assert_equal(*results)
 
 
-def _interrupted_at_the_second(descend: Callable[..., Any]) -> Callable[..., Any]:
+def _interrupted_at_the_second(move: Callable[..., Any]) -> Callable[..., Any]:
     calls = []
 
     def broken(*arguments: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return descend(*arguments)
+        return move(*arguments)
 
     return broken
 
