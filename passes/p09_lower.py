@@ -32,7 +32,7 @@ from gtddp_compile.lowering.lowered import Sweeps, Written
 from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
 from gtddp_compile.lowering.write import grams, updates
 from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
-from gtddp_compile.lowering.write.calls import directional, player_function, prepare, weighted
+from gtddp_compile.lowering.write.calls import directional, drawn, player_function, prepare, weighted
 from gtddp_compile.lowering.write.columns import (
     environment,
     sample_matrices,
@@ -208,17 +208,22 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     pairs = {o.block.players[0].name: grams.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
         left = tuple(player for player in stage.players if not pairs.get(player.name))
-        parts, faded = [pair[1] for pair in pairs.values() if pair and pair[1] is not None], not b.plan.decay
-        drift = f"fall_{t}" if b.factored else f"s_{t}"
-        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts, faded=faded)
+        parts, drift = (
+            [pair[1] for pair in pairs.values() if pair and pair[1] is not None],
+            f"fall_{t}" if b.factored else f"s_{t}",
+        )
+        for player in left:
+            moved = directional(b, "backward", t, player, drifts[player.name], drift)
+            parts += [drawn(b, player, part) for part in moved]
+        b.emit("backward", t, drift, "=", total(parts), note="gamma M^-1 l")
     gammas = {}
     for o in found:
         pair = pairs[o.block.players[0].name]
         gammas[", ".join(p.name for p in o.block.players)] = pair[0] if pair else grams.block_gram(b, t, o)
     b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in gammas.items()})
-    total = f"columns_{t}" if b.factored else f"gamma_{t}"
+    gamma = f"columns_{t}" if b.factored else f"gamma_{t}"
     add = "blocks_add" if len(gammas) > 1 else "="
-    b.emit("backward", t, total, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
+    b.emit("backward", t, gamma, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
     if b.factored:
         split(b, t)
 
@@ -285,7 +290,8 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Obse
     gains = {name: variable for block in found for name, variable in grams.open_gain(b, t, block, opens).items()}
     if t == 0:
         return
-    directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
+    moved = [v for p in stage.players for v in directional(b, "backward", t, p, gains[p.name], f"moved_{t}")]
+    b.emit("backward", t, f"moved_{t}", "=", total([Apply("wide", (part,)) for part in moved]), note="<gamma_i, k>")
     if b.factored:
         alpha = form.backward["alpha"]
         b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
@@ -397,5 +403,6 @@ def _contract(b: Builder, t: int, contraction: Contraction) -> None:
         return
     player = b.graph.player[control]
     here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
-    directional(b, "forward", t, (player,), {control: f"delta_{b.identity(player)}"}, result,
-                 f"what the new {control} will change at stage {reader}", here)  # fmt: skip
+    moved = directional(b, "forward", t, player, f"delta_{b.identity(player)}", result, here)
+    code, note = total([Apply("wide", (v,)) for v in moved]), f"what the new {control} will change at stage {reader}"
+    b.emit("forward", t, result, "=", code, note=note)
