@@ -85,9 +85,9 @@ class Options:
         for option, choices in CHOICES.items():
             if not _is_one_of(getattr(self, option), *choices):
                 raise _unknown(option, getattr(self, option), " or ".join(map(repr, choices)))
-        for option, allowed, choices in self._values():
+        for option, allowed, said in self._values():
             if not allowed:
-                raise _unknown(option, getattr(self, option), choices)
+                raise _unknown(option, getattr(self, option), said)
         for conflict, why, remedy in self._conflicts():
             if conflict:
                 raise CompileError(why, remedy)
