@@ -115,7 +115,7 @@ def lbfgs(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
 
 METHODS: dict[str, Callable[[Problem, torch.Generator, float], Step]] = {
     "ours": ours(**SETTING),
-    "ours, λ = 0.01": ours(**DAMPED),
+    "ours at λ = 0.01": ours(**DAMPED),
     "Adam": adam,
     "L-BFGS": lbfgs,
 }
@@ -256,13 +256,7 @@ def main(
     methods = [name for name in METHODS if name in names] or list(METHODS)
     runs: Runs = {} if quick else load()
     total = len(problems) * sum((1 if quick else seeds) + len(RATES) * (name == "Adam") for name in methods)
-    columns = (
-        TextColumn("run"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
+    columns = (TextColumn("run"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=total)
 
