@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import Terms, compile_optimizer
 
-SETTING: dict[str, Any] = {"curvature": "sgd", "lr": 1e6, "inertia": 0.9, "max_step": 1e-3}
+SETTING: dict[str, Any] = {"curvature": "sgd", "lr": 1e8, "inertia": 0.9, "max_step": 1e-4}
 """One for every problem: ``λ = 1/lr``, and steps of at most ``max_step √lr = 1`` in parameters."""
 
 
