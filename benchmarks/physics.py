@@ -39,8 +39,6 @@ BUDGET, SWEEP, SWEEP_SEED = 60.0, 10.0, 100
 """Seconds of a run, of one that only tunes a rate, and the seed of the latter."""
 TARGETS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 RATES = (1e-2, 3e-3, 1e-3)
-DAMPED = {"curvature": "sgd", "lr": 1e2, "inertia": 0.9}
-"""For batches that say little about other points."""
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "Poisson 2-D": lambda: poisson.problem(2),
     "heat 1+1-D": heat.problem,
@@ -115,7 +113,7 @@ def lbfgs(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
 
 METHODS: dict[str, Callable[[Problem, torch.Generator, float], Step]] = {
     "ours": ours(**SETTING),
-    "ours at λ = 0.01": ours(**DAMPED),
+    "ours at λ = 0.01": ours(**poisson.FEW),
     "Adam": adam,
     "L-BFGS": lbfgs,
 }

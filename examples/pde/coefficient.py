@@ -1,6 +1,7 @@
 """An inverse problem: the diffusivity of the heat equation from noisy measurements of the temperature.
 
 Nothing is given at the boundary; the measurements are a term like any other, and κ is a parameter beside the network's.
+Less damping than the variance of the noise would fit the noise.
 
 python examples/pde/coefficient.py [--noise 0.05]
 """
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import typer
 from heat import DIFFUSIVITY, exact
-from solve import Problem, network, solve
+from solve import Problem, network, setting, solve
 from torch import Tensor, nn
 
 from gtddp_compile import Terms, pde
@@ -52,7 +53,7 @@ def problem(noise: float = 0.01) -> Problem:
         return f"κ = {float(net.diffusivity.detach()):.4f} (true: {DIFFUSIVITY})"
 
     where = torch.rand(4000, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return Problem(terms, points, where, exact(where), says)
+    return Problem(terms, points, where, exact(where), setting(max(noise**2, 1e-8)), says)
 
 
 def main(steps: int = 150, noise: float = 0.01, out: Path = Path("coefficient.html")) -> None:

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 import typer
-from solve import Problem, network, solve
+from solve import SETTING, Problem, network, setting, solve
 from torch import Tensor
 
 from gtddp_compile import Terms, pde
+
+FEW = setting(1e-2)
+"""Where the points of a step say little about the others, it must not fit them closely."""
 
 
 def plane(x: Tensor) -> Tensor:
@@ -48,7 +51,7 @@ def problem(dimensions: int = 2) -> Problem:
         return {"interior": (x, -2 * math.pi**2 * plane(x) if square else 0.0), "boundary": (b, solution(b))}
 
     where = torch.rand(4000, dimensions, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return Problem(Terms(net, terms), points, where, solution(where))
+    return Problem(Terms(net, terms), points, where, solution(where), SETTING if square else FEW)
 
 
 def main(steps: int = 150, dimensions: int = 2, out: Path = Path("poisson.html")) -> None:

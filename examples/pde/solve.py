@@ -6,7 +6,7 @@ import io
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,14 @@ from torch import Tensor, nn
 
 from gtddp_compile import Terms, compile_optimizer
 
-SETTING: dict[str, Any] = {"curvature": "sgd", "lr": 1e8, "inertia": 0.9, "max_step": 1e-4}
-"""One for every problem: ``λ = 1/lr``, and steps of at most ``max_step √lr = 1`` in parameters."""
+
+def setting(damping: float) -> dict[str, Any]:
+    """Options for ``λ``, with steps of norm 1 in the parameters at most, ``√λ`` in the metric."""
+    return {"curvature": "sgd", "lr": 1 / damping, "inertia": 0.9, "max_step": damping**0.5}
+
+
+SETTING = setting(1e-8)
+"""Where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Problem:
         points: draws the sets of one step.
         where: points at which the error is measured, ``(n, D)``.
         exact: the solution there, ``(n,)``.
+        setting: options of the optimizer.
         says: what else the line of progress tells.
     """
 
@@ -37,6 +44,7 @@ class Problem:
     points: Callable[[torch.Generator], dict[str, tuple[Tensor, Tensor | float]]]
     where: Tensor
     exact: Tensor
+    setting: dict[str, Any] = field(default_factory=lambda: SETTING)
     says: Callable[[], str] = str
 
     def found(self) -> Tensor:
@@ -61,7 +69,7 @@ def network(*sizes: int) -> nn.Sequential:
 def solve(problem: Problem, steps: int, report: Path | None = None) -> list[tuple[float, float]]:
     """Train with points drawn anew for every step; seconds and error after each."""
     drawn = torch.Generator().manual_seed(0)
-    opt = compile_optimizer(problem.terms, problem.points(drawn), **SETTING)
+    opt = compile_optimizer(problem.terms, problem.points(drawn), **problem.setting)
     history, start = [], time.perf_counter()
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns) as progress:
