@@ -82,8 +82,7 @@ class Terms(nn.Module):
         return self.terms[name](self.net, points[:1].clone()).numel()
 
     def _right(self, name: str, points: Tensor, right: Tensor | float, width: int) -> Tensor:
-        if not isinstance(right, Tensor):
-            return points.new_full((len(points), width), right)
+        right = right if isinstance(right, Tensor) else points.new_full((len(points), width), right)
         if right.numel() != len(points) * width:
             shape = tuple(right.shape)
             raise _wrong(name, f"has {width} equations at {len(points)} points, and right-hand sides {shape}")

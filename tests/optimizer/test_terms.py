@@ -95,6 +95,7 @@ def test_refusals_change_nothing_and_name_the_set() -> None:
         ({"inside": good["inside"]}, "'boundary' has points and no term, or no points"),
         ({**good, "inside": (bad_points, right)}, r"'inside' has points that are no numbers: \[2\]"),
         ({**good, "inside": (points, bad_right)}, r"'inside' has right-hand sides .* at the points \[4\]"),
+        ({**good, "boundary": (points, nan)}, r"'boundary' has right-hand sides .* at the points \[0, 1, 2, 3, 4\]"),
         ({**good, "inside": (points, right[:, 0])}, r"2 equations at 7 points, and right-hand sides \(7,\)"),
     ):
         with pytest.raises(CompileError, match=said):
