@@ -23,7 +23,7 @@ from common import machine, markdown, write_section
 from networks import NETWORKS
 from torch import Tensor, nn
 
-from gtddp_compile.kernels import conv, conv_pairs, linear
+from gtddp_compile.kernels import Geometry, Layer, conv, conv_pairs, linear
 
 FAR = 6
 COLUMNS = ("pairs", "patches", "pixels", "materialised")
@@ -55,17 +55,18 @@ class Shape:
         sizes = self.g[1:-1] if self.kind == "linear" else self.g[2:]
         return int(torch.Size(sizes).numel())
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Operands, output gradient, parameters, wants, metric."""
+    def arguments(self) -> tuple[Layer, tuple[float]]:
+        """Layer and metric."""
         generator = torch.Generator().manual_seed(0)
         x, g, weight = (torch.randn(size, generator=generator) for size in (self.x, self.g, self.weight))
-        return (x,), g, (weight,), (True, False), (0.1,)
+        how = None if self.kind == "linear" else Geometry(**dict(self.options))
+        return Layer((x,), g, (weight,), (True, False), how), (0.1,)
 
     def gram(self, arguments: tuple[Any, ...]) -> Tensor:
         """``Γ`` as the program makes it."""
         if self.kind == "linear":
             return linear.linear_gram(*arguments)
-        return conv.conv_gram(*arguments, **dict(self.options))
+        return conv.conv_gram(*arguments)
 
     def chosen(self) -> str:
         """The model's choice."""

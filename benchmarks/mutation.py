@@ -117,13 +117,23 @@ def verdict(mutant: Mutant, copy: Path, limit: int) -> str:
             if done is None:
                 return "caught: the tests do not end"
             if done.returncode not in (0, 5):
-                failed = [
-                    line.split(" ")[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
-                ]
-                return f"caught: {failed[0].removeprefix('tests/') if failed else 'nothing can be imported'}"
+                lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                return (
+                    f"caught: {lines[0].split(' ', 1)[1].split(' - ')[0]}" if lines else "caught: nothing is imported"
+                )
         return "**not caught**"
     finally:
         target.write_text(kept, encoding="utf-8")
+
+
+def check_unchanged(said: str, copy: Path, seen: set[str], limit: int) -> None:
+    """The test that caught a mutant passes on the tree as it is."""
+    test = said.removeprefix("caught: ")
+    if test.startswith("tests/") and test not in seen:
+        done = run([test, "-q", "-p", "no:cacheprovider"], copy, limit)
+        if done is None or done.returncode:
+            raise SystemExit(f"{test} fails without a change: mend it first")
+        seen.add(test)
 
 
 def run(arguments: list[str], copy: Path, limit: int) -> subprocess.CompletedProcess[str] | None:
@@ -137,15 +147,17 @@ def run(arguments: list[str], copy: Path, limit: int) -> subprocess.CompletedPro
         return None
 
 
-def page(rows: list[tuple[Mutant, str]], seed: int, commit: str) -> str:
+def page(rows: list[tuple[Mutant, str]], count: int, seed: int, commit: str) -> str:
     caught = sum("not caught" not in said for _, said in rows)
     table = "\n".join(
-        f"| `{m.path}:{m.line}` | `{m.before}` | `{m.after}` | {said} |".replace("\\|", "∣") for m, said in rows
+        f"| `{m.path}:{m.line}` | `{m.before}` | `{m.after}` | {said.replace('tests/', '')} |" for m, said in rows
     )
     return f"""# Mutation check
 
-{caught} of {len(rows)} changes of one operator are caught. Written by `benchmarks/mutation.py --seed {seed}` at commit
-{commit}: what it changes, and which tests it runs for a file, is in the script. "Caught" names the first that fails.
+{caught} of {len(rows)} changes of one operator are caught. Written by
+`benchmarks/mutation.py --count {count} --seed {seed}` at commit {commit}, after {len(rows)} of {count}:
+what it changes, and which tests it runs for a file, is in the script.
+"Caught" names the first test that fails; it passes without the change.
 
 | place | is | was made | |
 | --- | --- | --- | --- |
@@ -168,11 +180,13 @@ def main() -> None:
             shutil.copytree(ROOT / name, copy / name)
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / "gtddp_compile" / "passes").symlink_to("../passes")
-        rows = []
+        rows: list[tuple[Mutant, str]] = []
+        seen: set[str] = set()
         for mutant in drawn(given.count, given.seed):
             rows.append((mutant, verdict(mutant, copy, given.limit)))
+            check_unchanged(rows[-1][1], copy, seen, given.limit)
             print(f"{mutant.path}:{mutant.line}: {mutant.before} -> {mutant.after}: {rows[-1][1]}", flush=True)
-            text = page(rows, given.seed, commit.stdout.strip())
+            text = page(rows, given.count, given.seed, commit.stdout.strip())
             (ROOT / "docs" / "mutation.md").write_text(text, encoding="utf-8")
 
 

@@ -6,16 +6,17 @@ python benchmarks/tried.py --write
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from common import interleaved, keep_heap, machine, markdown, write_section
 from torch import Tensor
 
-from gtddp_compile.kernels import approximate, batch_moments, batch_norm, conv, linear, patches
+from gtddp_compile.kernels import Geometry, Layer, approximate, batch_moments, batch_norm, conv, linear, patches
 
 Pair = tuple[str, str, Callable[[], object], Callable[[], object], str]
+PLAIN = Geometry((1, 1), (0, 0), (1, 1))
 
 
 def halves(x: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def in_pieces(x: Tensor, g: Tensor) -> Tensor:
     """Per-sample gradients of a 3×3 convolution from patches that are unfolded piece by piece."""
     chosen, patches._conv_grouped = patches._conv_grouped, lambda positions, channels, kernel: False
     try:
-        return patches._conv_gradients(x, g, (3, 3), (1, 1), (1, 1))
+        return patches._conv_gradients(x, g, (3, 3), PLAIN)
     finally:
         patches._conv_grouped = chosen
 
@@ -73,9 +74,10 @@ def pairs() -> list[Pair]:
         new.addmm_(g.T, x, alpha=-0.1)
 
     maps, affine = torch.randn(128, 64, 32, 32), (torch.randn(64), torch.randn(64))
-    ones, small = (1, 1), (padded[:, :, :16, :10, :10].contiguous(), gradients[:, None, :16, :8, :8].contiguous())
-    deep = (torch.randn(16, 1024, 4, 4),), torch.randn(16, 2048, 2, 2), (torch.randn(2048, 1024, 1, 1),), (True, False)
-    strided: dict[str, Any] = {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    small = (padded[:, :, :16, :10, :10].contiguous(), gradients[:, None, :16, :8, :8].contiguous())
+    deep = torch.randn(16, 1024, 4, 4), torch.randn(16, 2048, 2, 2), torch.randn(2048, 1024, 1, 1)
+    strided = Layer(deep[:1], deep[1], deep[2:], (True, False), Geometry((2, 2), (0, 0), (1, 1)))
+    linear_layer = Layer((x,), g, (None,), (True, False))
     return [
         ("symmetric product in three of four blocks", "X Xᵀ, 128 × 256", lambda: short @ short.T, lambda: halves(short),
          "rows are too short to gain; longer ones are made so"),
@@ -85,14 +87,14 @@ def pairs() -> list[Pair]:
          lambda: [torch.linalg.cholesky_ex(gram) for gram in grams], lambda: torch.linalg.cholesky_ex(stack),
          "no faster"),
         ("patches of all samples unfolded at once", "per-sample gradients of a 3×3 convolution, 64 channels, 16×16",
-         lambda: patches._conv_gradients(padded, gradients.unsqueeze(1), (3, 3), ones, ones),
+         lambda: patches._conv_gradients(padded, gradients.unsqueeze(1), (3, 3), PLAIN),
          lambda: unfolded(images, gradients), "slower"),
         ("patches of some samples at a time", "per-sample gradients of a 3×3 convolution, 16 channels, 8×8",
-         lambda: patches._conv_gradients(*small, (3, 3), ones, ones), lambda: in_pieces(*small),
+         lambda: patches._conv_gradients(*small, (3, 3), PLAIN), lambda: in_pieces(*small),
          "slower where channels are few"),
         ("torch's own weight gradient", "a 1×1 convolution's, 1024 → 2048 channels, 16 samples, stride 2 on 4×4",
-         lambda: conv.conv_weighted(*deep, **strided),
-         lambda: torch.ops.aten.convolution_backward(deep[1], deep[0][0], deep[2][0], None, [2, 2], [0, 0], [1, 1],
+         lambda: conv.conv_weighted(strided),
+         lambda: torch.ops.aten.convolution_backward(deep[1], deep[0], deep[2], None, [2, 2], [0, 0], [1, 1],
                                                      False, [0, 0], 1, [False, True, False]),
          "slower where the weight is larger than what its gradient is made of"),
         ("torch's own moments", "a batch-norm's value in training, 128 × 64 × 32 × 32",
@@ -105,8 +107,8 @@ def pairs() -> list[Pair]:
         ("gradient, step and copy apart", "weight written by one product, 512 × 512", folded, apart,
          "slower"),
         ("Γ of a diagonal metric, exact", "Γ with the metric separated, 512 × 512, 128 samples",
-         lambda: approximate.linear_separable_gram((x,), g, (None,), (True, False), (weight.square(),)),
-         lambda: linear.linear_gram((x,), g, (None,), (True, False), (weight.square(),)),
+         lambda: approximate.linear_separable_gram(linear_layer, (weight.square(),)),
+         lambda: linear.linear_gram(linear_layer, (weight.square(),)),
          "the default separates; `gram=\"exact\"` is there to compare"),
         ("foreach functions", "Adam's update of the MLP, parameter by parameter", *updates(),
          "no faster; and a player is updated when the forward sweep reaches it, by itself"),

@@ -61,8 +61,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self._current: UpdateProgram | None = None
         self._diagnostics = Diagnostics()
         self._checked = False
-        self._aside: dict[str, Tensor] = {}
-        self._spare: dict[str, dict[str, Tensor]] = {}
         self._pending: Accumulated | None = None
         inertia = {"inertia": options.inertia} if options.inertia else {}
         super().__init__(self._view.groups(), curvature.defaults() | inertia)
@@ -358,12 +356,10 @@ class CompiledOptimizer(torch.optim.Optimizer):
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))
-        together = program.form.name == "joint" and self._options.line_search is None
-        return BaseMethod(
-            self._curvature, params, new, states, groups, loss,
-            first=not self._checked, terminal=self._options.terminal_kind, aside=self._aside, spare=self._spare,
-            together=together,
-        )  # fmt: skip
+        m = BaseMethod(self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
+        m.first = not self._checked
+        m.together = program.form.name == "joint" and self._options.line_search is None
+        return m
 
     def _commit(self, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
         m.commit(originals)
@@ -418,7 +414,5 @@ class CompiledOptimizer(torch.optim.Optimizer):
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature)
-        state.update(
-            _specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _aside={}, _spare={}, _pending=None,
-        )  # fmt: skip
+        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None)
         return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -42,6 +42,17 @@ class Sketch:
 
 Gram = Literal["auto", "exact", "separable", "coarse"] | Sketch
 
+CHOICES: dict[str, tuple[object, ...]] = {
+    "feedback": (True, "open", False),
+    "recursion": RECURSIONS,
+    "backend": ("fast", "dense"),
+    "mixing": ("block", "exact"),
+    "cooperative": (True, False, None),
+    "memory": ("keep", "recompute"),
+    "rollout": ("linear", "nonlinear", None),
+}
+"""Options that are one of a few words."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -71,48 +82,76 @@ class Options:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if not _is_one_of(self.feedback, True, False, "open"):
-            raise _unknown("feedback", self.feedback, "True, 'open' or False")
-        if self.recursion not in RECURSIONS:
-            raise _unknown("recursion", self.recursion, ", ".join(map(repr, RECURSIONS)))
-        if self.backend not in ("fast", "dense"):
-            raise _unknown("backend", self.backend, "'fast' or 'dense'")
-        if not _is_one_of(self.cooperative, True, False, None):
-            raise _unknown("cooperative", self.cooperative, "True, False or None (True while there is feedback)")
-        if self.mixing not in ("block", "exact"):
-            raise _unknown("mixing", self.mixing, "'block' or 'exact'")
-        if self.mixing == "exact" and self.backend != "dense":
-            raise CompileError(
-                "the exact reading of operations that mix samples is dense", "Use backend='dense' with it"
-            )
-        if self.mixing == "exact" and self.coupling != "full":
-            raise CompileError("the exact reading mixes all samples", "Use coupling='full' with it")
-        if isinstance(self.coupling, bool) or not (
-            self.coupling in ("full", "block") or (isinstance(self.coupling, int) and self.coupling >= 1)
-        ):
-            raise _unknown("coupling", self.coupling, "'full', 'block' or a group size of at least 1")
-        if self.terminal not in (None, "geometric", "gradient", "ggn") and not isinstance(
-            self.terminal, MonteCarlo | Geometric
-        ):
-            known = "'geometric', Geometric(aim, own), 'gradient', 'ggn' or MonteCarlo(rank)"
-            raise _unknown("terminal", self.terminal, known)
-        if not isinstance(self.compile, bool | Mapping):
-            raise _unknown("compile", self.compile, "True, False or a mapping of torch.compile's options")
-        if self.compile is not False and (self.backend == "dense" or self.memory == "recompute"):
-            raise CompileError(
-                f"compile={self.compile!r} hands the generated step to torch.compile as one graph, which "
-                f"backend={self.backend!r}, memory={self.memory!r} has not",
-                "Use it with backend='fast' and memory='keep'",
-            )
-        if self.memory not in ("keep", "recompute"):
-            raise _unknown("memory", self.memory, "'keep' or 'recompute'")
-        if self.memory == "recompute" and self.backend == "dense":
-            raise CompileError("memory='recompute': the dense backend keeps every matrix", "Use backend='fast' with it")
-        self._check_gram()
-        self._check_rollout()
-        clip = self.feedback_clip
-        if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or not clip > 0):
-            raise _unknown("feedback_clip", clip, "a positive number or None")
+        for option, choices in CHOICES.items():
+            if not _is_one_of(getattr(self, option), *choices):
+                raise _unknown(option, getattr(self, option), " or ".join(map(repr, choices)))
+        for option, allowed, said in self._values():
+            if not allowed:
+                raise _unknown(option, getattr(self, option), said)
+        for conflict, why, remedy in self._conflicts():
+            if conflict:
+                raise CompileError(why, remedy)
+
+    def _values(self) -> Iterator[tuple[str, bool, str]]:
+        """Options that are no words, whether their values are allowed, and which are."""
+        terminal, gram, inertia, grid = self.terminal, self.gram, self.inertia, self.line_search
+        group = not isinstance(self.coupling, bool) and isinstance(self.coupling, int) and self.coupling >= 1
+        known = terminal in (None, "geometric", "gradient", "ggn") or isinstance(terminal, MonteCarlo | Geometric)
+        made = gram in ("auto", "exact", "separable", "coarse") or isinstance(gram, Sketch)
+        yield "coupling", group or self.coupling in ("full", "block"), "'full', 'block' or a group size of at least 1"
+        yield "terminal", known, "'geometric', Geometric(aim, own), 'gradient', 'ggn' or MonteCarlo(rank)"
+        yield "compile", isinstance(self.compile, bool | Mapping), "True, False or a mapping of torch.compile's options"
+        yield "gram", made, "'auto', 'exact', 'separable', 'coarse' or Sketch(columns)"
+        fading = inertia is None or (_is_number(inertia) and 0 <= inertia < 1)
+        yield "inertia", fading, "a number that is at least 0 and less than 1, or None"
+        for option in ("feedback_clip", "max_step", "max_grad_norm"):
+            value = getattr(self, option)
+            yield option, value is None or (_is_number(value) and value > 0), "a positive number or None"
+        lengths = grid is None or (bool(grid) and all(_is_number(length) and length > 0 for length in grid))
+        yield "line_search", lengths, "a tuple of positive step lengths, or None"
+
+    def _conflicts(self) -> Iterator[tuple[bool, str, str]]:
+        """Whether options exclude each other, why, and what to do."""
+        dense, coupled, linear = self.backend == "dense", self._couples, self.rollout_kind == "linear"
+        whole = f"backend={self.backend!r}, memory={self.memory!r} has not"
+        yield (self.mixing == "exact" and not dense,
+               "the exact reading of operations that mix samples is dense",
+               "Use backend='dense' with it")  # fmt: skip
+        yield (self.mixing == "exact" and self.coupling != "full",
+               "the exact reading mixes all samples",
+               "Use coupling='full' with it")  # fmt: skip
+        yield (self.compile is not False and (dense or self.memory == "recompute"),
+               f"compile={self.compile!r} hands the generated step to torch.compile as one graph, which "
+               + whole, "Use it with backend='fast' and memory='keep'")  # fmt: skip
+        yield (self.memory == "recompute" and dense,
+               "memory='recompute': the dense backend keeps every matrix",
+               "Use backend='fast' with it")  # fmt: skip
+        yield (self.gram not in ("auto", "exact") and (dense or self.recursion != "levenberg" or self.factored),
+               f"gram={self.gram!r} approximates the Gram matrices of the fast backend's rank-one form",
+               "Use it with backend='fast', recursion='levenberg' and terminal 'gradient' or 'geometric'")  # fmt: skip
+        yield (self.rollout == "linear" and self.feedback is not False and not (self.feedback is True and coupled),
+               "rollout='linear' is the joint step of all stages, and there is none with "
+               f"feedback={self.feedback!r}, coupling={self.coupling!r}, recursion={self.recursion!r}",
+               "Use feedback=True, recursion='levenberg' and coupling='full' or a group size with it, or leave it "
+               "out")  # fmt: skip
+        yield (bool(self.inertia) and not (self.feedback and coupled),
+               f"inertia={self.inertia!r} is momentum inside the model of coupled samples, which this program has not",
+               "Use it with feedback, recursion='levenberg' and coupling='full' or a group size; a base method has "
+               "its own option momentum")  # fmt: skip
+        yield (self.max_step is not None and not linear,
+               f"max_step={self.max_step!r} caps the joint step, and this program decides stage by stage",
+               "Use it with rollout='linear' and feedback=True")  # fmt: skip
+        yield (self.max_step is not None and self.factored,
+               f"max_step={self.max_step!r} shortens the weights of samples, and with terminal={self.terminal!r} the "
+               "gradient is kept apart from them",
+               "Use it with terminal 'geometric' or 'gradient'")  # fmt: skip
+        yield (self.max_grad_norm is not None and self.feedback is not False and not linear,
+               f"max_grad_norm={self.max_grad_norm!r}: the norm is that of all parameters' weighted gradients, and "
+               "here a stage's is known when the stages before have moved",
+               "Use it with rollout='linear', or with feedback=False")  # fmt: skip
+        yield (self.max_grad_norm is not None and (dense or self.memory == "recompute"),
+               f"max_grad_norm={self.max_grad_norm!r} needs every weighted gradient before the first update, which "
+               + whole, "Use it with backend='fast' and memory='keep'")  # fmt: skip
 
     @property
     def terminal_kind(self) -> Terminal:
@@ -136,74 +175,15 @@ class Options:
             return "sketch"
         return "exact" if self.gram == "auto" and (self.factored or self.recursion != "levenberg") else self.gram
 
-    def _check_gram(self) -> None:
-        if self.gram in ("auto", "exact"):
-            return
-        if self.gram not in ("separable", "coarse") and not isinstance(self.gram, Sketch):
-            raise _unknown("gram", self.gram, "'auto', 'exact', 'separable', 'coarse' or Sketch(columns)")
-        if self.backend == "dense" or self.recursion != "levenberg" or self.factored:
-            raise CompileError(
-                f"gram={self.gram!r} approximates the Gram matrices of the fast backend's rank-one form",
-                "Use it with backend='fast', recursion='levenberg' and terminal 'gradient' or 'geometric'",
-            )
-
-    def _check_rollout(self) -> None:
-        if self.rollout not in (None, "linear", "nonlinear"):
-            raise _unknown("rollout", self.rollout, "'linear', 'nonlinear' or None")
-        if self.rollout == "linear" and self.feedback is not False and not self._has_joint_step:
-            kind = f"feedback={self.feedback!r}, coupling={self.coupling!r}, recursion={self.recursion!r}"
-            raise CompileError(
-                f"rollout='linear' is the joint step of all stages, and there is none with {kind}",
-                "Use feedback=True, recursion='levenberg' and coupling='full' or a group size with it, or leave it out",
-            )
-        inertia = self.inertia
-        if inertia is not None and (isinstance(inertia, bool) or not 0 <= inertia < 1):
-            raise _unknown("inertia", inertia, "a number that is at least 0 and less than 1, or None")
-        if inertia and (not self.feedback or self.recursion != "levenberg" or self.coupling == "block"):
-            raise CompileError(
-                f"inertia={inertia!r} is momentum inside the model of coupled samples, which this program has not",
-                "Use it with feedback, recursion='levenberg' and coupling='full' or a group size; a base method has "
-                "its own option momentum",
-            )
-        for name in ("max_step", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not value > 0):
-                raise _unknown(name, value, "a positive number or None")
-        if self.max_step is not None and self.rollout_kind != "linear":
-            raise CompileError(
-                f"max_step={self.max_step!r} caps the joint step, and this program decides stage by stage",
-                "Use it with rollout='linear' and feedback=True",
-            )
-        if self.max_step is not None and self.factored:
-            raise CompileError(
-                f"max_step={self.max_step!r} shortens the weights of samples, and with terminal={self.terminal!r} the "
-                "gradient is kept apart from them",
-                "Use it with terminal 'geometric' or 'gradient'",
-            )
-        if self.max_grad_norm is not None and self.feedback is not False and self.rollout_kind != "linear":
-            raise CompileError(
-                f"max_grad_norm={self.max_grad_norm!r}: the norm is that of all parameters' weighted gradients, and "
-                "here a stage's is known when the stages before have moved",
-                "Use it with rollout='linear', or with feedback=False",
-            )
-        if self.max_grad_norm is not None and (self.backend == "dense" or self.memory == "recompute"):
-            raise CompileError(
-                f"max_grad_norm={self.max_grad_norm!r} needs every weighted gradient before the first update, which "
-                f"backend={self.backend!r}, memory={self.memory!r} has not",
-                "Use it with backend='fast' and memory='keep'",
-            )
-        grid = self.line_search
-        if grid is not None and (not grid or any(isinstance(s, bool) or not s > 0 for s in grid)):
-            raise _unknown("line_search", grid, "a tuple of positive step lengths, or None")
-
     @property
-    def _has_joint_step(self) -> bool:
-        return self.feedback is True and self.recursion == "levenberg" and self.coupling != "block"
+    def _couples(self) -> bool:
+        """Whether the samples of a batch or group are coupled by one matrix."""
+        return self.recursion == "levenberg" and self.coupling != "block"
 
     @property
     def rollout_kind(self) -> Rollout:
         """``"linear"`` by default where the stages have a joint step: not for the paper's recursions or open gains."""
-        return self.rollout or ("linear" if self._has_joint_step else "nonlinear")
+        return self.rollout or ("linear" if self.feedback is True and self._couples else "nonlinear")
 
     @property
     def cooperates(self) -> bool:
@@ -235,10 +215,13 @@ def suggested(options: Options, curvature: Curvature) -> Options:
             f"inertia={options.inertia!r} beside {curvature.name}'s own momentum {moved!r}: two memories of one step",
             "Leave one out (momentum=0, or betas=(0, …), for inertia)",
         )
-    coupled = options.feedback is True and options.recursion == "levenberg" and options.coupling != "block"
-    known = SUGGESTED.get(curvature.name, {}) if coupled else {}
+    known = SUGGESTED.get(curvature.name, {}) if options.feedback is True and options._couples else {}
     inertia = options.inertia if options.inertia is not None else 0.0 if moved else known.get("inertia", 0.0)
     return replace(options, inertia=inertia, terminal=options.terminal or known.get("terminal"))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_one_of(value: object, *choices: object) -> bool:

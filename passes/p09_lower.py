@@ -9,22 +9,32 @@ update is recognised as ``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted g
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from sympy import HadamardProduct, Identity, MatrixExpr, OneMatrix
 
 from gtddp_compile.algebra import collapsed as a
-from gtddp_compile.graph import LEADING
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.formulas import check_update, formula
-from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, StageFunction, Var, mapped, total
+from gtddp_compile.lowering.instructions import (
+    SAMPLES,
+    Apply,
+    Instruction,
+    StageFunction,
+    Var,
+    mapped,
+    total,
+    variables,
+)
 from gtddp_compile.lowering.lowered import Sweeps, Written
-from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
-from gtddp_compile.lowering.write import metrics
+from gtddp_compile.lowering.plan import Plan, StagePlan
+from gtddp_compile.lowering.write import grams, updates
 from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
-from gtddp_compile.lowering.write.calls import directional, player_function, prepare, weighted
+from gtddp_compile.lowering.write.calls import contract, directional, faded, player_function, prepare, weighted
 from gtddp_compile.lowering.write.columns import (
     environment,
     sample_matrices,
@@ -34,6 +44,7 @@ from gtddp_compile.lowering.write.columns import (
     vectorises,
 )
 from gtddp_compile.lowering.write.dynamics import stage_functions
+from gtddp_compile.lowering.write.statistics import Observed, observe
 
 GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
 MOVED = a.GRADIENTS.T * a.OPEN_GAIN
@@ -50,7 +61,23 @@ def lower(plan: Plan) -> Written:
     functions = stage_functions(b)
     sweeps = _sweeps(b, functions)
     players = (player_function(b, use) for layer in plan.layers.values() for use in layer.uses if use.function)
-    return Written(plan, sweeps, (*functions, *players), b.names)
+    return Written(plan, _with_layers(sweeps), (*functions, *players), b.names)
+
+
+def _with_layers(sweeps: Sweeps) -> Sweeps:
+    """A layer that is read once is made where it is read, and one that nobody reads nowhere."""
+    parts = [sweeps.pulled, sweeps.gains, sweeps.recursion, sweeps.forward, {0: sweeps.decision}]
+    every = [one for part in parts for written in part.values() for one in written]
+    read = Counter(name for one in every for name in variables((one.args, dict(one.kwargs or {}))))
+    inline = {one.written[0]: Apply("Layer", one.args) for one in every if one.function == "Layer"}
+    inline = {name: made for name, made in inline.items() if read[name] < 2}
+
+    def change(written: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
+        kept = (one for one in written if one.function != "Layer" or one.written[0] not in inline)
+        return tuple(one.replacing(lambda found: inline.get(found.name, found)) for one in kept)
+
+    pulled, gains, recursion, forward, decision = ({t: change(w) for t, w in part.items()} for part in parts)
+    return replace(sweeps, pulled=pulled, gains=gains, recursion=recursion, forward=forward, decision=decision[0])
 
 
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
@@ -165,7 +192,7 @@ def _pull_back(b: Builder, stage: StagePlan) -> None:
     if chain := written_out(b, t):
         pull(b, stage, chain, gradients[0].name)
     else:
-        b.emit("backward", t, writes, "pull_back_factors" if b.factored else "pull_back", outputs, inputs, gradients,
+        b.emit("backward", t, writes, "pull_back", outputs, inputs, gradients,
                note="Q_x = f_x^T V_x; g of the players", **options)  # fmt: skip
     for name in stage.pulled:
         later = [reader for reader in graph.segments(name) if reader > t]
@@ -180,7 +207,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     """Statistics, Gram matrices and the collapsed recursion of one stage."""
     t, form, alpha = stage.index, b.plan.form, b.alpha(stage.index)
     if form.name == "base":
-        write = metrics.base_update if b.plan.max_grad_norm is None else metrics.base_gradients
+        write = updates.base_update if b.plan.max_grad_norm is None else updates.base_gradients
         for block in stage.blocks:
             write(b, t, block, f"alpha_{len(b.plan.stages)}")
         return
@@ -189,27 +216,28 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     for player in [player for block in stage.blocks if paper or block.kind == "parameters" for player in block.players]:
         if stage.statistics and not b.layer(player).observed:
             opens[player.name] = weighted(b, "backward", t, player, alpha, "qu", "Q_u = f_u^T V_x")
-    found = [metrics.observe(b, t, block, alpha if stage.statistics else None, opens) for block in stage.blocks]
+    found = [observe(b, t, block, alpha if stage.statistics else None, opens) for block in stage.blocks]
     if paper:
         _paper(b, stage, opens, found)
         return
     drifts: dict[str, str] = {}
     if b.plan.linear:
-        drifts = {name: variable for block in found for name, variable in metrics.drift(b, t, block).items()}
-    pairs = {o.block.players[0].name: metrics.sketched(b, t, o, drifts) for o in found}
+        drifts = {name: variable for block in found for name, variable in grams.drift(b, t, block).items()}
+    pairs = {o.block.players[0].name: grams.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
-        left = tuple(player for player in stage.players if not pairs.get(player.name))
-        parts, faded = [pair[1] for pair in pairs.values() if pair and pair[1] is not None], not b.plan.decay
-        drift = f"fall_{t}" if b.factored else f"s_{t}"
-        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts, faded=faded)
-    grams = {}
+        terms, drift = [pair[1] for pair in pairs.values() if pair and pair[1]], f"fall_{t}" if b.factored else f"s_{t}"
+        for player in (player for player in stage.players if not pairs.get(player.name)):
+            found_here = directional(b, "backward", t, player, drifts[player.name], drift)
+            terms += [faded(b, player, term) for term in found_here]
+        b.emit("backward", t, drift, "=", total(terms), note="gamma M^-1 l")
+    gammas = {}
     for o in found:
         pair = pairs[o.block.players[0].name]
-        grams[", ".join(p.name for p in o.block.players)] = pair[0] if pair else metrics.block_gram(b, t, o)
-    b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in grams.items()})
-    total = f"columns_{t}" if b.factored else f"gamma_{t}"
-    add = "blocks_add" if len(grams) > 1 else "="
-    b.emit("backward", t, total, add, *map(Var, grams.values()), note="Gamma = sum over the stage's players")
+        gammas[", ".join(p.name for p in o.block.players)] = pair[0] if pair else grams.block_gram(b, t, o)
+    b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in gammas.items()})
+    whole = f"columns_{t}" if b.factored else f"gamma_{t}"
+    add = "blocks_add" if len(gammas) > 1 else "="
+    b.emit("backward", t, whole, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
     if b.factored:
         split(b, t)
 
@@ -270,19 +298,23 @@ def _information(b: Builder, stage: StagePlan) -> None:
     b.emit("backward", t, (), "m.keep", t, **figures)
 
 
-def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[metrics.Observed]) -> None:
+def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Observed]) -> None:
     """The paper's block-diagonal form: one pair of scalars a sample (docs/theory.md#block)."""
     t, form = stage.index, b.plan.form
-    gains = {name: variable for block in found for name, variable in metrics.open_gain(b, t, block, opens).items()}
+    gains = {name: variable for block in found for name, variable in grams.open_gain(b, t, block, opens).items()}
     if t == 0:
         return
-    directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
+    terms = [
+        term for player in stage.players
+        for term in directional(b, "backward", t, player, gains[player.name], f"moved_{t}")
+    ]  # fmt: skip
+    b.emit("backward", t, f"moved_{t}", "=", total(terms), note="<gamma_i, k>")
     if b.factored:
         alpha = form.backward["alpha"]
         b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
-        shrink(b, t, [metrics.block_sample_gram(b, t, block) for block in found])
+        shrink(b, t, [grams.block_sample_gram(b, t, block) for block in found])
         return
-    diagonals = [metrics.block_diagonal(b, t, block) for block in found]
+    diagonals = [grams.block_diagonal(b, t, block) for block in found]
     b.emit("backward", t, f"diagonal_{t}", "=", total([Apply("wide", (Var(d),)) for d in diagonals]), note="Gamma_ii")
     alpha, rho = form.backward["alpha"], form.backward["rho"]
     b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
@@ -311,7 +343,7 @@ def _decide_together(b: Builder) -> None:
                    Var("rows"), b.plan.max_step, note="|delta u|_M at most max_step")  # fmt: skip
         b.emit("joint", 0, (), "m.keep", 0, lifted=Var("lifted_0"), weights=Var(_weights(b)))
     if b.plan.max_grad_norm is not None:
-        metrics.clipped(b, _weights(b))
+        updates.clipped(b, _weights(b))
 
 
 def _weights(b: Builder) -> str:
@@ -323,9 +355,9 @@ def _update(b: Builder, stage: StagePlan) -> None:
     """One weighted gradient a player, and the base method; nobody has to move before anybody else."""
     for block in stage.blocks:
         if b.plan.max_grad_norm is not None:
-            metrics.update_clipped(b, stage.index, block)
+            updates.update_clipped(b, stage.index, block)
         else:
-            metrics.decide(b, "joint", stage.index, block, _weights(b))
+            updates.decide(b, "joint", stage.index, block, _weights(b))
 
 
 def _decide(b: Builder, stage: StagePlan) -> None:
@@ -344,7 +376,7 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     b.emit("forward", t, f"w_{t}", "=", _formula(b, t, expression), note=f"w ({source})")
     b.emit("forward", t, (), "m.keep", t, weights=Var(f"w_{t}"))
     for block in stage.blocks:
-        metrics.decide(b, "forward", t, block, f"w_{t}")
+        updates.decide(b, "forward", t, block, f"w_{t}")
 
 
 def _run_again(b: Builder, stage: StagePlan, function: StageFunction, last_read: Mapping[str, int]) -> None:
@@ -360,7 +392,7 @@ def _run_again(b: Builder, stage: StagePlan, function: StageFunction, last_read:
         writes = tuple(b.new(name) if name in needed else "_" for name in function.returns)
         b.emit("forward", t, writes, function.name, Var("q"), Var("b_again"), *arguments, note=f"x' = f_{t}(x', u')")
     for contraction in stage.contracts:
-        _contract(b, t, contraction)
+        contract(b, t, contraction)
 
 
 def _read_again(b: Builder, t: int, last_read: Mapping[str, int]) -> set[str]:
@@ -369,24 +401,3 @@ def _read_again(b: Builder, t: int, last_read: Mapping[str, int]) -> set[str]:
     return {
         name for name in b.graph.stages[t].ops if name in contracted or name in b.orders or last_read.get(name, t) > t
     }
-
-
-def _contract(b: Builder, t: int, contraction: Contraction) -> None:
-    value, reader = contraction.value, contraction.reader
-    result = b.contraction(value, reader)
-    control = b.graph.value[value].control
-    if control is None:
-        kernel, layout = "contract_factors" if b.factored else "contract", b.graph.op(value).samples
-        call, where = ((kernel,), ()) if layout == LEADING else (
-            ("contract_arranged", Function(kernel)), (SAMPLES, layout.axis, layout.fold)
-        )  # fmt: skip
-        more: dict[str, Any] = {"columns": 1} if where and b.factored else {}
-        if layout.order:
-            more.update(order=Var(b.name(layout.order)), order_after=Var(b.new(layout.order)))
-        b.emit("forward", t, result, *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
-               *where, note=f"<g, delta {value}>", **more)  # fmt: skip
-        return
-    player = b.graph.player[control]
-    here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
-    directional(b, "forward", t, (player,), {control: f"delta_{b.identity(player)}"}, result,
-                 f"what the new {control} will change at stage {reader}", here)  # fmt: skip

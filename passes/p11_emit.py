@@ -150,7 +150,7 @@ def _asked(one: Instruction) -> tuple[Instruction, ...]:
     """What a micro-batch does in an instruction's place."""
     given = one.named
     if one.function in ("m.descend_by", "m.descend_rows"):  # a gradient of its own, that can be added to the others'
-        gradient = _called(one, given["weighted"], "operands", "g", "params", "wants")
+        gradient = _called(one, given["weighted"], "layer")
         if one.function == "m.descend_by":
             return (_answered(one, "descend", given["names"], gradient),)
         return (_answered(one, "descend_block", "kronecker", (given["names"],), (gradient,)),)
@@ -158,9 +158,9 @@ def _asked(one: Instruction) -> tuple[Instruction, ...]:
         step = _called(one, Function("dual_step"), "coordinates", "weights")
         return (_answered(one, "descend_steps", "dual", given["names"], (step,)),)
     if one.function == "m.observe_gram":  # statistics are the update's, the Gram matrix is its own
-        weigh = _called(one, Function("weigh"), "weighted", "operands", "g", "alpha", "params", "wants")
+        weigh = _called(one, Function("weigh"), "weighted", "layer", "alpha")
         metric = Apply("m.metric", (given["names"],))
-        made = _called(one, Function("gram_blocks"), "gram", "operands", "g", "params", "wants", metric, "rows")
+        made = _called(one, Function("gram_blocks"), "gram", "layer", metric, "rows")
         asked = replace(_answered(one, "observe", given["names"], weigh), writes=())
         return asked, replace(one, function="=", args=(made,), kwargs=None)
     if is_shared(one.function):
@@ -169,9 +169,9 @@ def _asked(one: Instruction) -> tuple[Instruction, ...]:
 
 
 def _called(one: Instruction, function: Function, *operands: Any) -> Apply:
-    """A function of some operands of an instruction (by name, or as they are), with its options."""
-    given, options = one.named, tuple((one.kwargs or {}).items())
-    return Apply(function.name, tuple(given[o] if isinstance(o, str) else o for o in operands), options)
+    """A function of some operands of an instruction, by name, or as they are."""
+    given = one.named
+    return Apply(function.name, tuple(given[o] if isinstance(o, str) else o for o in operands))
 
 
 def _answered(one: Instruction, request: str, *arguments: Any) -> Instruction:

@@ -11,6 +11,7 @@ from gtddp_compile.kernels.activations import *
 from gtddp_compile.kernels.approximate import *
 from gtddp_compile.kernels.arrange import *
 from gtddp_compile.kernels.batch_norm import *
+from gtddp_compile.kernels.bundle import *
 from gtddp_compile.kernels.channels import *
 from gtddp_compile.kernels.conv import *
 from gtddp_compile.kernels.conv_pairs import *
@@ -27,6 +28,7 @@ from gtddp_compile.kernels.loss import *
 from gtddp_compile.kernels.moments import *
 from gtddp_compile.kernels.norm import *
 from gtddp_compile.kernels.patches import *
+from gtddp_compile.kernels.rows import *
 from gtddp_compile.kernels.spread import *
 from gtddp_compile.kernels.sweep import *
 from gtddp_compile.kernels.transposed import *

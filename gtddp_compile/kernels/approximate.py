@@ -14,15 +14,25 @@ bfloat16. Biases, being small, are exact.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from gtddp_compile.kernels.bundle import Geometry, Layer, is_spherical, wide
 from gtddp_compile.kernels.conv import conv_gram
 from gtddp_compile.kernels.linear import linear_gram
-from gtddp_compile.kernels.patches import _conv_images, _conv_margins, _conv_padded, _conv_samples
+from gtddp_compile.kernels.patches import (
+    CONVOLUTIONS,
+    _conv_bias,
+    _conv_images,
+    _conv_margins,
+    _conv_padded,
+    _conv_products,
+    _conv_samples,
+    _conv_weight,
+)
 
 SMALLEST = 1e-30
 """A metric below this (a learning rate of 0) is no metric: entries are held there so that means stay finite."""
@@ -39,32 +49,16 @@ def separated(denominator: Tensor, rate: Tensor | float, groups: int = 1) -> tup
     return (rows / rate).rsqrt_().flatten(), columns.rsqrt_().flatten()
 
 
-def _separate(metric: Any, groups: int = 1) -> tuple[Tensor | float, Tensor | float]:
-    """``(√r, √c)`` of a weight's metric; floats if it is spherical; as it is if it is separated already."""
-    if isinstance(metric, tuple):
-        return metric
-    if not isinstance(metric, Tensor) or metric.dim() == 0:
-        return metric**0.5, 1.0
+def _separate(metric: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """``(√r, √c)`` of a weight's diagonal metric."""
     table = metric if metric.dtype == torch.float64 else metric.float()
     by_output, by_input = separated(table.clamp_min(SMALLEST).reciprocal_(), 1.0, groups)
     return by_output.to(metric.dtype), by_input.to(metric.dtype)
 
 
-def _apart(metric: Any, groups: int = 1) -> tuple[Tensor | float | None, Tensor | float | None, Tensor | float]:
-    """``√r``, ``√c`` and what is left of the metric; a spherical one is left as a whole, and scales no activations."""
-    if not isinstance(metric, tuple) and (not isinstance(metric, Tensor) or metric.dim() == 0):
-        return None, None, metric
-    return (*_separate(metric, groups), 1.0)
-
-
-def _along(values: Tensor, factor: Tensor | float | None, axis: int) -> Tensor:
-    """``values`` times a factor for each entry of one axis, or as they are."""
-    if factor is None:
-        return values
-    if isinstance(factor, Tensor) and factor.dim():
-        factor = factor.reshape(factor.shape[0], *(1,) * (values.dim() - 1 - axis % values.dim()))
-    scaled: Tensor = values * factor
-    return scaled
+def _along(values: Tensor, factor: Tensor, axis: int) -> Tensor:
+    """``values`` times a factor for each entry of one axis."""
+    return values * factor.reshape(factor.shape[0], *(1,) * (values.dim() - 1 - axis % values.dim()))
 
 
 def _signs(rows: int, columns: int, like: Tensor, seed: int) -> Tensor:
@@ -74,138 +68,108 @@ def _signs(rows: int, columns: int, like: Tensor, seed: int) -> Tensor:
     return signs / math.sqrt(columns)
 
 
-def _bias(g: Tensor, wants: tuple[bool, ...], metric: tuple[Tensor | float, ...], axis: int) -> Tensor | float:
-    """The bias's part, ``g`` summed over positions; ``axis`` is the channels'."""
-    if not wants[1]:
-        return 0.0
-    rows = g.movedim(axis, 1).flatten(2).sum(2) if g.dim() > 2 else g
-    rows = rows * metric[-1] ** 0.5
-    return rows @ rows.mT
+def _separately(
+    exact: Callable[[Layer, Any], Tensor], layer: Layer, metric: tuple[Any, ...],
+    of_weight: Callable[[Layer, Tensor | float], Tensor],
+) -> Tensor:  # fmt: skip
+    """``γ M⁻¹ γᵀ``: the bias's part exactly, the weight's by ``of_weight``.
 
-
-def linear_separable_gram(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Tensor | float, ...],
-) -> Tensor:
-    """``γ M⁻¹ γᵀ`` with the weight's metric separated, ``(B, B)``."""
-    bias = _bias(g, wants, metric, -1)
-    if not wants[0]:
-        return g.new_zeros(g.shape[0], g.shape[0]) + bias
-    by_output, by_input, rest = _apart(metric[0])
-    scaled = (_along(operands[0], by_input, -1),)
-    return linear_gram(scaled, _along(g, by_output, -1), params, (True, False), (rest,)) + bias
-
-
-def linear_sketch_gram(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Tensor | float, ...],
-    *,
-    columns: int,
-    seed: int,
-) -> Tensor:
-    """``γ M⁻¹ γᵀ`` with the weight's metric separated and its inputs projected to ``columns``, ``(B, B)``."""
-    bias = _bias(g, wants, metric, -1)
-    if not wants[0]:
-        return g.new_zeros(g.shape[0], g.shape[0]) + bias
-    by_output, by_input, rest = _apart(metric[0])
-    x = operands[0]
-    projected = x @ _along(_signs(x.shape[-1], columns, x, seed), by_input, 0)
-    return linear_gram((projected,), _along(g, by_output, -1), params, (True, False), (rest,)) + bias
-
-
-def conv_separable_gram(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Tensor | float, ...],
-    *,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
-    dilation: tuple[int, ...],
-    groups: int,
-) -> Tensor:
-    """``γ M⁻¹ γᵀ`` with the weight's metric separated, ``(B, B)``."""
-    channels = g.dim() - params[0].dim() + 1  # behind a sample's images, where it has several
-    bias = _bias(g, wants, metric, channels)
-    if not wants[0]:
-        return g.new_zeros(g.shape[0], g.shape[0]) + bias
-    by_output, by_input, rest = _apart(metric[0], groups)
-    scaled, g = (_along(operands[0], by_input, channels),), _along(g, by_output, channels)
-    own = conv_gram(
-        scaled, g, params, (True, False), (rest,), stride=stride, padding=padding, dilation=dilation, groups=groups
-    )
-    return own + bias
-
-
-def conv_sketch_gram(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Tensor | float, ...],
-    *,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
-    dilation: tuple[int, ...],
-    groups: int,
-    columns: int,
-    seed: int,
-) -> Tensor:
-    """``γ M⁻¹ γᵀ`` with the weight's metric separated and patches projected to ``columns``, ``(B, B)``.
-
-    The projection of the patches is a convolution with random filters: nothing is unfolded.
+    This gets the layer with the separated metric in its inputs and output gradients, and what is left of the metric: 1,
+    or a spherical one as a whole, which scales no activations.
     """
-    channels = g.dim() - params[0].dim() + 1  # behind a sample's images, where it has several
-    bias = _bias(g, wants, metric, channels)
-    if not wants[0]:
-        return g.new_zeros(g.shape[0], g.shape[0]) + bias
-    by_output, by_input, rest = _apart(metric[0], groups)
-    samples, shape = g.shape[0], params[0].shape[1:]
-    x, g = _conv_images(operands, g, params)
-    filters = _signs(groups * columns, shape.numel(), x, seed) * (shape.numel() / columns) ** 0.5
-    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(shape) - 1]
-    projected = function(
-        _along(x, by_input, 1), filters.reshape(-1, *shape), None, stride, padding, dilation, groups
-    )  # fmt: skip
-    rows = _along(g, by_output, 1).reshape(len(g), groups, -1, projected[0, 0].numel())
-    gamma = _conv_samples(rows @ projected.reshape(len(g), groups, columns, -1).mT, samples).flatten(1)
-    return gamma @ gamma.mT * rest + bias
+    if not layer.wants[0]:
+        return exact(layer, metric)
+    inverse, own = metric[0], layer._replace(wants=(True, False))
+    if isinstance(inverse, tuple) or not is_spherical(inverse):
+        how, weight = layer.how, layer.params[0]
+        channels = -1  # of a convolution behind a sample's images, where it has several
+        if how is not None and weight is not None:
+            channels = layer.g.dim() - weight.dim() + 1
+        # Separated already, or a table.
+        pair = inverse if isinstance(inverse, tuple) else _separate(inverse, 1 if how is None else how.groups)
+        x, g = _along(layer.operands[0], pair[1], channels), _along(layer.g, pair[0], channels)
+        own, inverse = own._replace(operands=(x,), g=g), 1.0
+    found = of_weight(own, inverse)
+    return found + exact(layer._replace(wants=(False, True)), metric[1:]) if layer.wants[1] else found
 
 
-def conv_centre_gram(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Tensor | float, ...],
-    *,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...] | str,
-    dilation: tuple[int, ...],
-    groups: int,
-) -> Tensor:
+def linear_separable_gram(layer: Layer, metric: tuple[Any, ...]) -> Tensor:
+    """``γ M⁻¹ γᵀ`` with the weight's metric separated, ``(B, B)``."""
+    return _separately(linear_gram, layer, metric, lambda own, rest: linear_gram(own, (rest,)))
+
+
+def conv_separable_gram(layer: Layer, metric: tuple[Any, ...]) -> Tensor:
+    """``γ M⁻¹ γᵀ`` with the weight's metric separated, ``(B, B)``."""
+    return _separately(conv_gram, layer, metric, lambda own, rest: conv_gram(own, (rest,)))
+
+
+def linear_sketch_gram(layer: Layer, metric: tuple[Any, ...], *, columns: int, seed: int) -> Tensor:
+    """``γ M⁻¹ γᵀ`` with the weight's metric separated and its inputs projected to ``columns``, ``(B, B)``."""
+
+    def of_weight(own: Layer, rest: Tensor | float) -> Tensor:
+        x = own.operands[0]
+        return linear_gram(own._replace(operands=(x @ _signs(x.shape[-1], columns, x, seed),)), (rest,))
+
+    return _separately(linear_gram, layer, metric, of_weight)
+
+
+def conv_sketch_gram(layer: Layer, metric: tuple[Any, ...], *, columns: int, seed: int) -> Tensor:
+    """``γ M⁻¹ γᵀ`` with the weight's metric separated and patches projected to ``columns``, ``(B, B)``."""
+
+    def of_weight(own: Layer, rest: Tensor | float) -> Tensor:
+        (weight, _), x = _conv_weight(own), own.operands[0]
+        filters = _signs(own.how.groups * columns, weight[0].numel(), x, seed) * (weight[0].numel() / columns) ** 0.5
+        (found,), _ = conv_sketched(own, filters.reshape(-1, *weight.shape[1:]), (rest,), None, (slice(None),))
+        return found
+
+    return _separately(conv_gram, layer, metric, of_weight)
+
+
+def conv_sketched(
+    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor, ...] | None,
+    rows: Sequence[slice],
+) -> tuple[tuple[Tensor, ...], Tensor | None]:  # fmt: skip
+    """A sketch of ``Γ`` of a convolution, and ``⟨γ_i, v⟩`` of a change of the parameters.
+
+    One convolution of the input makes both: its filters are the change of the weight and random ones
+    (projections of patches: nothing is unfolded). ``direction`` ``None``: ``Γ`` alone.
+    """
+    (x, g), samples, how = _conv_images(layer), layer.g.shape[0], layer.how
+    filters, convolve = filters.to(x.dtype), CONVOLUTIONS[x.dim()]
+    weights = [filters] if direction is None else [direction[0].to(x.dtype), filters]
+    if how.groups > 1:
+        seen = [convolve(x, weight, None, *how) for weight in weights]
+    else:
+        whole = convolve(x, weights[0] if direction is None else torch.cat(weights), None, *how)
+        seen = list(whole.split([len(weight) for weight in weights], 1))
+    sketch = _conv_products(g, seen[-1], samples, how.groups) * metric[0] ** 0.5
+    bias = _conv_bias(g, samples) if layer.wants[1] else None
+    if bias is not None:
+        sketch = torch.cat([sketch, bias * metric[-1] ** 0.5], 1)
+    sketch = wide(sketch)
+    grams = tuple(sketch[row] @ sketch[row].mT for row in rows)
+    if direction is None:
+        return grams, None
+    change = _conv_samples((g * seen[0]).flatten(1).sum(1), samples)
+    return grams, change if bias is None else change + bias @ direction[1]
+
+
+def conv_centre_gram(layer: Layer, metric: tuple[Any, ...]) -> Tensor:
     """``γ M⁻¹ γᵀ`` with the weight's metric separated and the kernel's central element in place of all, ``(B, B)``.
 
     The gradients of a kernel's elements are those of the same pixels, moved: each element's Gram matrix is taken to be
     the central one's, times the share of output positions whose pixel is inside the image. Nothing is unfolded, and an
     element costs what a 1×1 convolution does.
     """
-    channels = g.dim() - params[0].dim() + 1  # behind a sample's images, where it has several
-    bias = _bias(g, wants, metric, channels)
-    if not wants[0]:
-        return g.new_zeros(g.shape[0], g.shape[0]) + bias
-    by_output, by_input, rest = _apart(metric[0], groups)
-    x, kernel, share = operands[0], params[0].shape[2:], 1.0
-    margins = _conv_margins(tuple(kernel), padding, dilation)
+    return _separately(conv_gram, layer, metric, _conv_centre)
+
+
+def _conv_centre(layer: Layer, rest: Tensor | float) -> Tensor:
+    """The weight's part, of the kernel's central element and the share of the others."""
+    (weight, kernel), how, x, g, share = _conv_weight(layer), layer.how, layer.operands[0], layer.g, 1.0
+    margins = _conv_margins(kernel, how)
     seen_by_centre: list[slice] = []  # of every axis, in x without its margins
-    for axis, (size, gap, step, margin) in enumerate(zip(kernel, dilation, stride, margins, strict=True)):
+    for axis, (size, gap, step, margin) in enumerate(zip(kernel, how.dilation, how.stride, margins, strict=True)):
         pixels, positions = x.shape[axis - len(kernel)], g.shape[axis - len(kernel)]
         shifts = [index * gap - margin[0] for index in range(size)]
         seen = [sum(0 <= at * step + shift < pixels for at in range(positions)) for shift in shifts]
@@ -218,11 +182,7 @@ def conv_centre_gram(
         moved = zip(seen_by_centre, margins, strict=True)
         seen_by_centre = [slice(part.start + low, part.stop + low, part.step) for part, (low, _) in moved]
     crop: tuple[Any, ...] = (..., *seen_by_centre)
-    centre = _along(x[crop], by_input, channels)
     ones, zeros = tuple(1 for _ in kernel), tuple(0 for _ in kernel)
-    shape = (params[0].flatten(2)[..., :1].reshape(*params[0].shape[:2], *ones),)
-    own = conv_gram(
-        (centre,), _along(g, by_output, channels), shape, (True, False),
-        (share * rest,), stride=ones, padding=zeros, dilation=ones, groups=groups,
-    )  # fmt: skip
-    return own + bias
+    centre = weight.flatten(2)[..., :1].reshape(*weight.shape[:2], *ones)
+    pointwise = Geometry(ones, zeros, ones, how.groups)
+    return conv_gram(Layer((x[crop],), g, (centre,), layer.wants, pointwise), (share * rest,))

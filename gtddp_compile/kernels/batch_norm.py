@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.linear import pieces
+from gtddp_compile.kernels.bundle import pieces
 
 CACHED = 2**18
 """Elements that are centred at a time: they stay in the second-level cache."""

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.patches import CHUNK
+from gtddp_compile.kernels.bundle import Geometry
+from gtddp_compile.kernels.patches import CHUNK, _conv_margins
 
 ADD = 40
 """What an elementwise multiplication or addition on a large tensor costs, in multiplications of a matrix product."""
@@ -77,20 +78,14 @@ def _conv_pair_sum(x: Tensor, g: Tensor, other_x: Tensor, other_g: Tensor, sampl
     return product.reshape(x.shape[0], -1, samples, other_x.shape[1] // samples, samples).sum((0, 1, 3))
 
 
-def _conv_pixel_pairs(
-    x: Tensor,
-    g: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    margins: tuple[tuple[int, int], ...],
-) -> Tensor:
+def _conv_pixel_pairs(x: Tensor, g: Tensor, kernel: tuple[int, ...], how: Geometry) -> Tensor:
     """As :func:`_conv_pairs`, inner products of patches as sums of those of pixels.
 
     ``x`` ``(B, G, channels, …)`` is not padded; ``g`` is ``(B, G, m, …)``. For each element ``k`` of the kernel the
     pixel Gram matrix, moved by ``k`` in both its positions, is added; what lies in the margins is zero.
     """
     samples, groups, axes = x.shape[0], x.shape[1], len(kernel)
+    margins = _conv_margins(kernel, how)
     pixels, positions = tuple(x.shape[3:]), tuple(g.shape[3:])
     order = (1, *range(3, 3 + axes), 0, 2)
     rows = x.permute(order).reshape(groups, -1, x.shape[2])
@@ -99,7 +94,7 @@ def _conv_pixel_pairs(
     for element in itertools.product(*map(range, kernel)):
         target, source = [], []
         for axis, index in enumerate(element):
-            shift, step = index * dilation[axis] - margins[axis][0], stride[axis]
+            shift, step = index * how.dilation[axis] - margins[axis][0], how.stride[axis]
             first = max(0, -(shift // step))  # the first output position whose pixel is there
             last = min(positions[axis], (pixels[axis] - 1 - shift) // step + 1)
             target.append(slice(first, max(first, last)))

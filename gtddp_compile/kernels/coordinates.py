@@ -8,13 +8,14 @@ With one position a sample nothing has to be mapped back: form ``"dual"`` is ``(
 xᵀ) ∘ (g B⁻¹ gᵀ)`` and ``M⁻¹ C w / η = (w ∘ g B⁻¹)ᵀ (x A⁻¹)``; groups lead, ``(G, B, n)``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import _separate
+from gtddp_compile.kernels.bundle import Layer
 from gtddp_compile.kernels.linear import linear_gram, linear_inputs
 
 Coordinates = tuple[Tensor, ...]
@@ -36,15 +37,13 @@ def few_rows(rows: int, inputs: int, outputs: int) -> bool:
     return rows * (inputs**2 + outputs**2) < inputs * outputs * (inputs + outputs)
 
 
-def made_rows(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Rows that are there already, as a layer's; an option ``moment`` makes ``Σ x xᵀ`` of the other operands."""
-    return operands[0], g
+def groups_gram(kernel: Callable[[Layer, Any], Tensor], x: Tensor, g: Tensor, scale: Tensor | float) -> Tensor:
+    """What a linear layer's ``kernel`` makes of rows under a scale ``(G, m, n)``, summed over groups."""
+    found = [
+        kernel(Layer((x[:, k],), g[:, k], (), (True, False)), (scale[k] if isinstance(scale, Tensor) else scale,))
+        for k in range(x.shape[1])
+    ]
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
 
 def kronecker_coordinates(x: Tensor, g: Tensor, maps: tuple[Tensor, Tensor | None], form: str) -> Coordinates:
@@ -53,20 +52,21 @@ def kronecker_coordinates(x: Tensor, g: Tensor, maps: tuple[Tensor, Tensor | Non
     x, g = x.to(map_x.dtype), g.to(map_x.dtype)
     if form == "rows":
         return _coordinates_map(x, map_x), g if map_g is None else _coordinates_map(g, map_g)
-    return _mapped(g.mT @ x, maps)
+    return (_mapped(g.mT @ x, maps),)
 
 
 def sample_coordinates(gradients: tuple[Tensor, ...], maps: tuple[Tensor, Tensor | None]) -> Coordinates:
     """The coordinates of form ``"samples"`` from ``γ`` itself, of the weight and, where it is trained, of the bias."""
     parts = [part.reshape(part.shape[0], maps[0].shape[0], -1, part[0, 0].numel()) for part in gradients]
     gamma = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
-    return _mapped(gamma.to(maps[0].dtype), maps)
+    return (_mapped(gamma.to(maps[0].dtype), maps),)
 
 
-def _mapped(gamma: Tensor, maps: tuple[Tensor, Tensor | None]) -> Coordinates:
+def _mapped(gamma: Tensor, maps: tuple[Tensor, Tensor | None]) -> Tensor:
+    """``Yᵀ γ X`` of every sample (``None``: ``Y = I``)."""
     map_x, map_g = maps
     gamma = _coordinates_map(gamma, map_x)
-    return (gamma if map_g is None else map_g.mT @ gamma,)
+    return gamma if map_g is None else map_g.mT @ gamma
 
 
 def dual_coordinates(x: Tensor, g: Tensor, inverses: tuple[Tensor, Tensor | None]) -> Coordinates:
@@ -144,14 +144,19 @@ def coordinates_gram(
     """``Γ = γ M⁻¹ γᵀ``, a block a group of samples; ``separable``: with the scale separated."""
     _, scale, _, (rate,) = metric
     if separable and isinstance(scale, Tensor):
-        pairs = [_separate(part) for part in scale]
-        by_g, by_x = (torch.stack([pair[side] for pair in pairs]).unsqueeze(1) for side in (0, 1))  # type: ignore[misc]
+        by_g, by_x = _separated_scale(scale)
         if len(coordinates) == 2:
             coordinates = (coordinates[0] * by_x, coordinates[1] * by_g)
         else:
             coordinates = (coordinates[0] * by_g.mT * by_x,)
         scale = 1.0
     return tuple(_coordinates_gram(tuple(part[row] for part in coordinates), scale) * rate for row in rows)
+
+
+def _separated_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``(√r, √c)`` of a scale ``(G, m, n)`` (``kernels/approximate.py``), ``(G, 1, m)`` and ``(G, 1, n)``."""
+    by_g, by_x = zip(*map(_separate, scale), strict=True)
+    return torch.stack(by_g).unsqueeze(1), torch.stack(by_x).unsqueeze(1)
 
 
 def _coordinates_gram(coordinates: Coordinates, scale: Tensor | float) -> Tensor:
@@ -162,11 +167,7 @@ def _coordinates_gram(coordinates: Coordinates, scale: Tensor | float) -> Tensor
         whole: Tensor = (gamma * scale).flatten(1) @ gamma.flatten(1).mT
         return whole
     x, g = coordinates
-    found = [
-        linear_gram((x[:, k],), g[:, k], (), (True, False), (scale[k] if isinstance(scale, Tensor) else scale,))
-        for k in range(x.shape[1])
-    ]
-    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+    return groups_gram(linear_gram, x, g, scale)
 
 
 def coordinates_moment(coordinates: Coordinates, weights: Tensor, start: float) -> Tensor:

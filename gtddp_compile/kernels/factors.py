@@ -12,40 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.sweep import cut_off, zeros_of
+from gtddp_compile.kernels.bundle import Layer, column_samples, part_of, wide
+from gtddp_compile.kernels.rows import joint_gram
+from gtddp_compile.kernels.sweep import gram_blocks
 
 CHUNK = 2**24
 """Bound on the elements of an intermediate tensor."""
 
 Blocks = tuple[Tensor, ...]
 Kernel = Callable[..., Any]
-
-
-def pull_back_factors(
-    outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Sequence[Tensor], *, vectorised: bool = True
-) -> tuple[Tensor, ...]:
-    """Vector-Jacobian products of one stage with 1 + r cotangents; zero where an input does not matter.
-
-    ``vectorised``: in one batched reverse pass; otherwise one pass a column (for what vmap does not support).
-    """
-    reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
-    count = gradients[0].shape[0]
-    if not reached:
-        return tuple(zeros_of(value, (count,)) for value in inputs)
-    targets, columns = [output for output, _ in reached], [g for _, g in reached]
-    found: tuple[Tensor | None, ...]
-    if vectorised:
-        found = torch.autograd.grad(targets, list(inputs), columns, is_grads_batched=True, allow_unused=True)
-    else:
-        passes = [
-            torch.autograd.grad(
-                targets, list(inputs), [g[k] for g in columns], retain_graph=k + 1 < count, allow_unused=True
-            )
-            for k in range(count)
-        ]
-        found = tuple(None if column[0] is None else torch.stack(column) for column in zip(*passes, strict=True))
-    cut_off(targets)
-    return tuple(zeros_of(value, (count,)) if part is None else part for value, part in zip(inputs, found, strict=True))
 
 
 def combine(g: Tensor, start: float, weights: Tensor) -> Tensor:
@@ -55,12 +30,16 @@ def combine(g: Tensor, start: float, weights: Tensor) -> Tensor:
     return total
 
 
+def combined(layer: Layer, start: float, weights: Tensor) -> Layer:
+    """The layer with :func:`combine` of its columns as the gradient."""
+    return layer._replace(g=combine(layer.g, start, weights))
+
+
 def contract_factors(g: Tensor, after: Tensor, before: Tensor) -> Tensor:
     """``c = Zᵀ δx``, shape (B r,)."""
     delta = (after - before).reshape(1, after.shape[0], -1)
     found = torch.linalg.vecdot(g[1:].reshape(g.shape[0] - 1, after.shape[0], -1), delta)
-    change: Tensor = found.T.reshape(-1)
-    return change if change.dtype in (torch.float32, torch.float64) else change.float()
+    return wide(found.T.reshape(-1))
 
 
 def clip_factors(change: Tensor, bound: float | None, rank: int) -> Tensor:
@@ -81,72 +60,34 @@ def clip_factors(change: Tensor, bound: float | None, rank: int) -> Tensor:
 # --- layer kernels over columns ---------------------------------------------------------------------------------------
 
 
-def _columns(g: Tensor) -> Tensor:
-    """``(k, B, …)`` as ``(B k, …)``."""
-    return g.transpose(0, 1).reshape(-1, *g.shape[2:])
+def _mixes(layer: Layer) -> bool:
+    """Whether the layer cannot be evaluated on repeated samples."""
+    return getattr(layer.how, "mixes", False)
 
 
-def _spread(operands: tuple[Tensor, ...], count: int, batched: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """Every sample's operands once a column."""
-    split = batched or (True,) * len(operands)
-    return tuple(x.repeat_interleave(count, 0) if by else x for x, by in zip(operands, split, strict=True))
-
-
-def factor_rows(
-    per_sample: Kernel,
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    **options: Any,
-) -> tuple[Tensor, ...]:
+def factor_rows(per_sample: Kernel, layer: Layer) -> tuple[Tensor, ...]:
     """``Ψ``, ``(B k, *shape)`` for each wanted parameter: what the k columns of ``g`` pull back to."""
-    count = g.shape[0]
-    if options.get("mixes"):
-        found = [per_sample(operands, column, params, wants, **options) for column in g]
+    if _mixes(layer):
+        found = [per_sample(layer._replace(g=column)) for column in layer.g]
         return tuple(torch.stack(rows, 1).flatten(0, 1) for rows in zip(*found, strict=True))
-    spread = _spread(operands, count, options.get("batched", ()))
-    rows: tuple[Tensor, ...] = per_sample(spread, _columns(g), params, wants, **options)
+    rows: tuple[Tensor, ...] = per_sample(column_samples(layer))
     return rows
 
 
 def factor_gram(
-    gram: Kernel,
-    per_sample: Kernel,
-    joint: Kernel,
-    blocks: Kernel,
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Any, ...],
-    rows: Sequence[slice],
-    **options: Any,
+    gram: Kernel, per_sample: Kernel, layer: Layer, metric: tuple[Any, ...], rows: Sequence[slice], **options: Any
 ) -> Blocks:
-    """``[γ Ψ] M⁻¹ [γ Ψ]ᵀ`` of one layer over all 1 + r columns, a block a group: ``Γ`` and the cross terms with ``γ``.
-
-    ``blocks`` is ``gram_blocks``, ``joint`` is ``joint_gram``.
+    """``[γ Ψ] M⁻¹ [γ Ψ]ᵀ`` of one layer over all 1 + r columns, a block a group: ``Γ`` and the cross terms with
+    ``γ``.
     """
-    found: Blocks
-    if options.get("mixes"):
-        found = joint(factor_rows(per_sample, operands, g, params, wants, **options), metric, rows)
-    else:
-        spread = _spread(operands, g.shape[0], options.get("batched", ()))
-        found = blocks(gram, spread, _columns(g), params, wants, metric, rows, **options)
-    return found
+    if _mixes(layer):
+        return joint_gram(factor_rows(per_sample, layer), metric, rows)
+    return gram_blocks(gram, column_samples(layer), metric, rows, **options)
 
 
-def factor_directional(
-    directional: Kernel,
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    direction: tuple[Tensor, ...],
-    **options: Any,
-) -> Tensor:
+def factor_directional(directional: Kernel, layer: Layer, direction: tuple[Tensor, ...]) -> Tensor:
     """``⟨ψ_ia, v⟩``, shape (B r,); one call of the layer's kernel a column."""
-    found = [directional(operands, column, params, wants, direction, **options) for column in g[1:]]
+    found = [directional(layer._replace(g=column), direction) for column in layer.g[1:]]
     return torch.stack(found, 1).flatten()
 
 
@@ -161,40 +102,27 @@ def split_columns(blocks: Blocks, rank: int, start: float, scales: tuple[float, 
     return tuple(grams), torch.cat(crosses)
 
 
-def sample_grams(
-    per_sample: Kernel,
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Any, ...],
-    **options: Any,
-) -> Tensor:
+def sample_grams(per_sample: Kernel, layer: Layer, metric: tuple[Any, ...]) -> Tensor:
     """``Γ_ii``, ``(B, r, r)``: a block of the Gram matrix a sample."""
-    rank, batch = g.shape[0] - 1, g.shape[1]
-    size = sum(p.numel() for p, want in zip(params, wants, strict=True) if want and p is not None)
-    step = batch if options.get("mixes") else max(1, CHUNK // max(1, rank * size))
-    split = options.get("batched") or (True,) * len(operands)
+    rank, batch = layer.g.shape[0] - 1, layer.g.shape[1]
+    size = sum(p.numel() for p, want in zip(layer.params, layer.wants, strict=True) if want and p is not None)
+    step = batch if _mixes(layer) else max(1, CHUNK // max(1, rank * size))
     found = []
     for start in range(0, batch, step):
-        part = slice(start, start + step)
-        operands_ = operands
-        if not options.get("mixes"):
-            operands_ = tuple(x[part] if by else x for x, by in zip(operands, split, strict=True))
-        psi = factor_rows(per_sample, operands_, g[1:, part], params, wants, **options)
+        rows = slice(start, start + step)
+        own = layer if _mixes(layer) else part_of(layer, rows)
+        psi = factor_rows(per_sample, own._replace(g=layer.g[1:, rows]))
         found.append(joint_sample_grams(psi, metric, rank))
     return torch.cat(found)
 
 
 def joint_sample_grams(psi: tuple[Tensor, ...], metric: tuple[Any, ...], rank: int) -> Tensor:
     """``Γ_ii`` from ``Ψ`` itself, ``(B, r, r)``."""
-    total: Tensor | None = None
+    found = []
     for rows, inverse in zip(psi, metric, strict=True):
-        flat, scaled = rows.reshape(-1, rank, rows[0].numel()), (rows * inverse).reshape(-1, rank, rows[0].numel())
-        block = scaled @ flat.mT
-        total = block if total is None else total + block
-    assert total is not None
-    return total if total.dtype in (torch.float32, torch.float64) else total.float()
+        flat, scaled = (values.reshape(-1, rank, rows[0].numel()) for values in (rows, rows * inverse))
+        found.append(scaled @ flat.mT)
+    return wide(sum(found[1:], found[0]))
 
 
 # --- one block a sample -----------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@
 these build ``γ`` (``B × parameters``) for everything but ``weighted`` and, with forward mode,
 ``directional``.
 
-Options, the same for every kernel (``generic_probe`` finds them by a trial at compile time):
+How the operation is called is a :class:`~gtddp_compile.kernels.Operation` (``generic_probe`` finds the last three by a
+trial at compile time):
 
 * ``function``: the operation;
 * ``batched``: for each operand whether its leading axis is the batch; ``()`` means that all are;
@@ -19,10 +20,12 @@ Options, the same for every kernel (``generic_probe`` finds them by a trial at c
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from gtddp_compile.kernels.bundle import Inverses, Layer, Operation
+from gtddp_compile.kernels.rows import rows_directional, rows_gram, rows_gram_diagonal
 
 CHUNK = 2**21
 """Bound on the elements of an intermediate tensor, ``γ`` itself excepted."""
@@ -34,17 +37,15 @@ LOOPS = "There is a performance drop"
 """How the warning begins that ``vmap`` has no rule and loops itself: no faster way than ours, and one that warns."""
 
 
-def _generic_closed(
-    function: Callable[..., Tensor], params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
-) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """``function`` of the wanted parameters (one tuple) and the operands, and those parameters."""
+def _generic_closed(layer: Layer) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """The operation as a function of the wanted parameters (one tuple) and the operands, and those parameters."""
+    pairs = list(zip(layer.params, layer.wants, strict=True))
 
     def of_wanted(wanted: tuple[Tensor, ...], *operands: Tensor) -> Tensor:
         rest = iter(wanted)
-        chosen = (next(rest) if want else param for param, want in zip(params, wants, strict=True))
-        return function(tuple(chosen), *operands)
+        found: Tensor = layer.how.function(tuple(next(rest) if want else param for param, want in pairs), *operands)
+        return found
 
-    pairs = zip(params, wants, strict=True)
     return of_wanted, tuple(param.detach() for param, want in pairs if want and param is not None)
 
 
@@ -67,19 +68,14 @@ def _generic_pull(
     return output.detach(), pull
 
 
-def _generic_alone(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    closed: Callable[..., Tensor],
-    wanted: tuple[Tensor, ...],
-    batched: tuple[bool, ...],
-    vectorised: bool,
-) -> tuple[Tensor, ...]:
+def _generic_alone(layer: Layer, batched: tuple[bool, ...]) -> tuple[Tensor, ...]:
     """``γ`` by evaluating the operation on batches of one sample.
 
     With gradients recorded around ``torch.func`` too: layers of oneDNN (a float32 LSTM) keep what their derivative
     needs only then.
     """
+    operands, g = layer.operands, layer.g
+    closed, wanted = _generic_closed(layer)
 
     def alone(sample: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         pairs = zip(sample, batched, strict=True)
@@ -89,7 +85,7 @@ def _generic_alone(
         _, pull = torch.func.vjp(lambda values: closed(values, *alone(sample)), wanted)  # type: ignore[misc]
         return tuple(pull(cotangent[None])[0])
 
-    if vectorised:
+    if layer.how.vectorised:
         axes = (0, *(0 if split else None for split in batched))
         step = max(1, CHUNK // max(1, g[0].numel()))
         with torch.enable_grad():
@@ -103,151 +99,75 @@ def _generic_alone(
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
-def _generic_masked(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    closed: Callable[..., Tensor],
-    wanted: tuple[Tensor, ...],
-    vectorised: bool,
-    first: int,
-) -> tuple[Tensor, ...]:
+def _generic_masked(layer: Layer) -> tuple[Tensor, ...]:
     """``γ`` by pulling back cotangents that are zero outside one sample."""
-    output, pull = _generic_pull(closed, wanted, operands)
-    step = max(1, CHUNK // max(1, output.numel())) if vectorised else 1
+    g, how = layer.g, layer.how
+    output, pull = _generic_pull(*_generic_closed(layer), layer.operands)
+    step = max(1, CHUNK // max(1, output.numel())) if how.vectorised else 1
     blocks = []
     for start in range(0, g.shape[0], step):
         rows = g[start : start + step]
         count = torch.arange(rows.shape[0], device=g.device)
         cotangents = g.new_zeros(rows.shape[0], *output.shape)
-        cotangents[count, first + start + count] = rows
-        if vectorised:
+        cotangents[count, how.first + start + count] = rows
+        if how.vectorised:
             blocks.append(pull(cotangents, several=True))
         else:
             blocks.append(tuple(gradient[None] for gradient in pull(cotangents[0])))
     return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
 
 
-def generic_per_sample(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    *,
-    function: Callable[..., Tensor],
-    batched: tuple[bool, ...] = (),
-    mixes: bool = False,
-    vectorised: bool = True,
-    first: int = 0,
-    **options: Any,
-) -> tuple[Tensor, ...]:
+def generic_per_sample(layer: Layer) -> tuple[Tensor, ...]:
     """``γ``, ``(B, *shape)`` for each wanted parameter."""
-    closed, wanted = _generic_closed(function, params, wants)
-    split = batched or tuple(True for _ in operands)
-    if mixes or not any(split):
-        return _generic_masked(operands, g, closed, wanted, vectorised, first)
-    return _generic_alone(operands, g, closed, wanted, split, vectorised)
+    split = layer.how.batched or (True,) * len(layer.operands)
+    if layer.how.mixes or not any(split):
+        return _generic_masked(layer)
+    return _generic_alone(layer, split)
 
 
-def generic_weighted(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    *,
-    function: Callable[..., Tensor],
-    **options: Any,
-) -> tuple[Tensor, ...]:
+def generic_weighted(layer: Layer) -> tuple[Tensor, ...]:
     """``γᵀ 1``, of each wanted parameter's shape; ``g`` is the whole batch's."""
-    closed, wanted = _generic_closed(function, params, wants)
-    _, pull = _generic_pull(closed, wanted, operands)
-    return pull(g)
+    _, pull = _generic_pull(*_generic_closed(layer), layer.operands)
+    return pull(layer.g)
 
 
-def generic_gram(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Tensor | float, ...],
-    **options: Any,
-) -> Tensor:
+def generic_gram(layer: Layer, metric: Inverses) -> Tensor:
     """``γ M⁻¹ γᵀ``, ``(B, B)``."""
-    samples = g.shape[0]
-    step = max(1, CHUNK // samples)
-    gram = g.new_zeros(samples, samples)
-    for gradient, entry in zip(generic_per_sample(operands, g, params, wants, **options), metric, strict=True):
-        flat = gradient.reshape(samples, -1)
-        scale = entry.reshape(-1) if isinstance(entry, Tensor) else None
-        for start in range(0, flat.shape[1], step):
-            part = flat[:, start : start + step]
-            if scale is None or scale.numel() == 1:
-                gram = gram + (part @ part.mT) * (entry if scale is None else scale)
-            else:
-                rows = part * scale[start : start + step] ** 0.5
-                gram = gram + rows @ rows.mT
-    return gram
+    return rows_gram(generic_per_sample(layer), metric)
 
 
-def generic_gram_diagonal(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Tensor | float, ...],
-    **options: Any,
-) -> Tensor:
+def generic_gram_diagonal(layer: Layer, metric: Inverses) -> Tensor:
     """The diagonal of ``γ M⁻¹ γᵀ``, ``(B,)``."""
-    gradients = generic_per_sample(operands, g, params, wants, **options)
-    pairs = zip(gradients, metric, strict=True)
-    return torch.stack([(rows.square() * entry).reshape(g.shape[0], -1).sum(1) for rows, entry in pairs]).sum(0)
+    return rows_gram_diagonal(generic_per_sample(layer), metric)
 
 
-def generic_directional(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    direction: tuple[Tensor, ...],
-    *,
-    function: Callable[..., Tensor],
-    forward_mode: bool = True,
-    first: int = 0,
-    **options: Any,
-) -> Tensor:
+def generic_directional(layer: Layer, direction: tuple[Tensor, ...]) -> Tensor:
     """``⟨γ_i, v⟩ = ⟨g_i, (∂h/∂u v)_i⟩``, ``(B,)``."""
-    if forward_mode:
-        closed, wanted = _generic_closed(function, params, wants)
-        pushed: tuple[Tensor, ...] = torch.func.jvp(
-            lambda values: closed(values, *operands), (wanted,), (tuple(direction),)
-        )
-        return (pushed[1][first : first + g.shape[0]] * g).reshape(g.shape[0], -1).sum(1)
-    gradients = generic_per_sample(operands, g, params, wants, function=function, first=first, **options)
-    pairs = zip(gradients, direction, strict=True)
-    return torch.stack([(rows * change).reshape(g.shape[0], -1).sum(1) for rows, change in pairs]).sum(0)
+    g, how = layer.g, layer.how
+    if not how.forward_mode:
+        return rows_directional(generic_per_sample(layer), direction)
+    closed, wanted = _generic_closed(layer)
+    pushed: tuple[Tensor, ...] = torch.func.jvp(
+        lambda values: closed(values, *layer.operands), (wanted,), (tuple(direction),)
+    )
+    return (pushed[1][how.first : how.first + g.shape[0]] * g).reshape(g.shape[0], -1).sum(1)
 
 
 @torch.no_grad()
-def generic_probe(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    *,
-    function: Callable[..., Tensor],
-    batched: tuple[bool, ...] = (),
-    mixes: bool = False,
-) -> dict[str, bool]:
+def generic_probe(layer: Layer) -> dict[str, bool]:
     """Options ``mixes``, ``vectorised``, ``forward_mode`` of this operation, by a trial at compile time.
 
     Each faster way is taken only if it runs, without gradients as a step does, and agrees with the slow one. What torch
     says where one sample alone is no input (:data:`SIZES`), or where it has no rule for a batch of derivatives
     (:data:`UNSUPPORTED`), leaves the slow way; anything else that is raised is a defect, and passed on.
     """
-    common: dict[str, Any] = {"function": function, "batched": batched}
-    plain: dict[str, Any] = {**common, "mixes": True, "vectorised": False}
-    expected = generic_per_sample(operands, g, params, wants, **plain)
+
+    def gamma(**options: bool) -> tuple[Tensor, ...]:
+        return generic_per_sample(layer._replace(how=layer.how._replace(**options)))
+
+    expected = gamma(mixes=True, vectorised=False)
     size = max(1.0, *(float(rows.abs().max()) for rows in expected if rows.numel()))
-    precision = math.sqrt(torch.finfo(g.dtype).eps) * size
+    precision = math.sqrt(torch.finfo(layer.g.dtype).eps) * size
 
     def agrees(
         attempt: Callable[[], tuple[Tensor, ...]], reference: tuple[Tensor, ...], refusals: tuple[type[Exception], ...]
@@ -264,18 +184,16 @@ def generic_probe(
             for a, b in pairs
         )  # NaN where all of a row happens to be masked
 
-    def gamma(**options: Any) -> tuple[Tensor, ...]:
-        return generic_per_sample(operands, g, params, wants, **{**common, **options})
-
-    split = batched or tuple(True for _ in operands)
-    alone = not mixes and any(split) and agrees(lambda: gamma(mixes=False, vectorised=False), expected, SIZES)
+    how: Operation = layer.how
+    split = how.batched or (True,) * len(layer.operands)
+    alone = not how.mixes and any(split) and agrees(lambda: gamma(mixes=False, vectorised=False), expected, SIZES)
     vectorised = agrees(lambda: gamma(mixes=not alone, vectorised=True), expected, UNSUPPORTED)
-    pairs = zip(params, wants, strict=True)
+    pairs = zip(layer.params, layer.wants, strict=True)
     change = tuple(torch.ones_like(param) for param, want in pairs if want and param is not None)
 
     def along(forward_mode: bool) -> tuple[Tensor, ...]:
-        options = {**plain, "forward_mode": forward_mode}
-        return (generic_directional(operands, g, params, wants, change, **options),)
+        plain = how._replace(mixes=True, vectorised=False, forward_mode=forward_mode)
+        return (generic_directional(layer._replace(how=plain), change),)
 
     return {
         "mixes": not alone,

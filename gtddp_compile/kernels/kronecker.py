@@ -15,101 +15,89 @@ With ``γ̂_i = Σ_p √η_p Σ_t ĝ_p x̂_pᵀ`` then ``Γ_ij = ⟨γ̂_i, scal
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.approximate import _separate
+from gtddp_compile.kernels.bundle import Layer, part_of, wide
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
+    _mapped,
+    _separated_scale,
     coordinates_form,
     coordinates_moment,
+    groups_gram,
     kronecker_coordinates,
-    made_rows,
 )
 from gtddp_compile.kernels.linear import linear_gram, linear_gram_diagonal
 
 CHUNK = 2**24
 """Bound on the elements of an intermediate tensor."""
 
-Layer = tuple[Any, ...]
 Maps = tuple[tuple[Tensor, Tensor | None], ...]
 Metric = tuple[Maps, Tensor | float, Tensor | None, tuple[float, ...]]
 
 
-def kronecker_layer(
-    rows: Callable[..., tuple[Tensor, Tensor]],
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    **options: Any,
-) -> Layer:
-    """A layer whose rows are made piece by piece, when they are asked for."""
-    return rows, operands, g, params, wants, options
+class Rows(NamedTuple):
+    """A layer whose rows are made piece by piece, when they are asked for.
+
+    ``moment`` is a kernel and the layer of which it makes ``Σ x xᵀ`` ``(G, n, n)``, where there is one.
+    """
+
+    make: Callable[[Layer], tuple[Tensor, Tensor]]
+    layer: Layer
+    blocks: int = 1
+    moment: tuple[Callable[[Layer], Tensor], Layer] | None = None
 
 
-def flat_rows(
-    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
-) -> tuple[Tensor, Tensor]:
+def flat_rows(layer: Layer) -> tuple[Tensor, Tensor]:
     """Per-sample gradients ``γ`` (the operands) themselves as output gradients of the input 1: an exact small block."""
-    gamma = torch.cat([part.reshape(part.shape[0], -1) for part in operands], 1)
+    gamma = torch.cat([part.reshape(part.shape[0], -1) for part in layer.operands], 1)
     return gamma.new_ones(gamma.shape[0], 1, 1, 1), gamma[:, None, None]
 
 
-def factor_layer(
-    rows: Callable[..., tuple[Tensor, Tensor]],
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    **options: Any,
-) -> Layer:
-    """A layer with several columns a sample, ``g`` ``(k, B, …)``: further samples, sample by sample."""
-    spread = tuple(x.repeat_interleave(g.shape[0], 0) for x in operands)
-    return rows, spread, g.transpose(0, 1).reshape(-1, *g.shape[2:]), params, wants, options
+def made_rows(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Rows that are there already, as a layer's."""
+    return layer.operands[0], layer.g
 
 
-def second_moment(gradients: tuple[Tensor, ...], start: float) -> tuple[Tensor, ...]:
-    """``Σ_i V_u² / α_T`` of every parameter: the diagonal of the batch's curvature."""
-    return tuple(rows.square().sum(0) / start for rows in gradients)
+def in_blocks(rows: tuple[Tensor, Tensor], blocks: int) -> tuple[Tensor, Tensor]:
+    """Inputs ``(B, 1, T, n)`` split into blocks, zeros behind the last; each has all output gradients."""
+    x, g = rows
+    if blocks == 1:
+        return rows
+    width = -(-x.shape[-1] // blocks)
+    x = F.pad(x, (0, blocks * width - x.shape[-1])).squeeze(1).unflatten(-1, (blocks, width)).transpose(1, 2)
+    return x, g.expand(-1, blocks, -1, -1)
 
 
-def _kronecker_wide(value: Tensor) -> Tensor:
-    """Factors are made in float32 at least."""
-    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+def _kronecker_rows(rows: Rows, part: slice) -> tuple[Tensor, Tensor]:
+    """Rows of some samples, in float32 at least: factors are."""
+    x, g = in_blocks(rows.make(part_of(rows.layer, part)), rows.blocks)
+    return wide(x), wide(g)
 
 
-def _kronecker_rows(layer: Layer, part: slice) -> tuple[Tensor, Tensor]:
-    """Rows of some samples."""
-    rows, operands, g, params, wants, options = layer
-    x, g = rows(tuple(value[part] for value in operands), g[part], params, wants, **options)
-    return _kronecker_wide(x), _kronecker_wide(g)
-
-
-def _kronecker_slices(layers: Sequence[Layer], span: slice, wider: int = 1) -> Iterator[slice]:
-    """Pieces of a span of samples whose rows (times ``wider``) stay within the bound."""
+def _kronecker_slices(layers: Sequence[Rows], span: slice | None = None) -> Iterator[slice]:
+    """Pieces of a span of samples (``None``: of all) whose rows stay within the bound."""
+    span = slice(0, len(layers[0].layer.g)) if span is None else span
     if span.stop <= span.start:
         return
     first = slice(span.start, span.start + 1)
     size = sum(x.numel() + g.numel() for x, g in (_kronecker_rows(layer, first) for layer in layers))
-    step = max(1, CHUNK // max(1, size * wider))
+    step = max(1, CHUNK // max(1, size))
     for start in range(span.start, span.stop, step):
         yield slice(start, min(start + step, span.stop))
 
 
-def _kronecker_all(layers: Sequence[Layer]) -> slice:
-    return slice(0, layers[0][2].shape[0])
-
-
-def kronecker_widths(layers: Sequence[Layer]) -> tuple[tuple[int, int], ...]:
+def kronecker_widths(layers: Sequence[Rows]) -> tuple[tuple[int, int], ...]:
     """``(n, m)`` of every layer's rows."""
     found = [_kronecker_rows(layer, slice(0, 1)) for layer in layers]
     return tuple((x.shape[-1], g.shape[-1]) for x, g in found)
 
 
-def kronecker_factor_shapes(layers: Sequence[Layer]) -> dict[str, tuple[int, int, int]]:
+def kronecker_factor_shapes(layers: Sequence[Rows]) -> dict[str, tuple[int, int, int]]:
     """Shapes of the factors of the layers' rows side by side, by what a state calls them."""
     first = [_kronecker_rows(layer, slice(0, 1)) for layer in layers]
     wide_x, wide_g = (sum(rows[side].shape[-1] for rows in first) for side in (0, 1))
@@ -124,56 +112,33 @@ def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
 
 
 def kronecker_factors(
-    layers: Sequence[Layer], start: float, old: tuple[Tensor, Tensor] | None = None, keep: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    layers: Sequence[Rows], start: float, old: tuple[Tensor | None, ...] = (None, None), keep: float = 0.0
+) -> tuple[Tensor, ...]:
     """``A = E[x xᵀ]`` ``(G, N, N)`` and ``B = E[V_h V_hᵀ]`` ``(G, M, M)`` of the layers' rows side by side (Eq. 50).
 
     The layers' ``g`` is ``V_h = α_i g_i``; with ``α_T = start`` the expectation over samples is ``Σ_i V_h V_hᵀ / α_T``:
     with feedback off the mean of ``g gᵀ`` for a mean loss, its sum for a sum. Positions as in KFC: inputs are summed
-    over them, gradients averaged. With ``old`` factors the running average ``keep · old + (1 - keep) · new``, made as
-    the product is.
+    over them, gradients averaged.
+
+    Args:
+        layers, start: see above.
+        old: factors of which the running average ``keep · old + (1 - keep) · new`` is made, as the product is, or
+            ``None``; one: ``A`` alone is made.
+        keep: the share of the old ones.
     """
-    total_x, total_g = old if old is not None else (None, None)
-    beta, new = (keep, 1.0 - keep) if old is not None else (1.0, 1.0)
-    made = _moment_made(layers)
-    if made is not None:
-        made = made.mul_(new / layers[0][2].shape[0])
-        total_x = made if total_x is None else made.add_(total_x, alpha=keep)
-    for part in _kronecker_slices(layers, _kronecker_all(layers)):
+    totals, sides, samples = list(old), range(len(old)), len(layers[0].layer.g)
+    beta, new = (1.0, 1.0) if old[0] is None else (keep, 1.0 - keep)
+    if layers[0].moment is not None:
+        kernel, layer = layers[0].moment
+        made, sides = kernel(layer).mul_(new / samples), sides[1:]
+        totals[0] = made if old[0] is None else made.add_(old[0], alpha=keep)
+    for part in _kronecker_slices(layers) if sides else ():
         found = [_kronecker_rows(layer, part) for layer in layers]
-        g = _side_by_side([g for _, g in found])
-        if made is None:
-            x = _side_by_side([x for x, _ in found])
-            total_x = _gram_added(total_x, x, beta, new / layers[0][2].shape[0])
-        total_g = _gram_added(total_g, g, beta, new / (start * found[0][1].shape[2]))
+        shares = (new / samples, new / (start * found[0][1].shape[2]))
+        for side in sides:
+            totals[side] = _gram_added(totals[side], _side_by_side([r[side] for r in found]), beta, shares[side])
         beta = 1.0
-    assert total_x is not None and total_g is not None
-    return total_x, total_g
-
-
-def input_factor(layers: Sequence[Layer], old: Tensor | None = None, keep: float = 0.0) -> Tensor:
-    """``A`` of :func:`kronecker_factors` alone."""
-    share = (1.0 - keep if old is not None else 1.0) / layers[0][2].shape[0]
-    made = _moment_made(layers)
-    if made is not None:
-        made = made.mul_(share)
-        return made if old is None else made.add_(old, alpha=keep)
-    total, beta = old, keep if old is not None else 1.0
-    for part in _kronecker_slices(layers, _kronecker_all(layers)):
-        x = _side_by_side([_kronecker_rows(layer, part)[0] for layer in layers])
-        total, beta = _gram_added(total, x, beta, share), 1.0
-    assert total is not None
-    return total
-
-
-def _moment_made(layers: Sequence[Layer]) -> Tensor | None:
-    """``Σ x xᵀ`` ``(G, n, n)`` where a layer has a kernel for it."""
-    rows, operands, _, params, wants, options = layers[0]
-    if "moment" not in options:
-        return None
-    others = {name: value for name, value in options.items() if name != "moment"}
-    found: Tensor = options["moment"](operands[1:] if rows is made_rows else operands, params, wants, **others)
-    return found
+    return tuple(total for total in totals if total is not None)
 
 
 def _gram_added(total: Tensor | None, rows: Tensor, beta: float, alpha: float) -> Tensor:
@@ -183,25 +148,25 @@ def _gram_added(total: Tensor | None, rows: Tensor, beta: float, alpha: float) -
     return torch.baddbmm(total.to(rows.dtype), rows.mT, rows, beta=beta, alpha=alpha)
 
 
-def kronecker_moment(layers: Sequence[Layer], start: float, maps: Maps) -> Tensor:
+def kronecker_moment(layers: Sequence[Rows], start: float, maps: Maps) -> Tensor:
     """``E[(Σ_t ĝ_t x̂_tᵀ)²]`` ``(G, M, N)`` in the eigenbases: what EK-FAC puts in place of ``λ_B λ_Aᵀ``."""
     map_x, map_g = maps[0]
     assert map_g is not None  # an eigenbasis has both sides
     groups, wide_x, wide_g = map_x.shape[0], map_x.shape[-1], map_g.shape[-1]
     total = maps[0][0].new_zeros(groups, wide_g, wide_x)
-    step, ones = max(1, CHUNK // (groups * wide_x * wide_g)), total.new_ones(layers[0][2].shape[0])
-    for outer in _kronecker_slices(layers, _kronecker_all(layers)):
+    step, ones = max(1, CHUNK // (groups * wide_x * wide_g)), total.new_ones(len(layers[0].layer.g))
+    for outer in _kronecker_slices(layers):
         for begin in range(outer.start, outer.stop, step):
             part = slice(begin, min(begin + step, outer.stop))
             total = total + coordinates_moment(_joint_coordinates(layers, maps, part), ones[part], start)
     return total
 
 
-def _joint_coordinates(layers: Sequence[Layer], maps: Maps, part: slice) -> Coordinates:
+def _joint_coordinates(layers: Sequence[Rows], maps: Maps, part: slice) -> Coordinates:
     """Coordinates of some samples: of one player's ``γ``, or of rows that several players have side by side."""
     x, g = _kronecker_rows(layers[0], part)
     if len(layers) == 1:
-        form = coordinates_form(layers[0][2].shape[0], x.shape[2], x.shape[3], g.shape[3])
+        form = coordinates_form(len(layers[0].layer.g), x.shape[2], x.shape[3], g.shape[3])
         return kronecker_coordinates(x, g, maps[0], form)
     pairs = [kronecker_coordinates(x, g, maps[0], "rows")]
     pairs += [
@@ -211,7 +176,7 @@ def _joint_coordinates(layers: Sequence[Layer], maps: Maps, part: slice) -> Coor
     return tuple(sum(side[1:], side[0]) for side in zip(*pairs, strict=True))
 
 
-def _kronecker_stacked(layers: Sequence[Layer], metric: Metric, part: slice) -> tuple[Tensor, Tensor]:
+def _kronecker_stacked(layers: Sequence[Rows], metric: Metric, part: slice) -> tuple[Tensor, Tensor]:
     """``x̂`` and ``√η ĝ`` of some samples, players one after the other along the positions."""
     maps, _, cross, rates = metric
     xs, gs = [], []
@@ -225,7 +190,7 @@ def _kronecker_stacked(layers: Sequence[Layer], metric: Metric, part: slice) -> 
     return torch.cat(xs, 2), torch.cat(gs, 2)
 
 
-def _kronecker_gamma(layers: Sequence[Layer], metric: Metric, part: slice) -> Tensor | None:
+def _kronecker_gamma(layers: Sequence[Rows], metric: Metric, part: slice) -> Tensor | None:
     """``γ̂ = Σ_p √η_p Y_pᵀ γ_p X_p`` ``(B, G, M, N)``: with more positions than outputs ``γ_p`` is less than its rows.
 
     ``None`` where mapping the rows, position by position, is cheaper, or sums over pairs of positions are.
@@ -242,15 +207,9 @@ def _kronecker_gamma(layers: Sequence[Layer], metric: Metric, part: slice) -> Te
         here = positions * inputs * outputs + outputs * (inputs * wide_x + (0 if map_g is None else wide_g * wide_x))
         if positions == 1 or here + samples * wide_x * wide_g >= mapped + min(pairs, made):
             return None
-        gamma = _to_coordinates(g.mT @ x, map_x, map_g) * (1.0 if cross is not None else rate**0.5)
+        gamma = _mapped(g.mT @ x, (map_x, map_g)) * (1.0 if cross is not None else rate**0.5)
         total = gamma if total is None else total + gamma
     return total
-
-
-def _to_coordinates(matrix: Tensor, map_x: Tensor, map_g: Tensor | None) -> Tensor:
-    """``Yᵀ matrix X`` (``map_g`` ``None``: ``Y = I``)."""
-    mapped = matrix @ map_x
-    return mapped if map_g is None else map_g.mT @ mapped
 
 
 def _kronecker_scale(metric: Metric) -> Tensor | float:
@@ -263,7 +222,7 @@ def _kronecker_scale(metric: Metric) -> Tensor | float:
 
 
 def kronecker_gram(
-    layers: Sequence[Layer], metric: Metric, rows: Sequence[slice], *, separable: bool = False
+    layers: Sequence[Rows], metric: Metric, rows: Sequence[slice], *, separable: bool = False
 ) -> tuple[Tensor, ...]:
     """``Γ = Σ_pq γ_p M⁻¹_pq γ_qᵀ``, a block a group of samples.
 
@@ -272,33 +231,20 @@ def kronecker_gram(
     """
     scale = _kronecker_scale(metric)
     if separable and isinstance(scale, Tensor):
-        metric, scale = _kronecker_separated(metric, scale), 1.0
+        (maps, _, cross, rates), (by_g, by_x) = metric, _separated_scale(scale)
+        maps = tuple((map_x * by_x, None if map_g is None else map_g * by_g) for map_x, map_g in maps)
+        metric, scale = (maps, 1.0, cross, rates), 1.0
     return tuple(_kronecker_gram_of(layers, metric, scale, row) for row in rows)
 
 
-def _kronecker_separated(metric: Metric, scale: Tensor) -> Metric:
-    """The maps with a diagonal that is separated into them (``kernels/approximate.py``)."""
-    maps, _, cross, rates = metric
-    pairs = [_separate(part) for part in scale]
-    by_x, by_g = torch.stack([c for _, c in pairs]), torch.stack([r for r, _ in pairs])  # type: ignore[misc]
-    scaled = tuple(
-        (map_x * by_x.unsqueeze(1), None if map_g is None else map_g * by_g.unsqueeze(1)) for map_x, map_g in maps
-    )
-    return scaled, 1.0, cross, rates
-
-
-def _kronecker_gram_of(layers: Sequence[Layer], metric: Metric, scale: Tensor | float, row: slice) -> Tensor:
+def _kronecker_gram_of(layers: Sequence[Rows], metric: Metric, scale: Tensor | float, row: slice) -> Tensor:
     parts = list(_kronecker_slices(layers, row))
     if len(parts) == 1:
         gamma = _kronecker_gamma(layers, metric, row)
         if gamma is not None:
             return (gamma * scale).flatten(1) @ gamma.flatten(1).mT
         x, g = _kronecker_stacked(layers, metric, row)
-        found = [
-            linear_gram((x[:, k],), g[:, k], (), (True, False), (scale[k] if isinstance(scale, Tensor) else scale,))
-            for k in range(x.shape[1])
-        ]
-        return torch.stack(found).sum(0)
+        return groups_gram(linear_gram, x, g, scale)
     samples, inputs = row.stop - row.start, metric[0][0][0].shape[-1]
     outputs = (
         _kronecker_rows(layers[0], slice(0, 1))[1].shape[-1] if metric[0][0][1] is None else metric[0][0][1].shape[-1]
@@ -317,24 +263,18 @@ def _kronecker_gram_of(layers: Sequence[Layer], metric: Metric, scale: Tensor | 
     return gram
 
 
-def kronecker_gram_diagonal(layers: Sequence[Layer], metric: Metric) -> Tensor:
+def kronecker_gram_diagonal(layers: Sequence[Rows], metric: Metric) -> Tensor:
     """The diagonal of ``Γ``, ``(B,)``."""
     scale, found = _kronecker_scale(metric), []
-    for part in _kronecker_slices(layers, _kronecker_all(layers)):
+    for part in _kronecker_slices(layers):
         x, g = _kronecker_stacked(layers, metric, part)
-        groups = [
-            linear_gram_diagonal(
-                (x[:, k],), g[:, k], (), (True, False), (scale[k] if isinstance(scale, Tensor) else scale,)
-            )
-            for k in range(x.shape[1])
-        ]
-        found.append(torch.stack(groups).sum(0))
+        found.append(groups_gram(linear_gram_diagonal, x, g, scale))
     return torch.cat(found)
 
 
-def kronecker_sample_grams(layers: Sequence[Layer], metric: Metric, rank: int) -> Tensor:
+def kronecker_sample_grams(layers: Sequence[Rows], metric: Metric, rank: int) -> Tensor:
     """``Γ_ii``, ``(B, r, r)``, from layers of ``1 + r`` columns a sample; the gradient's own column is left out."""
-    samples = layers[0][2].shape[0] // (1 + rank)
+    samples = len(layers[0].layer.g) // (1 + rank)
     own = [slice(i * (1 + rank) + 1, (i + 1) * (1 + rank)) for i in range(samples)]
     return torch.stack(kronecker_gram(layers, metric, own))
 
@@ -346,7 +286,7 @@ def kronecker_precondition(gradients: Sequence[Tensor], metric: Metric) -> tuple
     """
     maps, scale, cross, rates = metric
     inner = [
-        _to_coordinates(_kronecker_wide(gradient), map_x, map_g) * rate**0.5
+        _mapped(wide(gradient)[None], (map_x, map_g))[0] * rate**0.5
         for gradient, (map_x, map_g), rate in zip(gradients, maps, rates, strict=True)
     ]
     total = sum(inner[1:], inner[0])

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gtddp_compile.kernels.bundle import Inverses, Layer, is_spherical, pieces
+
 CHUNK = 2**20
 """Bound on the elements of an intermediate tensor."""
 
@@ -33,13 +35,6 @@ def linear_gram_form(samples: int, positions: int, inputs: int, outputs: int) ->
     pairs = samples**2 * positions**2 * (inputs + outputs)
     materialised = samples * inputs * outputs * (positions + samples)
     return "pairs" if pairs <= materialised else "materialised"
-
-
-def pieces(total: int, step: int) -> tuple[slice, ...]:
-    """Pieces of a bounded size. In a graph there is one: a loop would make its sizes constants."""
-    if torch.compiler.is_compiling():
-        return (slice(0, total),)
-    return tuple(slice(start, start + step) for start in range(0, total, step))
 
 
 def _linear_rows(values: Tensor) -> Tensor:
@@ -109,7 +104,7 @@ def _linear_sample_pairs(x: Tensor, g: Tensor, metric: Tensor) -> Tensor:
 
 def _linear_weight_gram(x: Tensor, g: Tensor, metric: Tensor | float) -> Tensor:
     """The weight's part of the Gram matrix; ``x`` ``(B, T, n)``, ``g`` ``(B, T, m)``."""
-    spherical = not isinstance(metric, Tensor) or metric.dim() == 0
+    spherical = is_spherical(metric)
     samples, positions, inputs = x.shape
     if spherical and linear_gram_form(samples, positions, inputs, g.shape[-1]) == "pairs":
         return _linear_pairs(x, g) * metric
@@ -122,31 +117,19 @@ def _linear_weight_gram(x: Tensor, g: Tensor, metric: Tensor | float) -> Tensor:
     return gram.mul_(metric) if spherical else gram  # type: ignore[union-attr,return-value]
 
 
-def linear_weighted(
-    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
-) -> tuple[Tensor, ...]:
+def linear_weighted(layer: Layer) -> tuple[Tensor, ...]:
     """``γᵀ 1``: the weight's ``(m, n)``, the bias's ``(m,)``."""
-    flat = g.flatten(0, -2)
-    result = []
-    if wants[0]:
-        result.append(flat.mT @ operands[0].flatten(0, -2))
-    if wants[1]:
-        result.append(flat.sum(0))
-    return tuple(result)
+    flat = layer.g.flatten(0, -2)
+    weight = (flat.mT @ layer.operands[0].flatten(0, -2),) if layer.wants[0] else ()
+    return (*weight, flat.sum(0)) if layer.wants[1] else weight
 
 
-def linear_subtract(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    targets: tuple[Tensor, ...],
-    wants: tuple[bool, ...],
-    rates: tuple[float, ...],
-) -> None:
+def linear_subtract(layer: Layer, targets: tuple[Tensor, ...], rates: tuple[float, ...]) -> None:
     """``target -= rate · γᵀ 1`` for each wanted parameter, in place: the weight's by one product."""
-    flat = g.flatten(0, -2)
-    if wants[0]:
-        targets[0].addmm_(flat.mT, operands[0].flatten(0, -2), alpha=-rates[0])
-    if wants[1]:
+    flat = layer.g.flatten(0, -2)
+    if layer.wants[0]:
+        targets[0].addmm_(flat.mT, layer.operands[0].flatten(0, -2), alpha=-rates[0])
+    if layer.wants[1]:
         targets[-1].sub_(flat.sum(0), alpha=rates[-1])
 
 
@@ -167,16 +150,10 @@ def linear_pulled(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     return (g @ weight.to(g.dtype)).to(x.dtype)
 
 
-def linear_gram(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Tensor | float, ...],
-) -> Tensor:
+def linear_gram(layer: Layer, metric: Inverses) -> Tensor:
     """``γ M⁻¹ γᵀ``, ``(B, B)``; each metric spherical or of the parameter's shape."""
-    x = operands[0]
-    if x.dim() == 2 and all(not isinstance(entry, Tensor) or entry.dim() == 0 for entry in metric):
+    x, g, wants = layer.operands[0], layer.g, layer.wants
+    if x.dim() == 2 and all(map(is_spherical, metric)):
         gram = linear_inputs(g)
         if not wants[0]:
             return gram.mul_(metric[-1])
@@ -190,20 +167,14 @@ def linear_gram(
     return gram if bias is None else gram.add_(bias)
 
 
-def linear_gram_diagonal(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Tensor | float, ...],
-) -> Tensor:
+def linear_gram_diagonal(layer: Layer, metric: Inverses) -> Tensor:
     """The diagonal of ``γ M⁻¹ γᵀ``, ``(B,)``."""
-    x, g = _linear_rows(operands[0]), _linear_rows(g)
+    x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)
     samples, positions, inputs = x.shape
     diagonal = g.new_zeros(samples)
-    if wants[0]:
+    if layer.wants[0]:
         weight = metric[0]
-        spherical = not isinstance(weight, Tensor) or weight.dim() == 0
+        spherical = is_spherical(weight)
         if positions == 1:
             squares = x.square()
             norms = squares.sum(-1, keepdim=True) * weight if spherical else squares @ weight.mT  # type: ignore[union-attr]
@@ -217,69 +188,42 @@ def linear_gram_diagonal(
             for rows, block in _linear_blocks(x, g):
                 scale = weight if spherical else weight[rows]  # type: ignore[index]
                 diagonal = diagonal + (block.square() * scale).sum((1, 2))
-    if wants[1]:
+    if layer.wants[1]:
         diagonal = diagonal + (g.sum(1).square() * metric[-1]).sum(1)
     return diagonal
 
 
-def linear_directional(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    direction: tuple[Tensor, ...],
-) -> Tensor:
+def linear_directional(layer: Layer, direction: tuple[Tensor, ...]) -> Tensor:
     """``⟨γ_i, v⟩ = Σ_t g_it · (V x_it + v_b)``, ``(B,)``."""
+    x, g, wants = layer.operands[0], layer.g, layer.wants
     if not wants[0]:
         return _linear_rows(g).sum(1) @ direction[0]
-    if g.shape[-1] * 2 < operands[0].shape[-1]:
-        change = F.linear(operands[0], direction[0], direction[1] if wants[1] else None)
+    if g.shape[-1] * 2 < x.shape[-1]:
+        change = F.linear(x, direction[0], direction[1] if wants[1] else None)
         return (g * change).flatten(1).sum(1)
-    found = (g @ direction[0] * operands[0]).flatten(1).sum(1)  # a product of untransposed matrices
+    found = (g @ direction[0] * x).flatten(1).sum(1)  # a product of untransposed matrices
     return found + _linear_rows(g).sum(1) @ direction[1] if wants[1] else found
 
 
-def linear_per_sample(
-    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
-) -> tuple[Tensor, ...]:
+def linear_per_sample(layer: Layer) -> tuple[Tensor, ...]:
     """``γ``: the weight's ``(B, m, n)``, the bias's ``(B, m)``."""
-    x, g = _linear_rows(operands[0]), _linear_rows(g)
-    result = []
-    if wants[0]:
-        result.append(g.mT * x if x.shape[1] == 1 else g.mT @ x)
-    if wants[1]:
-        result.append(g.sum(1))
-    return tuple(result)
+    x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)
+    weight = (g.mT * x if x.shape[1] == 1 else g.mT @ x,) if layer.wants[0] else ()
+    return (*weight, g.sum(1)) if layer.wants[1] else weight
 
 
-def linear_pieces(
-    operands: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor | None, ...], wants: tuple[bool, ...]
-) -> Iterator[tuple[int, Any, Tensor]]:
+def linear_pieces(layer: Layer) -> Iterator[tuple[int, Any, Tensor]]:
     """``γ`` a piece at a time: which of the wanted parameters, which of its rows, ``(B, rows, …)``."""
-    x, g = _linear_rows(operands[0]), _linear_rows(g)
-    if wants[0]:
+    x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)
+    if layer.wants[0]:
         for rows, block in _linear_blocks(x, g):
             yield 0, rows, block
-    if wants[1]:
-        yield int(wants[0]), ..., g.sum(1)
+    if layer.wants[1]:
+        yield int(layer.wants[0]), ..., g.sum(1)
 
 
-def linear_rows(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    *,
-    blocks: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Homogeneous inputs ``(B, G, T, n)`` and output gradients ``(B, G, T, m)`` (kernels of ``kronecker``).
-
-    ``blocks``: into how many the inputs are split, zeros behind the last; each has all output gradients.
-    """
-    x = _linear_rows(operands[0])
-    x = F.pad(x, (0, 1), value=1.0) if wants[1] else x
-    if blocks == 1:
-        return x.unsqueeze(1), _linear_rows(g).unsqueeze(1)
-    width = -(-x.shape[-1] // blocks)
-    x = F.pad(x, (0, blocks * width - x.shape[-1])).unflatten(-1, (blocks, width)).transpose(1, 2)
-    return x, _linear_rows(g).unsqueeze(1).expand(-1, blocks, -1, -1)
+def linear_rows(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Homogeneous inputs ``(B, 1, T, n)`` and output gradients ``(B, 1, T, m)`` (kernels of ``kronecker``)."""
+    x = _linear_rows(layer.operands[0])
+    x = F.pad(x, (0, 1), value=1.0) if layer.wants[1] else x
+    return x.unsqueeze(1), _linear_rows(layer.g).unsqueeze(1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.linear import linear_inputs, pieces
+from gtddp_compile.kernels.bundle import Layer, part_of, pieces, scaled, wide
 
 Blocks = tuple[Tensor, ...]
 
@@ -36,15 +36,34 @@ def edge(value: Tensor) -> Any:
     return torch.autograd.graph.get_gradient_edge(value)
 
 
-def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Vector-Jacobian product of one stage, zero where an input (a value or its :func:`edge`) does not matter."""
+def pull_back(
+    outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Sequence[Tensor], *, vectorised: bool | None = None
+) -> tuple[Tensor, ...]:
+    """Vector-Jacobian product of one stage, zero where an input (a value or its :func:`edge`) does not matter.
+
+    ``vectorised``: not ``None`` where every output has several cotangents ``(k, B, …)``: in one batched reverse pass,
+    or one pass a column (for what vmap does not support).
+    """
     reached = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
+    count = () if vectorised is None else tuple(gradients[0].shape[:1])
     if not reached:
-        return tuple(zeros_of(value) for value in inputs)
+        return tuple(zeros_of(value, count) for value in inputs)
     targets, columns = [output for output, _ in reached], [g for _, g in reached]
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(targets, list(inputs), columns, allow_unused=True)
+    found: tuple[Tensor | None, ...]
+    if vectorised is not False:
+        found = torch.autograd.grad(
+            targets, list(inputs), columns, is_grads_batched=bool(vectorised), allow_unused=True
+        )  # fmt: skip
+    else:
+        passes = [
+            torch.autograd.grad(
+                targets, list(inputs), [g[k] for g in columns], retain_graph=k + 1 < count[0], allow_unused=True
+            )
+            for k in range(count[0])
+        ]
+        found = tuple(None if column[0] is None else torch.stack(column) for column in zip(*passes, strict=True))
     cut_off(targets)
-    return tuple(zeros_of(value) if g is None else g for value, g in zip(inputs, found, strict=True))
+    return tuple(zeros_of(value, count) if g is None else g for value, g in zip(inputs, found, strict=True))
 
 
 def cut_off(outputs: Sequence[Tensor]) -> None:
@@ -68,28 +87,15 @@ def loss_gradient(phi: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad([phi], list(outputs), [each], allow_unused=True, materialize_grads=True)
 
 
-def scale(g: Tensor, weights: Tensor) -> Tensor:
-    """Each sample's gradient times its weight."""
-    return g * weights.to(g.dtype).reshape(-1, *(1,) * (g.dim() - 1))
-
-
-def weigh(
-    kernel: Callable[..., tuple[Tensor, ...]],
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    weights: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    **options: Any,
-) -> tuple[Tensor, ...]:
+def weigh(kernel: Callable[[Layer], tuple[Tensor, ...]], layer: Layer, weights: Tensor) -> tuple[Tensor, ...]:
     """``γᵀ w`` by a layer's ``weighted`` kernel, some samples at a time: the scaled ``g`` never exists as a whole."""
+    g = layer.g
     rows = max(1, WEIGHED * g.shape[0] // max(1, g.numel()))
     if rows >= g.shape[0] or torch.compiler.is_compiling():
-        return kernel(operands, scale(g, weights), params, wants, **options)
+        return kernel(scaled(layer, weights))
     totals: tuple[Tensor, ...] = ()
     for part in pieces(g.shape[0], rows):
-        own = tuple(x[part] for x in operands)
-        found = kernel(own, scale(g[part], weights[part]), params, wants, **options)
+        found = kernel(scaled(part_of(layer, part), weights[part]))
         totals = tuple(total.add_(more) for total, more in zip(totals, found, strict=True)) if totals else found
     return totals
 
@@ -103,11 +109,6 @@ def contract(g: Tensor, after: Tensor, before: Tensor) -> Tensor:
     # Some samples at a time: the difference stays in the cache.
     parts = zip(g.split(rows), after.split(rows), before.split(rows), strict=True)
     return torch.cat([contract(*part) for part in parts])
-
-
-def wide(value: Tensor) -> Tensor:
-    """B×B algebra is done in float32 at least."""
-    return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
 def clip(change: Tensor, bound: float | None, aim: Tensor) -> Tensor:
@@ -130,8 +131,7 @@ def rows_of(batch: int, group: int | None) -> tuple[slice, ...]:
     """Rows of every group of samples; the last may be smaller."""
     if group is None:  # no range: torch.compile would take the batch for a constant
         return (slice(0, batch),)
-    size = group
-    return tuple(slice(start, min(start + size, batch)) for start in range(0, batch, size))
+    return tuple(slice(start, min(start + group, batch)) for start in range(0, batch, group))
 
 
 def group_scale(rows: Sequence[slice], batch: int) -> tuple[float, ...]:
@@ -140,51 +140,12 @@ def group_scale(rows: Sequence[slice], batch: int) -> tuple[float, ...]:
 
 
 def gram_blocks(
-    kernel: Callable[..., Tensor],
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    metric: tuple[Any, ...],
-    rows: Sequence[slice],
-    **options: Any,
+    kernel: Callable[..., Tensor], layer: Layer, metric: tuple[Any, ...], rows: Sequence[slice], **options: Any
 ) -> Blocks:
-    """``Γ = γ M⁻¹ γᵀ`` of one layer, a block a group. An operation that mixes samples keeps its operands whole."""
+    """``Γ = γ M⁻¹ γᵀ`` of one layer, a block a group."""
     if len(rows) == 1:
-        return (wide(kernel(operands, g, params, wants, metric, **options)),)
-    found = []
-    for row in rows:
-        if options.get("mixes"):
-            block = kernel(operands, g[row], params, wants, metric, **{**options, "first": row.start})
-        else:
-            batched = options.get("batched") or (True,) * len(operands)
-            part = tuple(x[row] if split else x for x, split in zip(operands, batched, strict=True))
-            block = kernel(part, g[row], params, wants, metric, **options)
-        found.append(wide(block))
-    return tuple(found)
-
-
-def joint_gram(gradients: tuple[Tensor, ...], metric: tuple[Any, ...], rows: Sequence[slice]) -> Blocks:
-    """``Γ`` from ``γ`` itself: where it is kept, or where several uses add up before the product."""
-    return tuple(
-        functools.reduce(
-            torch.add, (_rows_gram(wide(gamma[row]).flatten(1), m) for gamma, m in zip(gradients, metric, strict=True))
-        )
-        for row in rows
-    )
-
-
-def _rows_gram(gamma: Tensor, inverse: Any) -> Tensor:
-    """``γ M⁻¹ γᵀ`` of one parameter, ``γ`` ``(B, m)``; a diagonal metric is applied a bounded piece at a time."""
-    if not isinstance(inverse, Tensor) or inverse.dim() == 0:
-        scaled: Tensor = linear_inputs(gamma) * inverse
-        return scaled
-    gram = gamma.new_zeros(gamma.shape[0], gamma.shape[0])
-    step = max(1, 2**22 // gamma.shape[0])
-    scale = inverse.flatten().to(gamma.dtype)
-    for part in pieces(gamma.shape[1], step):
-        gram.addmm_(gamma[:, part] * scale[part], gamma[:, part].mT)
-    return gram
+        return (wide(kernel(layer, metric, **options)),)
+    return tuple(wide(kernel(part_of(layer, row), metric, **options)) for row in rows)
 
 
 def add_gram(grams: Blocks, gamma: Tensor, inverse: Tensor, rows: Sequence[slice]) -> None:
@@ -192,32 +153,6 @@ def add_gram(grams: Blocks, gamma: Tensor, inverse: Tensor, rows: Sequence[slice
     flat = wide(gamma.mul_(inverse.sqrt())).flatten(1)
     for gram, row in zip(grams, rows, strict=True):
         gram.addmm_(flat[row], flat[row].mT)
-
-
-def rows_weighted(gradients: tuple[Tensor, ...], weights: Tensor) -> tuple[Tensor, ...]:
-    """``γᵀ w`` from ``γ`` itself, of each parameter's shape."""
-    return tuple((weights.to(gamma.dtype) @ gamma.flatten(1)).reshape(gamma.shape[1:]) for gamma in gradients)
-
-
-def rows_directional(gradients: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> Tensor:
-    """``⟨γ_i, v⟩`` from ``γ`` itself, ``(B,)``."""
-    pairs = zip(gradients, direction, strict=True)
-    return torch.stack([gamma.flatten(1) @ change.flatten() for gamma, change in pairs]).sum(0)
-
-
-def rows_gram_diagonal(gradients: tuple[Tensor, ...], metric: tuple[Any, ...]) -> Tensor:
-    """The diagonal of ``γ M⁻¹ γᵀ`` from ``γ`` itself, ``(B,)``."""
-    pairs = zip(gradients, metric, strict=True)
-    return torch.stack([(gamma.square() * inverse).flatten(1).sum(1) for gamma, inverse in pairs]).sum(0)
-
-
-def gather(order: tuple[str, ...], *parts: tuple[tuple[str, ...], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Add up what several uses say about the same parameters, in the given order."""
-    totals: dict[str, Tensor] = {}
-    for names, tensors in parts:
-        for name, tensor in zip(names, tensors, strict=True):
-            totals[name] = totals[name] + tensor if name in totals else tensor
-    return tuple(totals[name] for name in order)
 
 
 def blocks_diagonal(vector: Tensor, rows: Sequence[slice] = (slice(None),)) -> Blocks:

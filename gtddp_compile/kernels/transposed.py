@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gtddp_compile.kernels.bundle import Inverses, Layer, is_spherical
 from gtddp_compile.kernels.linear import (
     _linear_rows,
     _linear_weight_gram,
@@ -20,69 +21,57 @@ from gtddp_compile.kernels.linear import (
     linear_weighted,
 )
 
-Params = tuple[Tensor | None, ...]
-Wants = tuple[bool, ...]
-Metric = tuple[Tensor | float, ...]
-
 
 def transposed(x: Tensor, weight: Tensor) -> Tensor:
     """``x W``."""
     return x @ weight
 
 
-def transposed_weighted(operands: tuple[Tensor, ...], g: Tensor, params: Params, wants: Wants) -> tuple[Tensor, ...]:
+def _swapped(layer: Layer) -> Layer:
+    """The linear layer with the same ``γ``."""
+    return layer._replace(operands=(layer.g,), g=layer.operands[0])
+
+
+def transposed_weighted(layer: Layer) -> tuple[Tensor, ...]:
     """``γᵀ 1``."""
-    return linear_weighted((g,), operands[0], params, wants)
+    return linear_weighted(_swapped(layer))
 
 
-def transposed_subtract(
-    operands: tuple[Tensor, ...], g: Tensor, targets: tuple[Tensor, ...], wants: Wants, rates: tuple[float, ...]
-) -> None:
+def transposed_subtract(layer: Layer, targets: tuple[Tensor, ...], rates: tuple[float, ...]) -> None:
     """``target -= rate · γᵀ 1``, in place."""
-    linear_subtract((g,), operands[0], targets, wants, rates)
+    linear_subtract(_swapped(layer), targets, rates)
 
 
-def transposed_gram(operands: tuple[Tensor, ...], g: Tensor, params: Params, wants: Wants, metric: Metric) -> Tensor:
+def transposed_gram(layer: Layer, metric: Inverses) -> Tensor:
     """``γ M⁻¹ γᵀ``, ``(B, B)``."""
-    return linear_gram((g,), operands[0], params, wants, metric)
+    return linear_gram(_swapped(layer), metric)
 
 
-def transposed_gram_diagonal(
-    operands: tuple[Tensor, ...], g: Tensor, params: Params, wants: Wants, metric: Metric
-) -> Tensor:
+def transposed_gram_diagonal(layer: Layer, metric: Inverses) -> Tensor:
     """The diagonal of ``γ M⁻¹ γᵀ``, ``(B,)``."""
-    return linear_gram_diagonal((g,), operands[0], params, wants, metric)
+    return linear_gram_diagonal(_swapped(layer), metric)
 
 
-def transposed_directional(
-    operands: tuple[Tensor, ...], g: Tensor, params: Params, wants: Wants, direction: tuple[Tensor, ...]
-) -> Tensor:
+def transposed_directional(layer: Layer, direction: tuple[Tensor, ...]) -> Tensor:
     """``⟨γ_i, v⟩``, ``(B,)``."""
-    return linear_directional((g,), operands[0], params, wants, direction)
+    return linear_directional(_swapped(layer), direction)
 
 
-def transposed_per_sample(operands: tuple[Tensor, ...], g: Tensor, params: Params, wants: Wants) -> tuple[Tensor, ...]:
+def transposed_per_sample(layer: Layer) -> tuple[Tensor, ...]:
     """``γ``, ``(B, m, n)``."""
-    return linear_per_sample((g,), operands[0], params, wants)
+    return linear_per_sample(_swapped(layer))
 
 
-def linear_uses_gram(
-    operands: tuple[Tensor, ...],
-    g: Tensor,
-    params: Params,
-    wants: Wants,
-    metric: Metric,
-    *,
-    uses: tuple[tuple[bool, bool], ...],
-) -> Tensor:
+def linear_uses_gram(layer: Layer, metric: Inverses, *, uses: tuple[tuple[bool, bool], ...]) -> Tensor:
     """``γ M⁻¹ γᵀ``, ``(B, B)``, of one weight used several times: the positions of all uses are those of one layer.
 
-    ``operands``: ``x`` of every use, then ``g`` of every use but the first. ``uses``: for each, whether it is ``x W``,
-    and whether it adds the bias. Where ``M`` is spherical the bias is a column of ``X``.
+    The layer's operands are ``x`` of every use, then ``g`` of every use but the first. ``uses``: for each, whether it
+    is ``x W``, and whether it adds the bias. Where ``M`` is spherical the bias is a column of ``X``.
     """
+    operands, g, _, wants, _ = layer
     pairs = zip(operands[: len(uses)], (g, *operands[len(uses) :]), uses, strict=True)
     inputs, outputs, gradients = [], [], []
-    spherical = all(not isinstance(entry, Tensor) or entry.dim() == 0 for entry in metric)
+    spherical = all(map(is_spherical, metric))
     for x, gradient, (swapped, biased) in pairs:
         x, gradient = (_linear_rows(v) for v in ((gradient, x) if swapped else (x, gradient)))
         if wants[1] and spherical:

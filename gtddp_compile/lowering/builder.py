@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from gtddp_compile.lowering.instructions import (
     Var,
     identifier,
 )
-from gtddp_compile.lowering.plan import LayerPlan, Plan
+from gtddp_compile.lowering.plan import LayerPlan, MetricBlock, Plan
 from gtddp_compile.lowering.uses import Use, use_key
 
 RESERVED = frozenset(
@@ -34,6 +35,8 @@ RESERVED = frozenset(
     | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
     | {"factors", "refuse_negative", "BlockUpdates", "LOSS", "RANK"}
 )
+PREFIXES = ("stage_", "player_", "prologue", "layer_")
+"""Of the program's own functions and layers."""
 
 
 @dataclass
@@ -107,7 +110,8 @@ class Builder:
     def name(self, qualified: str) -> str:
         """The identifier of a qualified name, the same every time."""
         if qualified not in self._names:
-            found = identifier(qualified, self._is_taken)
+            ours = qualified.replace(".", "_").startswith(PREFIXES)
+            found = identifier(f"v_{qualified}" if ours else qualified, self._is_taken)
             self._taken.add(found)
             self._names[qualified] = found
         return self._names[qualified]
@@ -119,7 +123,6 @@ class Builder:
             or keyword.iskeyword(candidate)
             or hasattr(builtins, candidate)
             or hasattr(kernels, candidate)
-            or candidate.startswith(("stage_", "player_", "prologue"))
         )
 
     def new(self, value: str) -> str:
@@ -164,6 +167,14 @@ class Builder:
         """The identifier of a player: its operation's, unless several players decide there."""
         return self.name(use_key(self.graph, player, player.op))
 
+    def name_of(self, block: MetricBlock) -> str:
+        """The identifier of a block: its players'."""
+        return "_and_".join(self.identity(player) for player in block.players)
+
+    def first(self, block: MetricBlock) -> LayerPlan:
+        """How the first of a block's layers is computed: those of a coalition keep nothing."""
+        return self.layer(block.players[0])
+
     def first_time(self, variable: str) -> bool:
         """Whether this is the first time that somebody asks for the variable."""
         new = variable not in self._written
@@ -201,15 +212,21 @@ class Builder:
         """Operations that say in which order samples lie."""
         return frozenset(op.layout.order for op in self.graph.ops.ops if op.layout and op.layout.order)
 
-    def options(self, use: Use) -> dict[str, Any]:
-        """Keyword arguments of the use's kernels."""
-        options = dict(use.options)
-        if use.function is None:
-            return options
-        function: Any = Function(f"player_{self.name(use.key)}")
-        if use.extras:
-            function = Apply("bind", (function, *(Var(self.name(extra)) for extra in use.extras)))
-        if use.layouts:
-            output, *rest = self.arrangement(use)
-            function = Apply("arranged", (function, SAMPLES, output, tuple(rest)))
-        return {**options, "function": function}
+    def how(self, use: Use) -> Any:
+        """How the use's operation computes, as kernels take it; what is as usual is left out."""
+        if not use.rule.how:
+            return None
+        given = dict(use.options)
+        if use.function is not None:
+            given["function"] = Function(f"player_{self.name(use.key)}")
+            if use.extras:
+                extras = (Var(self.name(extra)) for extra in use.extras)
+                given["function"] = Apply("bind", (given["function"], *extras))
+            if use.layouts:
+                output, *rest = self.arrangement(use)
+                given["function"] = Apply("arranged", (given["function"], SAMPLES, output, tuple(rest)))
+        kind = kernels.KERNELS[use.rule.how]
+        usual = kind._field_defaults  # type: ignore[attr-defined]
+        told = {name: value for name, value in given.items() if name not in usual or usual[name] != value}
+        first = tuple(told.pop(name) for name in itertools.takewhile(told.__contains__, kind._fields))  # type: ignore[attr-defined]
+        return Apply(use.rule.how, first, tuple(told.items()))

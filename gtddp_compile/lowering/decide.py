@@ -122,6 +122,8 @@ def _lines(plan: Plan, block: MetricBlock, use: Use, shape: LayerShape | None) -
     alone = block.kind == "kronecker" and len(block.players) == 1
     if not alone or shape is None or shape.prefix != "conv" or shape.folded or shape.groups > 1 or use.layouts:
         return False
+    if plan.metric == "rescaled" and plan.form.name != "base" and not _coordinates(plan, block, use):
+        return False  # second moments in the eigenbasis need the patches themselves
     strided = use.options["stride"][0] != 1 or use.options["dilation"][0] != 1
     if strided or not use.wants[0] or plan.segments is not None or not shape.coordinates(bias=any(use.wants[1:])):
         return False

@@ -150,9 +150,12 @@ class Instruction:
 
     def with_variables(self, name: Callable[[str], str]) -> Instruction:
         """The same with ``name`` applied to the name of every variable in its operands."""
-        args = mapped(self.args, lambda variable: Var(name(variable.name)))
-        kwargs = None if self.kwargs is None else mapped(dict(self.kwargs), lambda variable: Var(name(variable.name)))
-        return replace(self, args=args, kwargs=kwargs)
+        return self.replacing(lambda variable: Var(name(variable.name)))
+
+    def replacing(self, change: Callable[[Var], Any]) -> Instruction:
+        """The same with ``change`` applied to every variable in its operands."""
+        kwargs = None if self.kwargs is None else mapped(dict(self.kwargs), change)
+        return replace(self, args=mapped(self.args, change), kwargs=kwargs)
 
     def writing(self, name: Callable[[str], str]) -> Instruction:
         """The same with ``name`` applied to what it writes."""

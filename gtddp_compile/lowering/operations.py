@@ -45,10 +45,10 @@ METHODS: dict[str, Method] = {
     "observe_block": _method("stage kind names layers start", shared=True),
     "observe_moment": _method("names moments", shared=True),
     "observe_uniform": _method("names positions", shared=True),
-    "observe_channels": _method("names operands g params positions groups sketch", shared=True),
+    "observe_channels": _method("names layer positions sketch", shared=True),
     "observe_factors": _method("stage kind names layers start", shared=True),
     "observe_coordinates": _method("names moment", shared=True),
-    "observe_gram": _method("names weighted gram pieces operands g alpha params wants rows"),
+    "observe_gram": _method("names weighted gram pieces layer alpha rows"),
     # the metric
     "metric": _method("names"),
     "separated_metric": _method("names groups"),
@@ -70,8 +70,8 @@ METHODS: dict[str, Method] = {
     "descend_block": _method("kind names gradients", shared=True),
     "descend_steps": _method("kind names steps", shared=True),
     "descend_dual": _method("names coordinates weights"),
-    "descend_by": _method("names weighted subtract operands g params wants"),
-    "descend_rows": _method("names weighted rows operands g params wants"),
+    "descend_by": _method("names weighted subtract layer"),
+    "descend_rows": _method("names weighted rows layer"),
 }
 """By name; ``m.NAME`` in a program."""
 
@@ -80,7 +80,7 @@ OF_LAYERS = frozenset({"linear", "transposed", "conv", "channels", "approximate"
 
 LIFTED = frozenset(
     {name for name, kernel in kernels.KERNELS.items() if kernel.__module__.rpartition(".")[2] in OF_LAYERS}
-    | {"contract", "contract_factors", "contract_arranged", "scale", "weigh", "combine"}
+    | {"contract", "contract_factors", "contract_arranged", "scale", "scaled", "weigh", "combined"}
 )
 """Kernels that get bfloat16 and half values as float32 (``runtime.precision``)."""
 

@@ -241,4 +241,5 @@ def _trial(graph: ControlGraph, use: Use, samples: int, highest: int) -> Mapping
         function = kernels.arranged(function, samples, output, tuple(rest))
         operands = kernels.apart_all(operands, samples, tuple(rest))
         g = kernels.apart(g, samples, *output)
-    return kernels.generic_probe(operands, g, params, use.wants, function=function, **use.options)
+    how = kernels.Operation(function, **use.options)
+    return kernels.generic_probe(kernels.Layer(operands, g, params, use.wants, how))

@@ -1,8 +1,7 @@
 """The base method's side of one step: losses, statistics, metric, update; and how to take it all back.
 
 States, buffers and what the dense backend computes are kept aside until the step is done. A parameter is written where
-it is, so that it is read and written once, and its old value goes to memory that small networks keep from step to step;
-a step that fails copies it back.
+it is, so that it is read and written once, and its old value is put aside; a step that fails copies it back.
 """
 
 from __future__ import annotations
@@ -17,17 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gtddp_compile import kernels
-from gtddp_compile.kernels.kronecker import Layer
+from gtddp_compile.kernels.kronecker import Rows
 from gtddp_compile.methods.curvature import BlockUpdates, Curvature
 from gtddp_compile.methods.curvature.blocks import Names
 from gtddp_compile.methods.curvature.kronecker import BlockKind
 from gtddp_compile.methods.losses import Loss, check
 from gtddp_compile.methods.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 from gtddp_compile.runtime.precision import Precision, lift
-
-KEPT = 2**24
-"""Bytes of old parameters up to which their memory is kept for the next step. More of it would lie idle where a step
-holds most, between its sweeps; by the time it is needed, the second sweep has let go of as much."""
 
 
 class NonFiniteLoss(Exception):
@@ -45,7 +40,7 @@ def _replaced(outputs: Any, leaves: Sequence[Tensor], others: Sequence[Tensor]) 
 
 
 def _alike(left: Tensor, right: Tensor) -> bool:
-    """Whether one can be written in the other's place."""
+    """Whether one can be in the other's place."""
     return left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
 
 
@@ -54,21 +49,27 @@ class BaseMethod(BlockUpdates):
 
     Args:
         curvature: the base method.
-        params: parameters before the step, by name; shares the model's memory. An entry is replaced by ``aside``'s
-            as soon as its parameter is written.
+        params: parameters before the step, by name; shares the model's memory. An entry is replaced by a copy as soon
+            as its parameter is written.
         new: dictionary that receives the parameters after it; starts as a copy of ``params``.
         states: optimizer state of every parameter, by name; read, never written.
         groups: options of every parameter's group, by name.
         loss: the per-sample losses.
-        first: compare them with the user's own loss (until a step has succeeded).
         terminal: which terminal Hessian.
-        aside: memory for the old values of parameters, by name, kept by the caller from step to step while it is small.
-        spare: memory for new tensors of states and metrics, by name and key, kept likewise.
-        together: nothing reads a parameter after its step is known: those with inertia move when the step is done.
 
     Attributes:
+        first: compare them with the user's own loss (until a step has succeeded).
+        together: nothing reads a parameter after its step is known: those with inertia move when the step is done.
+        deferred: whether the loss is finite is looked at when the step is done.
         samples: of the batch, against which losses are counted; ``None``: unknown.
+        precision: of the step.
     """
+
+    first = True
+    together = False
+    deferred = False
+    samples: int | None = None
+    precision = Precision()
 
     def __init__(
         self,
@@ -78,45 +79,29 @@ class BaseMethod(BlockUpdates):
         states: Mapping[str, Mapping[str, Any]],
         groups: Mapping[str, Mapping[str, Any]],
         loss: Loss,
-        *,
-        first: bool = True,
         terminal: Terminal = "gradient",
-        aside: dict[str, Tensor] | None = None,
-        spare: dict[str, dict[str, Tensor]] | None = None,
-        together: bool = False,
     ) -> None:
         super().__init__(curvature, params, new, states, groups)
-        self._before = dict(states)
+        self._before, self._loss, self._terminal = dict(states), loss, terminal
         self.reduction = loss.reduction
-        self._loss, self._first, self._terminal = loss, first, terminal
         self.figures: dict[int, dict[str, Any]] = {}
         self.loss: Tensor | None = None
         self._random: dict[int, list[Tensor]] = {}
         self._settled: list[Tensor] | None = None
-        self.precision = Precision()
-        self.deferred = False
-        self.samples: int | None = None
-        self._aside = {} if aside is None else aside
-        self._written: dict[str, Tensor] = {}
-        self._spare = {} if spare is None else spare
-        self._ready: set[str] = set()
-        self._together, self._steps = together, dict[str, Tensor]()
+        self._written: dict[str, tuple[Tensor, Tensor]] = {}  # with the old values
+        self._steps: dict[str, Tensor] = {}
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def _writable(self, name: str) -> Tensor:
         """The parameter itself; its old value is put aside, where everybody else reads it from now on."""
         param = self._params[name]
-        old = self._aside.get(name)
-        if old is None or old.shape != param.shape or old.dtype != param.dtype or old.device != param.device:
-            old = self._aside[name] = torch.empty_like(param)
-        old.copy_(param)
-        self._written[name] = param
-        self._params[name] = old
+        self._params[name] = param.clone()
+        self._written[name] = param, self._params[name]
         return param
 
     def _move(self, name: str, delta: Tensor) -> None:
-        if self._together:
+        if self.together:
             self._steps[name] = delta
         else:
             super()._move(name, delta)
@@ -124,8 +109,8 @@ class BaseMethod(BlockUpdates):
     def undo(self) -> None:
         """Every parameter is what it was before the step."""
         with torch.no_grad():
-            for name, param in self._written.items():
-                param.copy_(self._aside[name])
+            for param, old in self._written.values():
+                param.copy_(old)
         self._written.clear()
 
     def moved(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -139,55 +124,32 @@ class BaseMethod(BlockUpdates):
             for name, old, new in list(self.moved()):
                 value = torch.lerp(old, new, length) if length else old
                 if name in self._written:
-                    self._written[name].copy_(value)
+                    self._written[name][0].copy_(value)
                 else:
                     self._new[name] = value
                 if "last_step" in self.states[name]:
                     self.states[name] = {**self.states[name], "last_step": self.states[name]["last_step"] * length}
 
     def commit(self, originals: Mapping[str, Tensor]) -> None:
-        """Write those new parameters that are not written yet into the model's own; old values are done with."""
+        """Write those new parameters that are not written yet into the model's own."""
         if self._steps:
             torch._foreach_add_([originals[name] for name in self._steps], list(self._steps.values()))
         apart = [name for name in self.states if name not in self._written and self._new[name] is not originals[name]]
         if apart:
             with torch.no_grad():
                 torch._foreach_copy_([originals[name] for name in apart], [self._new[name] for name in apart])
-        if sum(old.nbytes for old in self._aside.values()) > KEPT:
-            self._aside.clear()
-
-    def _memory(self, name: str) -> Mapping[str, Tensor]:
-        """Tensors like those of the state, and one for a diagonal metric."""
-        if name in self._ready:
-            return self._spare[name]
-        if not self.states[name] or torch.compiler.is_compiling() or self._curvature.metric == "kronecker":
-            return {}
-        state, spare = self.states[name], self._spare.setdefault(name, {})
-        wanted = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
-        if self._curvature.metric == "diagonal" and wanted:
-            wanted["denominator"] = next(iter(wanted.values()))
-        for key, value in wanted.items():
-            if key not in spare or not _alike(spare[key], value):
-                spare[key] = torch.empty_like(value)
-        self._ready.add(name)
-        return spare
 
     def settled(self, name: str) -> dict[str, Any]:
-        """The state after the step in the tensors of the state before it, as torch.optim has it; what those held is
-        memory for the next step.
+        """The state after the step, in the tensors of the state before it where they have its shape: as torch.optim,
+        whoever holds one sees what it is.
         """
         found = dict(self.states[name])
-        for key, memory in self._spare.get(name, {}).items():
+        for key, value in found.items():
             before = self._before[name].get(key)
-            if found.get(key) is memory and isinstance(before, Tensor) and before is not memory:
-                before.data, memory.data = memory.data, before.data
+            if isinstance(before, Tensor) and isinstance(value, Tensor) and value.dim() and _alike(before, value):
+                before.data = value.data
                 found[key] = before
         return found
-
-    @property
-    def first(self) -> bool:
-        """Whether no step has succeeded yet."""
-        return self._first
 
     def beside(self) -> BaseMethod:
         """For one micro-batch: losses, figures and random numbers of its own, parameters and states of the update."""
@@ -205,7 +167,7 @@ class BaseMethod(BlockUpdates):
             return phi
         if self.precision.mixed:
             outputs, targets = lift((outputs, targets))
-        if self._first:
+        if self.first:
             self._check(outputs, targets)
         try:
             with self.precision.inside():
@@ -215,7 +177,7 @@ class BaseMethod(BlockUpdates):
             raise
         if self.samples is not None:
             self._loss.count(phi, outputs, self.samples)
-        if self._first and self._loss.function is not None:
+        if self.first and self._loss.function is not None:
             self._loss.depend_on_outputs_alone(phi, {self._params[name].data_ptr(): name for name in self.states})
         self.loss = self._loss.total(phi.detach())
         if not self.deferred and not math.isfinite(self.loss):
@@ -262,7 +224,7 @@ class BaseMethod(BlockUpdates):
         self.figures.setdefault(stage, {}).update(figures)
 
     def observe_block(
-        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float, *, moments: bool = True
+        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Rows], start: float, *, moments: bool = True
     ) -> None:
         """The block's factors; how many of their inversions failed is a figure of the stage."""
         first = names[0][0]

@@ -67,8 +67,9 @@ def lift(value: Any) -> Any:
     """bfloat16 and half tensors as float32, within tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in LOW else value
-    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-        return type(value)(lift(item) for item in value)
+    if isinstance(value, tuple | list):
+        items = [lift(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return {key: lift(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 

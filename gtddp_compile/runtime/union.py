@@ -19,7 +19,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.errors import CompileError
-from gtddp_compile.kernels import random_state, restore_random_state
+from gtddp_compile.kernels import Layer, random_state, restore_random_state
 from gtddp_compile.passes.p11_emit import draws
 from gtddp_compile.runtime.fast import FastBackend, Micro, Request
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
@@ -38,24 +38,18 @@ def check_form(program: UpdateProgram) -> None:
     Raises:
         CompileError: one sample's part in the update depends on every other's.
     """
-    if program.form.name not in FORMS or program.options.backend == "dense":
-        dense = program.options.backend == "dense"
-        raise CompileError(
-            f"accumulate() with {'backend=' + repr('dense') if dense else 'coupling=' + repr('block')}: "
-            + ("it keeps one matrix over all samples" if dense else "its recursions add over all samples of the batch"),
-            f"Use {'the fast backend' if dense else 'coupling=' + repr('full') + ' or a group size'}",
-        )
-    if program.options.max_grad_norm is not None:
-        raise CompileError(
-            f"accumulate() with max_grad_norm={program.options.max_grad_norm!r}: the norm is that of the union's "
-            "gradients, and every micro-batch would clip its own",
-            "Leave one of them out",
-        )
-    if program.options.line_search is not None:
-        raise CompileError(
-            f"accumulate() with line_search={program.options.line_search!r}: a length is chosen on one batch",
-            "Leave one of them out",
-        )
+    options, leave_out = program.options, "Leave one of them out"
+    refused = (
+        ("backend", options.backend == "dense", "it keeps one matrix over all samples", "Use the fast backend"),
+        ("coupling", program.form.name not in FORMS, "its recursions add over all samples of the batch",
+         "Use coupling='full' or a group size"),
+        ("max_grad_norm", options.max_grad_norm is not None, "the norm is that of the union's gradients, and every "
+         "micro-batch would clip its own", leave_out),
+        ("line_search", options.line_search is not None, "a length is chosen on one batch", leave_out),
+    )  # fmt: skip
+    for option, is_refused, why, remedy in refused:
+        if is_refused:
+            raise CompileError(f"accumulate() with {option}={getattr(options, option)!r}: {why}", remedy)
 
 
 @dataclass
@@ -230,10 +224,11 @@ def scaled(name: str, arguments: tuple[Any, ...], weight: float) -> tuple[Any, .
         return (*arguments[:-1], _tree(lambda value: value * weight, arguments[-1]))
     stage, kind, names, layers, start = arguments
     found = []
-    for rows, operands, g, params, wants, options in layers:
+    for rows in layers:
         # An exact block's rows are V_u, its operands; another layer's are its input and V_h, which is g.
-        xs = tuple(x * weight for x in operands) if kind == "exact" else operands
-        found.append((rows, xs, g * weight, params, wants, options))
+        own: Layer = rows.layer
+        xs = tuple(x * weight for x in own.operands) if kind == "exact" else own.operands
+        found.append(rows._replace(layer=own._replace(operands=xs, g=own.g * weight)))
     return stage, kind, names, tuple(found), start * weight
 
 
@@ -267,16 +262,21 @@ def _added(sums: list[Request], part: Part) -> list[Request]:
 
 def _joined(name: str, left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:
     if name == OF_CHANNELS:
-        names, operands, g, *rest = left
-        more = tuple(torch.cat(pair) for pair in zip(operands, right[1], strict=True))
-        return names, more, torch.cat([g, right[2]]), *rest
+        names, layer, *rest = left
+        return names, _beside(layer, right[1]), *rest
     if name not in OF_LAYERS:
         return (*left[:-1], _sum(left[-1], right[-1]))
     layers = []
-    for (rows, xs, g, params, wants, options), other in zip(left[3], right[3], strict=True):
-        more = tuple(torch.cat(pair) for pair in zip(xs, other[1], strict=True))
-        layers.append((rows, more, torch.cat([g, other[2]]), params, wants, options))
+    for rows, other in zip(left[3], right[3], strict=True):
+        moment = rows.moment and (rows.moment[0], _beside(rows.moment[1], other.moment[1]))
+        layers.append(rows._replace(layer=_beside(rows.layer, other.layer), moment=moment))
     return (*left[:3], tuple(layers), left[4])
+
+
+def _beside(left: Layer, right: Layer) -> Layer:
+    """Two micro-batches' samples, one after the other."""
+    operands = tuple(torch.cat(pair) for pair in zip(left.operands, right.operands, strict=True))
+    return left._replace(operands=operands, g=torch.cat([left.g, right.g]))
 
 
 def _tree(change: Callable[[Tensor], Tensor], value: Any) -> Any:

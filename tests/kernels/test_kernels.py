@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gtddp_compile import kernels
 from gtddp_compile.kernels import conv_pairs, patches
-from support.recorded import Params, draw
+from support.recorded import Params, draw, layer
 
-Layer = Callable[..., Tensor]
+Function = Callable[..., Tensor]
 
 PREFIXES = ("linear", "conv", "norm", "generic")
 MODULES = {prefix: inspect.getmodule(getattr(kernels, f"{prefix}_gram")) for prefix in PREFIXES}
@@ -31,7 +31,7 @@ METRICS: dict[str, tuple[Any, Any]] = {
 """Inverse metrics of weight and bias; "full" is one of the parameter's shape."""
 
 
-def oracle(function: Layer, operands: tuple[Tensor, ...], g: Tensor, params: Params, wants: tuple[bool, ...]) -> Any:
+def oracle(function: Function, operands: tuple[Tensor, ...], g: Tensor, params: Params, wants: tuple[bool, ...]) -> Any:
     """``γ`` of each wanted parameter: gradients of ``⟨g_i, h_i⟩``, sample after sample."""
     leaves = tuple(None if p is None else p.clone().requires_grad_() for p in params)
     h = function(leaves, *operands)
@@ -46,7 +46,7 @@ def oracle(function: Layer, operands: tuple[Tensor, ...], g: Tensor, params: Par
 
 def check(
     prefix: str,
-    function: Layer,
+    function: Function,
     operands: tuple[Tensor, ...],
     params: Params,
     wants: tuple[bool, ...] | None = None,
@@ -68,12 +68,12 @@ def check(
     if hasattr(kernels, f"{prefix}_prepare"):
         for size in (2**18, 1):
             with patch.object(MODULES[prefix], "CHUNK", size):
-                close(getattr(kernels, f"{prefix}_gamma")(operands, g, params, wants, **options), gamma)
-        operands = getattr(kernels, f"{prefix}_prepare")(operands, **options)
+                close(getattr(kernels, f"{prefix}_gamma")(layer(prefix, operands, g, params, wants, **options)), gamma)
+        operands = kernels.norm_prepare(operands, kernels.Norm(**options))
 
-    def compare(operands: tuple[Tensor, ...], g: Tensor, gamma: list[Tensor], weighted: bool, **more: Any) -> None:
+    def compare(own: kernels.Layer, gamma: list[Tensor], weighted: bool) -> None:
         def call(name: str, *extra: Any) -> Any:
-            return getattr(kernels, f"{prefix}_{name}")(operands, g, params, wants, *extra, **options, **more)
+            return getattr(kernels, f"{prefix}_{name}")(own, *extra)
 
         def flat(rows: Tensor) -> Tensor:
             return rows.reshape(len(rows), -1)
@@ -89,13 +89,11 @@ def check(
         change = sum(flat(rows * v).sum(1) for rows, v in zip(gamma, direction, strict=True))
         close([call("directional", direction)], [change])
 
-    compare(operands, g, gamma, True)
+    whole = layer(prefix, operands, g, params, wants, **options)
+    compare(whole, gamma, True)
     if slices and len(g) > 2:
         part = slice(1, len(g) - 1)
-        whole = bool(options.get("mixes"))
-        split = options.get("batched") or (True,) * len(operands)
-        cut = tuple(x[part] if b and not whole else x for x, b in zip(operands, split, strict=True))
-        compare(cut, g[part], [rows[part] for rows in gamma], not whole, **({"first": 1} if whole else {}))
+        compare(kernels.part_of(whole, part), [rows[part] for rows in gamma], not options.get("mixes"))
 
 
 def close(found: Any, expected: Any) -> None:
@@ -139,7 +137,7 @@ def test_linear_any_shape(samples: int, positions: list[int], n: int, m: int, bi
     check("linear", linear, (draw(samples, *positions, n),), params, metric=metric)
 
 
-def convolution(stride: Any, padding: Any, dilation: Any, groups: int) -> Layer:
+def convolution(stride: Any, padding: Any, dilation: Any, groups: int) -> Function:
     def function(params: Params, x: Tensor) -> Tensor:
         operation: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
         result: Tensor = operation(x, *params, stride, padding, dilation, groups)
@@ -202,7 +200,7 @@ def test_conv_any_geometry(data: st.DataObject, metric: str, form: str, grouped:
         check("conv", convolution(**options), (x,), params, metric=metric, **options)
 
 
-NORMS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...], Layer]] = {
+NORMS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...], Function]] = {
     "batch 1d": ({"form": "batch", "training": True}, (5, 3), (3,),
                  lambda p, x: F.batch_norm(x, None, None, p[0], p[1], training=True)),
     "batch 2d": ({"form": "batch", "training": True, "eps": 1e-3}, (4, 3, 2, 3), (3,),
@@ -246,6 +244,16 @@ def test_rms_norm(eps: float | None) -> None:
     check("norm", function, (draw(3, 2, 4),), (draw(4),), form="rms", normalized_shape=(4,), eps=eps)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("slopes", [1, 3])
+@pytest.mark.parametrize("shape", [(5, 3), (1, 3), (4, 3, 2), (3, 3, 2, 4)])
+def test_prelu(shape: tuple[int, ...], slopes: int, metric: str) -> None:
+    """One slope a channel, or one for all of them; where the input is zero too."""
+    x = draw(*shape)
+    x[0] *= x[0] > 0
+    check("norm", lambda p, x: F.prelu(x, p[0]), (x,), (draw(slopes),), metric=metric, form="prelu")  # type: ignore[arg-type]
+
+
 class NoForward(torch.autograd.Function):
     """An operation without forward mode and without a vmap rule."""
 
@@ -264,7 +272,7 @@ def mixing(params: Params, x: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, params[0], params[1], training=True)
 
 
-GENERIC: dict[str, tuple[Layer, tuple[Tensor, ...], tuple[bool, ...], Params]] = {
+GENERIC: dict[str, tuple[Function, tuple[Tensor, ...], tuple[bool, ...], Params]] = {
     "scale": (lambda p, x: torch.tanh(x * p[0]), (draw(4, 3, 2),), (True,), (draw(3, 2),)),
     "scalar parameter": (lambda p, x: x * p[0], (draw(4, 3),), (True,), (draw(),)),
     "two operands": (lambda p, x, y: torch.einsum("bi,oij,bj->bo", x, p[0], y), (draw(4, 3), draw(4, 2)),
@@ -288,10 +296,8 @@ GENERIC: dict[str, tuple[Layer, tuple[Tensor, ...], tuple[bool, ...], Params]] =
 @pytest.mark.parametrize("case", GENERIC)
 def test_generic(case: str, vectorised: bool, chunk: int) -> None:
     function, operands, batched, params = GENERIC[case]
-    found = kernels.generic_probe(
-        operands, draw(*function(params, *operands).shape), params, (True,) * len(params),
-        function=function, batched=batched,
-    )  # fmt: skip
+    g, wants = draw(*function(params, *operands).shape), (True,) * len(params)
+    found = kernels.generic_probe(layer("generic", operands, g, params, wants, function=function, batched=batched))
     assert found["mixes"] == (case in ("class token", "batch size built in", "mixing", "mixing deeply"))
     assert found["vectorised"] and found["forward_mode"]
     for metric in METRICS:
@@ -315,7 +321,7 @@ def test_generic_without_vmap_and_forward_mode() -> None:
         return result
 
     x, w = draw(4, 3), draw(3)
-    found: Any = kernels.generic_probe((x,), draw(4, 3), (w,), (True,), function=function)
+    found: Any = kernels.generic_probe(layer("generic", (x,), draw(4, 3), (w,), (True,), function=function))
     assert found == {"mixes": False, "vectorised": False, "forward_mode": False}
     check("generic", function, (x,), (w,), function=function, **found)
 
@@ -326,7 +332,7 @@ def test_other_precisions_and_layouts(prefix: str, dtype: torch.dtype) -> None:
     options: dict[str, Any]
     if prefix == "conv":
         options = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
-        function: Layer = convolution(**options)
+        function: Function = convolution(**options)
         x, params = draw(3, 6, 5, 4).permute(0, 3, 2, 1), (draw(4, 3, 3, 2).permute(3, 0, 1, 2), draw(6)[::3])
     elif prefix == "norm":
         options = {"form": "group", "num_groups": 2}
@@ -343,14 +349,13 @@ def test_other_precisions_and_layouts(prefix: str, dtype: torch.dtype) -> None:
     def everything(dtype: torch.dtype) -> list[Tensor]:
         operands: tuple[Tensor, ...] = (x.to(dtype),)
         if prefix == "norm":
-            operands = kernels.norm_prepare(operands, **options)
+            operands = kernels.norm_prepare(operands, kernels.Norm(**options))
         low, cast = g.to(dtype), tuple(p.to(dtype) for p in params)
         inverse = tuple(m.to(dtype) if isinstance(m, Tensor) else m for m in metric)
-        arguments = (operands, low, cast, (True, True))
-        rows = [*getattr(kernels, f"{prefix}_per_sample")(*arguments, **options)]
-        rows += getattr(kernels, f"{prefix}_weighted")(*arguments, **options)
+        own = layer(prefix, operands, low, cast, (True, True), **options)
+        rows = [*getattr(kernels, f"{prefix}_per_sample")(own), *getattr(kernels, f"{prefix}_weighted")(own)]
         for name, extra in [("gram", inverse), ("gram_diagonal", inverse), ("directional", cast)]:
-            rows.append(getattr(kernels, f"{prefix}_{name}")(*arguments, extra, **options))
+            rows.append(getattr(kernels, f"{prefix}_{name}")(own, extra))
         return rows
 
     tolerance = 1e-4 if dtype == torch.float32 else 6e-2
@@ -363,9 +368,9 @@ def test_other_precisions_and_layouts(prefix: str, dtype: torch.dtype) -> None:
 def test_weighted_gradients_add_up_piece_by_piece(samples_a_piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gtddp_compile.kernels.sweep.WEIGHED", samples_a_piece * 2 * 9)
     x, g, weights, params = draw(5, 3, 3, 3), draw(5, 2, 3, 3, seed=1), draw(5, seed=2), (draw(2, 3, 3, 3), draw(2))
-    options = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
-    found = kernels.weigh(kernels.conv_weighted, (x,), g, weights, params, (True, True), **options)
-    gamma = kernels.conv_per_sample((x,), g, params, (True, True), **options)
+    own = kernels.Layer((x,), g, params, (True, True), kernels.Geometry((1, 1), (1, 1), (1, 1)))
+    found = kernels.weigh(kernels.conv_weighted, own, weights)
+    gamma = kernels.conv_per_sample(own)
     close(found, [torch.tensordot(weights, rows, 1) for rows in gamma])
 
 
@@ -382,9 +387,9 @@ def test_a_trial_takes_refusals_of_a_size_and_passes_defects_on(error: type[Exce
     x, w = draw(4, 3), draw(3)
     if error in (TypeError, AttributeError):
         with pytest.raises(error):
-            kernels.generic_probe((x,), draw(4, 3), (w,), (True,), function=function)
+            kernels.generic_probe(layer("generic", (x,), draw(4, 3), (w,), (True,), function=function))
     else:
-        assert kernels.generic_probe((x,), draw(4, 3), (w,), (True,), function=function)["mixes"]
+        assert kernels.generic_probe(layer("generic", (x,), draw(4, 3), (w,), (True,), function=function))["mixes"]
 
 
 @pytest.mark.filterwarnings("always")
@@ -392,5 +397,6 @@ def test_a_trial_of_what_vmap_has_no_rule_for_is_quiet(recwarn: pytest.WarningsR
     def function(params: Params, x: Tensor) -> Tensor:
         return F.bilinear(x, x, params[0])  # type: ignore[arg-type]
 
-    found = kernels.generic_probe((draw(4, 3),), draw(4, 2), (draw(2, 3, 3),), (True,), function=function)
+    own = layer("generic", (draw(4, 3),), draw(4, 2), (draw(2, 3, 3),), (True,), function=function)
+    found = kernels.generic_probe(own)
     assert found == {"mixes": False, "vectorised": False, "forward_mode": True} and not recwarn

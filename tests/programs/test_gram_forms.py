@@ -15,6 +15,7 @@ from gtddp_compile.lowering import costs
 from support.cases import tokens
 from support.compared import assert_equal
 from support.recorded import draw
+from support.recorded import layer as bundled
 
 CONV: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "dilation": (1, 1), "groups": 2}
 LAYERS: dict[str, tuple[str, tuple[Tensor, ...], Tensor, Tensor, dict[str, Any], int]] = {
@@ -38,7 +39,7 @@ def test_a_product_by_halves_is_the_whole_product(samples: int, monkeypatch: pyt
     gamma = g.unsqueeze(2) * x.unsqueeze(1)
     pairs = torch.einsum("imn,jmn->ij", gamma, gamma)
     (joint,) = kernels.joint_gram((gamma,), (0.3,), kernels.rows_of(samples, None))
-    both = kernels.linear_gram((x,), g, (weight, bias), (True, True), (0.3, 0.5))
+    both = kernels.linear_gram(kernels.Layer((x,), g, (weight, bias), (True, True)), (0.3, 0.5))
     torch.testing.assert_close(joint, 0.3 * pairs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(both, 0.3 * pairs + 0.5 * torch.einsum("im,jm->ij", g, g), rtol=1e-12, atol=1e-12)
 
@@ -49,9 +50,9 @@ def test_a_metric_of_rank_one_separates_exactly(layer: str, wants: tuple[bool, b
     prefix, operands, g, weight, options, _ = LAYERS[layer]
     metric = (outer(weight, options.get("groups", 1)), draw(weight.shape[0], seed=3).abs())
     chosen = tuple(entry for entry, want in zip(metric, wants, strict=True) if want)
-    arguments = (operands, g, (weight, draw(weight.shape[0])), wants, chosen)
-    exact = getattr(kernels, f"{prefix}_gram")(*arguments, **options)
-    found = getattr(kernels, f"{prefix}_separable_gram")(*arguments, **options)
+    own = bundled(prefix, operands, g, (weight, draw(weight.shape[0])), wants, **options)
+    exact = getattr(kernels, f"{prefix}_gram")(own, chosen)
+    found = getattr(kernels, f"{prefix}_separable_gram")(own, chosen)
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
@@ -68,9 +69,9 @@ def test_a_sketch_with_orthogonal_columns_is_exact(layer: str, diagonal: bool, m
 
     monkeypatch.setattr(approximate, "_signs", orthogonal)
     metric = (outer(weight, options.get("groups", 1)) if diagonal else 0.3, 0.2)
-    arguments = (operands, g, (weight, draw(weight.shape[0])), (True, True), metric)
-    exact = getattr(kernels, f"{prefix}_gram")(*arguments, **options)
-    found = getattr(kernels, f"{prefix}_sketch_gram")(*arguments, columns=inputs, seed=0, **options)
+    own = bundled(prefix, operands, g, (weight, draw(weight.shape[0])), (True, True), **options)
+    exact = getattr(kernels, f"{prefix}_gram")(own, metric)
+    found = getattr(kernels, f"{prefix}_sketch_gram")(own, metric, columns=inputs, seed=0)
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
@@ -80,14 +81,14 @@ def test_the_centre_of_a_kernel_stands_for_all(margin: int) -> None:
     options = {**options, "padding": (margin, margin)}
     where = {name: options[name] for name in ("stride", "padding")}
     g = draw(*F.conv2d(x, weight, None, groups=options["groups"], **where).shape, seed=7)
-    arguments = ((x,), g, (weight, draw(weight.shape[0])), (True, True))
-    gradient, bias = kernels.conv_per_sample(*arguments, **options)
+    own = bundled("conv", (x,), g, (weight, draw(weight.shape[0])), (True, True), **options)
+    gradient, bias = kernels.conv_per_sample(own)
     ones, element = torch.ones(1, 1, *x.shape[2:], dtype=torch.float64), torch.zeros(1, 1, 3, 3, dtype=torch.float64)
     element[..., 1, 1] = 1
     inside = F.conv2d(ones, torch.ones_like(element), **where).sum() / F.conv2d(ones, element, **where).sum()
     centre = gradient[..., 1, 1].flatten(1)
     expected = 0.3 * inside * (centre @ centre.T) + 0.2 * (bias @ bias.T)
-    found = kernels.conv_centre_gram(*arguments, (0.3, 0.2), **options)
+    found = kernels.conv_centre_gram(own, (0.3, 0.2))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -190,7 +191,7 @@ def test_a_diagonal_in_an_eigenbasis_separates_where_the_exact_one_is_dear() -> 
 
 def test_a_separated_diagonal_of_rank_one_is_exact() -> None:
     x, g = draw(5, 4), draw(5, 3)
-    layer = kernels.kronecker_layer(kernels.linear_rows, (x,), g, (None, None), (True, False))
+    layer = kernels.Rows(kernels.linear_rows, kernels.Layer((x,), g, (None, None), (True, False)))
     maps, scale = (((draw(1, 4, 4), draw(1, 3, 3)),), draw(3, 1).abs() * draw(1, 4).abs())
     metric, rows = (maps, scale.unsqueeze(0), None, (0.1,)), [slice(0, 3), slice(3, 5)]
     exact = kernels.kronecker_gram([layer], metric, rows)

@@ -179,9 +179,9 @@ def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) ->
     basis = torch.eye(weight[0].numel(), dtype=x.dtype).reshape(-1, *weight.shape[1:])
     patches = convolve(x, basis, **options).flatten(2).transpose(0, 1).flatten(1)  # every weight's input
     patches = torch.cat([patches, torch.ones_like(patches[:1])]) if bias else patches
-    operands = (x,)
-    params, wants = (weight, draw(2)) if bias else (weight,), (True, bias)
-    found = kernels.conv_moment(operands, params, wants, groups=1, **options)
+    params = (weight, draw(2)) if bias else (weight,)
+    layer = kernels.Layer((x,), x.new_empty(0), params, (True, bias), kernels.Geometry(**options))
+    found = kernels.conv_moment(layer)
     torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
 
 
@@ -302,7 +302,7 @@ def test_factors_are_made_more_often_at_the_beginning() -> None:
     changed, before = [], None
     for step, (x, y) in enumerate(batches(22)):
         opt.step(x, y)
-        now = opt.state[model.conv.weight]["map_x"]
+        now = opt.state[model.conv.weight]["map_x"].clone()
         if before is None or not torch.equal(now, before):
             changed.append(step)
         before = now
@@ -317,15 +317,14 @@ def sketched(seed: int, columns: int, **options: Any) -> tuple[Tensor, Tensor]:
     g = torch.randn(6, 3, 4, 4, generator=generator).double()
     filters = kernels.channel_filters(maps, shape, columns, seed)
     direction = (torch.ones_like(weight), torch.arange(3).double())
-    arguments = ((x,), g, (weight, torch.zeros(3).double()), (True, True))
-    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
-    (gram,), change = kernels.conv_sketched(*arguments, filters, (0.7, 0.3), direction, (slice(0, 6),), **geometry)
+    geometry = kernels.Geometry((1, 1), (1, 1), (1, 1))
+    layer = kernels.Layer((x,), g, (weight, torch.zeros(3).double()), (True, True), geometry)
+    (gram,), change = kernels.conv_sketched(layer, filters, (0.7, 0.3), direction, (slice(0, 6),))
     if not options.get("exact"):
         assert change is not None
-        torch.testing.assert_close(change, kernels.conv_directional(*arguments, direction, **geometry))
+        torch.testing.assert_close(change, kernels.conv_directional(layer, direction))
         return gram, change
-    white = kernels.conv_whitened((x,), g, (weight, None), maps)
-    return kernels.conv_gram(white, *arguments[1:], (0.7, 0.3), **geometry), gram
+    return kernels.conv_gram(kernels.conv_whitened(layer, maps), (0.7, 0.3)), gram
 
 
 def test_the_sketch_is_unbiased_and_its_change_exact() -> None:
@@ -340,7 +339,7 @@ def test_the_sketch_is_unbiased_and_its_change_exact() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_last_step_is_added_by_the_product_that_makes_the_step(blocks: int, bias: bool) -> None:
     x, g, weights, last = draw(5, 7), draw(5, 4), draw(5), (draw(4, 7), draw(4))[: 1 + bias]
-    rows = kernels.linear_rows((x,), g, (), (True, bias), blocks=blocks)
+    rows = kernels.in_blocks(kernels.linear_rows(kernels.Layer((x,), g, (), (True, bias))), blocks)
     width = rows[0].shape[3]
     inverses = draw(blocks, width, width), draw(1, 4, 4)
     found = kernels.dual_carried(kernels.dual_coordinates(*rows, inverses), weights, last, 0.9, 0.3)
@@ -355,9 +354,7 @@ def test_the_last_step_is_added_by_the_product_that_makes_the_step(blocks: int, 
 def test_kept_gradients_in_whitened_channels() -> None:
     """``Γ`` of them is that of a convolution of whitened inputs."""
     x, g, params, maps = draw(3, 4, 5, 5), draw(3, 6, 5, 5), (draw(6, 2, 3, 3), draw(6)), draw(2, 2, 2)
-    options: Any = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 2}
-    gamma = kernels.conv_per_sample((x,), g, params, (True, True), **options)
-    white = kernels.conv_whitened((x,), g, params, maps)
-    gram = kernels.conv_gram(white, g, params, (True, True), (0.3, 0.2), **options)
+    layer = kernels.Layer((x,), g, params, (True, True), kernels.Geometry((1, 1), (1, 1), (1, 1), 2))
+    gamma, gram = kernels.conv_per_sample(layer), kernels.conv_gram(kernels.conv_whitened(layer, maps), (0.3, 0.2))
     (found,) = kernels.joint_gram(kernels.channel_rows(gamma, maps), (0.3, 0.2), [slice(0, 3)])
     torch.testing.assert_close(found, gram, rtol=1e-12, atol=1e-12)

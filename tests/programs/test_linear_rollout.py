@@ -320,7 +320,7 @@ def test_where_it_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rollout": "curved"}, "option rollout='curved' is not known.*'linear', 'nonlinear'"),
+        ({"rollout": "curved"}, "option rollout='curved' is not known.*'linear' or 'nonlinear'"),
         ({"rollout": "linear", "feedback": "open"}, "rollout='linear' is the joint step.*feedback='open'"),
         ({"rollout": "linear", "coupling": "block"}, "rollout='linear' is the joint step.*coupling='block'"),
         ({"rollout": "linear", "coupling": "block", "recursion": "printed"}, "rollout='linear'.*recursion='printed'"),

@@ -148,7 +148,7 @@ def check_schedule(found: Schedule) -> None:
         assert found.stage_of[name] == max((stage[p.name] for p in graph.players if p.op in above), default=-1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(graphs())
 def test_schedules_against_brute_force(graph: PlayerGraph) -> None:
     order, base = player_order(graph), find_shortcuts(graph)
@@ -165,7 +165,7 @@ def test_schedules_against_brute_force(graph: PlayerGraph) -> None:
         assert stages["asap"][p.name] <= stages["alap"][p.name]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(graphs(), st.sampled_from(SCHEDULES), st.data())
 def test_cuts_against_brute_force(graph: PlayerGraph, how: str, data: st.DataObject) -> None:
     placed = schedule(find_shortcuts(graph), how)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gtddp_compile import kernels
 from gtddp_compile.frontends import trace_export, trace_functional, trace_symbolically
 from gtddp_compile.graph import BufferRef, OpGraph, ParamRef, map_leaves
 from support.networks import make
@@ -54,3 +55,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     """A normal tensor in double precision."""
     generator = torch.Generator().manual_seed(seed + sum(shape) + 31 * len(shape))
     return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def layer(
+    prefix: str, operands: tuple[Tensor, ...], g: Tensor, params: Params, wants: tuple[bool, ...], **options: Any
+) -> kernels.Layer:
+    """What the kernels of ``prefix`` are called with."""
+    kinds: dict[str, Any] = {"conv": kernels.Geometry, "norm": kernels.Norm, "generic": kernels.Operation}
+    return kernels.Layer(operands, g, params, wants, kinds[prefix](**options) if prefix in kinds else None)

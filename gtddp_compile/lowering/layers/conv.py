@@ -7,25 +7,23 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref
-from gtddp_compile.lowering.layers.binding import bind, is_direct, roles
+from gtddp_compile.graph.ops import Op
+from gtddp_compile.lowering.layers.base import Rule
+from gtddp_compile.lowering.layers.binding import bind, is_direct
 
 AXES = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 """Spatial axes of each function."""
 
 
-class ConvRule:
+class ConvRule(Rule):
     """Convolutions with stride, padding, dilation and groups; operands ``(x,)``, parameters (weight, bias).
 
     Transposed convolutions are left to the generic rule.
     """
 
     name = "conv"
-    prefix = "conv"
-    prepare = False
+    how = "Geometry"
     rows = True
-    subtracts = False
-    pieces = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A convolution of a value with a batch axis, its weight and bias parameters themselves."""
@@ -34,14 +32,6 @@ class ConvRule:
             return False
         has_batch = op.shape is None or len(op.shape) == AXES[op.target] + 2
         return has_batch and not op.mixes_samples and bound["weight"] is not None and is_direct(bound, ("input",))
-
-    def operands(self, op: Op) -> tuple[Ref | BufferRef, ...]:
-        """``(x,)``."""
-        return ((bind(op) or {})["input"],)
-
-    def roles(self, op: Op) -> tuple[ParamRef | BufferRef | None, ...]:
-        """``(weight, bias)``."""
-        return roles(bind(op) or {})
 
     def options(self, op: Op) -> Mapping[str, Any]:
         """``stride``, ``padding`` (or ``"same"``), ``dilation``, one entry an axis, and ``groups``."""

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref
+from gtddp_compile.lowering.layers.base import Rule
 
 
-class GenericRule:
+class GenericRule(Rule):
     """Per-sample gradients by automatic differentiation; operands and parameters in the order they appear.
 
     Three options are the emitter's: ``function`` (``function(params, *operands) -> h``, which it generates),
@@ -17,11 +18,7 @@ class GenericRule:
     """
 
     name = "generic"
-    prefix = "generic"
-    prepare = False
-    rows = False
-    subtracts = False
-    pieces = False
+    how = "Operation"
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """Every operation whose value is one differentiable tensor, that draws and writes nothing."""

@@ -10,8 +10,8 @@ class ShiftRule(LinearRule):
     """``h = x + b``, ``b`` along the last axis: a linear layer whose bias alone is trained."""
 
     name = "shift"
-    rows = False
-    pieces = False
+    prefix = "linear"
+    rows = pieces = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A sum of a value as wide as the result and a parameter, neither of them scaled."""

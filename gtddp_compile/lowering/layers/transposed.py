@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref
+from gtddp_compile.lowering.layers.base import Rule
 
 
-class TransposedRule:
+class TransposedRule(Rule):
     """``h = x W`` with any number of position axes; operands ``(x,)``, parameters (weight, no bias)."""
 
     name = "transposed"
-    prefix = "transposed"
-    prepare = False
-    rows = False
     subtracts = True
-    pieces = False
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A value with a batch axis times a parameter."""
@@ -31,7 +25,3 @@ class TransposedRule:
     def roles(self, op: Op) -> tuple[ParamRef | BufferRef | None, ...]:
         """``(weight, no bias)``."""
         return (op.args[1], None)
-
-    def options(self, op: Op) -> Mapping[str, Any]:
-        """None."""
-        return {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from gtddp_compile.graph import BufferRef, Player
+from gtddp_compile.graph import LEADING, BufferRef, Player
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, Phase, StageFunction, Var, item, total
+from gtddp_compile.lowering.plan import Contraction
 from gtddp_compile.lowering.uses import Use
 
 
@@ -20,12 +20,34 @@ def operands(b: Builder, use: Use) -> Var | tuple[Var, ...]:
     return tuple(b.operand(ref) for ref in use.operands)
 
 
+def bundle(b: Builder, use: Use, taken: Any = None, g: Any = None) -> Apply:
+    """What a use's kernels are called with; ``taken`` and ``g`` in place of its operands and gradient."""
+    parameters = tuple(b.operand(ref) for ref in use.params)
+    how = b.how(use)
+    rest = () if how is None else (how,)
+    return Apply("Layer", (taken or operands(b, use), g or Var(b.g_output(use.op)), parameters, use.wants, *rest))
+
+
+def layer(b: Builder, use: Use) -> Var | Apply:
+    """The same, made once a stage. The generic kernels read values of parameters, which the step moves: theirs is made
+    where it is read.
+    """
+    return bundle(b, use) if use.function is not None else Var(f"layer_{b.name(use.key)}")
+
+
+def weighed(b: Builder, use: Use, weights: str) -> Apply:
+    """A use's layer with ``V_h``, the weighted gradient of its output, the linear term included."""
+    if b.factored:
+        return Apply("combined", (layer(b, use), Var("start"), Var(weights)))
+    return Apply("scaled", (layer(b, use), Var(weights)))
+
+
 def prepare(b: Builder, t: int, tap: str) -> None:
     """Once a stage: what the kernels of a player's operation take, and ``g`` of its value, with samples leading."""
     uses = [use for player, use in b.uses_at(tap) if not _unprepared(b, player, use)]
     for use in [use for use in uses if use.rule.prepare][:1]:
         whole = tuple(b.operand(ref) for ref in use.operands)
-        b.emit("backward", t, f"o_{b.name(tap)}", f"{use.rule.prefix}_prepare", whole, **b.options(use))
+        b.emit("backward", t, f"o_{b.name(tap)}", f"{use.rule.prefix}_prepare", whole, b.how(use))
     for use in [use for use in uses if use.layouts]:
         _, *rest = b.arrangement(use)
         found = Var(f"o_{b.name(tap)}") if use.rule.prepare else tuple(b.operand(ref) for ref in use.operands)
@@ -35,6 +57,8 @@ def prepare(b: Builder, t: int, tap: str) -> None:
         columns = {"columns": 1} if b.factored else {}
         b.emit("backward", t, f"{b.g_output(tap)}", "apart", Var(b.g_as_it_lies(tap)), SAMPLES,
                *(b.arrangement(use)[0] or ()), note="samples leading", **columns)  # fmt: skip
+    for use in [use for use in uses if use.function is None]:
+        b.emit("backward", t, f"layer_{b.name(use.key)}", "Layer", *bundle(b, use).args)
 
 
 def _unprepared(b: Builder, player: Player, use: Use) -> bool:
@@ -52,11 +76,6 @@ def kept_rows(b: Builder, use: Use) -> str:
     return f"rows_{b.name(use.key)}"
 
 
-def params(b: Builder, use: Use) -> tuple[object, ...]:
-    """The use's parameters in the kernels' order."""
-    return tuple(b.operand(ref) for ref in use.params)
-
-
 def player_function(b: Builder, use: Use) -> StageFunction:
     """A use's operations as a function of its parameters and operands, for the generic kernels."""
     buffers = {ref.name: b.name(f"buffer {ref.name}") for ref in use.operands if isinstance(ref, BufferRef)}
@@ -72,15 +91,17 @@ def kept(b: Builder, t: int, player: Player) -> str:
     """``γ`` of a player whose per-sample gradients are kept, built the first time; returns the variable."""
     (use,) = b.uses(player.name)
     name = kept_rows(b, use)
-    if b.first_time(name):
-        raw = _unprepared(b, player, use)
-        found = tuple(b.operand(ref) for ref in use.operands) if raw else operands(b, use)
-        more: dict[str, Any] = {}
-        if raw and use.options.get("form") == "batch" and use.options.get("training"):
-            more["moments"], x = Var(moments(b, use.op)), b.operand(use.operands[0])
-            b.emit("backward", t, f"{moments(b, use.op)}", "batch_moments", x, note="mean, variance")
-        b.emit("backward", t, name, b.kernel(use, "gamma" if raw else "per_sample"), found,
-               Var(b.g_output(use.op)), params(b, use), use.wants, note="gamma", **b.options(use), **more)  # fmt: skip
+    if not b.first_time(name):
+        return name
+    if not _unprepared(b, player, use):
+        b.emit("backward", t, name, b.kernel(use, "per_sample"), layer(b, use), note="gamma")
+        return name
+    more: tuple[Var, ...] = ()
+    if use.options.get("form") == "batch" and use.options.get("training"):
+        more, x = (Var(moments(b, use.op)),), b.operand(use.operands[0])
+        b.emit("backward", t, f"{moments(b, use.op)}", "batch_moments", x, note="mean, variance")
+    raw = bundle(b, use, tuple(b.operand(ref) for ref in use.operands))
+    b.emit("backward", t, name, b.kernel(use, "gamma"), raw, *more, note="gamma")
     return name
 
 
@@ -92,15 +113,11 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
         b.emit(phase, t, name, "rows_weighted", Var(kept(b, t, player)), Var(weights), note=note)
         return name
     for use in b.uses(player.name):
-        name, g = f"{prefix}_{b.name(use.key)}", Var(b.g_output(use.op))
-        piecewise = use.rule.rows and not b.factored and len(b.graph.op(use.op).shape or ()) > 2
-        kernel, last = b.kernel(use, "weighted"), (params(b, use), use.wants)
-        if piecewise:
-            b.emit(phase, t, name, "weigh", Function(kernel), operands(b, use), g, Var(weights), *last,
-                   note=note, **b.options(use))  # fmt: skip
+        name, kernel = f"{prefix}_{b.name(use.key)}", b.kernel(use, "weighted")
+        if use.rule.rows and not b.factored and len(b.graph.op(use.op).shape or ()) > 2:
+            b.emit(phase, t, name, "weigh", Function(kernel), layer(b, use), Var(weights), note=note)
         else:
-            b.emit(phase, t, name, kernel, operands(b, use), output_gradient(b, use, weights), *last,
-                   note=note, **b.options(use))  # fmt: skip
+            b.emit(phase, t, name, kernel, weighed(b, use, weights), note=note)
         found.append((use.names, Var(name)))
     if len(found) == 1 and found[0][0] == player.parameters:
         return found[0][1].name
@@ -112,37 +129,30 @@ def weighted(b: Builder, phase: Phase, t: int, player: Player, weights: str, pre
 def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
     """``Γ`` of one player (over all columns, the gradient's included, where there are several).
 
-    ``given``: what the kernel takes in place of the use's operands, or of ``γ``: in the metric's own coordinates.
+    ``given``: the layer, or ``γ``, in the metric's own coordinates.
     """
-    result = f"gamma_{t}_{b.identity(player)}"
-    if b.layer(player).gram.kept:
-        b.emit("backward", t, result, "joint_gram", given or Var(kept(b, t, player)), Var(metric), Var(b.rows),
-               note="gamma M^-1 gamma^T")  # fmt: skip
-        return result
+    result, note = f"gamma_{t}_{b.identity(player)}", "gamma M^-1 gamma^T"
     chosen, use = b.layer(player).gram, b.layer(player).single
-    if use is not None:
-        choice = chosen.approximate
-        more: dict[str, Any] = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
-        kernel = "gram" if choice == "exact" else f"{choice}_gram"
-        others = (b.kernel(use, "per_sample"), "joint_gram", "gram_blocks") if b.factored else ()
-        first = [Function(name) for name in (b.kernel(use, kernel), *others)]
-        taken = given or operands(b, use)
-        b.emit("backward", t, result, "factor_gram" if b.factored else "gram_blocks", *first, taken,
-               Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), Var(b.rows),
-               note="gamma M^-1 gamma^T", **b.options(use), **more)  # fmt: skip
-        return result
-    if chosen.uses:
+    if chosen.uses:  # all of one layer with the positions of every use
         uses = b.uses(player.name)
         found = [operands(b, use) for use in uses]
         inputs = tuple(item(v, 0) if isinstance(v, Var) else v[0] for v in found)
         rest = tuple(Var(b.g_output(use.op)) for use in uses[1:])
         said = tuple((use.rule.prefix == "transposed", use.params[1] is not None) for use in uses)
-        b.emit("backward", t, result, "gram_blocks", Function("linear_uses_gram"), (*inputs, *rest),
-               Var(b.g_output(uses[0].op)), params(b, uses[0]), uses[0].wants, Var(metric), Var(b.rows),
-               note="gamma M^-1 gamma^T of all uses", uses=said)  # fmt: skip
+        b.emit("backward", t, result, "gram_blocks", Function("linear_uses_gram"),
+               bundle(b, uses[0], (*inputs, *rest)), Var(metric), Var(b.rows), note=f"{note} of all uses",
+               uses=said)  # fmt: skip
         return result
-    b.emit("backward", t, result, "joint_gram", Var(per_sample(b, t, player)), Var(metric), Var(b.rows),
-           note="gamma M^-1 gamma^T")  # fmt: skip
+    if chosen.kept or use is None:
+        gamma = given or Var(kept(b, t, player) if chosen.kept else per_sample(b, t, player))
+        b.emit("backward", t, result, "joint_gram", gamma, Var(metric), Var(b.rows), note=note)
+        return result
+    choice = chosen.approximate
+    more: dict[str, Any] = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
+    functions = [Function(b.kernel(use, "gram" if choice == "exact" else f"{choice}_gram"))]
+    functions += [Function(b.kernel(use, "per_sample"))] if b.factored else []
+    b.emit("backward", t, result, "factor_gram" if b.factored else "gram_blocks", *functions, given or layer(b, use),
+           Var(metric), Var(b.rows), note=note, **more)  # fmt: skip
     return result
 
 
@@ -152,9 +162,8 @@ def observed_gram(b: Builder, t: int, player: Player) -> str | None:
         return None
     (use,), result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
     functions = [Function(b.kernel(use, name)) for name in ("weighted", "gram", "pieces")]
-    b.emit("backward", t, result, "m.observe_gram", use.names, *functions, operands(b, use),
-           Var(b.g_output(use.op)), Var(b.alpha(t)), params(b, use), use.wants, Var(b.rows),
-           note="Q_u, M^-1, gamma M^-1 gamma^T", **b.options(use))  # fmt: skip
+    b.emit("backward", t, result, "m.observe_gram", use.names, *functions, layer(b, use), Var(b.alpha(t)),
+           Var(b.rows), note="Q_u, M^-1, gamma M^-1 gamma^T")  # fmt: skip
     return result
 
 
@@ -170,22 +179,12 @@ def per_sample(b: Builder, t: int, player: Player, weights: str | None = None) -
     gradients = []
     for use in b.uses(player.name):
         name, kernel = f"{prefix}_{b.name(use.key)}_rows", b.kernel(use, "per_sample")
-        columns = b.factored and weights is None
-        g = Var(b.g_output(use.op)) if weights is None else output_gradient(b, use, weights)
-        call = ("factor_rows", Function(kernel)) if columns else (kernel,)
-        b.emit("backward", t, name, *call, operands(b, use), g, params(b, use), use.wants,
-               note="gamma" if weights is None else "V_u", **b.options(use))  # fmt: skip
+        call = ("factor_rows", Function(kernel)) if b.factored and weights is None else (kernel,)
+        taken, note = (layer(b, use), "gamma") if weights is None else (weighed(b, use, weights), "V_u")
+        b.emit("backward", t, name, *call, taken, note=note)
         gradients.append((use.names, Var(name)))
     b.emit("backward", t, whole, "gather", player.parameters, *gradients, note="every use")
     return whole
-
-
-def output_gradient(b: Builder, use: Use, weights: str) -> Apply:
-    """``V_h``: the weighted gradient of a use's output, the linear term included."""
-    output = b.g_output(use.op)
-    if b.factored:
-        return Apply("combine", (Var(output), Var("start"), Var(weights)))
-    return Apply("scale", (Var(output), Var(weights)))
 
 
 def parts_of(direction: str, player: Player, use: Use) -> tuple[Apply, ...]:
@@ -194,45 +193,56 @@ def parts_of(direction: str, player: Player, use: Use) -> tuple[Apply, ...]:
 
 
 def directional(
-    b: Builder, phase: Phase, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
-    only: frozenset[str] | None = None, added: Sequence[Apply] = (), faded: bool = False,
-) -> None:  # fmt: skip
-    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``.
-
-    ``faded``: times ``-μ`` of every player.
-    """
-    terms = list(added)
-    for player in players:
-        parts: list[str] = []
-        for use in b.uses(player.name):
-            if only is not None and use.op not in only:
-                continue
-            change = parts_of(directions[player.name], player, use)
-            name = f"{result}_{b.name(use.key)}"
-            if b.layer(player).gram.kept:
-                b.emit(phase, t, name, "rows_directional", Var(kept(b, t, player)), change)
-                parts.append(name)
-                continue
+    b: Builder, phase: Phase, t: int, player: Player, direction: str, result: str, only: frozenset[str] | None = None
+) -> list[Apply]:
+    """Terms of ``⟨γ_i, v⟩`` of a player, one a use (``only`` the named ones)."""
+    terms = []
+    for use in b.uses(player.name):
+        if only is not None and use.op not in only:
+            continue
+        change, name = parts_of(direction, player, use), f"{result}_{b.name(use.key)}"
+        if b.layer(player).gram.kept:
+            b.emit(phase, t, name, "rows_directional", Var(kept(b, t, player)), change)
+        else:
             kernel = b.kernel(use, "directional")
             call = ("factor_directional", Function(kernel)) if b.factored else (kernel,)
-            b.emit(phase, t, name, *call, operands(b, use),
-                   Var(b.g_output(use.op)), params(b, use), use.wants, change, **b.options(use))  # fmt: skip
-            parts.append(name)
-        terms += [faded_by(b, player, part) if faded else Apply("wide", (Var(part),)) for part in parts]
-    b.emit(phase, t, result, "=", total(terms), note=note)
+            b.emit(phase, t, name, *call, layer(b, use), change)
+        terms.append(Apply("wide", (Var(name),)))
+    return terms
 
 
-def faded_by(b: Builder, player: Player, part: str) -> Apply:
-    """``-μ ⟨γ_i, v⟩`` of a player."""
-    return Apply("*", (Apply("neg", (Var(f"mu_{b.identity(player)}"),)), Apply("wide", (Var(part),))))
+def faded(b: Builder, player: Player, term: Apply) -> Apply:
+    """``⟨γ_i, M⁻¹ ℓ_u⟩`` from ``⟨γ_i, v⟩``: without decay ``M⁻¹ ℓ_u = -μ v``."""
+    return term if b.plan.decay else Apply("*", (Apply("neg", (Var(f"mu_{b.identity(player)}"),)), term))
 
 
 def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, given: Var | None = None) -> None:
     """The diagonal of ``Γ`` of one player."""
     use = b.layer(player).single
     if use is not None:
-        b.emit("backward", t, result, b.kernel(use, "gram_diagonal"), given or operands(b, use),
-               Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
+        b.emit("backward", t, result, b.kernel(use, "gram_diagonal"), given or layer(b, use), Var(metric))
         return
     blocks = gram(b, t, player, metric)
     b.emit("backward", t, result, "=", Apply(".diagonal()", (item(Var(blocks), 0),)))
+
+
+def contract(b: Builder, t: int, contraction: Contraction) -> None:
+    """``⟨g, δx⟩`` of a value that a stage has moved, or of a tied control for its later uses."""
+    value, reader = contraction.value, contraction.reader
+    result = b.contraction(value, reader)
+    control = b.graph.value[value].control
+    if control is None:
+        kernel, layout = "contract_factors" if b.factored else "contract", b.graph.op(value).samples
+        call, where = ((kernel,), ()) if layout == LEADING else (
+            ("contract_arranged", Function(kernel)), (SAMPLES, layout.axis, layout.fold)
+        )  # fmt: skip
+        more: dict[str, Any] = {"columns": 1} if where and b.factored else {}
+        if layout.order:
+            more.update(order=Var(b.name(layout.order)), order_after=Var(b.new(layout.order)))
+        b.emit("forward", t, result, *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
+               *where, note=f"<g, delta {value}>", **more)  # fmt: skip
+        return
+    player = b.graph.player[control]
+    here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
+    terms = directional(b, "forward", t, player, f"delta_{b.identity(player)}", result, here)
+    b.emit("forward", t, result, "=", total(terms), note=f"what the new {control} will change at stage {reader}")

@@ -15,7 +15,7 @@ from gtddp_compile.graph import ControlGraph, Player
 from gtddp_compile.graph.ops import Method
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, Var, item, total
-from gtddp_compile.lowering.write.calls import operands, params
+from gtddp_compile.lowering.write.calls import bundle, layer
 from gtddp_compile.methods.terminal import MonteCarlo
 from gtddp_compile.options import Options
 
@@ -102,15 +102,14 @@ def sample_gram(b: Builder, t: int, player: Player, metric: str, given: Var | No
     """``Γ_ii`` of one player over all its uses."""
     use, result = b.layer(player).single, f"gamma_{t}_{b.identity(player)}"
     if use is not None:
-        taken = given or operands(b, use)
-        b.emit("backward", t, result, "sample_grams", Function(b.kernel(use, "per_sample")), taken,
-               Var(b.g_output(use.op)), params(b, use), use.wants, Var(metric), **b.options(use))  # fmt: skip
+        b.emit("backward", t, result, "sample_grams", Function(b.kernel(use, "per_sample")), given or layer(b, use),
+               Var(metric))  # fmt: skip
         return result
     found = []
     for use in b.uses(player.name):
         name, psi = f"gamma_{b.name(use.key)}_rows", item(Var(b.g_output(use.op)), slice(1, None))
-        b.emit("backward", t, name, "factor_rows", Function(b.kernel(use, "per_sample")), operands(b, use),
-               psi, params(b, use), use.wants, note="Psi", **b.options(use))  # fmt: skip
+        b.emit("backward", t, name, "factor_rows", Function(b.kernel(use, "per_sample")), bundle(b, use, g=psi),
+               note="Psi")  # fmt: skip
         found.append((use.names, Var(name)))
     total = f"gamma_{b.identity(player)}_total"
     b.emit("backward", t, total, "gather", player.parameters, *found, note="every use")

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gtddp_compile.methods.curvature.base import NONE, Group, Memory, MetricKind, State
-from gtddp_compile.methods.curvature.checks import (
+from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
+from gtddp_compile.methods.curvature.numbers import (
     Scalar,
-    check_ranges,
-    first_step,
     number,
     out_of_range,
     scalar,
     statistics_gradient,
-    subtract_quotient,
+    zeros,
 )
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Curvature):
     """Diagonal curvature ``M = diag(√v̂ + eps) / lr`` (docs/theory.md#curvatures), with torch.optim.Adam's options.
 
     With ``Q_u = g_stat`` and ``ĝ = γᵀ w + ℓ_u``, elementwise and of the parameter's own shape, at step t::
@@ -61,87 +59,49 @@ class Adam:
     decoupled_weight_decay: bool = False
 
     name = "adam"
+    nonnegative = ("lr", "eps", "weight_decay")
 
-    def __post_init__(self) -> None:
-        _check(self.defaults())
-
-    @property
-    def metric(self) -> MetricKind:
-        """Diagonal."""
-        return "diagonal"
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Second moments of ``Q_u``."""
-        return True
-
-    def defaults(self) -> dict[str, Any]:
-        """Options of a param_group."""
-        return asdict(self)
+    def check(self, options: Group) -> None:
+        """As every method's; the betas are in [0, 1)."""
+        super().check(options)
+        name, betas = type(self).__name__, options["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise out_of_range(name, "betas", betas, "as a pair of numbers in [0, 1)")
+        for index, beta in enumerate(betas):
+            if not 0.0 <= number(name, f"betas[{index}]", beta) < 1.0:
+                raise out_of_range(name, f"betas[{index}]", beta, "a value in [0, 1)")
 
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """``"step"``; zeros like the parameter: ``"exp_avg"``, ``"exp_avg_sq"``, ``"max_exp_avg_sq"``."""
-        _check(group)
-        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
-        return {"step": first_step(), **{key: torch.zeros_like(param).detach() for key in keys}}
+        self.check(group)
+        return zeros(param, *("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2])
 
     def linear_term(self, param: Tensor, group: Group) -> Tensor | None:
         """``λ u`` of coupled decay, shape of the parameter."""
-        decay = group["weight_decay"]
-        return None if decay == 0 or group["decoupled_weight_decay"] else param * scalar(decay, param)
+        return None if group["decoupled_weight_decay"] else super().linear_term(param, group)
 
-    def observe(
-        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
-    ) -> dict[str, Any]:
+    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """Step count and second moment after ``Q_u``."""
-        g, beta2, new = statistics_gradient("Adam", g_stat), group["betas"][1], dict(state)
-        new["step"] = state["step"] + 1
-        square = torch.mul(state["exp_avg_sq"], beta2, out=into.get("exp_avg_sq"))
-        new["exp_avg_sq"] = square.addcmul_(g, g, value=1 - beta2)
+        g, beta2 = statistics_gradient("Adam", g_stat), group["betas"][1]
+        square = torch.mul(state["exp_avg_sq"], beta2).addcmul_(g, g, value=1 - beta2)
+        new = {**state, "step": state["step"] + 1, "exp_avg_sq": square}
         if group["amsgrad"]:
-            memory = into.get("max_exp_avg_sq")
-            new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square, out=memory)
+            new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
         return new
 
-    def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor:
-        """``lr / (√v̂ + eps)``, shape of the parameter."""
-        return self.denominator(param, state, group).reciprocal_().mul_(scalar(group["lr"], param))
-
-    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor:
+    def denominator(self, param: Tensor, state: State, group: Group) -> Tensor:
         """``√v̂ + eps``, shape of the parameter."""
         second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
         correction = _bias_correction(group["betas"][1], state["step"]) ** 0.5
-        root = torch.sqrt(second, out=into.get("denominator"))
-        return root.div_(scalar(correction, param)).add_(group["eps"])
+        return torch.sqrt(second).div_(scalar(correction, param)).add_(group["eps"])
 
-    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
-        """``δu`` and the state with the new first moment; both of the parameter's shape."""
+    def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:
+        """``m``, ``D`` and ``lr / (1 - β₁ᵗ)``; decoupled decay beside it."""
         beta1, lr, decay = group["betas"][0], group["lr"], group["weight_decay"]
         mean = torch.lerp(state["exp_avg"], g_hat, 1 - beta1)
-        step = scalar(-lr / _bias_correction(beta1, state["step"]), param)
-        delta = torch.div(mean, self.denominator(param, state, group)).mul_(step)
-        if decay != 0 and group["decoupled_weight_decay"]:
-            factor = scalar(-lr * decay, param)
-            delta = delta.addcmul_(param, factor) if isinstance(factor, Tensor) else delta.add_(param, alpha=factor)
-        return delta, {**state, "exp_avg": mean}
-
-    def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
-        denominator: Tensor | None = None, into: Memory = NONE,
-    ) -> dict[str, Any]:  # fmt: skip
-        """As :meth:`apply`, added to the parameter in place."""
-        beta1, decay, lr = group["betas"][0], group["weight_decay"], group["lr"]
-        mean = torch.lerp(state["exp_avg"], g_hat, 1 - beta1, out=into.get("exp_avg"))
-        if decay != 0 and group["decoupled_weight_decay"]:
-            param.mul_(1 - scalar(group["lr"], param) * decay)
-        if denominator is None:
-            denominator = self.denominator(param, state, group, into)
-        subtract_quotient(param, mean, denominator, lr / _bias_correction(beta1, state["step"]))
-        return {**state, "exp_avg": mean}
-
-    def rate(self, group: Group) -> float | None:
-        """None: the metric is diagonal."""
-        return None
+        below = self.denominator(param, state, group) if denominator is None else denominator
+        shrunk = scalar(lr, param) * decay if decay != 0 and group["decoupled_weight_decay"] else None
+        return Move(mean, below, lr / _bias_correction(beta1, state["step"]), {**state, "exp_avg": mean}, shrunk)
 
 
 @dataclass(frozen=True)
@@ -172,13 +132,3 @@ def _bias_correction(beta: float, step: Tensor) -> Scalar:
     if torch.compiler.is_compiling():
         return 1 - torch.pow(beta, step.to(torch.float64))
     return float(1 - beta ** step.item())
-
-
-def _check(options: Group) -> None:
-    check_ranges("Adam", options, "lr", "eps", "weight_decay")
-    betas = options["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise out_of_range("Adam", "betas", betas, "as a pair of numbers in [0, 1)")
-    for index, beta in enumerate(betas):
-        if not 0.0 <= number("Adam", f"betas[{index}]", beta) < 1.0:
-            raise out_of_range("Adam", f"betas[{index}]", beta, "a value in [0, 1)")

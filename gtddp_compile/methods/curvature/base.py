@@ -14,14 +14,27 @@ gradient's place in the update), the three calls of one step are, for each param
 With feedback off ``g_stat = ĝ = ∂J/∂u (+ ℓ_u)`` and the three together are torch.optim's own update (Proposition 4).
 ``ℓ_u`` is the gradient of coupled weight decay, ``λ u``: :meth:`linear_term`. Decoupled decay (AdamW) is part of
 ``delta``.
+
+A diagonal method writes five members: ``name``, ``init_state`` (``numbers.zeros`` makes torch's ``"step"`` and zeros),
+``observe``, ``denominator`` and ``move``. The others follow from them, and from that:
+
+* ``observe`` and ``denominator`` are elementwise: they may be called with some rows of a parameter, of its gradient and
+  of the state's tensors (0-d ones are whole: ``"step"``);
+* while torch traces (``torch.compiler.is_compiling()``) no value can be read: not ``step.item()``;
+* an exported program carries the text of the method's file: it imports torch, this module and ``numbers``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.curvature.numbers import Scalar, number, out_of_range, scalar
 
 Group = Mapping[str, Any]
 """Options of one param_group (lr, weight_decay, …), as torch.optim keeps them."""
@@ -29,70 +42,112 @@ Group = Mapping[str, Any]
 State = Mapping[str, Any]
 """State of one parameter."""
 
-Memory = Mapping[str, Tensor]
-"""Tensors of a parameter's shape that may be written to instead of new ones: by the key of the state, and
-``"denominator"``; they belong to no state."""
-
-NONE: Memory = {}
-
 MetricKind = Literal["spherical", "diagonal", "kronecker"]
 
 
-class Curvature(Protocol):
-    """A base method (docs/theory.md#curvatures; Table 1 of the paper)."""
+class Move(NamedTuple):
+    """``δu = -rate · above / below - decay · u`` (``None``: ones; zero), and the state after it."""
 
-    name: str
+    above: Tensor
+    below: Tensor | None
+    rate: Scalar
+    state: dict[str, Any]
+    decay: Scalar | None = None
 
-    @property
-    def metric(self) -> MetricKind:
-        """Shape of ``M``: of one parameter a multiple of the identity or diagonal, or of players, Kronecker-factored.
+    def change(self, param: Tensor) -> Tensor:
+        """``δu``, of the parameter's shape."""
+        delta = (self.above if self.below is None else self.above / self.below) * -scalar(self.rate, param)
+        return delta if self.decay is None else delta - param * self.decay
 
-        The last has further methods (:class:`gtddp_compile.methods.curvature.kronecker.Kronecker`).
-        """
-        ...
+    def add_to(self, param: Tensor) -> None:
+        """``u + δu`` in place, in one pass where the rate is a number."""
+        if self.decay is not None:
+            param.mul_(1 - self.decay)
+        if isinstance(self.rate, Tensor):
+            above = self.above if self.below is None else self.above / self.below
+            param.sub_(above * scalar(self.rate, param))
+        elif self.below is None:
+            param.sub_(self.above, alpha=self.rate)
+        else:
+            param.addcdiv_(self.above, self.below, value=-self.rate)
 
-    @property
-    def needs_statistics(self) -> bool:
-        """Whether :meth:`observe` reads ``g_stat``; if not, the program need not compute it."""
-        ...
+
+@dataclass(frozen=True)
+class Curvature(ABC):
+    """A base method (docs/theory.md#curvatures; Table 1 of the paper).
+
+    Attributes:
+        name: for the user.
+        metric: shape of ``M``: of one parameter a multiple of the identity or diagonal, or of players,
+            Kronecker-factored (:class:`gtddp_compile.methods.curvature.kronecker.Kronecker` has further methods).
+        needs_statistics: whether :meth:`observe` reads ``g_stat``; if not, the program need not compute it.
+        nonnegative: options that are numbers of at least 0.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[MetricKind] = "diagonal"
+    needs_statistics: ClassVar[bool] = True
+    nonnegative: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
+
+    def __post_init__(self) -> None:
+        self.check(self.defaults())
 
     def defaults(self) -> dict[str, Any]:
         """Options of a param_group, torch.optim's names and values."""
-        ...
+        return asdict(self)
 
+    def check(self, options: Group) -> None:
+        """Refuse options out of torch.optim's range.
+
+        Raises:
+            CompileError: names the option.
+        """
+        name = type(self).__name__
+        if options.get("maximize"):
+            raise CompileError(
+                f"{name} was asked for maximize=True, but the recursions minimise the loss",
+                "Negate the loss instead: loss=lambda outputs, targets: -gain(outputs, targets)",
+            )
+        for option in self.nonnegative:
+            if not number(name, option, options[option]) >= 0.0:
+                raise out_of_range(name, option, options[option], "a number that is at least 0")
+
+    @abstractmethod
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
-        """State of one parameter before the first step, torch.optim's keys."""
-        ...
+        """State of one parameter before the first step, torch.optim's keys; refuses options out of range."""
 
     def linear_term(self, param: Tensor, group: Group) -> Tensor | None:
-        """``ℓ_u = λ u`` of coupled weight decay; ``None`` where there is none."""
-        ...
+        """``ℓ_u = λ u`` of coupled weight decay, shape of the parameter; ``None`` where there is none."""
+        decay = group["weight_decay"]
+        return None if decay == 0 else param * scalar(decay, param)
 
-    def observe(
-        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
-    ) -> dict[str, Any]:
+    @abstractmethod
+    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """The state after statistics were updated from ``g_stat`` (which contains ``ℓ_u``)."""
-        ...
 
     def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor | float:
         """``M⁻¹``: a float or 0-d tensor (spherical), or a tensor of the parameter's shape (diagonal)."""
-        ...
+        denominator = self.denominator(param, state, group)
+        assert denominator is not None  # other metrics have a method of their own
+        return denominator.reciprocal().mul_(scalar(group["lr"], param))
 
-    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor | None:
-        """``D = η M`` of a diagonal metric, of the parameter's shape; ``None`` where the metric is another."""
-        ...
+    def denominator(self, param: Tensor, state: State, group: Group) -> Tensor | None:
+        """``D = η M`` of a diagonal metric, a new tensor of the parameter's shape; ``None``: the metric is another.
+
+        Callers make ``M⁻¹ = η / D`` with ``η = group["lr"]`` themselves, :meth:`inverse_metric` or not: what changes
+        the rate from step to step (Adagrad's ``lr_decay``) is a factor of ``D``.
+        """
+        return None
+
+    @abstractmethod
+    def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:
+        """What ``δu`` is made of once the first moment consumed ``ĝ``. ``denominator``: ``D`` where it is known."""
 
     def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
-        """The change of the parameter, ``δu``, and the state after the first moment consumed ``ĝ``."""
-        ...
-
-    def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
-        denominator: Tensor | None = None, into: Memory = NONE,
-    ) -> dict[str, Any]:  # fmt: skip
-        """As :meth:`apply`, ``δu`` added to ``param`` in place; the state. ``denominator``: ``D`` where it is known."""
-        ...
+        """``δu`` and the state after it."""
+        move = self.move(param, g_hat, state, group)
+        return move.change(param), move.state
 
     def rate(self, group: Group) -> float | None:
         """``η`` where ``δu = -η ĝ`` with no state and no ``ℓ_u``, so that a product may add it up; else ``None``."""
-        ...
+        return None

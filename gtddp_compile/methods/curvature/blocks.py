@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gtddp_compile.kernels.bundle import Layer
 from gtddp_compile.kernels.channels import channel_step
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
@@ -22,13 +23,15 @@ from gtddp_compile.kernels.coordinates import (
     few_rows,
     kronecker_coordinates,
 )
-from gtddp_compile.kernels.kronecker import Layer, Metric, kronecker_precondition
+from gtddp_compile.kernels.kronecker import Metric, Rows, kronecker_precondition
 from gtddp_compile.kernels.patches import _conv_images
-from gtddp_compile.methods.curvature.base import Group
+from gtddp_compile.methods.curvature.base import Group, Move
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
-from gtddp_compile.methods.curvature.updates import RAMP, ParameterUpdates
+from gtddp_compile.methods.curvature.updates import ParameterUpdates
 
 Names = tuple[tuple[str, ...], ...]
+Parts = tuple[tuple[Tensor, ...], ...]
+"""Of every parameter of every player a tensor of its shape."""
 
 
 class BlockUpdates(ParameterUpdates):
@@ -39,15 +42,8 @@ class BlockUpdates(ParameterUpdates):
         assert isinstance(self._curvature, Kronecker)  # the compiler emits these calls for no other
         return self._curvature
 
-    def _inertia(self, name: str) -> Tensor | float | None:
-        """A number: these steps are never recorded as a graph."""
-        state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
-        if "last_step" not in state or not mu:
-            return None
-        return min(float(mu), 1.0 - RAMP / (float(state["taken"]) + RAMP))
-
     def observe_block(
-        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float, *, moments: bool = True
+        self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Rows], start: float, *, moments: bool = True
     ) -> None:
         """Factors of a block of a stage from its layers' inputs and ``V_h = α g_h`` (Eq. 43, 44, 50), and moments."""
         flat = [name for player in names for name in player]
@@ -55,7 +51,7 @@ class BlockUpdates(ParameterUpdates):
         found = self._kronecker.observe_block(kind, layers, start, states, self._groups[flat[0]], moments=moments)
         self.states.update(zip(flat, found, strict=True))
 
-    def observe_factors(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Layer], start: float) -> None:
+    def observe_factors(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Rows], start: float) -> None:
         """As :meth:`observe_block` where moments are taken from coordinates: :meth:`observe_coordinates`."""
         self.observe_block(stage, kind, names, layers, start, moments=False)
 
@@ -73,19 +69,18 @@ class BlockUpdates(ParameterUpdates):
             )
 
     def observe_channels(
-        self, names: tuple[str, ...], x: tuple[Tensor, ...], g: Tensor, params: tuple[Tensor, ...], positions: float,
-        groups: int, sketch: tuple[int, int] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, names: tuple[str, ...], layer: Layer, positions: float, sketch: tuple[int, int] | None = None
+    ) -> Tensor:
         """Statistics of a convolution's channels (:class:`gtddp_compile.FOOF`).
 
         Returns:
             ``X`` with ``X Xᵀ = A⁻¹``, or with ``sketch`` (columns, seed) the filters that project whitened patches.
         """
-        images, _ = _conv_images(x, g, params)
+        images, _ = _conv_images(layer)
         states = [self.states[name] for name in names]
         shape, group = max((tuple(self._params[name].shape) for name in names), key=len), self._groups[names[0]]
         observe = self._kronecker.observe_channels  # type: ignore[attr-defined]  # FOOF's, and asked of no other
-        found = observe(images, positions, shape, groups, states, group, sketch)
+        found = observe(images, positions, shape, layer.how.groups, states, group, sketch)
         self.states.update(zip(names, found, strict=True))
         maps: Tensor = found[0]["map_x" if sketch is None else "filters"]
         return maps
@@ -114,9 +109,8 @@ class BlockUpdates(ParameterUpdates):
     def observe_moment(self, names: tuple[str, ...], moments: tuple[Tensor, ...]) -> None:
         """Running ``E[γ²]`` of parameters with the diagonal rule."""
         for name, moment in zip(names, moments, strict=True):
-            self.states[name] = self._curvature.observe(
-                self._params[name], moment, self.states[name], self._groups[name]
-            )
+            arguments = self._params[name], moment, self.states[name], self._groups[name]
+            self.states[name] = self._curvature.observe(*arguments)
 
     def block_metric(self, kind: BlockKind, names: Names) -> Metric:
         """``M⁻¹`` of a block, as the kernels take it."""
@@ -127,26 +121,19 @@ class BlockUpdates(ParameterUpdates):
         shapes = [self._shape(kind, player) for player in names]
         return [(shape[2], shape[1]) for shape in shapes], [self._groups[player[0]] for player in names]
 
-    def drift_block(self, kind: BlockKind, names: Names) -> tuple[tuple[Tensor, ...], ...]:
+    def drift_block(self, kind: BlockKind, names: Names) -> Parts:
         """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of every player."""
-        if all(self._linear(name) is None for player in names for name in player):
+        if not self._decays(names):
             return tuple(tuple(self._less_inertia(name, None) for name in player) for player in names)
-        linear = []
-        for player in names:
-            terms = [(self._params[name], self._linear(name)) for name in player]
-            linear.append(tuple(torch.zeros_like(param) if term is None else term for param, term in terms))
-        found = self._scaled(kind, names, self._directions(kind, names, linear), 1)
-        return tuple(tuple(map(self._less_inertia, player, parts)) for player, parts in zip(names, found, strict=True))
+        return _each(self._less_inertia, names, self._scaled(kind, names, self._zeros(names), 1))
 
-    def open_block(
-        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
-    ) -> tuple[tuple[Tensor, ...], ...]:
+    def open_block(self, kind: BlockKind, names: Names, gradients: Parts) -> Parts:
         """``k = -M⁻¹ (γᵀ α + ℓ_u)`` of every player (Eq. 4; of a coalition Eq. 18, 53)."""
-        return self._scaled(kind, names, self._directions(kind, names, self._with_decays(names, gradients)), -1)
+        return self._scaled(kind, names, gradients, -1)
 
-    def descend_block(self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]) -> None:
+    def descend_block(self, kind: BlockKind, names: Names, gradients: Parts) -> None:
         """As :meth:`apply_block` where nobody reads ``δu``: one pass over every new parameter."""
-        self._descend(names, self._directions(kind, names, self._with_decays(names, gradients)))
+        self._descend(names, self._directions(kind, names, gradients))
 
     def descend_dual(self, names: Names, coordinates: Coordinates, weights: Tensor) -> None:
         """As :meth:`descend_block`, from the rows of one player in ``"dual"`` coordinates."""
@@ -170,74 +157,50 @@ class BlockUpdates(ParameterUpdates):
         names: tuple[str, ...],
         weighted: Callable[..., tuple[Tensor, ...]],
         rows: Callable[..., tuple[Tensor, Tensor]],
-        operands: tuple[Tensor, ...],
-        g: Tensor,
-        params: tuple[Tensor | None, ...],
-        wants: tuple[bool, ...],
-        **options: Any,
+        layer: Layer,
     ) -> None:
         """:meth:`descend_block` of one layer; its rows, if few, are mapped instead of its gradient."""
-        x, v_h = rows(operands, g, params, wants, **options)
+        x, v_h = rows(layer)
         if not few_rows(x.shape[0] * x.shape[2], x.shape[3], v_h.shape[3]):  # a larger batch than was compiled for
-            self.descend_block("kronecker", (names,), (weighted(operands, g, params, wants, **options),))
+            self.descend_block("kronecker", (names,), (weighted(layer),))
             return
         coordinates = kronecker_coordinates(x, v_h, self.block_maps((names,)), "rows")
         ones = coordinates[0].new_ones(x.shape[0])
         step = coordinates_step(coordinates, ones, self.block_metric("kronecker", (names,)))
         self.descend_steps("kronecker", (names,), (step,))
 
-    def apply_block(
-        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
-    ) -> tuple[tuple[Tensor, ...], ...]:
+    def apply_block(self, kind: BlockKind, names: Names, gradients: Parts) -> Parts:
         """Consume ``ĝ = γᵀ w + ℓ_u`` of every player; returns each one's ``δu``."""
-        return self._apply(names, self._directions(kind, names, self._with_decays(names, gradients)))
+        return self._apply(names, self._directions(kind, names, gradients))
 
-    def apply_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+    def apply_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> Parts:
         """As :meth:`apply_block`, from ``M⁻¹ C w / η`` ``(G, m, n)`` of every player."""
         return self._apply(names, self._stepping(kind, names, steps))
 
-    def _descend(self, names: Names, directions: Sequence[tuple[Tensor, ...]]) -> None:
-        for player, parts in zip(names, directions, strict=True):
-            for name, direction in zip(player, parts, strict=True):
-                if "inertia" in self._groups[name]:
-                    param, group = self._params[name], self._groups[name]
-                    delta, self.states[name] = self._kronecker.consume(param, direction, self.states[name], group)
-                    self._move(name, self._carried(name, delta))
-                    continue
-                target = self._writable(name)
-                self.states[name] = self._kronecker.advance(target, direction, self.states[name], self._groups[name])
+    def _descend(self, names: Names, directions: Parts) -> None:
+        _each(lambda name, part: self._descended(name, self._preconditioned(name, part)), names, directions)
 
-    def _apply(self, names: Names, directions: Sequence[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], ...]:
-        found = []
-        for player, parts in zip(names, directions, strict=True):
-            deltas = []
-            for name, direction in zip(player, parts, strict=True):
-                param = self._params[name]
-                delta, self.states[name] = self._kronecker.consume(
-                    param, direction, self.states[name], self._groups[name]
-                )
-                delta = self._carried(name, delta)
-                self._new[name] = (param + delta).to(param.dtype)
-                deltas.append(delta)
-            found.append(tuple(deltas))
-        return tuple(found)
+    def _apply(self, names: Names, directions: Parts) -> Parts:
+        return _each(lambda name, part: self._applied(name, self._preconditioned(name, part)), names, directions)
+
+    def _preconditioned(self, name: str, direction: Tensor) -> Move:
+        return self._kronecker.preconditioned(self._params[name], direction, self.states[name], self._groups[name])
 
     # --- matrices -----------------------------------------------------------------------------------------------------
 
-    def _directions(
-        self, kind: BlockKind, names: Names, gradients: Sequence[tuple[Tensor, ...]]
-    ) -> list[tuple[Tensor, ...]]:
-        """``(M⁻¹ ĝ)_p / η_p``."""
+    def _directions(self, kind: BlockKind, names: Names, gradients: Parts) -> Parts:
+        """``(M⁻¹ (g + ℓ))_p / η_p``."""
+        gradients = _each(self._with_decay, names, gradients)
         if kind == "channels":
-            return [self._channel_directions(*pair) for pair in zip(names, gradients, strict=True)]
+            return tuple(map(self._channel_directions, names, gradients))
         folded = [self._fold(kind, player, parts) for player, parts in zip(names, gradients, strict=True)]
         if kind == "dual":
             inverse_x, inverse_g = self.block_inverses(names)
             mapped = folded[0].to(inverse_x.dtype) @ inverse_x
             mapped = mapped if inverse_g is None else inverse_g @ mapped
-            return [self._unfold(kind, names[0], mapped.to(folded[0].dtype))]
+            return (self._unfold(kind, names[0], mapped.to(folded[0].dtype)),)
         found = kronecker_precondition(folded, self.block_metric(kind, names))
-        return [self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True)]
+        return tuple(self._unfold(kind, player, matrix) for player, matrix in zip(names, found, strict=True))
 
     def _channel_directions(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inverse = self.states[names[0]]["inverse_x"]
@@ -248,18 +211,14 @@ class BlockUpdates(ParameterUpdates):
             for name, gradient in zip(names, gradients, strict=True)
         )
 
-    def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> Parts:
         """``M⁻¹ (C w + ℓ) / η`` parameter by parameter, from ``M⁻¹ C w / η``."""
-        found = [self._unfold(kind, player, step) for player, step in zip(names, steps, strict=True)]
-        found = [
-            tuple(part.to(self._params[name].dtype) for name, part in zip(player, parts, strict=True))
-            for player, parts in zip(names, found, strict=True)
-        ]
-        if all(self._linear(name) is None for player in names for name in player):
+        found = tuple(self._unfold(kind, player, step) for player, step in zip(names, steps, strict=True))
+        found = _each(lambda name, part: part.to(self._params[name].dtype), names, found)
+        if not self._decays(names):
             return found
-        zeros = [tuple(torch.zeros_like(self._params[name]) for name in player) for player in names]
-        decays = self._directions(kind, names, self._with_decays(names, zeros))
-        return [tuple(map(torch.add, *pair)) for pair in zip(found, decays, strict=True)]
+        decays = self._directions(kind, names, self._zeros(names))
+        return tuple(tuple(map(torch.add, *pair)) for pair in zip(found, decays, strict=True))
 
     def _shape(self, kind: BlockKind, names: tuple[str, ...]) -> tuple[int, int, int]:
         """``(G, m, n)`` of one player's gradients: groups of a convolution, or blocks of a wide layer's inputs."""
@@ -296,20 +255,18 @@ class BlockUpdates(ParameterUpdates):
             pieces = tuple(matrix[..., :width] if param.dim() > 1 else matrix[..., width:] for param in params)
         return tuple(piece.reshape(param.shape) for piece, param in zip(pieces, params, strict=True))
 
-    def _scaled(
-        self, kind: BlockKind, names: Names, directions: Sequence[tuple[Tensor, ...]], sign: int
-    ) -> tuple[tuple[Tensor, ...], ...]:
-        return tuple(
-            tuple(part * (sign * float(self._groups[name]["lr"])) for name, part in zip(player, parts, strict=True))
-            for player, parts in zip(names, directions, strict=True)
-        )
+    def _scaled(self, kind: BlockKind, names: Names, gradients: Parts, sign: int) -> Parts:
+        """``± M⁻¹ (g + ℓ)``."""
+        directions = self._directions(kind, names, gradients)
+        return _each(lambda name, part: part * (sign * float(self._groups[name]["lr"])), names, directions)
 
-    def _with_decays(self, names: Names, gradients: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-        found = []
-        for player, parts in zip(names, gradients, strict=True):
-            terms = [(part, self._linear(name)) for name, part in zip(player, parts, strict=True)]
-            found.append(tuple(part if term is None else part + term for part, term in terms))
-        return found
+    def _decays(self, names: Names) -> bool:
+        return any(self._linear(name) is not None for player in names for name in player)
 
-    def _linear(self, name: str) -> Tensor | None:
-        return self._curvature.linear_term(self._params[name], self._groups[name])
+    def _zeros(self, names: Names) -> Parts:
+        return tuple(tuple(torch.zeros_like(self._params[name]) for name in player) for player in names)
+
+
+def _each(function: Callable[[str, Tensor], Any], names: Names, parts: Parts) -> tuple[tuple[Any, ...], ...]:
+    """A function of every parameter's name and tensor."""
+    return tuple(tuple(map(function, player, own)) for player, own in zip(names, parts, strict=True))

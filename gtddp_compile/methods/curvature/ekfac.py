@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.kronecker import Layer, kronecker_moment, kronecker_widths
+from gtddp_compile.kernels.kronecker import Rows, kronecker_moment, kronecker_widths
 from gtddp_compile.methods.curvature.base import Group, State
-from gtddp_compile.methods.curvature.checks import out_of_range
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker, split_maps
+from gtddp_compile.methods.curvature.numbers import out_of_range
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class EKFAC(Kronecker):
         products = values_g.clamp_min(0).unsqueeze(2) * values_x.clamp_min(0).unsqueeze(1)
         return {**found, "moment": even_out(products, found)}
 
-    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
+    def moments(self, layers: Sequence[Rows], start: float, state: State, group: Group) -> dict[str, Any]:
         """``s`` after this batch."""
         maps = split_maps(state, kronecker_widths(layers))
         return {"moment": self._moment(kronecker_moment(layers, start, maps), state, group)}

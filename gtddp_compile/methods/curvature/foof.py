@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.channels import channel_factor, channel_filters
-from gtddp_compile.kernels.kronecker import Layer, input_factor
-from gtddp_compile.methods.curvature.base import NONE, Group, Memory, State
-from gtddp_compile.methods.curvature.checks import Scalar, scalar
+from gtddp_compile.methods.curvature.base import Group, State
 from gtddp_compile.methods.curvature.kfac import inverse, inverse_root
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
+from gtddp_compile.methods.curvature.numbers import Scalar
 
 
 @dataclass(frozen=True)
@@ -66,25 +65,9 @@ class FOOF(Kronecker):
         """Step count of a parameter without rows, and the positions at which a sample uses it."""
         return {**self._stepped(state), "positions": positions}
 
-    def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor | float:
-        """``lr / (P (1 + λ))``."""
-        found: Tensor | float = scalar(group["lr"], param) / (state["positions"] * (1.0 + group["damping"]))
-        return found
-
-    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
-        """``δu`` and the state of a parameter without rows."""
-        return self.consume(param, self._scaled(g_hat, state, group), state, group)
-
-    def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
-        denominator: Tensor | None = None, into: Memory = NONE,
-    ) -> dict[str, Any]:  # fmt: skip
-        """As :meth:`apply`, added to the parameter in place."""
-        return self.advance(param, self._scaled(g_hat, state, group), state, group)
-
-    def _scaled(self, g_hat: Tensor, state: State, group: Group) -> Tensor:
-        scaled: Tensor = g_hat / (state["positions"] * (1.0 + group["damping"]))
-        return scaled
+    def divisor(self, state: State, group: Group) -> Any:
+        """``P (1 + λ)``."""
+        return state["positions"] * (1.0 + group["damping"])
 
     def observe_channels(
         self, x: Tensor, positions: float, shape: tuple[int, ...], groups: int, states: Sequence[State], group: Group,
@@ -117,10 +100,6 @@ class FOOF(Kronecker):
         """``A`` alone."""
         return ("factor_x",)
 
-    def factors(self, layers: Sequence[Layer], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
-        """The running ``A``."""
-        return {"factor_x": input_factor(layers, None if old is None else old["factor_x"], keep)}
-
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
         """``X Xᵀ = (A + λ ā I)⁻¹``, or of a ``"dual"`` block the inverse itself; ``Y = I`` is not kept."""
         x = state["factor_x"]
@@ -132,11 +111,3 @@ class FOOF(Kronecker):
             map_x, failed = inverse_root(x, group["damping"] * mean)
             found = {"map_x": map_x, "inverse_x": map_x @ map_x.mT} if kind == "channels" else {"map_x": map_x}
         return {**found, "fallbacks": state.get("fallbacks", 0) + failed}
-
-    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
-        """None."""
-        return {}
-
-    def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:
-        """The map says everything."""
-        return 1.0, None

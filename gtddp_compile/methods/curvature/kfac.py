@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.kronecker import Layer
 from gtddp_compile.methods.curvature.base import Group, State
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
 
@@ -64,14 +62,6 @@ class KFAC(Kronecker):
         (of_x, failed_x), (of_g, failed_g) = found(x, a), found(g, b)
         failed = state.get("fallbacks", 0) + failed_x + failed_g
         return {f"{word}_x": of_x, f"{word}_g": of_g, "fallbacks": failed}
-
-    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
-        """None."""
-        return {}
-
-    def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:
-        """The maps say everything."""
-        return 1.0, None
 
 
 def split_damping(x: Tensor, g: Tensor, damping: float, *, pi: bool, exact: bool) -> tuple[Tensor, Tensor]:

@@ -17,32 +17,23 @@ A block's factors are in the state of its first parameter; every parameter has i
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.kronecker import (
-    Layer,
     Maps,
     Metric,
+    Rows,
     kronecker_factor_shapes,
     kronecker_factors,
 )
-from gtddp_compile.methods.curvature.base import NONE, Group, Memory, MetricKind, State
-from gtddp_compile.methods.curvature.checks import (
-    Scalar,
-    check_ranges,
-    first_step,
-    number,
-    out_of_range,
-    scalar,
-    statistics_gradient,
-    subtract,
-)
+from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
+from gtddp_compile.methods.curvature.numbers import Scalar, number, out_of_range, scalar, statistics_gradient, zeros
 
 BlockKind = Literal["kronecker", "dual", "channels", "shared", "exact"]
 
@@ -51,7 +42,7 @@ DERIVED = ("map_x", "map_g", "null_x", "null_g", "moment", "inverse_x", "inverse
 
 
 @dataclass(frozen=True)
-class Kronecker(ABC):
+class Kronecker(Curvature):
     """Options and state of a Kronecker-factored curvature; see :class:`KFAC` and :class:`EKFAC`."""
 
     lr: Scalar = 1e-2
@@ -65,6 +56,8 @@ class Kronecker(ABC):
     early: int = 10
 
     name = "kronecker"
+    metric = "kronecker"
+    nonnegative = ("lr", "damping", "momentum", "weight_decay")
     small = 0
     """Largest number of parameters of an exact block."""
     widest = 0
@@ -76,31 +69,10 @@ class Kronecker(ABC):
     rescales = False
     """Whether the metric's diagonal in its own basis is a matrix of its own, and no product of two."""
 
-    def __post_init__(self) -> None:
-        self.check(self.defaults())
-
-    @property
-    def metric(self) -> MetricKind:
-        """Kronecker: of players, not of parameters."""
-        return "kronecker"
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Layer inputs and ``V_h``."""
-        return True
-
-    def defaults(self) -> dict[str, Any]:
-        """Options of a param_group."""
-        return asdict(self)
-
     def check(self, options: Group) -> None:
-        """Refuse options out of range.
-
-        Raises:
-            CompileError: names the option.
-        """
+        """As every method's; averages forget, and what is counted is whole."""
+        super().check(options)
         name = type(self).__name__
-        check_ranges(name, options, "lr", "damping", "momentum", "weight_decay")
         if not 0.0 <= number(name, "stat_decay", options["stat_decay"]) < 1.0:
             raise out_of_range(name, "stat_decay", options["stat_decay"], "a value in [0, 1)")
         for option, least in (("refresh", 1), ("stat_every", 1), ("early", 0), ("small", 0)):
@@ -113,75 +85,41 @@ class Kronecker(ABC):
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """``"step"`` and, with momentum, a zero ``"momentum_buffer"``; factors appear with the first statistics."""
         self.check(group)
-        state: dict[str, Any] = {"step": first_step()}
-        if group["momentum"] > 0:
-            state["momentum_buffer"] = torch.zeros_like(param).detach()
-        return state
+        return zeros(param, *(("momentum_buffer",) if group["momentum"] > 0 else ()))
 
-    def linear_term(self, param: Tensor, group: Group) -> Tensor | None:
-        """``λ u`` of coupled decay, shape of the parameter."""
-        decay = group["weight_decay"]
-        return None if decay == 0 else param * scalar(decay, param)
-
-    def observe(
-        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
-    ) -> dict[str, Any]:
+    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """Step count and running ``E[γ²]`` of a parameter with the diagonal rule (``g_stat`` is the batch's)."""
         moment, new = statistics_gradient(type(self).__name__, g_stat), self._stepped(state)
         new["second_moment"] = self._average(state.get("second_moment"), moment, new["step"], group)
         return new
 
+    def divisor(self, state: State, group: Group) -> Any:
+        """``η M`` of a parameter with the diagonal rule, ``E[γ²] + damping``."""
+        return state["second_moment"] + group["damping"]
+
     def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor | float:
         """``lr / (E[γ²] + damping)`` of a parameter with the diagonal rule."""
-        inverse: Tensor = (state["second_moment"] + group["damping"]).reciprocal_().mul_(scalar(group["lr"], param))
+        inverse: Tensor | float = scalar(group["lr"], param) / self.divisor(state, group)
         return inverse
 
-    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor | None:
-        """None: the metric is a matrix."""
-        return None
+    def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:
+        """Of a parameter with the diagonal rule."""
+        return self.preconditioned(param, g_hat / self.divisor(state, group), state, group)
 
-    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
-        """``δu`` and the state of a parameter with the diagonal rule."""
-        return self.consume(param, g_hat / (state["second_moment"] + group["damping"]), state, group)
-
-    def consume(self, param: Tensor, direction: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
+    def preconditioned(self, param: Tensor, direction: Tensor, state: State, group: Group) -> Move:
         """``δu = -lr · b``, ``b ← momentum · b + direction`` (torch.optim.SGD's), ``direction = M⁻¹ ĝ / lr``."""
-        moved, new = self._moved(param, direction, state, group)
-        return moved * -scalar(group["lr"], param), new
-
-    def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
-        denominator: Tensor | None = None, into: Memory = NONE,
-    ) -> dict[str, Any]:  # fmt: skip
-        """As :meth:`apply`, added to the parameter in place."""
-        return self.advance(param, g_hat / (state["second_moment"] + group["damping"]), state, group)
-
-    def advance(self, param: Tensor, direction: Tensor, state: State, group: Group) -> dict[str, Any]:
-        """As :meth:`consume`, added to the parameter in place."""
-        moved, new = self._moved(param, direction, state, group)
-        subtract(param, moved, group["lr"])
-        return new
-
-    def rate(self, group: Group) -> float | None:
-        """None: the metric is a matrix."""
-        return None
-
-    def _moved(
-        self, param: Tensor, direction: Tensor, state: State, group: Group
-    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
-        """``b`` and the state with it."""
         if group["momentum"] == 0:
-            return direction, dict(state)
+            return Move(direction, None, group["lr"], dict(state))
         old = state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(param)
         buffer = old * group["momentum"] + direction
-        return buffer, {**state, "momentum_buffer": buffer}
+        return Move(buffer, None, group["lr"], {**state, "momentum_buffer": buffer})
 
     # --- block by block -----------------------------------------------------------------------------------------------
 
     def observe_block(
         self,
         kind: BlockKind,
-        layers: Sequence[Layer],
+        layers: Sequence[Rows],
         start: float,
         states: Sequence[State],
         group: Group,
@@ -192,7 +130,7 @@ class Kronecker(ABC):
 
         Args:
             kind: what the block is.
-            layers: one a player (:func:`gtddp_compile.kernels.kronecker_layer`), one for all of a ``"shared"`` block;
+            layers: one a player (:class:`gtddp_compile.kernels.Rows`), one for all of a ``"shared"`` block;
                 their output gradients are ``V_h = α_{t+1} g_h``.
             start: ``α_T``.
             states: of every parameter, the block's first one first.
@@ -253,10 +191,11 @@ class Kronecker(ABC):
         """Keys of the factors in a state."""
         return ("factor_x", "factor_g")
 
-    def factors(self, layers: Sequence[Layer], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
+    def factors(self, layers: Sequence[Rows], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
         """Running averages of the factors, of which ``keep`` is from the old ones."""
-        before = None if old is None else (old["factor_x"], old["factor_g"])
-        return dict(zip(self.factor_keys(), kronecker_factors(layers, start, before, keep), strict=True))
+        keys = self.factor_keys()
+        before = tuple(None if old is None else old[key] for key in keys)
+        return dict(zip(keys, kronecker_factors(layers, start, before, keep), strict=True))
 
     @abstractmethod
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
@@ -264,17 +203,17 @@ class Kronecker(ABC):
         ``"inverse_g"`` instead of a ``"dual"`` block.
         """
 
-    @abstractmethod
-    def moments(self, layers: Sequence[Layer], start: float, state: State, group: Group) -> dict[str, Any]:
+    def moments(self, layers: Sequence[Rows], start: float, state: State, group: Group) -> dict[str, Any]:
         """Further statistics of the batch, taken every step."""
+        return {}
 
     def observe_coordinates(self, moment: Tensor, state: State, group: Group) -> dict[str, Any]:
         """The state after the batch's ``E[(α γ̂)²]`` (``rescales``: otherwise nobody asks)."""
         return {**state, "moment": moment}
 
-    @abstractmethod
     def scales(self, kind: BlockKind, state: State, group: Group, players: int) -> tuple[Tensor | float, Tensor | None]:
-        """``scale`` and ``cross`` of the metric."""
+        """``scale`` and ``cross`` of the metric: where the maps say everything, 1 and none."""
+        return 1.0, None
 
     def _stepped(self, state: State) -> dict[str, Any]:
         return {**state, "step": state["step"] + 1}

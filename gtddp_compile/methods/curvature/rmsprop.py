@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gtddp_compile.methods.curvature.base import NONE, Group, Memory, MetricKind, State
-from gtddp_compile.methods.curvature.checks import (
-    Scalar,
-    check_ranges,
-    first_step,
-    scalar,
-    statistics_gradient,
-    subtract,
-    subtract_quotient,
-)
+from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
+from gtddp_compile.methods.curvature.numbers import Scalar, statistics_gradient, zeros
 
 
 @dataclass(frozen=True)
-class RMSprop:
+class RMSprop(Curvature):
     """Diagonal curvature ``M = diag(√v + eps) / lr`` (docs/theory.md#curvatures), torch.optim.RMSprop's options.
 
     With ``Q_u = g_stat`` and ``ĝ = γᵀ w + ℓ_u``, elementwise and of the parameter's own shape::
@@ -61,93 +53,35 @@ class RMSprop:
     maximize: bool = False
 
     name = "rmsprop"
-
-    def __post_init__(self) -> None:
-        _check(self.defaults())
-
-    @property
-    def metric(self) -> MetricKind:
-        """Diagonal."""
-        return "diagonal"
-
-    @property
-    def needs_statistics(self) -> bool:
-        """Second moments (centered: first moments too) of ``Q_u``."""
-        return True
-
-    def defaults(self) -> dict[str, Any]:
-        """Options of a param_group."""
-        return asdict(self)
+    nonnegative = ("lr", "eps", "momentum", "weight_decay", "alpha")
 
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """``"step"``; zeros like the parameter: ``"square_avg"``, ``"momentum_buffer"``, ``"grad_avg"``."""
-        _check(group)
-        state: dict[str, Any] = {"step": first_step(), "square_avg": torch.zeros_like(param).detach()}
-        if group["momentum"] > 0:
-            state["momentum_buffer"] = torch.zeros_like(param).detach()
-        if group["centered"]:
-            state["grad_avg"] = torch.zeros_like(param).detach()
-        return state
+        self.check(group)
+        momentum = ("momentum_buffer",) if group["momentum"] > 0 else ()
+        return zeros(param, "square_avg", *momentum, *(("grad_avg",) if group["centered"] else ()))
 
-    def linear_term(self, param: Tensor, group: Group) -> Tensor | None:
-        """``λ u``, shape of the parameter."""
-        decay = group["weight_decay"]
-        return None if decay == 0 else param * scalar(decay, param)
-
-    def observe(
-        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
-    ) -> dict[str, Any]:
+    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """Step count and moments after ``Q_u``."""
-        g, alpha, new = statistics_gradient("RMSprop", g_stat), group["alpha"], dict(state)
-        new["step"] = state["step"] + 1
-        square = torch.mul(state["square_avg"], alpha, out=into.get("square_avg"))
-        new["square_avg"] = square.addcmul_(g, g, value=1 - alpha)
+        g, alpha = statistics_gradient("RMSprop", g_stat), group["alpha"]
+        new = {**state, "step": state["step"] + 1}
+        new["square_avg"] = torch.mul(state["square_avg"], alpha).addcmul_(g, g, value=1 - alpha)
         if group["centered"]:
-            new["grad_avg"] = torch.lerp(state["grad_avg"], g, 1 - alpha, out=into.get("grad_avg"))
+            new["grad_avg"] = torch.lerp(state["grad_avg"], g, 1 - alpha)
         return new
 
-    def inverse_metric(self, param: Tensor, state: State, group: Group) -> Tensor:
-        """``lr / (√v + eps)``, shape of the parameter."""
-        return self.denominator(param, state, group).reciprocal_().mul_(scalar(group["lr"], param))
-
-    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor:
+    def denominator(self, param: Tensor, state: State, group: Group) -> Tensor:
         """``√v + eps``, shape of the parameter."""
-        square, memory = state["square_avg"], into.get("denominator")
+        square = state["square_avg"]
         if group["centered"]:
             mean = state["grad_avg"]
-            root = torch.addcmul(square, mean, mean, value=-1, out=memory).sqrt_()
-        else:
-            root = torch.sqrt(square, out=memory)
-        return root.add_(group["eps"])
+            return torch.addcmul(square, mean, mean, value=-1).sqrt_().add_(group["eps"])
+        return torch.sqrt(square).add_(group["eps"])
 
-    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
-        """``δu`` and the state with the new momentum buffer; both of the parameter's shape."""
-        new, momentum, denominator = dict(state), group["momentum"], self.denominator(param, state, group)
-        step = -scalar(group["lr"], param)
-        if momentum > 0:
-            new["momentum_buffer"] = torch.mul(state["momentum_buffer"], momentum).addcdiv_(g_hat, denominator)
-            return new["momentum_buffer"] * step, new
-        return torch.div(g_hat, denominator).mul_(step), new
-
-    def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
-        denominator: Tensor | None = None, into: Memory = NONE,
-    ) -> dict[str, Any]:  # fmt: skip
-        """As :meth:`apply`, added to the parameter in place."""
-        momentum, lr = group["momentum"], group["lr"]
-        if denominator is None:
-            denominator = self.denominator(param, state, group, into)
-        if momentum > 0:
-            buffer = torch.mul(state["momentum_buffer"], momentum, out=into.get("momentum_buffer"))
-            subtract(param, buffer.addcdiv_(g_hat, denominator), lr)
-            return {**state, "momentum_buffer": buffer}
-        subtract_quotient(param, g_hat, denominator, lr)
-        return dict(state)
-
-    def rate(self, group: Group) -> float | None:
-        """None: the metric is diagonal."""
-        return None
-
-
-def _check(options: Group) -> None:
-    check_ranges("RMSprop", options, "lr", "eps", "momentum", "weight_decay", "alpha")
+    def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:
+        """``ĝ / D``, or the momentum buffer of it."""
+        below = self.denominator(param, state, group) if denominator is None else denominator
+        if group["momentum"] > 0:
+            buffer = torch.mul(state["momentum_buffer"], group["momentum"]).addcdiv_(g_hat, below)
+            return Move(buffer, None, group["lr"], {**state, "momentum_buffer": buffer})
+        return Move(g_hat, below, group["lr"], dict(state))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.methods.curvature.base import NONE, Group, Memory, MetricKind, State
-from gtddp_compile.methods.curvature.checks import Scalar, check_ranges, scalar, subtract
+from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
+from gtddp_compile.methods.curvature.numbers import Scalar, scalar
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Curvature):
     """Spherical curvature ``M = I / lr`` (docs/theory.md#curvatures), with torch.optim.SGD's options.
 
     With ``ĝ = γᵀ w + ℓ_u`` of a parameter's own shape::
@@ -49,37 +49,25 @@ class SGD:
     maximize: bool = False
 
     name = "sgd"
+    metric = "spherical"
+    needs_statistics = False
+    nonnegative = ("lr", "momentum", "weight_decay")
 
-    def __post_init__(self) -> None:
-        _check(self.defaults())
-
-    @property
-    def metric(self) -> MetricKind:
-        """A multiple of the identity."""
-        return "spherical"
-
-    @property
-    def needs_statistics(self) -> bool:
-        """None are taken."""
-        return False
-
-    def defaults(self) -> dict[str, Any]:
-        """Options of a param_group."""
-        return asdict(self)
+    def check(self, options: Group) -> None:
+        """As every method's; Nesterov's momentum is not dampened."""
+        super().check(options)
+        if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+            raise CompileError(
+                "SGD: nesterov=True needs a momentum and zero dampening, as in torch.optim.SGD",
+                "Set momentum above 0 and dampening=0, or nesterov=False",
+            )
 
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """Empty: torch.optim.SGD creates ``"momentum_buffer"`` at the first step, which is not dampened."""
-        _check(group)
+        self.check(group)
         return {}
 
-    def linear_term(self, param: Tensor, group: Group) -> Tensor | None:
-        """``λ u``, shape of the parameter."""
-        decay = group["weight_decay"]
-        return None if decay == 0 else param * scalar(decay, param)
-
-    def observe(
-        self, param: Tensor, g_stat: Tensor | None, state: State, group: Group, into: Memory = NONE
-    ) -> dict[str, Any]:
+    def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """The state as it is."""
         return dict(state)
 
@@ -87,50 +75,20 @@ class SGD:
         """``lr``."""
         return scalar(group["lr"], param)
 
-    def denominator(self, param: Tensor, state: State, group: Group, into: Memory = NONE) -> Tensor | None:
-        """None: the metric is spherical."""
-        return None
-
-    def apply(self, param: Tensor, g_hat: Tensor, state: State, group: Group) -> tuple[Tensor, dict[str, Any]]:
-        """``δu`` and the state with the new momentum buffer; both of the parameter's shape."""
-        direction, new = self._direction(g_hat, state, group)
-        return direction * -scalar(group["lr"], param), new
-
-    def descend(
-        self, param: Tensor, g_hat: Tensor, state: State, group: Group,
-        denominator: Tensor | None = None, into: Memory = NONE,
-    ) -> dict[str, Any]:  # fmt: skip
-        """As :meth:`apply`, added to the parameter in place."""
-        direction, new = self._direction(g_hat, state, group, into)
-        subtract(param, direction, group["lr"])
-        return new
-
-    def rate(self, group: Group) -> float | None:
-        """``lr`` without momentum and decay."""
-        plain = group["momentum"] == 0 and group["weight_decay"] == 0 and not isinstance(group["lr"], Tensor)
-        return float(group["lr"]) if plain else None
-
-    def _direction(
-        self, g_hat: Tensor, state: State, group: Group, into: Memory = NONE
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """``-δu / lr`` and the new state."""
+    def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:
+        """``b``, or ``ĝ + momentum · b``, and the state with the new momentum buffer."""
         new, momentum, direction = dict(state), group["momentum"], g_hat
         if momentum != 0:
             buffer = state.get("momentum_buffer")
             if buffer is None:
                 buffer = torch.clone(g_hat).detach()
             else:
-                buffer = torch.mul(buffer, momentum, out=into.get("momentum_buffer"))
-                buffer.add_(g_hat, alpha=1 - group["dampening"])
+                buffer = torch.mul(buffer, momentum).add_(g_hat, alpha=1 - group["dampening"])
             new["momentum_buffer"] = buffer
             direction = torch.add(g_hat, buffer, alpha=momentum) if group["nesterov"] else buffer
-        return direction, new
+        return Move(direction, None, group["lr"], new)
 
-
-def _check(options: Group) -> None:
-    check_ranges("SGD", options, "lr", "momentum", "weight_decay")
-    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
-        raise CompileError(
-            "SGD: nesterov=True needs a momentum and zero dampening, as in torch.optim.SGD",
-            "Set momentum above 0 and dampening=0, or nesterov=False",
-        )
+    def rate(self, group: Group) -> float | None:
+        """``lr`` without momentum and decay."""
+        plain = group["momentum"] == 0 and group["weight_decay"] == 0 and not isinstance(group["lr"], Tensor)
+        return float(group["lr"]) if plain else None

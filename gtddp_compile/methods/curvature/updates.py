@@ -5,15 +5,16 @@ Exported programs carry this text with them (``gtddp_compile.tools.export``), so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import separated
+from gtddp_compile.kernels.bundle import Layer
 from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, weigh
-from gtddp_compile.methods.curvature.base import Curvature
+from gtddp_compile.methods.curvature.base import Curvature, Move
 
 RAMP = 3.0
 """Steps after which inertia is half of what it tends to (but for its cap): the first steps are no average yet, and in
@@ -47,9 +48,7 @@ class ParameterUpdates:
         """Statistics from ``Q_u = γᵀ α + ℓ_u`` (``gradients`` without ``ℓ_u``), and the step count."""
         for index, name in enumerate(names):
             g = None if gradients is None else self._with_decay(name, gradients[index])
-            self.states[name] = self._curvature.observe(
-                self._params[name], g, self.states[name], self._groups[name], self._memory(name)
-            )
+            self.states[name] = self._curvature.observe(self._params[name], g, self.states[name], self._groups[name])
 
     def observe_gram(
         self,
@@ -57,13 +56,9 @@ class ParameterUpdates:
         weighted: Callable[..., tuple[Tensor, ...]],
         gram: Callable[..., Tensor],
         pieces: Callable[..., Iterable[tuple[int, Any, Tensor]]],
-        operands: tuple[Tensor, ...],
-        g: Tensor,
+        layer: Layer,
         alpha: Tensor,
-        params: tuple[Tensor | None, ...],
-        wants: tuple[bool, ...],
         rows: Sequence[slice],
-        **options: Any,
     ) -> Blocks:
         """:meth:`observe` and ``Γ = γ M⁻¹ γᵀ`` of a layer whose metric is diagonal, from ``γ`` that is made once.
 
@@ -71,40 +66,34 @@ class ParameterUpdates:
         their part of ``Γ``, while the piece is in the cache.
         """
         if torch.compiler.is_compiling():
-            self.observe(names, weigh(weighted, operands, g, alpha, params, wants, **options))
-            return gram_blocks(gram, operands, g, params, wants, self.metric(names), rows, **options)
+            self.observe(names, weigh(weighted, layer, alpha))
+            return gram_blocks(gram, layer, self.metric(names), rows)
         grams = tuple(torch.zeros_like(block) for block in blocks_diagonal(alpha, rows))
-        tables = [self._tables(name) for name in names]
-        found: dict[str, Mapping[str, Any]] = {}
-        for index, part, gamma in pieces(operands, g, params, wants, **options):
+        found: dict[str, dict[str, Any]] = {name: {} for name in names}
+        for index, part, gamma in pieces(layer):
             q_u = (alpha.to(gamma.dtype) @ gamma.flatten(1)).reshape(gamma.shape[1:])
-            inverse, found[names[index]] = self._observe_rows(names[index], part, q_u, tables[index])
+            inverse = self._observe_rows(names[index], part, q_u, found[names[index]])
             add_gram(grams, gamma, inverse, rows)
-        self.states.update(found)
-        self._denominators.update((name, table["denominator"]) for name, table in zip(names, tables, strict=True))
+        for name, new in found.items():
+            self._denominators[name] = new.pop("denominator")
+            self.states[name] = new
         return grams
 
-    def _tables(self, name: str) -> dict[str, Tensor]:
-        """Memory for what a parameter's state has of its shape, and for a diagonal metric."""
-        state, memory = self.states[name], self._memory(name)
-        own = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
-        own["denominator"] = next(iter(own.values()))
-        return {key: memory[key] if key in memory else torch.empty_like(value) for key, value in own.items()}
-
-    def _observe_rows(
-        self, name: str, part: Any, g: Tensor, tables: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Mapping[str, Any]]:
-        """``M⁻¹`` of some rows of a parameter, and the state of the whole: new in the rows that have been here."""
-        state, group, param = self.states[name], self._groups[name], self._params[name][part]
-        into = {key: value[part] for key, value in tables.items()}
-        own = {key: value[part] if key in tables else value for key, value in state.items()}
-        new = self._curvature.observe(param, g, own, group, into)
-        denominator = self._curvature.denominator(param, new, group, into)
+    def _observe_rows(self, name: str, part: Any, g: Tensor, whole: dict[str, Any]) -> Tensor:
+        """``M⁻¹`` of some rows of a parameter; into ``whole`` what they have of its new state and of ``D``."""
+        state, group, param = self.states[name], self._groups[name], self._params[name]
+        own = {key: value[part] if isinstance(value, Tensor) and value.dim() else value for key, value in state.items()}
+        new = self._curvature.observe(param[part], g, own, group)
+        denominator = self._curvature.denominator(param[part], new, group)
         assert denominator is not None  # a diagonal metric's
-        made = {
-            key: tables[key] if value is into.get(key) else state[key] for key, value in new.items() if key in tables
-        }
-        return denominator.reciprocal().mul_(group["lr"]), {**new, **made}
+        for key, value in {**new, "denominator": denominator}.items():
+            if key in own and value is own[key]:
+                whole[key] = state[key]
+            elif value.dim():
+                whole.setdefault(key, torch.empty_like(param, dtype=value.dtype))[part] = value
+            else:
+                whole[key] = value
+        return denominator.reciprocal().mul_(group["lr"])
 
     def metric(self, names: tuple[str, ...]) -> tuple[Tensor | float, ...]:
         """``M⁻¹`` of each parameter."""
@@ -127,15 +116,10 @@ class ParameterUpdates:
 
     def _denominator(self, name: str) -> Tensor | None:
         """``D`` of a diagonal metric, kept until the parameter has moved."""
-        arguments = (self._params[name], self.states[name], self._groups[name], self._memory(name))
-        own = self._curvature.denominator(*arguments)
+        own = self._curvature.denominator(self._params[name], self.states[name], self._groups[name])
         if own is not None:
             self._denominators[name] = own
         return own
-
-    def _memory(self, name: str) -> Mapping[str, Tensor]:
-        """Memory for new tensors of a parameter, by key of its state; what is not there is allocated."""
-        return {}
 
     def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor, ...], Tensor | float]:
         """``v``, the last step's ``δu`` of each parameter (zero before the first), and ``μ``, one for all of them."""
@@ -148,18 +132,18 @@ class ParameterUpdates:
         """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of each parameter."""
         found = []
         for name in names:
-            linear = self._curvature.linear_term(self._params[name], self._groups[name])
+            linear = self._linear(name)
             decayed = None if linear is None else self._inverse(name) * linear
             found.append(self._less_inertia(name, decayed))
         return tuple(found)
 
     def _inertia(self, name: str) -> Tensor | float | None:
-        """``μ_k = min(μ, k / (k + RAMP))`` after k steps, a 0-d tensor; ``None`` before the first."""
+        """``μ_k = min(μ, k / (k + RAMP))`` after k steps; ``None`` before the first."""
         state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
         if "last_step" not in state or not mu:
             return None
         ramp: Tensor = state["taken"] / (state["taken"] + RAMP)
-        return ramp.clamp_max(mu)
+        return ramp.clamp_max(mu) if torch.compiler.is_compiling() else min(float(mu), float(ramp))
 
     def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
         """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``."""
@@ -175,11 +159,8 @@ class ParameterUpdates:
             return delta
         mu = self._inertia(name)
         if mu is not None:
-            last, memory = self.states[name]["last_step"], self._memory(name).get("last_step")
-            if isinstance(mu, Tensor):
-                delta = torch.addcmul(delta, last, mu.to(last), out=memory)
-            else:
-                delta = torch.add(delta, last, alpha=mu, out=memory)
+            last = self.states[name]["last_step"]
+            delta = delta + last * mu.to(last) if isinstance(mu, Tensor) else torch.add(delta, last, alpha=mu)
         return self._stepped(name, delta)
 
     def _stepped(self, name: str, delta: Tensor) -> Tensor:
@@ -200,50 +181,46 @@ class ParameterUpdates:
 
     def apply(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Consume ``ĝ = γᵀ w + ℓ_u``: new parameters and states are kept aside; returns ``δu``."""
-        found = []
-        for name, gradient in zip(names, gradients, strict=True):
-            param = self._params[name]
-            delta, self.states[name] = self._curvature.apply(
-                param, self._with_decay(name, gradient), self.states[name], self._groups[name]
-            )
-            delta = self._carried(name, delta)
-            self._new[name] = (param + delta).to(param.dtype)
-            found.append(delta)
-        return tuple(found)
+        return tuple(self._applied(*pair) for pair in zip(names, self._moves(names, gradients), strict=True))
 
     def descend(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> None:
         """As :meth:`apply` where nobody reads ``δu``: one pass over the new parameter."""
+        for name, move in zip(names, self._moves(names, gradients), strict=True):
+            self._descended(name, move)
+
+    def _moves(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> Iterator[Move]:
         for name, gradient in zip(names, gradients, strict=True):
-            g_hat = self._with_decay(name, gradient)
-            if "inertia" in self._groups[name]:
-                delta, self.states[name] = self._curvature.apply(
-                    self._params[name], g_hat, self.states[name], self._groups[name]
-                )
-                self._move(name, self._carried(name, delta))
-                continue
-            target = self._writable(name)
-            self.states[name] = self._curvature.descend(
-                target, g_hat, self.states[name], self._groups[name],
-                self._denominators.pop(name, None), self._memory(name),
-            )  # fmt: skip
+            g_hat, known = self._with_decay(name, gradient), self._denominators.pop(name, None)
+            yield self._curvature.move(self._params[name], g_hat, self.states[name], self._groups[name], known)
+
+    def _applied(self, name: str, move: Move) -> Tensor:
+        """A parameter's ``δu``; its new value and state are kept aside."""
+        param, self.states[name] = self._params[name], move.state
+        delta = self._carried(name, move.change(param))
+        self._new[name] = (param + delta).to(param.dtype)
+        return delta
+
+    def _descended(self, name: str, move: Move) -> None:
+        """The same where nobody reads ``δu``."""
+        self.states[name] = move.state
+        if "inertia" in self._groups[name]:
+            self._move(name, self._carried(name, move.change(self._params[name])))
+        else:
+            move.add_to(self._writable(name))
 
     def descend_by(
         self,
         names: tuple[str, ...],
         weighted: Callable[..., tuple[Tensor, ...]],
         subtract: Callable[..., None],
-        operands: tuple[Tensor, ...],
-        g: Tensor,
-        params: tuple[Tensor | None, ...],
-        wants: tuple[bool, ...],
-        **options: Any,
+        layer: Layer,
     ) -> None:
         """:meth:`descend` with the layer's gradient; where ``δu = -η ĝ``, its product writes the parameter itself."""
         rates = self._rates(names)
         if rates is None:
-            self.descend(names, weighted(operands, g, params, wants, **options))
+            self.descend(names, weighted(layer))
         else:
-            subtract(operands, g, tuple(self._writable(name) for name in names), wants, rates, **options)
+            subtract(layer, tuple(self._writable(name) for name in names), rates)
 
     def _rates(self, names: tuple[str, ...]) -> tuple[float, ...] | None:
         """``η`` of each parameter where ``δu = -η ĝ``, and a product in float32 can write the parameter."""
@@ -259,8 +236,11 @@ class ParameterUpdates:
         self._new[name] = self._params[name].clone()
         return self._new[name]
 
+    def _linear(self, name: str) -> Tensor | None:
+        return self._curvature.linear_term(self._params[name], self._groups[name])
+
     def _with_decay(self, name: str, gradient: Tensor) -> Tensor:
-        linear = self._curvature.linear_term(self._params[name], self._groups[name])
+        linear = self._linear(name)
         if gradient.dtype in (torch.bfloat16, torch.float16):  # states are float32 at least
             gradient = gradient.float()
         return gradient if linear is None else gradient + linear
@@ -277,7 +257,7 @@ class ParameterUpdates:
         """``ℓ_u`` of one player, its parameters flat and side by side."""
         found = []
         for name in names:
-            decay = self._curvature.linear_term(self._params[name], self._groups[name])
+            decay = self._linear(name)
             found.append((torch.zeros_like(self._params[name]) if decay is None else decay).flatten())
         return torch.cat(found)
 

@@ -10,7 +10,7 @@ for those the tests have other oracles. For networks of a few hundred activation
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,17 +44,13 @@ class DenseBackend:
     """Executes the derived equations literally (docs/theory.md#gains)."""
 
     def __init__(self, program: UpdateProgram) -> None:
-        self.program = program
-        self._factored = program.options.factored and bool(program.options.feedback)
-        self._refuse_mixing(program)
-
-    def _refuse_mixing(self, program: UpdateProgram) -> None:
-        """With several columns no Jacobian of one sample reproduces the block reading (docs/theory.md#mixing)."""
+        self.program, options = program, program.options
         mixing = [op for op in program.graph.ops.ops if op.mixes_samples]
-        if self._factored and mixing and program.options.mixing == "block":
+        if mixing and options.factored and options.feedback and options.mixing == "block":
+            # With several columns no Jacobian of one sample reproduces the block reading (docs/theory.md#mixing).
             raise CompileError(
                 f"the dense backend has no block reading of an operation that mixes samples with"
-                f" terminal={program.options.terminal!r}",
+                f" terminal={options.terminal!r}",
                 "Use mixing='exact', the fast backend, or model.eval() so that running statistics are used",
                 module=mixing[0].module,
                 operation=mixing[0].name,
@@ -80,107 +76,73 @@ class DenseBackend:
                 "the dense backend was called under torch.autocast, and is a reference of one precision",
                 "Call it outside, or use backend='fast'",
             )
-        graph, options = self.program.graph, self.program.options
         m.samples = inputs[0].shape[0]
-        trajectory = Trajectory(graph, p, b, inputs)
-        phi, g = trajectory.terminal(m, targets)
-        _, aim, start = m.terminal(
-            phi,
-            *terminal_weight(options.terminal_kind),
-            options.coupling if isinstance(options.coupling, int) else None,
-        )
-        batch = phi.shape[0]
-        hessian = trajectory.terminal_hessian(m, targets) if self._factored else outer_products(g)
-        groups = [self._terminal(rows, g, hessian, start, aim, batch) for rows in self._rows(batch)]
-        gains: list[list[Gains]] = []
-        measures: list[Pairs] = []
-        for stage in reversed(self.program.derived.stages):
-            blocks = trajectory.blocks(stage.index)
-            jacobians = trajectory.assemble(stage.index, blocks)
-            after, g = g, jacobians.pull_back(g)
-            if options.mixing == "block" and blocks.mixes:
-                blocks = blocks.effective(after)
-                jacobians = trajectory.assemble(stage.index, blocks)
-            seen = Seen(trajectory, blocks, jacobians, start)
-            gains.insert(0, self._sweep(m, stage, seen, groups, after))
-            hessian = jacobians.pull_back_hessian(hessian) if self._factored else outer_products(g)
-            measures.insert(0, hessian)
-        if options.feedback is True and options.rollout_kind == "linear":
-            self._joint(m, groups, gains)
-            trajectory.settle()
+        return Sweeps(self.program, m, Trajectory(self.program.graph, p, b, inputs), targets).run(q)
+
+
+class Sweeps:
+    """Both sweeps of one step.
+
+    Args:
+        program: the derivation and its options.
+        m: the base method.
+        trajectory: the network's values.
+        targets: of the batch.
+    """
+
+    def __init__(self, program: UpdateProgram, m: BaseMethod, trajectory: Trajectory, targets: Any) -> None:
+        self.graph, self.options, self.stages = program.graph, program.options, program.derived.stages
+        self.m, self.trajectory = m, trajectory
+        self.linear = self.options.feedback is True and self.options.rollout_kind == "linear"
+        self.factored = self.options.factored and bool(self.options.feedback)
+        size = self.options.coupling if isinstance(self.options.coupling, int) else None
+        self.phi, self.g = trajectory.terminal(m, targets)
+        _, self.aim, self.start = m.terminal(self.phi, *terminal_weight(self.options.terminal_kind), size)
+        self.hessian = trajectory.terminal_hessian(m, targets) if self.factored else outer_products(self.g)
+        batch = torch.arange(trajectory.batch)
+        self.groups = [self._terminal(samples) for samples in batch.split(size or len(batch))]
+        self.gains: list[list[Gains]] = []
+        self.measures: list[Pairs] = []
+
+    def run(self, q: dict[str, Tensor]) -> Tensor:
+        """Fills ``q``; the per-sample losses."""
+        for stage in reversed(self.stages):
+            self._sweep(stage)
+        if self.linear:
+            self._joint()
         else:
-            self._forward(m, q, trajectory, groups, gains, measures, aim)
-        return phi
+            self._forward(q)
+        return self.phi
 
-    def _metric(self, m: BaseMethod, stage: DerivedStage) -> DenseMetric:
-        return DenseMetric(m, self.program.graph, stage.index, stage.blocks)
-
-    # --- terminal -----------------------------------------------------------------------------------------------------
-
-    def _rows(self, batch: int) -> list[Tensor]:
-        coupling = self.program.options.coupling
-        return list(torch.arange(batch).split(coupling if isinstance(coupling, int) else batch))
-
-    def _terminal(
-        self, samples: Tensor, g: dict[str, Tensor], hessian: Pairs, start: float, aim: Tensor, batch: int
-    ) -> Group:
+    def _terminal(self, samples: Tensor) -> Group:
         """``V_x = α_T g``, ``V_xx`` of the blocks ``H_i`` over B and the aim (docs/theory.md#terminals)."""
-        keep = 1.0 if self.program.options.feedback else 0.0  # Proposition 4: no value Hessian
-        weight = keep * start / aim[samples] * (start if self.program.options.papers_scale else 1.0)
-        mine = {name: value[samples] for name, value in g.items()}
-        value_x = {name: start * value.reshape(-1, 1) for name, value in mine.items()}
+        keep = 1.0 if self.options.feedback else 0.0  # Proposition 4: no value Hessian
+        weight = keep * self.start / self.aim[samples] * (self.start if self.options.papers_scale else 1.0)
+        value_x = {name: self.start * value[samples].reshape(-1, 1) for name, value in self.g.items()}
         value_xx = {}
-        for pair, block in hessian.items():
-            own = rows_of_samples(block, samples, batch)
+        for pair, block in self.hessian.items():
+            own = rows_of_samples(block, samples, self.trajectory.batch)
             value_xx[pair] = own * weight.repeat_interleave(own.shape[0] // len(samples)).unsqueeze(1)
-        return Group(samples, len(samples) / batch, value_x, value_xx)
+        return Group(samples, len(samples) / self.trajectory.batch, value_x, value_xx)
 
     # --- backward sweep -----------------------------------------------------------------------------------------------
 
-    def _sweep(
-        self,
-        m: BaseMethod,
-        stage: DerivedStage,
-        seen: Seen,
-        groups: list[Group],
-        g: dict[str, Tensor],
-    ) -> list[Gains]:
-        """Statistics from all groups, then every group's gains and value recursion; ``g``: at the cut after it."""
-        jacobians = seen.jacobians
-        batch = sum(len(group.samples) for group in groups)
-        names = {letter: self.program.graph.player[player].parameters for letter, player in stage.controls.items()}
-        opened = [self._environment(stage, jacobians.rows(group.samples, batch), group) for group in groups]
-        seen_by, learned = self._learned_from(seen.start, groups, g), opened
-        if seen_by is not groups:
-            learned = [self._environment(stage, jacobians.rows(group.samples, batch), group) for group in seen_by]
-        gradients = {}
-        for letter in names:
-            equation = stage.derivation.q_u[letter]
-            total = None
-            for values, size in learned:
-                like = values[next(iter(stage.derivation.value_x.values()))]
-                values[stage.derivation.linear[letter]] = like.new_zeros(size[equation.symbol.shape[0]], 1)
-                found = evaluate(equation.expression, values, size)
-                total = found if total is None else total + found
-            assert total is not None
-            gradients[stage.controls[letter]] = total
-        metric = self._metric(m, stage)
-        whole = {name: torch.cat([group.value_x[name] for group in seen_by]) for name in groups[0].value_x}
-        metric.observe(seen, whole, gradients)
-        matrices = metric.matrices()
-        return [
-            self._group_gains(m, stage, group, values, size, (*matrices, metric.sizes))
-            for group, (values, size) in zip(groups, opened, strict=True)
-        ]
-
-    def _learned_from(self, start: float, groups: list[Group], g: dict[str, Tensor]) -> list[Group]:
-        """Whose ``V_x`` statistics are taken from: the groups', in the linear rollout that of ordinary gradients."""
-        if self.program.options.feedback is not True or self.program.options.rollout_kind != "linear":
-            return groups
-        return [
-            replace(group, value_x={name: start * g[name][group.samples].reshape(-1, 1) for name in group.value_x})
-            for group in groups
-        ]
+    def _sweep(self, stage: DerivedStage) -> None:
+        """Statistics from all groups, then every group's gains and value recursion."""
+        blocks = self.trajectory.blocks(stage.index)
+        jacobians = self.trajectory.assemble(stage.index, blocks)
+        after, self.g = self.g, jacobians.pull_back(self.g)
+        if self.options.mixing == "block" and blocks.mixes:
+            blocks = blocks.effective(after)
+            jacobians = self.trajectory.assemble(stage.index, blocks)
+        whole = {name: torch.cat([group.value_x[name] for group in self.groups]) for name in self.groups[0].value_x}
+        if self.linear:  # statistics of ordinary gradients
+            whole = {name: self.start * after[name].reshape(-1, 1) for name in whole}
+        metric = DenseMetric(self.m, self.graph, stage.index, stage.blocks)
+        metric.observe(Seen(self.trajectory, blocks, jacobians, self.start), whole)
+        self.gains.insert(0, [self._group_gains(stage, group, jacobians, metric) for group in self.groups])
+        self.hessian = jacobians.pull_back_hessian(self.hessian) if self.factored else outer_products(self.g)
+        self.measures.insert(0, self.hessian)
 
     def _environment(
         self, stage: DerivedStage, jacobians: StageJacobians, group: Group
@@ -205,19 +167,12 @@ class DenseBackend:
                 size[d.q_u[u].symbol.shape[0]] = block.shape[1]
         return values, size
 
-    def _group_gains(
-        self,
-        m: BaseMethod,
-        stage: DerivedStage,
-        group: Group,
-        values: dict[Any, Tensor],
-        size: dict[Any, int],
-        metric: tuple[Tensor, Tensor, list[int]],
-    ) -> Gains:
+    def _group_gains(self, stage: DerivedStage, group: Group, jacobians: StageJacobians, metric: DenseMetric) -> Gains:
         """Every equation of the derivation in turn; the group's own ``M`` and ``ℓ_u`` are its share of the batch's."""
-        d, (curvature, linear, sizes) = stage.derivation, metric
-        blocks = [row.split(sizes, 1) for row in curvature.split(sizes)]
-        for n, (letter, own) in enumerate(zip(stage.controls, linear.split(sizes), strict=True)):
+        d = stage.derivation
+        values, size = self._environment(stage, jacobians.rows(group.samples, self.trajectory.batch), group)
+        blocks = [row.split(metric.sizes, 1) for row in metric.curvature.split(metric.sizes)]
+        for n, (letter, own) in enumerate(zip(stage.controls, metric.linear.split(metric.sizes), strict=True)):
             values[d.linear[letter]] = group.share * own
             for k, other in enumerate(stage.controls):
                 if (letter, other) in d.curvature:
@@ -225,15 +180,14 @@ class DenseBackend:
         for equation in d.equations():
             values[equation.symbol] = evaluate(equation.expression, values, size)
         after = {name: group.value_x[name].shape[0] for outs in stage.outputs.values() for name in outs}
-        self._advance(m, stage, group, values)
+        self._advance(stage, group, values)
         feedback: dict[str, Tensor] = {}
         for i, ins in stage.inputs.items():
             widths = [group.value_x[name].shape[0] for name in ins]
-            feedback.update(zip(ins, values[d.gains[i].symbol].split(widths, 1), strict=True))
-        shared = {name: group.share * gain for name, gain in feedback.items()}
-        return Gains(group.share * values[d.k.symbol], shared, values, size, after, metric)
+            feedback.update(zip(ins, (group.share * values[d.gains[i].symbol]).split(widths, 1), strict=True))
+        return Gains(group.share * values[d.k.symbol], feedback, values, size, after, metric)
 
-    def _advance(self, m: BaseMethod, stage: DerivedStage, group: Group, values: dict[Any, Tensor]) -> None:
+    def _advance(self, stage: DerivedStage, group: Group, values: dict[Any, Tensor]) -> None:
         """The value function at the cut before the stage, projected as the coupling says."""
         d, count = stage.derivation, len(group.samples)
         value_x: dict[str, Tensor] = {}
@@ -249,10 +203,10 @@ class DenseBackend:
                 for c, block in zip(stage.inputs[j], row, strict=True):
                     value_xx[a, c] = block
                     value_xx[c, a] = block.T if (a, c) != (c, a) else block
-        if self.program.options.coupling == "block":
+        if self.options.coupling == "block":
             value_xx = {pair: _per_sample(block, count) for pair, block in value_xx.items()}
-            if self.program.options.recursion == "substituted" and stage.index:  # nobody reads the first stage's
-                m.keep(stage.index, radicands=self._clip_negative(stage, group, values, value_xx))
+            if self.options.recursion == "substituted" and stage.index:  # nobody reads the first stage's
+                self.m.keep(stage.index, radicands=self._clip_negative(stage, group, values, value_xx))
         group.value_x, group.value_xx = value_x, value_xx
 
     def _clip_negative(self, stage: DerivedStage, group: Group, values: dict[Any, Tensor], value_xx: Pairs) -> Tensor:
@@ -281,76 +235,55 @@ class DenseBackend:
                     value_xx[a, c][rows_a, rows_c] -= missing[own_a, own_c]
         return negative
 
-    # --- the linear rollout -------------------------------------------------------------------------------------------
+    # --- forward sweep ------------------------------------------------------------------------------------------------
 
-    def _joint(self, m: BaseMethod, groups: list[Group], gains: list[list[Gains]]) -> None:
+    def _joint(self) -> None:
         """The policy rolled out on the linearised dynamics, ``δx̂' = f̂_x δx̂ + f̂_u δû``, stage by stage.
 
         A group's own rollout is that of a batch like it; the update is the groups' by their shares.
         """
-        stages, bound = self.program.derived.stages, self.program.options.max_step
-        steps = [rolled_out(stages, [found[n] for found in gains], bound) for n in range(len(groups))]
-        for stage, *found in zip(stages, *steps, strict=True):
-            total = sum(group.share * delta for group, delta in zip(groups, found, strict=True))
-            assert isinstance(total, Tensor)
-            self._apply(m, stage, total)
+        parts = [
+            [
+                group.share * step
+                for step in rolled_out(self.stages, [found[n] for found in self.gains], self.options.max_step)
+            ]
+            for n, group in enumerate(self.groups)
+        ]
+        for found, *steps in zip(self.gains, *parts, strict=True):
+            found[0].metric.apply(torch.stack(steps).sum(0))
+        self.trajectory.settle()
 
-    # --- forward sweep ------------------------------------------------------------------------------------------------
-
-    def _forward(
-        self,
-        m: BaseMethod,
-        q: dict[str, Tensor],
-        trajectory: Trajectory,
-        groups: list[Group],
-        gains: list[list[Gains]],
-        measures: list[Pairs],
-        aim: Tensor,
-    ) -> None:
+    def _forward(self, q: dict[str, Tensor]) -> None:
         """``û = u + k + K̂ δx̂``, stage by stage along the new trajectory (docs/theory.md#gains)."""
-        moved = trajectory.begin_again()
-        for stage in self.program.derived.stages:
-            change = trajectory.change(moved, self.program.graph.stages[stage.index].live)
-            change = self._believe(m, stage.index, change, measures[stage.index], aim)
-            total: Tensor | None = None
-            for group, found in zip(groups, gains[stage.index], strict=True):
-                delta = found.k.clone()
-                if self.program.options.feedback is True:
+        moved = {name: self.trajectory.values[name] for name in self.graph.prologue}
+        for stage, gains in zip(self.stages, self.gains, strict=True):
+            change = self.trajectory.change(moved, self.graph.stages[stage.index].live)
+            change = self._believed(stage.index, change)
+            total = torch.stack([found.k for found in gains]).sum(0)
+            if self.options.feedback is True:
+                for group, found in zip(self.groups, gains, strict=True):
                     for name, gain in found.feedback.items():
-                        delta += gain @ change[name][group.samples].reshape(-1, 1)
-                total = delta if total is None else total + delta
-            assert total is not None
-            self._apply(m, stage, total)
-            if stage.index + 1 < len(self.program.derived.stages):
-                trajectory.recompute(stage.index, moved, q)
+                        total += gain @ change[name][group.samples].reshape(-1, 1)
+            gains[0].metric.apply(total)
+            if stage.index + 1 < len(self.stages):
+                self.trajectory.recompute(stage.index, moved, q)
 
-    def _believe(
-        self, m: BaseMethod, t: int, change: dict[str, Tensor], measure: Pairs, aim: Tensor
-    ) -> dict[str, Tensor]:
+    def _believed(self, t: int, change: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scale each sample's ``δx̂`` so that the change it predicts stays within the clip (docs/theory.md#trust).
 
         ``c² = δx̂ᵀ H δx̂`` with the terminal Hessian pulled back along the trajectory: ``⟨g, δx̂⟩²`` where it is ``g gᵀ``.
         """
-        clip = self.program.options.feedback_clip
-        if clip is None or self.program.options.feedback is not True or not change:
+        clip, batch = self.options.feedback_clip, self.trajectory.batch
+        if clip is None or self.options.feedback is not True or not change:
             return change
-        batch = next(iter(change.values())).shape[0]
-        square = torch.zeros(batch, dtype=next(iter(change.values())).dtype)
-        for (a, c_), block in measure.items():
+        square = torch.zeros(batch, dtype=self.trajectory.dtype)
+        for (a, c_), block in self.measures[t].items():
             own = torch.stack([block.reshape(batch, -1, batch, change[c_].shape[1])[i, :, i] for i in range(batch)])
             square += torch.einsum("bi,bij,bj->b", change[a], own, change[c_])
-        c = square.clamp_min(0).sqrt()
-        limit = clip * aim
-        outside = c.abs() > limit
-        m.keep(t, predicted=c, change=torch.minimum(c, limit))
-        factor = torch.where(outside, limit / c.abs().clamp_min(torch.finfo(c.dtype).tiny), torch.ones_like(c))
+        c, limit = square.clamp_min(0).sqrt(), clip * self.aim
+        self.m.keep(t, predicted=c, change=torch.minimum(c, limit))
+        factor = torch.where(c > limit, limit / c.clamp_min(torch.finfo(c.dtype).tiny), torch.ones_like(c))
         return {name: factor.unsqueeze(1) * delta for name, delta in change.items()}
-
-    def _apply(self, m: BaseMethod, stage: DerivedStage, delta: Tensor) -> None:
-        """The base method consumes ``ĝ = -M δu``."""
-        metric = self._metric(m, stage)
-        curvature, linear = metric.matrices()
-        metric.apply(-curvature @ delta - linear)
 
 
 def outer_products(g: dict[str, Tensor]) -> Pairs:

@@ -35,7 +35,9 @@ class Seen:
 
 
 class DenseMetric:
-    """``M`` and ``ℓ_u`` of one stage, the players' parameters flat and side by side.
+    """``M`` and ``ℓ_u`` of one stage, the players' parameters flat and side by side, ``sizes`` of them.
+
+    After :meth:`observe` they are ``curvature`` ``(m, m)`` and ``linear`` ``λ u - μ M v`` ``(m, 1)``.
 
     Args:
         m: the base method.
@@ -47,21 +49,24 @@ class DenseMetric:
     def __init__(self, m: BaseMethod, graph: ControlGraph, stage: int, blocks: Sequence[MetricBlock]) -> None:
         self._m, self._graph, self._stage, self._blocks = m, graph, stage, blocks
         self._players = [graph.player[name] for name in graph.stages[stage].players]
+        self.sizes = [sum(m.shape(name).numel() for name in player.parameters) for player in self._players]
 
     # --- statistics ---------------------------------------------------------------------------------------------------
 
-    def observe(self, seen: Seen, value_x: Mapping[str, Tensor], opened: Mapping[str, Tensor]) -> None:
-        """Statistics of every block from ``V_x`` of the whole batch (``(B n, 1)`` a value) and ``Q_u`` by player."""
+    def observe(self, seen: Seen, value_x: Mapping[str, Tensor]) -> None:
+        """Statistics of every block from ``V_x`` of the whole batch (``(B n, 1)`` a value), and what ``M`` becomes."""
         for block in self._blocks:
             names = block.names
             if block.kind == "parameters":
-                self._m.observe(names[0], self._m.unflatten(names[0], opened[block.players[0].name]))
+                q_u = self._rows(seen, value_x, block.players[0]).sum(0)
+                self._m.observe(names[0], self._m.unflatten(names[0], q_u))
             elif block.kind == "channels":
                 use = describe_use(self._graph, block.players[0], self._graph.op(block.players[0].op))
                 x = seen.trajectory.values[use.operands[0].name]
                 weight = seen.trajectory.p[use.names[0]]
                 output = seen.trajectory.values[use.op]
-                self._m.observe_channels(names[0], (x,), output, (weight,), block.positions, use.options["groups"])
+                layer = kernels.Layer((x,), output, (weight,), (True,), kernels.Geometry(**use.options))
+                self._m.observe_channels(names[0], layer, block.positions)
             elif block.kind == "uniform":
                 self._m.observe_uniform(names[0], block.positions)
             elif block.kind == "diagonal":
@@ -71,6 +76,12 @@ class DenseMetric:
                 players = block.players[:1] if block.kind == "shared" else block.players
                 layers = tuple(self._layer(seen, value_x, block, player) for player in players)
                 self._m.observe_block(self._stage, block.kind, names, layers, seen.start)
+        decay, carried = (
+            torch.cat([of(player.parameters) for player in self._players]).unsqueeze(1)
+            for of in (self._m.linear_flat, self._m.carried_flat)
+        )
+        self.curvature = torch.linalg.inv(self._inverse())
+        self.linear = decay - self.curvature @ carried
 
     def _rows(self, seen: Seen, value_x: Mapping[str, Tensor], player: Player) -> Tensor:
         """``V_u = f_uᵀ V_x`` of every sample, ``(B, m)``."""
@@ -102,10 +113,11 @@ class DenseMetric:
                 width = -(-x.shape[-1] // block.blocks)
                 x = F.pad(x, (0, block.blocks * width - x.shape[-1]))
                 x, v_h = torch.cat(x.split(width, -1), 1), torch.cat([v_h] * block.blocks, 1)
-        return kernels.kronecker_layer(lambda operands, g, params, wants: (operands[0], g), (x,), v_h, (), ())
+        return kernels.Rows(kernels.made_rows, kernels.Layer((x,), v_h, (), ()))
 
-    def apply(self, consumed: Tensor) -> None:
-        """The base method takes one column ``ĝ - ℓ_u``, every player's part in turn."""
+    def apply(self, delta: Tensor) -> None:
+        """The base method consumes ``ĝ = -M δu`` (without ``ℓ_u``, which it adds), every player's part in turn."""
+        consumed = -self.curvature @ delta - self.linear
         parts = dict(zip((player.name for player in self._players), consumed.split(self.sizes), strict=True))
         for block in self._blocks:
             pieces = tuple(self._m.unflatten(p.parameters, parts[p.name]) for p in block.players)
@@ -115,18 +127,6 @@ class DenseMetric:
                 self._m.apply(block.players[0].parameters, pieces[0])
 
     # --- the matrix ---------------------------------------------------------------------------------------------------
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """``M`` ``(m, m)`` and ``ℓ_u = λ u - μ M v`` ``(m, 1)``."""
-        linear = torch.cat([self._m.linear_flat(player.parameters) for player in self._players]).unsqueeze(1)
-        carried = torch.cat([self._m.carried_flat(player.parameters) for player in self._players]).unsqueeze(1)
-        curvature = torch.linalg.inv(self._inverse())
-        return curvature, linear - curvature @ carried
-
-    @property
-    def sizes(self) -> list[int]:
-        """Number of parameters of every player."""
-        return [sum(self._m.shape(name).numel() for name in player.parameters) for player in self._players]
 
     def _inverse(self) -> Tensor:
         ends = list(accumulate(self.sizes))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.passes.p06_derive import DerivedStage
+from gtddp_compile.runtime.dense.metric import DenseMetric
 
 
 @dataclass
@@ -18,7 +19,7 @@ class Gains:
     """Gains of one stage for one group: ``δu = k + Σ K_v δv``, controls side by side.
 
     ``values``, ``size``, ``widths``: what the derivation's symbols stand for, sizes of their axes, and of every value
-    after the stage; ``metric``: the stage's ``M`` and ``ℓ_u``.
+    after the stage; ``metric``: the stage's.
     """
 
     k: Tensor
@@ -26,7 +27,7 @@ class Gains:
     values: dict[Any, Tensor]
     size: dict[Any, int]
     widths: dict[str, int]
-    metric: tuple[Tensor, Tensor, list[int]]
+    metric: DenseMetric
 
 
 def rolled_out(stages: Sequence[DerivedStage], gains: list[Gains], bound: float | None) -> list[Tensor]:
@@ -41,7 +42,7 @@ def rolled_out(stages: Sequence[DerivedStage], gains: list[Gains], bound: float 
             values[d.change[i]] = torch.cat(moved) if moved else found.k.new_zeros(rows, 1)
         delta = evaluate(d.rolled["u"].expression, values, size)
         steps.append(delta)
-        pieces = delta.split(found.metric[2])
+        pieces = delta.split(found.metric.sizes)
         values.update((d.moved[letter], piece) for letter, piece in zip(stage.controls, pieces, strict=True))
         change = {}
         for o, outs in stage.outputs.items():
@@ -54,9 +55,9 @@ def _capped(steps: list[Tensor], gains: list[Gains], bound: float | None) -> lis
     """The part ``-M⁻¹ (C w)`` that the samples ask for within ``max_step``, its norm in ``M``."""
     if bound is None:
         return steps
-    metrics = [found.metric[:2] for found in gains]
-    carried = [-torch.linalg.solve(curvature, linear) for curvature, linear in metrics]
+    metrics = [found.metric for found in gains]
+    carried = [-torch.linalg.solve(metric.curvature, metric.linear) for metric in metrics]
     asked = [step - own for step, own in zip(steps, carried, strict=True)]
-    square = sum(float((part.T @ metric[0] @ part).sum()) for part, metric in zip(asked, metrics, strict=True))
+    square = sum(float((part.T @ metric.curvature @ part).sum()) for part, metric in zip(asked, metrics, strict=True))
     scale = min(1.0, bound / max(square, torch.finfo(steps[0].dtype).tiny) ** 0.5)
     return [own + scale * part for own, part in zip(carried, asked, strict=True)]
