@@ -9,34 +9,28 @@ update is recognised as ``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted g
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from sympy import HadamardProduct, Identity, MatrixExpr, OneMatrix
 
 from gtddp_compile.algebra import collapsed as a
-from gtddp_compile.graph import LEADING
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.formulas import check_update, formula
 from gtddp_compile.lowering.instructions import (
     SAMPLES,
     Apply,
-    Function,
-    Instruction,
     StageFunction,
     Var,
     mapped,
     total,
-    variables,
 )
 from gtddp_compile.lowering.lowered import Sweeps, Written
-from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
+from gtddp_compile.lowering.plan import Plan, StagePlan
 from gtddp_compile.lowering.write import grams, updates
 from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
-from gtddp_compile.lowering.write.calls import directional, player_function, prepare, weighted
+from gtddp_compile.lowering.write.calls import contract, directional, drawn, player_function, prepare, weighted
 from gtddp_compile.lowering.write.columns import (
     environment,
     sample_matrices,
@@ -63,23 +57,7 @@ def lower(plan: Plan) -> Written:
     functions = stage_functions(b)
     sweeps = _sweeps(b, functions)
     players = (player_function(b, use) for layer in plan.layers.values() for use in layer.uses if use.function)
-    return Written(plan, _with_layers(sweeps), (*functions, *players), b.names)
-
-
-def _with_layers(sweeps: Sweeps) -> Sweeps:
-    """A layer that is read once is made where it is read, and one that nobody reads nowhere."""
-    parts = [sweeps.pulled, sweeps.gains, sweeps.recursion, sweeps.forward, {0: sweeps.decision}]
-    every = [one for part in parts for written in part.values() for one in written]
-    read = Counter(name for one in every for name in variables((one.args, dict(one.kwargs or {}))))
-    inline = {one.written[0]: Apply("Layer", one.args) for one in every if one.function == "Layer"}
-    inline = {name: made for name, made in inline.items() if read[name] < 2}
-
-    def change(written: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
-        kept = (one for one in written if one.function != "Layer" or one.written[0] not in inline)
-        return tuple(one.replacing(lambda found: inline.get(found.name, found)) for one in kept)
-
-    pulled, gains, recursion, forward, decision = ({t: change(w) for t, w in part.items()} for part in parts)
-    return replace(sweeps, pulled=pulled, gains=gains, recursion=recursion, forward=forward, decision=decision[0])
+    return Written(plan, sweeps.with_layers(), (*functions, *players), b.names)
 
 
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
@@ -228,17 +206,22 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     pairs = {o.block.players[0].name: grams.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
         left = tuple(player for player in stage.players if not pairs.get(player.name))
-        parts, faded = [pair[1] for pair in pairs.values() if pair and pair[1] is not None], not b.plan.decay
-        drift = f"fall_{t}" if b.factored else f"s_{t}"
-        directional(b, "backward", t, left, drifts, drift, "gamma M^-1 l", added=parts, faded=faded)
+        parts, drift = (
+            [pair[1] for pair in pairs.values() if pair and pair[1] is not None],
+            f"fall_{t}" if b.factored else f"s_{t}",
+        )
+        for player in left:
+            moved = directional(b, "backward", t, player, drifts[player.name], drift)
+            parts += [drawn(b, player, part) for part in moved]
+        b.emit("backward", t, drift, "=", total(parts), note="gamma M^-1 l")
     gammas = {}
     for o in found:
         pair = pairs[o.block.players[0].name]
         gammas[", ".join(p.name for p in o.block.players)] = pair[0] if pair else grams.block_gram(b, t, o)
     b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in gammas.items()})
-    total = f"columns_{t}" if b.factored else f"gamma_{t}"
+    gamma = f"columns_{t}" if b.factored else f"gamma_{t}"
     add = "blocks_add" if len(gammas) > 1 else "="
-    b.emit("backward", t, total, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
+    b.emit("backward", t, gamma, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
     if b.factored:
         split(b, t)
 
@@ -305,7 +288,8 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Obse
     gains = {name: variable for block in found for name, variable in grams.open_gain(b, t, block, opens).items()}
     if t == 0:
         return
-    directional(b, "backward", t, stage.players, gains, f"moved_{t}", "<gamma_i, k>")
+    moved = [v for p in stage.players for v in directional(b, "backward", t, p, gains[p.name], f"moved_{t}")]
+    b.emit("backward", t, f"moved_{t}", "=", total([Apply("wide", (part,)) for part in moved]), note="<gamma_i, k>")
     if b.factored:
         alpha = form.backward["alpha"]
         b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
@@ -389,7 +373,7 @@ def _run_again(b: Builder, stage: StagePlan, function: StageFunction, last_read:
         writes = tuple(b.new(name) if name in needed else "_" for name in function.returns)
         b.emit("forward", t, writes, function.name, Var("q"), Var("b_again"), *arguments, note=f"x' = f_{t}(x', u')")
     for contraction in stage.contracts:
-        _contract(b, t, contraction)
+        contract(b, t, contraction)
 
 
 def _read_again(b: Builder, t: int, last_read: Mapping[str, int]) -> set[str]:
@@ -398,24 +382,3 @@ def _read_again(b: Builder, t: int, last_read: Mapping[str, int]) -> set[str]:
     return {
         name for name in b.graph.stages[t].ops if name in contracted or name in b.orders or last_read.get(name, t) > t
     }
-
-
-def _contract(b: Builder, t: int, contraction: Contraction) -> None:
-    value, reader = contraction.value, contraction.reader
-    result = b.contraction(value, reader)
-    control = b.graph.value[value].control
-    if control is None:
-        kernel, layout = "contract_factors" if b.factored else "contract", b.graph.op(value).samples
-        call, where = ((kernel,), ()) if layout == LEADING else (
-            ("contract_arranged", Function(kernel)), (SAMPLES, layout.axis, layout.fold)
-        )  # fmt: skip
-        more: dict[str, Any] = {"columns": 1} if where and b.factored else {}
-        if layout.order:
-            more.update(order=Var(b.name(layout.order)), order_after=Var(b.new(layout.order)))
-        b.emit("forward", t, result, *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
-               *where, note=f"<g, delta {value}>", **more)  # fmt: skip
-        return
-    player = b.graph.player[control]
-    here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
-    directional(b, "forward", t, (player,), {control: f"delta_{b.identity(player)}"}, result,
-                 f"what the new {control} will change at stage {reader}", here)  # fmt: skip

@@ -25,7 +25,7 @@ class Diagnostics:
         *,
         skipped: bool = False,
     ) -> None:
-        self._loss, self._kept, self._program, self._skipped = loss, figures or {}, program, skipped
+        self._loss, self._kept, self._program, self.skipped = loss, figures or {}, program, skipped
         self._stages: Mapping[int, Mapping[str, Any]] = self._kept
         self._found: dict[str, Any] | None = None
 
@@ -42,7 +42,7 @@ class Diagnostics:
         stages = self._stages.values()
         found: dict[str, Any] = {
             "loss": float(self._loss) if self._loss is not None else None,
-            "skipped": self._skipped,
+            "skipped": self.skipped,
             "clipped_changes": sum(self._clipped(stage) for stage in stages if "predicted" in stage),
             "clipped_radicands": int(sum(int(stage["radicands"]) for stage in stages if "radicands" in stage)),
         }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from gtddp_compile.graph import BufferRef, Player
+from gtddp_compile.graph import LEADING, BufferRef, Player
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, Phase, StageFunction, Var, item, total
+from gtddp_compile.lowering.plan import Contraction
 from gtddp_compile.lowering.uses import Use
 
 
@@ -193,36 +193,28 @@ def parts_of(direction: str, player: Player, use: Use) -> tuple[Apply, ...]:
 
 
 def directional(
-    b: Builder, phase: Phase, t: int, players: tuple[Player, ...], directions: dict[str, str], result: str, note: str,
-    only: frozenset[str] | None = None, added: Sequence[Apply] = (), faded: bool = False,
-) -> None:  # fmt: skip
-    """``⟨γ_i, v⟩`` summed over players and uses (``only`` the named ones), and to what is ``added``.
-
-    ``faded``: times ``-μ`` of every player.
-    """
-    terms = list(added)
-    for player in players:
-        parts: list[str] = []
-        for use in b.uses(player.name):
-            if only is not None and use.op not in only:
-                continue
-            change = parts_of(directions[player.name], player, use)
-            name = f"{result}_{b.name(use.key)}"
-            if b.layer(player).gram.kept:
-                b.emit(phase, t, name, "rows_directional", Var(kept(b, t, player)), change)
-                parts.append(name)
-                continue
+    b: Builder, phase: Phase, t: int, player: Player, direction: str, result: str, only: frozenset[str] | None = None
+) -> list[Var]:
+    """``⟨γ_i, v⟩`` of a player, a variable a use (``only`` of the named ones)."""
+    found = []
+    for use in b.uses(player.name):
+        if only is not None and use.op not in only:
+            continue
+        change, name = parts_of(direction, player, use), f"{result}_{b.name(use.key)}"
+        if b.layer(player).gram.kept:
+            b.emit(phase, t, name, "rows_directional", Var(kept(b, t, player)), change)
+        else:
             kernel = b.kernel(use, "directional")
             call = ("factor_directional", Function(kernel)) if b.factored else (kernel,)
             b.emit(phase, t, name, *call, layer(b, use), change)
-            parts.append(name)
-        terms += [faded_by(b, player, part) if faded else Apply("wide", (Var(part),)) for part in parts]
-    b.emit(phase, t, result, "=", total(terms), note=note)
+        found.append(Var(name))
+    return found
 
 
-def faded_by(b: Builder, player: Player, part: str) -> Apply:
-    """``-μ ⟨γ_i, v⟩`` of a player."""
-    return Apply("*", (Apply("neg", (Var(f"mu_{b.identity(player)}"),)), Apply("wide", (Var(part),))))
+def drawn(b: Builder, player: Player, part: Var) -> Apply:
+    """``⟨γ_i, M⁻¹ ℓ_u⟩`` of a player from ``⟨γ_i, v⟩``: without weight decay ``v`` is the last step, times ``-μ``."""
+    wide = Apply("wide", (part,))
+    return wide if b.plan.decay else Apply("*", (Apply("neg", (Var(f"mu_{b.identity(player)}"),)), wide))
 
 
 def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, given: Var | None = None) -> None:
@@ -233,3 +225,25 @@ def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, 
         return
     blocks = gram(b, t, player, metric)
     b.emit("backward", t, result, "=", Apply(".diagonal()", (item(Var(blocks), 0),)))
+
+
+def contract(b: Builder, t: int, contraction: Contraction) -> None:
+    """``⟨g, δx⟩`` of a value that a stage has moved, or of a tied control for its later uses."""
+    value, reader = contraction.value, contraction.reader
+    result = b.contraction(value, reader)
+    control = b.graph.value[value].control
+    if control is None:
+        kernel, layout = "contract_factors" if b.factored else "contract", b.graph.op(value).samples
+        call, where = ((kernel,), ()) if layout == LEADING else (
+            ("contract_arranged", Function(kernel)), (SAMPLES, layout.axis, layout.fold)
+        )  # fmt: skip
+        more: dict[str, Any] = {"columns": 1} if where and b.factored else {}
+        if layout.order:
+            more.update(order=Var(b.name(layout.order)), order_after=Var(b.new(layout.order)))
+        b.emit("forward", t, result, *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
+               *where, note=f"<g, delta {value}>", **more)  # fmt: skip
+        return
+    player = b.graph.player[control]
+    here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
+    terms = directional(b, "forward", t, player, f"delta_{b.identity(player)}", result, here)
+    b.emit("forward", t, result, "=", total(terms), note=f"what the new {control} will change at stage {reader}")

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.curvature.adagrad import Adagrad
 from gtddp_compile.methods.curvature.adam import Adam, AdamW
 from gtddp_compile.methods.curvature.base import Curvature, Group, MetricKind, State
 from gtddp_compile.methods.curvature.blocks import BlockUpdates
@@ -22,6 +23,7 @@ __all__ = [
     "FOOF",
     "KFAC",
     "SGD",
+    "Adagrad",
     "Adam",
     "AdamW",
     "BlockUpdates",
@@ -40,6 +42,7 @@ REGISTRY: dict[str, Any] = {
     "rmsprop": RMSprop,
     "adam": Adam,
     "adamw": AdamW,
+    "adagrad": Adagrad,
     "kfac": KFAC,
     "ekfac": EKFAC,
     "foof": FOOF,
