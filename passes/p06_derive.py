@@ -23,8 +23,7 @@ from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivatio
 from gtddp_compile.algebra.paths import StageEntries, stage_entries
 from gtddp_compile.algebra.pattern import IDENTITY, Entry, StagePattern
 from gtddp_compile.algebra.symbols import SymmetricSymbol, block_entries
-from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import ControlGraph, Player, Stage
+from gtddp_compile.graph import ControlGraph, Stage
 from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules, metric_blocks
 from gtddp_compile.lowering.plan import MetricBlock
 
@@ -61,9 +60,6 @@ def derive(graph: ControlGraph, recursion: Recursion = "levenberg", rules: Metri
     """Find each stage's pattern and derive it (cached over all networks of the process).
 
     ``rules`` says which players of a stage are coupled by the curvature itself.
-
-    Raises:
-        CompileError: some are, and the recursion is ``"printed"``.
     """
     return Derived(graph, recursion, tuple(_derive_stage(graph, stage, recursion, rules) for stage in graph.stages))
 
@@ -77,38 +73,21 @@ def _derive_stage(graph: ControlGraph, stage: Stage, recursion: Recursion, rules
     in_names = in_names or {STATE_LETTERS[0]: ()}  # nothing differentiable waits (word indices): a state of size zero
     out_names = _names(outputs, lambda bundle: any(entries.control[value] for value in bundle))
     controls = dict(zip(_letters(CONTROL_LETTERS, len(stage.players)), stage.players, strict=True))
+    after = out_names.values()
     pattern = StagePattern(
         inputs=tuple(in_names),
         outputs=tuple(out_names),
         controls=tuple(controls),
-        state=tuple(
-            tuple(_block(entries.state, outs, ins) for ins in in_names.values()) for outs in out_names.values()
-        ),
-        control=tuple(
-            tuple(_block(entries.control, outs, (player,)) for player in controls.values())
-            for outs in out_names.values()
-        ),
+        state=tuple(tuple(_block(entries.state, outs, ins) for ins in in_names.values()) for outs in after),
+        control=tuple(tuple(_block(entries.control, outs, (p,)) for p in controls.values()) for outs in after),
     )
     blocks = metric_blocks(graph, stage, rules)
     letter = {player: name for name, player in controls.items()}
     coupled = frozenset(
         (letter[a.name], letter[b.name]) for block in blocks for a in block.players for b in block.players if a != b
     )
-    if coupled and recursion == "printed":
-        raise _eq_23(graph, next(block.players for block in blocks if len(block.players) > 1))
     derivation = derive_pattern(pattern, recursion, coupled)
     return DerivedStage(stage.index, in_names, out_names, controls, blocks, derivation)
-
-
-def _eq_23(graph: ControlGraph, players: tuple[Player, ...]) -> CompileError:
-    """Eq. 23 as printed reads each player's own curvature, which a joint one does not have."""
-    op = graph.op(players[0].op)
-    return CompileError(
-        f"recursion='printed': the curvature couples {', '.join(player.name for player in players)}, and Eq. 23 as "
-        "printed adds up the players' own",
-        "Use recursion='substituted', or cooperative=False, with which every player has its own",
-        module=op.module, operation=op.kind, source=op.source or None,
-    )  # fmt: skip
 
 
 def cut_after(graph: ControlGraph, stage: Stage) -> tuple[str, ...]:

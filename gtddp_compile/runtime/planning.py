@@ -18,6 +18,8 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
     if options.factored:
         _check_columns(graph, options)
     derived = derive(graph, options.recursion, metric_rules(options, curvature))
+    if options.recursion == "printed":
+        _check_own(derived)
     form = collapse(derived, options.coupling_kind, feedback=bool(options.feedback), factored=options.factored,
                     rollout=options.rollout_kind, inertia=bool(options.inertia))  # fmt: skip
     asked = Asked(
@@ -40,6 +42,22 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
         statistics=curvature.needs_statistics,
         recompute=options.memory == "recompute",
     )
+
+
+def _check_own(derived: Derived) -> None:
+    """Eq. 23 as printed reads each player's own curvature, which a joint one does not have.
+
+    Raises:
+        CompileError: the curvature couples players.
+    """
+    for block in (block for stage in derived.stages for block in stage.blocks if len(block.players) > 1):
+        op = derived.graph.op(block.players[0].op)
+        raise CompileError(
+            f"recursion='printed': the curvature couples {', '.join(player.name for player in block.players)}, and "
+            "Eq. 23 as printed adds up the players' own",
+            "Use recursion='substituted', or cooperative=False, with which every player has its own",
+            module=op.module, operation=op.kind, source=op.source or None,
+        )  # fmt: skip
 
 
 def _check_columns(graph: ControlGraph, options: Options) -> None:
