@@ -117,10 +117,11 @@ def conv_sketch_gram(layer: Layer, metric: tuple[Any, ...], *, columns: int, see
     """``γ M⁻¹ γᵀ`` with the weight's metric separated and patches projected to ``columns``, ``(B, B)``."""
 
     def of_weight(own: Layer, rest: Tensor | float) -> Tensor:
-        (weight, _), x = _conv_weight(own), own.operands[0]
-        filters = _signs(own.how.groups * columns, weight[0].numel(), x, seed) * (weight[0].numel() / columns) ** 0.5
-        (found,), _ = conv_sketched(own, filters.reshape(-1, *weight.shape[1:]), (rest,), None, (slice(None),))
-        return found
+        (x, g), (weight, _), groups = _conv_images(own), _conv_weight(own), own.how.groups
+        filters = _signs(groups * columns, weight[0].numel(), x, seed) * (weight[0].numel() / columns) ** 0.5
+        seen = CONVOLUTIONS[x.dim()](x, filters.reshape(-1, *weight.shape[1:]), None, *own.how)
+        gamma = _conv_products(g, seen, len(own.g), groups)
+        return gamma @ gamma.mT * rest
 
     return _separately(conv_gram, layer, metric, of_weight)
 
