@@ -147,15 +147,17 @@ def run(arguments: list[str], copy: Path, limit: int) -> subprocess.CompletedPro
         return None
 
 
-def page(rows: list[tuple[Mutant, str]], seed: int, commit: str) -> str:
+def page(rows: list[tuple[Mutant, str]], count: int, seed: int, commit: str) -> str:
     caught = sum("not caught" not in said for _, said in rows)
     table = "\n".join(
         f"| `{m.path}:{m.line}` | `{m.before}` | `{m.after}` | {said.replace('tests/', '')} |" for m, said in rows
     )
     return f"""# Mutation check
 
-{caught} of {len(rows)} changes of one operator are caught. Written by `benchmarks/mutation.py --seed {seed}` at commit
-{commit}: what it changes, and which tests it runs for a file, is in the script. "Caught" names the first that fails.
+{caught} of {len(rows)} changes of one operator are caught. Written by
+`benchmarks/mutation.py --count {count} --seed {seed}` at commit {commit}, after {len(rows)} of {count}:
+what it changes, and which tests it runs for a file, is in the script.
+"Caught" names the first test that fails; it passes without the change.
 
 | place | is | was made | |
 | --- | --- | --- | --- |
@@ -184,7 +186,7 @@ def main() -> None:
             rows.append((mutant, verdict(mutant, copy, given.limit)))
             check_unchanged(rows[-1][1], copy, seen, given.limit)
             print(f"{mutant.path}:{mutant.line}: {mutant.before} -> {mutant.after}: {rows[-1][1]}", flush=True)
-            text = page(rows, given.seed, commit.stdout.strip())
+            text = page(rows, given.count, given.seed, commit.stdout.strip())
             (ROOT / "docs" / "mutation.md").write_text(text, encoding="utf-8")
 
 

@@ -32,6 +32,7 @@ from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.states import check_loaded, check_states, regrouped, unrounded
 from gtddp_compile.runtime.union import Union, check_form
+from gtddp_compile.terms import Terms
 
 
 class CompiledOptimizer(torch.optim.Optimizer):
@@ -179,12 +180,14 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
         Returns:
             The loss before the update (mean or sum over all its samples, as the loss reduces), detached. If it or Γ
-            is not finite, nothing has changed, ``diagnostics["skipped"]`` is True, what was accumulated dropped.
+            is not finite, nothing has changed, ``diagnostics["skipped"]`` is True, what was accumulated dropped; where
+            it is a term of ``Terms`` that is not finite, an error names its points.
 
         Raises:
             CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
                 exception parameters, buffers, states, random state and what was accumulated are what they were.
         """
+        sets = inputs
         inputs, targets = as_batch(self._view.model, inputs, targets)
         batch: tuple[Any, ...] = ()
         if inputs is not None or targets is not None or self._pending is None:
@@ -194,12 +197,14 @@ class CompiledOptimizer(torch.optim.Optimizer):
             if closure is not None:
                 closure()
             self._view.say_unread()
-            if self._pending is not None:
-                return self._union_step(batch, targets)
-            return self._follow(batch, targets, before)
+            pending = self._pending is not None
+            loss = self._union_step(batch, targets) if pending else self._follow(batch, targets, before)
         except BaseException:
             restore_random_state(before)
             raise
+        if self._diagnostics.skipped and isinstance(self._view.model, Terms) and isinstance(sets, Mapping):
+            self._view.model.refuse_points(sets)
+        return loss
 
     def _batch(self, inputs: Any, targets: Any, *, example: bool = False) -> tuple[tuple[Any, ...], Any]:
         """What the model takes and what the loss takes beside it, which may be the ``"labels"`` of a mapping."""

@@ -61,8 +61,7 @@ class Terms(nn.Module):
         """
         if set(sets) != set(self.terms):
             raise _wrong(", ".join(sorted(set(sets) ^ set(self.terms))), "has points and no term, or no points")
-        with torch.no_grad():
-            widths = {name: self._width(name, sets[name][0]) for name in self.terms}
+        widths = {name: self._width(name, sets[name][0]) for name in self.terms}
         rows = sum(len(points) * widths[name] for name, (points, _) in sets.items())
         found, targets, first, total = [], [], 0, sum(widths.values())
         for name, width in widths.items():
@@ -78,25 +77,42 @@ class Terms(nn.Module):
     def _width(self, name: str, points: Tensor) -> int:
         if points.dim() != 2 or not len(points):
             raise _wrong(name, f"has points of shape {tuple(points.shape)}, not (n, D)")
-        bad = (~points.isfinite()).any(1).nonzero().flatten().tolist()
-        if bad:
-            raise _wrong(name, f"has points that are no numbers: {bad[:5]}")
-        value = self.terms[name](self.net, points[:1].clone())
-        return value.numel()
+        if bad := _not_finite(points):
+            raise _wrong(name, f"has points that are no numbers: {bad}")
+        return self.terms[name](self.net, points[:1].clone()).numel()
 
     def _right(self, name: str, points: Tensor, right: Tensor | float, width: int) -> Tensor:
-        if not isinstance(right, Tensor):
-            return points.new_full((len(points), width), right)
+        right = right if isinstance(right, Tensor) else points.new_full((len(points), width), right)
         if right.numel() != len(points) * width:
             shape = tuple(right.shape)
             raise _wrong(name, f"has {width} equations at {len(points)} points, and right-hand sides {shape}")
-        bad = (~right.isfinite()).reshape(len(points), -1).any(1).nonzero().flatten().tolist()
-        if bad:
-            raise _wrong(name, f"has right-hand sides that are no numbers, at the points {bad[:5]}")
-        return right.reshape(len(points), width)
+        right = right.reshape(len(points), width)
+        if bad := _not_finite(right):
+            raise _wrong(name, f"has right-hand sides that are no numbers, at the points {bad}")
+        return right
+
+    def refuse_points(self, sets: Sets) -> None:
+        """Name the points at which a term has no value, after a step that was given up.
+
+        Raises:
+            CompileError: there are some.
+        """
+        for name, term in self.terms.items():
+            for where, (points, _) in sets.items():
+                if bad := _not_finite(term(self.net, points.clone()).reshape(len(points), -1)):
+                    of = "" if where == name else f" of {where!r}, where all terms are evaluated"
+                    raise _wrong(
+                        name, f"is not finite at the points {bad}{of}", "Leave them out, or mend the term there"
+                    )
 
 
-def _wrong(name: str, why: str) -> CompileError:
-    return CompileError(
-        f"the term {name!r} {why}", 'Pass {"name": (points, right-hand sides)} with a set for every term'
-    )
+def _not_finite(rows: Tensor) -> list[int]:
+    """The first rows that hold NaN or inf, five at most."""
+    found: list[int] = (~rows.isfinite()).any(1).nonzero().flatten()[:5].tolist()
+    return found
+
+
+def _wrong(
+    name: str, why: str, remedy: str = 'Pass {"name": (points, right-hand sides)} with a set for every term'
+) -> CompileError:
+    return CompileError(f"the term {name!r} {why}", remedy)

@@ -16,23 +16,21 @@ from typing import Any
 from sympy import HadamardProduct, Identity, MatrixExpr, OneMatrix
 
 from gtddp_compile.algebra import collapsed as a
-from gtddp_compile.graph import LEADING
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.formulas import check_update, formula
 from gtddp_compile.lowering.instructions import (
     SAMPLES,
     Apply,
-    Function,
     StageFunction,
     Var,
     mapped,
     total,
 )
 from gtddp_compile.lowering.lowered import Sweeps, Written
-from gtddp_compile.lowering.plan import Contraction, Plan, StagePlan
+from gtddp_compile.lowering.plan import Plan, StagePlan
 from gtddp_compile.lowering.write import grams, updates
 from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
-from gtddp_compile.lowering.write.calls import directional, drawn, player_function, prepare, weighted
+from gtddp_compile.lowering.write.calls import contract, directional, drawn, player_function, prepare, weighted
 from gtddp_compile.lowering.write.columns import (
     environment,
     sample_matrices,
@@ -375,7 +373,7 @@ def _run_again(b: Builder, stage: StagePlan, function: StageFunction, last_read:
         writes = tuple(b.new(name) if name in needed else "_" for name in function.returns)
         b.emit("forward", t, writes, function.name, Var("q"), Var("b_again"), *arguments, note=f"x' = f_{t}(x', u')")
     for contraction in stage.contracts:
-        _contract(b, t, contraction)
+        contract(b, t, contraction)
 
 
 def _read_again(b: Builder, t: int, last_read: Mapping[str, int]) -> set[str]:
@@ -384,25 +382,3 @@ def _read_again(b: Builder, t: int, last_read: Mapping[str, int]) -> set[str]:
     return {
         name for name in b.graph.stages[t].ops if name in contracted or name in b.orders or last_read.get(name, t) > t
     }
-
-
-def _contract(b: Builder, t: int, contraction: Contraction) -> None:
-    value, reader = contraction.value, contraction.reader
-    result = b.contraction(value, reader)
-    control = b.graph.value[value].control
-    if control is None:
-        kernel, layout = "contract_factors" if b.factored else "contract", b.graph.op(value).samples
-        call, where = ((kernel,), ()) if layout == LEADING else (
-            ("contract_arranged", Function(kernel)), (SAMPLES, layout.axis, layout.fold)
-        )  # fmt: skip
-        more: dict[str, Any] = {"columns": 1} if where and b.factored else {}
-        if layout.order:
-            more.update(order=Var(b.name(layout.order)), order_after=Var(b.new(layout.order)))
-        b.emit("forward", t, result, *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
-               *where, note=f"<g, delta {value}>", **more)  # fmt: skip
-        return
-    player = b.graph.player[control]
-    here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
-    moved = directional(b, "forward", t, player, f"delta_{b.identity(player)}", result, here)
-    code, note = total([Apply("wide", (v,)) for v in moved]), f"what the new {control} will change at stage {reader}"
-    b.emit("forward", t, result, "=", code, note=note)

@@ -23,10 +23,10 @@ class Geometry(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """How a normalisation computes.
+    """How a normalisation computes, or PReLU.
 
-    ``form`` is ``"batch"``, ``"instance"``, ``"group"`` (parameters along axis 1) or ``"layer"``, ``"rms"`` (along the
-    last axes, ``normalized_shape``); ``training``: the statistics of the input normalise.
+    ``form`` is ``"batch"``, ``"instance"``, ``"group"``, ``"prelu"`` (parameters along axis 1) or ``"layer"``,
+    ``"rms"`` (along the last axes, ``normalized_shape``); ``training``: the statistics of the input normalise.
     """
 
     form: str

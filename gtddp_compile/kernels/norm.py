@@ -1,10 +1,12 @@
-"""Per-sample parameter gradients of a normalisation's affine part, ``h = x̂ ∘ w + b``.
+"""Per-sample parameter gradients of a normalisation's affine part, ``h = x̂ ∘ w + b``, and of PReLU's slopes.
 
 ``x̂`` depends on neither ``w`` nor ``b``, so ``γ_w = Σ g ∘ x̂`` and ``γ_b = Σ g`` over the positions of one
 sample. ``norm_prepare`` computes ``x̂`` from the operands; it must see the *whole* batch (batch statistics
 mix samples), and every other kernel takes the prepared operands ``(x̂,)``, whose leading axis may then be
 sliced. The parameters are small: ``γ`` is always built. Where it is kept, ``norm_gamma`` makes it from the operands
 themselves instead.
+
+PReLU is ``h = x̂ ∘ w + max(x, 0)`` with ``x̂ = min(x, 0)``; one slope may serve all channels.
 """
 
 import torch
@@ -25,6 +27,8 @@ def norm_prepare(operands: tuple[Tensor, ...], how: Norm) -> tuple[Tensor, ...]:
     Running statistics are never advanced here.
     """
     x, shape = operands[0], list(how.normalized_shape)
+    if how.form == "prelu":
+        return (x.clamp_max(0),)
     if how.form == "rms":
         return (F.rms_norm(x, shape, None, how.eps),)
     small = 1e-5 if how.eps is None else how.eps
@@ -47,7 +51,9 @@ def _norm_positions(values: Tensor, how: Norm) -> Tensor:
 
 def norm_per_sample(layer: Layer) -> tuple[Tensor, ...]:
     """``γ``, ``(B, *shape)`` for each wanted parameter."""
-    (x, *_), g, _, wants, how = layer
+    (x, *_), g, params, wants, how = layer
+    if how.form == "prelu" and params[0] is not None and params[0].numel() == 1:
+        return ((g * x).flatten(1).sum(1).reshape(-1, *params[0].shape),)
     scale = (_norm_positions(g * x, how),) if wants[0] else ()
     return (*scale, _norm_positions(g, how)) if any(wants[1:]) else scale
 

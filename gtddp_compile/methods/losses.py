@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -43,14 +44,16 @@ class Loss:
     Attributes:
         name: as the user knows it, ``"CrossEntropyLoss"``.
         reduction: how ``φ`` makes the user's loss: ``J = (1/B) Σ φ_i`` ("mean") or ``J = Σ φ_i`` ("sum").
-        samples: ``(outputs, targets) -> φ``, shape (B,).
+        per_sample: ``(outputs, targets) -> φ``, shape (B,), differentiable in the outputs: a tensor (B, …) for a torch
+            loss module, any structure for a callable. Raises CompileError where outputs do not fit the loss, or what
+            comes back is not one loss a sample.
         module: the user's loss module, where :func:`check` can compare with its value; else ``None``.
         function: the user's own callable; ``None`` where ``module`` is given.
     """
 
     name: str
     reduction: Reduction
-    samples: Callable[[Any, Any], Tensor]
+    per_sample: Callable[[Any, Any], Tensor]
     module: nn.Module | None = None
     function: Callable[[Any, Any], Any] | None = None
 
@@ -59,30 +62,18 @@ class Loss:
         """Whether only its name is known (:func:`absent`)."""
         return self.module is None and self.function is None
 
-    def per_sample(self, outputs: Any, targets: Any) -> Tensor:
-        """``φ``, shape (B,), differentiable in ``outputs``.
-
-        Args:
-            outputs: of the model; a tensor (B, …) for a torch loss module, any structure for a callable.
-            targets: what the loss takes beside them.
-
-        Raises:
-            CompileError: the outputs do not fit the loss, or what came back is not one loss a sample.
-        """
-        return self.samples(outputs, targets)
-
     def after(self, change: Callable[[Any], Any]) -> Loss:
         """The loss of ``change(outputs)``."""
-        return replace(self, samples=lambda outputs, targets: self.samples(change(outputs), targets))
+        return replace(self, per_sample=lambda outputs, targets: self.per_sample(change(outputs), targets))
 
     def within(self, context: Callable[[], AbstractContextManager[None]]) -> Loss:
         """The loss as it is in such a context."""
 
         def samples(outputs: Any, targets: Any) -> Tensor:
             with context():
-                return self.samples(outputs, targets)
+                return self.per_sample(outputs, targets)
 
-        return replace(self, samples=samples)
+        return replace(self, per_sample=samples)
 
     def count(self, phi: Tensor, outputs: Any, samples: int) -> None:
         """There is one loss a sample.
@@ -157,14 +148,15 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
         shown = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
         raise CompileError(f"the loss is {shown}", "Pass a loss module, as in torch.nn.MSELoss(), or a callable")
     name = _name(loss)
+    own = Loss(name, "mean", partial(_of_callable, loss, name), function=loss)
     if not isinstance(loss, nn.Module):
-        return Loss(name, "mean", _Callable(loss, name), function=loss)
+        return own
     trainable = [key for key, parameter in loss.named_parameters() if parameter.requires_grad]
     if trainable:
         why = f"the loss {name} has trainable parameters: {', '.join(trainable)}"
         raise CompileError(why, "Make them part of the model, or freeze them with requires_grad_(False)")
     if not hasattr(loss, "reduction"):
-        return Loss(name, "mean", _Callable(loss, name), function=loss)
+        return own
     for kind, inputs in _OTHER_INPUTS.items():
         if is_kind(loss, kind):
             raise CompileError(f"the loss {name} takes ({inputs}), not (outputs, targets)", _as_remedy(_CALLABLE))
@@ -173,7 +165,8 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
             f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined",
             "Use reduction='mean' or 'sum', or " + _CALLABLE,
         )
-    return Loss(name, "sum" if loss.reduction == "sum" else "mean", _Elements(loss, name), loss)
+    elements = partial(_of_elements, _unreduced(loss), str(loss.reduction), name)
+    return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss)
 
 
 def check(loss: Loss, outputs: Any, targets: Any) -> None:
@@ -225,61 +218,50 @@ def _check_value(loss: Loss, module: nn.Module, outputs: Any, targets: Any) -> N
 # --- per-sample losses --------------------------------------------------------------------------------------
 
 
-class _Callable:
-    """A callable that has to return one loss a sample."""
-
-    def __init__(self, function: Callable[[Any, Any], Tensor], name: str) -> None:
-        self.function, self.name = function, name
-
-    def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        phi = self.function(outputs, targets)
-        remedy = "Return one loss a sample, shape (B,): reduction='none', then a sum or mean over all other axes"
-        if not isinstance(phi, Tensor):
-            raise CompileError(f"the loss {self.name} returned {type(phi).__name__}, not a tensor", remedy)
-        leaves = [leaf for leaf in _tensors(outputs) if leaf.dim()]
-        if phi.dim() != 1 or (leaves and not any(_may_hold(leaf, phi.shape[0]) for leaf in leaves)):
-            batch = f" for a batch of {leaves[0].shape[0]}" if leaves else ""
-            scalar = ", a scalar," if phi.dim() == 0 else ""
-            raise CompileError(f"the loss {self.name} returned shape {tuple(phi.shape)}{scalar}{batch}", remedy)
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves) and not phi.requires_grad:
-            raise CompileError(
-                f"the loss {self.name} does not depend on the outputs in a differentiable way",
-                "Compute it with torch operations, without detach(), item() or numpy",
-            )
-        return phi
+def _of_callable(function: Callable[[Any, Any], Tensor], name: str, outputs: Any, targets: Any) -> Tensor:
+    """A callable has to return one loss a sample."""
+    phi = function(outputs, targets)
+    remedy = "Return one loss a sample, shape (B,): reduction='none', then a sum or mean over all other axes"
+    if not isinstance(phi, Tensor):
+        raise CompileError(f"the loss {name} returned {type(phi).__name__}, not a tensor", remedy)
+    leaves = [leaf for leaf in _tensors(outputs) if leaf.dim()]
+    if phi.dim() != 1 or (leaves and not any(_may_hold(leaf, phi.shape[0]) for leaf in leaves)):
+        batch = f" for a batch of {leaves[0].shape[0]}" if leaves else ""
+        scalar = ", a scalar," if phi.dim() == 0 else ""
+        raise CompileError(f"the loss {name} returned shape {tuple(phi.shape)}{scalar}{batch}", remedy)
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves) and not phi.requires_grad:
+        raise CompileError(
+            f"the loss {name} does not depend on the outputs in a differentiable way",
+            "Compute it with torch operations, without detach(), item() or numpy",
+        )
+    return phi
 
 
-class _Elements:
+def _of_elements(unreduced: Any, reduction: str, name: str, outputs: Any, targets: Any) -> Tensor:
     """A loss module through its copy with reduction "none"."""
+    main = _main(unreduced, outputs, name)
+    elements = unreduced(*_arguments(unreduced, outputs, targets))
+    if not isinstance(elements, Tensor) or not _by_sample(elements, main, targets):
+        raise CompileError(
+            f"the loss {name} makes elements {_shape(elements)} of outputs {_shape(main)} and"
+            f" targets {_shape(targets)}: they mix samples",
+            "Give outputs and targets the same batch axis and number of axes, or " + _CALLABLE,
+        )
+    if reduction != "mean":
+        return kernels.sample_sums(elements)
+    if not is_kind(unreduced, *_NEGATIVE_LOG):
+        return kernels.sample_means(elements)
+    scale = kernels.class_mean_scale(main, targets, unreduced.weight, unreduced.ignore_index)
+    return kernels.sample_sums(elements) * scale
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.elements = _unreduced(module)
-        self.name, self.reduction = name, str(module.reduction)
 
-    def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        main = _main(self.elements, outputs, self.name)
-        elements = self.elements(*_arguments(self.elements, outputs, targets))
-        if not isinstance(elements, Tensor) or not self._by_sample(elements, main, targets):
-            raise CompileError(
-                f"the loss {self.name} makes elements {_shape(elements)} of outputs {_shape(main)} and"
-                f" targets {_shape(targets)}: they mix samples",
-                "Give outputs and targets the same batch axis and number of axes, or " + _CALLABLE,
-            )
-        if self.reduction != "mean":
-            return kernels.sample_sums(elements)
-        if not is_kind(self.elements, *_NEGATIVE_LOG):
-            return kernels.sample_means(elements)
-        scale = kernels.class_mean_scale(main, targets, self.elements.weight, self.elements.ignore_index)
-        return kernels.sample_sums(elements) * scale
-
-    @staticmethod
-    def _by_sample(elements: Tensor, main: Tensor, targets: Any) -> bool:
-        """Whether axis 0 of the elements is the batch, and broadcasting has not crossed samples."""
-        if isinstance(targets, Tensor) and targets.shape[:1] != main.shape[:1]:
-            return False
-        largest = max(main.numel(), targets.numel()) if isinstance(targets, Tensor) else elements.numel()
-        same_batch = elements.shape[:1] == main.shape[:1]
-        return same_batch and 1 <= elements.dim() <= main.dim() and elements.numel() <= largest
+def _by_sample(elements: Tensor, main: Tensor, targets: Any) -> bool:
+    """Whether axis 0 of the elements is the batch, and broadcasting has not crossed samples."""
+    if isinstance(targets, Tensor) and targets.shape[:1] != main.shape[:1]:
+        return False
+    largest = max(main.numel(), targets.numel()) if isinstance(targets, Tensor) else elements.numel()
+    same_batch = elements.shape[:1] == main.shape[:1]
+    return same_batch and 1 <= elements.dim() <= main.dim() and elements.numel() <= largest
 
 
 # --- small predicates ---------------------------------------------------------------------------------------

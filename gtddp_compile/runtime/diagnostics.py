@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Diagnostics:
         *,
         skipped: bool = False,
     ) -> None:
-        self._loss, self._kept, self._program, self._skipped = loss, figures or {}, program, skipped
+        self._loss, self._kept, self._program, self.skipped = loss, figures or {}, program, skipped
         self._stages: Mapping[int, Mapping[str, Any]] = self._kept
         self._found: dict[str, Any] | None = None
 
@@ -42,7 +42,7 @@ class Diagnostics:
         stages = self._stages.values()
         found: dict[str, Any] = {
             "loss": float(self._loss) if self._loss is not None else None,
-            "skipped": self._skipped,
+            "skipped": self.skipped,
             "clipped_changes": sum(self._clipped(stage) for stage in stages if "predicted" in stage),
             "clipped_radicands": int(sum(int(stage["radicands"]) for stage in stages if "radicands" in stage)),
         }
@@ -69,52 +69,45 @@ class Diagnostics:
         """``α_T`` where the linear term is kept apart from the columns."""
         return next((stage["start"] for stage in self._stages.values() if "start" in stage), None)
 
-    def _beside(self, weights: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-        """Weights of the ordinary gradients, and how they go beside those of the columns in a Gram matrix over both."""
-        if self._start is None:
-            return weights.new_zeros(0), lambda columns, base: columns
-        batch = self._batch
-        base = weights.new_full((batch, 1), self._start)
-        return base, lambda columns, base: torch.cat([base, columns.reshape(batch, -1)], 1).flatten()
+    def _whole(self, columns: Tensor, start: float | None) -> Tensor:
+        """Weights as a Gram matrix has them: of the columns, with ``start`` beside them of the ordinary gradients."""
+        if start is None:
+            return columns
+        apart = columns.reshape(self._batch, -1)
+        return torch.cat([apart.new_full((self._batch, 1), start), apart], 1).flatten()
 
     @property
     def _batch(self) -> int:
         return next(int(stage["samples"]) for stage in self._stages.values() if "samples" in stage)
 
+    @property
+    def _factored(self) -> list[tuple[int, Mapping[str, Any], Tensor]]:
+        """Stages with a factor, and their open weights."""
+        found = ((index, stage) for index, stage in self._stages.items() if "factor" in stage)
+        return [(index, stage, kernels.solve(stage["factor"], stage["target"])) for index, stage in found]
+
     def _norms(self) -> tuple[dict[str, float], dict[str, float]]:
-        """``√(wᵀ Γ_p w)`` of the open weights and of what feedback adds to them: norms of ``δu`` in the metric
-        ``M``.
-        """
-        opened, fed = {}, {}
-        for stage in self._stages.values():
-            if "factor" not in stage:
-                continue
-            own = kernels.solve(stage["factor"], stage["target"])
-            extra = stage["weights"] - own
+        """``√(wᵀ Γ_p w)`` of the open weights and of what feedback adds to them: norms of ``δu`` in ``M``."""
+        opened, fed, start = {}, {}, self._start
+        for _, stage, own in self._factored:
             for player, gamma in stage["gammas"].items():
-                base, whole = self._beside(own)
-                opened[player], fed[player] = _norm(gamma, whole(own, base)), _norm(gamma, whole(extra, 0 * base))
+                opened[player] = _norm(gamma, self._whole(own, start))
+                fed[player] = _norm(gamma, self._whole(stage["weights"] - own, None if start is None else 0.0))
         return opened, fed
 
     def _decrease(self) -> float:
-        """``½ Σ_t Q_uᵀ Q_uu⁻¹ Q_u`` without the decay's own part: as ``α = α' + P' Cᵀ k``, ``½ (P'⁻¹ α')ᵀ (α' -
-        α)``.
+        """``½ Σ_t Q_uᵀ Q_uu⁻¹ Q_u`` without the decay's own part: as ``α = α' + P' Cᵀ k``, ``½ (P'⁻¹ α')ᵀ (α' - α)``.
+
+        Of a term that is kept apart, ``(b + l)ᵀ Q_uu⁻¹ Q_u`` beside it.
         """
-        total = 0.0
-        for index, stage in self._stages.items():
-            if "factor" not in stage:
-                continue
-            pulled = stage["target"] + stage.get("drift", 0)
-            after = self._stages[index + 1]
+        total, start = 0.0, self._start
+        for index, stage, own in self._factored:
+            pulled, after = stage["target"] + stage.get("drift", 0), self._stages[index + 1]
             before = after["alpha"] if "alpha" in after else kernels.solve(after["factor"], after["target"])
-            own = kernels.solve(stage["factor"], stage["target"])
             total += 0.5 * float(pulled @ (before - own))
-            if (
-                self._start is not None
-            ):  # (b + l)^T Q_uu^-1 Q_u of the term that is kept apart, without the decay's part
-                base, whole = self._beside(own)
-                for gamma in stage["gammas"].values():
-                    total += 0.5 * _product(gamma, whole(0 * own, base), whole(own, base), scaled=True)
+            for gamma in stage["gammas"].values() if start is not None else ():
+                left, right = (self._whole(columns, start) for columns in (0 * own, own))
+                total += 0.5 * _product(gamma, left, right, scaled=True)
         return total
 
 

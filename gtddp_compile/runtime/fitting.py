@@ -44,24 +44,20 @@ def check_fit(program: UpdateProgram, model: nn.Module) -> None:
 def _check_parameters(graph: ControlGraph, model: nn.Module) -> None:
     theirs, ours = graph.ops.parameter_info, {info.name: info for info in parameter_infos(model)}
     for name in dict.fromkeys([*theirs, *ours]):
-        where = name.rpartition(".")[0]
-        if name not in ours:
-            raise CompileError(f"the program has a parameter {name!r}, the model has none", REMEDY, module=where)
-        if name not in theirs:
-            raise CompileError(f"the model has a parameter {name!r}, the program has none", REMEDY, module=where)
-        if theirs[name].shape != ours[name].shape:
-            raise CompileError(
-                f"the program's {name!r} has shape {theirs[name].shape}, the model's {ours[name].shape}",
-                REMEDY,
-                module=where,
-            )
-        if theirs[name].trainable != ours[name].trainable:
-            words = ("trained", "frozen") if theirs[name].trainable else ("frozen", "trained")
-            raise CompileError(
-                f"{name!r} is {words[0]} in the program and {words[1]} in the model",
-                "Set requires_grad as the program has it",
-                module=where,
-            )
+        their, our, remedy = theirs.get(name), ours.get(name), REMEDY
+        if our is None:
+            why = f"the program has a parameter {name!r}, the model has none"
+        elif their is None:
+            why = f"the model has a parameter {name!r}, the program has none"
+        elif their.shape != our.shape:
+            why = f"the program's {name!r} has shape {their.shape}, the model's {our.shape}"
+        elif their.trainable != our.trainable:
+            words = ("trained", "frozen") if their.trainable else ("frozen", "trained")
+            why = f"{name!r} is {words[0]} in the program and {words[1]} in the model"
+            remedy = "Set requires_grad as the program has it"
+        else:
+            continue
+        raise CompileError(why, remedy, module=name.rpartition(".")[0])
 
 
 def _inputs(graph: ControlGraph, like: Tensor) -> tuple[Tensor, ...]:

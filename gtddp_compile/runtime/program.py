@@ -17,12 +17,11 @@ from gtddp_compile.algebra.collapsed import COUPLED, CollapsedForm
 from gtddp_compile.algebra.derivation import Equation, StageDerivation, equation_text
 from gtddp_compile.algebra.elimination import cooperative_gains
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import ControlGraph, Player, tool
+from gtddp_compile.graph import ControlGraph, tool
 from gtddp_compile.lowering.decide import rollout_units
 from gtddp_compile.lowering.lowered import Lowered
 from gtddp_compile.lowering.plan import LayerPlan
 from gtddp_compile.lowering.segments import describe_memory
-from gtddp_compile.lowering.uses import Use
 from gtddp_compile.lowering.write.columns import describe_terminal, vectorises
 from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
@@ -213,61 +212,48 @@ class UpdateProgram:
         shown = describe_terminal(self.graph, self.form, self.options)
         table = Table(
             title=f"{self.form.name} form, coupling {self.options.coupling}, {shown}",
-            caption="\n".join(filter(None, (self._products(), self._memory(), self._mixing()))),
+            caption="\n".join(filter(None, self._captions())),
         )
         for column in ("stage", "player", "kind", "rule", "parameters", "gram", "notes"):
             table.add_column(column, overflow="fold")
         for player in self.graph.players:
             layer = self.lowered.plan.layers[player.name]
             rules = ", ".join(dict.fromkeys(use.rule.name for use in layer.uses))
+            size = sum(math.prod(self.graph.ops.parameter_info[name].shape) for name in player.parameters)
             table.add_row(
-                str(player.stage), player.name, player.kind, rules, str(self._size(player)), str(layer.gram),
-                "; ".join(filter(None, self._remarks(layer))),
+                str(player.stage), player.name, player.kind, rules, str(size), str(layer.gram),
+                "; ".join(dict.fromkeys(self._remarks(layer))),
             )  # fmt: skip
         return rendered(table) + "\n"
 
-    def _products(self) -> str:
-        """Both rollouts beside each other."""
-        plan = self.lowered.plan
-        if self.form.name not in COUPLED or self.form.factored:
-            return ""
-        found = rollout_units(plan)
-        if found is None:
-            return ""
-        linear, again = (f"{units:.2f}" for units in found)
-        return (
-            f"multiplications of a training step's (layers of known shape): rollout linear {linear}, nonlinear {again}"
-        )
+    def _captions(self) -> Iterator[str]:
+        """Both rollouts beside each other; what is kept; which operations are read approximately
+        (docs/theory.md#mixing): without feedback none is.
+        """
+        plan, base, mixing = self.lowered.plan, self.form.name == "base", self.graph.ops.mixing
+        found = rollout_units(plan) if self.form.name in COUPLED and not self.form.factored else None
+        if found is not None:
+            linear, again = (f"{units:.2f}" for units in found)
+            said = "multiplications of a training step's (layers of known shape)"
+            yield f"{said}: rollout linear {linear}, nonlinear {again}"
+        yield describe_memory(self.graph, plan.segments, gradients=not base)
+        if mixing and not base and self.options.mixing != "exact":
+            yield f"read sample by sample, an approximation: {few(mixing)}, which mix samples"
 
-    def _memory(self) -> str:
-        return describe_memory(self.graph, self.lowered.plan.segments, gradients=self.form.name != "base")
-
-    def _mixing(self) -> str:
-        """Which operations are read approximately (docs/theory.md#mixing); without feedback none is."""
-        mixing = self.graph.ops.mixing
-        if not mixing or self.form.name == "base" or self.options.mixing == "exact":
-            return ""
-        return f"read sample by sample, an approximation: {few(mixing)}, which mix samples"
-
-    def _remarks(self, layer: LayerPlan) -> tuple[str, ...]:
-        joined = "statistics from the same gamma" if layer.observed else ""
-        return _notes(layer.player, layer.uses), self._pulled(layer.player), self._metric(layer.player), joined
-
-    def _metric(self, player: Player) -> str:
-        """Which block of a Kronecker-factored curvature the player is in."""
-        (block,) = (block for block in self.derived.stages[player.stage].blocks if player in block.players)
-        if block.kind == "parameters":
-            return ""
-        together = ", ".join(other.name for other in block.players if other != player)
-        return f"{block.kind} metric" + (f" with {together} ({block.why})" if together else "")
-
-    def _pulled(self, player: Player) -> str:
-        slow = self.form.factored and not vectorises(self.graph, player.stage)
-        return "pulled back a column at a time: code that is not torch's own" if slow else ""
-
-    def _size(self, player: Player) -> int:
-        sizes = self.graph.ops.parameter_info
-        return sum(math.prod(sizes[name].shape) for name in player.parameters)
+    def _remarks(self, layer: LayerPlan) -> Iterator[str]:
+        """What is unusual about a player's layer, and which block of a Kronecker-factored curvature it is in."""
+        if len(layer.uses) > 1:
+            yield f"used {len(layer.uses)} times"
+        for use in (use for use in layer.uses if use.rule.name == "generic"):
+            slow = [name for name in ("vectorised", "forward_mode") if not use.options.get(name, True)]
+            yield f"automatic differentiation{', slow: no ' + ', '.join(slow) if slow else ''}"
+        if self.form.factored and not vectorises(self.graph, layer.player.stage):
+            yield "pulled back a column at a time: code that is not torch's own"
+        if layer.block.kind != "parameters":
+            together = ", ".join(other.name for other in layer.block.players if other != layer.player)
+            yield f"{layer.block.kind} metric" + (f" with {together} ({layer.block.why})" if together else "")
+        if layer.observed:
+            yield "statistics from the same gamma"
 
 
 class StageNotes(Mapping[int, str]):
@@ -302,18 +288,3 @@ def _line(equation: Equation) -> str:
 def _latex_row(equation: Equation) -> str:
     tag = f" \\tag{{{equation.tag}}}" if equation.tag else ""
     return f"{latex(equation.symbol)} &= {latex(equation.expression)}{tag}"
-
-
-def _notes(player: Player, uses: tuple[Use, ...]) -> str:
-    said = []
-    if len(uses) > 1:
-        said.append(f"used {len(uses)} times")
-    for use in uses:
-        if use.rule.name == "generic":
-            slow = [name for name, fast in _speeds(use.options).items() if not fast]
-            said.append(f"automatic differentiation{', slow: no ' + ', '.join(slow) if slow else ''}")
-    return "; ".join(dict.fromkeys(said))
-
-
-def _speeds(options: Mapping[str, Any]) -> dict[str, bool]:
-    return {name: bool(options[name]) for name in ("vectorised", "forward_mode") if name in options}

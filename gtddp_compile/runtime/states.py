@@ -55,20 +55,7 @@ def regrouped(
         return dict(state_dict)
     for group in stored:
         _check_method(group, curvature)
-    trained = [name for name, parameter in named.items() if parameter.requires_grad]
-    count = sum(len(group["params"]) for group in stored)
-    order = next((names for names in (list(named), trained) if len(names) == count), None)
-    if all("param_names" in group for group in stored):
-        order = [name for group in stored for name in group["param_names"]]
-    elif len(stored) > 1:
-        order = None
-    if order is None or not set(trained) <= set(order) <= named.keys():
-        raise CompileError(
-            f"the state has {len(stored)} parameter groups of {count} parameters without names, and the model "
-            f"{len(named)} parameters: which is whose cannot be told",
-            "Save it from an optimizer made with model.named_parameters(), or from one group of all parameters",
-        )
-    places = iter(order)
+    places = iter(_order(stored, named))
     theirs = {id(named[next(places)]): (index, group) for group in stored for index in group["params"]}
     found: dict[str, Any] = {**state_dict, "state": {}, "param_groups": []}
     numbers = iter(range(len(named)))
@@ -92,6 +79,24 @@ def regrouped(
                 found["state"][number] = known
         found["param_groups"].append(own)
     return found
+
+
+def _order(stored: Sequence[Mapping[str, Any]], named: Mapping[str, Tensor]) -> Sequence[str]:
+    """Names of saved parameters, group after group."""
+    trained = [name for name, parameter in named.items() if parameter.requires_grad]
+    count = sum(len(group["params"]) for group in stored)
+    order = next((names for names in (list(named), trained) if len(names) == count), None)
+    if all("param_names" in group for group in stored):
+        order = [name for group in stored for name in group["param_names"]]
+    elif len(stored) > 1:
+        order = None
+    if order is None or not set(trained) <= set(order) <= named.keys():
+        raise CompileError(
+            f"the state has {len(stored)} parameter groups of {count} parameters without names, and the model "
+            f"{len(named)} parameters: which is whose cannot be told",
+            "Save it from an optimizer made with model.named_parameters(), or from one group of all parameters",
+        )
+    return order
 
 
 def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], curvature: Curvature) -> None:

@@ -38,24 +38,18 @@ def check_form(program: UpdateProgram) -> None:
     Raises:
         CompileError: one sample's part in the update depends on every other's.
     """
-    if program.form.name not in FORMS or program.options.backend == "dense":
-        dense = program.options.backend == "dense"
-        raise CompileError(
-            f"accumulate() with {'backend=' + repr('dense') if dense else 'coupling=' + repr('block')}: "
-            + ("it keeps one matrix over all samples" if dense else "its recursions add over all samples of the batch"),
-            f"Use {'the fast backend' if dense else 'coupling=' + repr('full') + ' or a group size'}",
-        )
-    if program.options.max_grad_norm is not None:
-        raise CompileError(
-            f"accumulate() with max_grad_norm={program.options.max_grad_norm!r}: the norm is that of the union's "
-            "gradients, and every micro-batch would clip its own",
-            "Leave one of them out",
-        )
-    if program.options.line_search is not None:
-        raise CompileError(
-            f"accumulate() with line_search={program.options.line_search!r}: a length is chosen on one batch",
-            "Leave one of them out",
-        )
+    options, leave_out = program.options, "Leave one of them out"
+    refused = (
+        ("backend", options.backend == "dense", "it keeps one matrix over all samples", "Use the fast backend"),
+        ("coupling", program.form.name not in FORMS, "its recursions add over all samples of the batch",
+         "Use coupling='full' or a group size"),
+        ("max_grad_norm", options.max_grad_norm is not None, "the norm is that of the union's gradients, and every "
+         "micro-batch would clip its own", leave_out),
+        ("line_search", options.line_search is not None, "a length is chosen on one batch", leave_out),
+    )  # fmt: skip
+    for option, is_refused, why, remedy in refused:
+        if is_refused:
+            raise CompileError(f"accumulate() with {option}={getattr(options, option)!r}: {why}", remedy)
 
 
 @dataclass

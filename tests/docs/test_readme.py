@@ -18,7 +18,7 @@ import torch
 from gtddp_compile import compile_optimizer, passes
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/architecture.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/architecture.md", "docs/physics.md"]
 PATH = r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`"
 
 
@@ -46,6 +46,13 @@ def test_the_readmes_code_runs_and_trains() -> None:
     assert torch.nn.functional.cross_entropy(model(x), y) < 0.9 * float(names["loss"].new_tensor(3.0).log())  # type: ignore[attr-defined]
     for text in ("Control graph of Sequential", "stage 1: 2", "def step("):
         assert text in printed.getvalue()
+
+
+def test_the_code_on_physics_runs() -> None:
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", read("docs/physics.md"), re.DOTALL):
+        exec(compile(code, "physics.md", "exec"), names)
+        assert isinstance(loss := names["loss"], torch.Tensor) and loss.isfinite()
 
 
 def test_the_picture_is_what_the_script_draws() -> None:

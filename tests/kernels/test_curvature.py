@@ -27,6 +27,8 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
              "amsgrad": [False, True], "decoupled_weight_decay": [False, True]},
     "adamw": {"lr": [1e-3, RATE], "betas": [(0.9, 0.999), (0.0, 0.0)], "weight_decay": [0.0, 0.3],
               "amsgrad": [False, True]},
+    "adagrad": {"lr": [1e-2, RATE], "lr_decay": [0.0, 0.2], "eps": [1e-2], "weight_decay": [0.0, 0.1],
+                "initial_accumulator_value": [0.0, 0.3]},
 }  # fmt: skip
 
 

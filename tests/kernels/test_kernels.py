@@ -244,6 +244,16 @@ def test_rms_norm(eps: float | None) -> None:
     check("norm", function, (draw(3, 2, 4),), (draw(4),), form="rms", normalized_shape=(4,), eps=eps)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("slopes", [1, 3])
+@pytest.mark.parametrize("shape", [(5, 3), (1, 3), (4, 3, 2), (3, 3, 2, 4)])
+def test_prelu(shape: tuple[int, ...], slopes: int, metric: str) -> None:
+    """One slope a channel, or one for all of them; where the input is zero too."""
+    x = draw(*shape)
+    x[0] *= x[0] > 0
+    check("norm", lambda p, x: F.prelu(x, p[0]), (x,), (draw(slopes),), metric=metric, form="prelu")  # type: ignore[arg-type]
+
+
 class NoForward(torch.autograd.Function):
     """An operation without forward mode and without a vmap rule."""
 

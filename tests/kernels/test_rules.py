@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer, kernels
 from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import Layout
 from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref, map_leaves
 from gtddp_compile.lowering.layers import choose
 from support.recorded import layer
@@ -65,6 +66,9 @@ CASES: list[tuple[str, Op, dict[str, tuple[int, ...]], dict[str, Any]]] = [
      {"form": "instance", "eps": 1e-5, "training": False}),
     ("norm", op("rms_norm", F.rms_norm, X, (3,), weight=W, eps=0.1), {"x": (4, 2, 3, 3), "w": (3,)},
      {"form": "rms", "eps": 0.1, "normalized_shape": (3,)}),
+    ("norm", op("prelu", F.prelu, X, W), {"x": (4, 2, 3, 3), "w": (2,)}, {"form": "prelu"}),
+    ("norm", op("prelu", torch.ops.aten.prelu.default, X, W, shape=(4, 2)), {"x": (4, 2), "w": (1,)},
+     {"form": "prelu"}),
     ("transposed", op("transposed", kernels.transposed, X, W, shape=(4, 5, 3)), {"x": (4, 5, 2), "w": (2, 3)}, {}),
     ("shift", op("add", torch.add, B, X, shape=(4, 5, 2)), {"x": (4, 5, 2), "b": (2,)}, {}),
     ("generic", op("mul", torch.mul, X, W), {"x": (4, 2, 3, 3), "w": (3, 3)},
@@ -109,6 +113,8 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
     op("linear", F.linear, X, W, shape=(4,)), op("linear", torch.mul, X, W),
     op("transposed", kernels.transposed, W, X, shape=(4, 2)), op("add", torch.add, X, W, alpha=2),
     op("conv", F.conv_transpose2d, X, W, B),
+    op("prelu", F.prelu, X, W, shape=(4,)), op("prelu", F.prelu, W, X),
+    Op("h", "prelu", F.prelu, (X, W), {}, shape=(3, 4), dtype=torch.float64, layout=Layout(1)),
     op("conv", F.conv2d, X, W, B, Ref("stride")), op("conv", F.conv2d, X, W, B, shape=(2, 3, 3)),
     op("layer_norm", F.layer_norm, X, (4, 2, 3, 3), W, B),
     op("batch_norm", batch_norm, X, W, VAR, None, None, B, **{**BN, "training": False}),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev, vmap
+from torch.func import hessian, jacrev
 
 from gtddp_compile import CompileError, Terms, compile_optimizer, pde
+from support.least_squares import gauss_newton
 
 
 class Net(nn.Module):
@@ -46,25 +47,12 @@ def sets(inside: int = 7, edge: int = 4) -> dict[str, Any]:
 
 
 def explicit(model: Terms, given: dict[str, Any], lam: float) -> Tensor:
-    """Residuals one by one by torch.func, each scaled by the root of its term's weight over its number of points."""
-    params = {name: p.detach() for name, p in model.net.named_parameters()}
+    """By torch.func, of the equations as they are written here."""
 
-    def inside(p: Any, x: Tensor) -> Tensor:
-        u = lambda q: functional_call(model.net, p, (q,))  # noqa: E731
+    def inside(u: Any, p: Any, x: Tensor) -> Tensor:
         return hessian(u)(x).diagonal(dim1=-2, dim2=-1).sum(-1) + p["k"] * u(x)
 
-    def edge(p: Any, x: Tensor) -> Tensor:
-        return functional_call(model.net, p, (x,))[:1]
-
-    j, r = [], []
-    for name, residual in (("inside", inside), ("boundary", edge)):
-        x, right = given[name]
-        scale = math.sqrt(model.weights[name] / len(x))
-        r.append(scale * (vmap(residual, (None, 0))(params, x) - right).flatten())
-        found = vmap(jacrev(residual), (None, 0))(params, x)
-        j.append(scale * torch.cat([found[key].reshape(len(r[-1]), -1) for key in params], 1))
-    jac, res = torch.cat(j), torch.cat(r)
-    return -jac.T @ torch.linalg.solve(jac @ jac.T + lam * torch.eye(len(res), dtype=res.dtype), res)
+    return gauss_newton(model, {"inside": inside, "boundary": lambda u, p, x: u(x)[:1]}, given, lam)
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -107,6 +95,7 @@ def test_refusals_change_nothing_and_name_the_set() -> None:
         ({"inside": good["inside"]}, "'boundary' has points and no term, or no points"),
         ({**good, "inside": (bad_points, right)}, r"'inside' has points that are no numbers: \[2\]"),
         ({**good, "inside": (points, bad_right)}, r"'inside' has right-hand sides .* at the points \[4\]"),
+        ({**good, "boundary": (points, nan)}, r"'boundary' has right-hand sides .* at the points \[0, 1, 2, 3, 4\]"),
         ({**good, "inside": (points, right[:, 0])}, r"2 equations at 7 points, and right-hand sides \(7,\)"),
     ):
         with pytest.raises(CompileError, match=said):
@@ -114,6 +103,42 @@ def test_refusals_change_nothing_and_name_the_set() -> None:
         assert torch.equal(flat(model), before)
     with pytest.raises(CompileError, match="alone, or tensors"):
         opt.step(good, right)
+
+
+def test_points_at_which_a_term_has_no_value_are_named_and_nothing_changes() -> None:
+    """One of its own set, in two ways, and one of another's."""
+    torch.manual_seed(0)
+    inside = {"inside": lambda net, x: net(x)[:, 0] / x[:, 0], "boundary": lambda net, x: net(x)[:, 1] * x[:, 1].log()}
+    model = Terms(Net(), inside)
+    good = {name: (x, 0.5) for name, (x, _) in sets().items()}
+    opt = compile_optimizer(model, good, curvature="sgd", lr=1.0, inertia=0.9)
+    opt.step(good)
+    for name, coordinate, value, said in (
+        ("inside", 0, 0.0, r"the term 'inside' is not finite at the points \[3\]\. Leave"),
+        ("boundary", 1, -1.0, r"the term 'boundary' is not finite at the points \[3\]\. Leave"),
+        ("inside", 1, -1.0, r"the term 'boundary' is not finite at the points \[3\] of 'inside', where all"),
+    ):
+        bad = good[name][0].clone()
+        bad[3, coordinate] = value
+        before, state = flat(model), copy.deepcopy(opt.state_dict()["state"])
+        with pytest.raises(CompileError, match=said):
+            opt.step({**good, name: (bad, 0.5)})
+        assert torch.equal(flat(model), before)
+        torch.testing.assert_close(opt.state_dict()["state"], state, rtol=0, atol=0)
+    assert opt.step(good).isfinite() and not torch.equal(flat(model), before)
+
+
+def test_a_term_may_take_derivatives_by_autograd() -> None:
+    def slope(net: Any, x: Tensor) -> Tensor:
+        x = x.requires_grad_(True)
+        (found,) = torch.autograd.grad(net(x)[:, 0].sum(), x, create_graph=True)
+        return found
+
+    torch.manual_seed(0)
+    model, given = Terms(Net(), {"slope": slope}), {"slope": (torch.rand(5, 2).double(), 1.0)}
+    expected, before = gauss_newton(model, {"slope": lambda u, p, x: jacrev(u)(x)[0]}, given, 0.1), flat(model)
+    compile_optimizer(model, given, curvature="sgd", lr=10.0).step(given)
+    torch.testing.assert_close(flat(model) - before, expected, rtol=0, atol=1e-9)
 
 
 def test_refusals_of_the_model() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, compile_optimizer
+from support.faults import Fault, fault_at
 from support.networks import make
 
 
@@ -44,31 +43,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "norm, mask, shortcut": (Normed, 4),
     "convolution": (Convolved, 16),
 }
-
-
-class Fault(BaseException):
-    """Of no kind that anybody handles, as a KeyboardInterrupt is."""
-
-
-@contextmanager
-def fault_at(line: int) -> Iterator[None]:
-    """Raise at one line of the generated functions, counted as they run."""
-    lines = iter(range(1, line))
-
-    def follow(frame: Any, event: str, _: Any) -> Any:
-        if event == "line" and next(lines, None) is None:
-            raise Fault
-        return follow
-
-    def enter(frame: Any, event: str, _: Any) -> Any:
-        return follow if frame.f_code.co_filename.startswith("<gtddp_compile") else None
-
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 def everything(opt: CompiledOptimizer, net: nn.Module) -> Any:

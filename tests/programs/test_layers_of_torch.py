@@ -99,6 +99,8 @@ LAYERS: dict[str, Build] = {
     "embedding": words(lambda: nn.Embedding(7, 4, padding_idx=0)),
     "embedding bag": words(lambda: nn.EmbeddingBag(7, 4)),
     "prelu": own(lambda: nn.PReLU(4), (4,), before=linear),
+    "prelu, images": own(lambda: nn.PReLU(2), (2, 3, 3), before=lambda: nn.Conv2d(2, 2, 1)),
+    "prelu, one slope": own(lambda: nn.PReLU(), (3, 4), before=linear),
     "bilinear": own(lambda: nn.Bilinear(4, 3, 5), (4,), (3,)),
     "attention": attention(itself, batch_first=True),
     "attention, masks": attention(masked, (3, 4), (2,), batch_first=True),

@@ -25,7 +25,7 @@ TABLE = table()
 def test_every_two_entries_meet() -> None:
     met = set().union(*(row.pairs for row in TABLE))
     assert set(meeting()) <= met and len(meeting()) > 1000
-    assert len({(row.curvature, row.terminal, row.form) for row in TABLE}) == 9 * 4 * 7
+    assert len({(row.curvature, row.terminal, row.form) for row in TABLE}) == 10 * 4 * 7
 
 
 CHECKS = [(row, check) for n, row in enumerate(TABLE) for check in ("dense", "exported")[: 2 - n % 2]]
@@ -84,6 +84,8 @@ BASES: list[dict[str, Any]] = [
     {"curvature": "adam", "lr": 0.01},
     {"curvature": "adam", "lr": 0.01, "amsgrad": True, "weight_decay": 0.1, "betas": (0.8, 0.95)},
     {"curvature": "adamw", "lr": 0.01, "amsgrad": True, "weight_decay": 0.2},
+    {"curvature": "adagrad", "lr": 0.05},
+    {"curvature": "adagrad", "lr": 0.05, "lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.1},
 ]
 PUBLISHED: list[dict[str, Any]] = [
     {"lr": 0.3, "damping": 1e-2},

@@ -18,7 +18,8 @@ from support.networks import Case
 
 STEPS, SIZE = 3, 5
 LOSS, SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
-TORCH = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+TORCH = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
+         "adagrad": torch.optim.Adagrad}  # fmt: skip
 KRONECKER: dict[str, dict[str, Any]] = {
     "kfac": {"curvature": "kfac", "lr": 0.1, "damping": 1e-2, "refresh": 2, "momentum": 0.5, "weight_decay": 0.05},
     "ekfac": {"curvature": "ekfac", "lr": 0.05, "damping": 5e-2, "refresh": 1},

@@ -37,6 +37,7 @@ CURVATURES: dict[str, dict[str, Any]] = {
     "centered": {"curvature": "rmsprop", "lr": 5e-3, "centered": True},
     "adam": {"curvature": "adam", "lr": 1e-2, "amsgrad": True},
     "adamw": {"curvature": "adamw", "lr": 1e-2, "weight_decay": 0.1},
+    "adagrad": {"curvature": "adagrad", "lr": 1e-2, "lr_decay": 0.1, "weight_decay": 0.05},
     "kfac": {"curvature": "kfac", "lr": 0.1, "damping": 1e-2, "refresh": 2, "momentum": 0.5, "weight_decay": 0.05},
     "ekfac": {"curvature": "ekfac", "lr": 0.05, "damping": 5e-2, "refresh": 1},
     "foof": {"curvature": "foof", "lr": 0.1, "damping": 0.1},

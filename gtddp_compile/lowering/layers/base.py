@@ -51,6 +51,15 @@ Where :attr:`Rule.prepare` is set, ``operands = PREFIX_prepare(operands, how)`` 
 stage and on the whole batch; all the kernels above take the prepared operands (a normalisation's ``x̂``). Beside it
 there is ``PREFIX_gamma``, which is ``PREFIX_per_sample`` of the whole batch from operands that are not prepared.
 
+A rule sees the operation alone (:class:`~gtddp_compile.graph.ops.Op`: function, arguments, shape, where samples lie),
+no parameter's shape. A kernel may read it off ``params``; what a shape must forbid is in ``lowering/uses.py``
+(``_along_last_axis``). ``op.target`` is what the front end recorded: two may record two functions for one layer
+(``frontends/canonical.py``). ``op.samples`` that is not ``LEADING`` is brought to the front before a kernel is called,
+and what a sample has of a folded axis becomes axis 1, or 2 for kinds in ``CHANNELS_FIRST`` of ``lowering/uses.py``.
+
+``decide.py``, ``costs.py`` and ``operations.py`` tell layers by their prefix: with a new one ``γ`` is made per sample
+and not kept, and nothing is lifted from half precision unless its file is in ``operations.OF_LAYERS``.
+
 The batch axis is the leading axis of every operand (prepared ones, where the rule prepares) and of ``g``, and
 callers may take some samples of a layer (``kernels.part_of``), so that ``B`` is the size of a group. The generic rule
 alone departs from this: ``how.batched`` names the operands with a batch axis, and with ``how.mixes`` operands are never

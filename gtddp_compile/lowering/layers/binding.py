@@ -39,7 +39,7 @@ SIGNATURES: dict[Callable[..., Any] | str, dict[str, Any]] = {
         "weight": REQUIRED, "bias": REQUIRED, "training": False, "momentum": 0.1, "eps": 1e-5,
     },
 }  # fmt: skip
-"""Arguments, in order, and their defaults, of the functions that have a rule of their own."""
+"""Arguments, in order, and their defaults, of the functions that have a rule of their own (the normal form's)."""
 
 
 STATES = ("running_mean", "running_var", "num_batches_tracked")

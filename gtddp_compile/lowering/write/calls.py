@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from gtddp_compile.graph import BufferRef, Player
+from gtddp_compile.graph import LEADING, BufferRef, Player
 from gtddp_compile.lowering.builder import Builder
-from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, Phase, StageFunction, Var, item
+from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, Phase, StageFunction, Var, item, total
+from gtddp_compile.lowering.plan import Contraction
 from gtddp_compile.lowering.uses import Use
 
 
@@ -224,3 +225,25 @@ def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, 
         return
     blocks = gram(b, t, player, metric)
     b.emit("backward", t, result, "=", Apply(".diagonal()", (item(Var(blocks), 0),)))
+
+
+def contract(b: Builder, t: int, contraction: Contraction) -> None:
+    """``⟨g, δx⟩`` of a value that a stage has moved, or of a tied control for its later uses."""
+    value, reader = contraction.value, contraction.reader
+    result = b.contraction(value, reader)
+    control = b.graph.value[value].control
+    if control is None:
+        kernel, layout = "contract_factors" if b.factored else "contract", b.graph.op(value).samples
+        call, where = ((kernel,), ()) if layout == LEADING else (
+            ("contract_arranged", Function(kernel)), (SAMPLES, layout.axis, layout.fold)
+        )  # fmt: skip
+        more: dict[str, Any] = {"columns": 1} if where and b.factored else {}
+        if layout.order:
+            more.update(order=Var(b.name(layout.order)), order_after=Var(b.new(layout.order)))
+        b.emit("forward", t, result, *call, Var(b.g(value, reader)), Var(b.new(value)), Var(b.name(value)),
+               *where, note=f"<g, delta {value}>", **more)  # fmt: skip
+        return
+    player = b.graph.player[control]
+    here = frozenset(use for use in player.uses if b.graph.stage_of[use] == reader)
+    terms = directional(b, "forward", t, player, f"delta_{b.identity(player)}", result, here)
+    b.emit("forward", t, result, "=", total(terms), note=f"what the new {control} will change at stage {reader}")

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.curvature.adagrad import Adagrad
 from gtddp_compile.methods.curvature.adam import Adam, AdamW
 from gtddp_compile.methods.curvature.base import Curvature, Group, MetricKind, State
 from gtddp_compile.methods.curvature.blocks import BlockUpdates
@@ -22,6 +23,7 @@ __all__ = [
     "FOOF",
     "KFAC",
     "SGD",
+    "Adagrad",
     "Adam",
     "AdamW",
     "BlockUpdates",
@@ -40,6 +42,7 @@ REGISTRY: dict[str, Any] = {
     "rmsprop": RMSprop,
     "adam": Adam,
     "adamw": AdamW,
+    "adagrad": Adagrad,
     "kfac": KFAC,
     "ekfac": EKFAC,
     "foof": FOOF,
@@ -60,37 +63,27 @@ def resolve(curvature: str | Curvature, **options: Any) -> Curvature:
     Raises:
         CompileError: unknown name or option, an option out of range, or options beside an object.
     """
-    if isinstance(curvature, str):
-        if curvature not in REGISTRY:
-            raise CompileError(f"curvature {curvature!r} is not known", f"Choose one of {_listed(REGISTRY)}")
-        return _build(curvature, options)
-    if isinstance(curvature, type) or not _implements(curvature):
+    if isinstance(curvature, Curvature):
+        if options:
+            raise CompileError(
+                f"options {_listed(options)} were given beside the curvature object {curvature!r}",
+                f"Give them to the object: {type(curvature).__name__}(…)",
+            )
+        return curvature
+    if not isinstance(curvature, str):
         remedy = f"Give one of {_listed(REGISTRY)}, or an object such as Adam(lr=1e-3)"
         raise CompileError(f"curvature is {curvature!r}, neither a name nor a Curvature object", remedy)
-    if options:
-        raise CompileError(
-            f"options {_listed(options)} were given beside the curvature object {curvature!r}",
-            f"Give them to the object: {type(curvature).__name__}(…)",
-        )
-    return curvature
-
-
-def _build(name: str, options: dict[str, Any]) -> Curvature:
-    kind = REGISTRY[name]
-    known = [field.name for field in fields(kind) if field.init]
+    if curvature not in REGISTRY:
+        raise CompileError(f"curvature {curvature!r} is not known", f"Choose one of {_listed(REGISTRY)}")
+    known = [field.name for field in fields(REGISTRY[curvature]) if field.init]
     unknown = [option for option in options if option not in known]
     if unknown:
-        why = f"curvature {name!r} has no option {_listed(unknown)}"
+        why = f"curvature {curvature!r} has no option {_listed(unknown)}"
         if IMPLEMENTATION_ONLY.intersection(unknown):
             why += " (it would only choose between implementations of the same update, which the compiler does)"
         raise CompileError(why, f"Its options are {', '.join(known)}")
-    built: Curvature = kind(**options)
+    built: Curvature = REGISTRY[curvature](**options)
     return built
-
-
-def _implements(candidate: object) -> bool:
-    members = [member for member in vars(Curvature) if not member.startswith("_")]
-    return all(hasattr(candidate, member) for member in [*members, "name"])
 
 
 def _listed(names: Any) -> str:

@@ -14,6 +14,14 @@ gradient's place in the update), the three calls of one step are, for each param
 With feedback off ``g_stat = ĝ = ∂J/∂u (+ ℓ_u)`` and the three together are torch.optim's own update (Proposition 4).
 ``ℓ_u`` is the gradient of coupled weight decay, ``λ u``: :meth:`linear_term`. Decoupled decay (AdamW) is part of
 ``delta``.
+
+A diagonal method writes five members: ``name``, ``init_state`` (``numbers.zeros`` makes torch's ``"step"`` and zeros),
+``observe``, ``denominator`` and ``move``. The others follow from them, and from that:
+
+* ``observe`` and ``denominator`` are elementwise: they may be called with some rows of a parameter, of its gradient and
+  of the state's tensors (0-d ones are whole: ``"step"``);
+* while torch traces (``torch.compiler.is_compiling()``) no value can be read: not ``step.item()``;
+* an exported program carries the text of the method's file: it imports torch, this module and ``numbers``.
 """
 
 from __future__ import annotations
@@ -124,7 +132,11 @@ class Curvature(ABC):
         return denominator.reciprocal().mul_(scalar(group["lr"], param))
 
     def denominator(self, param: Tensor, state: State, group: Group) -> Tensor | None:
-        """``D = η M`` of a diagonal metric, a new tensor of the parameter's shape; ``None``: the metric is another."""
+        """``D = η M`` of a diagonal metric, a new tensor of the parameter's shape; ``None``: the metric is another.
+
+        Callers make ``M⁻¹ = η / D`` with ``η = group["lr"]`` themselves, :meth:`inverse_metric` or not: what changes
+        the rate from step to step (Adagrad's ``lr_decay``) is a factor of ``D``.
+        """
         return None
 
     @abstractmethod

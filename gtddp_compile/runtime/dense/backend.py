@@ -255,7 +255,7 @@ class Sweeps:
 
     def _forward(self, q: dict[str, Tensor]) -> None:
         """``û = u + k + K̂ δx̂``, stage by stage along the new trajectory (docs/theory.md#gains)."""
-        moved = self.trajectory.begin_again()
+        moved = {name: self.trajectory.values[name] for name in self.graph.prologue}
         for stage, gains in zip(self.stages, self.gains, strict=True):
             change = self.trajectory.change(moved, self.graph.stages[stage.index].live)
             change = self._believed(stage.index, change)

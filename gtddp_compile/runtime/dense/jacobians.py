@@ -239,7 +239,9 @@ class Trajectory:
         return Blocks(
             values={key: block for key, block in pairs.items() if key[1] in live},
             outputs={key: block for key, block in pairs.items() if key[1] in uses},
-            layers={(use, player.name): self._layer(use, player) for use in uses for player in self._users(use)},
+            layers={
+                (use, player.name): self._layer(use, player) for use in uses for player in self.graph.player_using[use]
+            },
             mixes=any(self.graph.op(name).mixes_samples for name in stage.ops),
         )
 
@@ -263,7 +265,7 @@ class Trajectory:
                 born = o == f"params:{name}"
                 control[o, name] = copies if born else torch.zeros(width[o], size, dtype=self.dtype)
         for (o, use), block in blocks.outputs.items():
-            for player in self._users(use):
+            for player in self.graph.player_using[use]:
                 layer = blocks.layers[use, player.name]
                 if player.stage == t:
                     control[o, player.name] = control[o, player.name] + block @ layer
@@ -277,9 +279,6 @@ class Trajectory:
         """Whether a value is no sample's own and never moves (a buffer's, a table's); every sample gets a copy."""
         value = self.values[name]
         return self.graph.value[name].fixed and (not value.dim() or value.shape[0] != self.batch)
-
-    def _users(self, use: str) -> tuple[Player, ...]:
-        return self.graph.player_using[use]
 
     def _layer(self, use: str, player: Player) -> Tensor:
         """``∂h/∂u`` of one use, parameters flat and side by side."""
@@ -311,10 +310,6 @@ class Trajectory:
         }
 
     # --- the second sweep ---------------------------------------------------------------------------------------------
-
-    def begin_again(self) -> dict[str, Any]:
-        """Values of the new trajectory before the first stage."""
-        return {name: self.values[name] for name in self.graph.prologue}
 
     def recompute(self, t: int, moved: dict[str, Any], q: Mapping[str, Tensor]) -> None:
         """Evaluate stage ``t`` with the new parameters, the same random numbers and no advancing of buffers."""
