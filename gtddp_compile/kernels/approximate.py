@@ -89,7 +89,7 @@ def _separately(
     found = of_weight(Layer((x,), scaled, layer.params, (True, False), how), rest)
     if not layer.wants[1]:
         return found
-    rows = (g if g.dim() == 2 else g.movedim(channels, 1).flatten(2).sum(2)) * metric[-1] ** 0.5
+    rows: Tensor = (g if g.dim() == 2 else g.movedim(channels, 1).flatten(2).sum(2)) * metric[-1] ** 0.5
     return found + rows @ rows.mT
 
 
