@@ -79,18 +79,18 @@ def _separately(
     """
     if not layer.wants[0]:
         return exact(layer, metric)
-    inverse, own = metric[0], layer._replace(wants=(True, False))
-    if isinstance(inverse, tuple) or not is_spherical(inverse):
-        how, weight = layer.how, layer.params[0]
-        channels = -1  # of a convolution behind a sample's images, where it has several
-        if how is not None and weight is not None:
-            channels = layer.g.dim() - weight.dim() + 1
-        # Separated already, or a table.
+    inverse, g, how, weight = metric[0], layer.g, layer.how, layer.params[0]
+    # The axis of channels; a convolution's is behind a sample's images, where it has several.
+    channels = -1 if how is None or weight is None else g.dim() - weight.dim() + 1
+    x, scaled, rest = layer.operands[0], g, inverse
+    if isinstance(inverse, tuple) or not is_spherical(inverse):  # separated already, or a table
         pair = inverse if isinstance(inverse, tuple) else _separate(inverse, 1 if how is None else how.groups)
-        x, g = _along(layer.operands[0], pair[1], channels), _along(layer.g, pair[0], channels)
-        own, inverse = own._replace(operands=(x,), g=g), 1.0
-    found = of_weight(own, inverse)
-    return found + exact(layer._replace(wants=(False, True)), metric[1:]) if layer.wants[1] else found
+        x, scaled, rest = _along(x, pair[1], channels), _along(g, pair[0], channels), 1.0
+    found = of_weight(Layer((x,), scaled, layer.params, (True, False), how), rest)
+    if not layer.wants[1]:
+        return found
+    rows: Tensor = (g if g.dim() == 2 else g.movedim(channels, 1).flatten(2).sum(2)) * metric[-1] ** 0.5
+    return found + rows @ rows.mT
 
 
 def linear_separable_gram(layer: Layer, metric: tuple[Any, ...]) -> Tensor:
@@ -117,10 +117,11 @@ def conv_sketch_gram(layer: Layer, metric: tuple[Any, ...], *, columns: int, see
     """``γ M⁻¹ γᵀ`` with the weight's metric separated and patches projected to ``columns``, ``(B, B)``."""
 
     def of_weight(own: Layer, rest: Tensor | float) -> Tensor:
-        (weight, _), x = _conv_weight(own), own.operands[0]
-        filters = _signs(own.how.groups * columns, weight[0].numel(), x, seed) * (weight[0].numel() / columns) ** 0.5
-        (found,), _ = conv_sketched(own, filters.reshape(-1, *weight.shape[1:]), (rest,), None, (slice(None),))
-        return found
+        (x, g), (weight, _), groups = _conv_images(own), _conv_weight(own), own.how.groups
+        filters = _signs(groups * columns, weight[0].numel(), x, seed) * (weight[0].numel() / columns) ** 0.5
+        seen = CONVOLUTIONS[x.dim()](x, filters.reshape(-1, *weight.shape[1:]), None, *own.how)
+        gamma = _conv_products(g, seen, len(own.g), groups)
+        return gamma @ gamma.mT * rest
 
     return _separately(conv_gram, layer, metric, of_weight)
 

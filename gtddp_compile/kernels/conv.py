@@ -65,7 +65,7 @@ def conv_weighted(layer: Layer) -> tuple[Tensor, ...]:
     symmetric = all(before == after for before, after in margins)  # what torch's own takes
     widths = tuple(before if symmetric else 0 for before, _ in margins)
     x = x if symmetric else _conv_padded(x, margins)
-    return (_conv_weight_gradient(x, g, weight, how._replace(padding=widths)), *bias)
+    return (_conv_weight_gradient(x, g, weight, how, widths, how.groups), *bias)
 
 
 def conv_gram(layer: Layer, metric: Inverses) -> Tensor:

@@ -8,7 +8,6 @@ at most once a call.
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +85,7 @@ def _conv_gradients(x: Tensor, g: Tensor, kernel: tuple[int, ...], how: Geometry
         count = samples * groups
         weight = x.new_empty(1).expand(count * outputs, channels, *kernel)
         own, part = (value.reshape(1, -1, *value.shape[3:]) for value in (g, x))
-        gradients = _conv_weight_gradient(part, own, weight, how._replace(padding=(0,) * len(kernel), groups=count))
+        gradients = _conv_weight_gradient(part, own, weight, how, (0,) * len(kernel), count)
         return gradients.reshape(samples, groups, outputs, -1)
     step = max(1, CHUNK // (groups * channels * math.prod(kernel) * positions))
     pairs = ((g[rows].flatten(3), x[rows].flatten(1, 2)) for rows in pieces(samples, step))
@@ -94,12 +93,13 @@ def _conv_gradients(x: Tensor, g: Tensor, kernel: tuple[int, ...], how: Geometry
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def _conv_weight_gradient(x: Tensor, g: Tensor, weight: Tensor, how: Any) -> Tensor:
+def _conv_weight_gradient(
+    x: Tensor, g: Tensor, weight: Tensor, how: Geometry, padding: tuple[int, ...], groups: int
+) -> Tensor:
     """The weight's gradient as torch makes it; of ``weight`` the shape alone is read."""
     found: Tensor = torch.ops.aten.convolution_backward(
-        g, x, weight, None, how.stride, how.padding, how.dilation, False, [0 for _ in how.stride], how.groups,
-        [False, True, False],
-    )[1]  # fmt: skip
+        g, x, weight, None, how.stride, padding, how.dilation, False, (0,) * len(padding), groups, [False, True, False]
+    )[1]
     return found
 
 
