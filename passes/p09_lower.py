@@ -9,9 +9,7 @@ update is recognised as ``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted g
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,18 +21,16 @@ from gtddp_compile.lowering.formulas import check_update, formula
 from gtddp_compile.lowering.instructions import (
     SAMPLES,
     Apply,
-    Instruction,
     StageFunction,
     Var,
     mapped,
     total,
-    variables,
 )
 from gtddp_compile.lowering.lowered import Sweeps, Written
 from gtddp_compile.lowering.plan import Plan, StagePlan
 from gtddp_compile.lowering.write import grams, updates
 from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
-from gtddp_compile.lowering.write.calls import contract, directional, faded, player_function, prepare, weighted
+from gtddp_compile.lowering.write.calls import contract, directional, drawn, player_function, prepare, weighted
 from gtddp_compile.lowering.write.columns import (
     environment,
     sample_matrices,
@@ -61,23 +57,7 @@ def lower(plan: Plan) -> Written:
     functions = stage_functions(b)
     sweeps = _sweeps(b, functions)
     players = (player_function(b, use) for layer in plan.layers.values() for use in layer.uses if use.function)
-    return Written(plan, _with_layers(sweeps), (*functions, *players), b.names)
-
-
-def _with_layers(sweeps: Sweeps) -> Sweeps:
-    """A layer that is read once is made where it is read, and one that nobody reads nowhere."""
-    parts = [sweeps.pulled, sweeps.gains, sweeps.recursion, sweeps.forward, {0: sweeps.decision}]
-    every = [one for part in parts for written in part.values() for one in written]
-    read = Counter(name for one in every for name in variables((one.args, dict(one.kwargs or {}))))
-    inline = {one.written[0]: Apply("Layer", one.args) for one in every if one.function == "Layer"}
-    inline = {name: made for name, made in inline.items() if read[name] < 2}
-
-    def change(written: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
-        kept = (one for one in written if one.function != "Layer" or one.written[0] not in inline)
-        return tuple(one.replacing(lambda found: inline.get(found.name, found)) for one in kept)
-
-    pulled, gains, recursion, forward, decision = ({t: change(w) for t, w in part.items()} for part in parts)
-    return replace(sweeps, pulled=pulled, gains=gains, recursion=recursion, forward=forward, decision=decision[0])
+    return Written(plan, sweeps.with_layers(), (*functions, *players), b.names)
 
 
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
@@ -225,19 +205,23 @@ def _gains(b: Builder, stage: StagePlan) -> None:
         drifts = {name: variable for block in found for name, variable in grams.drift(b, t, block).items()}
     pairs = {o.block.players[0].name: grams.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
-        terms, drift = [pair[1] for pair in pairs.values() if pair and pair[1]], f"fall_{t}" if b.factored else f"s_{t}"
-        for player in (player for player in stage.players if not pairs.get(player.name)):
-            found_here = directional(b, "backward", t, player, drifts[player.name], drift)
-            terms += [faded(b, player, term) for term in found_here]
-        b.emit("backward", t, drift, "=", total(terms), note="gamma M^-1 l")
+        left = tuple(player for player in stage.players if not pairs.get(player.name))
+        parts, drift = (
+            [pair[1] for pair in pairs.values() if pair and pair[1] is not None],
+            f"fall_{t}" if b.factored else f"s_{t}",
+        )
+        for player in left:
+            moved = directional(b, "backward", t, player, drifts[player.name], drift)
+            parts += [drawn(b, player, part) for part in moved]
+        b.emit("backward", t, drift, "=", total(parts), note="gamma M^-1 l")
     gammas = {}
     for o in found:
         pair = pairs[o.block.players[0].name]
         gammas[", ".join(p.name for p in o.block.players)] = pair[0] if pair else grams.block_gram(b, t, o)
     b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in gammas.items()})
-    whole = f"columns_{t}" if b.factored else f"gamma_{t}"
+    gamma = f"columns_{t}" if b.factored else f"gamma_{t}"
     add = "blocks_add" if len(gammas) > 1 else "="
-    b.emit("backward", t, whole, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
+    b.emit("backward", t, gamma, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
     if b.factored:
         split(b, t)
 
@@ -304,11 +288,8 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Obse
     gains = {name: variable for block in found for name, variable in grams.open_gain(b, t, block, opens).items()}
     if t == 0:
         return
-    terms = [
-        term for player in stage.players
-        for term in directional(b, "backward", t, player, gains[player.name], f"moved_{t}")
-    ]  # fmt: skip
-    b.emit("backward", t, f"moved_{t}", "=", total(terms), note="<gamma_i, k>")
+    moved = [v for p in stage.players for v in directional(b, "backward", t, p, gains[p.name], f"moved_{t}")]
+    b.emit("backward", t, f"moved_{t}", "=", total([Apply("wide", (part,)) for part in moved]), note="<gamma_i, k>")
     if b.factored:
         alpha = form.backward["alpha"]
         b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")

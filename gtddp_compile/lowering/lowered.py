@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gtddp_compile.lowering.instructions import Instruction, StageFunction
+from gtddp_compile.lowering.instructions import Apply, Instruction, StageFunction, variables
 from gtddp_compile.lowering.plan import Plan
 
 
@@ -26,6 +27,21 @@ class Sweeps:
     forward: Mapping[int, tuple[Instruction, ...]]
     deferred: bool = False
     decision: tuple[Instruction, ...] = ()
+
+    def with_layers(self) -> Sweeps:
+        """A layer that is read once is made where it is read, and one that nobody reads nowhere."""
+        parts = [self.pulled, self.gains, self.recursion, self.forward, {0: self.decision}]
+        every = [one for part in parts for written in part.values() for one in written]
+        read = Counter(name for one in every for name in variables((one.args, dict(one.kwargs or {}))))
+        made = {one.written[0]: Apply("Layer", one.args) for one in every if one.function == "Layer"}
+        inline = {name: layer for name, layer in made.items() if read[name] < 2}
+
+        def change(written: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
+            kept = (one for one in written if one.function != "Layer" or one.written[0] not in inline)
+            return tuple(one.replacing(lambda found: inline.get(found.name, found)) for one in kept)
+
+        pulled, gains, recursion, forward, decision = ({t: change(w) for t, w in part.items()} for part in parts)
+        return replace(self, pulled=pulled, gains=gains, recursion=recursion, forward=forward, decision=decision[0])
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
             f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined",
             "Use reduction='mean' or 'sum', or " + _CALLABLE,
         )
-    elements = partial(_of_elements, _unreduced(loss), loss.reduction, name)
+    elements = partial(_of_elements, _unreduced(loss), str(loss.reduction), name)
     return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss)
 
 

@@ -194,9 +194,9 @@ def parts_of(direction: str, player: Player, use: Use) -> tuple[Apply, ...]:
 
 def directional(
     b: Builder, phase: Phase, t: int, player: Player, direction: str, result: str, only: frozenset[str] | None = None
-) -> list[Apply]:
-    """Terms of ``⟨γ_i, v⟩`` of a player, one a use (``only`` the named ones)."""
-    terms = []
+) -> list[Var]:
+    """``⟨γ_i, v⟩`` of a player, a variable a use (``only`` of the named ones)."""
+    found = []
     for use in b.uses(player.name):
         if only is not None and use.op not in only:
             continue
@@ -207,13 +207,14 @@ def directional(
             kernel = b.kernel(use, "directional")
             call = ("factor_directional", Function(kernel)) if b.factored else (kernel,)
             b.emit(phase, t, name, *call, layer(b, use), change)
-        terms.append(Apply("wide", (Var(name),)))
-    return terms
+        found.append(Var(name))
+    return found
 
 
-def faded(b: Builder, player: Player, term: Apply) -> Apply:
-    """``⟨γ_i, M⁻¹ ℓ_u⟩`` from ``⟨γ_i, v⟩``: without decay ``M⁻¹ ℓ_u = -μ v``."""
-    return term if b.plan.decay else Apply("*", (Apply("neg", (Var(f"mu_{b.identity(player)}"),)), term))
+def drawn(b: Builder, player: Player, part: Var) -> Apply:
+    """``⟨γ_i, M⁻¹ ℓ_u⟩`` of a player from ``⟨γ_i, v⟩``: without weight decay ``v`` is the last step, times ``-μ``."""
+    wide = Apply("wide", (part,))
+    return wide if b.plan.decay else Apply("*", (Apply("neg", (Var(f"mu_{b.identity(player)}"),)), wide))
 
 
 def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, given: Var | None = None) -> None:

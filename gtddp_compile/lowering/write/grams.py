@@ -5,7 +5,7 @@ from __future__ import annotations
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.instructions import Apply, Var
 from gtddp_compile.lowering.write.calls import (
-    faded,
+    drawn,
     gram,
     gram_diagonal,
     kept,
@@ -32,7 +32,7 @@ def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tup
            note="gamma M^-1 gamma^T; gamma M^-1 l")  # fmt: skip
     if direction is None:
         return gamma, None
-    return gamma, faded(b, player, Apply("wide", (Var(moved),)))
+    return gamma, drawn(b, player, Var(moved))
 
 
 def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
