@@ -227,8 +227,8 @@ def table(runs: Runs) -> str:
     said = (
         f"Relative L2 error; processor seconds of steps alone (making ours takes {compiling:.0f} s more, once), "
         f"{BUDGET:.0f} s a run; medians of the seeds. Adam's rate: of {', '.join(map(str, RATES))} the best after "
-        f"{SWEEP:.0f} s with another seed. L-BFGS: evaluations for steps, on points that stay. Written by `benchmarks/physics.py`; "
-        f"last run {kept[-1].measured}: {kept[-1].machine}."
+        f"{SWEEP:.0f} s with another seed. L-BFGS: evaluations for steps, on points that stay. "
+        f"Written by `benchmarks/physics.py`; last run {kept[-1].measured}: {kept[-1].machine}."
     )
     return f"{markdown(header, rows)}\n\n{said}"
 
