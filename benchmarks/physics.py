@@ -211,6 +211,7 @@ def table(runs: Runs) -> str:
         for method in METHODS:
             found = [r for r in runs.values() if (r.problem, r.method) == (problem, method) and r.seed != SWEEP_SEED]
             if not found:
+                rows.append((problem, method, "0", *[""] * (len(TARGETS) + 1), "not run"))
                 continue
             rate = f" (rate {found[0].rate:g})" if found[0].rate else ""
             stalled = sum(run.ended == "stalled" for run in found)
@@ -225,8 +226,9 @@ def table(runs: Runs) -> str:
     compiling = statistics.median(run.compile_s for run in kept if run.method.startswith("ours"))
     said = (
         f"Relative L2 error; processor seconds of steps alone (making ours takes {compiling:.0f} s more, once), "
-        f"{BUDGET:.0f} s a run; medians of the seeds. Written by `benchmarks/physics.py`; "
-        f"last run {kept[-1].measured}: {kept[-1].machine}."
+        f"{BUDGET:.0f} s a run; medians of the seeds. Adam's rate: of {', '.join(map(str, RATES))} the best after "
+        f"{SWEEP:.0f} s with another seed. L-BFGS: evaluations for steps, on points that stay. "
+        f"Written by `benchmarks/physics.py`; last run {kept[-1].measured}: {kept[-1].machine}."
     )
     return f"{markdown(header, rows)}\n\n{said}"
 
