@@ -3,9 +3,8 @@
 Networks on scikit-learn's digits, batch 128: the convolutional one of ``examples/digits.py``, with 16 channels and with
 32, a multi-layer perceptron, and a transformer that takes an image's rows for tokens. ``error of w``: the relative
 error of a stage's weights against the exact ones, from the same parameters and state, median over stages, at every 5th
-step of an exact run (of ``Refreshed``, between refreshes). ``loss``: mean over seeds of the train loss after the
-epochs, with its standard deviation. ``step``: CPU time of a step against the exact one's, in turns; of
-``Refreshed(k)``, of k steps in a row.
+step of an exact run. ``loss``: mean over seeds of the train loss after the
+epochs, with its standard deviation. ``step``: CPU time of a step against the exact one's, in turns.
 
     python benchmarks/gram_fidelity.py --write
 """
@@ -60,14 +59,11 @@ class Network:
         build: makes it.
         shape: of a sample, as it takes it.
         bases: the base methods that are measured.
-        idle: options that change nothing of it, by the beginnings of their names: its gradients are kept, or there are
-            no positions.
     """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     bases: tuple[str, ...] = tuple(BASES)
-    idle: tuple[str, ...] = ()
 
 
 NETWORKS: dict[str, Network] = {
@@ -135,7 +131,7 @@ def distance(approximate: Any, exact: list[Tensor]) -> float:
 def errors(network: str, curvature: str) -> dict[str, float]:
     """Median relative error of ``w`` by option, from the states of one exact run."""
     model, optimizer = make(network, curvature, 0, gram="exact")
-    others = {name: make(network, curvature, 0, gram=GRAMS[name]) for name in rows_of(network, curvature)[1:]}
+    others = {name: make(network, curvature, 0, gram=GRAMS[name]) for name in rows_of(curvature)[1:]}
     found: dict[str, list[float]] = {name: [] for name in others}
     for index, (x, y) in enumerate(batches(0)):
         before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
@@ -150,10 +146,9 @@ def errors(network: str, curvature: str) -> dict[str, float]:
     return {"exact": 0.0, **{name: statistics.median(values) for name, values in found.items()}}
 
 
-def rows_of(network: str, curvature: str) -> list[str]:
-    """Options that say something about a network and a base method."""
-    known = KRONECKER if curvature == "ekfac" else tuple(GRAMS)
-    return [name for name in known if not name.startswith(NETWORKS[network].idle)]
+def rows_of(curvature: str) -> tuple[str, ...]:
+    """Options that say something about a base method."""
+    return KRONECKER if curvature == "ekfac" else tuple(GRAMS)
 
 
 def load(optimizer: Any, state: dict[str, Any]) -> None:
@@ -185,7 +180,7 @@ def main(
     for network, found in NETWORKS.items():
         for curvature in found.bases:
             error = errors(network, curvature)
-            for name in (*rows_of(network, curvature), "base method"):
+            for name in (*rows_of(curvature), "base method"):
                 gram = GRAMS.get(name)
                 if gram is None:
                     losses = [trained(make(network, curvature, seed, feedback=False), seed) for seed in range(seeds)]

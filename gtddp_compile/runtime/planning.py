@@ -50,7 +50,9 @@ def _check_own(derived: Derived) -> None:
     Raises:
         CompileError: the curvature couples players.
     """
-    for block in (block for stage in derived.stages for block in stage.blocks if len(block.players) > 1):
+    coupled = [block for stage in derived.stages for block in stage.blocks if len(block.players) > 1]
+    if coupled:
+        (block, *_) = coupled
         op = derived.graph.op(block.players[0].op)
         raise CompileError(
             f"recursion='printed': the curvature couples {', '.join(player.name for player in block.players)}, and "

@@ -26,7 +26,7 @@ from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.program import UpdateProgram
 
 FORMS = ("base", *COUPLED)
-OF_LAYERS = ("observe_block", "observe_factors")
+WITH_ROWS = ("observe_block", "observe_factors")
 """Requests whose argument is rows of layers."""
 OF_CHANNELS = "observe_channels"
 """The request whose argument is a convolution's input."""
@@ -220,7 +220,7 @@ def scaled(name: str, arguments: tuple[Any, ...], weight: float) -> tuple[Any, .
     """A request's gradients times a weight; names and kinds as they are."""
     if name == OF_CHANNELS:  # a mean over samples, whatever they weigh
         return arguments
-    if name not in OF_LAYERS:
+    if name not in WITH_ROWS:
         return (*arguments[:-1], _tree(lambda value: value * weight, arguments[-1]))
     stage, kind, names, layers, start = arguments
     found = []
@@ -264,7 +264,7 @@ def _joined(name: str, left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[A
     if name == OF_CHANNELS:
         names, layer, *rest = left
         return names, _beside(layer, right[1]), *rest
-    if name not in OF_LAYERS:
+    if name not in WITH_ROWS:
         return (*left[:-1], _sum(left[-1], right[-1]))
     layers = []
     for rows, other in zip(left[3], right[3], strict=True):
