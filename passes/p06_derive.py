@@ -216,12 +216,7 @@ def derive_pattern(
     change = {i: MatrixSymbol(f"delta_{i}", known.size[i], 1) for i in pattern.inputs}
     moved = {p: MatrixSymbol(f"delta_{p}", known.dimension[p], 1) for p in pattern.controls}
     rolled = _rolled_out(pattern, known, change, moved, k, gains)
-    expansion = {f"q_{name}": equations for name, equations in q._asdict().items()}
-    together = {f"joint_{name}": equations for name, equations in joint._asdict().items()}
-    return StageDerivation(
-        pattern, recursion, *known[2:], **expansion, **together, k=k, gains=gains, new_value_x=new_x,
-        new_value_xx=new_xx, change=change, moved=moved, rolled=rolled,
-    )  # fmt: skip
+    return StageDerivation(pattern, recursion, *known[2:], *q, *joint, k, gains, new_x, new_xx, change, moved, rolled)
 
 
 def _symbols(pattern: StagePattern, coupled: frozenset[tuple[str, str]]) -> _Symbols:
