@@ -10,7 +10,7 @@ from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
 from gtddp_compile.methods.curvature import EKFAC, FOOF, KFAC, SGD, Adam, AdamW, Curvature, RMSprop
 from gtddp_compile.methods.terminal import Geometric, MonteCarlo
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Sketch
+from gtddp_compile.options import Nystrom, Sketch
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.terms import Terms
 
@@ -27,6 +27,7 @@ __all__ = [
     "Curvature",
     "Geometric",
     "MonteCarlo",
+    "Nystrom",
     "Player",
     "RMSprop",
     "Shortcut",

@@ -224,7 +224,7 @@ def _cholesky(block: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
 def _by_eigenvalues(block: Tensor, share: float) -> Tensor:
     """``R`` with ``RᵀR = V max(Λ, share · trace) Vᵀ``: what rounding does not resolve moves no other direction."""
     if not block.isfinite().all():
-        raise torch.linalg.LinAlgError("a Gram matrix is not finite")
+        raise torch.linalg.LinAlgError("a Gram matrix is not finite")  # type: ignore[attr-defined]
     values, vectors = torch.linalg.eigh(block)
     roots = values.clamp_min(share * block.trace()).sqrt()
     factor: Tensor = torch.linalg.qr(roots.unsqueeze(1) * vectors.mT, mode="r").R

@@ -139,9 +139,15 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
         inputs = tuple(item(v, 0) if isinstance(v, Var) else v[0] for v in found)
         rest = tuple(Var(b.g_output(use.op)) for use in uses[1:])
         said = tuple((use.rule.prefix == "transposed", use.params[1] is not None) for use in uses)
-        b.emit("backward", t, result, "gram_blocks", Function("linear_uses_gram"),
-               bundle(b, uses[0], (*inputs, *rest)), Var(metric), Var(b.rows), note=f"{note} of all uses",
-               uses=said)  # fmt: skip
+        columns = b.plan.gram == "nystrom"
+        kernel = "linear_columns" if columns else "gram_blocks"
+        which, rows = ((), Var("drawn")) if columns else ((Function("linear_uses_gram"),), Var(b.rows))
+        b.emit("backward", t, result, kernel, *which, bundle(b, uses[0], (*inputs, *rest)), Var(metric), rows,
+               note=f"{note} of all uses", uses=said)  # fmt: skip
+        return result
+    if b.plan.gram == "nystrom":
+        gamma = Var(per_sample(b, t, player))
+        b.emit("backward", t, result, "joint_columns", gamma, Var(metric), Var("drawn"), note=note)
         return result
     if chosen.kept or use is None:
         gamma = given or Var(kept(b, t, player) if chosen.kept else per_sample(b, t, player))
@@ -154,6 +160,15 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
     b.emit("backward", t, result, "factor_gram" if b.factored else "gram_blocks", *functions, given or layer(b, use),
            Var(metric), Var(b.rows), note=note, **more)  # fmt: skip
     return result
+
+
+def product_of(b: Builder, player: Player) -> tuple[Any, ...]:
+    """What a product with ``Γ`` of one player is made of (``kernels.nystrom.Players``)."""
+    uses = tuple(
+        (use.names, Function(b.kernel(use, "weighted")), Function(b.kernel(use, "directional")), layer(b, use))
+        for use in b.uses(player.name)
+    )
+    return player.parameters, Var(f"metric_{b.identity(player)}"), uses
 
 
 def observed_gram(b: Builder, t: int, player: Player) -> str | None:

@@ -1,0 +1,138 @@
+"""The joint step without ``Γ``: conjugate gradients, preconditioned by Nyström's approximation
+(docs/theory.md#nystrom).
+
+``(Λ_T + Γ) w = y`` needs products ``Γ v`` alone, each a weighted gradient and a directional derivative a layer. In
+units of ``Λ_T^{1/2}`` it is ``(I + Γ) w = y``. Of ``Γ`` the columns ``C`` of k samples ``J`` are made, with ``W`` their
+own rows of it; then ``Γ ≈ C W⁻¹ Cᵀ = F Fᵀ`` with ``W = RᵀR``, ``F = C R⁻¹``, and the preconditioner is
+``(I + F Fᵀ)⁻¹ = I - F (I + FᵀF)⁻¹ Fᵀ`` (Frangella, Tropp and Udell 2021).
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gtddp_compile.kernels.bundle import Inverses, Layer, is_spherical, pieces, scaled, wide
+from gtddp_compile.kernels.linear import _linear_blocks
+from gtddp_compile.kernels.rows import Gradients, gather
+from gtddp_compile.kernels.sweep import Blocks, factor, solve
+from gtddp_compile.kernels.transposed import joined_uses
+
+MOST = 50
+"""Products ``Γ v`` of one step."""
+
+PRODUCT = 2**16
+"""Elements of a product of positions: two of them and their sum stay in the cache."""
+
+
+def drawn_rows(phi: Tensor, columns: int) -> Tensor:
+    """``J``: so many samples at random, without repetition, by torch's generator; all where there are no more."""
+    return torch.randperm(phi.shape[0], device=phi.device)[:columns]
+
+
+def columns_diagonal(vector: Tensor, rows: Tensor) -> Blocks:
+    """Columns of ``diag(v)``, ``(B, k)``."""
+    found = vector.new_zeros(vector.shape[0], rows.shape[0])
+    return (found.index_put_((rows, torch.arange(rows.shape[0], device=rows.device)), vector[rows]),)
+
+
+def joint_columns(gradients: Gradients, metric: Inverses, rows: Tensor) -> Blocks:
+    """``γ M⁻¹ γ_Jᵀ``, ``(B, k)``, from per-sample gradients."""
+    pairs = zip(gradients, metric, strict=True)
+    parts = (wide(gamma.flatten(1)) @ wide(gamma[rows] * inverse).flatten(1).mT for gamma, inverse in pairs)
+    return (functools.reduce(torch.add, parts),)
+
+
+def linear_columns(layer: Layer, metric: Inverses, rows: Tensor, *, uses: tuple[tuple[bool, bool], ...]) -> Blocks:
+    """``γ M⁻¹ γ_Jᵀ`` of a weight that linear layers alone use, as :func:`linear_uses_gram` has them."""
+    x, g, bias = joined_uses(layer, metric, uses)
+    x, g, weight, k = wide(x), wide(g), metric[0], rows.shape[0]
+    samples, positions, inputs = x.shape
+    outputs = g.shape[-1]
+    pairs = samples * k * positions**2 * (inputs + outputs)
+    if is_spherical(weight) and pairs <= inputs * outputs * (samples * k + (samples + k) * positions):
+        found = _pairs(x, g, rows) * weight
+    else:
+        found = g.new_zeros(samples, k)
+        for part, block in _linear_blocks(x, g):
+            inverse = weight if is_spherical(weight) else weight[part]  # type: ignore[index]
+            found.addmm_(block.flatten(1), (block[rows] * inverse).flatten(1).mT)
+    return (found if bias is None else found.addmm_(bias, bias[rows].mT),)
+
+
+def _pairs(x: Tensor, g: Tensor, rows: Tensor) -> Tensor:
+    """``Σ_st (x_is · x_jt)(g_is · g_jt)``, ``(B, k)``: of one position of some samples with all positions of ``J``."""
+    samples, positions, _ = x.shape
+    chosen_x, chosen_g = (values[rows].transpose(0, 1).flatten(0, 1).mT for values in (x, g))
+    found = g.new_empty(samples, rows.shape[0])
+    for part in pieces(samples, max(16, PRODUCT // chosen_x.shape[1])):
+        own_x, own_g = x[part], g[part]
+        total = own_x[:, 0] @ chosen_x
+        total *= own_g[:, 0] @ chosen_g
+        for s in range(1, positions):
+            total.addcmul_(own_x[:, s] @ chosen_x, own_g[:, s] @ chosen_g)
+        found[part] = total.unflatten(1, (positions, -1)).sum(1)
+    return found
+
+
+Use = tuple[tuple[str, ...], Callable[..., Gradients], Callable[..., Tensor], Layer]
+"""Names of its parameters, kernels of ``γᵀ v`` and of ``⟨γ_i, v⟩``, and the layer."""
+Players = tuple[tuple[tuple[str, ...], Inverses, tuple[Use, ...]], ...]
+"""Of each its parameters, their ``M⁻¹``, and the uses of them."""
+
+
+def gram_product(players: Players, vector: Tensor) -> Tensor:
+    """``Γ v = γ M⁻¹ γᵀ v``, ``(B,)``."""
+    parts = []
+    for names, metric, uses in players:
+        sums = gather(names, *((own, weighted(scaled(layer, vector))) for own, weighted, _, layer in uses))
+        step = {name: inverse * value for name, inverse, value in zip(names, metric, sums, strict=True)}
+        parts += [wide(directional(layer, tuple(step[n] for n in own))) for own, _, directional, layer in uses]
+    return functools.reduce(torch.add, parts)
+
+
+def solve_iteratively(
+    columns: Blocks, information: Tensor, target: Tensor, rows: Tensor, players: Players, tolerance: float
+) -> tuple[Tensor, tuple[Tensor, ...], int]:
+    """``w``, ``(B,)``; of both factors whether Cholesky failed; how many products were made, ``MOST`` if in vain.
+
+    Every iterate is the least of the model among what was looked at: one that is stopped early is a shorter step.
+
+    Args:
+        columns: of ``Λ``, ``(B, k)``.
+        information: the diagonal of ``Λ_T``, ``(B,)``.
+        target: ``y``, ``(B,)``.
+        rows: ``J``.
+        players: what ``Γ`` is made of.
+        tolerance: of the residual beside the first one, in the norm of the preconditioner.
+    """
+    root = information.sqrt()
+    gram = (columns[0] - columns_diagonal(information, rows)[0]) / root.unsqueeze(1) / root[rows]
+    (upper,), failed = factor((_resolved(gram[rows]),))
+    features = torch.linalg.solve_triangular(upper, gram, upper=True, left=False)
+    inner = features.mT @ features
+    inner.diagonal().add_(1.0)
+    factors, also = factor((inner,))
+    found, left = torch.zeros_like(target), target / root
+    towards = left - features @ solve(factors, features.mT @ left)
+    size = first = left @ towards
+    along, count = towards, 0
+    while count < MOST and size > tolerance**2 * first:
+        product = along + gram_product(players, along / root) / root
+        length = size / (along @ product)
+        found, left, count = found + length * along, left - length * product, count + 1
+        towards = left - features @ solve(factors, features.mT @ left)
+        before, size = size, left @ towards
+        along = towards + size / before * along
+    return found / root, (*failed, *also), count
+
+
+def _resolved(own: Tensor) -> Tensor:
+    """``W``, with ``τ = (eps · trace)^⅔`` added to its diagonal where it is singular to that: beside ``I`` it is wrong
+    by ``τ`` then, and ``F`` by ``eps · trace / √τ`` at most.
+    """
+    least = (torch.finfo(own.dtype).eps * own.trace()) ** (2 / 3)
+    upper, failed = torch.linalg.cholesky_ex(own, upper=True)
+    weak = (failed != 0) | (upper.diagonal().square().amin() < least)
+    return own + torch.diag(torch.where(weak, least, 0.0).expand(len(own)))
