@@ -13,11 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import Inverses, Layer, is_spherical, pieces, scaled, wide
-from gtddp_compile.kernels.linear import _linear_blocks
+from gtddp_compile.kernels.bundle import Inverses, Layer, pieces, scaled, wide
 from gtddp_compile.kernels.rows import Gradients, gather
 from gtddp_compile.kernels.sweep import Blocks, factor, solve
-from gtddp_compile.kernels.transposed import joined_uses
 
 MOST = 50
 """Products ``Γ v`` of one step."""
@@ -44,21 +42,15 @@ def joint_columns(gradients: Gradients, metric: Inverses, rows: Tensor) -> Block
     return (functools.reduce(torch.add, parts),)
 
 
-def linear_columns(layer: Layer, metric: Inverses, rows: Tensor, *, uses: tuple[tuple[bool, bool], ...]) -> Blocks:
-    """``γ M⁻¹ γ_Jᵀ`` of a weight that linear layers alone use, as :func:`linear_uses_gram` has them."""
-    x, g, bias = joined_uses(layer, metric, uses)
-    x, g, weight, k = wide(x), wide(g), metric[0], rows.shape[0]
-    samples, positions, inputs = x.shape
-    outputs = g.shape[-1]
-    pairs = samples * k * positions**2 * (inputs + outputs)
-    if is_spherical(weight) and pairs <= inputs * outputs * (samples * k + (samples + k) * positions):
-        found = _pairs(x, g, rows) * weight
-    else:
-        found = g.new_zeros(samples, k)
-        for part, block in _linear_blocks(x, g):
-            inverse = weight if is_spherical(weight) else weight[part]  # type: ignore[index]
-            found.addmm_(block.flatten(1), (block[rows] * inverse).flatten(1).mT)
-    return (found if bias is None else found.addmm_(bias, bias[rows].mT),)
+def linear_columns(layer: Layer, metric: Inverses, rows: Tensor) -> Blocks:
+    """``γ M⁻¹ γ_Jᵀ``, ``(B, k)``, of a linear layer over positions, its metric spherical: by pairs of positions, ``B k
+    T² (n + m)`` multiplications, or from per-sample gradients, ``B k n m``.
+    """
+    x, g = wide(layer.operands[0]), wide(layer.g)
+    positions, size = x.shape[1], x.shape[-1] * g.shape[-1]
+    if positions**2 * (x.shape[-1] + g.shape[-1]) > size * (1 + positions / rows.shape[0]):
+        return joint_columns(((g.mT @ x),), metric[:1], rows)
+    return (_pairs(x, g, rows) * metric[0],)
 
 
 def _pairs(x: Tensor, g: Tensor, rows: Tensor) -> Tensor:

@@ -64,19 +64,17 @@ def transposed_per_sample(layer: Layer) -> tuple[Tensor, ...]:
 
 def linear_uses_gram(layer: Layer, metric: Inverses, *, uses: tuple[tuple[bool, bool], ...]) -> Tensor:
     """``γ M⁻¹ γᵀ``, ``(B, B)``, of one weight used several times, see :func:`joined_uses`."""
-    x, g, bias = joined_uses(layer, metric, uses)
-    gram = _linear_weight_gram(x, g, metric[0])
+    joined, bias = joined_uses(layer, metric, uses=uses)
+    gram = _linear_weight_gram(joined.operands[0], joined.g, metric[0])
     return gram if bias is None else gram.add_(linear_inputs(bias))
 
 
-def joined_uses(
-    layer: Layer, metric: Inverses, uses: tuple[tuple[bool, bool], ...]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One weight used several times: the positions of all uses are those of one layer, ``X`` and ``G``.
+def joined_uses(layer: Layer, metric: Inverses, *, uses: tuple[tuple[bool, bool], ...]) -> tuple[Layer, Tensor | None]:
+    """One weight used several times as one layer of it, whose positions are those of all uses.
 
     The layer's operands are ``x`` of every use, then ``g`` of every use but the first. ``uses``: for each, whether it
-    is ``x W``, and whether it adds the bias. Where ``M`` is spherical the bias is a column of ``X``; otherwise its
-    gradients come apart, ``(B, m)``, times ``M^{-1/2}``.
+    is ``x W``, and whether it adds the bias. Where ``M`` is spherical the bias is a column of ``X``, in units of the
+    weight's ``M``; otherwise its gradients come apart, ``(B, m)``, times ``M^{-1/2}``.
     """
     operands, g, _, wants, _ = layer
     pairs = zip(operands[: len(uses)], (g, *operands[len(uses) :]), uses, strict=True)
@@ -91,4 +89,4 @@ def joined_uses(
         inputs.append(x)
         outputs.append(gradient)
     bias = sum(gradients[1:], gradients[0]) * metric[1] ** 0.5 if gradients else None
-    return torch.cat(inputs, 1), torch.cat(outputs, 1), bias
+    return Layer((torch.cat(inputs, 1),), torch.cat(outputs, 1), (None, None), (True, False)), bias

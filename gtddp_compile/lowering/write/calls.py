@@ -139,11 +139,15 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
         inputs = tuple(item(v, 0) if isinstance(v, Var) else v[0] for v in found)
         rest = tuple(Var(b.g_output(use.op)) for use in uses[1:])
         said = tuple((use.rule.prefix == "transposed", use.params[1] is not None) for use in uses)
-        columns = b.plan.gram == "nystrom"
-        kernel = "linear_columns" if columns else "gram_blocks"
-        which, rows = ((), Var("drawn")) if columns else ((Function("linear_uses_gram"),), Var(b.rows))
-        b.emit("backward", t, result, kernel, *which, bundle(b, uses[0], (*inputs, *rest)), Var(metric), rows,
-               note=f"{note} of all uses", uses=said)  # fmt: skip
+        joined, of_all = bundle(b, uses[0], (*inputs, *rest)), f"{note} of all uses"
+        if b.plan.gram == "nystrom":
+            whole = f"all_{b.identity(player)}"
+            b.emit("backward", t, (whole, "_"), "joined_uses", joined, Var(metric), note="positions of all uses",
+                   uses=said)  # fmt: skip
+            b.emit("backward", t, result, "linear_columns", Var(whole), Var(metric), Var("drawn"), note=of_all)
+            return result
+        b.emit("backward", t, result, "gram_blocks", Function("linear_uses_gram"), joined, Var(metric), Var(b.rows),
+               note=of_all, uses=said)  # fmt: skip
         return result
     if b.plan.gram == "nystrom":
         gamma = Var(per_sample(b, t, player))
@@ -164,11 +168,15 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
 
 def product_of(b: Builder, player: Player) -> tuple[Any, ...]:
     """What a product with ``Γ`` of one player is made of (``kernels.nystrom.Players``)."""
+    metric, names = Var(f"metric_{b.identity(player)}"), player.parameters
+    if b.layer(player).gram.uses:  # the bias is a column of the weight
+        joined = (names[:1], Function("linear_weighted"), Function("linear_directional"))
+        return names[:1], (item(metric, 0),), ((*joined, Var(f"all_{b.identity(player)}")),)
     uses = tuple(
         (use.names, Function(b.kernel(use, "weighted")), Function(b.kernel(use, "directional")), layer(b, use))
         for use in b.uses(player.name)
     )
-    return player.parameters, Var(f"metric_{b.identity(player)}"), uses
+    return names, metric, uses
 
 
 def observed_gram(b: Builder, t: int, player: Player) -> str | None:
