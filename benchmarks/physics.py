@@ -1,9 +1,10 @@
-"""Physics-informed networks: time and steps to a relative L2 error, ours beside Adam and L-BFGS of torch.
+"""Physics-informed networks: time and steps to a relative L2 error, ours beside Adam, SOAP and L-BFGS.
 
-The problems are those of ``examples/pde``, with its one setting for all of them. All methods of a problem and seed
-start from the same weights, and all but L-BFGS, whose points stay, draw the same points anew for every step. Only steps
-are timed. Adam's rate is the best of three in shorter runs with a seed of their own. Every finished run is kept in
-``physics.json`` and not run again; the table goes to docs/physics.md. One thread, float64.
+The problems are those of ``examples/pde``, with their settings. All methods of a problem and seed start from the same
+weights, and all but L-BFGS, whose points stay, draw the same points anew for every step. Only steps are timed. Rates of
+Adam and SOAP are the best of three in shorter runs with a seed of their own. Where a problem's example averages
+networks, so does every method here. Every finished run is kept in ``physics.json`` and not run again; the tables go to
+docs/physics.md. One thread, float64. SOAP is of the extra ``rivals``.
 
     python benchmarks/physics.py [--seeds 3] [--only heat,Adam]      what is missing, then the table
     python benchmarks/physics.py --quick                             a minute; nothing is kept or written
@@ -16,6 +17,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,8 +31,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "pde"))
 import heat
+import helmholtz
 import poisson
-from solve import SETTING, Problem
+from solve import Problem
 
 from gtddp_compile import compile_optimizer
 
@@ -42,6 +45,7 @@ RATES = (1e-2, 3e-3, 1e-3)
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "Poisson 2-D": lambda: poisson.problem(2),
     "heat 1+1-D": heat.problem,
+    "Helmholtz 2-D": helmholtz.problem,
     "Poisson 10-D": lambda: poisson.problem(10),
 }
 Step = Callable[[], tuple[float, int]]
@@ -51,21 +55,17 @@ Step = Callable[[], tuple[float, int]]
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def ours(**setting: Any) -> Callable[[Problem, torch.Generator, float], Step]:
+def ours(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
     """The joint step."""
+    opt = compile_optimizer(problem.terms, problem.points(drawn), **problem.setting)
 
-    def make(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
-        opt = compile_optimizer(problem.terms, problem.points(drawn), **setting)
+    def step() -> tuple[float, int]:
+        points = problem.points(drawn)
+        start = time.process_time()
+        opt.step(points)
+        return time.process_time() - start, 1
 
-        def step() -> tuple[float, int]:
-            points = problem.points(drawn)
-            start = time.process_time()
-            opt.step(points)
-            return time.process_time() - start, 1
-
-        return step
-
-    return make
+    return step
 
 
 def loss(problem: Problem, points: dict[str, tuple[Tensor, Tensor | float]]) -> Tensor:
@@ -75,19 +75,31 @@ def loss(problem: Problem, points: dict[str, tuple[Tensor, Tensor | float]]) -> 
     return torch.stack(halves).sum()
 
 
-def adam(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
-    """torch.optim.Adam at a constant rate."""
-    opt = torch.optim.Adam(problem.terms.parameters(), lr=rate)
+def first_order(make: Callable[..., torch.optim.Optimizer]) -> Callable[[Problem, torch.Generator, float], Step]:
+    """An optimizer of gradients at a constant rate."""
 
-    def step() -> tuple[float, int]:
-        points = problem.points(drawn)
-        start = time.process_time()
-        opt.zero_grad()
-        loss(problem, points).backward()
-        opt.step()
-        return time.process_time() - start, 1
+    def begin(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
+        opt = make(problem.terms.parameters(), lr=rate)
 
-    return step
+        def step() -> tuple[float, int]:
+            points = problem.points(drawn)
+            start = time.process_time()
+            opt.zero_grad()
+            loss(problem, points).backward()
+            opt.step()
+            return time.process_time() - start, 1
+
+        return step
+
+    return begin
+
+
+def soap(*args: Any, **options: Any) -> torch.optim.Optimizer:
+    """SOAP (Vyas and others 2024) as ``pytorch-optimizer`` has it, without weight decay."""
+    from pytorch_optimizer import SOAP
+
+    found: torch.optim.Optimizer = SOAP(*args, **options, weight_decay=0.0)
+    return found
 
 
 def lbfgs(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
@@ -112,11 +124,12 @@ def lbfgs(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
 
 
 METHODS: dict[str, Callable[[Problem, torch.Generator, float], Step]] = {
-    "ours": ours(**SETTING),
-    "ours at λ = 0.01": ours(**poisson.FEW),
-    "Adam": adam,
+    "ours": ours,
+    "Adam": first_order(torch.optim.Adam),
+    "SOAP": first_order(soap),
     "L-BFGS": lbfgs,
 }
+TUNED = ("Adam", "SOAP")
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -133,6 +146,7 @@ class Run:
         best: least error.
         reached: ``[target, seconds, steps]`` of each that was reached.
         ended: "budget", or "stalled".
+        lifted: factors that were made of eigenvalues.
         measured, machine: when, which commit, where.
     """
 
@@ -146,6 +160,7 @@ class Run:
     best: float = math.inf
     reached: list[tuple[float, float, int]] = field(default_factory=list)
     ended: str = "budget"
+    lifted: int = 0
     measured: str = ""
     machine: str = ""
 
@@ -164,7 +179,11 @@ def perform(run: Run, budget: float, say: Callable[[Run, float], None]) -> None:
     run.compile_s = time.process_time() - start
     while run.seconds < budget and run.ended == "budget":
         before = [p.detach().clone() for p in problem.terms.parameters()] if run.method == "L-BFGS" else []
-        seconds, steps = step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            seconds, steps = step()
+        run.lifted += sum("not definite" in str(warning.message) for warning in caught)
+        problem.follow()
         run.seconds, run.steps = run.seconds + seconds, run.steps + steps
         if before and all(map(torch.equal, before, problem.terms.parameters())):
             run.ended = "stalled"
@@ -186,18 +205,18 @@ def load() -> Runs:
     return {run.key: run for run in (Run(**row) for row in rows)}
 
 
-def tuned(runs: Runs, problem: str) -> float:
-    """Adam's rate with the least error in the sweep."""
-    return min(RATES, key=lambda rate: runs[problem, "Adam", rate, SWEEP_SEED].best)
+def tuned(runs: Runs, problem: str, method: str) -> float:
+    """The rate with the least error in the sweep."""
+    return min(RATES, key=lambda rate: runs[problem, method, rate, SWEEP_SEED].best)
 
 
 def wanted(runs: Runs, problems: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Run]:
-    """In the order in which they are run; Adam's rate is decided once its sweep has been."""
+    """In the order in which they are run; a rate is decided once its sweep has been."""
     for method in methods:
         for problem in problems:
-            if method == "Adam":
+            if method in TUNED:
                 yield from (Run(problem, method, rate, SWEEP_SEED) for rate in RATES)
-            rate = tuned(runs, problem) if method == "Adam" else 0.0
+            rate = tuned(runs, problem, method) if method in TUNED else 0.0
             yield from (Run(problem, method, rate, seed) for seed in range(1, seeds + 1))
 
 
@@ -214,19 +233,23 @@ def table(runs: Runs) -> str:
                 rows.append((problem, method, "0", *[""] * (len(TARGETS) + 1), "not run"))
                 continue
             rate = f" (rate {found[0].rate:g})" if found[0].rate else ""
-            stalled = sum(run.ended == "stalled" for run in found)
+            noted = [
+                f"{sum(run.ended == 'stalled' for run in found)} stalled",
+                f"{sum(r.lifted for r in found)} lifted",
+            ]
+            said = ", ".join(note for note in noted if note[:2] != "0 ")
             rows.append((
                 problem, method + rate, str(len(found)),
                 f"{statistics.median(1e3 * run.seconds / run.steps for run in found):.0f}",
                 *(reached(found, target) for target in TARGETS),
-                f"{statistics.median(run.best for run in found):.1e}" + (f" ({stalled} stalled)" if stalled else ""),
+                f"{statistics.median(run.best for run in found):.1e}" + (f" ({said})" if said else ""),
             ))  # fmt: skip
     header = ("problem", "method", "seeds", "ms a step", *(f"{t:.0e}: s (steps)" for t in TARGETS), "best error")
     kept = list(runs.values())
     compiling = statistics.median(run.compile_s for run in kept if run.method.startswith("ours"))
     said = (
         f"Relative L2 error; processor seconds of steps alone (making ours takes {compiling:.0f} s more, once), "
-        f"{BUDGET:.0f} s a run; medians of the seeds. Adam's rate: of {', '.join(map(str, RATES))} the best after "
+        f"{BUDGET:.0f} s a run; medians of the seeds. Rates: of {', '.join(map(str, RATES))} the best after "
         f"{SWEEP:.0f} s with another seed. L-BFGS: evaluations for steps, on points that stay. "
         f"Written by `benchmarks/physics.py`; last run {kept[-1].measured}: {kept[-1].machine}."
     )
@@ -255,7 +278,7 @@ def main(
     problems = [name for name in PROBLEMS if name in names] or list(PROBLEMS)
     methods = [name for name in METHODS if name in names] or list(METHODS)
     runs: Runs = {} if quick else load()
-    total = len(problems) * sum((1 if quick else seeds) + len(RATES) * (name == "Adam") for name in methods)
+    total = len(problems) * sum((1 if quick else seeds) + len(RATES) * (name in TUNED) for name in methods)
     columns = (TextColumn("run"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=total)

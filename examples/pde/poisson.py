@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gtddp_compile import Terms, pde
 
-FEW = setting(1e-2)
+FEW = setting(1e-3)
 """Where the points of a step say little about the others, it must not fit them closely."""
 
 
@@ -51,7 +51,8 @@ def problem(dimensions: int = 2) -> Problem:
         return {"interior": (x, -2 * math.pi**2 * plane(x) if square else 0.0), "boundary": (b, solution(b))}
 
     where = torch.rand(4000, dimensions, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return Problem(Terms(net, terms), points, where, solution(where), SETTING if square else FEW)
+    return Problem(Terms(net, terms), points, where, solution(where), SETTING if square else FEW,
+                   averaged=not square)  # fmt: skip
 
 
 def main(steps: int = 150, dimensions: int = 2, out: Path = Path("poisson.html")) -> None:
