@@ -233,11 +233,11 @@ def table(runs: Runs) -> str:
                 rows.append((problem, method, "0", *[""] * (len(TARGETS) + 1), "not run"))
                 continue
             rate = f" (rate {found[0].rate:g})" if found[0].rate else ""
-            noted = [
-                f"{sum(run.ended == 'stalled' for run in found)} stalled",
-                f"{sum(r.lifted for r in found)} lifted",
-            ]
-            said = ", ".join(note for note in noted if note[:2] != "0 ")
+            counts = {
+                "stalled": sum(run.ended == "stalled" for run in found),
+                "lifted": sum(run.lifted for run in found),
+            }
+            said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
             rows.append((
                 problem, method + rate, str(len(found)),
                 f"{statistics.median(1e3 * run.seconds / run.steps for run in found):.0f}",
@@ -250,7 +250,7 @@ def table(runs: Runs) -> str:
     said = (
         f"Relative L2 error; processor seconds of steps alone (making ours takes {compiling:.0f} s more, once), "
         f"{BUDGET:.0f} s a run; medians of the seeds. Rates: of {', '.join(map(str, RATES))} the best after "
-        f"{SWEEP:.0f} s with another seed. L-BFGS: evaluations for steps, on points that stay. "
+        f"{SWEEP:.0f} s with another seed. Lifted: factors made of eigenvalues. L-BFGS: evaluations for steps, on points that stay. "
         f"Written by `benchmarks/physics.py`; last run {kept[-1].measured}: {kept[-1].machine}."
     )
     return f"{markdown(header, rows)}\n\n{said}"
