@@ -47,6 +47,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "heat 1+1-D": heat.problem,
     "Helmholtz 2-D": helmholtz.problem,
     "Poisson 10-D": lambda: poisson.problem(10),
+    (MANY := "Poisson 2-D at 4080 points"): lambda: poisson.problem(2, 4),
 }
 Step = Callable[[], tuple[float, int]]
 """One step: its processor seconds, and how many evaluations of loss and gradient it took."""
@@ -55,17 +56,21 @@ Step = Callable[[], tuple[float, int]]
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def ours(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
-    """The joint step."""
-    opt = compile_optimizer(problem.terms, problem.points(drawn), **problem.setting)
+def ours(**more: Any) -> Callable[[Problem, torch.Generator, float], Step]:
+    """The joint step, by the problem's setting and what is said beside it."""
 
-    def step() -> tuple[float, int]:
-        points = problem.points(drawn)
-        start = time.process_time()
-        opt.step(points)
-        return time.process_time() - start, 1
+    def begin(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
+        opt = compile_optimizer(problem.terms, problem.points(drawn), **problem.setting | more)
 
-    return step
+        def step() -> tuple[float, int]:
+            points = problem.points(drawn)
+            start = time.process_time()
+            opt.step(points)
+            return time.process_time() - start, 1
+
+        return step
+
+    return begin
 
 
 def loss(problem: Problem, points: dict[str, tuple[Tensor, Tensor | float]]) -> Tensor:
@@ -124,12 +129,23 @@ def lbfgs(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
 
 
 METHODS: dict[str, Callable[[Problem, torch.Generator, float], Step]] = {
-    "ours": ours,
+    "ours": ours(),
+    "ours with Γ": ours(gram="exact"),
+    "ours with Γ by 1020": ours(gram="exact", coupling=1020),
     "Adam": first_order(torch.optim.Adam),
     "SOAP": first_order(soap),
     "L-BFGS": lbfgs,
 }
 TUNED = ("Adam", "SOAP")
+
+
+FORMS = {"ours with Γ": ("Poisson 2-D", MANY), "ours with Γ by 1020": (MANY,)}
+"""Methods that are there to be compared with the setting of a problem alone."""
+
+
+def asked(problem: str, method: str) -> bool:
+    """Whether the method is run on the problem."""
+    return problem in FORMS[method] if method in FORMS else problem != MANY or method == "ours"
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -213,7 +229,7 @@ def tuned(runs: Runs, problem: str, method: str) -> float:
 def wanted(runs: Runs, problems: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Run]:
     """In the order in which they are run; a rate is decided once its sweep has been."""
     for method in methods:
-        for problem in problems:
+        for problem in [problem for problem in problems if asked(problem, method)]:
             if method in TUNED:
                 yield from (Run(problem, method, rate, SWEEP_SEED) for rate in RATES)
             rate = tuned(runs, problem, method) if method in TUNED else 0.0
@@ -227,7 +243,7 @@ def table(runs: Runs) -> str:
     """A row for a problem and method, medians over seeds; a target that half of the seeds did not reach has a dash."""
     rows = []
     for problem in PROBLEMS:
-        for method in METHODS:
+        for method in [method for method in METHODS if asked(problem, method)]:
             found = [r for r in runs.values() if (r.problem, r.method) == (problem, method) and r.seed != SWEEP_SEED]
             if not found:
                 rows.append((problem, method, "0", *[""] * (len(TARGETS) + 1), "not run"))
@@ -250,7 +266,8 @@ def table(runs: Runs) -> str:
     said = (
         f"Relative L2 error; processor seconds of steps alone (making ours takes {compiling:.0f} s more, once), "
         f"{BUDGET:.0f} s a run; medians of the seeds. Rates: of {', '.join(map(str, RATES))} the best after "
-        f"{SWEEP:.0f} s with another seed. Lifted: factors made of eigenvalues. L-BFGS: evaluations for steps, on points that stay. "
+        f"{SWEEP:.0f} s with another seed. Lifted: factors made of eigenvalues. L-BFGS: evaluations for "
+        "steps, on points that stay. "
         f"Written by `benchmarks/physics.py`; last run {kept[-1].measured}: {kept[-1].machine}."
     )
     return f"{markdown(header, rows)}\n\n{said}"
@@ -278,7 +295,8 @@ def main(
     problems = [name for name in PROBLEMS if name in names] or list(PROBLEMS)
     methods = [name for name in METHODS if name in names] or list(METHODS)
     runs: Runs = {} if quick else load()
-    total = len(problems) * sum((1 if quick else seeds) + len(RATES) * (name in TUNED) for name in methods)
+    pairs = [method for method in methods for problem in problems if asked(problem, method)]
+    total = sum((1 if quick else seeds) + len(RATES) * (name in TUNED) for name in pairs)
     columns = (TextColumn("run"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=total)

@@ -38,10 +38,10 @@ def boundary(drawn: torch.Generator, count: int, dimensions: int) -> Tensor:
     return x
 
 
-def problem(dimensions: int = 2) -> Problem:
-    """On the square as it is published; in more dimensions (even) a larger network and few points."""
+def problem(dimensions: int = 2, times: int = 1) -> Problem:
+    """On the square as it is published (``times`` its points); in more dimensions (even) with few points."""
     square = dimensions == 2
-    solution, (inside, edge) = (plane, (900, 120)) if square else (harmonic, (100, 50))
+    solution, (inside, edge) = (plane, (900 * times, 120 * times)) if square else (harmonic, (100, 50))
     net = network(dimensions, *((64, 64, 48, 48) if square else (256, 256, 128, 128)), 1)
     terms: dict[str, Any] = {"interior": lambda net, x: pde.laplacian(net)(x), "boundary": lambda net, x: net(x)}
 

@@ -53,7 +53,7 @@ class Problem:
 
     @cached_property
     def mean(self) -> AveragedModel:
-        """The average of what it was updated with; a step's share of n is ``9 / n`` (Shamir and Zhang 2013)."""
+        """The average of networks; after n, the share of the next is ``9 / (n + 9)`` (Shamir and Zhang 2013)."""
         return AveragedModel(self.terms.net, avg_fn=lambda mean, new, n: torch.lerp(mean, new, 9 / (float(n) + 9)))
 
     def follow(self) -> None:
