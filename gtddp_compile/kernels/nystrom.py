@@ -9,6 +9,7 @@ own rows of it; then ``Γ ≈ C W⁻¹ Cᵀ = F Fᵀ`` with ``W = RᵀR``, ``F =
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from gtddp_compile.kernels.bundle import Inverses, Layer, pieces, scaled, wide
 from gtddp_compile.kernels.rows import Gradients, gather
 from gtddp_compile.kernels.sweep import Blocks, factor, solve
 
-MOST = 50
-"""Products ``Γ v`` of one step."""
+ROUND = 8
+"""Products ``Γ v`` after which more columns are made, four times as many."""
 
 PRODUCT = 2**16
 """Elements of a product of positions: two of them and their sum stay in the cache."""
@@ -70,14 +71,16 @@ def _pairs(x: Tensor, g: Tensor, rows: Tensor) -> Tensor:
 
 Use = tuple[tuple[str, ...], Callable[..., Gradients], Callable[..., Tensor], Layer]
 """Names of its parameters, kernels of ``γᵀ v`` and of ``⟨γ_i, v⟩``, and the layer."""
-Players = tuple[tuple[tuple[str, ...], Inverses, tuple[Use, ...]], ...]
-"""Of each its parameters, their ``M⁻¹``, and the uses of them."""
+Columns = tuple[Callable[..., Blocks], Any, Inverses]
+"""The kernel of ``γ M⁻¹ γ_Jᵀ``, and what it takes before the rows."""
+Players = tuple[tuple[tuple[str, ...], Inverses, tuple[Use, ...], Columns], ...]
+"""Of each its parameters, their ``M⁻¹``, the uses of them, and how its columns are made."""
 
 
 def gram_product(players: Players, vector: Tensor) -> Tensor:
     """``Γ v = γ M⁻¹ γᵀ v``, ``(B,)``."""
     parts = []
-    for names, metric, uses in players:
+    for names, metric, uses, _ in players:
         sums = gather(names, *((own, weighted(scaled(layer, vector))) for own, weighted, _, layer in uses))
         step = {name: inverse * value for name, inverse, value in zip(names, metric, sums, strict=True)}
         parts += [wide(directional(layer, tuple(step[n] for n in own))) for own, _, directional, layer in uses]
@@ -87,9 +90,9 @@ def gram_product(players: Players, vector: Tensor) -> Tensor:
 def solve_iteratively(
     columns: Blocks, information: Tensor, target: Tensor, rows: Tensor, players: Players, tolerance: float
 ) -> tuple[Tensor, tuple[Tensor, ...], int]:
-    """``w``, ``(B,)``; of both factors whether Cholesky failed; how many products were made, ``MOST`` if in vain.
+    """``w``, ``(B,)``; of every factor whether Cholesky failed; how many products were made.
 
-    Every iterate is the least of the model among what was looked at: one that is stopped early is a shorter step.
+    Where ``ROUND`` of them do not do, there are more columns, in the end all of them.
 
     Args:
         columns: of ``Λ``, ``(B, k)``.
@@ -99,25 +102,37 @@ def solve_iteratively(
         players: what ``Γ`` is made of.
         tolerance: of the residual beside the first one, in the norm of the preconditioner.
     """
-    root = information.sqrt()
-    gram = (columns[0] - columns_diagonal(information, rows)[0]) / root.unsqueeze(1) / root[rows]
+    root, count, failed = information.sqrt(), 0, ()
+    found, first = torch.zeros_like(target), target / root
+    left, gram = first, columns[0] - columns_diagonal(information, rows)[0]
+    while True:
+        precondition, failures = _preconditioner(gram / root.unsqueeze(1) / root[rows], rows)
+        failed = (*failed, *failures)
+        least, towards = tolerance**2 * (first @ precondition(first)), precondition(left)
+        along, size = towards, left @ towards
+        for _ in range(ROUND):
+            if size <= least:
+                break
+            product = along + gram_product(players, along / root) / root
+            length = size / (along @ product)
+            found, left, count = found + length * along, left - length * product, count + 1
+            towards = precondition(left)
+            before, size = size, left @ towards
+            along = towards + size / before * along
+        if not size > least or len(rows) == len(target):
+            return found / root, failed, count
+        rows = drawn_rows(target, 4 * len(rows))
+        gram = functools.reduce(torch.add, (kernel(*taken, rows)[0] for *_, (kernel, *taken) in players))
+
+
+def _preconditioner(gram: Tensor, rows: Tensor) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]:
+    """``v -> (I + F Fᵀ)⁻¹ v`` from columns of ``Γ``, and of both factors whether Cholesky failed."""
     (upper,), failed = factor((_resolved(gram[rows]),))
     features = torch.linalg.solve_triangular(upper, gram, upper=True, left=False)
     inner = features.mT @ features
     inner.diagonal().add_(1.0)
     factors, also = factor((inner,))
-    found, left = torch.zeros_like(target), target / root
-    towards = left - features @ solve(factors, features.mT @ left)
-    size = first = left @ towards
-    along, count = towards, 0
-    while count < MOST and size > tolerance**2 * first:
-        product = along + gram_product(players, along / root) / root
-        length = size / (along @ product)
-        found, left, count = found + length * along, left - length * product, count + 1
-        towards = left - features @ solve(factors, features.mT @ left)
-        before, size = size, left @ towards
-        along = towards + size / before * along
-    return found / root, (*failed, *also), count
+    return lambda v: v - features @ solve(factors, features.mT @ v), (*failed, *also)
 
 
 def _resolved(own: Tensor) -> Tensor:

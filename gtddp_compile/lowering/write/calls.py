@@ -170,13 +170,14 @@ def product_of(b: Builder, player: Player) -> tuple[Any, ...]:
     """What a product with ``Γ`` of one player is made of (``kernels.nystrom.Players``)."""
     metric, names = Var(f"metric_{b.identity(player)}"), player.parameters
     if b.layer(player).gram.uses:  # the bias is a column of the weight
-        joined = (names[:1], Function("linear_weighted"), Function("linear_directional"))
-        return names[:1], (item(metric, 0),), ((*joined, Var(f"all_{b.identity(player)}")),)
+        whole = Var(f"all_{b.identity(player)}")
+        joined = (names[:1], Function("linear_weighted"), Function("linear_directional"), whole)
+        return names[:1], (item(metric, 0),), (joined,), (Function("linear_columns"), whole, metric)
     uses = tuple(
         (use.names, Function(b.kernel(use, "weighted")), Function(b.kernel(use, "directional")), layer(b, use))
         for use in b.uses(player.name)
     )
-    return names, metric, uses
+    return names, metric, uses, (Function("joint_columns"), Var(f"gamma_{b.identity(player)}_total"), metric)
 
 
 def observed_gram(b: Builder, t: int, player: Player) -> str | None:
