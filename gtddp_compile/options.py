@@ -222,8 +222,12 @@ def suggested(options: Options, curvature: Curvature) -> Options:
         )
     known = SUGGESTED.get(curvature.name, {}) if options.feedback is True and options._couples else {}
     inertia = options.inertia if options.inertia is not None else 0.0 if moved else known.get("inertia", 0.0)
-    others = {name: getattr(options, name) or known.get(name) for name in ("terminal", "running_statistics")}
-    return replace(options, inertia=inertia, **others)
+    return replace(
+        options,
+        inertia=inertia,
+        terminal=options.terminal or known.get("terminal"),
+        running_statistics=options.running_statistics or known.get("running_statistics"),
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -48,16 +48,16 @@ def batch_norm(
     if not training:
         own = running_mean is None
         return F.batch_norm(x, running_mean, running_var, weight, bias, own, 0.0, eps)
-    if corrected and momentum and num_batches_tracked is not None:
+    tracked = num_batches_tracked
+    if corrected and momentum and tracked is not None and running_mean is not None and running_var is not None:
         # Torch advances copies, which autograd keeps. The counter is not read: that would wait for a device.
-        running = [None if value is None else value.detach() for value in (running_mean, running_var)]
-        copies = [None if value is None else value.clone() for value in running]
-        found = batch_norm(x, *copies, num_batches_tracked, weight, bias, training=True, momentum=momentum, eps=eps,
-                           moments=moments)  # fmt: skip
-        for value, moved in zip(running, copies, strict=True):
-            if value is not None and moved is not None:
-                gain = num_batches_tracked.to(value.dtype).reciprocal().clamp(min=momentum)
-                value.lerp_(moved, gain / momentum)
+        copies = running_mean.detach().clone(), running_var.detach().clone()
+        found = batch_norm(
+            x, *copies, tracked, weight, bias, training=True, momentum=momentum, eps=eps, moments=moments
+        )
+        gain = tracked.to(x.device, running_mean.dtype).reciprocal().clamp(min=momentum)
+        for value, moved in zip((running_mean, running_var), copies, strict=True):
+            value.detach().lerp_(moved, gain / momentum)
         return found
     factor = 0.0 if momentum is None else momentum
     if num_batches_tracked is not None:
