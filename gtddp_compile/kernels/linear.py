@@ -19,8 +19,8 @@ CHUNK = 2**20
 """Bound on the elements of an intermediate tensor."""
 
 HALVED = 512
-"""Samples from which on a CPU's symmetric product is made of its upper triangle, a few rows at a time: products of fewer
-rows than that take longer in parts (benchmarks/tried.py)."""
+"""Samples from which on a CPU's symmetric product is made of its upper triangle, a few rows at a time; parts of smaller
+ones take longer than the whole (benchmarks/tried.py)."""
 
 FEW = 8
 """Positions up to which pairs of them are taken one by one."""
