@@ -102,7 +102,8 @@ def solve_iteratively(
         players: what ``Γ`` is made of.
         tolerance: of the residual beside the first one, in the norm of the preconditioner.
     """
-    root, count, failed = information.sqrt(), 0, ()
+    failed: tuple[Tensor, ...] = ()
+    root, count = information.sqrt(), 0
     found, first = torch.zeros_like(target), target / root
     left, gram = first, columns[0] - columns_diagonal(information, rows)[0]
     while True:
