@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from typing import Any
 
 import pytest
@@ -109,11 +110,24 @@ def test_a_step_that_overflows_changes_nothing() -> None:
     assert opt.diagnostics["skipped"] and torch.equal(flat(model), before)
 
 
-def test_it_is_stored_with_the_program(tmp_path: Any) -> None:
-    model, sets = problem()
-    given = Nystrom(3, 0.5)
-    compile_optimizer(model, sets, curvature="sgd", lr=1.0, gram=given).program.export(tmp_path / "step.json")
-    assert UpdateProgram.load(tmp_path / "step.json").options.gram == given
+def test_it_is_stored_and_carried_with_the_program(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, given = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double(), Nystrom(4, 1e-6)
+    x, y = torch.randn(9, 3).double(), torch.randn(9, 2).double()
+    opt = compile_optimizer(model, x, loss=nn.MSELoss(), curvature="sgd", lr=0.1, gram=given)
+    for suffix in ("json", "py"):
+        opt.program.export(tmp_path / f"step.{suffix}")
+    loaded = UpdateProgram.load(tmp_path / "step.json")
+    assert loaded.options.gram == given and loaded.code == opt.program.code
+    carried = runpy.run_path(str(tmp_path / "step.py"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.manual_seed(1)
+    after, *_ = carried["step"](before, {}, carried["init_state"](before), (x,), y)
+    torch.manual_seed(1)
+    opt.step(x, y)
+    torch.testing.assert_close(after, dict(model.named_parameters()), rtol=0, atol=1e-12)
+    with pytest.raises(CompileError, match="Nystrom"):
+        opt.program.export(tmp_path / "step.pt2")
 
 
 @pytest.mark.parametrize("options", [{"compile": True}, {"curvature": "kfac"}, {"coupling": 4},

@@ -84,6 +84,11 @@ def _refuse(program: UpdateProgram) -> None:
             " step count",
             f"{REMEDY}, or use 'sgd', 'rmsprop', 'adam' or 'adamw'",
         )
+    if program.lowered.plan.gram == "nystrom":
+        raise CompileError(
+            f"a .pt2 graph cannot hold gram={program.options.gram!r}: it iterates until the residual is small",
+            f"{REMEDY}, or use gram='exact'",
+        )
     if program.options.factored:
         raise CompileError(
             f"a .pt2 graph cannot hold terminal={program.options.terminal!r}: it branches on the eigenvalues' signs",
