@@ -52,7 +52,7 @@ def compile_optimizer(
     Args:
         model: any traceable module; it is not changed.
         example_inputs: a tensor, or a tuple or dict of them, batch on the leading axis; without it the program is
-            specialised at the first step. Of :class:`~gtddp_compile.Terms`, sets of points, as ``step`` takes them; the
+            specialised at the first step. Of ``Terms``, sets of points, as ``step`` takes them; the
             loss is then theirs, the terminal Gauss-Newton's (``Geometric(aim=2)``) and ``gram`` exact.
         loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)``
             returning one loss a sample, shape (B,).
