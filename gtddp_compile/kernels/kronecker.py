@@ -15,7 +15,7 @@ With ``γ̂_i = Σ_p √η_p Σ_t ĝ_p x̂_pᵀ`` then ``Γ_ij = ⟨γ̂_i, scal
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ from gtddp_compile.kernels.coordinates import (
     kronecker_coordinates,
 )
 from gtddp_compile.kernels.linear import linear_gram, linear_gram_diagonal
+from gtddp_compile.kernels.rows import joint_gram
+from gtddp_compile.kernels.turned import Turned
 
 CHUNK = 2**24
 """Bound on the elements of an intermediate tensor."""
@@ -261,6 +263,27 @@ def _kronecker_gram_of(layers: Sequence[Rows], metric: Metric, scale: Tensor | f
         scaled = gamma * (scale[:, columns] if isinstance(scale, Tensor) else scale)
         gram = gram + scaled.flatten(1) @ gamma.flatten(1).mT
     return gram
+
+
+def turned_gram(
+    kernel: Callable[[Layer], tuple[Tensor, Tensor]], layer: Layer, metric: tuple[Any, ...], rows: Sequence[slice], *,
+    separable: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``Γ`` of a layer with rows (``kernel``) whose weight has a :class:`Turned` metric, and whose bias has its own."""
+    weight: Turned = metric[0]
+    (x, g), scale = (None if side is None else side[None] for side in weight[:2]), weight.scale
+    scale = scale[None] if isinstance(scale, Tensor) else scale
+    made, swapped = kernel, x is None  # the kernels want X; a sum of outer products has no first side
+    if swapped and g is not None:
+        x, g, made = g, None, lambda own: kernel(own)[::-1]
+        scale = scale.mT if isinstance(scale, Tensor) else scale
+    own = Rows(made, layer._replace(wants=(True, False)))
+    x = wide(layer.g.new_ones(kronecker_widths((own,))[0][0])).diag()[None] if x is None else x
+    found = kronecker_gram((own,), (((x, g),), scale, None, (1.0,)), rows, separable=separable)
+    if not layer.wants[1]:
+        return found
+    biases = joint_gram((_kronecker_rows(own, slice(None))[1 - swapped].sum(2).flatten(1),), metric[1:], rows)
+    return tuple(map(torch.add, found, biases))
 
 
 def kronecker_gram_diagonal(layers: Sequence[Rows], metric: Metric) -> Tensor:

@@ -36,7 +36,7 @@ class FastBackend:
         options = program.options
         self._compiled: CompiledStep | None = None
         if options.compile is not False:
-            kronecker = program.lowered.plan.metric in ("kronecker", "rescaled")
+            kronecker = program.lowered.plan.metric not in ("spherical", "diagonal")
             refuse_uncompilable(program.graph, program.curvature, kronecker, program.form.factored)
             self._compiled = CompiledStep(self._step, options.compile)
         self._others: dict[tuple[str, Precision, bool], Callable[..., Any]] = {}

@@ -42,7 +42,8 @@ Group = Mapping[str, Any]
 State = Mapping[str, Any]
 """State of one parameter."""
 
-MetricKind = Literal["spherical", "diagonal", "kronecker"]
+MetricKind = Literal["spherical", "diagonal", "turned", "turned diagonal", "kronecker"]
+"""``"turned"``: a number in coordinates that a parameter has of its own (:class:`gtddp_compile.kernels.Turned`)."""
 
 
 class Move(NamedTuple):
@@ -78,7 +79,7 @@ class Curvature(ABC):
 
     Attributes:
         name: for the user.
-        metric: shape of ``M``: of one parameter a multiple of the identity or diagonal, or of players,
+        metric: shape of ``M``: of one parameter a multiple of the identity or diagonal, there or turned, or of players,
             Kronecker-factored (:class:`gtddp_compile.methods.curvature.kronecker.Kronecker` has further methods).
         needs_statistics: whether :meth:`observe` reads ``g_stat``; if not, the program need not compute it.
         nonnegative: options that are numbers of at least 0.

@@ -33,7 +33,15 @@ from gtddp_compile.kernels.kronecker import (
     kronecker_factors,
 )
 from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
-from gtddp_compile.methods.curvature.numbers import Scalar, number, out_of_range, scalar, statistics_gradient, zeros
+from gtddp_compile.methods.curvature.numbers import (
+    Scalar,
+    number,
+    out_of_range,
+    refuse_fractions,
+    scalar,
+    statistics_gradient,
+    zeros,
+)
 
 BlockKind = Literal["kronecker", "dual", "channels", "shared", "exact"]
 
@@ -75,10 +83,7 @@ class Kronecker(Curvature):
         name = type(self).__name__
         if not 0.0 <= number(name, "stat_decay", options["stat_decay"]) < 1.0:
             raise out_of_range(name, "stat_decay", options["stat_decay"], "a value in [0, 1)")
-        for option, least in (("refresh", 1), ("stat_every", 1), ("early", 0), ("small", 0)):
-            value = options.get(option, least)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise out_of_range(name, option, value, f"an integer that is at least {least}")
+        refuse_fractions(name, options, refresh=1, stat_every=1, early=0, small=0)
 
     # --- parameter by parameter ---------------------------------------------------------------------------------------
 
