@@ -58,6 +58,16 @@ REGISTRY: dict[str, Any] = {
 }
 """The base methods by name: frozen dataclasses that implement :class:`Curvature`."""
 
+PLAIN = ("spherical", "diagonal")
+"""Metrics that a parameter has entry by entry: no matrix is decomposed for them."""
+
+
+def by_parameter() -> str:
+    """Names of the methods with a plain metric, for people."""
+    *names, last = (repr(name) for name, method in REGISTRY.items() if method.metric in PLAIN)
+    return f"{', '.join(names)} or {last}"
+
+
 IMPLEMENTATION_ONLY = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """torch.optim's options that choose between implementations of the same update."""
 

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024; torch.optim.Muon): matrices by the polar factor of their averaged gradient, others by AdamW."""
+"""Muon (Jordan et al. 2024; torch.optim.Muon): matrices by the polar factor of their averaged gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.adam import AdamW
 from gtddp_compile.methods.curvature.base import Group, Move, State
-from gtddp_compile.methods.curvature.numbers import Scalar, number, out_of_range, scalar, statistics_gradient, zeros
+from gtddp_compile.methods.curvature.numbers import number, out_of_range, scalar, statistics_gradient, zeros
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw")
 """torch.optim.Muon's ways to make the rate depend on a matrix's shape."""
@@ -30,9 +30,9 @@ class Muon(AdamW):
         δu = -lr · r · (G̃ G̃ᵀ + d² I)^(-1/2) G - lr · λ · u,    d = damping · ‖G̃‖₂
 
     Feedback changes ``ĝ``, so that the step's average is no longer the metric's. Torch's five Newton-Schulz iterations
-    take singular values to 0.7 … 1.2 in bfloat16; here they are 1, but for the damping. Vectors, and all parameters of
-    a group with ``matrices=False`` (a user would say so of embeddings and of the last layer), are AdamW's with ``betas``
-    and ``eps``. No cross terms in a coalition.
+    take singular values to 0.7 … 1.2 in bfloat16; here they are 1, but for the damping. Vectors are AdamW's with
+    ``betas`` and ``eps``, and so are all parameters of a group with ``matrices=False`` (a user would say so of
+    embeddings and of the last layer). No cross terms in a coalition.
 
     Do not use it for parameters whose rows mean different things (tables, gains): AdamW.
 

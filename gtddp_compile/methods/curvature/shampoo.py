@@ -1,4 +1,4 @@
-"""Shampoo (Gupta, Koren and Singer 2018): a Kronecker metric of every parameter, roots of sums of gradients' squares."""
+"""Shampoo (Gupta, Koren and Singer 2018): roots of sums of gradients' squares, on both sides."""
 
 from __future__ import annotations
 

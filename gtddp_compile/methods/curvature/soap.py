@@ -23,11 +23,11 @@ from gtddp_compile.methods.curvature.numbers import (
 
 @dataclass(frozen=True)
 class SOAP(AdamW):
-    """``M = U diag(√v + eps) Uᵀ / (lr √(1 - β₂ᵗ))``, ``U = U_L ⊗ U_R`` (docs/theory.md#curvatures), its authors' options.
+    """``M = U diag(√v + eps) Uᵀ / (lr √(1 - β₂ᵗ))``, ``U = U_L ⊗ U_R`` (docs/theory.md#curvatures).
 
     ``U_L``, ``U_R`` are eigenbases of the averages ``L`` of ``Q_u Q_uᵀ`` and ``R`` of ``Q_uᵀ Q_u``, parameters seen as
-    matrices as by :class:`~gtddp_compile.methods.curvature.Shampoo`; vectors have none, which makes AdamW of them. At
-    step t, with ``Q_u = g_stat`` and ``ĝ = γᵀ w``::
+    matrices as by :class:`~gtddp_compile.methods.curvature.Shampoo`; vectors have none, which makes AdamW of them.
+    Options and defaults are the authors'. At step t, with ``Q_u = g_stat`` and ``ĝ = γᵀ w``::
 
         v  ← β₂ · v + (1 - β₂) · (U_Lᵀ Q_u U_R)²
         m  ← β₁ · m + (1 - β₁) · ĝ,     m̂ = m / (1 - β₁ᵗ)
@@ -35,9 +35,9 @@ class SOAP(AdamW):
 
     The bases are of the steps before, and follow by one power iteration and a QR decomposition every
     ``precondition_frequency`` steps. The authors spend the first step on the first bases; here it is taken, so that
-    this is their method after a call with the first batch. Where a factor has no eigenvalue above rounding the basis
-    is arbitrary in theirs and of fixed random directions here. Kernels of convolutions, which they treat axis by axis,
-    are matrices. No cross terms in a coalition.
+    this is their method after a call with the first batch. Where factors do not determine a direction beyond rounding
+    it is arbitrary in theirs and a fixed random one here. Kernels of convolutions, which they treat axis by axis, are
+    matrices. No cross terms in a coalition.
 
     Do not use it where decompositions are slow (wide layers on a GPU): take
     :class:`~gtddp_compile.methods.curvature.Muon`; nor with a small ``eps`` where few samples decide: a direction that
@@ -121,23 +121,31 @@ class SOAP(AdamW):
 def first_basis(factor: Tensor) -> Tensor:
     """Eigenvectors, the largest eigenvalue first."""
     values, basis = torch.linalg.eigh(factor)
-    return _without_null_space(basis.flip(1), values.flip(0))
+    return completed(basis.flip(1)[:, _counts(values.flip(0))])
 
 
 def next_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """One power iteration and a QR decomposition from an old basis; in which order its directions were taken."""
+    """One power iteration and a QR decomposition from an old basis; of which old direction each is the follower."""
     product = factor @ basis
     order = (basis * product).sum(0).argsort(descending=True)
-    found = torch.linalg.qr(product[:, order]).Q
-    return _without_null_space(found, (found * (factor @ found)).sum(0)), order
+    found, upper = torch.linalg.qr(product[:, order])
+    counts = _counts(upper.diagonal().abs())
+    if bool(counts.all()):
+        return found, order
+    found = torch.linalg.qr(product[:, order[counts]]).Q  # those behind one that is rounding were turned by it
+    return completed(found), torch.cat([order[counts], order[~counts]])
 
 
-def _without_null_space(basis: Tensor, values: Tensor) -> Tensor:
-    """The basis with the same random directions, made orthogonal, wherever eigenvalues are rounding."""
-    size = len(values)
-    known = values > size * torch.finfo(values.dtype).eps * values.max()
-    if bool(known.all()):
-        return basis
+def _counts(sizes: Tensor) -> Tensor:
+    """Which directions are more than rounding."""
+    return sizes > len(sizes) * torch.finfo(sizes.dtype).eps * sizes.max()
+
+
+def completed(known: Tensor) -> Tensor:
+    """A basis that begins with orthonormal columns, and goes on with what is left of fixed random ones."""
+    size, count = known.shape
+    if count == size:
+        return known
     random = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-    found: Tensor = torch.linalg.qr(torch.cat([basis[:, known], random.to(basis)], 1)).Q
+    found: Tensor = torch.linalg.qr(torch.cat([known, random[:, count:].to(known)], 1)).Q
     return found
