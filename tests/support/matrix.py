@@ -42,7 +42,7 @@ CURVATURES: dict[str, dict[str, Any]] = {
     "ekfac": {"curvature": "ekfac", "lr": 0.05, "damping": 5e-2, "refresh": 1},
     "foof": {"curvature": "foof", "lr": 0.1, "damping": 0.1},
     "shampoo": {"curvature": "shampoo", "lr": 0.1, "momentum": 0.5, "weight_decay": 0.05, "eps": 1e-2},
-    "soap": {"curvature": "soap", "lr": 1e-2, "eps": 1e-2, "precondition_frequency": 2},
+    "soap": {"curvature": "soap", "lr": 1e-2, "eps": 1e-2},
     "muon": {"curvature": "muon", "lr": 3e-2, "damping": 0.1, "stat_momentum": 0.5},
 }
 TERMINALS: dict[str, Any] = {

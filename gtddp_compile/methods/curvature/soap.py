@@ -35,8 +35,8 @@ class SOAP(AdamW):
 
     The bases are of the steps before, and follow by one power iteration and a QR decomposition every
     ``precondition_frequency`` steps. The authors spend the first step on the first bases; here it is taken, so that
-    this is their method after a call with the first batch. Where factors do not determine a direction beyond rounding
-    it is arbitrary in theirs and a fixed random one here. Kernels of convolutions, which they treat axis by axis, are
+    this is their method after a call with the first batch. Where the first gradient does not determine a direction it
+    is arbitrary in theirs and a fixed random one here. Kernels of convolutions, which they treat axis by axis, are
     matrices. No cross terms in a coalition.
 
     Do not use it where decompositions are slow (wide layers on a GPU): take
@@ -119,33 +119,17 @@ class SOAP(AdamW):
 
 
 def first_basis(factor: Tensor) -> Tensor:
-    """Eigenvectors, the largest eigenvalue first."""
+    """Eigenvectors, the largest eigenvalue first; fixed random directions in place of those without any."""
     values, basis = torch.linalg.eigh(factor)
-    return completed(basis.flip(1)[:, _counts(values.flip(0))])
+    size = len(values)
+    known = basis.flip(1)[:, values.flip(0) > size * torch.finfo(values.dtype).eps * values[-1]]
+    random = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    found: Tensor = torch.linalg.qr(torch.cat([known, random[:, known.shape[1] :].to(known)], 1)).Q
+    return found
 
 
 def next_basis(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """One power iteration and a QR decomposition from an old basis; of which old direction each is the follower."""
     product = factor @ basis
     order = (basis * product).sum(0).argsort(descending=True)
-    found, upper = torch.linalg.qr(product[:, order])
-    counts = _counts(upper.diagonal().abs())
-    if bool(counts.all()):
-        return found, order
-    found = torch.linalg.qr(product[:, order[counts]]).Q  # those behind one that is rounding were turned by it
-    return completed(found), torch.cat([order[counts], order[~counts]])
-
-
-def _counts(sizes: Tensor) -> Tensor:
-    """Which directions are more than rounding."""
-    return sizes > len(sizes) * torch.finfo(sizes.dtype).eps * sizes.max()
-
-
-def completed(known: Tensor) -> Tensor:
-    """A basis that begins with orthonormal columns, and goes on with what is left of fixed random ones."""
-    size, count = known.shape
-    if count == size:
-        return known
-    random = torch.randn(size, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-    found: Tensor = torch.linalg.qr(torch.cat([known, random[:, count:].to(known)], 1)).Q
-    return found
+    return torch.linalg.qr(product[:, order]).Q, order

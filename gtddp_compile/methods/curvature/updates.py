@@ -260,7 +260,8 @@ class ParameterUpdates:
             turn = [eye.to(whole) if own is None else own for own, eye in zip(inverse[1::-1], eyes, strict=True)]
             basis = torch.kron(*map(torch.Tensor.contiguous, turn))
             found.append(basis @ torch.diag((inverse.scale * as_matrix(whole)).flatten()) @ basis.T)
-        return torch.block_diag(*found)
+        whole_inverse: Tensor = torch.block_diag(*found)
+        return whole_inverse
 
     def linear_flat(self, names: tuple[str, ...]) -> Tensor:
         """``ℓ_u`` of one player, its parameters flat and side by side."""
