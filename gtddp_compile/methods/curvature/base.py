@@ -130,13 +130,17 @@ class Curvature(ABC):
         """``M⁻¹``: a float or 0-d tensor (spherical), or a tensor of the parameter's shape (diagonal)."""
         denominator = self.denominator(param, state, group)
         assert denominator is not None  # other metrics have a method of their own
-        return denominator.reciprocal().mul_(scalar(group["lr"], param))
+        return self.inverse_of(denominator, group)
+
+    def inverse_of(self, denominator: Tensor, group: Group) -> Tensor:
+        """``η / D``, a new tensor."""
+        return denominator.reciprocal().mul_(group["lr"])
 
     def denominator(self, param: Tensor, state: State, group: Group) -> Tensor | None:
         """``D = η M`` of a diagonal metric, a new tensor of the parameter's shape; ``None``: the metric is another.
 
-        Callers make ``M⁻¹ = η / D`` with ``η = group["lr"]`` themselves, :meth:`inverse_metric` or not: what changes
-        the rate from step to step (Adagrad's ``lr_decay``) is a factor of ``D``.
+        ``M⁻¹ = η / D`` with ``η = group["lr"]``, :meth:`inverse_of`: what changes the rate from step to step (Adagrad's
+        ``lr_decay``) is a factor of ``D``.
         """
         return None
 

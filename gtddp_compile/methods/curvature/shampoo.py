@@ -82,19 +82,17 @@ class Shampoo(Curvature):
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """``"step"``, the sides' ``"factor_g"`` ``(m, m)`` and ``"factor_x"`` ``(n, n)``, ``"momentum_buffer"``."""
         self.check(group)
-        state = zeros(param, *(("momentum_buffer",) if group["momentum"] > 0 else ()))
         outputs, inputs = as_matrix(param).shape
-        sizes = {"g": outputs, "x": inputs if param.dim() > 1 else 0}
-        if group["one_sided"] and param.dim() > 1:
-            sizes["x" if outputs <= inputs else "g"] = 0
-        kept = {side: size for side, size in sizes.items() if 0 < size <= group["widest"]}
-        return {**state, **{f"factor_{side}": param.new_zeros(size, size) for side, size in kept.items()}}
+        shorter = "g" if param.dim() < 2 or outputs <= inputs else "x"
+        sides = shorter if group["one_sided"] or param.dim() < 2 else "gx"
+        momentum = ("momentum_buffer",) if group["momentum"] > 0 else ()
+        return {**zeros(param, *momentum), **empty_factors(param, group["widest"], sides)}
 
     def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """Step count, factors after ``Q_u`` and, when it is their turn, what is made of them."""
         g, keep = as_matrix(statistics_gradient("Shampoo", g_stat)), group["stat_decay"]
         new, taken = {**state, "step": state["step"] + 1}, int(state["step"])
-        sides = {side: own for side, own in (("g", g), ("x", g.mT)) if f"factor_{side}" in state}
+        sides = sides_of(g, state)
         for side, own in sides.items():
             new[f"factor_{side}"] = torch.addmm(state[f"factor_{side}"], own, own.mT, beta=keep, alpha=1 - keep or 1)
             if taken % group["refresh"] == 0:
@@ -114,6 +112,17 @@ class Shampoo(Curvature):
             return Move(direction, None, group["lr"], dict(state))
         buffer = torch.add(direction, state["momentum_buffer"], alpha=group["momentum"])
         return Move(buffer, None, group["lr"], {**state, "momentum_buffer": buffer})
+
+
+def empty_factors(param: Tensor, widest: int, sides: str = "gx") -> dict[str, Tensor]:
+    """``"factor_g"`` ``(m, m)`` and ``"factor_x"`` ``(n, n)`` before the first step, of sides up to ``widest``."""
+    sizes = dict(zip("gx", as_matrix(param).shape, strict=True))
+    return {f"factor_{side}": param.new_zeros(sizes[side], sizes[side]) for side in sides if sizes[side] <= widest}
+
+
+def sides_of(g: Tensor, state: State) -> dict[str, Tensor]:
+    """The gradient ``(m, n)`` with each side in front that has a factor."""
+    return {side: own for side, own in (("g", g), ("x", g.mT)) if f"factor_{side}" in state}
 
 
 def inverse_root(factor: Tensor, eps: float, root: float) -> Tensor:

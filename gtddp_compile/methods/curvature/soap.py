@@ -19,6 +19,7 @@ from gtddp_compile.methods.curvature.numbers import (
     scalar,
     statistics_gradient,
 )
+from gtddp_compile.methods.curvature.shampoo import empty_factors, sides_of
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,14 @@ class SOAP(AdamW):
 
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """AdamW's, and of a matrix the sides' ``"factor_g"`` ``(m, m)`` and ``"factor_x"`` ``(n, n)``."""
-        sizes = dict(zip("gx", as_matrix(param).shape if param.dim() > 1 else (), strict=False))
-        kept = {side: size for side, size in sizes.items() if size <= group["max_precond_dim"]}
-        factors = {f"factor_{side}": param.new_zeros(size, size) for side, size in kept.items()}
+        factors = empty_factors(param, group["max_precond_dim"], "gx" if param.dim() > 1 else "")
         return {**super().init_state(param, group), **factors}
 
     def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """Step count, bases if it is their turn, ``v`` after ``Q_u`` in them, then factors."""
         g, taken = as_matrix(statistics_gradient("SOAP", g_stat)), int(state["step"])
         share = 1 - (group["betas"][1] if group["shampoo_beta"] is None else group["shampoo_beta"])
-        new, sides = dict(state), {s: own for s, own in (("g", g), ("x", g.mT)) if f"factor_{s}" in state}
+        new, sides = dict(state), sides_of(g, state)
         for side, own in sides.items():
             if taken == 0:
                 new[f"factor_{side}"] = own @ own.mT * share

@@ -94,7 +94,7 @@ class ParameterUpdates:
                 whole.setdefault(key, torch.empty_like(param, dtype=value.dtype))[part] = value
             else:
                 whole[key] = value
-        return denominator.reciprocal().mul_(group["lr"])
+        return self._curvature.inverse_of(denominator, group)
 
     def metric(self, names: tuple[str, ...]) -> tuple[Any, ...]:
         """``M⁻¹`` of each parameter."""
@@ -113,7 +113,7 @@ class ParameterUpdates:
         own = self._denominator(name)
         if own is None:
             return self._curvature.inverse_metric(self._params[name], self.states[name], self._groups[name])
-        return own.reciprocal().mul_(self._groups[name]["lr"])
+        return self._curvature.inverse_of(own, self._groups[name])
 
     def _denominator(self, name: str) -> Tensor | None:
         """``D`` of a diagonal metric, kept until the parameter has moved."""
