@@ -73,6 +73,14 @@ class Move(NamedTuple):
             param.addcdiv_(self.above, self.below, value=-self.rate)
 
 
+def with_momentum(direction: Tensor, state: State, group: Group) -> Move:
+    """``δu = -lr · b``, ``b ← momentum · b + direction`` (torch.optim.SGD's), ``direction = M⁻¹ ĝ / lr``."""
+    if group["momentum"] == 0:
+        return Move(direction, None, group["lr"], dict(state))
+    buffer = direction + state["momentum_buffer"] * group["momentum"] if "momentum_buffer" in state else direction
+    return Move(buffer, None, group["lr"], {**state, "momentum_buffer": buffer})
+
+
 @dataclass(frozen=True)
 class Curvature(ABC):
     """A base method (docs/theory.md#curvatures; Table 1 of the paper).

@@ -32,7 +32,7 @@ from gtddp_compile.kernels.kronecker import (
     kronecker_factor_shapes,
     kronecker_factors,
 )
-from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
+from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State, with_momentum
 from gtddp_compile.methods.curvature.numbers import (
     Scalar,
     number,
@@ -109,15 +109,7 @@ class Kronecker(Curvature):
 
     def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:
         """Of a parameter with the diagonal rule."""
-        return self.preconditioned(param, g_hat / self.divisor(state, group), state, group)
-
-    def preconditioned(self, param: Tensor, direction: Tensor, state: State, group: Group) -> Move:
-        """``δu = -lr · b``, ``b ← momentum · b + direction`` (torch.optim.SGD's), ``direction = M⁻¹ ĝ / lr``."""
-        if group["momentum"] == 0:
-            return Move(direction, None, group["lr"], dict(state))
-        old = state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(param)
-        buffer = old * group["momentum"] + direction
-        return Move(buffer, None, group["lr"], {**state, "momentum_buffer": buffer})
+        return with_momentum(g_hat / self.divisor(state, group), state, group)
 
     # --- block by block -----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
-from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
+from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State, with_momentum
 from gtddp_compile.methods.curvature.numbers import (
     Scalar,
     number,
@@ -107,11 +107,8 @@ class Shampoo(Curvature):
 
     def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:
         """``M⁻¹ ĝ / lr``, or the momentum buffer of it."""
-        direction = inverse_times(Turned(state.get("map_x"), state.get("map_g"), 1.0), g_hat)
-        if group["momentum"] == 0:
-            return Move(direction, None, group["lr"], dict(state))
-        buffer = torch.add(direction, state["momentum_buffer"], alpha=group["momentum"])
-        return Move(buffer, None, group["lr"], {**state, "momentum_buffer": buffer})
+        turned = Turned(state.get("map_x"), state.get("map_g"), 1.0)
+        return with_momentum(inverse_times(turned, g_hat), state, group)
 
 
 def empty_factors(param: Tensor, widest: int, sides: str = "gx") -> dict[str, Tensor]:
