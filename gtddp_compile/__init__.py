@@ -7,7 +7,7 @@ the gains of Differential Dynamic Programming symbolically and generates the pro
 from gtddp_compile.api import compile_optimizer
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
-from gtddp_compile.methods.curvature import EKFAC, FOOF, KFAC, SGD, Adam, AdamW, Curvature, RMSprop
+from gtddp_compile.methods.curvature import EKFAC, FOOF, KFAC, SGD, SOAP, Adam, AdamW, Curvature, Muon, RMSprop, Shampoo
 from gtddp_compile.methods.terminal import Geometric, MonteCarlo
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Sketch
@@ -19,6 +19,7 @@ __all__ = [
     "FOOF",
     "KFAC",
     "SGD",
+    "SOAP",
     "Adam",
     "AdamW",
     "CompileError",
@@ -27,8 +28,10 @@ __all__ = [
     "Curvature",
     "Geometric",
     "MonteCarlo",
+    "Muon",
     "Player",
     "RMSprop",
+    "Shampoo",
     "Shortcut",
     "Sketch",
     "Stage",
