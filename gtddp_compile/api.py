@@ -52,13 +52,13 @@ def compile_optimizer(
     Args:
         model: any traceable module; it is not changed.
         example_inputs: a tensor, or a tuple or dict of them, batch on the leading axis; without it the program is
-            specialised at the first step. Of :class:`~gtddp_compile.Terms`, sets of points, as ``step`` takes them; the
+            specialised at the first step. Of ``Terms``, sets of points, as ``step`` takes them; the
             loss is then theirs, the terminal Gauss-Newton's (``Geometric(aim=2)``) and ``gram`` exact.
         loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)``
             returning one loss a sample, shape (B,).
         curvature: ``"foof"``, ``"kfac"``, ``"ekfac"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, ``"adam"``,
-            ``"adamw"`` with its options as further keywords (``lr``, ``weight_decay``, …: torch.optim's names and
-            defaults), or an object such as ``RMSprop(lr=1e-3)``.
+            ``"adamw"``, ``"shampoo"``, ``"soap"``, ``"muon"`` with its options as further keywords (``lr``,
+            ``weight_decay``, …: torch.optim's names and defaults), or an object such as ``RMSprop(lr=1e-3)``.
         feedback: True; ``"open"``: open gains only; False: exactly the base method (Proposition 4).
         rollout: ``"linear"``: the policy is rolled out on the linearised dynamics: one joint step of all stages, the
             exact minimiser of the coupled model, without a second forward sweep. ``"nonlinear"``: on the network

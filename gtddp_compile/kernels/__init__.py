@@ -33,6 +33,7 @@ from gtddp_compile.kernels.rows import *
 from gtddp_compile.kernels.spread import *
 from gtddp_compile.kernels.sweep import *
 from gtddp_compile.kernels.transposed import *
+from gtddp_compile.kernels.turned import *
 
 KERNELS: dict[str, Callable[..., Any]] = {
     name: value

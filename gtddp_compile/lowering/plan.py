@@ -71,7 +71,8 @@ class GramChoice:
 
     Attributes:
         form: ``"separable"`` (products of input and output Gram matrices), ``"pairs"``, ``"patches"``, ``"pixels"``
-            (sums over pairs of positions), ``"per-sample"`` (``γ`` itself), ``"sketch"`` or ``"centre"``.
+            (sums over pairs of positions), ``"per-sample"`` (``γ`` itself), ``"turned rows"`` (of a
+            :class:`gtddp_compile.kernels.Turned` metric), ``"sketch"`` or ``"centre"``.
         kept: whether ``γ`` is kept for the weighted gradients.
         approximate: ``"exact"``, ``"separable"``, ``"sketch"`` or ``"centre"``: which kernels make it.
         columns: signs an input of the sketch; 0: as many as the option says.
@@ -191,6 +192,11 @@ class Asked:
     def linear(self) -> bool:
         """Whether ``ℓ_u`` is present."""
         return self.decay or self.inertia
+
+    @property
+    def turned(self) -> bool:
+        """Whether parameters' metrics are diagonal in coordinates of their own."""
+        return self.metric.startswith("turned")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,6 +132,7 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
     ``given``: the layer, or ``γ``, in the metric's own coordinates.
     """
     result, note = f"gamma_{t}_{b.identity(player)}", "gamma M^-1 gamma^T"
+    more: dict[str, Any] = {}
     chosen, use = b.layer(player).gram, b.layer(player).single
     if chosen.uses:  # all of one layer with the positions of every use
         uses = b.uses(player.name)
@@ -153,12 +154,17 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
         gamma = Var(per_sample(b, t, player))
         b.emit("backward", t, result, "joint_columns", gamma, Var(metric), Var("drawn"), note=note)
         return result
-    if chosen.kept or use is None:
+    if chosen.form == "turned rows" and use is not None:
+        more = {"separable": True} if chosen.approximate == "separable" else {}
+        b.emit("backward", t, result, "turned_gram", Function(b.kernel(use, "rows")), layer(b, use), Var(metric),
+               Var(b.rows), note=note, **more)  # fmt: skip
+        return result
+    if chosen.kept or use is None or b.plan.turned:
         gamma = given or Var(kept(b, t, player) if chosen.kept else per_sample(b, t, player))
         b.emit("backward", t, result, "joint_gram", gamma, Var(metric), Var(b.rows), note=note)
         return result
     choice = chosen.approximate
-    more: dict[str, Any] = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
+    more = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
     functions = [Function(b.kernel(use, "gram" if choice == "exact" else f"{choice}_gram"))]
     functions += [Function(b.kernel(use, "per_sample"))] if b.factored else []
     b.emit("backward", t, result, "factor_gram" if b.factored else "gram_blocks", *functions, given or layer(b, use),
@@ -244,7 +250,7 @@ def drawn(b: Builder, player: Player, part: Var) -> Apply:
 def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, given: Var | None = None) -> None:
     """The diagonal of ``Γ`` of one player."""
     use = b.layer(player).single
-    if use is not None:
+    if use is not None and not b.plan.turned:
         b.emit("backward", t, result, b.kernel(use, "gram_diagonal"), given or layer(b, use), Var(metric))
         return
     blocks = gram(b, t, player, metric)
