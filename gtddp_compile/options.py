@@ -235,7 +235,7 @@ class Options:
 
 
 SUGGESTED: Mapping[str, Mapping[str, Any]] = {
-    "foof": {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0), "running_statistics": "corrected"}
+    "foof": {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0, deep=4.0), "running_statistics": "corrected"}
 }
 """By curvature: what docs/robustness.md found to serve every network and batch size it tried."""
 

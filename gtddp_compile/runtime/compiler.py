@@ -13,6 +13,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Op, OpGraph
 from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.methods.setting import Setting
+from gtddp_compile.methods.terminal import at_depth
 from gtddp_compile.options import Options
 from gtddp_compile.passes import (
     augment,
@@ -64,6 +65,7 @@ def build_program(
     graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool, setting: Setting | None = None
 ) -> UpdateProgram:
     """Passes 6 to 11: derivation to code. ``decay``: whether any group has coupled weight decay."""
+    options = replace(options, terminal=at_depth(options.terminal, graph.unbroken))
     derived, plan = plan_program(graph, options, curvature, decay=decay)
     lowered = recompute(lower(plan))
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name, setting)
