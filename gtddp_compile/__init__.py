@@ -7,10 +7,23 @@ the gains of Differential Dynamic Programming symbolically and generates the pro
 from gtddp_compile.api import compile_optimizer
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
-from gtddp_compile.methods.curvature import EKFAC, FOOF, KFAC, SGD, SOAP, Adam, AdamW, Curvature, Muon, RMSprop, Shampoo
+from gtddp_compile.methods.curvature import (
+    EKFAC,
+    FOOF,
+    KFAC,
+    SGD,
+    SOAP,
+    Adagrad,
+    Adam,
+    AdamW,
+    Curvature,
+    Muon,
+    RMSprop,
+    Shampoo,
+)
 from gtddp_compile.methods.terminal import Geometric, MonteCarlo
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Sketch
+from gtddp_compile.options import Nystrom, Sketch
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.terms import Terms
 
@@ -20,6 +33,7 @@ __all__ = [
     "KFAC",
     "SGD",
     "SOAP",
+    "Adagrad",
     "Adam",
     "AdamW",
     "CompileError",
@@ -29,6 +43,7 @@ __all__ = [
     "Geometric",
     "MonteCarlo",
     "Muon",
+    "Nystrom",
     "Player",
     "RMSprop",
     "Shampoo",

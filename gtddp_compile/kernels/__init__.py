@@ -27,6 +27,7 @@ from gtddp_compile.kernels.linear import *
 from gtddp_compile.kernels.loss import *
 from gtddp_compile.kernels.moments import *
 from gtddp_compile.kernels.norm import *
+from gtddp_compile.kernels.nystrom import *
 from gtddp_compile.kernels.patches import *
 from gtddp_compile.kernels.rows import *
 from gtddp_compile.kernels.spread import *

@@ -67,6 +67,9 @@ def _gram(plan: Plan, use: Use, shape: LayerShape | None) -> GramChoice:
         return GramChoice("a block a sample" if form.factored else "diagonal")
     if form.factored:
         return GramChoice("kernel, columns as samples")
+    if plan.gram == "nystrom":
+        linear = use.rule.prefix in ("linear", "transposed") and use.wants[0] and plan.metric == "spherical"
+        return GramChoice(f"{plan.columns} columns", uses=int(linear))
     if use.rule.prefix == "norm":
         return GramChoice("per-sample", True)
     if shape is None:
@@ -107,6 +110,8 @@ def _stacked(plan: Plan, layer: LayerPlan) -> GramChoice | None:
         return None
     outputs, inputs = found[0].weight
     positions = sum(shape.positions for shape in found)
+    if plan.gram == "nystrom":
+        return GramChoice(f"{plan.columns} columns", uses=len(layer.uses)) if plan.metric == "spherical" else None
     form = kernels.linear_gram_form(found[0].output[0], positions, inputs, outputs)
     return GramChoice("pairs" if form == "pairs" and plan.metric != "diagonal" else "per-sample", uses=len(layer.uses))
 

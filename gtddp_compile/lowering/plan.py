@@ -171,8 +171,9 @@ class Asked:
         clip: bound on ``c``, in units of the aim; ``None`` for none.
         terminal: how the loss is expanded in the outputs: kind, aim and what of it counts one over the batch.
         metric: the curvature's kind; ``"rescaled"`` is a Kronecker one whose diagonal does not separate.
-        gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"`` or ``"coarse"``.
-        columns: of the sketch.
+        gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"``, ``"coarse"`` or ``"nystrom"``.
+        columns: of the sketch, or samples whose columns of ``Γ`` are made.
+        tolerance: of the iterative solution.
     """
 
     coupling: str | int
@@ -185,6 +186,7 @@ class Asked:
     metric: str
     gram: str
     columns: int
+    tolerance: float
 
     @property
     def linear(self) -> bool:

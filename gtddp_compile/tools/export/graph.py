@@ -121,7 +121,7 @@ def _guarded(module: ModuleType, params: Any, buffers: Any, state: Any, inputs: 
 
 
 def _cholesky(block: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
-    """:func:`gtddp_compile.kernels.factor` of a block, both lifts made and one selected."""
+    """:func:`gtddp_compile.kernels.factor` of a block; a graph has no branches, and for eigenvalues a larger lift."""
     lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
     first = block if block.dtype == torch.float64 else block + torch.diag(lift.expand(block.shape[0]))
     found, failed = torch.linalg.cholesky_ex(first, upper=True)
