@@ -106,9 +106,7 @@ class Geometric:
         )
         for option, value, ok in options:
             if isinstance(value, bool) or not ok or math.isinf(value):
-                raise CompileError(
-                    f"Geometric has {option}={value!r}", "Give aim > 0, the others >= 0, all finite"
-                )
+                raise CompileError(f"Geometric has {option}={value!r}", "Give aim > 0, the others >= 0, all finite")
 
 
 Terminal = Literal["geometric", "gradient", "ggn"] | MonteCarlo | Geometric
