@@ -14,7 +14,7 @@ from gtddp_compile.methods.curvature import Curvature, resolve
 from gtddp_compile.methods.losses import split
 from gtddp_compile.methods.terminal import Geometric, Terminal, check_terminal
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, suggested
+from gtddp_compile.options import Backend, Feedback, Gram, Memory, OnNonFinite, Options, Reading, suggested
 from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.terms import Terms
@@ -43,6 +43,7 @@ def compile_optimizer(
     gram: Gram = "auto",
     memory: Memory = "keep",
     compile: bool | Mapping[str, Any] = False,
+    on_nonfinite: OnNonFinite = "raise",
     program: UpdateProgram | None = None,
     **curvature_options: Any,
 ) -> CompiledOptimizer:
@@ -105,6 +106,9 @@ def compile_optimizer(
             sweeps (three more passes in all, the same update). ``opt.program.cost()`` shows the segments.
         compile: True: hand the generated step to ``torch.compile`` as one graph with a batch of any size; a mapping:
             with these of its options (``backend``, ``mode``).
+        on_nonfinite: what a step does whose loss, gains or update are NaN or infinite: ``"raise"`` a
+            :class:`~gtddp_compile.NonFiniteError`; ``"skip"``: return the loss, with a warning the first time.
+            Parameters, buffers, states and random state are as before either way.
         program: a program from ``UpdateProgram.load``; it brings options, base method and loss with it (a loss that
             is a function has to be given again).
         **curvature_options: options of the named curvature.
@@ -136,6 +140,7 @@ def compile_optimizer(
         max_step=max_step,
         line_search=line_search,
         max_grad_norm=max_grad_norm,
+        on_nonfinite=on_nonfinite,
     )
     if program is not None:
         return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)

@@ -16,6 +16,7 @@ Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
 Reading = Literal["block", "exact"]
 Memory = Literal["keep", "recompute"]
+OnNonFinite = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "cooperative": (True, False, None),
     "memory": ("keep", "recompute"),
     "rollout": ("linear", "nonlinear", None),
+    "on_nonfinite": ("raise", "skip"),
 }
 """Options that are one of a few words."""
 
@@ -80,6 +82,7 @@ class Options:
     max_step: float | None = None
     line_search: tuple[float, ...] | None = None
     max_grad_norm: float | None = None
+    on_nonfinite: OnNonFinite = "raise"
 
     def __post_init__(self) -> None:
         for option, choices in CHOICES.items():

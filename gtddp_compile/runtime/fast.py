@@ -72,6 +72,8 @@ class FastBackend:
             phi = step(m, p, b, q, self._again(b), inputs, targets)
             if m.deferred and step is not self._compiled:
                 check_done(m)
+            elif step is not self._compiled:
+                m.check_finite()
         return phi
 
     def micro(

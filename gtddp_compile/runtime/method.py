@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gtddp_compile import kernels
+from gtddp_compile.errors import NonFiniteError
 from gtddp_compile.kernels.kronecker import Rows
 from gtddp_compile.methods.curvature import BlockUpdates, Curvature
 from gtddp_compile.methods.curvature.blocks import Names
@@ -25,12 +26,21 @@ from gtddp_compile.methods.terminal import MonteCarlo, Terminal, explicit_hessia
 from gtddp_compile.runtime.precision import Precision, lift
 
 
-class NonFiniteLoss(Exception):
-    """The loss is not finite: the step is given up and nothing has changed. Carries the loss."""
+class GivenUp(Exception):
+    """The step is given up and nothing has changed: its loss, or what is named, is NaN or infinite.
 
-    def __init__(self, loss: Tensor) -> None:
-        super().__init__(f"the loss is {float(loss)}")
-        self.loss = loss
+    Attributes:
+        loss: of the step.
+    """
+
+    def __init__(self, loss: Tensor, what: str | None = None, name: str | None = None) -> None:
+        super().__init__(f"{what or f'the loss ({float(loss)})'} is not finite, and nothing was changed")
+        self.loss, self._name = loss, name
+
+    def error(self) -> NonFiniteError:
+        """The same for the user."""
+        remedy = "Look for NaN in the batch, lower lr, or leave such batches out by on_nonfinite='skip'"
+        return NonFiniteError(str(self), remedy, module=self._name and self._name.rpartition(".")[0])
 
 
 def _replaced(outputs: Any, leaves: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
@@ -42,6 +52,10 @@ def _replaced(outputs: Any, leaves: Sequence[Tensor], others: Sequence[Tensor]) 
 def _alike(left: Tensor, right: Tensor) -> bool:
     """Whether one can be in the other's place."""
     return left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+
+
+MATRIX = "a matrix of gradients (a Gram matrix or a curvature's factor)"
+"""What cannot be factored."""
 
 
 class BaseMethod(BlockUpdates):
@@ -181,7 +195,7 @@ class BaseMethod(BlockUpdates):
             self._loss.depend_on_outputs_alone(phi, {self._params[name].data_ptr(): name for name in self.states})
         self.loss = self._loss.total(phi.detach())
         if not self.deferred and not math.isfinite(self.loss):
-            raise NonFiniteLoss(self.loss)
+            raise GivenUp(self.loss)
         return phi
 
     def _check(self, outputs: Any, targets: Any) -> None:
@@ -232,10 +246,24 @@ class BaseMethod(BlockUpdates):
         super().observe_block(stage, kind, names, layers, start, moments=moments)
         self.keep(stage, **{f"fallbacks {first}": self.states[first].get("fallbacks", 0) - before})
 
-    def overflowed(self) -> bool:
-        """Whether a Gram matrix kept so far is not finite: no factorisation of it can succeed."""
-        grams = [gram for stage in self.figures.values() for gram in stage.get("gammas", {}).values()]
-        return not all(bool(block.isfinite().all()) for gram in grams for block in gram)
+    def check_finite(self) -> None:
+        """Look once at every parameter's new value (where that is not made yet, at its step).
+
+        Raises:
+            GivenUp: one is NaN or infinite.
+        """
+        assert self.loss is not None
+        if not math.isfinite(self.updates_sum()):
+            for name, value in self._updates():  # a sum may overflow where no entry has
+                if not bool(value.isfinite().all()):
+                    raise GivenUp(self.loss, f"the update of parameter {name!r}", name)
+
+    def updates_sum(self) -> Tensor:
+        """A number that is not finite if a parameter's new value is not."""
+        return torch.stack([value.sum() for _, value in self._updates()]).sum()
+
+    def _updates(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self._steps.get(name, self._new[name])) for name in self.states)
 
     def mark(self, segment: int = 0) -> None:
         """The random state at the beginning of a segment (of the first stage, where the trajectory is kept)."""
