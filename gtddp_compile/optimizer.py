@@ -29,7 +29,7 @@ from gtddp_compile.runtime.fitting import check_fit
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import MATRIX, BaseMethod, GivenUp
 from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
-from gtddp_compile.runtime.precision import lift
+from gtddp_compile.runtime.precision import GradientScale, lift
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.states import check_loaded, check_states, regrouped, unrounded
 from gtddp_compile.runtime.surface import Surface
@@ -56,9 +56,10 @@ class CompiledOptimizer(Surface):
         loss: Loss,
         curvature: Curvature,
         options: Options,
+        scale: GradientScale,
     ) -> None:
         self._view = ModelView(model)
-        self._loss, self._curvature, self._options = loss, curvature, options
+        self._loss, self._curvature, self._options, self._scale = loss, curvature, options, scale
         self._specialisations = Specialisations(self._view, options, curvature)
         self._current: UpdateProgram | None = None
         self._diagnostics = Diagnostics()
@@ -213,6 +214,10 @@ class CompiledOptimizer(Surface):
 
     def _give_up(self, stop: GivenUp, inputs: Any) -> Tensor:
         """Say that a step or micro-batch was left out; its loss, if that is what the user wants then."""
+        if stop.loss.isfinite() and self._scale.value > 1:  # micro-batches are not made again
+            self._scale.back_off()
+            if self._pending is not None:
+                self._pending.again()
         self._skips += 1
         self._diagnostics = Diagnostics(stop.loss, skipped=True, skips=self._skips)
         if self._options.on_nonfinite == "raise":
@@ -263,6 +268,10 @@ class CompiledOptimizer(Surface):
                 return self._transaction(program, backend, inputs, targets, before, plainly=True)
             except (GivenUp, LinAlgError) as stop:
                 m.undo()
+                if m.overflowed():
+                    self._scale.back_off()
+                    restore_random_state(before)
+                    return self._transaction(program, backend, inputs, targets, before)
                 if m.loss is not None and isinstance(stop, LinAlgError):
                     raise GivenUp(m.loss, MATRIX) from stop
                 raise
@@ -276,6 +285,7 @@ class CompiledOptimizer(Surface):
     ) -> Tensor:
         self._commit(m, originals, buffers)
         self._checked = True
+        self._scale.kept()
         assert m.loss is not None
         self._diagnostics = Diagnostics(m.loss, m.figures, program, skips=self._skips)
         return m.loss
@@ -368,7 +378,7 @@ class CompiledOptimizer(Surface):
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))
         m = BaseMethod(self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
-        m.first = not self._checked
+        m.first, m.scale = not self._checked, self._scale.value
         m.together = program.form.name == "joint" and self._options.line_search is None
         return m
 

@@ -77,6 +77,7 @@ class BaseMethod(BlockUpdates):
         deferred: whether the loss is finite is looked at when the step is done.
         samples: of the batch, against which losses are counted; ``None``: unknown.
         precision: of the step.
+        scale: of gradients that are half.
     """
 
     first = True
@@ -84,6 +85,7 @@ class BaseMethod(BlockUpdates):
     deferred = False
     samples: int | None = None
     precision = Precision()
+    scale = 1.0
 
     def __init__(
         self,
@@ -210,8 +212,9 @@ class BaseMethod(BlockUpdates):
             outputs, targets = _replaced(outputs, leaves, exact), lift(targets)
         with self.precision.inside():
             columns = terminal_factors(self._loss, outputs, targets, exact, self._terminal)
-        columns = tuple(z.to(leaf.dtype) for z, leaf in zip(columns, leaves, strict=True))
-        gradients = kernels.loss_gradient(phi, leaves)
+        scale = self.precision.scale
+        columns = tuple((z * scale).to(leaf.dtype) for z, leaf in zip(columns, leaves, strict=True))
+        gradients = kernels.loss_gradient(phi * scale, leaves)
         return tuple(torch.cat([g.unsqueeze(0), z.detach()]) for g, z in zip(gradients, columns, strict=True))
 
     def terminal(
@@ -245,6 +248,10 @@ class BaseMethod(BlockUpdates):
         before = self.states[first].get("fallbacks", 0)
         super().observe_block(stage, kind, names, layers, start, moments=moments)
         self.keep(stage, **{f"fallbacks {first}": self.states[first].get("fallbacks", 0) - before})
+
+    def overflowed(self) -> bool:
+        """Whether a step whose loss is finite may succeed with a smaller scale."""
+        return self.precision.scale > 1 and self.loss is not None and math.isfinite(self.loss)
 
     def check_finite(self) -> None:
         """Look once at every parameter's new value (where that is not made yet, at its step).

@@ -112,6 +112,13 @@ class ModelView:
         self.named: dict[str, nn.Parameter] = dict(model.named_parameters())
         if not any(p.requires_grad for p in self.named.values()):
             raise CompileError("the model has no trainable parameters", "Set requires_grad on those to train")
+        odd = next((name for name, value in self.named.items() if value.is_complex()), None)
+        if odd is not None:
+            raise CompileError(
+                f"parameter {odd!r} is complex",
+                "Keep its real and imaginary parts as two real parameters, and join them by torch.complex in forward",
+                module=odd.rpartition(".")[0],
+            )
         self._placed = _placed(_modules(model))
         empty = next((name for name, value in self.named.items() if value.is_meta), None)
         if empty is not None:
