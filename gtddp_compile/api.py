@@ -149,6 +149,10 @@ def compile_optimizer(
         on_nonfinite=on_nonfinite,
     )
     if program is not None:
+        if not isinstance(program, UpdateProgram):
+            raise CompileError(
+                f"program is a {type(program).__name__}", "Pass UpdateProgram.load(path), or opt.program"
+            )
         return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)
     if loss is None:
         raise CompileError("no loss was given", "Pass loss=torch.nn.CrossEntropyLoss(), or another")

@@ -31,7 +31,7 @@ from gtddp_compile.runtime.method import MATRIX, BaseMethod, GivenUp
 from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
 from gtddp_compile.runtime.precision import GradientScale, lift
 from gtddp_compile.runtime.program import UpdateProgram
-from gtddp_compile.runtime.states import check_loaded, check_states, regrouped, unrounded
+from gtddp_compile.runtime.states import check_loaded, check_used, regrouped, unround
 from gtddp_compile.runtime.surface import Surface
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.terms import Terms
@@ -191,6 +191,8 @@ class CompiledOptimizer(Surface):
             NonFiniteError: the loss, a gain or the update is not finite; of ``Terms``, the points are named.
                 ``on_nonfinite="skip"``: the loss is returned instead, and what was accumulated is dropped.
         """
+        if inputs is None and targets is None and self._pending is None and self.begun():
+            return torch.zeros(())
         sets = inputs
         inputs, targets = as_batch(self._view.model, inputs, targets)
         batch: tuple[Any, ...] = ()
@@ -214,6 +216,7 @@ class CompiledOptimizer(Surface):
 
     def _give_up(self, stop: GivenUp, inputs: Any) -> Tensor:
         """Say that a step or micro-batch was left out; its loss, if that is what the user wants then."""
+        check_used(self.param_groups, self.state, self._curvature)
         if stop.loss.isfinite() and self._scale.value > 1:  # micro-batches are not made again
             self._scale.back_off()
             if self._pending is not None:
@@ -300,7 +303,7 @@ class CompiledOptimizer(Surface):
         except Exception:
             restore_random_state(before)
             observe(*positional(self._view.model, inputs))
-            check_states(self.state)
+            check_used(self.param_groups, self.state, self._curvature)
             raise
 
     def _working_copy(self, program: UpdateProgram) -> tuple[dict[str, Tensor], dict[str, Tensor], frozenset[str]]:
@@ -360,7 +363,7 @@ class CompiledOptimizer(Surface):
         state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
         check_loaded(state_dict, self.param_groups, self._curvature)
         super().load_state_dict(state_dict)
-        self.state.update(unrounded(state_dict["state"], self.param_groups))
+        unround(self.state, state_dict, self.param_groups)
         if self._pending is not None:
             self._pending.again()
 
@@ -368,10 +371,17 @@ class CompiledOptimizer(Surface):
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         trained = [name for player in program.graph.players for name in player.parameters]
         owner = self._view.named
-        groups = {name: group_of[id(owner[name])] for name in trained}
-        states = {}
+        left_out = next((name for name in trained if id(owner[name]) not in group_of), None)
+        if left_out is not None:
+            raise CompileError(
+                f"parameter {left_out!r} is in none of param_groups",
+                "Put it back, or freeze it by requires_grad_(False)",
+                module=left_out.rpartition(".")[0],
+            )
+        states, groups = {}, {}
         for name in trained:
             known = owner[name] in self.state
+            groups[name] = group_of[id(owner[name])]
             first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
             states[name] = self.state[owner[name]] if first is None else first
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
@@ -395,6 +405,8 @@ class CompiledOptimizer(Surface):
     def _specialise(
         self, inputs: tuple[Any, ...], left: tuple[ControlGraph, ...] = ()
     ) -> tuple[UpdateProgram, Backend]:
+        if any(group.get("maximize") for group in self.param_groups):
+            check_used(self.param_groups, self.state, self._curvature)
         decay = any(group.get("weight_decay", 0) != 0 for group in self.param_groups) and self._couples_decay()
         found = self._specialisations.program_for(inputs, decay=decay, left=left)
         self._current = found[0]

@@ -110,7 +110,9 @@ class Options:
         for option in ("feedback_clip", "max_step", "max_grad_norm"):
             value = getattr(self, option)
             yield option, value is None or (_is_number(value) and value > 0), "a positive number or None"
-        lengths = grid is None or (bool(grid) and all(_is_number(length) and length > 0 for length in grid))
+        lengths = grid is None or (
+            isinstance(grid, tuple | list) and bool(grid) and all(_is_number(step) and step > 0 for step in grid)
+        )
         yield "line_search", lengths, "a tuple of positive step lengths, or None"
 
     def _conflicts(self) -> Iterator[tuple[bool, str, str]]:

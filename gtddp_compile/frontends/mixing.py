@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends.reference import SEED, evaluate, leaves, only_moves
+from gtddp_compile.frontends.reference import SEED, evaluate, leaves, only_moves, start
 from gtddp_compile.frontends.traced import Untraceable
 from gtddp_compile.frontends.trials import COPIES, several, some
 from gtddp_compile.graph import DETACHED, GUARD, UNKNOWN, Op, OpGraph
@@ -122,7 +122,7 @@ class _Trial:
         verdicts: dict[str, set[str]] = {"": set(), MIXES: set(), NOBODYS: set()}
         given = dict(zip(self._graph.inputs, inputs, strict=True))
         with torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(SEED)
+            start()
             for op in self._graph.ops:
                 reads = op.operands if op.name in self._followed else ()
                 before = {name: part for read in reads for name, part in self._values[read].reached.items()}

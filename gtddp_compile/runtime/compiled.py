@@ -40,7 +40,12 @@ class CompiledStep:
                 "Use a newer torch (2.13 is tested), or leave compile out",
             )
         chosen = dict(options) if isinstance(options, Mapping) else {}
-        self._step = torch.compile(step, **{"dynamic": True, **chosen, "fullgraph": True})
+        try:
+            self._step = torch.compile(step, **{"dynamic": True, **chosen, "fullgraph": True})
+        except (TypeError, RuntimeError) as error:
+            raise CompileError(
+                f"torch.compile does not take compile={chosen}: {error}", "Give options that it has: backend, mode"
+            ) from error
 
     def __call__(self, m: BaseMethod, *arguments: Any) -> Tensor:
         """One step.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -195,14 +196,22 @@ class BaseMethod(BlockUpdates):
             self._loss.count(phi, outputs, self.samples)
         if self.first and self._loss.function is not None:
             self._loss.depend_on_outputs_alone(phi, {self._params[name].data_ptr(): name for name in self.states})
+            if phi.requires_grad and self._loss.mixes(phi, outputs):
+                warnings.warn(
+                    f"the loss {self._loss.name} mixes samples: feedback reads it sample by sample, an approximation "
+                    "(docs/theory.md#mixing)",
+                    stacklevel=2,
+                )
         self.loss = self._loss.total(phi.detach())
         if not self.deferred and not math.isfinite(self.loss):
             raise GivenUp(self.loss)
         return phi
 
     def _check(self, outputs: Any, targets: Any) -> None:
+        before = kernels.random_state()  # a loss may draw
         with torch.no_grad(), self.precision.inside():
             check(self._loss, outputs, targets)
+        kernels.restore_random_state(before)
 
     def factors(self, phi: Tensor, outputs: Any, targets: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
         """``∇φ_i`` and after it the columns of the terminal factor, for every output: ``(1 + r, B, …)``."""

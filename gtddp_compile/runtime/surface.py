@@ -12,6 +12,7 @@ from gtddp_compile.options import Options
 from gtddp_compile.runtime.compiler import Specialisations
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.model import ModelView
+from gtddp_compile.runtime.precision import lift
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,6 +44,17 @@ class Surface(torch.optim.Optimizer):
             "a parameter group cannot be added: the update program was derived for the network as it was compiled",
             "Change the model first, then call compile_optimizer again; load_state_dict carries state over",
         )
+
+    def begun(self) -> bool:
+        """Whether states were made as they begin: torch.distributed.checkpoint asks for a step of zero gradients before
+        it loads.
+        """
+        trained = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if self.state or not trained or any(p.grad is None or bool(p.grad.any()) for p, _ in trained):
+            return False
+        for p, group in trained:
+            self.state[p] = self._curvature.init_state(lift(p.detach()), group)
+        return True
 
     def seal(self) -> Self:
         """No more groups from here on."""

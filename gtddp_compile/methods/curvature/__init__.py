@@ -49,7 +49,7 @@ REGISTRY: dict[str, Any] = {
 }
 """The base methods by name: frozen dataclasses that implement :class:`Curvature`."""
 
-IMPLEMENTATION_ONLY = frozenset({"foreach", "fused", "capturable", "differentiable"})
+IMPLEMENTATION_ONLY = frozenset({"foreach", "fused", "capturable"})
 """torch.optim's options that choose between implementations of the same update."""
 
 
@@ -81,6 +81,8 @@ def resolve(curvature: str | Curvature, **options: Any) -> Curvature:
         why = f"curvature {curvature!r} has no option {_listed(unknown)}"
         if IMPLEMENTATION_ONLY.intersection(unknown):
             why += " (it would only choose between implementations of the same update, which the compiler does)"
+        if "differentiable" in unknown:
+            why += " (a step writes the parameters in place, and no gradient goes through it)"
         raise CompileError(why, f"Its options are {', '.join(known)}")
     built: Curvature = REGISTRY[curvature](**options)
     return built
