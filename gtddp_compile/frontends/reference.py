@@ -327,5 +327,11 @@ def evaluate(op: Op, values: Mapping[str, Any], params: Mapping[str, Tensor], bu
         ) from error
 
 
+def descending(op: Op, value: Any) -> Any:
+    """Whole numbers that were drawn in descending order: a permutation that leaves rows in place shows nothing."""
+    drawn = op.random and isinstance(value, Tensor) and value.dim() and not value.is_floating_point()
+    return value.sort(0, descending=True).values if drawn else value
+
+
 def _with_shape(op: Op, value: Any) -> Op:
     return replace(op, shape=tuple(value.shape), dtype=value.dtype) if isinstance(value, Tensor) else op
