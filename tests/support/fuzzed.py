@@ -213,7 +213,7 @@ class Outcome:
     """What became of a case.
 
     Attributes:
-        kind: ``"as torch.optim"``, ``"as the dense derivation"``, ``"its loss, buffers and draws"`` (no reference takes
+        kind: ``"as torch.optim"``, ``"as the dense derivation"``, ``"its loss and draws"`` (no reference takes
             these options), ``"refused"``, ``"not finite"``, ``"wrong"`` or ``"another error"``.
         said: the remedy, or what is wrong.
     """
@@ -248,17 +248,17 @@ def _outcome(case: Case) -> Outcome:
     method = own.pop("curvature")
     if case.options["feedback"] is False and method in TORCH and not case.options["cooperative"]:
         if case.options["line_search"] is not None:
-            return Outcome("its loss, buffers and draws")
+            return Outcome("its loss and draws")
         _compare(case, model, _torchs(case, TORCH[method], own))
         return Outcome("as torch.optim")
     twin = copy.deepcopy(case.model)
     try:
         dense = _compiled(twin, case, backend="dense", memory="keep", max_grad_norm=None)
         if case.options["max_grad_norm"] is not None:
-            return Outcome("its loss, buffers and draws")
+            return Outcome("its loss and draws")
         _steps(dense, twin, case, [])
     except CompileError:
-        return Outcome("its loss, buffers and draws")
+        return Outcome("its loss and draws")
     _compare(case, model, twin)
     return Outcome("as the dense derivation")
 
