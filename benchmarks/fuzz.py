@@ -27,15 +27,19 @@ def main(cases: int) -> int:
         became = outcome(seed)
         found[became.kind, became.said if became.kind != "not finite" else ""] += 1
         if became.kind in FAILED:
-            print(became.said)
+            print(became.said, flush=True)
+        if (seed + 1) % 100 == 0:
+            write(found)
+    write(found)
+    return int(any(kind in FAILED for kind, _ in found))
+
+
+def write(found: Counter[tuple[str, str]]) -> None:
     with FOUND.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(("outcome", "said", "cases"))
-        rows.writerows(
-            (kind, said, count)
-            for (kind, said), count in sorted(found.items(), key=lambda item: (item[0][0], -item[1]))
-        )
-    return int(any(kind in FAILED for kind, _ in found))
+        counted = sorted(found.items(), key=lambda item: (item[0][0], -item[1]))
+        rows.writerows((kind, said, count) for (kind, said), count in counted)
 
 
 if __name__ == "__main__":
