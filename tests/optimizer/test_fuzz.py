@@ -7,7 +7,6 @@ import pytest
 from gtddp_compile.runtime.method import BaseMethod
 from support.fuzzed import FAILED, outcome
 
-
 FOUND = (61, 126, 299)
 """Seeds that have been wrong."""
 
