@@ -10,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.frontends import beginning
 from gtddp_compile.graph import ControlGraph, Op, OpGraph
+from gtddp_compile.kernels import random_state
 from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.methods.setting import Setting
 from gtddp_compile.methods.terminal import at_depth
@@ -135,7 +137,8 @@ class Specialisations:
                 module=read.module,
                 source=read.source or None,
             )
-        graph = build_graph(self._view.model, inputs, self._options)
+        with beginning(random_state() if left else None):
+            graph = build_graph(self._view.model, inputs, self._options)
         if graph.guards and not gone:
             _say_guarded(graph)
         structure = self._structure(graph)
