@@ -16,7 +16,9 @@ from gtddp_compile.methods.terminal import Geometric, Terminal, check_terminal
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, suggested
 from gtddp_compile.passes.p07_collapse import form_name
+from gtddp_compile.runtime.joined import check_shared
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.runtime.ranks import of_processes
 from gtddp_compile.terms import Terms
 
 
@@ -44,6 +46,7 @@ def compile_optimizer(
     memory: Memory = "keep",
     compile: bool | Mapping[str, Any] = False,
     program: UpdateProgram | None = None,
+    process_group: Any = None,
     **curvature_options: Any,
 ) -> CompiledOptimizer:
     """Derive an optimal-control optimizer for a network.
@@ -76,7 +79,8 @@ def compile_optimizer(
         feedback_clip: (nonlinear rollout) bound on the predicted change of a sample's loss that is believed, in units
             of its aim (see ``terminal``); ``None``: none.
         schedule: ``"asap"``, ``"alap"``, ``"sequential"``, or a mapping of player names to stages.
-        coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation).
+        coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation); ``"local"`` with
+            ``process_group``: a group a rank.
         recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``, the
             last without cross terms).
         terminal: how a sample's loss is expanded in the outputs. ``"geometric"``: ``∇φ ∇φᵀ / φ``, as if its logarithm
@@ -107,6 +111,9 @@ def compile_optimizer(
             with these of its options (``backend``, ``mode``).
         program: a program from ``UpdateProgram.load``; it brings options, base method and loss with it (a loss that
             is a function has to be given again).
+        process_group: ``"world"`` or a group of torch.distributed: every rank calls ``step`` with its shard, and all
+            make the update of the joined batch (docs/usage.md#several-processes). A model wrapped by
+            DistributedDataParallel brings its group.
         **curvature_options: options of the named curvature.
 
     Returns:
@@ -137,7 +144,11 @@ def compile_optimizer(
         line_search=line_search,
         max_grad_norm=max_grad_norm,
     )
+    model, ranks = of_processes(model, process_group)
+    check_shared(options, ranks)
     if program is not None:
+        if ranks is not None:
+            raise CompileError("a loaded program is of one process", "Leave out process_group= or program=")
         return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)
     if loss is None:
         raise CompileError("no loss was given", "Pass loss=torch.nn.CrossEntropyLoss(), or another")
@@ -145,7 +156,7 @@ def compile_optimizer(
     options = suggested(options, base)
     check_terminal(losses, options.terminal_kind)
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))  # refuses before it traces
-    return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options).seal()
+    return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options, ranks=ranks).seal()
 
 
 def _of_terms(model: Terms, example_inputs: Any, loss: Any) -> tuple[Any, Callable[[Any, Any], Tensor]]:

@@ -25,11 +25,13 @@ from gtddp_compile.runtime.compiler import Backend, Specialisations
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.fitting import check_fit
+from gtddp_compile.runtime.joined import JoinedMethod, refuse_unshared
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.runtime.ranks import Ranks, fingerprint
 from gtddp_compile.runtime.states import check_loaded, check_states, regrouped, unrounded
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.terms import Terms
@@ -54,10 +56,12 @@ class CompiledOptimizer(torch.optim.Optimizer):
         loss: Loss,
         curvature: Curvature,
         options: Options,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks, self._agreed = ranks, set[str]()
         self._view = ModelView(model)
         self._loss, self._curvature, self._options = loss, curvature, options
-        self._specialisations = Specialisations(self._view, options, curvature)
+        self._specialisations = self._without_programs()
         self._current: UpdateProgram | None = None
         self._diagnostics = Diagnostics()
         self._checked = False
@@ -233,6 +237,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any, before: Any, **how: bool
     ) -> Tensor:
         self._diagnostics = Diagnostics()  # the last step's figures hold its Gram matrices
+        self._agree(program)
         originals, buffers, advancing = self._working_copy(program)
         params, new = dict(originals), dict(originals)
         m = self._base_method(program, params, new)
@@ -240,6 +245,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
             try:
                 backend.run(m, params, buffers, new, inputs, targets, **how)
                 choose_length(m, self._options.line_search, self._view, self._loss, inputs, targets, before)
+                if self._ranks is not None:  # as DistributedDataParallel: the first rank's
+                    buffers.update(self._ranks.first({name: buffers[name] for name in sorted(advancing)}))
             except NotFactored:
                 m.undo()
                 restore_random_state(before)
@@ -338,6 +345,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         """As torch.optim's, whose own are taken too; accumulated micro-batches are run again with the new state."""
         state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
         check_loaded(state_dict, self.param_groups, self._curvature)
+        self._agreed = set()
         super().load_state_dict(state_dict)
         self.state.update(unrounded(state_dict["state"], self.param_groups))
         if self._pending is not None:
@@ -356,7 +364,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))
-        m = BaseMethod(self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
+        taken = (self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
+        m = BaseMethod(*taken) if self._ranks is None else JoinedMethod(*taken).among(self._ranks)
         m.first = not self._checked
         m.together = program.form.name == "joint" and self._options.line_search is None
         return m
@@ -368,6 +377,30 @@ class CompiledOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             for name, value in buffers.items():
                 self._view.buffer(name).copy_(value)
+
+    # --- several processes --------------------------------------------------------------------------------------------
+
+    def _without_programs(self) -> Specialisations:
+        ranks = 1 if self._ranks is None else self._ranks.size
+        return Specialisations(self._view, self._options, self._curvature, ranks)
+
+    def _agree(self, program: UpdateProgram) -> None:
+        """Before a program's first step on several ranks: they have the same, and begin at the same place."""
+        if self._ranks is None or program.code in self._agreed:
+            return
+        refuse_unshared(program.graph)
+        named, state = self._view.named, self.state
+        values = [*named.values(), *self._view.buffers().values()]
+        states = [(k, v) for p in named.values() for k, v in sorted(state.get(p, {}).items())]
+        self._ranks.refuse_different(
+            (("the programs; Give compile_optimizer example inputs of one shape on every rank", fingerprint(program.code)),
+             ("parameters or buffers; Load the same on every rank, or call torch.manual_seed before the model is made",
+              fingerprint(*values)),
+             ("options or states of the optimizer; Load the same checkpoint on every rank",
+              fingerprint([options_of(group) for group in self.param_groups], *(part for pair in states for part in pair)))),
+            values[0].device,
+        )  # fmt: skip
+        self._agreed.add(program.code)
 
     # --- specialisation -----------------------------------------------------------------------------------------------
 
@@ -413,6 +446,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
-        fresh = Specialisations(self._view, self._options, self._curvature)
+        fresh = self._without_programs()
         state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None)
         return state

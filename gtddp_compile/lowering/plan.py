@@ -162,7 +162,7 @@ class Asked:
     """What was asked of a program beside the equations, by the options and the curvature.
 
     Attributes:
-        coupling: ``"full"``, ``"block"`` or the group size.
+        coupling: ``"full"``, ``"block"``, the group size, or ``"local"``: a group a rank.
         decay: whether any parameter has coupled weight decay.
         inertia: whether the metric regularises towards the last step.
         max_step: cap on the joint step's norm in the metric; ``None`` for none.
@@ -172,6 +172,7 @@ class Asked:
         metric: the curvature's kind; ``"rescaled"`` is a Kronecker one whose diagonal does not separate.
         gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"`` or ``"coarse"``.
         columns: of the sketch.
+        ranks: processes with a shard of the batch each; 1: there is one.
     """
 
     coupling: str | int
@@ -184,6 +185,12 @@ class Asked:
     metric: str
     gram: str
     columns: int
+    ranks: int = 1
+
+    @property
+    def gathers(self) -> bool:
+        """Whether Γ is of the samples of several ranks."""
+        return self.ranks > 1 and self.coupling == "full"
 
     @property
     def linear(self) -> bool:

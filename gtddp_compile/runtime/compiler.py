@@ -15,6 +15,7 @@ from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
 from gtddp_compile.passes import (
     augment,
+    distribute,
     emit,
     find_players,
     find_shortcuts,
@@ -47,11 +48,12 @@ def control_graph(ops: OpGraph, how: str | Mapping[str, int], name: str) -> Cont
 
 
 def build_program(
-    graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool, setting: Setting | None = None
-) -> UpdateProgram:
-    """Passes 6 to 11: derivation to code. ``decay``: whether any group has coupled weight decay."""
-    derived, plan = plan_program(graph, options, curvature, decay=decay)
-    lowered = recompute(lower(plan))
+    graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool, setting: Setting | None = None,
+    ranks: int = 1,
+) -> UpdateProgram:  # fmt: skip
+    """Passes 6 to 12: derivation to code. ``decay``: whether any group has coupled weight decay."""
+    derived, plan = plan_program(graph, options, curvature, decay=decay, ranks=ranks)
+    lowered = distribute(recompute(lower(plan)))
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name, setting)
 
 
@@ -71,8 +73,8 @@ class Specialisations:
     The last :data:`KEPT` states are kept, so that a model may alternate between them without being compiled again.
     """
 
-    def __init__(self, view: ModelView, options: Options, curvature: Curvature) -> None:
-        self._view, self._options, self._curvature = view, options, curvature
+    def __init__(self, view: ModelView, options: Options, curvature: Curvature, ranks: int = 1) -> None:
+        self._view, self._options, self._curvature, self._ranks = view, options, curvature, ranks
         self._graphs: dict[Any, list[ControlGraph]] = {}
         self._known: dict[tuple[int, Any], bool] = {}
         self._programs: dict[tuple[int, bool], tuple[UpdateProgram, Backend]] = {}
@@ -100,7 +102,7 @@ class Specialisations:
         """
         graph = self._graph_for(inputs, left)
         if (id(graph), decay) not in self._programs:
-            program = build_program(graph, self._options, self._curvature, decay=decay)
+            program = build_program(graph, self._options, self._curvature, decay=decay, ranks=self._ranks)
             backend = FastBackend(program) if self._options.backend == "fast" else DenseBackend(program)
             self._programs[id(graph), decay] = (program, backend)  # holds the graph, so its id stays its own
         return self._programs[id(graph), decay]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
-from gtddp_compile.passes.p11_emit import emit_micro
+from gtddp_compile.passes.p12_emit import emit_micro
 from gtddp_compile.runtime.compiled import CompiledStep, check_done, refuse_uncompilable
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.precision import Precision
@@ -61,7 +61,8 @@ class FastBackend:
         """
         precision = m.precision = Precision.around(p.values())
         m.samples = inputs[0].shape[0]
-        m.deferred = not plainly and not m.first and next(iter(p.values())).device.type != "cpu"
+        alone = self.program.lowered.plan.ranks == 1  # others are asked before anything is written
+        m.deferred = alone and not plainly and not m.first and next(iter(p.values())).device.type != "cpu"
         other = precision.mixed or m.deferred
         step = self._function("step", precision, m.deferred) if other else self._step
         if self._compiled is not None and plainly is False and not m.first:

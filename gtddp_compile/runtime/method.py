@@ -180,9 +180,13 @@ class BaseMethod(BlockUpdates):
         if self.first and self._loss.function is not None:
             self._loss.depend_on_outputs_alone(phi, {self._params[name].data_ptr(): name for name in self.states})
         self.loss = self._loss.total(phi.detach())
-        if not self.deferred and not math.isfinite(self.loss):
-            raise NonFiniteLoss(self.loss)
+        if not self.deferred:
+            self._refuse_nonfinite()
         return phi
+
+    def _refuse_nonfinite(self) -> None:
+        if self.loss is not None and not math.isfinite(self.loss):
+            raise NonFiniteLoss(self.loss)
 
     def _check(self, outputs: Any, targets: Any) -> None:
         with torch.no_grad(), self.precision.inside():

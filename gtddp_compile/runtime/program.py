@@ -26,7 +26,7 @@ from gtddp_compile.lowering.write.columns import describe_terminal, vectorises
 from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
-from gtddp_compile.passes.p11_emit import Emitted
+from gtddp_compile.passes.p12_emit import Emitted
 from gtddp_compile.wording import few, rendered
 
 Format = Literal["text", "latex", "sympy"]

@@ -1,0 +1,273 @@
+"""The processes of a group that have a shard of one batch each: collectives of a step, counted.
+
+Tensors of one call travel together. Shards may differ in size: rows are padded to the longest for the way.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.kernels import Layer, Operation, Rows
+
+
+class Ranks:
+    """A process group.
+
+    Args:
+        group: of torch.distributed; ``None`` for the default one.
+
+    Attributes:
+        size, rank: how many processes there are, and which this is.
+        sizes: samples of every rank in this step.
+        sent: calls and bytes that this rank has handed in since the step began, by collective.
+
+    Raises:
+        CompileError: torch.distributed is not initialised, or this process is not in the group.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise CompileError(
+                "process_group was given, but torch.distributed is not initialised",
+                "Call torch.distributed.init_process_group first (torchrun sets what it reads)",
+            )
+        self._group = dist.group.WORLD if group is None else group
+        self.size, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+        if self.rank < 0:
+            raise CompileError("this process is not in process_group", "Pass a group that it is in")
+        self.sizes: tuple[int, ...] = ()
+        self.sent: dict[str, tuple[int, int]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._group is not dist.group.WORLD:
+            raise CompileError(
+                "an optimizer of a process group of one's own cannot be pickled: the group is of running processes",
+                "Save opt.state_dict() instead",
+            )
+        return Ranks, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self
+
+    @property
+    def share(self) -> float:
+        """This rank's part of the samples."""
+        return self.sizes[self.rank] / sum(self.sizes)
+
+    # --- collectives --------------------------------------------------------------------------------------------------
+
+    def all_reduce(self, value: Any, op: Any = None) -> Any:
+        """The sum over ranks of a tensor, or of each in nested tuples."""
+
+        def together(flat: Tensor) -> Tensor:
+            self._call("all_reduce", flat, lambda: dist.all_reduce(flat, op or dist.ReduceOp.SUM, group=self._group))
+            return flat
+
+        return _flattened(value, together)
+
+    def first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The first rank's tensors by name, on every rank."""
+        first = dist.get_global_rank(self._group, 0)
+
+        def together(flat: Tensor) -> Tensor:
+            self._call("broadcast", flat, lambda: dist.broadcast(flat, first, group=self._group))
+            return flat
+
+        return dict(zip(values, _flattened(tuple(values.values()), together), strict=True))
+
+    def tables(self, row: Tensor) -> Tensor:
+        """A vector of every rank, ``(R, n)``."""
+        found = [torch.empty_like(row) for _ in range(self.size)]
+        self._call("all_gather", row, lambda: dist.all_gather(found, row, group=self._group))
+        return torch.stack(found)
+
+    def all_samples(self, own: Any, owner: int | None = None) -> Any:
+        """What every rank has of its samples, one rank after the other; ``None`` where another rank is the owner.
+
+        Args:
+            own: a tensor ``(b, …)``, a layer, rows of one, or nested tuples of them.
+            owner: the rank that gets it; ``None``: each.
+        """
+        tensors = list(_samples(own))
+        packed, longest = [value.detach() for value in map(_narrowed, tensors)], max(self.sizes)
+        received: list[Tensor | None] = [None] * len(packed)
+        for _, found in groupby(sorted(range(len(packed)), key=lambda i: str(packed[i].dtype)),
+                                key=lambda i: packed[i].dtype):  # fmt: skip
+            places = list(found)
+            flat = torch.cat(
+                [packed[i].flatten(1) if packed[i].dim() > 1 else packed[i].unsqueeze(1) for i in places], 1
+            )
+            flat = torch.nn.functional.pad(flat, (0, 0, 0, longest - len(flat))).contiguous()
+            parts = self._gathered(flat, owner)
+            if parts is None:
+                continue
+            whole = torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+            for i, piece in zip(places, whole.split([packed[i][0].numel() for i in places], 1), strict=True):
+                shape = packed[i].shape[1:]
+                received[i] = piece.reshape(len(whole), *shape).expand(len(whole), *tensors[i].shape[1:])
+        if owner is not None and owner != self.rank:
+            return None
+        return _with_samples(own, iter(received))
+
+    def _gathered(self, flat: Tensor, owner: int | None) -> list[Tensor] | None:
+        here = owner is None or owner == self.rank
+        parts = [torch.empty_like(flat) for _ in range(self.size)] if here else None
+        if owner is None:
+            self._call("all_gather", flat, lambda: dist.all_gather(parts, flat, group=self._group))
+        else:
+            to = dist.get_global_rank(self._group, owner)
+            self._call("gather", flat, lambda: dist.gather(flat, parts, dst=to, group=self._group))
+        return parts
+
+    def own_samples(self, whole: Tensor) -> Tensor:
+        """This rank's part of a vector over all samples."""
+        return whole.split(list(self.sizes))[self.rank]
+
+    def _call(self, name: str, value: Tensor, run: Callable[[], Any]) -> None:
+        calls, size = self.sent.get(name, (0, 0))
+        self.sent[name] = calls + 1, size + value.numel() * value.element_size()
+        try:
+            run()
+        except RuntimeError as error:  # torch's own for lost connections and time-outs
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: {name} failed: another process ended, raised, or did not come within "
+                "the group's time-out. The step was given up: parameters and states here are those before it. End this "
+                "process and start all of them again from the last checkpoint"
+            ) from error
+
+    # --- agreement ----------------------------------------------------------------------------------------------------
+
+    def refuse_different(self, what: Sequence[tuple[str, int]], device: torch.device) -> None:
+        """Refuse what is not the same on every rank.
+
+        Args:
+            what: words with a remedy, and a number that stands for what has to be the same.
+            device: on which the group's collectives run.
+
+        Raises:
+            CompileError: some number differs; the first one is named, on every rank.
+        """
+        found = self.tables(torch.tensor([value for _, value in what], dtype=torch.int64, device=device)).tolist()
+        for index, (said, _) in enumerate(what):
+            other = next((rank for rank in range(self.size) if found[rank][index] != found[0][index]), None)
+            if other is not None:
+                name, remedy = said.split("; ")
+                raise CompileError(f"{name} on rank {other} differ from those on rank 0", remedy)
+
+
+def of_processes(model: Any, group: Any) -> tuple[Any, Ranks | None]:
+    """The module that is trained, and the ranks that share its batches (``None``: there is one process).
+
+    Args:
+        model: a module, or one wrapped by DistributedDataParallel, whose group is taken where none is given.
+        group: ``"world"``, a process group, or ``None``.
+
+    Raises:
+        CompileError: parameters are sharded; the group is none.
+    """
+    if isinstance(model, DistributedDataParallel):  # its hooks are on backward(), which a step does not call
+        model, group = model.module, model.process_group if group is None else group
+    if isinstance(model, nn.Module):
+        sharded = next((name for name, value in model.named_parameters() if hasattr(value, "device_mesh")), None)
+        if sharded is not None:
+            raise CompileError(
+                f"parameter {sharded!r} is a DTensor (fully_shard, tensor parallelism): a step reads whole parameters",
+                'Leave fully_shard out and pass process_group="world"; every rank then holds the model',
+                module=sharded.rpartition(".")[0],
+            )
+    if group is None:
+        return model, None
+    if group != "world" and not isinstance(group, dist.ProcessGroup):
+        raise CompileError(f"process_group={group!r}", "Pass 'world', or a group from torch.distributed.new_group")
+    return model, Ranks(None if isinstance(group, str) else group)
+
+
+def fingerprint(*values: Any) -> int:
+    """A number that is the same for the same tensors and words."""
+    found = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        else:
+            data = repr(value).encode()
+        found = zlib.crc32(data, found)
+    return found
+
+
+# --- tensors in structures --------------------------------------------------------------------------------------------
+
+
+def _flattened(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with its tensors changed as one vector a dtype."""
+    tensors = list(_tensors(value))
+    found: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        own = [(i, tensor) for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        whole = change(torch.cat([tensor.reshape(-1) for _, tensor in own]))
+        for (i, tensor), piece in zip(own, whole.split([tensor.numel() for _, tensor in own]), strict=True):
+            found[i] = piece.reshape(tensor.shape)
+    return _rebuilt(value, iter(found[i] for i in range(len(tensors))))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _rebuilt(value: Any, found: Iterator[Any]) -> Any:
+    if isinstance(value, Tensor):
+        return next(found)
+    return tuple(_rebuilt(part, found) for part in value) if isinstance(value, tuple) else value
+
+
+def _narrowed(value: Tensor) -> Tensor:
+    """Without the repetitions of an expanded axis."""
+    for axis, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if axis and size > 1 and stride == 0:
+            value = value.narrow(axis, 0, 1)
+    return value
+
+
+def _by_sample(layer: Layer) -> tuple[bool, ...]:
+    """Which operands have a part for each sample."""
+    how = layer.how
+    if isinstance(how, Operation) and how.mixes:
+        raise CompileError(
+            "coupling='full' over ranks: per-sample gradients of an operation that mixes samples are made from the "
+            "operands of a whole batch, and a rank has a shard",
+            "Use coupling='local', or take the operation out",
+        )
+    return (isinstance(how, Operation) and how.batched) or (True,) * len(layer.operands)
+
+
+def _samples(value: Any) -> Iterator[Tensor]:
+    """Tensors ``(b, …)`` of a rank's samples."""
+    if isinstance(value, Rows):
+        yield from _samples(value.layer)
+    elif isinstance(value, Layer):
+        yield from (x for x, own in zip(value.operands, _by_sample(value), strict=True) if own)
+        yield value.g
+    else:
+        yield from (part for one in value for part in _samples(one)) if isinstance(value, tuple) else (value,)
+
+
+def _with_samples(value: Any, found: Iterator[Any]) -> Any:
+    """The same with the tensors of all ranks' samples."""
+    if isinstance(value, Rows):
+        return value._replace(layer=_with_samples(value.layer, found))
+    if isinstance(value, Layer):
+        operands = tuple(next(found) if own else x for x, own in zip(value.operands, _by_sample(value), strict=True))
+        return value._replace(operands=operands, g=next(found))
+    return tuple(_with_samples(one, found) for one in value) if isinstance(value, tuple) else next(found)
