@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -58,7 +59,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         options: Options,
         ranks: Ranks | None = None,
     ) -> None:
-        self._ranks, self._agreed = ranks, set[str]()
+        self._ranks, self._agreed = ranks, dict[int, UpdateProgram]()
         self._view = ModelView(model)
         self._loss, self._curvature, self._options = loss, curvature, options
         self._specialisations = self._without_programs()
@@ -345,7 +346,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         """As torch.optim's, whose own are taken too; accumulated micro-batches are run again with the new state."""
         state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
         check_loaded(state_dict, self.param_groups, self._curvature)
-        self._agreed = set()
+        self._agreed = {}
         super().load_state_dict(state_dict)
         self.state.update(unrounded(state_dict["state"], self.param_groups))
         if self._pending is not None:
@@ -386,21 +387,16 @@ class CompiledOptimizer(torch.optim.Optimizer):
 
     def _agree(self, program: UpdateProgram) -> None:
         """Before a program's first step on several ranks: they have the same, and begin at the same place."""
-        if self._ranks is None or program.code in self._agreed:
+        if self._ranks is None or id(program) in self._agreed:
             return
         refuse_unshared(program.graph)
-        named, state = self._view.named, self.state
+        named = self._view.named
         values = [*named.values(), *self._view.buffers().values()]
-        states = [(k, v) for p in named.values() for k, v in sorted(state.get(p, {}).items())]
-        self._ranks.refuse_different(
-            (("the programs; Give compile_optimizer example inputs of one shape on every rank", fingerprint(program.code)),
-             ("parameters or buffers; Load the same on every rank, or call torch.manual_seed before the model is made",
-              fingerprint(*values)),
-             ("options or states of the optimizer; Load the same checkpoint on every rank",
-              fingerprint([options_of(group) for group in self.param_groups], *(part for pair in states for part in pair)))),
-            values[0].device,
-        )  # fmt: skip
-        self._agreed.add(program.code)
+        states = [pair for p in named.values() for pair in sorted(self.state.get(p, {}).items())]
+        options = [options_of(group) for group in self.param_groups]
+        seen = fingerprint(*program.lowered.instructions), fingerprint(*values), fingerprint(options, *chain(*states))
+        self._ranks.refuse_different(seen, values[0].device)
+        self._agreed[id(program)] = program
 
     # --- specialisation -----------------------------------------------------------------------------------------------
 

@@ -105,8 +105,8 @@ class _Distributed:
         counted = one.function in ("rows_of", "group_scale") and (self._full or one.function == "group_scale")
         if counted:
             one = replace(one, args=tuple(Var("samples") if arg == SAMPLES else arg for arg in one.args))
-        if one.function == "m.terminal" and self._plan.coupling == "local":
-            one = replace(one, kwargs={"group": "rank"})
+        if one.function == "m.terminal":
+            one = replace(one, args=one.args[:5], kwargs={"group": "rank"} if self._plan.coupling == "local" else None)
         if one.function == "m.losses":
             one = replace(one, writes=("phi", "samples"), note="phi_i; B of all ranks")
         one = replace(one, function=JOINED.get(one.function, one.function))

@@ -71,7 +71,7 @@ class JoinedMethod(BaseMethod):
 
     @property
     def share(self) -> float:
-        """This rank's part of the samples."""
+        """The rank's part of the samples."""
         return self.ranks.share
 
     def among(self, ranks: Ranks) -> JoinedMethod:
@@ -132,7 +132,7 @@ class JoinedMethod(BaseMethod):
         return self.ranks.all_samples(own)
 
     def own_samples(self, whole: Tensor) -> Tensor:
-        """This rank's part of a vector over all samples."""
+        """The rank's part of a vector over all samples."""
         return self.ranks.own_samples(whole)
 
     def samples_at(self, owner: int, own: Any) -> Any:

@@ -6,7 +6,7 @@ Tensors of one call travel together. Shards may differ in size: rows are padded 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -60,7 +60,7 @@ class Ranks:
 
     @property
     def share(self) -> float:
-        """This rank's part of the samples."""
+        """The rank's part of the samples."""
         return self.sizes[self.rank] / sum(self.sizes)
 
     # --- collectives --------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Ranks:
         return parts
 
     def own_samples(self, whole: Tensor) -> Tensor:
-        """This rank's part of a vector over all samples."""
+        """The rank's part of a vector over all samples."""
         return whole.split(list(self.sizes))[self.rank]
 
     def _call(self, name: str, value: Tensor, run: Callable[[], Any]) -> None:
@@ -139,29 +139,36 @@ class Ranks:
             run()
         except RuntimeError as error:  # torch's own for lost connections and time-outs
             raise RuntimeError(
-                f"rank {self.rank} of {self.size}: {name} failed: another process ended, raised, or did not come within "
-                "the group's time-out. The step was given up: parameters and states here are those before it. End this "
-                "process and start all of them again from the last checkpoint"
+                f"rank {self.rank} of {self.size}: {name} failed: another process ended, raised, or did not come within"
+                " the group's time-out. The step was given up: parameters and states here are those before it. End"
+                " this process and start all of them again from the last checkpoint"
             ) from error
 
     # --- agreement ----------------------------------------------------------------------------------------------------
 
-    def refuse_different(self, what: Sequence[tuple[str, int]], device: torch.device) -> None:
-        """Refuse what is not the same on every rank.
+    def refuse_different(self, seen: tuple[int, int, int], device: torch.device) -> None:
+        """Refuse ranks that do not begin alike.
 
         Args:
-            what: words with a remedy, and a number that stands for what has to be the same.
+            seen: numbers that stand for the program, for parameters and buffers, and for options and states.
             device: on which the group's collectives run.
 
         Raises:
-            CompileError: some number differs; the first one is named, on every rank.
+            CompileError: one differs; on every rank.
         """
-        found = self.tables(torch.tensor([value for _, value in what], dtype=torch.int64, device=device)).tolist()
-        for index, (said, _) in enumerate(what):
+        found = self.tables(torch.tensor(seen, dtype=torch.int64, device=device)).tolist()
+        for index, (what, remedy) in enumerate(ALIKE):
             other = next((rank for rank in range(self.size) if found[rank][index] != found[0][index]), None)
             if other is not None:
-                name, remedy = said.split("; ")
-                raise CompileError(f"{name} on rank {other} differ from those on rank 0", remedy)
+                raise CompileError(f"the {what} of rank {other} are not those of rank 0", remedy)
+
+
+ALIKE = (
+    ("instructions of the program", "Give compile_optimizer example inputs of one shape on every rank"),
+    ("parameters or buffers", "Load the same on every rank, or call torch.manual_seed before the model is made"),
+    ("options or states of the optimizer", "Load the same checkpoint on every rank"),
+)
+"""What ranks begin with, and what to do where they do not begin alike."""
 
 
 def of_processes(model: Any, group: Any) -> tuple[Any, Ranks | None]:
