@@ -97,9 +97,10 @@ class Ranks:
             own: a tensor ``(b, …)``, a layer, rows of one, or nested tuples of them.
             owner: the rank that gets it; ``None``: each.
         """
-        tensors = list(_samples(own))
+        every = list(_samples(own))
+        tensors = list({id(value): value for value in every}.values())  # what several layers read travels once
         packed, longest = [value.detach() for value in map(_narrowed, tensors)], max(self.sizes)
-        received: list[Tensor | None] = [None] * len(packed)
+        received: dict[int, Tensor] = {}
         for _, found in groupby(sorted(range(len(packed)), key=lambda i: str(packed[i].dtype)),
                                 key=lambda i: packed[i].dtype):  # fmt: skip
             places = list(found)
@@ -113,10 +114,10 @@ class Ranks:
             whole = torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
             for i, piece in zip(places, whole.split([packed[i][0].numel() for i in places], 1), strict=True):
                 shape = packed[i].shape[1:]
-                received[i] = piece.reshape(len(whole), *shape).expand(len(whole), *tensors[i].shape[1:])
+                received[id(tensors[i])] = piece.reshape(len(whole), *shape).expand(len(whole), *tensors[i].shape[1:])
         if owner is not None and owner != self.rank:
             return None
-        return _with_samples(own, iter(received))
+        return _with_samples(own, iter([received[id(value)] for value in every]))
 
     def _gathered(self, flat: Tensor, owner: int | None) -> list[Tensor] | None:
         here = owner is None or owner == self.rank
