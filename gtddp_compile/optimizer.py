@@ -382,14 +382,13 @@ class CompiledOptimizer(torch.optim.Optimizer):
     # --- several processes --------------------------------------------------------------------------------------------
 
     def _without_programs(self) -> Specialisations:
-        ranks = 1 if self._ranks is None else self._ranks.size
-        return Specialisations(self._view, self._options, self._curvature, ranks)
+        return Specialisations(self._view, self._options, self._curvature, self._ranks)
 
     def _agree(self, program: UpdateProgram) -> None:
         """Before a program's first step on several ranks: they have the same, and begin at the same place."""
         if self._ranks is None or id(program) in self._agreed:
             return
-        refuse_unshared(program.graph)
+        refuse_unshared(program.graph, self._view.model)
         named = self._view.named
         values = [*named.values(), *self._view.buffers().values()]
         states = [pair for p in named.values() for pair in sorted(self.state.get(p, {}).items())]

@@ -62,7 +62,10 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
     for name in function.ops:
         more = {}
         if name in function.moments:
-            more["moments"] = function.moments[name] or f"quick_moments({names[graph.op(name).operands[0]]})"
+            x, kwargs = names[graph.op(name).operands[0]], graph.op(name).kwargs
+            together = lowered.plan.ranks > 1 and kwargs.get("sync")
+            found = f"joined_moments({x}, ranks)" if together else f"quick_moments({x})"
+            more["moments"] = function.moments[name] or found
         text = printer.operation(graph.op(name), params=renamed, more=more)
         if _overwrites(lowered, function, name):
             text = f"F.relu({names[graph.op(name).operands[0]]}, inplace=True)"

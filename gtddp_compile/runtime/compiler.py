@@ -30,6 +30,7 @@ from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.planning import plan_program
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.runtime.ranks import Ranks
 
 Backend = FastBackend | DenseBackend
 KEPT = 8
@@ -73,7 +74,7 @@ class Specialisations:
     The last :data:`KEPT` states are kept, so that a model may alternate between them without being compiled again.
     """
 
-    def __init__(self, view: ModelView, options: Options, curvature: Curvature, ranks: int = 1) -> None:
+    def __init__(self, view: ModelView, options: Options, curvature: Curvature, ranks: Ranks | None = None) -> None:
         self._view, self._options, self._curvature, self._ranks = view, options, curvature, ranks
         self._graphs: dict[Any, list[ControlGraph]] = {}
         self._known: dict[tuple[int, Any], bool] = {}
@@ -102,8 +103,10 @@ class Specialisations:
         """
         graph = self._graph_for(inputs, left)
         if (id(graph), decay) not in self._programs:
-            program = build_program(graph, self._options, self._curvature, decay=decay, ranks=self._ranks)
-            backend = FastBackend(program) if self._options.backend == "fast" else DenseBackend(program)
+            program = build_program(graph, self._options, self._curvature, decay=decay,
+                                    ranks=1 if self._ranks is None else self._ranks.size)  # fmt: skip
+            fast = self._options.backend == "fast"
+            backend = FastBackend(program, self._ranks) if fast else DenseBackend(program)
             self._programs[id(graph), decay] = (program, backend)  # holds the graph, so its id stays its own
         return self._programs[id(graph), decay]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
@@ -43,8 +43,8 @@ def check_shared(options: Options, ranks: Ranks | None) -> None:
                                "Leave one of them out")  # fmt: skip
 
 
-def refuse_unshared(graph: ControlGraph) -> None:
-    """Refuse models that ranks could run through differently.
+def refuse_unshared(graph: ControlGraph, model: nn.Module) -> None:
+    """Refuse models that ranks could run through differently, and norms whose statistics would not be of all ranks.
 
     Raises:
         CompileError: naming the operation.
@@ -55,6 +55,14 @@ def refuse_unshared(graph: ControlGraph) -> None:
             "Replace the decision by torch.where",
             module=op.module, operation=op.kind, source=op.source or None,
         )  # fmt: skip
+
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    if len(norms) != sum(bool(op.kwargs.get("sync")) for op in graph.ops.ops):
+        raise CompileError(
+            "a SyncBatchNorm in a model that torch.fx could not record: its statistics would be of one rank's samples",
+            "Use BatchNorm, whose statistics are of a shard, or write the forward so that torch.fx can trace it",
+            module=norms[0],
+        )
 
 
 class JoinedMethod(BaseMethod):

@@ -42,7 +42,13 @@ class Tokens(nn.Module):
         return self.head(self.out(torch.tanh(self.out(x + h))).mean(1))
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"conv": convolutional, "tokens": Tokens}
+def normalised() -> nn.Module:
+    """Batch-norms of all ranks: 4-dimensional, and behind one another."""
+    conv = nn.Sequential(nn.Conv2d(1, 3, 3), nn.SyncBatchNorm(3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.SyncBatchNorm(2))
+    return nn.Sequential(conv, nn.Flatten(), nn.Linear(8, 5), nn.SyncBatchNorm(5), nn.Tanh(), nn.Linear(5, 3))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"conv": convolutional, "tokens": Tokens, "norms": normalised}
 
 
 def batch(samples: int, step: int) -> tuple[Tensor, Tensor]:
