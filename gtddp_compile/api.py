@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -145,7 +146,9 @@ def compile_optimizer(
         max_grad_norm=max_grad_norm,
     )
     model, ranks = of_processes(model, process_group)
-    check_shared(options, ranks)
+    if ranks is not None and ranks.size == 1:
+        ranks, options = None, replace(options, coupling="full" if coupling == "local" else coupling)
+    check_shared(options, model, ranks)
     if program is not None:
         if ranks is not None:
             raise CompileError("a loaded program is of one process", "Leave out process_group= or program=")

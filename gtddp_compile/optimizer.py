@@ -132,9 +132,11 @@ class CompiledOptimizer(torch.optim.Optimizer):
         Gram matrices not definite to rounding, to whose diagonal more was added, with a warning; for
         Kronecker factors ``solve_fallbacks`` (Cholesky failed); and, by player or coalition, ``open_norm`` and
         ``feedback_norm`` (in the metric ``M``). The decrease and the norms come from the closed form's Gram matrices:
-        they are None after a step without (``feedback=False``, ``backend="dense"``, the paper's recursions).
+        they are None after a step without (``feedback=False``, ``backend="dense"``, the paper's recursions), and with
+        ``process_group``, which adds ``sent``: calls and bytes that this rank handed in, by collective.
         """
-        return self._diagnostics.figures()
+        found = self._diagnostics.figures()
+        return {**found, "sent": dict(self._ranks.sent)} if found and self._ranks is not None else found
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -157,6 +159,9 @@ class CompiledOptimizer(torch.optim.Optimizer):
             CompileError: as ``step``; or the coupling is ``"block"``, the micro-batch needs another program, or
                 parameters changed since the first one. On any exception nothing was taken in.
         """
+        if self._ranks is not None:
+            raise CompileError("accumulate() with process_group: every rank's step is one shard of one batch",
+                               "Leave one of them out")  # fmt: skip
         (batch, targets), before = self._batch(inputs, targets), random_state()
         try:
             program, backend = self._specialise(batch)

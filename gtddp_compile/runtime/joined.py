@@ -14,9 +14,10 @@ from gtddp_compile.graph import ControlGraph
 from gtddp_compile.options import Options
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.ranks import Ranks
+from gtddp_compile.terms import Terms
 
 
-def check_shared(options: Options, ranks: Ranks | None) -> None:
+def check_shared(options: Options, model: nn.Module, ranks: Ranks | None) -> None:
     """Refuse what is not made over ranks.
 
     Raises:
@@ -30,13 +31,15 @@ def check_shared(options: Options, ranks: Ranks | None) -> None:
     why = "over the ranks of a process group there is the linear rollout alone, of the fast backend"
     refused = (
         ("backend", options.backend != "fast", why),
-        ("rollout", options.feedback is not False and options.rollout_kind != "linear", why),
         ("feedback", options.feedback == "open", why),
+        ("rollout", options.feedback is not False and options.rollout_kind != "linear", why),
         ("coupling", options.coupling not in ("full", "local"), "groups over ranks are all samples, or one a rank"),
         ("terminal", options.factored, "columns of the terminal factor are not shared among ranks"),
         ("compile", options.compile is not False, "collectives are not taken into a graph"),
         ("line_search", options.line_search is not None, "a length is chosen on one batch, and a rank has a shard"),
     )
+    if isinstance(model, Terms):
+        raise CompileError("process_group with Terms: sets of points are not split among ranks", "Leave it out")
     for option, is_refused, said in refused:
         if is_refused:
             raise CompileError(f"process_group with {option}={getattr(options, option)!r}: {said}",

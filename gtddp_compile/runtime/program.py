@@ -247,8 +247,10 @@ class UpdateProgram:
         """What a rank sends beside what gradients are, which DistributedDataParallel sends too."""
         found = list(traffic(plan, setting, plan.graph.ops.batch or 1))
         update = next(one.moved(plan.ranks) for one in found if one.what == "update")
-        shares = (f"{one.what} {one.moved(plan.ranks) / update:.3g}" + ("" if one.every_step else " where they are made")
-                  for one in found)  # fmt: skip
+        shares = (
+            f"{one.what} {one.moved(plan.ranks) / update:.3g}{'' if one.every_step else ' where they are made'}"
+            for one in found
+        )
         return f"sent by a rank of {plan.ranks}, in gradients' all-reduces: {', '.join(shares)}"
 
     def _remarks(self, layer: LayerPlan) -> Iterator[str]:
