@@ -64,7 +64,7 @@ def batch_norm(
     wide = (None if value is None else value.to(moments[0].dtype) for value in (x, weight, bias))
     found: Tensor
     if isinstance(moments, JoinedMoments):
-        found = _NormalisedTogether.apply(*wide, eps, moments)  # type: ignore[no-untyped-call]
+        found = _NormalisedTogether.apply(*wide, eps, moments)
     else:
         found = _Normalised.apply(*wide, eps, *moments)  # type: ignore[no-untyped-call]
     return found.to(x.dtype)

@@ -40,7 +40,7 @@ class Ranks:
                 "process_group was given, but torch.distributed is not initialised",
                 "Call torch.distributed.init_process_group first (torchrun sets what it reads)",
             )
-        self._group = dist.group.WORLD if group is None else group
+        self._group: Any = dist.group.WORLD if group is None else group
         self.size, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         if self.rank < 0:
             raise CompileError("this process is not in process_group", "Pass a group that it is in")
@@ -131,7 +131,8 @@ class Ranks:
 
     def own_samples(self, whole: Tensor) -> Tensor:
         """The rank's part of a vector over all samples."""
-        return whole.split(list(self.sizes))[self.rank]
+        found: Tensor = whole.split(list(self.sizes))[self.rank]
+        return found
 
     def _call(self, name: str, value: Tensor, run: Callable[[], Any]) -> None:
         calls, size = self.sent.get(name, (0, 0))
@@ -204,10 +205,9 @@ def fingerprint(*values: Any) -> int:
     found = 0
     for value in values:
         if isinstance(value, Tensor):
-            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            found = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
         else:
-            data = repr(value).encode()
-        found = zlib.crc32(data, found)
+            found = zlib.crc32(repr(value).encode(), found)
     return found
 
 
