@@ -116,9 +116,8 @@ def on_paper(parts: list[Part], name: str, coupling: str, batch: int, ranks: int
 
 def check() -> None:
     """Both ways agree on a network with layers of every kind."""
-    parts = [Part("conv", 1, 4, 64, 36, 9), Part("conv", 4, 150, 36, 16, 9), Part("linear", 2400, 20), Part("norm", 0, 20),
-             Part("linear", 20, 3)]  # fmt: skip
-    norm = nn.LayerNorm(20)
+    parts = [Part("conv", 1, 4, 64, 36, 9), Part("conv", 4, 150, 36, 16, 9), Part("linear", 2400, 20)]
+    parts, norm = [*parts, Part("norm", 0, 20), Part("linear", 20, 3)], nn.LayerNorm(20)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 150, 3), nn.Tanh(), nn.Flatten(),
                         nn.Linear(2400, 20), norm, nn.Tanh(), nn.Linear(20, 3))  # fmt: skip
     for name, coupling in MODES:
@@ -202,12 +201,12 @@ def text() -> str:
     said = [
         "## Several processes",
         "Written by `benchmarks/ranks.py --write`, on paper, nothing measured: what a rank sends in a step with "
-        '`process_group="world"`, against DistributedDataParallel\'s all-reduce of gradients. Elements are counted from '
-        "shapes (`gtddp_compile/lowering/traffic.py`; `tests/optimizer/test_ranks.py` holds them against the bytes that "
-        f"2 and 4 gloo processes hand in). Float32; {LATENCY * 1e6:.0f} µs from rank to rank in trees, "
-        f"{BANDWIDTH / 1e9:.0f} GB/s out of a rank in rings. No collective here overlaps with computing, where "
-        "DistributedDataParallel hides most of its own behind the backward pass. Factors are counted with a tenth: they "
-        "are sent at every tenth step. Not in the table: every rank makes all inverses by itself.",
+        '`process_group="world"`, against DistributedDataParallel\'s all-reduce of gradients. Elements are counted'
+        " from shapes (`gtddp_compile/lowering/traffic.py`; `tests/optimizer/test_ranks.py` holds them against the"
+        f" bytes that 2 and 4 gloo processes hand in). Float32; {LATENCY * 1e6:.0f} µs from rank to rank in trees,"
+        f" {BANDWIDTH / 1e9:.0f} GB/s out of a rank in rings. No collective here overlaps with computing, where"
+        " DistributedDataParallel hides most of its own behind the backward pass. Factors are counted with a tenth:"
+        " they are sent at every tenth step. Not in the table: every rank makes all inverses by itself.",
     ]
     for title, parts, batch in NETWORKS:
         millions = sum(part.parameters for part in parts) / 1e6

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +25,13 @@ from gtddp_compile.runtime.compiler import Backend, Specialisations
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.fitting import check_fit
-from gtddp_compile.runtime.joined import JoinedMethod, refuse_unshared
+from gtddp_compile.runtime.joined import JoinedMethod
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.program import UpdateProgram
-from gtddp_compile.runtime.ranks import Ranks, fingerprint
+from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.runtime.states import check_loaded, check_states, regrouped, unrounded
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.terms import Terms
@@ -59,13 +58,11 @@ class CompiledOptimizer(torch.optim.Optimizer):
         options: Options,
         ranks: Ranks | None = None,
     ) -> None:
-        self._ranks, self._agreed = ranks, dict[int, UpdateProgram]()
-        self._view = ModelView(model)
+        self._view, self._ranks = ModelView(model), ranks
         self._loss, self._curvature, self._options = loss, curvature, options
-        self._specialisations = self._without_programs()
+        self._specialisations = Specialisations(self._view, options, curvature, ranks)
         self._current: UpdateProgram | None = None
-        self._diagnostics = Diagnostics()
-        self._checked = False
+        self._diagnostics, self._checked = Diagnostics(), False
         self._pending: Accumulated | None = None
         inertia = {"inertia": options.inertia} if options.inertia else {}
         super().__init__(self._view.groups(), curvature.defaults() | inertia)
@@ -129,14 +126,13 @@ class CompiledOptimizer(torch.optim.Optimizer):
         """Figures of the last step.
 
         ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped``; ``lifted_grams``:
-        Gram matrices not definite to rounding, to whose diagonal more was added, with a warning; for
-        Kronecker factors ``solve_fallbacks`` (Cholesky failed); and, by player or coalition, ``open_norm`` and
-        ``feedback_norm`` (in the metric ``M``). The decrease and the norms come from the closed form's Gram matrices:
-        they are None after a step without (``feedback=False``, ``backend="dense"``, the paper's recursions), and with
-        ``process_group``, which adds ``sent``: calls and bytes that this rank handed in, by collective.
+        Gram matrices not definite to rounding, to whose diagonal more was added, with a warning; for Kronecker factors
+        ``solve_fallbacks`` (Cholesky failed); and, by player or coalition, ``open_norm`` and ``feedback_norm`` (in the
+        metric ``M``). The decrease and the norms come from the closed form's Gram matrices: None without
+        (``feedback=False``, ``backend="dense"``, the paper's recursions), and with ``process_group``, which adds
+        ``sent``: calls and bytes that the rank handed in, by collective.
         """
-        found = self._diagnostics.figures()
-        return {**found, "sent": dict(self._ranks.sent)} if found and self._ranks is not None else found
+        return {**self._diagnostics.figures(), **({} if self._ranks is None else {"sent": dict(self._ranks.sent)})}
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -159,9 +155,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
             CompileError: as ``step``; or the coupling is ``"block"``, the micro-batch needs another program, or
                 parameters changed since the first one. On any exception nothing was taken in.
         """
-        if self._ranks is not None:
-            raise CompileError("accumulate() with process_group: every rank's step is one shard of one batch",
-                               "Leave one of them out")  # fmt: skip
         (batch, targets), before = self._batch(inputs, targets), random_state()
         try:
             program, backend = self._specialise(batch)
@@ -243,7 +236,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
         self, program: UpdateProgram, backend: Backend, inputs: tuple[Any, ...], targets: Any, before: Any, **how: bool
     ) -> Tensor:
         self._diagnostics = Diagnostics()  # the last step's figures hold its Gram matrices
-        self._agree(program)
         originals, buffers, advancing = self._working_copy(program)
         params, new = dict(originals), dict(originals)
         m = self._base_method(program, params, new)
@@ -251,8 +243,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
             try:
                 backend.run(m, params, buffers, new, inputs, targets, **how)
                 choose_length(m, self._options.line_search, self._view, self._loss, inputs, targets, before)
-                if self._ranks is not None:  # as DistributedDataParallel: the first rank's
-                    buffers.update(self._ranks.first({name: buffers[name] for name in sorted(advancing)}))
             except NotFactored:
                 m.undo()
                 restore_random_state(before)
@@ -351,7 +341,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         """As torch.optim's, whose own are taken too; accumulated micro-batches are run again with the new state."""
         state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
         check_loaded(state_dict, self.param_groups, self._curvature)
-        self._agreed = {}
+        self._checked = False
         super().load_state_dict(state_dict)
         self.state.update(unrounded(state_dict["state"], self.param_groups))
         if self._pending is not None:
@@ -384,24 +374,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
             for name, value in buffers.items():
                 self._view.buffer(name).copy_(value)
 
-    # --- several processes --------------------------------------------------------------------------------------------
-
-    def _without_programs(self) -> Specialisations:
-        return Specialisations(self._view, self._options, self._curvature, self._ranks)
-
-    def _agree(self, program: UpdateProgram) -> None:
-        """Before a program's first step on several ranks: they have the same, and begin at the same place."""
-        if self._ranks is None or id(program) in self._agreed:
-            return
-        refuse_unshared(program.graph, self._view.model)
-        named = self._view.named
-        values = [*named.values(), *self._view.buffers().values()]
-        states = [pair for p in named.values() for pair in sorted(self.state.get(p, {}).items())]
-        options = [options_of(group) for group in self.param_groups]
-        seen = fingerprint(*program.lowered.instructions), fingerprint(*values), fingerprint(options, *chain(*states))
-        self._ranks.refuse_different(seen, values[0].device)
-        self._agreed[id(program)] = program
-
     # --- specialisation -----------------------------------------------------------------------------------------------
 
     def _specialise(
@@ -425,18 +397,15 @@ class CompiledOptimizer(torch.optim.Optimizer):
             CompileError: always, once the optimizer exists.
         """
         if getattr(self, "_sealed", False):
-            self._refuse_group()
+            raise CompileError(
+                "a parameter group cannot be added: the update program was derived for the network as it was compiled",
+                "Change the model first, then call compile_optimizer again; load_state_dict carries state over",
+            )
         # torch compares a new group with all before it, quadratic in their number; ours are disjoint by construction.
         before, self.param_groups = self.param_groups, []
         super().add_param_group(param_group)
         before += self.param_groups
         self.param_groups = before
-
-    def _refuse_group(self) -> NoReturn:
-        raise CompileError(
-            "a parameter group cannot be added: the update program was derived for the network as it was compiled",
-            "Change the model first, then call compile_optimizer again; load_state_dict carries state over",
-        )
 
     def seal(self) -> CompiledOptimizer:
         """No more groups from here on."""
@@ -446,6 +415,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
-        fresh = self._without_programs()
+        fresh = Specialisations(self._view, self._options, self._curvature, self._ranks)
         state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None)
         return state

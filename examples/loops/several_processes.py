@@ -37,6 +37,8 @@ def train(path: Path, epochs: int = 4) -> list[float]:
     """Every epoch's last loss, which is that of the joined batch and so the same in every process."""
     on_device = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_device else torch.device("cpu")
+    if on_device:
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_device else "gloo", timeout=timedelta(minutes=5))
     torch.manual_seed(0)  # the same parameters everywhere, or the first step is refused
     model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)).to(device)

@@ -30,7 +30,7 @@ from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.planning import plan_program
 from gtddp_compile.runtime.program import UpdateProgram
-from gtddp_compile.runtime.ranks import Ranks
+from gtddp_compile.runtime.ranks import Ranks, check_shared_model
 
 Backend = FastBackend | DenseBackend
 KEPT = 8
@@ -102,6 +102,8 @@ class Specialisations:
             CompileError: the model cannot be compiled, or refuses the inputs.
         """
         graph = self._graph_for(inputs, left)
+        if self._ranks is not None:
+            check_shared_model(graph, self._view.model)
         if (id(graph), decay) not in self._programs:
             program = build_program(graph, self._options, self._curvature, decay=decay,
                                     ranks=1 if self._ranks is None else self._ranks.size)  # fmt: skip

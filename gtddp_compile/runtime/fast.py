@@ -70,8 +70,12 @@ class FastBackend:
             if precision.mixed:
                 raise CompileError("compile=True under autocast", "Leave one of them out")
             step = self._compiled
+        if self._ranks is not None:
+            self._ranks.begin_alike(self.program.lowered, m, p, b)
         with torch.no_grad(), precision.outside():
             phi = step(m, p, b, q, self._again(b), inputs, targets)
+            if self._ranks is not None:
+                b.update(self._ranks.first({name: b[name] for name in sorted(self.program.graph.ops.advancing)}))
             if m.deferred and step is not self._compiled:
                 check_done(m)
         return phi

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import ControlGraph
 from gtddp_compile.options import Options
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.ranks import Ranks
@@ -46,28 +45,6 @@ def check_shared(options: Options, model: nn.Module, ranks: Ranks | None) -> Non
                                "Leave one of them out")  # fmt: skip
 
 
-def refuse_unshared(graph: ControlGraph, model: nn.Module) -> None:
-    """Refuse models that ranks could run through differently, and norms whose statistics would not be of all ranks.
-
-    Raises:
-        CompileError: naming the operation.
-    """
-    for op in graph.guards:
-        raise CompileError(
-            "the path through the model depends on values, and with process_group ranks could take different ones",
-            "Replace the decision by torch.where",
-            module=op.module, operation=op.kind, source=op.source or None,
-        )  # fmt: skip
-
-    norms = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
-    if len(norms) != sum(bool(op.kwargs.get("sync")) for op in graph.ops.ops):
-        raise CompileError(
-            "a SyncBatchNorm in a model that torch.fx could not record: its statistics would be of one rank's samples",
-            "Use BatchNorm, whose statistics are of a shard, or write the forward so that torch.fx can trace it",
-            module=norms[0],
-        )
-
-
 class JoinedMethod(BaseMethod):
     """What programs over several ranks call ``m``.
 
@@ -87,7 +64,7 @@ class JoinedMethod(BaseMethod):
 
     def among(self, ranks: Ranks) -> JoinedMethod:
         """Itself, as one of the ranks, at the beginning of a step."""
-        self.ranks, ranks.sent = ranks, {}
+        self.ranks = ranks
         return self
 
     # --- losses -------------------------------------------------------------------------------------------------------

@@ -151,6 +151,11 @@ class BaseMethod(BlockUpdates):
                 found[key] = before
         return found
 
+    @property
+    def options(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of every parameter's group, by the parameter's name."""
+        return {name: {k: v for k, v in group.items() if k != "params"} for name, group in self._groups.items()}
+
     def beside(self) -> BaseMethod:
         """For one micro-batch: losses, figures and random numbers of its own, parameters and states of the update."""
         twin = copy.copy(self)

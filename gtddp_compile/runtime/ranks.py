@@ -6,8 +6,8 @@ Tensors of one call travel together. Shards may differ in size: rows are padded 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph
 from gtddp_compile.kernels import Layer, Operation, Rows
+from gtddp_compile.lowering.lowered import Lowered
+from gtddp_compile.runtime.method import BaseMethod
 
 
 class Ranks:
@@ -28,6 +31,7 @@ class Ranks:
     Attributes:
         size, rank: how many processes there are, and which this is.
         sizes: samples of every rank in this step.
+        agreed: programs whose first steps began alike.
         sent: calls and bytes that this rank has handed in since the step began, by collective.
 
     Raises:
@@ -45,6 +49,7 @@ class Ranks:
         if self.rank < 0:
             raise CompileError("this process is not in process_group", "Pass a group that it is in")
         self.sizes: tuple[int, ...] = ()
+        self.agreed: list[Lowered] = []
         self.sent: dict[str, tuple[int, int]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -148,6 +153,29 @@ class Ranks:
 
     # --- agreement ----------------------------------------------------------------------------------------------------
 
+    def begin_alike(
+        self, lowered: Lowered, m: BaseMethod, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> None:
+        """Before a program's first step: whether every rank has the same, and begins at the same place.
+
+        Args:
+            lowered: the program.
+            m: the base method, with options and states.
+            params, buffers: as they are.
+
+        Raises:
+            CompileError: they differ.
+        """
+        self.sent = {}
+        if any(known is lowered for known in self.agreed) and not m.first:
+            return
+        states = chain(*(sorted(state.items()) for state in m.states.values()))
+        values = [*params.values(), *buffers.values()]
+        seen = fingerprint(*lowered.instructions), fingerprint(*values), fingerprint(m.options, *chain(*states))
+        self.refuse_different(seen, values[0].device)
+        self.agreed.append(lowered)
+        self.sent = {}
+
     def refuse_different(self, seen: tuple[int, int, int], device: torch.device) -> None:
         """Refuse ranks that do not begin alike.
 
@@ -171,6 +199,28 @@ ALIKE = (
     ("options or states of the optimizer", "Load the same checkpoint on every rank"),
 )
 """What ranks begin with, and what to do where they do not begin alike."""
+
+
+def check_shared_model(graph: ControlGraph, model: nn.Module) -> None:
+    """Refuse models that ranks could run through differently, and norms whose statistics would not be of all ranks.
+
+    Raises:
+        CompileError: naming the operation.
+    """
+    for op in graph.guards:
+        raise CompileError(
+            "the path through the model depends on values, and with process_group ranks could take different ones",
+            "Replace the decision by torch.where",
+            module=op.module, operation=op.kind, source=op.source or None,
+        )  # fmt: skip
+
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    if len(norms) != sum(bool(op.kwargs.get("sync")) for op in graph.ops.ops):
+        raise CompileError(
+            "a SyncBatchNorm in a model that torch.fx could not record: its statistics would be of one rank's samples",
+            "Use BatchNorm, whose statistics are of a shard, or write the forward so that torch.fx can trace it",
+            module=norms[0],
+        )
 
 
 def of_processes(model: Any, group: Any) -> tuple[Any, Ranks | None]:

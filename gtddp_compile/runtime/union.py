@@ -39,6 +39,8 @@ def check_form(program: UpdateProgram) -> None:
         CompileError: one sample's part in the update depends on every other's.
     """
     options, leave_out = program.options, "Leave one of them out"
+    if program.lowered.plan.ranks > 1:
+        raise CompileError("accumulate() with process_group: a rank's step is one shard of one batch", leave_out)
     refused = (
         ("backend", options.backend == "dense", "it keeps one matrix over all samples", "Use the fast backend"),
         ("coupling", program.form.name not in FORMS, "its recursions add over all samples of the batch",
