@@ -48,15 +48,20 @@ def first_tokens(samples: int = 256, length: int = 8) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": int(row[0] >= 10)} for row in tokens]
 
 
-def train(folder: str, **options: Any) -> Trainer:
-    """A small BERT."""
+def bert() -> BertForSequenceClassification:
+    """A small one."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=8, **sizes, **rates))
+
+
+def train(folder: str, resume: str | None = None, **options: Any) -> Trainer:
+    """Train it; ``resume``: a checkpoint of an earlier run."""
     quiet = {"report_to": "none", "disable_tqdm": True, "max_grad_norm": 0.0, "learning_rate": 0.01, "use_cpu": True}
-    model = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=8, **sizes))
     arguments = TrainingArguments(folder, per_device_train_batch_size=32, logging_steps=8, **{**quiet, **options})
-    trainer = CompiledTrainer(model, arguments, train_dataset=first_tokens())
-    trainer.train()
+    trainer = CompiledTrainer(bert(), arguments, train_dataset=first_tokens())
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
