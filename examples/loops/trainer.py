@@ -38,7 +38,8 @@ class CompiledTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         model.train()
         compiled = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper has no accumulate
-        return compiled.accumulate(self._prepare_inputs(inputs), None)
+        found = compiled.accumulate(self._prepare_inputs(inputs), None)
+        return found / self.args.gradient_accumulation_steps  # what is logged is their sum
 
 
 def first_tokens(samples: int = 256, length: int = 8) -> list[dict[str, Any]]:
@@ -58,8 +59,9 @@ def bert() -> BertForSequenceClassification:
 
 def train(folder: str, resume: str | None = None, **options: Any) -> Trainer:
     """Train it; ``resume``: a checkpoint of an earlier run."""
-    quiet = {"report_to": "none", "disable_tqdm": True, "max_grad_norm": 0.0, "learning_rate": 0.01, "use_cpu": True}
-    arguments = TrainingArguments(folder, per_device_train_batch_size=32, logging_steps=8, **{**quiet, **options})
+    quiet = {"report_to": "none", "disable_tqdm": True, "max_grad_norm": 0.0, "learning_rate": 0.01}
+    usual = {**quiet, "use_cpu": True, "logging_steps": 8, "per_device_train_batch_size": 32}
+    arguments = TrainingArguments(folder, **{**usual, **options})
     trainer = CompiledTrainer(bert(), arguments, train_dataset=first_tokens())
     trainer.train(resume_from_checkpoint=resume)
     return trainer
