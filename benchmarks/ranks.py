@@ -21,7 +21,7 @@ from common import DOCS, markdown
 from torch import nn
 
 from gtddp_compile.lowering.costs import LayerShape
-from gtddp_compile.lowering.traffic import Sent, traffic
+from gtddp_compile.lowering.traffic import Sent, buckets, traffic
 from gtddp_compile.methods.curvature import Curvature, resolve
 from gtddp_compile.methods.losses import split
 from gtddp_compile.methods.setting import Setting
@@ -111,7 +111,7 @@ def on_paper(parts: list[Part], name: str, coupling: str, batch: int, ranks: int
             yield Sent("Gamma", "all_reduce", 1, total**2)
         yield Sent("vectors over samples", "all_gather", 2, 2 * batch)
     yield Sent("agreement", "all_reduce", 1, 1)
-    yield Sent("update", "all_reduce", len(parts), parameters)
+    yield Sent("update", "all_reduce", buckets(part.parameters for part in reversed(parts)), parameters)
 
 
 def check() -> None:

@@ -10,14 +10,15 @@ makes every Γ; ``"blocks"``: a layer's rows go to one rank, which makes its Γ,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from gtddp_compile.lowering.instructions import SAMPLES, Function, Instruction, Var
 from gtddp_compile.lowering.lowered import Lowered
+from gtddp_compile.lowering.plan import Plan
 from gtddp_compile.lowering.shared import divided
-from gtddp_compile.lowering.traffic import gram_way
+from gtddp_compile.lowering.traffic import BUCKET, elements, gram_way
 
 GRAMS = {"gram_blocks": 1, "joint_gram": 0, "kronecker_gram": 0, "coordinates_gram": 0}
 """Where the kernels that make Γ have the samples among their operands."""
@@ -35,7 +36,34 @@ def distribute(lowered: Lowered) -> Lowered:
     if lowered.plan.ranks == 1:
         return lowered
     found = _Distributed(lowered)
-    return replace(lowered, instructions=tuple(new for one in lowered.instructions for new in found.of(one)))
+    written = (new for one in lowered.instructions for new in found.of(one))
+    return replace(lowered, instructions=tuple(_in_buckets(written, lowered.plan)))
+
+
+def _in_buckets(written: Iterable[Instruction], plan: Plan) -> Iterator[Instruction]:
+    """The same with the sums of several updates in one collective, and the updates behind it."""
+    held, later, waiting, size = list[Instruction](), list[Instruction](), set[str](), 0
+    for one in written:
+        if one.phase == "joint" and one.function == "m.all_reduce" and one.writes != "lambda_all":
+            held.append(one)
+            waiting.add(one.written[0])
+        elif waiting.intersection(one.reads):
+            later.append(one)
+            waiting.update(one.written)
+            size += elements(plan, one.named.get("names", ()))
+        else:
+            yield one
+        if size >= BUCKET:
+            yield from (*_as_one(held), *later)
+            held, later, waiting, size = [], [], set(), 0
+    yield from (*_as_one(held), *later)
+
+
+def _as_one(held: list[Instruction]) -> list[Instruction]:
+    if len(held) < 2:
+        return held
+    writes = tuple(name for one in held for name in one.written)
+    return [replace(held[-1], writes=writes, args=(tuple(one.args[0] for one in held),))]
 
 
 class _Distributed:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 from gtddp_compile.lowering.plan import MetricBlock, Plan
 from gtddp_compile.lowering.uses import Use, arranged_shape
@@ -28,6 +28,20 @@ class Sent(NamedTuple):
         """Elements that a rank sends, by ring algorithms."""
         shares = {"all_reduce": 2 * (ranks - 1) / ranks, "all_gather": ranks - 1, "gather": 1, "broadcast": 1}
         return self.elements * shares[self.collective]
+
+
+BUCKET = 2**23
+"""Elements from which on gradients that wait are added up over ranks, all of them in one collective."""
+
+
+def buckets(sizes: Iterable[int]) -> int:
+    """How many collectives updates of such sizes make, in program order."""
+    found = waiting = 0
+    for size in sizes:
+        waiting += size
+        if waiting >= BUCKET:
+            found, waiting = found + 1, 0
+    return found + (waiting > 0)
 
 
 def gram_way(plan: Plan) -> Literal["rows", "blocks"]:
@@ -108,7 +122,9 @@ def traffic(plan: Plan, setting: Setting, samples: int) -> Iterator[Sent]:
         yield Sent("vectors over samples", "all_gather", 2, 2 * samples)
     if joint:
         yield Sent("agreement", "all_reduce", 1, 1)
-    yield Sent("update", "all_reduce", len(blocks), _parameters(plan, blocks))
+    own = [elements(plan, block.names) for stage in reversed(plan.stages) for block in stage.blocks]
+    together = 1 if plan.max_grad_norm is not None else buckets(own)
+    yield Sent("update", "all_reduce", together if joint else len(blocks), sum(own))
     buffers = [setting.buffers[name] for name in plan.graph.ops.advancing]
     if buffers:
         kinds = len({buffer.dtype for buffer in buffers})
@@ -120,8 +136,14 @@ def _blocks(plan: Plan) -> list[MetricBlock]:
 
 
 def _parameters(plan: Plan, blocks: list[MetricBlock]) -> int:
-    sizes = plan.graph.ops.parameter_info
-    return sum(math.prod(sizes[name].shape) for block in blocks for player in block.names for name in player)
+    return sum(elements(plan, block.names) for block in blocks)
+
+
+def elements(plan: Plan, names: Any) -> int:
+    """Elements of parameters, by names in nested tuples."""
+    if isinstance(names, str):
+        return math.prod(plan.graph.ops.parameter_info[names].shape)
+    return sum(elements(plan, part) for part in names)
 
 
 def _factors(plan: Plan, curvature: Kronecker, blocks: list[MetricBlock]) -> Iterator[Sent]:
