@@ -75,12 +75,12 @@ def batch_norm(
         mean.lerp_(moments[0].to(mean.dtype), factor)
         var.lerp_((moments[1] * (entries / (entries - 1))).to(var.dtype), factor)
     wide = (None if value is None else value.to(moments[0].dtype) for value in (x, weight, bias))
-    found: Tensor
+    normalised: Tensor
     if isinstance(moments, JoinedMoments):
-        found = _NormalisedTogether.apply(*wide, eps, moments)
+        normalised = _NormalisedTogether.apply(*wide, eps, moments)
     else:
-        found = _Normalised.apply(*wide, eps, *moments)  # type: ignore[no-untyped-call]
-    return found.to(x.dtype)
+        normalised = _Normalised.apply(*wide, eps, *moments)  # type: ignore[no-untyped-call]
+    return normalised.to(x.dtype)
 
 
 class JoinedMoments(NamedTuple):
