@@ -70,11 +70,11 @@ class Ranks:
 
     # --- collectives --------------------------------------------------------------------------------------------------
 
-    def all_reduce(self, value: Any, op: Any = None) -> Any:
+    def all_reduce(self, value: Any) -> Any:
         """The sum over ranks of a tensor, or of each in nested tuples."""
 
         def together(flat: Tensor) -> Tensor:
-            self._call("all_reduce", flat, lambda: dist.all_reduce(flat, op or dist.ReduceOp.SUM, group=self._group))
+            self._call("all_reduce", flat, lambda: dist.all_reduce(flat, group=self._group))
             return flat
 
         return _flattened(value, together)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from gtddp_compile import CompileError, compile_optimizer
@@ -120,6 +121,11 @@ def test_ranks_begin_alike_or_are_refused(two: list[Any]) -> None:
     assert all("the options or states of the optimizer" in said for said in of(two, "refusals", "options"))
 
 
+def test_what_reads_one_process_s_program_is_refused(two: list[Any]) -> None:
+    assert all("accumulate() with process_group" in said for said in of(two, "refusals", "accumulate"))
+    assert all("collectives of 2 ranks" in said for said in of(two, "refusals", "export"))
+
+
 def test_no_rank_stops_alone(two: list[Any]) -> None:
     assert of(two, "refusals", "one rank's loss is not finite") == ["skipped True, unchanged True"] * 2
 
@@ -140,6 +146,19 @@ def test_without_processes() -> None:
         compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), coupling="local")
     with pytest.raises(CompileError, match=r"torch\.distributed is not initialised"):
         compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), process_group="world")
+
+
+def test_a_group_of_one_is_one_process() -> None:
+    x, y, models = torch.randn(6, 2), torch.tensor([0, 1, 2] * 2), []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for options in ({}, {"process_group": "world", "coupling": "local"}):
+            torch.manual_seed(0)
+            models.append(nn.Sequential(nn.Linear(2, 3)))
+            compile_optimizer(models[-1], x, loss=nn.CrossEntropyLoss(), **options).step(x, y)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(models[0][0].weight, models[1][0].weight)
 
 
 def test_sharded_parameters_are_refused_by_name() -> None:

@@ -184,6 +184,11 @@ def refusals(rank: int, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str
         for p, value in zip(model.parameters(), before, strict=True):
             p.data.copy_(value)
     opt.param_groups[0].update(lr=0.1)
+    for name, call in (("accumulate", lambda: opt.accumulate(x, y)), ("export", lambda: opt.program.export("a.py"))):
+        try:
+            call()
+        except CompileError as error:
+            found[name] = str(error)
     poisoned = x[:2] * (float("nan") if rank else 1.0)
     before = [p.clone() for p in model.parameters()]
     opt.step(poisoned, y[:2])
