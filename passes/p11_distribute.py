@@ -20,7 +20,7 @@ from gtddp_compile.lowering.plan import Plan
 from gtddp_compile.lowering.shared import divided
 from gtddp_compile.lowering.traffic import BUCKET, elements, gram_way
 
-GRAMS = {"gram_blocks": 1, "joint_gram": 0, "kronecker_gram": 0, "coordinates_gram": 0}
+GRAMS = {"gram_blocks": 1, "joint_gram": 0, "kronecker_gram": 0, "coordinates_gram": 0, "turned_gram": 1}
 """Where the kernels that make Γ have the samples among their operands."""
 
 SUMS = ("m.observe", "m.observe_moment", "m.observe_coordinates", "m.apply", "m.apply_block", "m.apply_steps",

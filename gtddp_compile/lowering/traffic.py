@@ -68,7 +68,7 @@ def row_elements(plan: Plan, block: MetricBlock) -> int:
     if block.of_players or chosen.uses:
         players = block.players[: 1 if block.kind == "shared" else None]
         return _value_elements(plan, [use for player in players for use in plan.layers[player.name].uses])
-    if chosen.kept or use is None:
+    if chosen.kept or use is None or (plan.turned and chosen.form != "turned rows"):
         return _parameters(plan, [block])
     if chosen.approximate == "sketch" and block.kind == "channels":
         outputs = plan.graph.ops.parameter_info[use.names[0]].shape[0]
@@ -106,7 +106,7 @@ def traffic(plan: Plan, setting: Setting, samples: int) -> Iterator[Sent]:
     """
     blocks, joint, curvature = _blocks(plan), plan.form.name == "joint", setting.curvature
     yield Sent("losses", "all_gather", 1, 4)
-    if plan.metric == "diagonal" and joint and curvature.needs_statistics:
+    if (plan.metric == "diagonal" or plan.turned) and joint and curvature.needs_statistics:
         yield Sent("Q_u", "all_reduce", len(blocks), _parameters(plan, blocks))
     diagonal = [block for block in blocks if block.kind == "diagonal"]
     if diagonal:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
-from gtddp_compile.options import Options
+from gtddp_compile.options import Nystrom, Options
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.terms import Terms
@@ -33,6 +33,7 @@ def check_shared(options: Options, model: nn.Module, ranks: Ranks | None) -> Non
         ("feedback", options.feedback == "open", why),
         ("rollout", options.feedback is not False and options.rollout_kind != "linear", why),
         ("coupling", options.coupling not in ("full", "local"), "groups over ranks are all samples, or one a rank"),
+        ("gram", isinstance(options.gram, Nystrom), "products with Γ are not shared among ranks"),
         ("terminal", options.factored, "columns of the terminal factor are not shared among ranks"),
         ("compile", options.compile is not False, "collectives are not taken into a graph"),
         ("line_search", options.line_search is not None, "a length is chosen on one batch, and a rank has a shard"),

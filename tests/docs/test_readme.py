@@ -18,7 +18,8 @@ import torch
 from gtddp_compile import compile_optimizer, passes
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/architecture.md", "docs/physics.md"]
+PAGES = ("usage", "architecture", "physics", "index", "tutorial")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES)]
 PATH = r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`"
 
 
@@ -48,11 +49,12 @@ def test_the_readmes_code_runs_and_trains() -> None:
         assert text in printed.getvalue()
 
 
-def test_the_code_on_physics_runs() -> None:
+@pytest.mark.parametrize("name", ["docs/physics.md", "docs/index.md", "docs/tutorial.md"])
+def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
     names: dict[str, object] = {}
-    for code in re.findall(r"```python\n(.*?)```", read("docs/physics.md"), re.DOTALL):
-        exec(compile(code, "physics.md", "exec"), names)
-        assert isinstance(loss := names["loss"], torch.Tensor) and loss.isfinite()
+    for code in re.findall(r"```python\n(.*?)```", read(name), re.DOTALL):
+        exec(compile(code, name, "exec"), names)
+    assert isinstance(loss := names["loss"], torch.Tensor) and loss.isfinite()
 
 
 def test_the_picture_is_what_the_script_draws() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile import CompileError, Nystrom, compile_optimizer
 from gtddp_compile.methods.curvature import REGISTRY
 from support.ranked import Case, counted, differences, on_ranks, refusals, wrapped
 
@@ -47,7 +47,7 @@ FOURS = dict(
     ]
 )
 COUNTED = dict(case(network, name, coupling, (4, 4)) for network, name, coupling in
-               (("conv", "foof", "full"), ("tokens", "kfac", "full"), ("conv", "adam", "local")))  # fmt: skip
+               (("conv", "foof", "full"), ("tokens", "kfac", "full"), ("conv", "adam", "local"), ("conv", "soap", "full")))  # fmt: skip
 COUNTED_FOUR = dict([case("conv", "ekfac", "full", (4,) * 4), case("conv", "sgd", "local", (4,) * 4)])
 REFUSED: Mapping[str, Mapping[str, Any]] = {
     "backend": {"backend": "dense"},
@@ -56,6 +56,7 @@ REFUSED: Mapping[str, Mapping[str, Any]] = {
     "coupling": {"coupling": 3},
     "terminal": {"terminal": "ggn"},
     "compile": {"compile": True},
+    "gram": {"gram": Nystrom(), "curvature": "sgd"},
     "line_search": {"line_search": (0.5, 1.0)},
 }
 WRAPPED = Case("conv", {"curvature": "foof"}, (2, 2))
