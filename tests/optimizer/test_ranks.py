@@ -46,8 +46,12 @@ FOURS = dict(
         case("tokens", "foof", "local", (4, 4, 4, 2)),
     ]
 )
-COUNTED = dict(case(network, name, coupling, (4, 4)) for network, name, coupling in
-               (("conv", "foof", "full"), ("tokens", "kfac", "full"), ("conv", "adam", "local"), ("conv", "soap", "full")))  # fmt: skip
+COUNTED = dict(
+    case(network, name, coupling, (4, 4))
+    for network, name, coupling in (
+        ("conv", "foof", "full"), ("conv", "soap", "full"), ("tokens", "kfac", "full"), ("conv", "adam", "local"),
+    )
+)  # fmt: skip
 COUNTED_FOUR = dict([case("conv", "ekfac", "full", (4,) * 4), case("conv", "sgd", "local", (4,) * 4)])
 REFUSED: Mapping[str, Mapping[str, Any]] = {
     "backend": {"backend": "dense"},
