@@ -15,7 +15,9 @@ from types import ModuleType
 import pytest
 import torch
 
+import gtddp_compile
 from gtddp_compile import compile_optimizer, passes
+from gtddp_compile.methods.curvature import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("usage", "architecture", "physics", "index", "tutorial")
@@ -108,3 +110,9 @@ def test_every_test_named_there_exists() -> None:
     functions = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+)`", text))
     defined = {name for source in sources.values() for name in re.findall(r"^def (test_\w+)", source, re.M)}
     assert len(functions) > 10 and functions <= defined, functions - defined
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    named = set(re.findall(r"^::: gtddp_compile\.(\w+)$", read("docs/api.md"), re.MULTILINE))
+    assert set(gtddp_compile.__all__) == named - {"pde"}
+    assert {method.__name__ for method in REGISTRY.values()} <= named
