@@ -128,12 +128,12 @@ class CompiledOptimizer(Surface):
     def diagnostics(self) -> Mapping[str, Any]:
         """Figures of the last step.
 
-        ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped`` and, of all steps so
-        far, ``skipped_steps``; ``lifted_grams``: Gram matrices not definite to rounding, whose factor was made of raised
-        eigenvalues, with a warning; ``products`` that ``gram=Nystrom()`` made; for Kronecker factors ``solve_fallbacks``
-        (Cholesky failed); by player or coalition, ``open_norm`` and ``feedback_norm`` (in the metric ``M``). The decrease
-        and norms come from the closed form's Gram matrices: None without (``feedback=False``, ``Nystrom``, the dense
-        backend, the paper's recursions), and with ``process_group``, which adds ``sent``: bytes and calls of collectives.
+        ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped``, of all steps so far
+        ``skipped_steps``; ``lifted_grams``: Gram matrices whose factor was made of raised eigenvalues, with a warning;
+        ``products`` that ``gram=Nystrom()`` made; of Kronecker factors ``solve_fallbacks`` (Cholesky failed); by player
+        or coalition ``open_norm`` and ``feedback_norm`` (in the metric ``M``). The decrease and norms come from the
+        Gram matrices: None without (``feedback=False``, ``Nystrom``, the dense backend, the paper's recursions), and
+        with ``process_group``, which adds ``sent``: bytes and calls of collectives.
         """
         return {**self._diagnostics.figures(), **({} if self._ranks is None else {"sent": dict(self._ranks.sent)})}
 
