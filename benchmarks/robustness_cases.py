@@ -90,7 +90,7 @@ class Method:
         """One training step on this model."""
         options = self.options if rate is None else {**self.options, "lr": rate}
         if self.optim is None:
-            optimizer = compile_optimizer(model, example, loss=LOSS, **options)
+            optimizer = compile_optimizer(model, example, loss=LOSS, on_nonfinite="skip", **options)
             return optimizer.step if self.ramp is None else ramped(optimizer, self.ramp)
         return torch_step(model, self.optim(model.parameters(), **options), LOSS)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from gtddp_compile.algebra.derivation import Recursion
 from gtddp_compile.algebra.forms import Rollout
@@ -14,9 +16,12 @@ from gtddp_compile.methods.curvature import Curvature, resolve
 from gtddp_compile.methods.losses import split
 from gtddp_compile.methods.terminal import Geometric, Terminal, check_terminal
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, Running, suggested
+from gtddp_compile.options import Backend, Feedback, Gram, Memory, OnNonFinite, Options, Reading, Running, suggested
 from gtddp_compile.passes.p07_collapse import form_name
+from gtddp_compile.runtime.joined import check_shared
+from gtddp_compile.runtime.precision import GradientScale
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.runtime.ranks import of_processes
 from gtddp_compile.terms import Terms
 
 
@@ -44,7 +49,10 @@ def compile_optimizer(
     memory: Memory = "keep",
     running_statistics: Running | None = None,
     compile: bool | Mapping[str, Any] = False,
+    on_nonfinite: OnNonFinite = "raise",
+    grad_scaler: GradScaler | None = None,
     program: UpdateProgram | None = None,
+    process_group: Any = None,
     **curvature_options: Any,
 ) -> CompiledOptimizer:
     """Derive an optimal-control optimizer for a network.
@@ -77,7 +85,8 @@ def compile_optimizer(
         feedback_clip: (nonlinear rollout) bound on the predicted change of a sample's loss that is believed, in units
             of its aim (see ``terminal``); ``None``: none.
         schedule: ``"asap"``, ``"alap"``, ``"sequential"``, or a mapping of player names to stages.
-        coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation).
+        coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation); ``"local"`` with
+            ``process_group``: a group a rank.
         recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``, the
             last without cross terms).
         terminal: how a sample's loss is expanded in the outputs. ``"geometric"``: ``∇φ ∇φᵀ / φ``, as if its logarithm
@@ -111,8 +120,17 @@ def compile_optimizer(
             suggests, ``"corrected"`` for ``"foof"``.
         compile: True: hand the generated step to ``torch.compile`` as one graph with a batch of any size; a mapping:
             with these of its options (``backend``, ``mode``).
+        on_nonfinite: what a step does whose loss, gains or update are NaN or infinite: ``"raise"`` a
+            :class:`~gtddp_compile.NonFiniteError`; ``"skip"``: return the loss, with a warning the first time.
+            Parameters, buffers, states and random state are as before either way.
+        grad_scaler: for half (float16) models and autocast: its scale is that of the gradients between stages, and is
+            made smaller (the step is made again) and greater by its rule. No ``scale``, ``step`` or ``update`` of it is
+            called; its ``state_dict`` is saved as usual. Without one they are as they come, one a sample, not over B.
         program: a program from ``UpdateProgram.load``; it brings options, base method and loss with it (a loss that
             is a function has to be given again).
+        process_group: ``"world"`` or a group of torch.distributed: every rank calls ``step`` with its shard, and all
+            make the update of the joined batch (docs/usage.md#several-processes). A model wrapped by
+            DistributedDataParallel brings its group.
         **curvature_options: options of the named curvature.
 
     Returns:
@@ -142,17 +160,33 @@ def compile_optimizer(
         max_step=max_step,
         line_search=line_search,
         max_grad_norm=max_grad_norm,
+        on_nonfinite=on_nonfinite,
         running_statistics=running_statistics,
     )
+    model, ranks = of_processes(model, process_group)
+    if ranks is not None and ranks.size == 1:
+        ranks, options = None, replace(options, coupling="full" if coupling == "local" else coupling)
+    check_shared(options, model, ranks)
+    if ranks is not None and grad_scaler is not None:
+        raise CompileError("process_group with grad_scaler: ranks would scale each for itself", "Train in bfloat16")
     if program is not None:
+        if not isinstance(program, UpdateProgram):
+            raise CompileError(
+                f"program is a {type(program).__name__}", "Pass UpdateProgram.load(path), or opt.program"
+            )
+        if ranks is not None:
+            raise CompileError("a loaded program is of one process", "Leave out process_group= or program=")
         return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)
     if loss is None:
         raise CompileError("no loss was given", "Pass loss=torch.nn.CrossEntropyLoss(), or another")
     base, losses = resolve(curvature, **curvature_options), split(loss)
-    options = suggested(options, base)
+    options, scale = suggested(options, base), GradientScale(grad_scaler)
     check_terminal(losses, options.terminal_kind)
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))  # refuses before it traces
-    return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options).seal()
+    made = CompiledOptimizer(
+        model, example_inputs, loss=losses, curvature=base, options=options, scale=scale, ranks=ranks
+    )
+    return made.seal()
 
 
 def _of_terms(model: Terms, example_inputs: Any, loss: Any) -> tuple[Any, Callable[[Any, Any], Tensor]]:
@@ -191,6 +225,8 @@ def _with_program(
             f"the loss {losses.name} is a {losses.reduction} over samples, the program's a {setting.loss.reduction}",
             "Leave the loss out, or compile without program=",
         )
-    opt = CompiledOptimizer(model, None, loss=losses, curvature=setting.curvature, options=program.options)
+    opt = CompiledOptimizer(
+        model, None, loss=losses, curvature=setting.curvature, options=program.options, scale=GradientScale(None)
+    )
     opt.adopt(program, example_inputs)
     return opt.seal()

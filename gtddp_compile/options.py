@@ -16,6 +16,7 @@ Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
 Reading = Literal["block", "exact"]
 Memory = Literal["keep", "recompute"]
+OnNonFinite = Literal["raise", "skip"]
 Running = Literal["corrected", "model"]
 
 
@@ -79,6 +80,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "cooperative": (True, False, None),
     "memory": ("keep", "recompute"),
     "rollout": ("linear", "nonlinear", None),
+    "on_nonfinite": ("raise", "skip"),
     "running_statistics": ("corrected", "model", None),
 }
 """Options that are one of a few words."""
@@ -110,6 +112,7 @@ class Options:
     max_step: float | None = None
     line_search: tuple[float, ...] | None = None
     max_grad_norm: float | None = None
+    on_nonfinite: OnNonFinite = "raise"
     running_statistics: Running | None = None
 
     def __post_init__(self) -> None:
@@ -129,7 +132,8 @@ class Options:
         group = not isinstance(self.coupling, bool) and isinstance(self.coupling, int) and self.coupling >= 1
         known = terminal in (None, "geometric", "gradient", "ggn") or isinstance(terminal, MonteCarlo | Geometric)
         made = gram in ("auto", "exact", "separable", "coarse") or isinstance(gram, Sketch | Nystrom)
-        yield "coupling", group or self.coupling in ("full", "block"), "'full', 'block' or a group size of at least 1"
+        words = "'full', 'block', 'local' (a group a rank of a process group) or a group size of at least 1"
+        yield "coupling", group or self.coupling in ("full", "block", "local"), words
         yield "terminal", known, "'geometric', Geometric(aim, own), 'gradient', 'ggn' or MonteCarlo(rank)"
         yield "compile", isinstance(self.compile, bool | Mapping), "True, False or a mapping of torch.compile's options"
         yield "gram", made, "'auto', 'exact', 'separable', 'coarse', Sketch(columns) or Nystrom(columns)"
@@ -138,7 +142,9 @@ class Options:
         for option in ("feedback_clip", "max_step", "max_grad_norm"):
             value = getattr(self, option)
             yield option, value is None or (_is_number(value) and value > 0), "a positive number or None"
-        lengths = grid is None or (bool(grid) and all(_is_number(length) and length > 0 for length in grid))
+        lengths = grid is None or (
+            isinstance(grid, tuple | list) and bool(grid) and all(_is_number(step) and step > 0 for step in grid)
+        )
         yield "line_search", lengths, "a tuple of positive step lengths, or None"
 
     def _conflicts(self) -> Iterator[tuple[bool, str, str]]:
@@ -229,13 +235,13 @@ class Options:
     @property
     def coupling_kind(self) -> Literal["full", "groups", "block"]:
         """Which kind of coupling it is."""
-        if isinstance(self.coupling, int):
+        if isinstance(self.coupling, int) or self.coupling == "local":
             return "groups"
         return "block" if self.coupling == "block" else "full"
 
 
 SUGGESTED: Mapping[str, Mapping[str, Any]] = {
-    "foof": {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0), "running_statistics": "corrected"}
+    "foof": {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0, deep=4.0), "running_statistics": "corrected"}
 }
 """By curvature: what docs/robustness.md found to serve every network and batch size it tried."""
 
