@@ -48,10 +48,8 @@ def peer_step(name: str, network: Network, curvature: str, batch: int, lr: float
     """
     torch.manual_seed(0)
     model, (x, y) = network.build(), network.data(batch)
-    if PEERS[name][0] == "asdl":
-        step = asdl_step(model, network, lr)
-    else:
-        step = nngeometry_step(model, network, lr, curvature)
+    asdl = PEERS[name][0] == "asdl"
+    step = asdl_step(model, network, lr) if asdl else nngeometry_step(model, network, lr, curvature)
     return lambda: step(x, y)
 
 

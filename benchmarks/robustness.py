@@ -1,7 +1,7 @@
 """What decided the defaults: options beside the default, on networks and batch sizes of many kinds.
 
-The runs are the study's (``study_runs.py``), and so is the file; docs/robustness.md is written from it. What the default
-is worth against tuned rivals is ``time_to_target.py``'s question.
+The runs are the study's (``study_runs.py``), and so is the file; docs/robustness.md is written from it. What the
+default is worth against tuned rivals is ``time_to_target.py``'s question.
 
     python benchmarks/robustness.py                            what is missing, then the page
     python benchmarks/robustness.py --only digits-128,default  some tasks, some methods

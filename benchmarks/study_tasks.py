@@ -1,4 +1,4 @@
-"""What the studies train: a network, its data, loss, batch size and target. Nothing is downloaded but MNIST's images."""
+"""What the studies train: a network, its data, loss, batch and target. Nothing is downloaded but MNIST's images."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import poisson
 
 Batch = tuple[Any, ...]
 """What a step takes: inputs and targets; of Poisson's equation the sets of points alone."""
+CLASSES = nn.CrossEntropyLoss()
 Score = tuple[float, float]
 """Mean loss and accuracy; the accuracy of a regression is not a number."""
 
@@ -78,7 +79,7 @@ class Task:
     every: int
     load: Callable[[], Data]
     target: float = 0.05
-    loss: Callable[[Any, Any], Tensor] = nn.CrossEntropyLoss()
+    loss: Callable[[Any, Any], Tensor] = CLASSES
     sample: int = 0
     watch: str = "train"
     seeds: int = 5
@@ -218,7 +219,7 @@ LENGTH = 32
 
 @lru_cache(maxsize=1)
 def python_text() -> Data:
-    """Python's own language reference, as ``help()`` has it: each sample ``LENGTH`` characters, targets the next ones."""
+    """Python's own language reference, as ``help()`` has it: samples of ``LENGTH`` characters, targets the next."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     codes = torch.tensor([min(ord(character), 127) for character in text])
     rows = codes[: len(codes) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
@@ -256,7 +257,7 @@ def adding(length: int = 16) -> Data:
 
 
 def diabetes() -> Data:
-    """scikit-learn's diabetes data, all columns of mean 0 and deviation 1: 342 patients to train on, 100 to validate."""
+    """scikit-learn's diabetes data, columns of mean 0 and deviation 1: 342 patients to train on, 100 others."""
     bunch = load_diabetes()
     x, y = (torch.tensor(part, dtype=torch.float32) for part in (bunch.data, bunch.target))
     x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
@@ -320,7 +321,7 @@ TASKS = {
         Task("diabetes-32", table_net, 32, 200, 2, diabetes, 0.5, squares, 0, "valid",
              says="regression on scikit-learn's diabetes data, two layers of 64 tanh"),
         Task("digits-32", DigitsNet, 32, 360, 5, images(digits), says="as digits-128"),
-        Task("resnet-64", small_resnet, 64, 132, 2, images(digits), seeds=3, says="batch-normed residual blocks on digits"),
+        Task("resnet-64", small_resnet, 64, 132, 2, images(digits), seeds=3, says="batch-normed residual blocks"),
         Task("vit-64", SmallViT, 64, 480, 10, images(digits), seeds=3, says="a vision transformer on digits"),
         Task("residual-mlp-64", lambda: ResidualTwos(64, 48, 6), 64, 240, 4, images(digits), seeds=3,
              says="twelve residual layers without normalisation on digits"),

@@ -68,7 +68,10 @@ def ratio(mine: Sequence[Run], theirs: Sequence[Run], compiling: float = 0.0) ->
     pairs = [(run.seconds_to + compiling, other[run.seed]) for run in mine if run.seed in other]
     reached = [math.log(b / a) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
     if len(reached) < len(pairs) or not pairs:
-        return " / ".join("reached" if all(map(math.isfinite, side)) else "not" for side in zip(*pairs)) or "–"
+        return (
+            " / ".join("reached" if all(map(math.isfinite, side)) else "not" for side in zip(*pairs, strict=True))
+            or "–"
+        )
     middle = statistics.mean(reached)
     if len(reached) == 1:
         return f"{math.exp(middle):.2f} (one seed)"
@@ -95,8 +98,7 @@ def all_methods(runs: Runs) -> str:
     """Every method that was run, task by task, the fastest first."""
     rows = []
     for task in RACED:
-        found = [(method, final(runs, task, method)) for method in METHODS.values()
-                 if method in (*OURS, *RIVALS)]
+        found = [(method, final(runs, task, method)) for method in METHODS.values() if method in (*OURS, *RIVALS)]
         for method, of in sorted((pair for pair in found if pair[1]), key=lambda pair: median(pair[1], "seconds_to")):
             rate, schedule = tuned(runs, task, method)
             setting = f", lr {rate:g}" * (rate > 0) + f", {schedule}" * (schedule != "constant")
@@ -133,8 +135,8 @@ def readme(runs: Runs) -> str:
 
 def tasks_table() -> str:
     """What is trained."""
-    rows = [(task.name, task.says, str(task.steps), f"{'validation' if task.watch == 'valid' else 'train'} {task.target:g}")
-            for task in RACED]  # fmt: skip
+    of = {"train": "train", "valid": "validation"}
+    rows = [(task.name, task.says, str(task.steps), f"{of[task.watch]} {task.target:g}") for task in RACED]
     return markdown(("task, batch", "what", "steps of a run", "target"), rows)
 
 
@@ -157,10 +159,11 @@ def draw(runs: Runs) -> None:
     axes = figure.subplots()
     marks = "osD^v<>Pp*hX8"
     for index, method in enumerate((*OURS, *RIVALS)):
-        places = [(row, median(found, "seconds_to")) for row, task in enumerate(RACED) if (found := final(runs, task, method))]
-        reached = [(seconds, row) for row, seconds in places if math.isfinite(seconds)]
+        found = [(row, final(runs, task, method)) for row, task in enumerate(RACED)]
+        places = [(median(of, "seconds_to"), row) for row, of in found if of]
+        reached = [place for place in places if math.isfinite(place[0])] or [(math.nan, 0)]
         style = {"color": "crimson", "s": 70, "zorder": 3} if method.ours else {"color": f"C{index}", "s": 32}
-        axes.scatter(*(zip(*reached) if reached else ([], [])), marker=marks[index % len(marks)], label=method.name,
+        axes.scatter(*zip(*reached, strict=True), marker=marks[index % len(marks)], label=method.name,
                      facecolors="none" if method is OURS[1] else None, **style)  # fmt: skip
     axes.set(xscale="log", xlabel="processor seconds of steps to the target", yticks=range(len(RACED)))
     axes.set_yticklabels([task.name for task in RACED])
@@ -199,14 +202,16 @@ def main(
         tasks = tasks if only else [TASKS[name] for name in QUICK]
         methods, seeds, cosine = [DEFAULT, *RIVALS[:4]], 1, False
         budget = min(budget, 15.0)
-    columns = (TextColumn("part"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(soft_wrap=True)) as progress:
         bar = progress.add_task("")
-        study = Study(None if quick else RAW, {} if quick else load(), lambda said: progress.update(bar, description=said),
-                      time.monotonic() + 60 * budget, cosine)  # fmt: skip
+        kept = (None, {}) if quick else (RAW, load())
+        until = time.monotonic() + 60 * budget
+        study = Study(*kept, lambda said: progress.update(bar, description=said), until, cosine)
         parts = plan(tasks, methods, seeds)
         if retime:
-            parts = [(task, [DEFAULT, rival[0]], range(seeds)) for task in tasks if (rival := best_rival(study.runs, task))]
+            best = {task.name: best_rival(study.runs, task) for task in tasks}
+            parts = [(task, [DEFAULT, rival[0]], range(seeds)) for task in tasks if (rival := best[task.name])]
         progress.update(bar, total=len(parts))
         try:
             for task, group, some in parts:
