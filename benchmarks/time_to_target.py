@@ -68,10 +68,8 @@ def ratio(mine: Sequence[Run], theirs: Sequence[Run], compiling: float = 0.0) ->
     pairs = [(run.seconds_to + compiling, other[run.seed]) for run in mine if run.seed in other]
     reached = [math.log(b / a) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
     if len(reached) < len(pairs) or not pairs:
-        return (
-            " / ".join("reached" if all(map(math.isfinite, side)) else "not" for side in zip(*pairs, strict=True))
-            or "–"
-        )
+        got = ["reached" if all(map(math.isfinite, side)) else "not" for side in zip(*pairs, strict=True)]
+        return " / ".join(got[::-1]) or "–"  # the rival's, then ours, as in the ratio
     middle = statistics.mean(reached)
     if len(reached) == 1:
         return f"{math.exp(middle):.2f} (one seed)"
