@@ -71,6 +71,11 @@ class Run:
         """Identifies it."""
         return self.task, self.method, self.rate, self.schedule, self.seed
 
+    @property
+    def loss(self) -> float:
+        """What the target is of, at the last evaluation before it was reached."""
+        return self.valid_loss if TASKS[self.task].watch == "valid" else self.train_loss
+
 
 Runs = dict[Key, Run]
 
@@ -123,7 +128,7 @@ class Training:
         run.best_accuracy = max(run.best_accuracy, run.accuracy)
         if run.ended or math.isinf(run.steps_to):
             run.train_loss, _ = task.score(self.model, self.parts[0])
-            if (run.train_loss, run.valid_loss)[task.watch == "valid"] < task.target and math.isinf(run.steps_to):
+            if run.loss < task.target and math.isinf(run.steps_to):
                 run.steps_to, run.seconds_to = self.done, self.clock
                 run.ended = run.ended or ("target" if run.seed == SWEEP_SEED else "")
 
@@ -175,9 +180,10 @@ class Study:
                 if time.monotonic() > self.until:
                     raise Spent
                 training.turn()
-                if training.done > self.limit(training.run):
-                    training.run.ended = training.run.ended or "slower"
-                if training.run.ended:
+            ended = [training.run.ended or self.hopeless(training, active) for training in active]
+            for training, why in zip(list(active), ended, strict=True):
+                if why:
+                    training.run.ended = why
                     active.remove(training)
                     self.keep(training.run)
             said = ", ".join(f"{training.run.method} {training.done}" for training in active[:3])
@@ -208,10 +214,16 @@ class Study:
             wanted = [(method, rate, kind, SWEEP_SEED) for method, (middle, kind) in best for rate in beside(middle)
                       if (task.name, method.name, rate, kind, SWEEP_SEED) not in self.runs]  # fmt: skip
 
-    def limit(self, run: Run) -> float:
-        """Steps after which a run of a sweep is not the best; infinite for other runs."""
-        found = swept(self.runs, run.task, run.method) if run.seed == SWEEP_SEED else []
-        return min((other.steps_to for other in found), default=math.inf)
+    def hopeless(self, training: Training, active: Sequence[Training]) -> str:
+        """Why a run of a sweep cannot be the best: slower than one that is done, or behind two from a quarter on."""
+        run = training.run
+        if run.seed != SWEEP_SEED:
+            return ""
+        if training.done > min((other.steps_to for other in swept(self.runs, run.task, run.method)), default=math.inf):
+            return "slower"
+        ahead = [other for other in active if (other.run.method, other.run.schedule) == (run.method, run.schedule)
+                 and other.run.loss < run.loss]  # fmt: skip
+        return "behind" if 4 * training.done >= training.task.steps and len(ahead) > 1 else ""
 
     def measure(self, task: Task, methods: Sequence[Method], seeds: Sequence[int], again: bool = False) -> None:
         """A task: the sweep, then seed by seed all methods that are wanted.

@@ -60,8 +60,8 @@ if __name__ == "__main__":
     said = "Written by `benchmarks/summary.py`; machine, versions, spread, sweeps and what lost: "
     pages = "[docs/time-to-target.md](docs/time-to-target.md), [docs/performance.md](docs/performance.md)."
     targets = (
-        "`compile_optimizer(model, x, loss=…)` with nothing tuned / the best of the rivals, tuned for the task; medians "
-        "over seeds, a dash where the target was not reached, ratios with their 95 % intervals:\n\n" + readme(runs)
+        "`compile_optimizer(model, x, loss=…)` with nothing tuned / the best rival, tuned for the task; medians over "
+        "seeds, a dash where the target was not reached, ratios with their 95 % intervals:\n\n" + readme(runs)
     )
     write_section("claim", claim(runs), README)
     write_section("measured", f"## Measured\n\n{targets}\n\n{steps()}\n\n{said}{pages}", README)
