@@ -123,9 +123,10 @@ class Training:
         run.step_ms = 1e3 * self.clock / self.done
         if self.done >= task.steps:
             run.ended = run.ended or "steps"
-        run.valid_loss, run.accuracy = task.score(self.model, self.parts[1])
-        run.best_valid_loss = min(run.best_valid_loss, run.valid_loss)
-        run.best_accuracy = max(run.best_accuracy, run.accuracy)
+        if run.seed != SWEEP_SEED or task.watch == "valid":
+            run.valid_loss, run.accuracy = task.score(self.model, self.parts[1])
+            run.best_valid_loss = min(run.best_valid_loss, run.valid_loss)
+            run.best_accuracy = max(run.best_accuracy, run.accuracy)
         if run.ended or math.isinf(run.steps_to):
             run.train_loss, _ = task.score(self.model, self.parts[0])
             if run.loss < task.target and math.isinf(run.steps_to):

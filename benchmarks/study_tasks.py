@@ -213,7 +213,7 @@ class UNet(nn.Module):
 
 # --- text, sequences, tables, an equation -----------------------------------------------------------------------------
 
-LENGTH = 32
+LENGTH = 16
 """Characters of context."""
 
 
@@ -224,7 +224,7 @@ def python_text() -> Data:
     codes = torch.tensor([min(ord(character), 127) for character in text])
     rows = codes[: len(codes) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(2020))]
-    return Data(*((part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in (rows[512:], rows[:512])))
+    return Data(*((part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in (rows[128:], rows[:128])))
 
 
 def characters(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -302,21 +302,21 @@ TASKS = {
     for task in (
         Task("digits-128", DigitsNet, 128, 120, 2, images(digits), says="the paper's convolutional network on digits"),
         Task("digits-8", DigitsNet, 8, 1440, 10, images(digits), says="the same, small batches"),
-        Task("mnist-bn-64", lambda: StemmedResNet(norm=True), 64, 234, 6, images(mnist_5k), 0.05, sample=1000,
+        Task("mnist-bn-64", lambda: StemmedResNet(norm=True), 64, 234, 6, images(mnist_5k), 0.05, sample=500,
              says="two residual blocks with batch-norm on MNIST-5k"),
-        Task("mnist-plain-64", lambda: StemmedResNet(norm=False), 64, 312, 6, images(mnist_5k), 0.05, sample=1000,
+        Task("mnist-plain-64", lambda: StemmedResNet(norm=False), 64, 312, 8, images(mnist_5k), 0.05, sample=500,
              says="the same without normalisation"),
         Task("autoencoder-128", lambda: autoencoder(784, 400, 200, 100, 30), 128, 300, 10, codes, 0.2, reconstruction,
-             1000, says="784-400-200-100-30 and back, tanh, MNIST-5k's pixels by cross-entropy"),
-        Task("tanh-40-64", lambda: glorot(tanh_mlp(64, 48, 40)), 64, 400, 10, images(digits), 0.3,
+             500, says="784-400-200-100-30 and back, tanh, MNIST-5k's pixels by cross-entropy"),
+        Task("tanh-40-64", lambda: glorot(tanh_mlp(64, 48, 40)), 64, 400, 10, images(digits), 0.3, sample=500,
              says="forty tanh layers with neither normalisation nor shortcuts on digits"),
-        Task("characters-16", lambda: GPT(128, LENGTH, 128, 4, 4), 16, 240, 10, python_text, 2.4, characters, 256,
-             "valid", says="a causal transformer, 4 layers, 128 wide, 32 characters of Python's language reference"),
+        Task("characters-16", lambda: GPT(128, LENGTH, 128, 4, 4), 16, 240, 10, python_text, 2.4, characters, 64,
+             "valid", says="a causal transformer, 4 layers, 128 wide, 16 characters of Python's language reference"),
         Task("poisson-300", pinn, 300, 900, 10, pinn_points, 0.05, watch="valid",
              says="Poisson's equation on the square, two layers of 32 tanh, float64; the target is the relative error"),
-        Task("adding-64", Recurrent, 64, 1000, 20, adding, 0.01, nn.MSELoss(), 0, "valid",
+        Task("adding-64", Recurrent, 64, 1000, 20, adding, 0.01, nn.MSELoss(), 200, "valid",
              says="a tanh recurrent network on the adding problem, 16 numbers"),
-        Task("denoise-64", UNet, 64, 264, 4, noisy, 0.04, squares, 0, "valid",
+        Task("denoise-64", UNet, 64, 264, 4, noisy, 0.04, squares, 200, "valid",
              says="a U-shaped network that takes noise from digits"),
         Task("diabetes-32", table_net, 32, 200, 2, diabetes, 0.5, squares, 0, "valid",
              says="regression on scikit-learn's diabetes data, two layers of 64 tanh"),
