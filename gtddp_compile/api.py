@@ -14,7 +14,7 @@ from gtddp_compile.methods.curvature import Curvature, resolve
 from gtddp_compile.methods.losses import split
 from gtddp_compile.methods.terminal import Geometric, Terminal, check_terminal
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, suggested
+from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, Running, suggested
 from gtddp_compile.passes.p07_collapse import form_name
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.terms import Terms
@@ -42,6 +42,7 @@ def compile_optimizer(
     cooperative: bool | None = None,
     gram: Gram = "auto",
     memory: Memory = "keep",
+    running_statistics: Running | None = None,
     compile: bool | Mapping[str, Any] = False,
     program: UpdateProgram | None = None,
     **curvature_options: Any,
@@ -103,6 +104,10 @@ def compile_optimizer(
         memory: ``"keep"``: the trajectory and its gradients stay until the forward sweep has passed them;
             ``"recompute"``: only what crosses between segments of stages does, and a segment is run again in both
             sweeps (three more passes in all, the same update). ``opt.program.cost()`` shows the segments.
+        running_statistics: of batch-norms in training mode. ``"corrected"``: the k-th batch counts for
+            ``max(momentum, 1/k)``, so that evaluation sees nothing of the 0 and 1 they began with
+            (docs/theory.md#running-statistics); ``"model"``: as the modules say. ``None``: what the curvature
+            suggests, ``"corrected"`` for ``"foof"``.
         compile: True: hand the generated step to ``torch.compile`` as one graph with a batch of any size; a mapping:
             with these of its options (``backend``, ``mode``).
         program: a program from ``UpdateProgram.load``; it brings options, base method and loss with it (a loss that
@@ -136,6 +141,7 @@ def compile_optimizer(
         max_step=max_step,
         line_search=line_search,
         max_grad_norm=max_grad_norm,
+        running_statistics=running_statistics,
     )
     if program is not None:
         return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)

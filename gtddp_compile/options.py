@@ -16,6 +16,7 @@ Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
 Reading = Literal["block", "exact"]
 Memory = Literal["keep", "recompute"]
+Running = Literal["corrected", "model"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "cooperative": (True, False, None),
     "memory": ("keep", "recompute"),
     "rollout": ("linear", "nonlinear", None),
+    "running_statistics": ("corrected", "model", None),
 }
 """Options that are one of a few words."""
 
@@ -80,6 +82,7 @@ class Options:
     max_step: float | None = None
     line_search: tuple[float, ...] | None = None
     max_grad_norm: float | None = None
+    running_statistics: Running | None = None
 
     def __post_init__(self) -> None:
         for option, choices in CHOICES.items():
@@ -198,12 +201,14 @@ class Options:
         return "block" if self.coupling == "block" else "full"
 
 
-SUGGESTED: Mapping[str, Mapping[str, Any]] = {"foof": {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0)}}
+SUGGESTED: Mapping[str, Mapping[str, Any]] = {
+    "foof": {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0), "running_statistics": "corrected"}
+}
 """By curvature: what docs/robustness.md found to serve every network and batch size it tried."""
 
 
 def suggested(options: Options, curvature: Curvature) -> Options:
-    """The options with what the curvature suggests where nothing was said: inertia, and the aim.
+    """The options with what the curvature suggests where nothing was said: inertia, aim, running statistics.
 
     Raises:
         CompileError: inertia beside a momentum of the base method.
@@ -217,7 +222,12 @@ def suggested(options: Options, curvature: Curvature) -> Options:
         )
     known = SUGGESTED.get(curvature.name, {}) if options.feedback is True and options._couples else {}
     inertia = options.inertia if options.inertia is not None else 0.0 if moved else known.get("inertia", 0.0)
-    return replace(options, inertia=inertia, terminal=options.terminal or known.get("terminal"))
+    return replace(
+        options,
+        inertia=inertia,
+        terminal=options.terminal or known.get("terminal"),
+        running_statistics=options.running_statistics or known.get("running_statistics"),
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -34,18 +34,31 @@ def batch_norm(
     training: bool = False,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
+    corrected: bool = False,
     moments: Moments | None = None,
 ) -> Tensor:
     """``h = (x - mean) / √(var + eps) ∘ w + b`` over axis 1, as ``torch.nn.BatchNorm1d`` to ``3d`` compute it.
 
     In training mode the batch's own statistics normalise and the buffers that are not ``None`` advance by
-    ``momentum`` (``None``: cumulative average); the second forward sweep passes ``None``. In evaluation mode the
-    running statistics normalise, or the batch's own where there are none. ``moments``: those of ``x``, where somebody
-    has them; they are not constants to autograd. Compiled code finds its own.
+    ``momentum`` (``None``: cumulative average); the second forward sweep passes ``None``. ``corrected``: in the k-th
+    batch by ``max(momentum, 1/k)``, so that nothing is left of what they began with. In evaluation mode the running
+    statistics normalise, or the batch's own where there are none. ``moments``: those of ``x``, where somebody has
+    them; they are not constants to autograd. Compiled code finds its own.
     """
     if not training:
         own = running_mean is None
         return F.batch_norm(x, running_mean, running_var, weight, bias, own, 0.0, eps)
+    tracked = num_batches_tracked
+    if corrected and momentum and tracked is not None and running_mean is not None and running_var is not None:
+        # Torch advances copies, which autograd keeps. The counter is not read: that would wait for a device.
+        copies = running_mean.detach().clone(), running_var.detach().clone()
+        found = batch_norm(
+            x, *copies, tracked, weight, bias, training=True, momentum=momentum, eps=eps, moments=moments
+        )
+        gain = tracked.to(x.device, running_mean.dtype).reciprocal().clamp(min=momentum)
+        for value, moved in zip((running_mean, running_var), copies, strict=True):
+            value.detach().lerp_(moved, gain / momentum)
+        return found
     factor = 0.0 if momentum is None else momentum
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -60,8 +73,8 @@ def batch_norm(
         mean.lerp_(moments[0].to(mean.dtype), factor)
         var.lerp_((moments[1] * (entries / (entries - 1))).to(var.dtype), factor)
     wide = (None if value is None else value.to(moments[0].dtype) for value in (x, weight, bias))
-    found: Tensor = _Normalised.apply(*wide, eps, *moments)  # type: ignore[no-untyped-call]
-    return found.to(x.dtype)
+    normalised: Tensor = _Normalised.apply(*wide, eps, *moments)  # type: ignore[no-untyped-call]
+    return normalised.to(x.dtype)
 
 
 def quick_moments(x: Tensor) -> Moments | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import ControlGraph, OpGraph
+from gtddp_compile.graph import ControlGraph, Op, OpGraph
 from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
@@ -38,7 +39,20 @@ PATHS = 8
 
 def build_graph(model: nn.Module, inputs: tuple[Any, ...], options: Options) -> ControlGraph:
     """Passes 1 to 5: the control graph."""
-    return control_graph(normalise(model, inputs), options.schedule, type(model).__name__)
+    ops = with_statistics(normalise(model, inputs), corrected=options.running_statistics == "corrected")
+    return control_graph(ops, options.schedule, type(model).__name__)
+
+
+def with_statistics(graph: OpGraph, *, corrected: bool) -> OpGraph:
+    """Batch-norms whose running statistics keep nothing of what they began with (docs/theory.md#running-statistics),
+    or the model's own: the reference that a recording is compared with.
+    """
+
+    def own(op: Op) -> Op:
+        kwargs = {name: value for name, value in op.kwargs.items() if name != "corrected"}
+        return replace(op, kwargs={**kwargs, "corrected": True} if corrected else kwargs)
+
+    return replace(graph, ops=tuple(own(op) if op.kind == "batch_norm" and op.advances else op for op in graph.ops))
 
 
 def control_graph(ops: OpGraph, how: str | Mapping[str, int], name: str) -> ControlGraph:
@@ -134,11 +148,12 @@ class Specialisations:
         return self._view.signature(self._skipped)
 
     def _holds(self, graph: ControlGraph, inputs: tuple[Any, ...]) -> bool:
-        if graph.ops.frontend == "fx":
-            return still_holds(graph.ops, self._view.model, inputs)
+        ops = with_statistics(graph.ops, corrected=False)
+        if ops.frontend == "fx":
+            return still_holds(ops, self._view.model, inputs)
         key = (id(graph), tuple((value.shape, value.dtype) for value in inputs))
         if key not in self._known:
-            holds = still_holds(graph.ops, self._view.model, inputs)
+            holds = still_holds(ops, self._view.model, inputs)
             if graph.guards and not holds:  # others of this shape may take its path
                 return False
             self._known[key] = holds

@@ -1,0 +1,112 @@
+"""Batch-norm's running statistics: the model's own, or with nothing left of what they began with."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtddp_compile import UpdateProgram, compile_optimizer, kernels
+
+LOSS = nn.CrossEntropyLoss()
+STEPS = 13
+
+
+class Normed(nn.Module):
+    """``shape`` makes torch.fx hand it on to torch.export."""
+
+    def __init__(self, tracked: int = 0, by_size: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(8, 3)
+        self.norm.num_batches_tracked += tracked
+        self.by_size = by_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.conv(x))).flatten(1)
+        return self.out(h / 2 if self.by_size and h.shape[0] > 3 else h)
+
+
+def batch(step: int, size: int = 5) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(step)
+    return torch.randn(size, 1, 4, 4, dtype=torch.float64), torch.randint(3, (size,))
+
+
+def train(model: nn.Module, **options: object) -> list[tuple[Tensor, Tensor]]:
+    """Means and variances of every batch, as torch finds them with the weights before the step."""
+    optimizer = compile_optimizer(model, batch(0)[0], loss=LOSS, **options)
+    seen = []
+    for step in range(STEPS):
+        x, y = batch(step, 6 if step % 2 else 5)
+        h = copy.deepcopy(model).conv(x).detach().transpose(0, 1).flatten(1)
+        seen.append((h.mean(1), h.var(1)))
+        optimizer.step(x, y)
+    return seen
+
+
+def averaged(seen: list[tuple[Tensor, Tensor]], tracked: int) -> tuple[Tensor, Tensor]:
+    """Plain means while they have fewer than ten batches, then torch's moving average."""
+    mean, var = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    for k, (own_mean, own_var) in enumerate(seen, tracked + 1):
+        gain = 1 / k if k < 10 else 0.1
+        mean, var = (1 - gain) * mean + gain * own_mean, (1 - gain) * var + gain * own_var
+    return mean, var
+
+
+@pytest.mark.parametrize("by_size", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"memory": "recompute"}, {"backend": "dense"}, {"curvature": "sgd", "lr": 0.1,
+                "running_statistics": "corrected"}], ids=["default", "recompute", "dense", "sgd"],
+)  # fmt: skip
+def test_nothing_is_left_of_the_beginning(options: dict[str, object], by_size: bool) -> None:
+    torch.manual_seed(0)
+    model = Normed(by_size=by_size).double()
+    mean, var = averaged(train(model, **options), 0)
+    torch.testing.assert_close(model.norm.running_mean, mean, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(model.norm.running_var, var, rtol=1e-9, atol=1e-12)
+    assert model.norm.num_batches_tracked == STEPS
+
+
+@pytest.mark.parametrize("tracked, options", [(50, {}), (0, {"running_statistics": "model"})])
+def test_torch_s_own_where_asked_for_and_after_many_batches(tracked: int, options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = Normed(tracked).double()
+    mean, var = averaged(train(model, **options), 50)
+    torch.testing.assert_close(model.norm.running_mean, mean, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(model.norm.running_var, var, rtol=1e-9, atol=1e-12)
+
+
+def test_updates_do_not_depend_on_it() -> None:
+    torch.manual_seed(0)
+    models = [Normed().double()]
+    models.append(copy.deepcopy(models[0]))
+    for model, how in zip(models, ("corrected", "model"), strict=True):
+        train(model, running_statistics=how)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert not torch.allclose(models[0].norm.running_mean, models[1].norm.running_mean)
+
+
+def test_a_saved_program_has_it(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = Normed().double()
+    twin = copy.deepcopy(model)
+    optimizer = compile_optimizer(model, batch(0)[0], loss=LOSS)
+    optimizer.program.export(tmp_path / "program.json")
+    loaded = compile_optimizer(twin, program=UpdateProgram.load(tmp_path / "program.json"))
+    for step in range(3):
+        optimizer.step(*batch(step))
+        loaded.step(*batch(step))
+    torch.testing.assert_close(twin.norm.running_mean, model.norm.running_mean, rtol=0, atol=0)
+    assert "corrected=True" in optimizer.program.code
+
+
+def test_moments_found_apart_advance_alike() -> None:
+    x, counter = torch.randn(4, 3, 5, 5, dtype=torch.float64), torch.tensor(1)
+    found = []
+    for moments in (None, kernels.batch_moments(x)):
+        buffers = torch.zeros(3).double(), torch.ones(3).double(), counter.clone()
+        kernels.batch_norm(x, *buffers, None, None, training=True, corrected=True, moments=moments)
+        found.append(torch.stack(buffers[:2]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    mean = x.mean((0, 2, 3))
+    torch.testing.assert_close(found[0][0], mean / 2, rtol=1e-12, atol=1e-12)
