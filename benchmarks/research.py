@@ -9,9 +9,11 @@ written from them.
 
 from __future__ import annotations
 
+import csv
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -21,6 +23,8 @@ from study_methods import DEFAULT, METHODS
 from study_runs import RAW, Runs, Spent, Study, final, load, median, number
 from study_tasks import TASKS
 from time_to_target import chosen, validation
+
+PAGE = DOCS / "research.md"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,19 @@ class Hypothesis:
     verdict: str
 
 
-TRIED: tuple[Hypothesis, ...] = ()
+TRIED = (
+    Hypothesis("deep networks without normalisation need a smaller aim", ("aim 0.1 flat", "aim 0.3 flat"),
+               ("tanh-40-64", "autoencoder-128", "mnist-plain-64", "diabetes-32", "digits-128", "digits-32"), ""),
+    Hypothesis("where layers' outputs matter very unequally, K-FAC's metric is the better one",
+               ("kfac damping 0.1", "kfac, aim 0.1"),
+               ("tanh-40-64", "autoencoder-128", "mnist-plain-64", "diabetes-32", "digits-128"), ""),
+    Hypothesis("inertia carries early mistakes on", ("inertia 0", "aim 0.1 flat, inertia 0"),
+               ("tanh-40-64", "autoencoder-128", "digits-128", "digits-32"), ""),
+    Hypothesis("a running average of the weights validates better", ("averaged",), ("diabetes-32", "autoencoder-128"),
+               ""),
+    Hypothesis("weight decay in the coupled problem validates better", ("weight decay 0.01",), ("diabetes-32",), ""),
+    Hypothesis("the loss is far from linear along a step: try its length", ("line search",), ("autoencoder-128",), ""),
+)  # fmt: skip
 """In the order of the table."""
 
 
@@ -69,6 +85,13 @@ def table(runs: Runs) -> str:
     return markdown(("hypothesis", "method", "default → with it", "taken"), rows)
 
 
+def prototypes() -> str:
+    """The rows of ``research.csv``: what is not in the package, or was looked at for some steps alone."""
+    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    return markdown(header, rows)
+
+
 def main(
     only: Annotated[str, typer.Option(help="names of tasks and methods, with commas; all where none is named")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="seeds")] = 1,
@@ -85,7 +108,8 @@ def main(
             study.measure(task, [one for one in methods or METHODS.values() if one.name in wanted], range(seeds))
     except Spent:
         print("the time is over: start it again to go on")
-    write_section("tried", table(study.runs), DOCS / "research.md")
+    write_section("tried", table(study.runs), PAGE)
+    write_section("prototypes", prototypes(), PAGE)
 
 
 if __name__ == "__main__":
