@@ -152,7 +152,7 @@ def draw(runs: Runs) -> None:
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "time-to-target"
+    rcParams.update({"svg.hashsalt": "time-to-target", "svg.fonttype": "none"})
     figure = Figure(figsize=(9, 0.55 * len(RACED) + 1.4), layout="constrained")
     axes = figure.subplots()
     marks = "osD^v<>Pp*hX8"
