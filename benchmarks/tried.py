@@ -80,7 +80,7 @@ def pairs() -> list[Pair]:
     linear_layer = Layer((x,), g, (None,), (True, False))
     return [
         ("symmetric product in three of four blocks", "X Xᵀ, 128 × 256", lambda: short @ short.T, lambda: halves(short),
-         "rows are too short to gain; longer ones are made so"),
+         "parts take longer than the whole; from 512 samples on products are made so"),
         ("bfloat16", "X Xᵀ, 128 × 512", lambda: x @ x.T, lambda: x.bfloat16() @ x.bfloat16().T,
          "little of a whole step; an option, see the table of Gram matrices"),
         ("one batched Cholesky of 5 stages", "one a stage, 128 × 128",

@@ -18,8 +18,9 @@ from gtddp_compile.kernels.bundle import Inverses, Layer, is_spherical, pieces
 CHUNK = 2**20
 """Bound on the elements of an intermediate tensor."""
 
-HALVED = 2**23
-"""Multiplications from which on a CPU's symmetric product is made of its upper triangle, a few rows at a time."""
+HALVED = 512
+"""Samples from which on a CPU's symmetric product is made of its upper triangle, a few rows at a time; parts of smaller
+ones take longer than the whole (benchmarks/tried.py)."""
 
 FEW = 8
 """Positions up to which pairs of them are taken one by one."""
@@ -135,8 +136,8 @@ def linear_subtract(layer: Layer, targets: tuple[Tensor, ...], rates: tuple[floa
 
 def linear_inputs(x: Tensor) -> Tensor:
     """``X Xᵀ``, ``(B, B)``, of one row a sample; of a large one the blocks below the diagonal are copies."""
-    samples, inputs = x.shape
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or samples**2 * inputs < HALVED:
+    samples = len(x)
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or samples < HALVED:
         return x @ x.mT
     product = x.new_empty(samples, samples)
     for rows in pieces(samples, -(-samples // 4)):
