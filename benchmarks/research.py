@@ -93,7 +93,7 @@ def prototypes() -> str:
 def main(
     only: Annotated[str, typer.Option(help="names of tasks and methods, with commas; all where none is named")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="seeds")] = 1,
-    budget: Annotated[float, typer.Option(help="minutes after which to stop")] = math.inf,
+    budget: Annotated[float, typer.Option(help="minutes after which nothing new begins")] = math.inf,
 ) -> None:
     """Measure what is missing; write the table of docs/research.md."""
     keep_heap()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ import torch
 import typer
 from common import DOCS, markdown
 from study_methods import DEFAULT, METHODS, RIVALS, Method
-from study_runs import RAW, Run, Runs, Study, final, load, median, number, tuned
+from study_runs import RAW, Run, Runs, Spent, Study, final, load, median, number, tuned
 from study_tasks import DECIDED
 from time_to_target import chosen
 
@@ -85,13 +86,17 @@ def write_page(runs: Runs) -> None:
 def main(
     only: Annotated[str, typer.Option(help="names of tasks and methods, with commas; all where none is named")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="seeds at most")] = 3,
+    budget: Annotated[float, typer.Option(help="minutes after which nothing new begins")] = math.inf,
 ) -> None:
     """Measure what is missing; write docs/robustness.md."""
     torch.set_num_threads(1)
     tasks, methods = chosen(only, DECIDED)
-    study = Study(RAW, load())
-    for task in tasks:
-        study.measure(task, methods or [one for one in METHODS.values() if one not in RIVALS], range(seeds))
+    study = Study(RAW, load(), until=time.monotonic() + 60 * budget, cosine=False)
+    try:
+        for task in tasks:
+            study.measure(task, methods or [one for one in METHODS.values() if one not in RIVALS], range(seeds))
+    except Spent:
+        print("the time is over: start it again to go on")
     write_page(study.runs)
 
 

@@ -149,7 +149,7 @@ class Study:
         path: the file; ``None``: nothing is kept.
         runs: all that are known.
         say: told what goes on.
-        until: when to stop (``time.monotonic``); runs under way are given up.
+        until: from when on nothing is begun (``time.monotonic``).
         cosine: whether schedules are swept.
     """
 
@@ -169,6 +169,8 @@ class Study:
         runs = [run for run in runs if again or run.key not in self.runs]
         if not runs:
             return
+        if time.monotonic() > self.until:
+            raise Spent
         data, when, where = task.load(), measured(), machine(1)
         active = []
         for run in runs:
@@ -178,8 +180,6 @@ class Study:
             active.append(Training(run, task, data))
         while active:
             for training in list(active):
-                if time.monotonic() > self.until:
-                    raise Spent
                 training.turn()
             ended = [training.run.ended or self.hopeless(training, active) for training in active]
             for training, why in zip(list(active), ended, strict=True):

@@ -184,10 +184,10 @@ def plan(tasks: Sequence[Task], methods: Sequence[Method], seeds: int) -> list[t
 def main(
     only: Annotated[str, typer.Option(help="names of tasks and methods, with commas; all where none is named")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="seeds at most")] = 5,
-    budget: Annotated[float, typer.Option(help="minutes after which to stop")] = math.inf,
+    budget: Annotated[float, typer.Option(help="minutes after which nothing new begins")] = math.inf,
     core: Annotated[int, typer.Option(help="core to stay on; processes on other cores may share the file")] = -1,
     cosine: Annotated[bool, typer.Option(help="sweep schedules too")] = True,
-    quick: Annotated[bool, typer.Option(help="six tasks, one seed, 15 minutes at most; nothing is kept")] = False,
+    quick: Annotated[bool, typer.Option(help="six tasks, one seed, a quarter of an hour; nothing is kept")] = False,
     retime: Annotated[bool, typer.Option(help="the default's and the best rivals' runs again")] = False,
 ) -> None:
     """Measure what is missing; write docs/time-to-target.md."""
@@ -199,7 +199,7 @@ def main(
     if quick:
         tasks = tasks if only else [TASKS[name] for name in QUICK]
         methods, seeds, cosine = [DEFAULT, *RIVALS[:4]], 1, False
-        budget = min(budget, 15.0)
+        budget = min(budget, 13.0)
     columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(soft_wrap=True)) as progress:
         bar = progress.add_task("")
