@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 # Exported so that no pip of the environment asks, warns or reads a cache it cannot write.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint bench rivals clean
+.PHONY: help demo test lint site bench rivals clean
 
 help:
 	@echo "make demo   train the digits network beside tuned SGD and Adam, write digits.html"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, and mypy --strict on the installed wheel"
 	@echo "make rivals the default against tuned SGD, Adam, Muon and SOAP: six tasks, 15 minutes, nothing is kept"
+	@echo "make site   the documentation as pages, in build/site"
 	@echo "make bench  the benchmarks (minutes to hours; tables go to docs/)"
 
 $(STAMP): pyproject.toml setup.py constraints.txt
@@ -35,6 +36,11 @@ lint: $(STAMP)
 	$(BIN)/python -m build -q --wheel --no-isolation --outdir $(VENV)/wheel .
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/wheel/installed $(VENV)/wheel/*.whl
 	cd $(VENV)/wheel && MYPYPATH=installed $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p gtddp_compile
+
+# Strictly: a link or an anchor that leads nowhere fails.
+site: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict -f .ci/site.yml
 
 # coverage needs packages of its own: its docstring says which. nngeometry would install another torch without --no-deps.
 SECTIONS := step_time gram_fidelity tried cost_model scaling

@@ -1,9 +1,10 @@
-"""Physics-informed networks: time and steps to a relative L2 error, ours beside Adam and L-BFGS of torch.
+"""Physics-informed networks: time and steps to a relative L2 error, ours beside Adam, SOAP and L-BFGS.
 
-The problems are those of ``examples/pde``, with its one setting for all of them. All methods of a problem and seed
-start from the same weights, and all but L-BFGS, whose points stay, draw the same points anew for every step. Only steps
-are timed. Adam's rate is the best of three in shorter runs with a seed of their own. Every finished run is kept in
-``physics.json`` and not run again; the table goes to docs/physics.md. One thread, float64.
+The problems are those of ``examples/pde``, with their settings. All methods of a problem and seed start from the same
+weights, and all but L-BFGS, whose points stay, draw the same points anew for every step. Only steps are timed. Rates of
+Adam and SOAP are the best of three in shorter runs with a seed of their own. Where a problem's example averages
+networks, so does every method here. Every finished run is kept in ``physics.json`` and not run again; the tables go to
+docs/physics.md. One thread, float64. SOAP is of the extra ``rivals``.
 
     python benchmarks/physics.py [--seeds 3] [--only heat,Adam]      what is missing, then the table
     python benchmarks/physics.py --quick                             a minute; nothing is kept or written
@@ -16,6 +17,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,8 +31,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "pde"))
 import heat
+import helmholtz
 import poisson
-from solve import SETTING, Problem
+from solve import Problem
 
 from gtddp_compile import compile_optimizer
 
@@ -42,7 +45,9 @@ RATES = (1e-2, 3e-3, 1e-3)
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "Poisson 2-D": lambda: poisson.problem(2),
     "heat 1+1-D": heat.problem,
+    "Helmholtz 2-D": helmholtz.problem,
     "Poisson 10-D": lambda: poisson.problem(10),
+    (MANY := "Poisson 2-D at 4080 points"): lambda: poisson.problem(2, 4),
 }
 Step = Callable[[], tuple[float, int]]
 """One step: its processor seconds, and how many evaluations of loss and gradient it took."""
@@ -51,11 +56,11 @@ Step = Callable[[], tuple[float, int]]
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def ours(**setting: Any) -> Callable[[Problem, torch.Generator, float], Step]:
-    """The joint step."""
+def ours(**more: Any) -> Callable[[Problem, torch.Generator, float], Step]:
+    """The joint step, by the problem's setting and what is said beside it."""
 
-    def make(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
-        opt = compile_optimizer(problem.terms, problem.points(drawn), **setting)
+    def begin(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
+        opt = compile_optimizer(problem.terms, problem.points(drawn), **problem.setting | more)
 
         def step() -> tuple[float, int]:
             points = problem.points(drawn)
@@ -65,7 +70,7 @@ def ours(**setting: Any) -> Callable[[Problem, torch.Generator, float], Step]:
 
         return step
 
-    return make
+    return begin
 
 
 def loss(problem: Problem, points: dict[str, tuple[Tensor, Tensor | float]]) -> Tensor:
@@ -75,19 +80,31 @@ def loss(problem: Problem, points: dict[str, tuple[Tensor, Tensor | float]]) -> 
     return torch.stack(halves).sum()
 
 
-def adam(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
-    """torch.optim.Adam at a constant rate."""
-    opt = torch.optim.Adam(problem.terms.parameters(), lr=rate)
+def first_order(make: Callable[..., torch.optim.Optimizer]) -> Callable[[Problem, torch.Generator, float], Step]:
+    """An optimizer of gradients at a constant rate."""
 
-    def step() -> tuple[float, int]:
-        points = problem.points(drawn)
-        start = time.process_time()
-        opt.zero_grad()
-        loss(problem, points).backward()
-        opt.step()
-        return time.process_time() - start, 1
+    def begin(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
+        opt = make(problem.terms.parameters(), lr=rate)
 
-    return step
+        def step() -> tuple[float, int]:
+            points = problem.points(drawn)
+            start = time.process_time()
+            opt.zero_grad()
+            loss(problem, points).backward()
+            opt.step()
+            return time.process_time() - start, 1
+
+        return step
+
+    return begin
+
+
+def soap(*args: Any, **options: Any) -> torch.optim.Optimizer:
+    """SOAP (Vyas and others 2024) as ``pytorch-optimizer`` has it, without weight decay."""
+    from pytorch_optimizer import SOAP
+
+    found: torch.optim.Optimizer = SOAP(*args, **options, weight_decay=0.0)
+    return found
 
 
 def lbfgs(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
@@ -112,11 +129,23 @@ def lbfgs(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
 
 
 METHODS: dict[str, Callable[[Problem, torch.Generator, float], Step]] = {
-    "ours": ours(**SETTING),
-    "ours at λ = 0.01": ours(**poisson.FEW),
-    "Adam": adam,
+    "ours": ours(),
+    "ours with Γ": ours(gram="exact"),
+    "ours with Γ by 1020": ours(gram="exact", coupling=1020),
+    "Adam": first_order(torch.optim.Adam),
+    "SOAP": first_order(soap),
     "L-BFGS": lbfgs,
 }
+TUNED = ("Adam", "SOAP")
+
+
+FORMS = {"ours with Γ": ("Poisson 2-D", MANY), "ours with Γ by 1020": (MANY,)}
+"""Methods that are there to be compared with the setting of a problem alone."""
+
+
+def asked(problem: str, method: str) -> bool:
+    """Whether the method is run on the problem."""
+    return problem in FORMS[method] if method in FORMS else problem != MANY or method == "ours"
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -133,6 +162,7 @@ class Run:
         best: least error.
         reached: ``[target, seconds, steps]`` of each that was reached.
         ended: "budget", or "stalled".
+        lifted: factors that were made of eigenvalues.
         measured, machine: when, which commit, where.
     """
 
@@ -146,6 +176,7 @@ class Run:
     best: float = math.inf
     reached: list[tuple[float, float, int]] = field(default_factory=list)
     ended: str = "budget"
+    lifted: int = 0
     measured: str = ""
     machine: str = ""
 
@@ -164,7 +195,11 @@ def perform(run: Run, budget: float, say: Callable[[Run, float], None]) -> None:
     run.compile_s = time.process_time() - start
     while run.seconds < budget and run.ended == "budget":
         before = [p.detach().clone() for p in problem.terms.parameters()] if run.method == "L-BFGS" else []
-        seconds, steps = step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            seconds, steps = step()
+        run.lifted += sum("not definite" in str(warning.message) for warning in caught)
+        problem.follow()
         run.seconds, run.steps = run.seconds + seconds, run.steps + steps
         if before and all(map(torch.equal, before, problem.terms.parameters())):
             run.ended = "stalled"
@@ -186,18 +221,18 @@ def load() -> Runs:
     return {run.key: run for run in (Run(**row) for row in rows)}
 
 
-def tuned(runs: Runs, problem: str) -> float:
-    """Adam's rate with the least error in the sweep."""
-    return min(RATES, key=lambda rate: runs[problem, "Adam", rate, SWEEP_SEED].best)
+def tuned(runs: Runs, problem: str, method: str) -> float:
+    """The rate with the least error in the sweep."""
+    return min(RATES, key=lambda rate: runs[problem, method, rate, SWEEP_SEED].best)
 
 
 def wanted(runs: Runs, problems: Sequence[str], methods: Sequence[str], seeds: int) -> Iterator[Run]:
-    """In the order in which they are run; Adam's rate is decided once its sweep has been."""
+    """In the order in which they are run; a rate is decided once its sweep has been."""
     for method in methods:
-        for problem in problems:
-            if method == "Adam":
+        for problem in [problem for problem in problems if asked(problem, method)]:
+            if method in TUNED:
                 yield from (Run(problem, method, rate, SWEEP_SEED) for rate in RATES)
-            rate = tuned(runs, problem) if method == "Adam" else 0.0
+            rate = tuned(runs, problem, method) if method in TUNED else 0.0
             yield from (Run(problem, method, rate, seed) for seed in range(1, seeds + 1))
 
 
@@ -208,26 +243,31 @@ def table(runs: Runs) -> str:
     """A row for a problem and method, medians over seeds; a target that half of the seeds did not reach has a dash."""
     rows = []
     for problem in PROBLEMS:
-        for method in METHODS:
+        for method in [method for method in METHODS if asked(problem, method)]:
             found = [r for r in runs.values() if (r.problem, r.method) == (problem, method) and r.seed != SWEEP_SEED]
             if not found:
                 rows.append((problem, method, "0", *[""] * (len(TARGETS) + 1), "not run"))
                 continue
             rate = f" (rate {found[0].rate:g})" if found[0].rate else ""
-            stalled = sum(run.ended == "stalled" for run in found)
+            counts = {
+                "stalled": sum(run.ended == "stalled" for run in found),
+                "lifted": sum(run.lifted for run in found),
+            }
+            said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
             rows.append((
                 problem, method + rate, str(len(found)),
                 f"{statistics.median(1e3 * run.seconds / run.steps for run in found):.0f}",
                 *(reached(found, target) for target in TARGETS),
-                f"{statistics.median(run.best for run in found):.1e}" + (f" ({stalled} stalled)" if stalled else ""),
+                f"{statistics.median(run.best for run in found):.1e}" + (f" ({said})" if said else ""),
             ))  # fmt: skip
     header = ("problem", "method", "seeds", "ms a step", *(f"{t:.0e}: s (steps)" for t in TARGETS), "best error")
     kept = list(runs.values())
     compiling = statistics.median(run.compile_s for run in kept if run.method.startswith("ours"))
     said = (
         f"Relative L2 error; processor seconds of steps alone (making ours takes {compiling:.0f} s more, once), "
-        f"{BUDGET:.0f} s a run; medians of the seeds. Adam's rate: of {', '.join(map(str, RATES))} the best after "
-        f"{SWEEP:.0f} s with another seed. L-BFGS: evaluations for steps, on points that stay. "
+        f"{BUDGET:.0f} s a run; medians of the seeds. Rates: of {', '.join(map(str, RATES))} the best after "
+        f"{SWEEP:.0f} s with another seed. Lifted: factors made of eigenvalues. L-BFGS: evaluations for "
+        "steps, on points that stay. "
         f"Written by `benchmarks/physics.py`; last run {kept[-1].measured}: {kept[-1].machine}."
     )
     return f"{markdown(header, rows)}\n\n{said}"
@@ -255,7 +295,8 @@ def main(
     problems = [name for name in PROBLEMS if name in names] or list(PROBLEMS)
     methods = [name for name in METHODS if name in names] or list(METHODS)
     runs: Runs = {} if quick else load()
-    total = len(problems) * sum((1 if quick else seeds) + len(RATES) * (name == "Adam") for name in methods)
+    pairs = [method for method in methods for problem in problems if asked(problem, method)]
+    total = sum((1 if quick else seeds) + len(RATES) * (name in TUNED) for name in pairs)
     columns = (TextColumn("run"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=total)

@@ -7,10 +7,23 @@ the gains of Differential Dynamic Programming symbolically and generates the pro
 from gtddp_compile.api import compile_optimizer
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
-from gtddp_compile.methods.curvature import EKFAC, FOOF, KFAC, SGD, Adam, AdamW, Curvature, RMSprop
+from gtddp_compile.methods.curvature import (
+    EKFAC,
+    FOOF,
+    KFAC,
+    SGD,
+    SOAP,
+    Adagrad,
+    Adam,
+    AdamW,
+    Curvature,
+    Muon,
+    RMSprop,
+    Shampoo,
+)
 from gtddp_compile.methods.terminal import Geometric, MonteCarlo
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Sketch
+from gtddp_compile.options import Nystrom, Sketch
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.terms import Terms
 
@@ -19,6 +32,8 @@ __all__ = [
     "FOOF",
     "KFAC",
     "SGD",
+    "SOAP",
+    "Adagrad",
     "Adam",
     "AdamW",
     "CompileError",
@@ -27,8 +42,11 @@ __all__ = [
     "Curvature",
     "Geometric",
     "MonteCarlo",
+    "Muon",
+    "Nystrom",
     "Player",
     "RMSprop",
+    "Shampoo",
     "Shortcut",
     "Sketch",
     "Stage",

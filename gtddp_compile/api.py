@@ -52,13 +52,13 @@ def compile_optimizer(
     Args:
         model: any traceable module; it is not changed.
         example_inputs: a tensor, or a tuple or dict of them, batch on the leading axis; without it the program is
-            specialised at the first step. Of :class:`~gtddp_compile.Terms`, sets of points, as ``step`` takes them; the
+            specialised at the first step. Of ``Terms``, sets of points, as ``step`` takes them; the
             loss is then theirs, the terminal Gauss-Newton's (``Geometric(aim=2)``) and ``gram`` exact.
         loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)``
             returning one loss a sample, shape (B,).
         curvature: ``"foof"``, ``"kfac"``, ``"ekfac"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, ``"adam"``,
-            ``"adamw"`` with its options as further keywords (``lr``, ``weight_decay``, …: torch.optim's names and
-            defaults), or an object such as ``RMSprop(lr=1e-3)``.
+            ``"adamw"``, ``"shampoo"``, ``"soap"``, ``"muon"`` with its options as further keywords (``lr``,
+            ``weight_decay``, …: torch.optim's names and defaults), or an object such as ``RMSprop(lr=1e-3)``.
         feedback: True; ``"open"``: open gains only; False: exactly the base method (Proposition 4).
         rollout: ``"linear"``: the policy is rolled out on the linearised dynamics: one joint step of all stages, the
             exact minimiser of the coupled model, without a second forward sweep. ``"nonlinear"``: on the network
@@ -98,9 +98,10 @@ def compile_optimizer(
         gram: how the Gram matrices are made. ``"auto"``: exactly, but for layers whose exact one would cost more than
             half of their own training step because the metric is diagonal: those have it separated. ``"exact"``.
             ``"separable"``: every diagonal metric as a product of one of outputs and one of inputs.
-            ``Sketch(columns)``: random signs as well, where that is cheaper. ``"coarse"``: the cheapest of these a
-            layer, and of a convolution's kernel the central element for all. ``opt.program.cost()``
-            shows what was taken, docs/performance.md what each does to the update.
+            ``Sketch(columns)``: random signs as well, where that is cheaper. ``Nystrom(columns,
+            tolerance)``: none is formed, the weights come by conjugate gradients (docs/theory.md#nystrom).
+            ``"coarse"``: the cheapest of these a layer, and of a convolution's kernel the central element for all.
+            ``opt.program.cost()`` shows what was taken, docs/performance.md what each does to the update.
         memory: ``"keep"``: the trajectory and its gradients stay until the forward sweep has passed them;
             ``"recompute"``: only what crosses between segments of stages does, and a segment is run again in both
             sweeps (three more passes in all, the same update). ``opt.program.cost()`` shows the segments.

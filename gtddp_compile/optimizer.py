@@ -124,10 +124,11 @@ class CompiledOptimizer(torch.optim.Optimizer):
         """Figures of the last step.
 
         ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped``; ``lifted_grams``:
-        Gram matrices not definite to rounding, to whose diagonal more was added, with a warning; for
-        Kronecker factors ``solve_fallbacks`` (Cholesky failed); and, by player or coalition, ``open_norm`` and
-        ``feedback_norm`` (in the metric ``M``). The decrease and the norms come from the closed form's Gram matrices:
-        they are None after a step without (``feedback=False``, ``backend="dense"``, the paper's recursions).
+        Gram matrices not definite to rounding, whose factor was made of raised eigenvalues, with a warning;
+        ``products`` that ``gram=Nystrom()`` made; for Kronecker factors ``solve_fallbacks`` (Cholesky failed); and, by
+        player or coalition, ``open_norm`` and ``feedback_norm`` (in the metric ``M``). The decrease and the norms come
+        from the closed form's Gram matrices: they are None after a step without (``feedback=False``, ``Nystrom``,
+        ``backend="dense"``, the paper's recursions).
         """
         return self._diagnostics.figures()
 

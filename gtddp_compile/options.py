@@ -41,7 +41,35 @@ class Sketch:
             raise CompileError(f"Sketch has columns={self.columns!r}", "Give a number of columns of at least 1")
 
 
-Gram = Literal["auto", "exact", "separable", "coarse"] | Sketch
+@dataclass(frozen=True)
+class Nystrom:
+    """The joint step without its Gram matrix: conjugate gradients, preconditioned by the columns of some samples.
+
+    Nyström's approximation, by samples drawn anew every step. The step is the exact one to the tolerance; its price
+    grows with samples times columns, and few products are needed where no more eigenvalues of the Gram matrix than
+    columns are above the damping: least squares over many points in few dimensions (docs/physics.md). Do not use it
+    where every sample says something of its own (classification, many dimensions): where eight do not do,
+    four times as many columns are made, in the end all (``diagnostics["products"]``).
+
+    Attributes:
+        columns: samples whose columns are made; all of a batch that has no more.
+        tolerance: of the residual, beside that of no step.
+
+    Raises:
+        CompileError: not a positive number of columns, or no tolerance between 0 and 1.
+    """
+
+    columns: int = 160
+    tolerance: float = 3e-3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.columns, bool) or not isinstance(self.columns, int) or self.columns < 1:
+            raise CompileError(f"Nystrom has columns={self.columns!r}", "Give a number of columns of at least 1")
+        if not 0 < self.tolerance < 1:
+            raise CompileError(f"Nystrom has tolerance={self.tolerance!r}", "Give a number between 0 and 1")
+
+
+Gram = Literal["auto", "exact", "separable", "coarse"] | Sketch | Nystrom
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "feedback": (True, "open", False),
@@ -100,11 +128,11 @@ class Options:
         terminal, gram, inertia, grid = self.terminal, self.gram, self.inertia, self.line_search
         group = not isinstance(self.coupling, bool) and isinstance(self.coupling, int) and self.coupling >= 1
         known = terminal in (None, "geometric", "gradient", "ggn") or isinstance(terminal, MonteCarlo | Geometric)
-        made = gram in ("auto", "exact", "separable", "coarse") or isinstance(gram, Sketch)
+        made = gram in ("auto", "exact", "separable", "coarse") or isinstance(gram, Sketch | Nystrom)
         yield "coupling", group or self.coupling in ("full", "block"), "'full', 'block' or a group size of at least 1"
         yield "terminal", known, "'geometric', Geometric(aim, own), 'gradient', 'ggn' or MonteCarlo(rank)"
         yield "compile", isinstance(self.compile, bool | Mapping), "True, False or a mapping of torch.compile's options"
-        yield "gram", made, "'auto', 'exact', 'separable', 'coarse' or Sketch(columns)"
+        yield "gram", made, "'auto', 'exact', 'separable', 'coarse', Sketch(columns) or Nystrom(columns)"
         fading = inertia is None or (_is_number(inertia) and 0 <= inertia < 1)
         yield "inertia", fading, "a number that is at least 0 and less than 1, or None"
         for option in ("feedback_clip", "max_step", "max_grad_norm"):
@@ -132,6 +160,11 @@ class Options:
         yield (self.gram not in ("auto", "exact") and (dense or self.recursion != "levenberg" or self.factored),
                f"gram={self.gram!r} approximates the Gram matrices of the fast backend's rank-one form",
                "Use it with backend='fast', recursion='levenberg' and terminal 'gradient' or 'geometric'")  # fmt: skip
+        whole_batch = linear and self.coupling == "full" and self.memory == "keep" and self.compile is False
+        yield (isinstance(self.gram, Nystrom) and not whole_batch,
+               f"gram={self.gram!r} is the joint step of a whole batch",
+               "Use it with rollout='linear', feedback=True, coupling='full' and memory='keep', without "
+               "compile")  # fmt: skip
         yield (self.rollout == "linear" and self.feedback is not False and not (self.feedback is True and coupled),
                "rollout='linear' is the joint step of all stages, and there is none with "
                f"feedback={self.feedback!r}, coupling={self.coupling!r}, recursion={self.recursion!r}",
@@ -174,8 +207,8 @@ class Options:
     @property
     def gram_kind(self) -> str:
         """Which Gram matrices the cost model may choose from: those of the rank-one form can be approximated."""
-        if isinstance(self.gram, Sketch):
-            return "sketch"
+        if isinstance(self.gram, Sketch | Nystrom):
+            return "sketch" if isinstance(self.gram, Sketch) else "nystrom"
         return "exact" if self.gram == "auto" and (self.factored or self.recursion != "levenberg") else self.gram
 
     @property

@@ -30,7 +30,15 @@ from gtddp_compile.lowering.lowered import Sweeps, Written
 from gtddp_compile.lowering.plan import Plan, StagePlan
 from gtddp_compile.lowering.write import grams, updates
 from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
-from gtddp_compile.lowering.write.calls import contract, directional, drawn, player_function, prepare, weighted
+from gtddp_compile.lowering.write.calls import (
+    contract,
+    directional,
+    drawn,
+    player_function,
+    prepare,
+    product_of,
+    weighted,
+)
 from gtddp_compile.lowering.write.columns import (
     environment,
     sample_matrices,
@@ -150,7 +158,11 @@ def _terminal(b: Builder, end: int) -> None:
             b.emit("loss", end, "information", "=", values["Lambda"], note="the diagonal of P_T^-1")
             b.emit("loss", end, (), "m.keep", end, information=Var("information"))
         diagonal = Var("information") if form == "joint" else values["Lambda"]
-        b.emit("loss", end, f"lambda_{end}", "blocks_diagonal", diagonal, Var("rows"), note="Lambda_T = P_T^-1")
+        kernel, rows = "blocks_diagonal", Var("rows")
+        if b.plan.gram == "nystrom":
+            kernel, rows = "columns_diagonal", Var("drawn")
+            b.emit("loss", end, "drawn", "drawn_rows", Var("phi"), b.plan.columns, note="J: whose columns are made")
+        b.emit("loss", end, f"lambda_{end}", kernel, diagonal, rows, note="Lambda_T = P_T^-1")
     elif form != "base":
         b.emit("loss", end, f"rho_{end}", "=", values["rho"],
                note="rho_T: V_xx = V_x V_x^T (Prop. 5)" if papers else "rho_T: P_T = diag(rho_T)")  # fmt: skip
@@ -218,7 +230,8 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     for o in found:
         pair = pairs[o.block.players[0].name]
         gammas[", ".join(p.name for p in o.block.players)] = pair[0] if pair else grams.block_gram(b, t, o)
-    b.emit("backward", t, (), "m.keep", t, gammas={name: Var(gram) for name, gram in gammas.items()})
+    kept: dict[str, Any] = {"columns" if b.plan.gram == "nystrom" else "gammas": {n: Var(v) for n, v in gammas.items()}}
+    b.emit("backward", t, (), "m.keep", t, **kept)
     gamma = f"columns_{t}" if b.factored else f"gamma_{t}"
     add = "blocks_add" if len(gammas) > 1 else "="
     b.emit("backward", t, gamma, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
@@ -313,16 +326,25 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Obse
 def _decide_together(b: Builder) -> None:
     """``w`` of the joint step, every player's weighted gradient where their norm is asked for."""
     if b.plan.form.name == "joint":
-        scale = () if b.factored else (Var("information"),)
-        b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var("lambda_0"), *scale, note="Cholesky, the only one")
+        figures: dict[str, Any] = {"lifted": Var("lifted_0")}
         equation = b.plan.form.forward["w"]
-        code = _formula(b, 0, equation.expression)
-        b.emit("joint", 0, "w", "=", code, note=f"w ({equation.source}): of every stage")
+        if b.plan.gram == "nystrom":
+            players = tuple(product_of(b, player) for player in b.graph.players)
+            b.emit("joint", 0, ("w", "lifted_0", "products"), "solve_iteratively", Var("lambda_0"), Var("information"),
+                   _formula(b, 0, a.TARGET), Var("drawn"), players, b.plan.tolerance,
+                   note=f"w ({equation.source}): of every stage")  # fmt: skip
+            figures["products"] = Var("products")
+        else:
+            scale = () if b.factored else (Var("information"),)
+            b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var("lambda_0"), *scale,
+                   note="Cholesky, the only one")  # fmt: skip
+            code = _formula(b, 0, equation.expression)
+            b.emit("joint", 0, "w", "=", code, note=f"w ({equation.source}): of every stage")
         if b.plan.max_step is not None:
             target = _formula(b, 0, a.TARGET)
             b.emit("joint", 0, "w_capped", "cap_step", Var("w"), target, Var("information"), Var("tau"),
                    Var("rows"), b.plan.max_step, note="|delta u|_M at most max_step")  # fmt: skip
-        b.emit("joint", 0, (), "m.keep", 0, lifted=Var("lifted_0"), weights=Var(_weights(b)))
+        b.emit("joint", 0, (), "m.keep", 0, **figures, weights=Var(_weights(b)))
     if b.plan.max_grad_norm is not None:
         updates.clipped(b, _weights(b))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gtddp_compile import Terms, pde
 
-FEW = setting(1e-2)
+FEW = setting(1e-3)
 """Where the points of a step say little about the others, it must not fit them closely."""
 
 
@@ -38,10 +38,10 @@ def boundary(drawn: torch.Generator, count: int, dimensions: int) -> Tensor:
     return x
 
 
-def problem(dimensions: int = 2) -> Problem:
-    """On the square as it is published; in more dimensions (even) a larger network and few points."""
+def problem(dimensions: int = 2, times: int = 1) -> Problem:
+    """On the square as it is published (``times`` its points); in more dimensions (even) with few points."""
     square = dimensions == 2
-    solution, (inside, edge) = (plane, (900, 120)) if square else (harmonic, (100, 50))
+    solution, (inside, edge) = (plane, (900 * times, 120 * times)) if square else (harmonic, (100, 50))
     net = network(dimensions, *((64, 64, 48, 48) if square else (256, 256, 128, 128)), 1)
     terms: dict[str, Any] = {"interior": lambda net, x: pde.laplacian(net)(x), "boundary": lambda net, x: net(x)}
 
@@ -51,7 +51,8 @@ def problem(dimensions: int = 2) -> Problem:
         return {"interior": (x, -2 * math.pi**2 * plane(x) if square else 0.0), "boundary": (b, solution(b))}
 
     where = torch.rand(4000, dimensions, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return Problem(Terms(net, terms), points, where, solution(where), SETTING if square else FEW)
+    return Problem(Terms(net, terms), points, where, solution(where), SETTING if square else FEW,
+                   averaged=not square)  # fmt: skip
 
 
 def main(steps: int = 150, dimensions: int = 2, out: Path = Path("poisson.html")) -> None:

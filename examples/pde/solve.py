@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from gtddp_compile import Terms, compile_optimizer
+from gtddp_compile import Nystrom, Terms, compile_optimizer
 
 
 def setting(damping: float) -> dict[str, Any]:
@@ -23,8 +25,8 @@ def setting(damping: float) -> dict[str, Any]:
     return {"curvature": "sgd", "lr": 1 / damping, "inertia": 0.9, "max_step": damping**0.5}
 
 
-SETTING = setting(1e-8)
-"""Where nothing else is said."""
+SETTING = setting(1e-8) | {"gram": Nystrom()}
+"""Where nothing else is said: points of few dimensions, so many that they say the same."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Problem:
         exact: the solution there, ``(n,)``.
         setting: options of the optimizer.
         says: what else the line of progress tells.
+        averaged: whether the solution is the average of the steps' networks, the later the heavier.
     """
 
     terms: Terms
@@ -46,11 +49,22 @@ class Problem:
     exact: Tensor
     setting: dict[str, Any] = field(default_factory=lambda: SETTING)
     says: Callable[[], str] = str
+    averaged: bool = False
+
+    @cached_property
+    def mean(self) -> AveragedModel:
+        """The average of networks; after n, the share of the next is ``9 / (n + 9)`` (Shamir and Zhang 2013)."""
+        return AveragedModel(self.terms.net, avg_fn=lambda mean, new, n: torch.lerp(mean, new, 9 / (float(n) + 9)))
+
+    def follow(self) -> None:
+        """Take the network after a step in."""
+        if self.averaged:
+            self.mean.update_parameters(self.terms.net)
 
     def found(self) -> Tensor:
         """The network's solution at the points of the test, ``(n,)``."""
         with torch.no_grad():
-            values: Tensor = self.terms.net(self.where)[:, 0]
+            values: Tensor = (self.mean if self.averaged else self.terms.net)(self.where)[:, 0]
         return values
 
     def error(self) -> float:
@@ -75,6 +89,7 @@ def solve(problem: Problem, steps: int, report: Path | None = None) -> list[tupl
     with Progress(*columns) as progress:
         for _ in progress.track(range(steps), description=""):
             opt.step(problem.points(drawn))
+            problem.follow()
             history.append((time.perf_counter() - start, problem.error()))
             said = f"{history[-1][0]:.0f} s, relative L2 error {history[-1][1]:.1e} {problem.says()}"
             progress.update(progress.task_ids[0], description=said)

@@ -27,11 +27,13 @@ from gtddp_compile.kernels.linear import *
 from gtddp_compile.kernels.loss import *
 from gtddp_compile.kernels.moments import *
 from gtddp_compile.kernels.norm import *
+from gtddp_compile.kernels.nystrom import *
 from gtddp_compile.kernels.patches import *
 from gtddp_compile.kernels.rows import *
 from gtddp_compile.kernels.spread import *
 from gtddp_compile.kernels.sweep import *
 from gtddp_compile.kernels.transposed import *
+from gtddp_compile.kernels.turned import *
 
 KERNELS: dict[str, Callable[..., Any]] = {
     name: value

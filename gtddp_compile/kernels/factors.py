@@ -6,6 +6,7 @@ apart), rows 1 … r the pulled-back factor. Vectors and matrices over columns a
 operation cannot be evaluated on repeated samples (``mixes``), they are called once a column.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from gtddp_compile.kernels.bundle import Layer, column_samples, part_of, wide
 from gtddp_compile.kernels.rows import joint_gram
 from gtddp_compile.kernels.sweep import gram_blocks
+from gtddp_compile.kernels.turned import turned_rows
 
 CHUNK = 2**24
 """Bound on the elements of an intermediate tensor."""
@@ -119,7 +121,7 @@ def sample_grams(per_sample: Kernel, layer: Layer, metric: tuple[Any, ...]) -> T
 def joint_sample_grams(psi: tuple[Tensor, ...], metric: tuple[Any, ...], rank: int) -> Tensor:
     """``Γ_ii`` from ``Ψ`` itself, ``(B, r, r)``."""
     found = []
-    for rows, inverse in zip(psi, metric, strict=True):
+    for rows, inverse in itertools.starmap(turned_rows, zip(psi, metric, strict=True)):
         flat, scaled = (values.reshape(-1, rank, rows[0].numel()) for values in (rows, rows * inverse))
         found.append(scaled @ flat.mT)
     return wide(sum(found[1:], found[0]))

@@ -15,7 +15,7 @@ With ``γ̂_i = Σ_p √η_p Σ_t ĝ_p x̂_pᵀ`` then ``Γ_ij = ⟨γ̂_i, scal
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ from gtddp_compile.kernels.coordinates import (
     kronecker_coordinates,
 )
 from gtddp_compile.kernels.linear import linear_gram, linear_gram_diagonal
+from gtddp_compile.kernels.rows import joint_gram
+from gtddp_compile.kernels.turned import Turned, as_matrix
 
 CHUNK = 2**24
 """Bound on the elements of an intermediate tensor."""
@@ -99,9 +101,8 @@ def kronecker_widths(layers: Sequence[Rows]) -> tuple[tuple[int, int], ...]:
 
 def kronecker_factor_shapes(layers: Sequence[Rows]) -> dict[str, tuple[int, int, int]]:
     """Shapes of the factors of the layers' rows side by side, by what a state calls them."""
-    first = [_kronecker_rows(layer, slice(0, 1)) for layer in layers]
-    wide_x, wide_g = (sum(rows[side].shape[-1] for rows in first) for side in (0, 1))
-    groups = first[0][0].shape[1]
+    groups = _kronecker_rows(layers[0], slice(0, 1))[0].shape[1]
+    wide_x, wide_g = map(sum, zip(*kronecker_widths(layers), strict=True))
     return {"factor_x": (groups, wide_x, wide_x), "factor_g": (groups, wide_g, wide_g)}
 
 
@@ -245,22 +246,38 @@ def _kronecker_gram_of(layers: Sequence[Rows], metric: Metric, scale: Tensor | f
             return (gamma * scale).flatten(1) @ gamma.flatten(1).mT
         x, g = _kronecker_stacked(layers, metric, row)
         return groups_gram(linear_gram, x, g, scale)
-    samples, inputs = row.stop - row.start, metric[0][0][0].shape[-1]
-    outputs = (
-        _kronecker_rows(layers[0], slice(0, 1))[1].shape[-1] if metric[0][0][1] is None else metric[0][0][1].shape[-1]
-    )
-    gram = metric[0][0][0].new_zeros(samples, samples)
-    step = max(1, CHUNK // (samples * inputs * metric[0][0][0].shape[0]))
+    samples, (map_x, map_g) = row.stop - row.start, metric[0][0]
+    outputs = kronecker_widths(layers)[0][1] if map_g is None else map_g.shape[-1]
+    gram = map_x.new_zeros(samples, samples)
+    step = max(1, CHUNK // (samples * map_x.shape[-1] * map_x.shape[0]))
     for start in range(0, outputs, step):
         columns = slice(start, start + step)
-        blocks = []
-        for part in parts:
-            x, g = _kronecker_stacked(layers, metric, part)
-            blocks.append(g[..., columns].mT @ x)
-        gamma = torch.cat(blocks)
+        rows = (_kronecker_stacked(layers, metric, part) for part in parts)
+        gamma = torch.cat([g[..., columns].mT @ x for x, g in rows])
         scaled = gamma * (scale[:, columns] if isinstance(scale, Tensor) else scale)
         gram = gram + scaled.flatten(1) @ gamma.flatten(1).mT
     return gram
+
+
+def turned_gram(
+    kernel: Callable[[Layer], tuple[Tensor, Tensor]], layer: Layer, metric: tuple[Any, ...], rows: Sequence[slice], *,
+    separable: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """``Γ`` of a layer with rows (``kernel``) whose weight has a :class:`Turned` metric, and whose bias has its own."""
+    weight = metric[0] if isinstance(metric[0], Turned) else Turned(None, None, as_matrix(metric[0]))
+    (x, g), scale = (None if side is None else side[None] for side in weight[:2]), weight.scale
+    scale = scale[None] if isinstance(scale, Tensor) else scale
+    made, swapped = kernel, x is None and g is not None
+    if swapped:  # the kernels want X; a sum of outer products has no first side
+        x, g, made = g, None, lambda own: kernel(own)[::-1]
+        scale = scale.mT if isinstance(scale, Tensor) else scale
+    own = Rows(made, layer._replace(wants=(True, False)))
+    x = wide(layer.g.new_ones(kronecker_widths((own,))[0][0])).diag()[None] if x is None else x
+    found = kronecker_gram((own,), (((x, g),), scale, None, (1.0,)), rows, separable=separable)
+    if not layer.wants[1]:
+        return found
+    biases = joint_gram((_kronecker_rows(own, slice(None))[1 - swapped].sum(2).flatten(1),), metric[1:], rows)
+    return tuple(map(torch.add, found, biases))
 
 
 def kronecker_gram_diagonal(layers: Sequence[Rows], metric: Metric) -> Tensor:

@@ -202,7 +202,7 @@ def linear_directional(layer: Layer, direction: tuple[Tensor, ...]) -> Tensor:
     if g.shape[-1] * 2 < x.shape[-1]:
         change = F.linear(x, direction[0], direction[1] if wants[1] else None)
         return (g * change).flatten(1).sum(1)
-    found = (g @ direction[0] * x).flatten(1).sum(1)  # a product of untransposed matrices
+    found = (g @ direction[0]).mul_(x).flatten(1).sum(1)  # a product of untransposed matrices
     return found + _linear_rows(g).sum(1) @ direction[1] if wants[1] else found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gtddp_compile.kernels.bundle import is_spherical, pieces, wide
 from gtddp_compile.kernels.linear import linear_inputs
+from gtddp_compile.kernels.turned import turned_rows
 
 Gradients = tuple[Tensor, ...]
 
@@ -23,11 +24,12 @@ def _rows_flat(gamma: Tensor) -> Tensor:
 def rows_gram(gradients: Gradients, metric: tuple[Any, ...]) -> Tensor:
     """``γ M⁻¹ γᵀ``, ``(B, B)``."""
     pairs = zip(gradients, metric, strict=True)
-    return functools.reduce(torch.add, (_rows_gram(_rows_flat(gamma), inverse) for gamma, inverse in pairs))
+    return functools.reduce(torch.add, (_rows_gram(*turned_rows(gamma, inverse)) for gamma, inverse in pairs))
 
 
 def _rows_gram(gamma: Tensor, inverse: Any) -> Tensor:
-    """``γ M⁻¹ γᵀ`` of one parameter, ``γ`` ``(B, m)``; a diagonal metric is applied a bounded piece at a time."""
+    """``γ M⁻¹ γᵀ`` of one parameter; a diagonal metric is applied a bounded piece at a time."""
+    gamma = _rows_flat(gamma)
     if is_spherical(inverse):
         scaled: Tensor = linear_inputs(gamma) * inverse
         return scaled

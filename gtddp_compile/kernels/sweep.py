@@ -182,8 +182,9 @@ def factor(blocks: Blocks, scale: Tensor | None = None) -> tuple[Blocks, tuple[T
     """Upper Cholesky factors, ``Rᵀ R``: positive definite by construction (docs/theory.md#collapse), and kept so.
 
     A sum of Gram matrices carries rounding errors of about ``eps · trace``: that much is added to the diagonal, in
-    double precision nothing, and a thousand times as much, with a warning, where it does not do (very deep networks
-    whose activations grow). The second result says of every block, by a number that is not 0, that this was so.
+    double precision nothing. Where it does not do (very little damping, very deep networks whose activations grow) the
+    factor is made of the eigenvalues, with a warning. The second result says of every block, by a number that is not
+    0, that this was so.
 
     ``scale``: of every row, ``(B,)``. What is factored is ``A_ij / √(s_i s_j)``, so that a sample whose loss is small,
     and its row with it, is not lost beside what is added.
@@ -214,10 +215,20 @@ def _cholesky(block: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
     if unchecked or torch.compiler.is_compiling():  # whether it failed is seen when the step is done
         return torch.where(failed == 0, found, torch.nan), failed
     if failed:
-        said = "a Gram matrix is not definite to rounding: 1000 eps trace is added to its diagonal"
+        said = "a Gram matrix is not definite to rounding: its eigenvalues below eps trace are taken as that"
         warnings.warn(said, RuntimeWarning, stacklevel=2)
-        found = torch.linalg.cholesky(_lifted(block, 1000 * eps), upper=True)
+        found = _by_eigenvalues(block, eps)
     return found, failed
+
+
+def _by_eigenvalues(block: Tensor, share: float) -> Tensor:
+    """``R`` with ``RᵀR = V max(Λ, share · trace) Vᵀ``: what rounding does not resolve moves no other direction."""
+    if not block.isfinite().all():
+        raise torch.linalg.LinAlgError("a Gram matrix is not finite")  # type: ignore[attr-defined]
+    values, vectors = torch.linalg.eigh(block)
+    roots = values.clamp_min(share * block.trace()).sqrt()
+    factor: Tensor = torch.linalg.qr(roots.unsqueeze(1) * vectors.mT, mode="r").R
+    return factor
 
 
 def _lifted(block: Tensor, share: float) -> Tensor:

@@ -63,10 +63,18 @@ def transposed_per_sample(layer: Layer) -> tuple[Tensor, ...]:
 
 
 def linear_uses_gram(layer: Layer, metric: Inverses, *, uses: tuple[tuple[bool, bool], ...]) -> Tensor:
-    """``γ M⁻¹ γᵀ``, ``(B, B)``, of one weight used several times: the positions of all uses are those of one layer.
+    """``γ M⁻¹ γᵀ``, ``(B, B)``, of one weight used several times, see :func:`joined_uses`."""
+    joined, bias = joined_uses(layer, metric, uses=uses)
+    gram = _linear_weight_gram(joined.operands[0], joined.g, metric[0])
+    return gram if bias is None else gram.add_(linear_inputs(bias))
+
+
+def joined_uses(layer: Layer, metric: Inverses, *, uses: tuple[tuple[bool, bool], ...]) -> tuple[Layer, Tensor | None]:
+    """One weight used several times as one layer of it, whose positions are those of all uses.
 
     The layer's operands are ``x`` of every use, then ``g`` of every use but the first. ``uses``: for each, whether it
-    is ``x W``, and whether it adds the bias. Where ``M`` is spherical the bias is a column of ``X``.
+    is ``x W``, and whether it adds the bias. Where ``M`` is spherical the bias is a column of ``X``, in units of the
+    weight's ``M``; otherwise its gradients come apart, ``(B, m)``, times ``M^{-1/2}``.
     """
     operands, g, _, wants, _ = layer
     pairs = zip(operands[: len(uses)], (g, *operands[len(uses) :]), uses, strict=True)
@@ -80,5 +88,5 @@ def linear_uses_gram(layer: Layer, metric: Inverses, *, uses: tuple[tuple[bool, 
             gradients.append(gradient.sum(1))
         inputs.append(x)
         outputs.append(gradient)
-    gram = _linear_weight_gram(torch.cat(inputs, 1), torch.cat(outputs, 1), metric[0])
-    return gram.add_(linear_inputs(sum(gradients) * metric[1] ** 0.5)) if gradients else gram
+    bias = sum(gradients[1:], gradients[0]) * metric[1] ** 0.5 if gradients else None
+    return Layer((torch.cat(inputs, 1),), torch.cat(outputs, 1), (None, None), (True, False)), bias

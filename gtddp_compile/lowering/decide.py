@@ -15,7 +15,7 @@ from gtddp_compile.lowering.costs import LayerShape, shape_of
 from gtddp_compile.lowering.plan import GramChoice, LayerPlan, MetricBlock, Plan
 from gtddp_compile.lowering.uses import Use, describe_use
 
-METRICS = ("spherical", "diagonal")
+METRICS = ("spherical", "diagonal", "turned", "turned diagonal")
 """Curvatures whose Gram matrices are made player by player from parameters' own metrics."""
 
 
@@ -67,6 +67,9 @@ def _gram(plan: Plan, use: Use, shape: LayerShape | None) -> GramChoice:
         return GramChoice("a block a sample" if form.factored else "diagonal")
     if form.factored:
         return GramChoice("kernel, columns as samples")
+    if plan.gram == "nystrom":
+        linear = use.rule.prefix in ("linear", "transposed") and use.wants[0] and plan.metric == "spherical"
+        return GramChoice(f"{plan.columns} columns", uses=int(linear))
     if use.rule.prefix == "norm":
         return GramChoice("per-sample", True)
     if shape is None:
@@ -74,10 +77,23 @@ def _gram(plan: Plan, use: Use, shape: LayerShape | None) -> GramChoice:
     diagonal, weight = plan.metric == "diagonal", use.wants[0]
     if use.rule.prefix == "transposed":
         return shape.choice("exact", 0, diagonal=diagonal, weight=weight)
+    if plan.turned:
+        return _turned(plan, use, shape)
     gram = shape.choice(plan.gram, plan.columns, diagonal=diagonal, weight=weight, sketches=form.name == "joint")
     if plan.metric == "rescaled" and plan.gram != "exact":  # diagonal in its own basis, and separated there
         return replace(gram, approximate=shape.choice("auto", plan.columns, diagonal=True, weight=weight).approximate)
     return gram
+
+
+def _turned(plan: Plan, use: Use, shape: LayerShape) -> GramChoice:
+    """Of a weight whose metric is diagonal in turned coordinates: its rows are turned, or ``γ`` where that is kept."""
+    exact = shape.choice("exact", 0, diagonal=False, weight=use.wants[0])
+    if not use.rule.rows or not use.wants[0] or shape.groups > 1 or (shape.prefix == "conv" and exact.kept):
+        return GramChoice("per-sample", exact.kept)
+    if plan.metric == "turned" or plan.gram == "exact":
+        return GramChoice("turned rows")
+    found = shape.choice("auto", plan.columns, diagonal=True, weight=True)
+    return GramChoice("turned rows", approximate=found.approximate)
 
 
 def _stacked(plan: Plan, layer: LayerPlan) -> GramChoice | None:
@@ -90,10 +106,12 @@ def _stacked(plan: Plan, layer: LayerPlan) -> GramChoice | None:
     same = len({use.params[0] for use in layer.uses if use.params}) == 1 and first.names == layer.player.parameters
     if len(found) < len(layer.uses) or not same or not first.wants[0] or plan.form.factored:
         return None
-    if plan.form.name not in COUPLED or len(layer.uses) == 1:
+    if plan.form.name not in COUPLED or len(layer.uses) == 1 or plan.turned:
         return None
     outputs, inputs = found[0].weight
     positions = sum(shape.positions for shape in found)
+    if plan.gram == "nystrom":
+        return GramChoice(f"{plan.columns} columns", uses=len(layer.uses)) if plan.metric == "spherical" else None
     form = kernels.linear_gram_form(found[0].output[0], positions, inputs, outputs)
     return GramChoice("pairs" if form == "pairs" and plan.metric != "diagonal" else "per-sample", uses=len(layer.uses))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from gtddp_compile import kernels
+from gtddp_compile.lowering.layers import FILES
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,8 @@ METHODS: dict[str, Method] = {
 }
 """By name; ``m.NAME`` in a program."""
 
-OF_LAYERS = frozenset({"linear", "transposed", "conv", "channels", "approximate", "norm", "generic", "conv_pairs"})
-"""Modules of kernels that read values of the network or gradients of them."""
-
 LIFTED = frozenset(
-    {name for name, kernel in kernels.KERNELS.items() if kernel.__module__.rpartition(".")[2] in OF_LAYERS}
+    {name for name, kernel in kernels.KERNELS.items() if kernel.__module__.rpartition(".")[2] in FILES}
     | {"contract", "contract_factors", "contract_arranged", "scale", "scaled", "weigh", "combined"}
 )
 """Kernels that get bfloat16 and half values as float32 (``runtime.precision``)."""

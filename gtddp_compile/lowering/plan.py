@@ -71,7 +71,8 @@ class GramChoice:
 
     Attributes:
         form: ``"separable"`` (products of input and output Gram matrices), ``"pairs"``, ``"patches"``, ``"pixels"``
-            (sums over pairs of positions), ``"per-sample"`` (``γ`` itself), ``"sketch"`` or ``"centre"``.
+            (sums over pairs of positions), ``"per-sample"`` (``γ`` itself), ``"turned rows"`` (of a
+            :class:`gtddp_compile.kernels.Turned` metric), ``"sketch"`` or ``"centre"``.
         kept: whether ``γ`` is kept for the weighted gradients.
         approximate: ``"exact"``, ``"separable"``, ``"sketch"`` or ``"centre"``: which kernels make it.
         columns: signs an input of the sketch; 0: as many as the option says.
@@ -170,8 +171,9 @@ class Asked:
         clip: bound on ``c``, in units of the aim; ``None`` for none.
         terminal: how the loss is expanded in the outputs: kind, aim and what of it counts one over the batch.
         metric: the curvature's kind; ``"rescaled"`` is a Kronecker one whose diagonal does not separate.
-        gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"`` or ``"coarse"``.
-        columns: of the sketch.
+        gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"``, ``"coarse"`` or ``"nystrom"``.
+        columns: of the sketch, or samples whose columns of ``Γ`` are made.
+        tolerance: of the iterative solution.
     """
 
     coupling: str | int
@@ -184,11 +186,17 @@ class Asked:
     metric: str
     gram: str
     columns: int
+    tolerance: float
 
     @property
     def linear(self) -> bool:
         """Whether ``ℓ_u`` is present."""
         return self.decay or self.inertia
+
+    @property
+    def turned(self) -> bool:
+        """Whether parameters' metrics are diagonal in coordinates of their own."""
+        return self.metric.startswith("turned")
 
 
 @dataclass(frozen=True, kw_only=True)

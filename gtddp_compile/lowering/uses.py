@@ -86,10 +86,6 @@ def _along_last_axis(graph: ControlGraph, rule: Rule, op: Op) -> bool:
     )
 
 
-CHANNELS_FIRST = frozenset({"batch_norm", "group_norm", "instance_norm"})
-"""Kinds whose parameters lie along axis 1."""
-
-
 def _with_layouts(graph: ControlGraph, use: Use, batched: tuple[bool, ...]) -> Use:
     """The use with the layouts of its value and operands, where they are not all plain.
 
@@ -102,7 +98,7 @@ def _with_layouts(graph: ControlGraph, use: Use, batched: tuple[bool, ...]) -> U
     )
     if all(layout in (None, LEADING) for layout in layouts):
         return use
-    return replace(use, layouts=layouts, behind=2 if graph.op(use.op).kind in CHANNELS_FIRST else 1)
+    return replace(use, layouts=layouts, behind=2 if graph.op(use.op).kind in use.rule.channels_first else 1)
 
 
 def arranged_shape(graph: ControlGraph, use: Use, name: str) -> tuple[int, ...] | None:

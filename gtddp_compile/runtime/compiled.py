@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
+from gtddp_compile.methods.curvature import by_parameter
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
 
 
@@ -89,8 +90,8 @@ def refuse_uncompilable(graph: ControlGraph, curvature: str, kronecker: bool, fa
         )  # fmt: skip
     if kronecker:
         raise CompileError(
-            f"compile=True: {curvature} decides from its step count when to refresh its factors",
-            "Leave compile out, or use 'sgd', 'rmsprop', 'adam' or 'adamw'",
+            f"compile=True: {curvature} decomposes matrices, and decides from its step count when",
+            f"Leave compile out, or use {by_parameter()}",
         )
     if factored:
         raise CompileError(

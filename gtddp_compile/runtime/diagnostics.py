@@ -53,8 +53,13 @@ class Diagnostics:
         if fallbacks:
             found["solve_fallbacks"] = int(sum(fallbacks))
         found.update(dict.fromkeys(("open_norm", "feedback_norm", "predicted_decrease")))
+        lifted = [bool(failed) for stage in stages for failed in stage.get("lifted", ())]
+        if any("lifted" in stage for stage in stages):
+            found["lifted_grams"] = sum(lifted)
+        products = [stage["products"] for stage in stages if "products" in stage]
+        if products:
+            found["products"] = products[0]
         if any("factor" in stage for stage in stages):
-            found["lifted_grams"] = sum(bool(failed) for stage in stages for failed in stage.get("lifted", ()))
             found["open_norm"], found["feedback_norm"] = self._norms()
             found["predicted_decrease"] = self._decrease()
         return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.curvature import PLAIN
 from gtddp_compile.passes.p11_emit import emit_micro
 from gtddp_compile.runtime.compiled import CompiledStep, check_done, refuse_uncompilable
 from gtddp_compile.runtime.method import BaseMethod
@@ -36,7 +37,7 @@ class FastBackend:
         options = program.options
         self._compiled: CompiledStep | None = None
         if options.compile is not False:
-            kronecker = program.lowered.plan.metric in ("kronecker", "rescaled")
+            kronecker = program.lowered.plan.metric not in PLAIN
             refuse_uncompilable(program.graph, program.curvature, kronecker, program.form.factored)
             self._compiled = CompiledStep(self._step, options.compile)
         self._others: dict[tuple[str, Precision, bool], Callable[..., Any]] = {}

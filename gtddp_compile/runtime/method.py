@@ -234,7 +234,8 @@ class BaseMethod(BlockUpdates):
 
     def overflowed(self) -> bool:
         """Whether a Gram matrix kept so far is not finite: no factorisation of it can succeed."""
-        grams = [gram for stage in self.figures.values() for gram in stage.get("gammas", {}).values()]
+        kept = [stage.get(kind, {}) for stage in self.figures.values() for kind in ("gammas", "columns")]
+        grams = [gram for of_players in kept for gram in of_players.values()]
         return not all(bool(block.isfinite().all()) for gram in grams for block in gram)
 
     def mark(self, segment: int = 0) -> None:

@@ -8,7 +8,7 @@ from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules
 from gtddp_compile.lowering.plan import Asked, Plan
 from gtddp_compile.methods.curvature import Curvature, Kronecker
 from gtddp_compile.methods.terminal import terminal_weight
-from gtddp_compile.options import Options, Sketch
+from gtddp_compile.options import Nystrom, Options, Sketch
 from gtddp_compile.passes import collapse, derive, simplify
 from gtddp_compile.passes.p06_derive import Derived
 
@@ -17,6 +17,11 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
     """Passes 6 to 8: derivation, collapse, plan. ``decay``: whether any group has coupled weight decay."""
     if options.factored:
         _check_columns(graph, options)
+    if isinstance(options.gram, Nystrom) and isinstance(curvature, Kronecker):
+        raise CompileError(
+            f"gram={options.gram!r}: the rows of {curvature.name!r} are mapped by factors of all samples",
+            "Use it with a spherical or diagonal curvature: 'sgd' for least squares",
+        )
     derived = derive(graph, options.recursion, metric_rules(options, curvature))
     if options.recursion == "printed":
         _check_own(derived)
@@ -32,7 +37,8 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
         terminal=terminal_weight(options.terminal_kind),
         metric="rescaled" if isinstance(curvature, Kronecker) and curvature.rescales else curvature.metric,
         gram=options.gram_kind,
-        columns=options.gram.columns if isinstance(options.gram, Sketch) else Sketch().columns,
+        columns=options.gram.columns if isinstance(options.gram, Sketch | Nystrom) else Sketch().columns,
+        tolerance=options.gram.tolerance if isinstance(options.gram, Nystrom) else 0.0,
     )
     return derived, simplify(
         derived,

@@ -20,6 +20,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import Layer, random_state, restore_random_state
+from gtddp_compile.options import Nystrom
 from gtddp_compile.passes.p11_emit import draws
 from gtddp_compile.runtime.fast import FastBackend, Micro, Request
 from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
@@ -43,6 +44,7 @@ def check_form(program: UpdateProgram) -> None:
         ("backend", options.backend == "dense", "it keeps one matrix over all samples", "Use the fast backend"),
         ("coupling", program.form.name not in FORMS, "its recursions add over all samples of the batch",
          "Use coupling='full' or a group size"),
+        ("gram", isinstance(options.gram, Nystrom), "its columns are drawn among the samples of one batch", leave_out),
         ("max_grad_norm", options.max_grad_norm is not None, "the norm is that of the union's gradients, and every "
          "micro-batch would clip its own", leave_out),
         ("line_search", options.line_search is not None, "a length is chosen on one batch", leave_out),

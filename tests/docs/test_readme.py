@@ -15,10 +15,13 @@ from types import ModuleType
 import pytest
 import torch
 
+import gtddp_compile
 from gtddp_compile import compile_optimizer, passes
+from gtddp_compile.methods.curvature import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/usage.md", "docs/architecture.md", "docs/physics.md"]
+PAGES = ("usage", "architecture", "physics", "index", "tutorial")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES)]
 PATH = r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`"
 
 
@@ -48,11 +51,12 @@ def test_the_readmes_code_runs_and_trains() -> None:
         assert text in printed.getvalue()
 
 
-def test_the_code_on_physics_runs() -> None:
+@pytest.mark.parametrize("name", ["docs/physics.md", "docs/index.md", "docs/tutorial.md"])
+def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
     names: dict[str, object] = {}
-    for code in re.findall(r"```python\n(.*?)```", read("docs/physics.md"), re.DOTALL):
-        exec(compile(code, "physics.md", "exec"), names)
-        assert isinstance(loss := names["loss"], torch.Tensor) and loss.isfinite()
+    for code in re.findall(r"```python\n(.*?)```", read(name), re.DOTALL):
+        exec(compile(code, name, "exec"), names)
+    assert isinstance(loss := names["loss"], torch.Tensor) and loss.isfinite()
 
 
 def test_the_picture_is_what_the_script_draws() -> None:
@@ -106,3 +110,9 @@ def test_every_test_named_there_exists() -> None:
     functions = set(re.findall(r"`(?:test_\w+\.py::)?(test_\w+)`", text))
     defined = {name for source in sources.values() for name in re.findall(r"^def (test_\w+)", source, re.M)}
     assert len(functions) > 10 and functions <= defined, functions - defined
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    named = set(re.findall(r"^::: gtddp_compile\.(\w+)$", read("docs/api.md"), re.MULTILINE))
+    assert set(gtddp_compile.__all__) == named - {"pde"}
+    assert {method.__name__ for method in REGISTRY.values()} <= named

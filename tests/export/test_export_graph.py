@@ -87,7 +87,7 @@ def test_a_loss_of_ones_own_needs_example_targets(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Example], dict[str, Any], str]] = {
-    "kfac": (small, {"curvature": "kfac"}, r"cannot hold kfac: its factors are inverted only now and then.*adamw"),
+    "kfac": (small, {"curvature": "kfac"}, r"cannot hold kfac: it decomposes matrices.*adamw"),
     "ggn": (small, {"terminal": "ggn"}, r"cannot hold terminal='ggn'.* use terminal='geometric'"),
     "dampening": (small, {"momentum": 0.9, "dampening": 0.5}, r"sgd with dampening.*dampening=0"),
     "dropout": (EXAMPLES["dropout_mlp"], {}, r"operation dropout.*cannot draw the same random numbers.*evaluation"),

@@ -16,7 +16,7 @@ from gtddp_compile import compile_optimizer
 from support.least_squares import Equation, gauss_newton
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "pde"
-NAMES = ("poisson", "heat", "coefficient")
+NAMES = ("poisson", "heat", "helmholtz", "coefficient")
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +32,21 @@ def laplace(u: Any, p: Any, x: Tensor) -> Tensor:
     return hessian(u)(x)[0].trace()[None]  # type: ignore[no-any-return]
 
 
+def helmholtz(u: Any, p: Any, x: Tensor) -> Tensor:
+    return laplace(u, p, x) + 16.0 * u(x)  # type: ignore[no-any-return]
+
+
 def heat(u: Any, p: Any, x: Tensor) -> Tensor:
     return jacrev(u)(x)[:, 1] - p.get("diffusivity", 0.25) * hessian(u)(x)[:, 0, 0]  # type: ignore[no-any-return]
 
 
 EQUATIONS: dict[str, dict[str, Equation]] = {
     "poisson": {"interior": laplace, "boundary": value}, "heat": {"equation": heat, "known": value},
-    "coefficient": {"equation": heat, "data": value},
+    "helmholtz": {"inside": helmholtz, "edge": value}, "coefficient": {"equation": heat, "data": value},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("lam", [1e-6, 1e-2])
+@pytest.mark.parametrize("lam", [1e-5, 1e-2])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_joint_step_is_gauss_newton_s(name: str, lam: float) -> None:
     torch.manual_seed(1)
@@ -64,3 +68,30 @@ def test_it_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     import_module(name).main(steps=2, out=report)
     page = report.read_text(encoding="utf-8")
     assert "2/2" in capsys.readouterr().out and "2 steps" in page and page.rstrip().endswith("</svg>")
+
+
+def test_averaged_networks_are_what_is_shown() -> None:
+    """After n steps the share of the next is ``9 / (n + 9)``."""
+    problem = import_module("poisson").problem(10)
+    weights, net = [], problem.terms.net
+    for _ in range(3):
+        weights.append(net[0].weight.detach().clone())
+        problem.follow()
+        with torch.no_grad():
+            net[0].weight.add_(1.0)
+    expected = weights[0] + 0.9 + (2 - 0.9) * 9 / 11
+    torch.testing.assert_close(problem.mean.module[0].weight, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(problem.found(), problem.mean(problem.where)[:, 0])
+
+
+def test_the_curve_fit_is_as_good_as_levenberg_marquardt_s() -> None:
+    friction = import_module("friction")
+    v, force = friction.measured()
+    found = []
+    for fit in (friction.ours, friction.levenberg_marquardt):
+        torch.manual_seed(0)
+        net = import_module("solve").network(1, 10, 1)
+        fit(net, v, force, 60)
+        found.append(friction.rms(net, v, force))
+    assert found[0] < 1.05 * found[1] < 0.03

@@ -60,7 +60,9 @@ def flat(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("lam", [1.0, 1e-4])
-@pytest.mark.parametrize(("weights", "sizes"), [({}, (7, 4)), ({"boundary": 10.0}, (1, 5)), ({"inside": 0.0}, (6, 1))])
+@pytest.mark.parametrize(
+    ("weights", "sizes"), [({}, (7, 4)), ({"boundary": 10.0}, (1, 5)), ({"inside": 0.0}, (6, 1)), ({}, (1, 1))]
+)
 def test_one_step_for_all_terms_is_the_explicit_one(weights: Any, sizes: Any, lam: float) -> None:
     model, given = terms(**weights), sets(*sizes)
     expected, before = explicit(model, given, lam), flat(model)
@@ -126,6 +128,18 @@ def test_points_at_which_a_term_has_no_value_are_named_and_nothing_changes() -> 
         assert torch.equal(flat(model), before)
         torch.testing.assert_close(opt.state_dict()["state"], state, rtol=0, atol=0)
     assert opt.step(good).isfinite() and not torch.equal(flat(model), before)
+
+
+def test_without_a_cholesky_factor_the_step_is_that_of_the_resolved_eigenvalues() -> None:
+    """Every point eight times, and λ below rounding: the step of least norm that solves the linearised equations."""
+    model, given = terms(), {name: (x.repeat(8, 1), 0.5) for name, (x, _) in sets(5, 3).items()}
+    once, before = {name: (x[: len(x) // 8], right) for name, (x, right) in given.items()}, flat(model)
+    expected = explicit(model, once, 1e-13)
+    opt = compile_optimizer(model, given, curvature="sgd", lr=1e25)
+    with pytest.warns(RuntimeWarning, match="its eigenvalues below eps trace"):
+        opt.step(given)
+        assert opt.diagnostics["lifted_grams"] == 1
+    torch.testing.assert_close(flat(model) - before, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_a_term_may_take_derivatives_by_autograd() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, compile_optimizer
-from support import cases
+from support import cases, published
 from support.compared import SIZE, STEPS, assert_base, assert_equal, assert_exported, batches, optimizer, train
 from support.matrix import FORMS, GROUP, NETWORKS, Row, compiled, meeting, table
 from support.networks import Case
@@ -25,7 +25,7 @@ TABLE = table()
 def test_every_two_entries_meet() -> None:
     met = set().union(*(row.pairs for row in TABLE))
     assert set(meeting()) <= met and len(meeting()) > 1000
-    assert len({(row.curvature, row.terminal, row.form) for row in TABLE}) == 10 * 4 * 7
+    assert len({(row.curvature, row.terminal, row.form) for row in TABLE}) == 13 * 4 * 7
 
 
 CHECKS = [(row, check) for n, row in enumerate(TABLE) for check in ("dense", "exported")[: 2 - n % 2]]
@@ -87,6 +87,28 @@ BASES: list[dict[str, Any]] = [
     {"curvature": "adagrad", "lr": 0.05},
     {"curvature": "adagrad", "lr": 0.05, "lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.1},
 ]
+MATRICES: list[dict[str, Any]] = [
+    {"curvature": "shampoo", "lr": 0.05, "eps": 1e-2},
+    {
+        "curvature": "shampoo",
+        "lr": 0.05,
+        "eps": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 0.1,
+        "stat_decay": 0.9,
+        "refresh": 3,
+    },
+    {"curvature": "shampoo", "lr": 0.05, "eps": 0.1, "one_sided": True},
+    {"curvature": "muon", "lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "adamw_ratio": 0.5, "damping": 0.0},
+    {
+        "curvature": "muon",
+        "lr": 0.02,
+        "momentum": 0.5,
+        "weight_decay": 0.1,
+        "adjust_lr_fn": "match_rms_adamw",
+        "damping": 0.0,
+    },
+]
 PUBLISHED: list[dict[str, Any]] = [
     {"lr": 0.3, "damping": 1e-2},
     {"lr": 0.1, "damping": 1e-2, "refresh": 3, "stat_decay": 0.5},
@@ -102,6 +124,52 @@ FACTORED = ("mlp", "projection", "attention", "conv_mixed", "evaluated", "embedd
 def test_proposition_4(network: str, options: dict[str, Any]) -> None:
     """Mixed derivatives off, layers uncorrelated: torch.optim's own update."""
     assert_base(NETWORKS[network](), steps=10, **options)
+
+
+@pytest.mark.parametrize("options", MATRICES, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("network", ["projection", "conv_mixed", "tied", "square"])
+def test_proposition_4_with_metrics_of_matrices(network: str, options: dict[str, Any]) -> None:
+    """Shampoo and Muon as published, roots and polar factors by singular values: 20 steps."""
+    case = square() if network == "square" else NETWORKS[network]()
+    assert_base(case, steps=20, size=12, tolerance=1e-6 if options["curvature"] == "muon" else 1e-8, **options)
+
+
+def square() -> Case:
+    """Every factor of a gradient determines its eigenbasis: the logits' always have one null direction, and no more."""
+    torch.manual_seed(3)
+    layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)]
+    return Case(nn.Sequential(*layers).double(), (6,))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_soap_is_its_authors(every: int) -> None:
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1, "precondition_frequency": every}
+    assert_base(square(), steps=20, size=16, tolerance=1e-8, curvature="soap", **options)
+
+
+def test_muon_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.optim.Muon with exact polar factors, and how far those of its iteration are from them."""
+    from torch.optim import _muon
+
+    def polar(gradient: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
+        found = published.polar(gradient)
+        left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+        reached = (left.T @ iterated(gradient, coefficients, steps, eps).double() @ right.T).diagonal()
+        assert reached.max() < 1.3 and ((reached - 1).abs() < 0.45)[values > 0.05 * gradient.norm()].all()
+        return found
+
+    iterated = _muon._zeropower_via_newtonschulz
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", polar)
+    case, theirs = square(), square().model
+    run = train(case, 20, 16, curvature="muon", lr=0.02, damping=0.0, feedback=False)
+    matrices, vectors = ([p for p in theirs.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    optimizers = torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(vectors, lr=0.02, weight_decay=0.1)
+    for x, y in batches(case, 20, 16):
+        theirs.zero_grad()
+        F.cross_entropy(theirs(x), y).backward()
+        for one in optimizers:
+            one.step()
+    torch.testing.assert_close(run.model.state_dict(), theirs.state_dict(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", PUBLISHED, ids=str)

@@ -16,8 +16,19 @@ Equation = Callable[[Callable[[Tensor], Tensor], Mapping[str, Tensor], Tensor], 
 """``(field, parameters, one point (D,)) -> (m,)``."""
 
 
-def gauss_newton(model: Terms, equations: Mapping[str, Equation], sets: Mapping[str, Any], lam: float) -> Tensor:
-    """``-Jᵀ (J Jᵀ + λ)⁻¹ r``, flat, each residual scaled by the root of its term's weight over its number of points.
+def gauss_newton(
+    model: Terms, equations: Mapping[str, Equation], sets: Mapping[str, Any], lam: float, start: Tensor | None = None
+) -> Tensor:
+    """``-Jᵀ (J Jᵀ + λ)⁻¹ r``, flat; ``start``: what the step is regularised towards in place of zero."""
+    jac, res = linearised(model, equations, sets)
+    first = torch.zeros_like(jac[0]) if start is None else start
+    return first - jac.T @ torch.linalg.solve(
+        jac @ jac.T + lam * torch.eye(len(res), dtype=res.dtype), res + jac @ first
+    )
+
+
+def linearised(model: Terms, equations: Mapping[str, Equation], sets: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """``J`` and ``r``, each residual scaled by the root of its term's weight over its number of points.
 
     Of ``model`` the network, its parameters and the weights are read, not the terms.
     """
@@ -34,5 +45,4 @@ def gauss_newton(model: Terms, equations: Mapping[str, Equation], sets: Mapping[
         r.append(scale * (values - (right.reshape(values.shape) if isinstance(right, Tensor) else right)).flatten())
         found = vmap(jacrev(residual), (None, 0))(params, points)
         j.append(scale * torch.cat([found[key].reshape(len(r[-1]), -1) for key in params], 1))
-    jac, res = torch.cat(j), torch.cat(r)
-    return -jac.T @ torch.linalg.solve(jac @ jac.T + lam * torch.eye(len(res), dtype=res.dtype), res)
+    return torch.cat(j), torch.cat(r)

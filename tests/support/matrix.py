@@ -41,6 +41,9 @@ CURVATURES: dict[str, dict[str, Any]] = {
     "kfac": {"curvature": "kfac", "lr": 0.1, "damping": 1e-2, "refresh": 2, "momentum": 0.5, "weight_decay": 0.05},
     "ekfac": {"curvature": "ekfac", "lr": 0.05, "damping": 5e-2, "refresh": 1},
     "foof": {"curvature": "foof", "lr": 0.1, "damping": 0.1},
+    "shampoo": {"curvature": "shampoo", "lr": 0.1, "momentum": 0.5, "weight_decay": 0.05, "eps": 1e-2},
+    "soap": {"curvature": "soap", "lr": 1e-2, "eps": 1e-2},
+    "muon": {"curvature": "muon", "lr": 3e-2, "damping": 0.1, "stat_momentum": 0.5},
 }
 TERMINALS: dict[str, Any] = {
     "gradient": "gradient", "geometric": Geometric(2.5, own=3), "ggn": "ggn", "sampled": MonteCarlo(2),
@@ -82,7 +85,8 @@ class Row:
     def options(self) -> dict[str, Any]:
         found = CURVATURES[self.curvature] | FORMS[self.form] | EXTRAS[self.extra]
         if self.extra == "inertia":  # in place of the base method's own
-            own = {"betas": (0.0, 0.999)} if "adam" in self.curvature else {}
+            own = {"betas": (0.0, 0.999)} if self.curvature in ("adam", "adamw", "soap", "muon") else {}
+            own |= {"momentum": 0.0} if self.curvature == "muon" else {}
             found = {**found, **own, **{key: 0 for key in ("momentum", "nesterov") if key in found}}
         if self.form == "printed" and self.curvature in ("kfac", "ekfac", "foof"):  # Eq. 23 has no cross terms
             found = {**found, "cooperative": False}

@@ -22,6 +22,9 @@ RULES: tuple[Rule, ...] = (
 )
 """Every rule, most specific first."""
 
+FILES = frozenset(file for rule in RULES for file in rule.files)
+"""Modules of kernels that read values of the network or gradients of them."""
+
 
 def choose(op: Op, trainable: frozenset[str]) -> Rule:
     """The first rule that is exact for ``op`` when the parameters ``trainable`` are trained.
@@ -51,6 +54,7 @@ def choose(op: Op, trainable: frozenset[str]) -> Rule:
 
 
 __all__ = [
+    "FILES",
     "RULES",
     "ConvRule",
     "GenericRule",

@@ -55,10 +55,10 @@ A rule sees the operation alone (:class:`~gtddp_compile.graph.ops.Op`: function,
 no parameter's shape. A kernel may read it off ``params``; what a shape must forbid is in ``lowering/uses.py``
 (``_along_last_axis``). ``op.target`` is what the front end recorded: two may record two functions for one layer
 (``frontends/canonical.py``). ``op.samples`` that is not ``LEADING`` is brought to the front before a kernel is called,
-and what a sample has of a folded axis becomes axis 1, or 2 for kinds in ``CHANNELS_FIRST`` of ``lowering/uses.py``.
+and what a sample has of a folded axis becomes axis 1, or 2 where :attr:`Rule.channels_first` says so.
 
 ``decide.py``, ``costs.py`` and ``operations.py`` tell layers by their prefix: with a new one ``γ`` is made per sample
-and not kept, and nothing is lifted from half precision unless its file is in ``operations.OF_LAYERS``.
+and not kept, and nothing is lifted from half precision unless its file is in :attr:`Rule.files`.
 
 The batch axis is the leading axis of every operand (prepared ones, where the rule prepares) and of ``g``, and
 callers may take some samples of a layer (``kernels.part_of``), so that ``B`` is the size of a group. The generic rule
@@ -87,11 +87,15 @@ class Rule(ABC):
         rows: whether there is a kernel ``PREFIX_rows``: the layer is a sum of outer products ``g xᵀ`` over positions.
         subtracts: whether there is a kernel ``PREFIX_subtract``: the weighted gradient's product can write a parameter.
         pieces: whether there is a kernel ``PREFIX_pieces``: per-sample gradients a piece at a time.
+        files: modules of ``gtddp_compile.kernels`` whose functions read values of the layer or gradients of them.
+        channels_first: kinds of operations whose parameters lie along axis 1.
     """
 
     name: str
     how = ""
     prepare = rows = subtracts = pieces = False
+    files: tuple[str, ...] = ()
+    channels_first: frozenset[str] = frozenset()
 
     @property
     def prefix(self) -> str:

@@ -22,6 +22,7 @@ class ConvRule(Rule):
     """
 
     name = "conv"
+    files = ("conv", "conv_pairs", "channels", "approximate")
     how = "Geometry"
     rows = True
 

@@ -18,6 +18,7 @@ class GenericRule(Rule):
     """
 
     name = "generic"
+    files = ("generic",)
     how = "Operation"
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:

@@ -34,8 +34,10 @@ class NormRule(Rule):
     """
 
     name = "norm"
+    files = ("norm",)
     how = "Norm"
     prepare = True
+    channels_first = frozenset({"batch_norm", "group_norm", "instance_norm"})
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """A normalisation of a value with a batch axis, its weight and bias parameters themselves."""

@@ -10,6 +10,7 @@ class TransposedRule(Rule):
     """``h = x W`` with any number of position axes; operands ``(x,)``, parameters (weight, no bias)."""
 
     name = "transposed"
+    files = ("transposed",)
     subtracts = True
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:

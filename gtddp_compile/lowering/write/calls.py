@@ -132,6 +132,7 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
     ``given``: the layer, or ``γ``, in the metric's own coordinates.
     """
     result, note = f"gamma_{t}_{b.identity(player)}", "gamma M^-1 gamma^T"
+    more: dict[str, Any] = {}
     chosen, use = b.layer(player).gram, b.layer(player).single
     if chosen.uses:  # all of one layer with the positions of every use
         uses = b.uses(player.name)
@@ -139,21 +140,50 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
         inputs = tuple(item(v, 0) if isinstance(v, Var) else v[0] for v in found)
         rest = tuple(Var(b.g_output(use.op)) for use in uses[1:])
         said = tuple((use.rule.prefix == "transposed", use.params[1] is not None) for use in uses)
-        b.emit("backward", t, result, "gram_blocks", Function("linear_uses_gram"),
-               bundle(b, uses[0], (*inputs, *rest)), Var(metric), Var(b.rows), note=f"{note} of all uses",
-               uses=said)  # fmt: skip
+        joined, of_all = bundle(b, uses[0], (*inputs, *rest)), f"{note} of all uses"
+        if b.plan.gram == "nystrom":
+            whole = f"all_{b.identity(player)}"
+            b.emit("backward", t, (whole, "_"), "joined_uses", joined, Var(metric), note="positions of all uses",
+                   uses=said)  # fmt: skip
+            b.emit("backward", t, result, "linear_columns", Var(whole), Var(metric), Var("drawn"), note=of_all)
+            return result
+        b.emit("backward", t, result, "gram_blocks", Function("linear_uses_gram"), joined, Var(metric), Var(b.rows),
+               note=of_all, uses=said)  # fmt: skip
         return result
-    if chosen.kept or use is None:
+    if b.plan.gram == "nystrom":
+        gamma = Var(per_sample(b, t, player))
+        b.emit("backward", t, result, "joint_columns", gamma, Var(metric), Var("drawn"), note=note)
+        return result
+    if chosen.form == "turned rows" and use is not None:
+        more = {"separable": True} if chosen.approximate == "separable" else {}
+        b.emit("backward", t, result, "turned_gram", Function(b.kernel(use, "rows")), layer(b, use), Var(metric),
+               Var(b.rows), note=note, **more)  # fmt: skip
+        return result
+    if chosen.kept or use is None or b.plan.turned:
         gamma = given or Var(kept(b, t, player) if chosen.kept else per_sample(b, t, player))
         b.emit("backward", t, result, "joint_gram", gamma, Var(metric), Var(b.rows), note=note)
         return result
     choice = chosen.approximate
-    more: dict[str, Any] = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
+    more = {"columns": chosen.columns or b.plan.columns, "seed": t} if choice == "sketch" else {}
     functions = [Function(b.kernel(use, "gram" if choice == "exact" else f"{choice}_gram"))]
     functions += [Function(b.kernel(use, "per_sample"))] if b.factored else []
     b.emit("backward", t, result, "factor_gram" if b.factored else "gram_blocks", *functions, given or layer(b, use),
            Var(metric), Var(b.rows), note=note, **more)  # fmt: skip
     return result
+
+
+def product_of(b: Builder, player: Player) -> tuple[Any, ...]:
+    """What a product with ``Γ`` of one player is made of (``kernels.nystrom.Players``)."""
+    metric, names = Var(f"metric_{b.identity(player)}"), player.parameters
+    if b.layer(player).gram.uses:  # the bias is a column of the weight
+        whole = Var(f"all_{b.identity(player)}")
+        joined = (names[:1], Function("linear_weighted"), Function("linear_directional"), whole)
+        return names[:1], (item(metric, 0),), (joined,), (Function("linear_columns"), whole, metric)
+    uses = tuple(
+        (use.names, Function(b.kernel(use, "weighted")), Function(b.kernel(use, "directional")), layer(b, use))
+        for use in b.uses(player.name)
+    )
+    return names, metric, uses, (Function("joint_columns"), Var(f"gamma_{b.identity(player)}_total"), metric)
 
 
 def observed_gram(b: Builder, t: int, player: Player) -> str | None:
@@ -220,7 +250,7 @@ def drawn(b: Builder, player: Player, part: Var) -> Apply:
 def gram_diagonal(b: Builder, t: int, player: Player, metric: str, result: str, given: Var | None = None) -> None:
     """The diagonal of ``Γ`` of one player."""
     use = b.layer(player).single
-    if use is not None:
+    if use is not None and not b.plan.turned:
         b.emit("backward", t, result, b.kernel(use, "gram_diagonal"), given or layer(b, use), Var(metric))
         return
     blocks = gram(b, t, player, metric)

@@ -101,7 +101,7 @@ def radicand_sign(expression: MatrixExpr) -> int:
 def sample_gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = None) -> str:
     """``Γ_ii`` of one player over all its uses."""
     use, result = b.layer(player).single, f"gamma_{t}_{b.identity(player)}"
-    if use is not None:
+    if use is not None and not b.plan.turned:
         b.emit("backward", t, result, "sample_grams", Function(b.kernel(use, "per_sample")), given or layer(b, use),
                Var(metric))  # fmt: skip
         return result

@@ -14,8 +14,11 @@ from gtddp_compile.methods.curvature.ekfac import EKFAC
 from gtddp_compile.methods.curvature.foof import FOOF
 from gtddp_compile.methods.curvature.kfac import KFAC
 from gtddp_compile.methods.curvature.kronecker import Kronecker
+from gtddp_compile.methods.curvature.muon import Muon
 from gtddp_compile.methods.curvature.rmsprop import RMSprop
 from gtddp_compile.methods.curvature.sgd import SGD
+from gtddp_compile.methods.curvature.shampoo import Shampoo
+from gtddp_compile.methods.curvature.soap import SOAP
 from gtddp_compile.methods.curvature.updates import ParameterUpdates
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "FOOF",
     "KFAC",
     "SGD",
+    "SOAP",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -31,8 +35,10 @@ __all__ = [
     "Group",
     "Kronecker",
     "MetricKind",
+    "Muon",
     "ParameterUpdates",
     "RMSprop",
+    "Shampoo",
     "State",
     "resolve",
 ]
@@ -46,8 +52,21 @@ REGISTRY: dict[str, Any] = {
     "kfac": KFAC,
     "ekfac": EKFAC,
     "foof": FOOF,
+    "shampoo": Shampoo,
+    "soap": SOAP,
+    "muon": Muon,
 }
 """The base methods by name: frozen dataclasses that implement :class:`Curvature`."""
+
+PLAIN = ("spherical", "diagonal")
+"""Metrics that a parameter has entry by entry: no matrix is decomposed for them."""
+
+
+def by_parameter() -> str:
+    """Names of the methods with a plain metric, for people."""
+    *names, last = (repr(name) for name, method in REGISTRY.items() if method.metric in PLAIN)
+    return f"{', '.join(names)} or {last}"
+
 
 IMPLEMENTATION_ONLY = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """torch.optim's options that choose between implementations of the same update."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Adam(Curvature):
     decoupled_weight_decay: bool = False
 
     name = "adam"
-    nonnegative = ("lr", "eps", "weight_decay")
+    nonnegative: ClassVar[tuple[str, ...]] = ("lr", "eps", "weight_decay")
 
     def check(self, options: Group) -> None:
         """As every method's; the betas are in [0, 1)."""

@@ -42,7 +42,8 @@ Group = Mapping[str, Any]
 State = Mapping[str, Any]
 """State of one parameter."""
 
-MetricKind = Literal["spherical", "diagonal", "kronecker"]
+MetricKind = Literal["spherical", "diagonal", "turned", "turned diagonal", "kronecker"]
+"""``"turned"``: a number in coordinates that a parameter has of its own (:class:`gtddp_compile.kernels.Turned`)."""
 
 
 class Move(NamedTuple):
@@ -72,13 +73,21 @@ class Move(NamedTuple):
             param.addcdiv_(self.above, self.below, value=-self.rate)
 
 
+def with_momentum(direction: Tensor, state: State, group: Group) -> Move:
+    """``δu = -lr · b``, ``b ← momentum · b + direction`` (torch.optim.SGD's), ``direction = M⁻¹ ĝ / lr``."""
+    if group["momentum"] == 0:
+        return Move(direction, None, group["lr"], dict(state))
+    buffer = direction + state["momentum_buffer"] * group["momentum"] if "momentum_buffer" in state else direction
+    return Move(buffer, None, group["lr"], {**state, "momentum_buffer": buffer})
+
+
 @dataclass(frozen=True)
 class Curvature(ABC):
     """A base method (docs/theory.md#curvatures; Table 1 of the paper).
 
     Attributes:
         name: for the user.
-        metric: shape of ``M``: of one parameter a multiple of the identity or diagonal, or of players,
+        metric: shape of ``M``: of one parameter a multiple of the identity or diagonal, there or turned, or of players,
             Kronecker-factored (:class:`gtddp_compile.methods.curvature.kronecker.Kronecker` has further methods).
         needs_statistics: whether :meth:`observe` reads ``g_stat``; if not, the program need not compute it.
         nonnegative: options that are numbers of at least 0.
@@ -129,13 +138,17 @@ class Curvature(ABC):
         """``M⁻¹``: a float or 0-d tensor (spherical), or a tensor of the parameter's shape (diagonal)."""
         denominator = self.denominator(param, state, group)
         assert denominator is not None  # other metrics have a method of their own
-        return denominator.reciprocal().mul_(scalar(group["lr"], param))
+        return self.inverse_of(denominator, group)
+
+    def inverse_of(self, denominator: Tensor, group: Group) -> Tensor:
+        """``η / D``, a new tensor."""
+        return denominator.reciprocal().mul_(group["lr"])
 
     def denominator(self, param: Tensor, state: State, group: Group) -> Tensor | None:
         """``D = η M`` of a diagonal metric, a new tensor of the parameter's shape; ``None``: the metric is another.
 
-        Callers make ``M⁻¹ = η / D`` with ``η = group["lr"]`` themselves, :meth:`inverse_metric` or not: what changes
-        the rate from step to step (Adagrad's ``lr_decay``) is a factor of ``D``.
+        ``M⁻¹ = η / D`` with ``η = group["lr"]``, :meth:`inverse_of`: what changes the rate from step to step (Adagrad's
+        ``lr_decay``) is a factor of ``D``.
         """
         return None
 

@@ -25,7 +25,7 @@ from gtddp_compile.kernels.coordinates import (
 )
 from gtddp_compile.kernels.kronecker import Metric, Rows, kronecker_precondition
 from gtddp_compile.kernels.patches import _conv_images
-from gtddp_compile.methods.curvature.base import Group, Move
+from gtddp_compile.methods.curvature.base import Group, Move, with_momentum
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.methods.curvature.updates import ParameterUpdates
 
@@ -178,13 +178,13 @@ class BlockUpdates(ParameterUpdates):
         return self._apply(names, self._stepping(kind, names, steps))
 
     def _descend(self, names: Names, directions: Parts) -> None:
-        _each(lambda name, part: self._descended(name, self._preconditioned(name, part)), names, directions)
+        _each(lambda name, part: self._descended(name, self._moved(name, part)), names, directions)
 
     def _apply(self, names: Names, directions: Parts) -> Parts:
-        return _each(lambda name, part: self._applied(name, self._preconditioned(name, part)), names, directions)
+        return _each(lambda name, part: self._applied(name, self._moved(name, part)), names, directions)
 
-    def _preconditioned(self, name: str, direction: Tensor) -> Move:
-        return self._kronecker.preconditioned(self._params[name], direction, self.states[name], self._groups[name])
+    def _moved(self, name: str, direction: Tensor) -> Move:
+        return with_momentum(direction, self.states[name], self._groups[name])
 
     # --- matrices -----------------------------------------------------------------------------------------------------
 

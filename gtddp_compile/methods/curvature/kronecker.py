@@ -32,8 +32,16 @@ from gtddp_compile.kernels.kronecker import (
     kronecker_factor_shapes,
     kronecker_factors,
 )
-from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
-from gtddp_compile.methods.curvature.numbers import Scalar, number, out_of_range, scalar, statistics_gradient, zeros
+from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State, with_momentum
+from gtddp_compile.methods.curvature.numbers import (
+    Scalar,
+    number,
+    out_of_range,
+    refuse_fractions,
+    scalar,
+    statistics_gradient,
+    zeros,
+)
 
 BlockKind = Literal["kronecker", "dual", "channels", "shared", "exact"]
 
@@ -75,10 +83,7 @@ class Kronecker(Curvature):
         name = type(self).__name__
         if not 0.0 <= number(name, "stat_decay", options["stat_decay"]) < 1.0:
             raise out_of_range(name, "stat_decay", options["stat_decay"], "a value in [0, 1)")
-        for option, least in (("refresh", 1), ("stat_every", 1), ("early", 0), ("small", 0)):
-            value = options.get(option, least)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise out_of_range(name, option, value, f"an integer that is at least {least}")
+        refuse_fractions(name, options, refresh=1, stat_every=1, early=0, small=0)
 
     # --- parameter by parameter ---------------------------------------------------------------------------------------
 
@@ -104,15 +109,7 @@ class Kronecker(Curvature):
 
     def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:
         """Of a parameter with the diagonal rule."""
-        return self.preconditioned(param, g_hat / self.divisor(state, group), state, group)
-
-    def preconditioned(self, param: Tensor, direction: Tensor, state: State, group: Group) -> Move:
-        """``δu = -lr · b``, ``b ← momentum · b + direction`` (torch.optim.SGD's), ``direction = M⁻¹ ĝ / lr``."""
-        if group["momentum"] == 0:
-            return Move(direction, None, group["lr"], dict(state))
-        old = state["momentum_buffer"] if "momentum_buffer" in state else torch.zeros_like(param)
-        buffer = old * group["momentum"] + direction
-        return Move(buffer, None, group["lr"], {**state, "momentum_buffer": buffer})
+        return with_momentum(g_hat / self.divisor(state, group), state, group)
 
     # --- block by block -----------------------------------------------------------------------------------------------
 

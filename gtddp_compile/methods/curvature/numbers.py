@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,14 @@ def out_of_range(name: str, option: str, value: object, wanted: str) -> CompileE
     """The error of a bad option."""
     shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.numel() != 1 else value
     return CompileError(f"{name}: {option} is {shown!s}", f"Give {option} {wanted}")
+
+
+def refuse_fractions(name: str, options: Mapping[str, Any], **least: int) -> None:
+    """Options that count something are whole numbers, no smaller than is said here."""
+    for option, smallest in least.items():
+        value = options.get(option, smallest)
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise out_of_range(name, option, value, f"an integer that is at least {smallest}")
 
 
 def scalar(value: Scalar, param: Tensor) -> Scalar:

@@ -14,6 +14,7 @@ from torch import Tensor
 from gtddp_compile.kernels.approximate import separated
 from gtddp_compile.kernels.bundle import Layer
 from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, weigh
+from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.base import Curvature, Move
 
 RAMP = 3.0
@@ -93,9 +94,9 @@ class ParameterUpdates:
                 whole.setdefault(key, torch.empty_like(param, dtype=value.dtype))[part] = value
             else:
                 whole[key] = value
-        return denominator.reciprocal().mul_(group["lr"])
+        return self._curvature.inverse_of(denominator, group)
 
-    def metric(self, names: tuple[str, ...]) -> tuple[Tensor | float, ...]:
+    def metric(self, names: tuple[str, ...]) -> tuple[Any, ...]:
         """``M⁻¹`` of each parameter."""
         return tuple(self._inverse(name) for name in names)
 
@@ -108,11 +109,11 @@ class ParameterUpdates:
             found.append(self._inverse(name) if own is None else separated(own, rate, groups))
         return tuple(found)
 
-    def _inverse(self, name: str) -> Tensor | float:
+    def _inverse(self, name: str) -> Any:
         own = self._denominator(name)
         if own is None:
             return self._curvature.inverse_metric(self._params[name], self.states[name], self._groups[name])
-        return own.reciprocal().mul_(self._groups[name]["lr"])
+        return self._curvature.inverse_of(own, self._groups[name])
 
     def _denominator(self, name: str) -> Tensor | None:
         """``D`` of a diagonal metric, kept until the parameter has moved."""
@@ -133,7 +134,7 @@ class ParameterUpdates:
         found = []
         for name in names:
             linear = self._linear(name)
-            decayed = None if linear is None else self._inverse(name) * linear
+            decayed = None if linear is None else inverse_times(self._inverse(name), linear)
             found.append(self._less_inertia(name, decayed))
         return tuple(found)
 
@@ -177,7 +178,7 @@ class ParameterUpdates:
     def open_gain(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``k = -M⁻¹ (γᵀ α + ℓ_u)`` (Eq. 4 with Table 1's ``Q_uu``)."""
         pairs = zip(names, gradients, self.metric(names), strict=True)
-        return tuple(-(inverse * self._with_decay(name, gradient)) for name, gradient, inverse in pairs)
+        return tuple(-inverse_times(inverse, self._with_decay(name, gradient)) for name, gradient, inverse in pairs)
 
     def apply(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Consume ``ĝ = γᵀ w + ℓ_u``: new parameters and states are kept aside; returns ``δu``."""
@@ -248,10 +249,19 @@ class ParameterUpdates:
     # --- for the dense backend ----------------------------------------------------------------------------------------
 
     def dense_inverse(self, names: tuple[str, ...]) -> Tensor:
-        """``M⁻¹`` of one player whose metric is of parameters: a diagonal matrix."""
-        pairs = zip(names, self.metric(names), strict=True)
-        entries = [(inverse * torch.ones_like(self._params[name])).flatten() for name, inverse in pairs]
-        return torch.diag(torch.cat(entries))
+        """``M⁻¹`` of one player whose metric is of parameters, with explicit Kronecker products."""
+        found = []
+        for name, inverse in zip(names, self.metric(names), strict=True):
+            whole = torch.ones_like(self._params[name])
+            if not isinstance(inverse, Turned):
+                found.append(torch.diag((inverse * whole).flatten()))
+                continue
+            eyes = map(torch.eye, as_matrix(whole).shape)
+            turn = [eye.to(whole) if own is None else own for own, eye in zip(inverse[1::-1], eyes, strict=True)]
+            basis = torch.kron(*map(torch.Tensor.contiguous, turn))
+            found.append(basis @ torch.diag((inverse.scale * as_matrix(whole)).flatten()) @ basis.T)
+        whole_inverse: Tensor = torch.block_diag(*found)
+        return whole_inverse
 
     def linear_flat(self, names: tuple[str, ...]) -> Tensor:
         """``ℓ_u`` of one player, its parameters flat and side by side."""

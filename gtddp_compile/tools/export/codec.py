@@ -23,13 +23,13 @@ from gtddp_compile.graph import BufferRef, Layout, Op, OpGraph, ParameterInfo, P
 from gtddp_compile.methods.curvature import REGISTRY, Curvature
 from gtddp_compile.methods.setting import BufferInfo, Group
 from gtddp_compile.methods.terminal import Geometric, MonteCarlo
-from gtddp_compile.options import Options, Sketch
+from gtddp_compile.options import Nystrom, Options, Sketch
 from gtddp_compile.tools.export import targets
 
 LEAVES: Mapping[str, Any] = {"ref": Ref, "param": ParamRef, "buffer": BufferRef}
 """Leaves of argument trees: they hold one name."""
 NAMED: Mapping[str, Any] = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
-PLAIN = (Op, OpGraph, ParameterInfo, Layout, BufferInfo, Group, Options, Geometric, MonteCarlo, Sketch)
+PLAIN = (Op, OpGraph, ParameterInfo, Layout, BufferInfo, Group, Options, Geometric, MonteCarlo, Sketch, Nystrom)
 RECORDS: dict[str, Any] = {kind.__name__: kind for kind in (*PLAIN, *REGISTRY.values())}
 """What a file may hold, beside what :mod:`.document` adds."""
 TARGETS = ("function", "method", "aten")

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import BufferRef
-from gtddp_compile.methods.curvature import SGD, Kronecker
+from gtddp_compile.methods.curvature import PLAIN, SGD, by_parameter
 from gtddp_compile.methods.losses import is_kind
 from gtddp_compile.methods.terminal import ELEMENTWISE
 from gtddp_compile.passes.p11_emit import draws
@@ -78,11 +78,10 @@ class _Step(nn.Module):
 
 
 def _refuse(program: UpdateProgram) -> None:
-    if isinstance(program.compiled_for.curvature, Kronecker):
+    if program.compiled_for.curvature.metric not in PLAIN:
         raise CompileError(
-            f"a .pt2 graph cannot hold {program.curvature}: its factors are inverted only now and then, a branch on the"
-            " step count",
-            f"{REMEDY}, or use 'sgd', 'rmsprop', 'adam' or 'adamw'",
+            f"a .pt2 graph cannot hold {program.curvature}: it decomposes matrices, a branch on the step count",
+            f"{REMEDY}, or use {by_parameter()}",
         )
     if program.options.factored:
         raise CompileError(
@@ -122,7 +121,7 @@ def _guarded(module: ModuleType, params: Any, buffers: Any, state: Any, inputs: 
 
 
 def _cholesky(block: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
-    """:func:`gtddp_compile.kernels.factor` of a block, both lifts made and one selected."""
+    """:func:`gtddp_compile.kernels.factor` of a block; a graph has no branches, and for eigenvalues a larger lift."""
     lift = torch.finfo(block.dtype).eps * block.diagonal().sum()
     first = block if block.dtype == torch.float64 else block + torch.diag(lift.expand(block.shape[0]))
     found, failed = torch.linalg.cholesky_ex(first, upper=True)

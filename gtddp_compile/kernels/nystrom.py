@@ -1,0 +1,146 @@
+"""The joint step without ``Γ``: conjugate gradients, preconditioned by Nyström's approximation
+(docs/theory.md#nystrom).
+
+``(Λ_T + Γ) w = y`` needs products ``Γ v`` alone, each a weighted gradient and a directional derivative a layer. In
+units of ``Λ_T^{1/2}`` it is ``(I + Γ) w = y``. Of ``Γ`` the columns ``C`` of k samples ``J`` are made, with ``W`` their
+own rows of it; then ``Γ ≈ C W⁻¹ Cᵀ = F Fᵀ`` with ``W = RᵀR``, ``F = C R⁻¹``, and the preconditioner is
+``(I + F Fᵀ)⁻¹ = I - F (I + FᵀF)⁻¹ Fᵀ`` (Frangella, Tropp and Udell 2021).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtddp_compile.kernels.bundle import Inverses, Layer, pieces, scaled, wide
+from gtddp_compile.kernels.rows import Gradients, gather
+from gtddp_compile.kernels.sweep import Blocks, factor, solve
+
+ROUND = 8
+"""Products ``Γ v`` after which more columns are made, four times as many."""
+
+PRODUCT = 2**16
+"""Elements of a product of positions: two of them and their sum stay in the cache."""
+
+
+def drawn_rows(phi: Tensor, columns: int) -> Tensor:
+    """``J``: so many samples at random, without repetition, by torch's generator; all where there are no more."""
+    return torch.randperm(phi.shape[0], device=phi.device)[:columns]
+
+
+def columns_diagonal(vector: Tensor, rows: Tensor) -> Blocks:
+    """Columns of ``diag(v)``, ``(B, k)``."""
+    found = vector.new_zeros(vector.shape[0], rows.shape[0])
+    return (found.index_put_((rows, torch.arange(rows.shape[0], device=rows.device)), vector[rows]),)
+
+
+def joint_columns(gradients: Gradients, metric: Inverses, rows: Tensor) -> Blocks:
+    """``γ M⁻¹ γ_Jᵀ``, ``(B, k)``, from per-sample gradients."""
+    pairs = zip(gradients, metric, strict=True)
+    parts = (wide(gamma.flatten(1)) @ wide(gamma[rows] * inverse).flatten(1).mT for gamma, inverse in pairs)
+    return (functools.reduce(torch.add, parts),)
+
+
+def linear_columns(layer: Layer, metric: Inverses, rows: Tensor) -> Blocks:
+    """``γ M⁻¹ γ_Jᵀ``, ``(B, k)``, of a linear layer over positions, its metric spherical: by pairs of positions, ``B k
+    T² (n + m)`` multiplications, or from per-sample gradients, ``B k n m``.
+    """
+    x, g = wide(layer.operands[0]), wide(layer.g)
+    positions, size = x.shape[1], x.shape[-1] * g.shape[-1]
+    if positions**2 * (x.shape[-1] + g.shape[-1]) > size * (1 + positions / rows.shape[0]):
+        return joint_columns(((g.mT @ x),), metric[:1], rows)
+    return (_pairs(x, g, rows) * metric[0],)
+
+
+def _pairs(x: Tensor, g: Tensor, rows: Tensor) -> Tensor:
+    """``Σ_st (x_is · x_jt)(g_is · g_jt)``, ``(B, k)``: of one position of some samples with all positions of ``J``."""
+    samples, positions, _ = x.shape
+    chosen_x, chosen_g = (values[rows].transpose(0, 1).flatten(0, 1).mT for values in (x, g))
+    found = g.new_empty(samples, rows.shape[0])
+    for part in pieces(samples, max(16, PRODUCT // chosen_x.shape[1])):
+        own_x, own_g = x[part], g[part]
+        total = own_x[:, 0] @ chosen_x
+        total *= own_g[:, 0] @ chosen_g
+        for s in range(1, positions):
+            total.addcmul_(own_x[:, s] @ chosen_x, own_g[:, s] @ chosen_g)
+        found[part] = total.unflatten(1, (positions, -1)).sum(1)
+    return found
+
+
+Use = tuple[tuple[str, ...], Callable[..., Gradients], Callable[..., Tensor], Layer]
+"""Names of its parameters, kernels of ``γᵀ v`` and of ``⟨γ_i, v⟩``, and the layer."""
+Columns = tuple[Callable[..., Blocks], Any, Inverses]
+"""The kernel of ``γ M⁻¹ γ_Jᵀ``, and what it takes before the rows."""
+Players = tuple[tuple[tuple[str, ...], Inverses, tuple[Use, ...], Columns], ...]
+"""Of each its parameters, their ``M⁻¹``, the uses of them, and how its columns are made."""
+
+
+def gram_product(players: Players, vector: Tensor) -> Tensor:
+    """``Γ v = γ M⁻¹ γᵀ v``, ``(B,)``."""
+    parts = []
+    for names, metric, uses, _ in players:
+        sums = gather(names, *((own, weighted(scaled(layer, vector))) for own, weighted, _, layer in uses))
+        step = {name: inverse * value for name, inverse, value in zip(names, metric, sums, strict=True)}
+        parts += [wide(directional(layer, tuple(step[n] for n in own))) for own, _, directional, layer in uses]
+    return functools.reduce(torch.add, parts)
+
+
+def solve_iteratively(
+    columns: Blocks, information: Tensor, target: Tensor, rows: Tensor, players: Players, tolerance: float
+) -> tuple[Tensor, tuple[Tensor, ...], int]:
+    """``w``, ``(B,)``; of every factor whether Cholesky failed; how many products were made.
+
+    Where ``ROUND`` of them do not do, there are more columns, in the end all of them.
+
+    Args:
+        columns: of ``Λ``, ``(B, k)``.
+        information: the diagonal of ``Λ_T``, ``(B,)``.
+        target: ``y``, ``(B,)``.
+        rows: ``J``.
+        players: what ``Γ`` is made of.
+        tolerance: of the residual beside the first one, in the norm of the preconditioner.
+    """
+    failed: tuple[Tensor, ...] = ()
+    root, count = information.sqrt(), 0
+    found, first = torch.zeros_like(target), target / root
+    left, gram = first, columns[0] - columns_diagonal(information, rows)[0]
+    while True:
+        precondition, failures = _preconditioner(gram / root.unsqueeze(1) / root[rows], rows)
+        failed = (*failed, *failures)
+        least, towards = tolerance**2 * (first @ precondition(first)), precondition(left)
+        along, size = towards, left @ towards
+        for _ in range(ROUND):
+            if size <= least:
+                break
+            product = along + gram_product(players, along / root) / root
+            length = size / (along @ product)
+            found, left, count = found + length * along, left - length * product, count + 1
+            towards = precondition(left)
+            before, size = size, left @ towards
+            along = towards + size / before * along
+        if not size > least or len(rows) == len(target):
+            return found / root, failed, count
+        rows = drawn_rows(target, 4 * len(rows))
+        gram = functools.reduce(torch.add, (kernel(*taken, rows)[0] for *_, (kernel, *taken) in players))
+
+
+def _preconditioner(gram: Tensor, rows: Tensor) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]:
+    """``v -> (I + F Fᵀ)⁻¹ v`` from columns of ``Γ``, and of both factors whether Cholesky failed."""
+    (upper,), failed = factor((_resolved(gram[rows]),))
+    features = torch.linalg.solve_triangular(upper, gram, upper=True, left=False)
+    inner = features.mT @ features
+    inner.diagonal().add_(1.0)
+    factors, also = factor((inner,))
+    return lambda v: v - features @ solve(factors, features.mT @ v), (*failed, *also)
+
+
+def _resolved(own: Tensor) -> Tensor:
+    """``W``, with ``τ = (eps · trace)^⅔`` added to its diagonal where it is singular to that: beside ``I`` it is wrong
+    by ``τ`` then, and ``F`` by ``eps · trace / √τ`` at most.
+    """
+    least = (torch.finfo(own.dtype).eps * own.trace()) ** (2 / 3)
+    upper, failed = torch.linalg.cholesky_ex(own, upper=True)
+    weak = (failed != 0) | (upper.diagonal().square().amin() < least)
+    return own + torch.diag(torch.where(weak, least, 0.0).expand(len(own)))

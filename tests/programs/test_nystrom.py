@@ -1,0 +1,135 @@
+"""The joint step without a Gram matrix: the explicit one, and the one with it; what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import hessian
+
+from gtddp_compile import CompileError, Nystrom, Terms, UpdateProgram, compile_optimizer, pde
+from support.least_squares import gauss_newton
+
+CLOSE = 1e-11
+EQUATIONS: dict[str, Any] = {
+    "inside": lambda u, p, x: hessian(u)(x).diagonal(dim1=-2, dim2=-1).sum(-1),
+    "edge": lambda u, p, x: u(x),
+}
+
+
+def problem(inside: int = 9) -> tuple[Terms, dict[str, Any]]:
+    """Of two terms, with its points."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    model = Terms(net, {"inside": lambda net, x: pde.laplacian(net)(x), "edge": lambda net, x: net(x)})
+    return model, {"inside": (torch.rand(inside, 2).double(), 1.0), "edge": (torch.rand(5, 2).double(), 0.5)}
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("columns", "lam", "close"), [(1, 1.0, 1e-9), (6, 1e-2, 1e-9), (100, 1.0, 1e-9),
+                                                       (12, 1e-5, 1e-6)])  # fmt: skip
+def test_it_is_the_explicit_step(columns: int, lam: float, close: float) -> None:
+    """With inertia, which the second and third step remember, below its ramp."""
+    model, sets = problem()
+    gram = Nystrom(columns, CLOSE)
+    opt = compile_optimizer(model, sets, curvature="sgd", lr=1 / lam, inertia=0.1, gram=gram)
+    last = torch.zeros_like(flat(model))
+    for _ in range(3):
+        expected, before = gauss_newton(model, EQUATIONS, sets, lam, 0.1 * last), flat(model)
+        opt.step(sets)
+        last = flat(model) - before
+        torch.testing.assert_close(last, expected, rtol=0, atol=close * float(expected.abs().max()))
+        assert opt.diagnostics["products"] > 0 and opt.diagnostics["lifted_grams"] == 0
+
+
+def test_few_products_are_needed_where_the_columns_say_it_all() -> None:
+    model, sets = problem(200)
+    found = {}
+    for columns in (2, 60):
+        own = copy.deepcopy(model)
+        opt = compile_optimizer(own, sets, curvature="sgd", lr=1e6, gram=Nystrom(columns, 1e-6))
+        opt.step(sets)
+        found[columns] = opt.diagnostics["products"]
+    assert found[60] <= 8 < found[2]  # which was given more columns
+
+
+def test_the_cap_is_a_norm_in_the_metric() -> None:
+    model, sets = problem()
+    before = flat(model)
+    compile_optimizer(model, sets, curvature="sgd", lr=1e4, max_step=1e-3, gram=Nystrom(6, CLOSE)).step(sets)
+    assert float((flat(model) - before).norm()) == pytest.approx(0.1, rel=1e-7)
+
+
+class Uses(nn.Module):
+    """A convolution, a norm, a weight that is used twice and once transposed, positions, and a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3)
+        self.shared, self.out, self.gain = nn.Linear(4, 4), nn.Linear(12, 3), nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.conv(x))).flatten(2)
+        h = torch.tanh(self.shared(torch.tanh(self.shared(h)))) @ self.shared.weight
+        return self.out(h.flatten(1)) * self.gain  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("columns", [3, 7])
+@pytest.mark.parametrize("curvature", ["sgd", "rmsprop", "adam"])
+def test_it_is_the_step_of_the_gram_matrix_whatever_the_layers(curvature: str, columns: int) -> None:
+    torch.manual_seed(0)
+    model = Uses().double()
+    x, y = torch.randn(7, 1, 4, 4, dtype=torch.float64), torch.randint(3, (7,))
+    found = []
+    for gram in ("exact", Nystrom(columns, CLOSE)):
+        own = copy.deepcopy(model)
+        opt = compile_optimizer(own, x, loss=nn.CrossEntropyLoss(), curvature=curvature, lr=1e-2, gram=gram)
+        for _ in range(2):
+            opt.step(x, y)
+        found.append(flat(own))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+
+
+def test_a_step_that_overflows_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4) * 1e15, torch.randint(3, (6,))
+    with torch.no_grad():
+        model[1].weight.mul_(1e8)
+    before = flat(model)
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1, gram=Nystrom(3))
+    with pytest.warns(RuntimeWarning, match="not definite"):
+        opt.step(x, y)
+    assert opt.diagnostics["skipped"] and torch.equal(flat(model), before)
+
+
+def test_it_is_stored_with_the_program(tmp_path: Any) -> None:
+    model, sets = problem()
+    given = Nystrom(3, 0.5)
+    compile_optimizer(model, sets, curvature="sgd", lr=1.0, gram=given).program.export(tmp_path / "step.json")
+    assert UpdateProgram.load(tmp_path / "step.json").options.gram == given
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, {"curvature": "kfac"}, {"coupling": 4},
+                                     {"memory": "recompute"}, {"rollout": "nonlinear"}, {"backend": "dense"},
+                                     {"terminal": "ggn"}, {"feedback": False}])  # fmt: skip
+def test_refusals(options: dict[str, Any]) -> None:
+    x = torch.randn(5, 2)
+    given = {"loss": nn.CrossEntropyLoss(), "curvature": "sgd", "gram": Nystrom()}
+    with pytest.raises(CompileError, match="Nystrom"):
+        compile_optimizer(nn.Linear(2, 3), x, **given | options)
+    opt = compile_optimizer(nn.Linear(2, 3), x, **given)
+    with pytest.raises(CompileError, match="one batch"):
+        opt.accumulate(x, torch.zeros(5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("wrong", [{"columns": 0}, {"tolerance": 0.0}, {"tolerance": 2}])
+def test_refused_settings(wrong: dict[str, Any]) -> None:
+    with pytest.raises(CompileError, match=next(iter(wrong))):
+        Nystrom(**wrong)
