@@ -124,7 +124,8 @@ def readme(runs: Runs) -> str:
             task.name, method.name.removeprefix("torch "),
             " / ".join(number(median(side, "steps_to")) for side in (mine, theirs)),
             " / ".join(number(median(side, "seconds_to"), ".2f", " s") for side in (mine, theirs)),
-            ratio(mine, theirs), ratio(mine, theirs, cold(mine)), f"{validation(mine)} / {validation(theirs)}",
+            ratio(mine, theirs), ratio(mine, theirs, cold(mine)) if cold(mine) else "–",
+            f"{validation(mine)} / {validation(theirs)}",
         ))  # fmt: skip
     header = ("task, batch", "best rival, tuned", "steps to target", "processor time", "rival's time over ours",
               "with compiling", "best validation")  # fmt: skip
