@@ -51,7 +51,7 @@ def claim(runs: Runs) -> str:
         f"**{median(ours, 'steps_to'):g} steps** with nothing tuned where {name} with its best "
         f"learning rate takes {median(theirs, 'steps_to'):g}, in {median(ours, 'seconds_to'):.2f} s of processor time "
         f"against {median(theirs, 'seconds_to'):.2f} s, and ends at a validation accuracy of "
-        f"{median(ours, 'accuracy'):.1%} against {median(theirs, 'accuracy'):.1%} (medians of {len(ours)} seeds)."
+        f"{median(ours, 'accuracy'):.1%} against {median(theirs, 'accuracy'):.1%} (seeds: {len(ours)}, medians)."
     )
 
 

@@ -105,7 +105,7 @@ def all_methods(runs: Runs) -> str:
             rows.append((
                 task.name, name + setting + f" ({', '.join(sorted(ended))})" * bool(ended), str(len(of)),
                 number(median(of, "steps_to")), number(median(of, "seconds_to"), ".2f"),
-                f"{cold(of):.1f}" if method.ours else "", f"{median(of, 'step_ms'):.1f}",
+                f"{cold(of):.1f}" if cold(of) else "", f"{median(of, 'step_ms'):.1f}",
                 number(median(of, "train_loss"), ".2g"), validation(of), validation(of, best=False),
             ))  # fmt: skip
     header = ("task", "method", "seeds", "steps", "s", "compile s", "ms a step", "train loss", "best valid.", "final")
