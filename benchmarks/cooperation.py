@@ -125,7 +125,8 @@ def train(method: Method, rate: float, damping: float, seed: int, steps: int) ->
     (x, y), (test_x, test_y) = data()
     model, loss = network(seed), nn.CrossEntropyLoss()
     opt = compile_optimizer(model, x[:BATCH], loss=loss, curvature=method.build(rate, damping),
-                            feedback=method.feedback, cooperative=method.cooperative)  # fmt: skip
+                            feedback=method.feedback, cooperative=method.cooperative,
+                            on_nonfinite="skip")  # fmt: skip
     source, curve, begin = torch.Generator().manual_seed(seed), [], time.process_time()
     for step in range(1, steps + 1):
         batch = torch.randint(len(x), (BATCH,), generator=source)

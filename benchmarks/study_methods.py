@@ -67,7 +67,7 @@ class Method:
         if self.ours:
             options = self.options if not run.rate else {**self.options, "lr": run.rate}
             losses = {} if isinstance(model, Terms) else {"loss": task.loss}
-            optimizer = compile_optimizer(model, example, **losses, **options)
+            optimizer = compile_optimizer(model, example, on_nonfinite="skip", **losses, **options)
             step = optimizer.step if self.ramp is None else ramped(optimizer, self.ramp)
             return averaged(model, step, self.average) if self.average else (step, lambda training: None)
         if self.peer is not None:

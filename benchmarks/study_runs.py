@@ -96,7 +96,7 @@ class Training:
         run.compile_s = time.process_time() - start
 
     def _whole(self, data: Data) -> Iterator[Batch]:
-        batch = next(self.batches) if data.draw else data.train
+        batch = next(data.batches(self.task.batch, self.run.seed)) if data.draw else data.train
         while True:
             yield batch
 
@@ -123,15 +123,22 @@ class Training:
         run.step_ms = 1e3 * self.clock / self.done
         if self.done >= task.steps:
             run.ended = run.ended or "steps"
-        if run.seed != SWEEP_SEED or task.watch == "valid":
-            run.valid_loss, run.accuracy = task.score(self.model, self.parts[1])
-            run.best_valid_loss = min(run.best_valid_loss, run.valid_loss)
-            run.best_accuracy = max(run.best_accuracy, run.accuracy)
+        late = run.seed == SWEEP_SEED and task.watch == "train"  # a sweep is validated at the target alone
+        if not late:
+            self._validate()
         if run.ended or math.isinf(run.steps_to):
             run.train_loss, _ = task.score(self.model, self.parts[0])
             if run.loss < task.target and math.isinf(run.steps_to):
                 run.steps_to, run.seconds_to = self.done, self.clock
                 run.ended = run.ended or ("target" if run.seed == SWEEP_SEED else "")
+        if late and run.ended:
+            self._validate()
+
+    def _validate(self) -> None:
+        run = self.run
+        run.valid_loss, run.accuracy = self.task.score(self.model, self.parts[1])
+        run.best_valid_loss = min(run.best_valid_loss, run.valid_loss)
+        run.best_accuracy = max(run.best_accuracy, run.accuracy)
 
 
 # --- many runs --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ the gains of Differential Dynamic Programming symbolically and generates the pro
 """
 
 from gtddp_compile.api import compile_optimizer
-from gtddp_compile.errors import CompileError
+from gtddp_compile.errors import CompileError, NonFiniteError
 from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
 from gtddp_compile.methods.curvature import (
     EKFAC,
@@ -43,6 +43,7 @@ __all__ = [
     "Geometric",
     "MonteCarlo",
     "Muon",
+    "NonFiniteError",
     "Nystrom",
     "Player",
     "RMSprop",

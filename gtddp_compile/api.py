@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from gtddp_compile.algebra.derivation import Recursion
 from gtddp_compile.algebra.forms import Rollout
@@ -14,8 +15,9 @@ from gtddp_compile.methods.curvature import Curvature, resolve
 from gtddp_compile.methods.losses import split
 from gtddp_compile.methods.terminal import Geometric, Terminal, check_terminal
 from gtddp_compile.optimizer import CompiledOptimizer
-from gtddp_compile.options import Backend, Feedback, Gram, Memory, Options, Reading, Running, suggested
+from gtddp_compile.options import Backend, Feedback, Gram, Memory, OnNonFinite, Options, Reading, Running, suggested
 from gtddp_compile.passes.p07_collapse import form_name
+from gtddp_compile.runtime.precision import GradientScale
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.terms import Terms
 
@@ -44,6 +46,8 @@ def compile_optimizer(
     memory: Memory = "keep",
     running_statistics: Running | None = None,
     compile: bool | Mapping[str, Any] = False,
+    on_nonfinite: OnNonFinite = "raise",
+    grad_scaler: GradScaler | None = None,
     program: UpdateProgram | None = None,
     **curvature_options: Any,
 ) -> CompiledOptimizer:
@@ -111,6 +115,12 @@ def compile_optimizer(
             suggests, ``"corrected"`` for ``"foof"``.
         compile: True: hand the generated step to ``torch.compile`` as one graph with a batch of any size; a mapping:
             with these of its options (``backend``, ``mode``).
+        on_nonfinite: what a step does whose loss, gains or update are NaN or infinite: ``"raise"`` a
+            :class:`~gtddp_compile.NonFiniteError`; ``"skip"``: return the loss, with a warning the first time.
+            Parameters, buffers, states and random state are as before either way.
+        grad_scaler: for half (float16) models and autocast: its scale is that of the gradients between stages, and is
+            made smaller (the step is made again) and greater by its rule. No ``scale``, ``step`` or ``update`` of it is
+            called; its ``state_dict`` is saved as usual. Without one they are as they come, one a sample, not over B.
         program: a program from ``UpdateProgram.load``; it brings options, base method and loss with it (a loss that
             is a function has to be given again).
         **curvature_options: options of the named curvature.
@@ -142,17 +152,22 @@ def compile_optimizer(
         max_step=max_step,
         line_search=line_search,
         max_grad_norm=max_grad_norm,
+        on_nonfinite=on_nonfinite,
         running_statistics=running_statistics,
     )
     if program is not None:
+        if not isinstance(program, UpdateProgram):
+            raise CompileError(
+                f"program is a {type(program).__name__}", "Pass UpdateProgram.load(path), or opt.program"
+            )
         return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)
     if loss is None:
         raise CompileError("no loss was given", "Pass loss=torch.nn.CrossEntropyLoss(), or another")
     base, losses = resolve(curvature, **curvature_options), split(loss)
-    options = suggested(options, base)
+    options, scale = suggested(options, base), GradientScale(grad_scaler)
     check_terminal(losses, options.terminal_kind)
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))  # refuses before it traces
-    return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options).seal()
+    return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options, scale=scale).seal()
 
 
 def _of_terms(model: Terms, example_inputs: Any, loss: Any) -> tuple[Any, Callable[[Any, Any], Tensor]]:
@@ -191,6 +206,8 @@ def _with_program(
             f"the loss {losses.name} is a {losses.reduction} over samples, the program's a {setting.loss.reduction}",
             "Leave the loss out, or compile without program=",
         )
-    opt = CompiledOptimizer(model, None, loss=losses, curvature=setting.curvature, options=program.options)
+    opt = CompiledOptimizer(
+        model, None, loss=losses, curvature=setting.curvature, options=program.options, scale=GradientScale(None)
+    )
     opt.adopt(program, example_inputs)
     return opt.seal()

@@ -1,4 +1,4 @@
-"""The one error a user of the compiler has to know."""
+"""The errors a user of the compiler has to know: one, and what a step says that cannot be made."""
 
 from __future__ import annotations
 
@@ -43,8 +43,14 @@ class CompileError(ValueError):
 
     def __reduce__(self) -> tuple[object, ...]:
         # ValueError's own pickling would call __init__ with the formatted message alone.
-        return (_rebuild, (self.why, self.remedy, self.module, self.operation, self.source))
+        return (_rebuild, (type(self), self.why, self.remedy, self.module, self.operation, self.source))
 
 
-def _rebuild(why: str, remedy: str, module: str | None, operation: str | None, source: str | None) -> CompileError:
-    return CompileError(why, remedy, module=module, operation=operation, source=source)
+def _rebuild(
+    kind: type[CompileError], why: str, remedy: str, module: str | None, operation: str | None, source: str | None
+) -> CompileError:
+    return kind(why, remedy, module=module, operation=operation, source=source)
+
+
+class NonFiniteError(CompileError):
+    """The loss, a gain or the update of a step is NaN or infinite; nothing has changed (option ``on_nonfinite``)."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,17 @@ from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.fitting import check_fit
 from gtddp_compile.runtime.line_search import choose_length
-from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
+from gtddp_compile.runtime.method import MATRIX, BaseMethod, GivenUp
 from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
-from gtddp_compile.runtime.precision import lift
+from gtddp_compile.runtime.precision import GradientScale, lift
 from gtddp_compile.runtime.program import UpdateProgram
-from gtddp_compile.runtime.states import check_loaded, check_states, regrouped, unrounded
+from gtddp_compile.runtime.states import check_loaded, check_used, regrouped, unround
+from gtddp_compile.runtime.surface import Surface
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.terms import Terms
 
 
-class CompiledOptimizer(torch.optim.Optimizer):
+class CompiledOptimizer(Surface):
     """An optimizer derived for one network (use :func:`gtddp_compile.compile_optimizer` to make one).
 
     Unlike other torch optimizers it runs the forward and backward passes itself: ``loss = opt.step(inputs, targets)``.
@@ -54,13 +56,15 @@ class CompiledOptimizer(torch.optim.Optimizer):
         loss: Loss,
         curvature: Curvature,
         options: Options,
+        scale: GradientScale,
     ) -> None:
         self._view = ModelView(model)
-        self._loss, self._curvature, self._options = loss, curvature, options
+        self._loss, self._curvature, self._options, self._scale = loss, curvature, options, scale
         self._specialisations = Specialisations(self._view, options, curvature)
         self._current: UpdateProgram | None = None
         self._diagnostics = Diagnostics()
         self._checked = False
+        self._skips = 0
         self._pending: Accumulated | None = None
         inertia = {"inertia": options.inertia} if options.inertia else {}
         super().__init__(self._view.groups(), curvature.defaults() | inertia)
@@ -123,7 +127,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
     def diagnostics(self) -> Mapping[str, Any]:
         """Figures of the last step.
 
-        ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped``; ``lifted_grams``:
+        ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped`` and, of all steps so
+        far, ``skipped_steps``; ``lifted_grams``:
         Gram matrices not definite to rounding, whose factor was made of raised eigenvalues, with a warning;
         ``products`` that ``gram=Nystrom()`` made; for Kronecker factors ``solve_fallbacks`` (Cholesky failed); and, by
         player or coalition, ``open_norm`` and ``feedback_norm`` (in the metric ``M``). The decrease and the norms come
@@ -146,22 +151,21 @@ class CompiledOptimizer(torch.optim.Optimizer):
             inputs, targets: as ``step`` takes them; not to be overwritten before the step.
 
         Returns:
-            The micro-batch's loss, detached. If it is not finite, the micro-batch was left out and
-            ``diagnostics["skipped"]`` is True.
+            The micro-batch's loss, detached. If it is not finite, the micro-batch was left out.
 
         Raises:
             CompileError: as ``step``; or the coupling is ``"block"``, the micro-batch needs another program, or
                 parameters changed since the first one. On any exception nothing was taken in.
+            NonFiniteError: the loss is not finite (``on_nonfinite="skip"``: it is returned).
         """
         (batch, targets), before = self._batch(inputs, targets), random_state()
         try:
             program, backend = self._specialise(batch)
             pending = self._pending or self._accumulated(program, backend)
             loss = self._take_in(pending, batch, targets, program)
-        except NonFiniteLoss as stop:
+        except GivenUp as stop:
             restore_random_state(before)
-            self._diagnostics = Diagnostics(loss=stop.loss, skipped=True)
-            return stop.loss
+            return self._give_up(stop, inputs)
         except BaseException:
             restore_random_state(before)
             raise
@@ -180,14 +184,16 @@ class CompiledOptimizer(torch.optim.Optimizer):
             closure: called before the step, whatever it returns: training loops (Lightning's) hang their hooks on it.
 
         Returns:
-            The loss before the update (mean or sum over all its samples, as the loss reduces), detached. If it or Γ
-            is not finite, nothing has changed, ``diagnostics["skipped"]`` is True, what was accumulated dropped; where
-            it is a term of ``Terms`` that is not finite, an error names its points.
+            The loss before the update (mean or sum over all its samples, as the loss reduces), detached.
 
         Raises:
             CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
                 exception parameters, buffers, states, random state and what was accumulated are what they were.
+            NonFiniteError: the loss, a gain or the update is not finite; of ``Terms``, the points are named.
+                ``on_nonfinite="skip"``: the loss is returned instead, and what was accumulated is dropped.
         """
+        if inputs is None and targets is None and self._pending is None and self.begun():
+            return torch.zeros(())
         sets = inputs
         inputs, targets = as_batch(self._view.model, inputs, targets)
         batch: tuple[Any, ...] = ()
@@ -200,12 +206,31 @@ class CompiledOptimizer(torch.optim.Optimizer):
             self._view.say_unread()
             pending = self._pending is not None
             loss = self._union_step(batch, targets) if pending else self._follow(batch, targets, before)
+        except GivenUp as stop:
+            restore_random_state(before)
+            loss = self._give_up(stop, sets)
+            self._pending = None
         except BaseException:
             restore_random_state(before)
             raise
-        if self._diagnostics.skipped and isinstance(self._view.model, Terms) and isinstance(sets, Mapping):
-            self._view.model.refuse_points(sets)
         return loss
+
+    def _give_up(self, stop: GivenUp, inputs: Any) -> Tensor:
+        """Say that a step or micro-batch was left out; its loss, if that is what the user wants then."""
+        check_used(self.param_groups, self.state, self._curvature)
+        if stop.loss.isfinite() and self._scale.value > 1:  # micro-batches are not made again
+            self._scale.back_off()
+            if self._pending is not None:
+                self._pending.again()
+        self._skips += 1
+        self._diagnostics = Diagnostics(stop.loss, skipped=True, skips=self._skips)
+        if self._options.on_nonfinite == "raise":
+            if isinstance(self._view.model, Terms) and isinstance(inputs, Mapping):
+                self._view.model.refuse_points(inputs)
+            raise stop.error() from stop
+        if self._skips == 1:
+            warnings.warn(f"{stop}; diagnostics['skipped_steps'] counts what is left out", stacklevel=4)
+        return stop.loss
 
     def _batch(self, inputs: Any, targets: Any, *, example: bool = False) -> tuple[tuple[Any, ...], Any]:
         """What the model takes and what the loss takes beside it, which may be the ``"labels"`` of a mapping."""
@@ -245,13 +270,15 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 m.undo()
                 restore_random_state(before)
                 return self._transaction(program, backend, inputs, targets, before, plainly=True)
-            except (NonFiniteLoss, LinAlgError) as stop:
+            except (GivenUp, LinAlgError) as stop:
                 m.undo()
-                if m.loss is None or not (isinstance(stop, NonFiniteLoss) or m.overflowed()):
-                    raise
-                restore_random_state(before)
-                self._diagnostics = Diagnostics(loss=m.loss, skipped=True)
-                return m.loss
+                if m.overflowed():
+                    self._scale.back_off()
+                    restore_random_state(before)
+                    return self._transaction(program, backend, inputs, targets, before)
+                if m.loss is not None and isinstance(stop, LinAlgError):
+                    raise GivenUp(m.loss, MATRIX) from stop
+                raise
             except BaseException:
                 m.undo()
                 raise
@@ -262,8 +289,9 @@ class CompiledOptimizer(torch.optim.Optimizer):
     ) -> Tensor:
         self._commit(m, originals, buffers)
         self._checked = True
+        self._scale.kept()
         assert m.loss is not None
-        self._diagnostics = Diagnostics(m.loss, m.figures, program)
+        self._diagnostics = Diagnostics(m.loss, m.figures, program, skips=self._skips)
         return m.loss
 
     @contextmanager
@@ -271,12 +299,12 @@ class CompiledOptimizer(torch.optim.Optimizer):
         """If it is the model that refuses the inputs, its own error says so."""
         try:
             yield
-        except (CompileError, OtherPath, NonFiniteLoss, LinAlgError):
+        except (CompileError, OtherPath, GivenUp, LinAlgError):
             raise
         except Exception:
             restore_random_state(before)
             observe(*positional(self._view.model, inputs))
-            check_states(self.state)
+            check_used(self.param_groups, self.state, self._curvature)
             raise
 
     def _working_copy(self, program: UpdateProgram) -> tuple[dict[str, Tensor], dict[str, Tensor], frozenset[str]]:
@@ -311,7 +339,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 ) from None
 
     def _union_step(self, inputs: tuple[Any, ...], targets: Any) -> Tensor:
-        pending, before = self._pending, random_state()
+        pending = self._pending
         assert pending is not None
         count = len(pending)
         self._diagnostics = Diagnostics()
@@ -320,10 +348,6 @@ class CompiledOptimizer(torch.optim.Optimizer):
                 program, _ = self._specialise(inputs)
                 self._take_in(pending, inputs, targets, program)
             union = pending.finish()
-        except NonFiniteLoss as stop:
-            restore_random_state(before)
-            self._pending, self._diagnostics = None, Diagnostics(loss=stop.loss, skipped=True)
-            return stop.loss
         except BaseException:
             pending.again(count)
             raise
@@ -340,7 +364,7 @@ class CompiledOptimizer(torch.optim.Optimizer):
         state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
         check_loaded(state_dict, self.param_groups, self._curvature)
         super().load_state_dict(state_dict)
-        self.state.update(unrounded(state_dict["state"], self.param_groups))
+        unround(self.state, state_dict, self.param_groups)
         if self._pending is not None:
             self._pending.again()
 
@@ -348,17 +372,24 @@ class CompiledOptimizer(torch.optim.Optimizer):
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         trained = [name for player in program.graph.players for name in player.parameters]
         owner = self._view.named
-        groups = {name: group_of[id(owner[name])] for name in trained}
-        states = {}
+        left_out = next((name for name in trained if id(owner[name]) not in group_of), None)
+        if left_out is not None:
+            raise CompileError(
+                f"parameter {left_out!r} is in none of param_groups",
+                "Put it back, or freeze it by requires_grad_(False)",
+                module=left_out.rpartition(".")[0],
+            )
+        states, groups = {}, {}
         for name in trained:
             known = owner[name] in self.state
+            groups[name] = group_of[id(owner[name])]
             first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
             states[name] = self.state[owner[name]] if first is None else first
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))
         m = BaseMethod(self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
-        m.first = not self._checked
+        m.first, m.scale = not self._checked, self._scale.value
         m.together = program.form.name == "joint" and self._options.line_search is None
         return m
 
@@ -375,6 +406,8 @@ class CompiledOptimizer(torch.optim.Optimizer):
     def _specialise(
         self, inputs: tuple[Any, ...], left: tuple[ControlGraph, ...] = ()
     ) -> tuple[UpdateProgram, Backend]:
+        if any(group.get("maximize") for group in self.param_groups):
+            check_used(self.param_groups, self.state, self._curvature)
         decay = any(group.get("weight_decay", 0) != 0 for group in self.param_groups) and self._couples_decay()
         found = self._specialisations.program_for(inputs, decay=decay, left=left)
         self._current = found[0]
@@ -383,37 +416,3 @@ class CompiledOptimizer(torch.optim.Optimizer):
     def _couples_decay(self) -> bool:
         probe = torch.ones(())
         return any(self._curvature.linear_term(probe, group) is not None for group in self.param_groups)
-
-    # --- torch.optim's surface ----------------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after construction: the program was derived for the parameters the model had.
-
-        Raises:
-            CompileError: always, once the optimizer exists.
-        """
-        if getattr(self, "_sealed", False):
-            self._refuse_group()
-        # torch compares a new group with all before it, quadratic in their number; ours are disjoint by construction.
-        before, self.param_groups = self.param_groups, []
-        super().add_param_group(param_group)
-        before += self.param_groups
-        self.param_groups = before
-
-    def _refuse_group(self) -> NoReturn:
-        raise CompileError(
-            "a parameter group cannot be added: the update program was derived for the network as it was compiled",
-            "Change the model first, then call compile_optimizer again; load_state_dict carries state over",
-        )
-
-    def seal(self) -> CompiledOptimizer:
-        """No more groups from here on."""
-        self._sealed = True
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
-        fresh = Specialisations(self._view, self._options, self._curvature)
-        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None)
-        return state

@@ -16,6 +16,7 @@ Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
 Reading = Literal["block", "exact"]
 Memory = Literal["keep", "recompute"]
+OnNonFinite = Literal["raise", "skip"]
 Running = Literal["corrected", "model"]
 
 
@@ -79,6 +80,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "cooperative": (True, False, None),
     "memory": ("keep", "recompute"),
     "rollout": ("linear", "nonlinear", None),
+    "on_nonfinite": ("raise", "skip"),
     "running_statistics": ("corrected", "model", None),
 }
 """Options that are one of a few words."""
@@ -110,6 +112,7 @@ class Options:
     max_step: float | None = None
     line_search: tuple[float, ...] | None = None
     max_grad_norm: float | None = None
+    on_nonfinite: OnNonFinite = "raise"
     running_statistics: Running | None = None
 
     def __post_init__(self) -> None:
@@ -138,7 +141,9 @@ class Options:
         for option in ("feedback_clip", "max_step", "max_grad_norm"):
             value = getattr(self, option)
             yield option, value is None or (_is_number(value) and value > 0), "a positive number or None"
-        lengths = grid is None or (bool(grid) and all(_is_number(length) and length > 0 for length in grid))
+        lengths = grid is None or (
+            isinstance(grid, tuple | list) and bool(grid) and all(_is_number(step) and step > 0 for step in grid)
+        )
         yield "line_search", lengths, "a tuple of positive step lengths, or None"
 
     def _conflicts(self) -> Iterator[tuple[bool, str, str]]:
@@ -235,7 +240,7 @@ class Options:
 
 
 SUGGESTED: Mapping[str, Mapping[str, Any]] = {
-    "foof": {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0), "running_statistics": "corrected"}
+    "foof": {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0, deep=4.0), "running_statistics": "corrected"}
 }
 """By curvature: what docs/robustness.md found to serve every network and batch size it tried."""
 

@@ -72,9 +72,10 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
     refusals: list[Untraceable] = []
     for front_end in _asked(front_ends, model, inputs, refusals):
         try:
-            with untouched(model):
+            with untouched(model), torch.random.fork_rng():
                 traced = front_end(model, inputs)
-            for draws in (False, True):  # what the model draws and does not use moves what it draws after
+            # What the model draws and does not use moves what it draws after; beside values it may have decided on it.
+            for draws in (False,) if front_end is trace_values else (False, True):
                 graph = masks_apart(_normal_form(traced, model, draws=draws))
                 graph, output = run(graph, model, inputs, reference)
                 if agrees(graph, output, reference):

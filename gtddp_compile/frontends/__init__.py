@@ -4,7 +4,7 @@ from gtddp_compile.frontends.derivatives import differentiates, trace_derivative
 from gtddp_compile.frontends.exported import trace_export, trace_functional, trace_values
 from gtddp_compile.frontends.followed import trace_followed
 from gtddp_compile.frontends.keywords import positional
-from gtddp_compile.frontends.reference import observe
+from gtddp_compile.frontends.reference import beginning, observe
 from gtddp_compile.frontends.state import withheld
 from gtddp_compile.frontends.symbolic import trace_symbolically
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable
@@ -13,6 +13,7 @@ __all__ = [
     "Call",
     "Traced",
     "Untraceable",
+    "beginning",
     "differentiates",
     "observe",
     "positional",

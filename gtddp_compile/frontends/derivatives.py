@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends.reference import SEED, leaves
+from gtddp_compile.frontends.reference import leaves, start
 from gtddp_compile.frontends.tidied import tidied
 from gtddp_compile.frontends.traced import Traced, Untraceable, argument_names, raised_at, users_line
 from gtddp_compile.pde import Jet
@@ -122,7 +122,7 @@ def _quiet() -> Iterator[None]:
     """With gradients, the same random numbers, and without torch's warnings about its own inner workings."""
     with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(SEED)
+        start()
         yield
 
 

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from gtddp_compile import kernels
 from gtddp_compile.frontends.canonical import bound
 from gtddp_compile.frontends.recurrent import MODES, recurrent_graph
+from gtddp_compile.frontends.reference import start
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable, is_users, raised_at
 from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
 
@@ -55,6 +56,7 @@ def trace_functional(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
 def trace_values(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     """The same beside the example values: where the path depends on them, theirs is taken and asserted in the graph."""
     with torch.random.fork_rng(), functorch.patch(fake_tensor_propagate_real_tensors=True), _plain(model):
+        start()
         program = _export(model, inputs)
         if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in program.graph.nodes):
             program = _functional(program)

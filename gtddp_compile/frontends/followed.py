@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gtddp_compile import kernels
 from gtddp_compile.frontends.canonical import base_name, is_random, kind_of
 from gtddp_compile.frontends.layers import FUNCTIONS, LAYERS
-from gtddp_compile.frontends.reference import SEED, leaves
+from gtddp_compile.frontends.reference import leaves, start
 from gtddp_compile.frontends.traced import (
     Call,
     Traced,
@@ -92,7 +92,7 @@ def trace_followed(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
             _Produced(recorder.produced),
             recorder,
         ):
-            torch.manual_seed(SEED)
+            start()
             output = torch.func.functional_call(model, {**parameters, **buffers}, inputs)
         returned = pytree.tree_map(recorder.tree, output)
     except Untraceable:

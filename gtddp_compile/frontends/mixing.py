@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends.reference import SEED, evaluate, leaves, only_moves
+from gtddp_compile.frontends.reference import SEED, descending, evaluate, leaves, only_moves, start
 from gtddp_compile.frontends.traced import Untraceable
 from gtddp_compile.frontends.trials import COPIES, several, some
 from gtddp_compile.graph import DETACHED, GUARD, UNKNOWN, Op, OpGraph
@@ -122,7 +122,7 @@ class _Trial:
         verdicts: dict[str, set[str]] = {"": set(), MIXES: set(), NOBODYS: set()}
         given = dict(zip(self._graph.inputs, inputs, strict=True))
         with torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(SEED)
+            start()
             for op in self._graph.ops:
                 reads = op.operands if op.name in self._followed else ()
                 before = {name: part for read in reads for name, part in self._values[read].reached.items()}
@@ -139,7 +139,8 @@ class _Trial:
             return None
         if op.target is None:
             return given[op.name]
-        return evaluate(op, {name: self._values[name].value for name in op.operands}, self._params, self._buffers)
+        read = {name: self._values[name].value for name in op.operands}
+        return descending(op, evaluate(op, read, self._params, self._buffers))
 
     def _seen(self, op: Op, value: Any, before: Mapping[str, _Part]) -> tuple[_Value, str]:
         """The value as later operations read it, and ``MIXES`` or ``NOBODYS`` if it is so."""

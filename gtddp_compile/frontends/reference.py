@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
@@ -19,12 +20,36 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
 
-SEED = 0
+SEED = 2**32 - 5
+"""Not one that somebody else would choose."""
+_BEGIN: ContextVar[list[Tensor] | None] = ContextVar("begin", default=None)
 ROUNDING = 1000
 """Units of rounding of the largest gradient below which one is none."""
 RETURNED = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
 """What a model may return beside tensors."""
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+@contextmanager
+def beginning(state: list[Tensor] | None) -> Iterator[None]:
+    """Models are watched in the block from this state of the random generators, a step's own: what they draw may decide
+    on their path. ``None``: the same from everywhere.
+    """
+    token = _BEGIN.set(state)
+    try:
+        yield
+    finally:
+        _BEGIN.reset(token)
+
+
+def start() -> int:
+    """Set the random generators as a model that is watched finds them; the seed."""
+    state = _BEGIN.get()
+    if state is None:
+        torch.manual_seed(SEED)
+    else:
+        kernels.restore_random_state(state)
+    return torch.initial_seed()
 
 
 @dataclass(frozen=True)
@@ -35,11 +60,13 @@ class Reference:
         outputs: tensors of the output, flat.
         gradients: of a fixed linear function of the outputs, by parameter; ``None`` where it has no path to them.
         buffers: after the pass.
+        drawn: state of the random generators after it: a recording draws as much as the model, or it has kept a draw.
     """
 
     outputs: tuple[Tensor, ...]
     gradients: Mapping[str, Tensor | None]
     buffers: Mapping[str, Tensor]
+    drawn: list[Tensor]
 
 
 def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
@@ -50,7 +77,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
     """
     params, buffers = leaves(model)
     with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(SEED)
+        seed = start()
         try:
             with _assignments(model, buffers) as assigned, _padded(model):
                 output = _called(model, params, buffers, inputs)
@@ -66,6 +93,13 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
                 operation=kind,
                 source=raised_at(error.__traceback__) or None,
             ) from error
+        drawn = kernels.random_state()
+        if torch.initial_seed() != seed:
+            raise CompileError(
+                "the forward pass seeds torch's random numbers, which a compiled program does not do",
+                "Seed them outside forward, or draw what is to stay the same into a buffer",
+                module="",
+            )
         for name in assigned:
             raise CompileError(
                 f"the forward pass writes the buffer {name!r}, which only normalisation layers may do",
@@ -88,13 +122,13 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
                 "Make loss.backward() work on it first",
                 module="",
             ) from error
-        return Reference(tuple(value.detach() for value in found), gradients, buffers)
+        return Reference(tuple(value.detach() for value in found), gradients, buffers, drawn)
 
 
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Tensors of the output of one pass, from the same random state, without further questions."""
     with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(SEED)
+        start()
         return tuple(value.detach() for value in tensors(_called(model, *leaves(model), inputs)))
 
 
@@ -103,8 +137,12 @@ def _called(model: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tens
     _know_dataclasses(output)
     parts = pytree.tree_leaves(output)
     for index, leaf in enumerate(parts):
+        place = f" (part {index + 1} of {len(parts)})" if len(parts) > 1 else ""
+        if isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout != torch.strided):
+            raise CompileError(
+                f"the model returns a sparse or nested tensor{place}", "Return it dense: .to_dense()", module=""
+            )
         if not isinstance(leaf, Tensor) and type(leaf) not in RETURNED:
-            place = f" (part {index + 1} of {len(parts)})" if len(parts) > 1 else ""
             raise CompileError(
                 f"the model returns an object of class {type(leaf).__name__}{place}, which no program can make",
                 "Return its tensors, alone or in tuples, lists, dicts or dataclasses, and make the object in the loss",
@@ -179,7 +217,7 @@ def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Re
     values: dict[str, Any] = dict(zip(graph.inputs, copy.deepcopy(inputs), strict=True))
     ops: list[Op] = []
     with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(SEED)
+        start()
         before = kernels.random_state()
         for op in graph.ops:
             if op.target is not None:
@@ -193,17 +231,17 @@ def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Re
         found = tuple(tensors(output))
         if not any(value.requires_grad for value in found):
             raise Untraceable("what was recorded does not depend on the parameters")
-        outputs = tuple(value.detach() for value in found)
+        outputs, drawn = tuple(value.detach() for value in found), kernels.random_state()
         try:
             gradients = _gradients(found, params)
         except RuntimeError as error:  # autograd's word for an operation without a derivative
             raise Untraceable(f"what was recorded cannot be differentiated: {error}") from error
-        return replace(graph, ops=tuple(ops)), Reference(outputs, gradients, buffers)
+        return replace(graph, ops=tuple(ops)), Reference(outputs, gradients, buffers, drawn)
 
 
 def agrees(graph: OpGraph, found: Reference, expected: Reference) -> bool:
     """Whether a recording computed the model's outputs, gradients and buffers, up to rounding."""
-    if len(found.outputs) != len(expected.outputs):
+    if len(found.outputs) != len(expected.outputs) or not all(map(torch.equal, found.drawn, expected.drawn)):
         return False
     pairs = list(zip(found.outputs, expected.outputs, strict=True))
     pairs += [(found.buffers[name], value) for name, value in expected.buffers.items()]
@@ -287,6 +325,12 @@ def evaluate(op: Op, values: Mapping[str, Any], params: Mapping[str, Tensor], bu
         raise Untraceable(
             f"the recorded {op.kind} fails: {type(error).__name__}: {text}", module=op.module, source=op.source
         ) from error
+
+
+def descending(op: Op, value: Any) -> Any:
+    """Whole numbers that were drawn in descending order: a permutation that leaves rows in place shows nothing."""
+    drawn = op.random and isinstance(value, Tensor) and value.dim() and not value.is_floating_point()
+    return value.sort(0, descending=True).values if drawn else value
 
 
 def _with_shape(op: Op, value: Any) -> Op:

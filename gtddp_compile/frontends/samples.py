@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gtddp_compile.frontends.changes import Change, changes, decide, keep_own, lies_as
 from gtddp_compile.frontends.orders import Orders, is_sound, operations, order_after
-from gtddp_compile.frontends.reference import SEED, evaluate, leaves, only_moves
+from gtddp_compile.frontends.reference import SEED, descending, evaluate, leaves, only_moves
 from gtddp_compile.frontends.traced import Untraceable
 from gtddp_compile.frontends.trials import FAILED, Trial, is_stopped, like, nudged, trials
 from gtddp_compile.graph import GUARD, Op, OpGraph, ParamRef
@@ -242,7 +242,7 @@ def _evaluate(
     if op.random:
         torch.manual_seed(SEED)
     try:
-        return evaluate(op, values, params, buffers)
+        return descending(op, evaluate(op, values, params, buffers))
     except Untraceable:
         if example:
             raise

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.frontends.attributes import NUMBERS, Record, State, read, untouched
+from gtddp_compile.frontends.attributes import NUMBERS, Record, State, generators, read, untouched
 from gtddp_compile.frontends.changes import differs, scale_of
 from gtddp_compile.frontends.reference import Reference, observe, outputs
 from gtddp_compile.frontends.trials import other
@@ -30,6 +31,11 @@ def watch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Reference, tuple[s
     Raises:
         CompileError: the model fails, or what a pass does depends on the passes before it.
     """
+    with _parameters_kept(model):
+        return _watch(model, inputs)
+
+
+def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Reference, tuple[str, ...]]:
     batch = next((len(value) for value in inputs if value.dim()), 1)
     others = tuple(other(value, 0, batch, 0, bold=False) for value in inputs)
     with untouched(model):
@@ -62,6 +68,35 @@ def watch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Reference, tuple[s
             module="",
         )
     return reference, kept
+
+
+@contextmanager
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Parameters are what they were after the block; a forward pass that writes or replaces one is refused."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    before = {name: (value, value._version, value.detach().clone()) for name, value in model.named_parameters()}
+    found: list[str] = []
+
+    def note(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        if id(module) in paths and isinstance(value, nn.Parameter):  # functional_call puts in plain tensors
+            found.append(f"{paths[id(module)]}.{name}".removeprefix("."))
+
+    handle = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for name, (value, version, old) in before.items():
+            if value._version != version:
+                found.append(name)
+                with torch.no_grad():
+                    value.copy_(old)
+        for name in found:
+            raise CompileError(
+                f"the forward pass writes or replaces the parameter {name!r}",
+                "Write it in the training loop, after the step; what forward changes for itself is a value of its own",
+                module=name.rpartition(".")[0],
+            )
 
 
 class _Left(Tensor):
@@ -119,7 +154,7 @@ def _kept(before: Attributes, after: Attributes) -> tuple[str, ...]:
             found[f"{path}.{name}" if path else name] = before.get((owner, name)), value
     for name, (old, new) in found.items():
         for path, was, now in _leaves(name, old, new):
-            _check(name.rpartition(".")[0], path, was, now)
+            _check("" if name in generators() else name.rpartition(".")[0], path, was, now)
     return tuple(sorted(found))
 
 

@@ -15,6 +15,8 @@ import networkx as nx
 from gtddp_compile.graph.ops import Op, OpGraph
 from gtddp_compile.graph.structure import Player, Shortcut, Stage, Value, players_by
 
+NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
+
 
 def tool(name: str) -> Any:
     """A module of ``gtddp_compile.tools``, found when a structure is asked for it: no structure imports a tool."""
@@ -90,6 +92,16 @@ class ControlGraph:
     def guards(self) -> tuple[Op, ...]:
         """Decisions on values, as :attr:`OpGraph.guards`."""
         return self.ops.guards
+
+    @cached_property
+    def unbroken(self) -> int:
+        """Most players in a row with neither a normalisation nor a merge of values between them."""
+        row: dict[str, int] = {}
+        for op in self.ops.ops:
+            before = [row[name] for name in op.operands if row.get(name)]
+            broken = len(before) > 1 or op.kind in NORMALISATIONS
+            row[op.name] = 0 if broken else sum(before) + (op.name in self.player_using)
+        return max(row.values(), default=0)
 
     @cached_property
     def stage_of(self) -> dict[str, int]:

@@ -116,6 +116,20 @@ class Loss:
                 "Use weight_decay, or let the model return the penalty beside its outputs, (B,)",
             )
 
+    def mixes(self, phi: Tensor, outputs: Any) -> bool:
+        """Whether a sample's loss depends on the outputs of others, as far as gradients tell."""
+        leaves = [leaf for leaf in _tensors(outputs) if leaf.requires_grad and leaf.shape[:1] == phi.shape]
+        weights = torch.linspace(1, 2, len(phi), dtype=phi.dtype, device=phi.device)
+        for leaf in leaves:
+            each, weighted = (
+                torch.autograd.grad([phi], [leaf], [w], retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+                for w in (torch.ones_like(phi), weights)
+            )
+            own = each * weights.to(each.dtype).reshape(-1, *(1,) * (each.dim() - 1))
+            if not torch.allclose(own, weighted, rtol=1e-2, atol=1e-3 * _largest(each), equal_nan=True):
+                return True
+        return False
+
     def total(self, phi: Tensor) -> Tensor:
         """``J``, a 0-d tensor: mean or sum of ``φ``."""
         return phi.mean() if self.reduction == "mean" else phi.sum()
@@ -220,10 +234,21 @@ def _check_value(loss: Loss, module: nn.Module, outputs: Any, targets: Any) -> N
 
 def _of_callable(function: Callable[[Any, Any], Tensor], name: str, outputs: Any, targets: Any) -> Tensor:
     """A callable has to return one loss a sample."""
-    phi = function(outputs, targets)
+    try:
+        phi = function(outputs, targets)
+    except (CompileError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the user's own code runs here and may raise anything
+        raise CompileError(
+            f"the loss {name} fails on {_listed(outputs, 'outputs')} and {_listed(targets, 'targets')}: "
+            f"{type(error).__name__}: {error}",
+            "Pass a callable (outputs, targets) -> one loss a sample, shape (B,), that leaves both as they are",
+        ) from error
     remedy = "Return one loss a sample, shape (B,): reduction='none', then a sum or mean over all other axes"
     if not isinstance(phi, Tensor):
         raise CompileError(f"the loss {name} returned {type(phi).__name__}, not a tensor", remedy)
+    if phi.is_complex():
+        raise CompileError(f"the loss {name} is complex", "Return a real number a sample, a modulus say")
     leaves = [leaf for leaf in _tensors(outputs) if leaf.dim()]
     if phi.dim() != 1 or (leaves and not any(_may_hold(leaf, phi.shape[0]) for leaf in leaves)):
         batch = f" for a batch of {leaves[0].shape[0]}" if leaves else ""
@@ -307,6 +332,10 @@ def _check_shapes(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     """Tensors with the same batch, and not an empty one; returns the main output."""
     assert loss.module is not None
     main = _main(loss.module, outputs, loss.name)
+    if isinstance(targets, Tensor) and targets.device.type != main.device.type:
+        raise CompileError(
+            f"the targets are on {targets.device}, the outputs on {main.device}", "Move them: y.to(device)"
+        )
     if not isinstance(targets, Tensor):
         raise CompileError(
             f"the loss {loss.name} takes targets as a tensor, but they are {type(targets).__name__}",
@@ -362,6 +391,14 @@ def _classes_last(module: nn.Module | None, outputs: Any, targets: Any) -> str:
 
 def _tensors(structure: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
+
+
+def _largest(value: Tensor) -> float:
+    return float(value.abs().nan_to_num(0.0, 0.0, 0.0).max()) if value.numel() else 0.0
+
+
+def _listed(values: Any, what: str) -> str:
+    return f"{what} {', '.join(map(_shape, tree_leaves(values))) or None}"
 
 
 def _shape(value: Any) -> str:

@@ -15,7 +15,7 @@ Three kinds of losses, found by what they are:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -84,27 +84,39 @@ class Geometric:
         aim: part of κ for every batch.
         own: part of κ that counts one over the size of the batch, or of the groups of ``coupling``.
         half: size at which the aim is half: few samples say little about the others, and are not to be fitted at once.
+        deep: layers in a row, with neither a normalisation nor a shortcut between them, from which on the aim falls as
+            one over their number (0: never): what all of them change together is further from linear. A compiled
+            program has the aim that comes of it, and ``deep`` 0.
 
     Raises:
-        CompileError: the aim is not positive, or ``own`` or ``half`` is negative.
+        CompileError: the aim is not positive, or ``own``, ``half`` or ``deep`` is negative.
     """
 
     aim: float = 1.0
     own: float = 0.0
     half: float = 0.0
+    deep: float = 0.0
 
     def __post_init__(self) -> None:
         options = (
             ("aim", self.aim, self.aim > 0),
             ("own", self.own, self.own >= 0),
             ("half", self.half, self.half >= 0),
+            ("deep", self.deep, self.deep >= 0),
         )
         for option, value, ok in options:
             if isinstance(value, bool) or not ok or math.isinf(value):
-                raise CompileError(f"Geometric has {option}={value!r}", "Give aim > 0, own >= 0, half >= 0, all finite")
+                raise CompileError(f"Geometric has {option}={value!r}", "Give aim > 0, the others >= 0, all finite")
 
 
 Terminal = Literal["geometric", "gradient", "ggn"] | MonteCarlo | Geometric
+
+
+def at_depth(terminal: Terminal | None, layers: int) -> Terminal | None:
+    """The same with the aim that it has where so many layers follow each other unbroken."""
+    if not isinstance(terminal, Geometric) or not terminal.deep:
+        return terminal
+    return replace(terminal, aim=terminal.aim * min(1.0, terminal.deep / max(1, layers)), deep=0.0)
 
 
 def is_rank_one(terminal: Terminal) -> bool:

@@ -62,7 +62,7 @@ class Accumulated:
 
         Raises:
             CompileError: it needs another program, or parameters or earlier inputs were changed.
-            NonFiniteLoss: its loss is not finite.
+            GivenUp: its loss is not finite.
         """
         if program is not self.program:
             raise CompileError(

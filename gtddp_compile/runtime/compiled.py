@@ -16,7 +16,7 @@ from torch import Tensor
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.methods.curvature import by_parameter
-from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
+from gtddp_compile.runtime.method import BaseMethod, GivenUp
 
 
 class NotFactored(Exception):
@@ -41,13 +41,18 @@ class CompiledStep:
                 "Use a newer torch (2.13 is tested), or leave compile out",
             )
         chosen = dict(options) if isinstance(options, Mapping) else {}
-        self._step = torch.compile(step, **{"dynamic": True, **chosen, "fullgraph": True})
+        try:
+            self._step = torch.compile(step, **{"dynamic": True, **chosen, "fullgraph": True})
+        except (TypeError, RuntimeError) as error:
+            raise CompileError(
+                f"torch.compile does not take compile={chosen}: {error}", "Give options that it has: backend, mode"
+            ) from error
 
     def __call__(self, m: BaseMethod, *arguments: Any) -> Tensor:
         """One step.
 
         Raises:
-            NonFiniteLoss: the loss is not finite.
+            GivenUp: the loss is not finite.
             NotFactored: a factor failed.
         """
         with torch._dynamo.config.patch(trace_autograd_ops=True):  # autograd.grad inside the graph
@@ -62,16 +67,19 @@ def check_done(m: BaseMethod) -> None:
     A step has to: what it returns are new parameters in place of the old ones, which only the host can take back.
 
     Raises:
-        NonFiniteLoss: the loss is not finite.
+        GivenUp: the loss or the update is not finite.
         NotFactored: a factor failed.
     """
     assert m.loss is not None
     weights = [stage["weights"] for stage in m.figures.values() if "weights" in stage]
-    finite, *factored = torch.stack([value.isfinite().all() for value in (m.loss, *weights)]).tolist()
+    looked_at = (m.loss, m.updates_sum(), *weights)
+    finite, moved, *factored = torch.stack([value.isfinite().all() for value in looked_at]).tolist()
     if not finite:
-        raise NonFiniteLoss(m.loss)
+        raise GivenUp(m.loss)
     if not all(factored):
         raise NotFactored
+    if not moved:
+        m.check_finite()
 
 
 def refuse_uncompilable(graph: ControlGraph, curvature: str, kronecker: bool, factored: bool) -> None:

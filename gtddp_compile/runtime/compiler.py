@@ -10,9 +10,12 @@ from typing import Any
 from torch import nn
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.frontends import beginning
 from gtddp_compile.graph import ControlGraph, Op, OpGraph
+from gtddp_compile.kernels import random_state
 from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.methods.setting import Setting
+from gtddp_compile.methods.terminal import at_depth
 from gtddp_compile.options import Options
 from gtddp_compile.passes import (
     augment,
@@ -64,6 +67,7 @@ def build_program(
     graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool, setting: Setting | None = None
 ) -> UpdateProgram:
     """Passes 6 to 11: derivation to code. ``decay``: whether any group has coupled weight decay."""
+    options = replace(options, terminal=at_depth(options.terminal, graph.unbroken))
     derived, plan = plan_program(graph, options, curvature, decay=decay)
     lowered = recompute(lower(plan))
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name, setting)
@@ -133,7 +137,8 @@ class Specialisations:
                 module=read.module,
                 source=read.source or None,
             )
-        graph = build_graph(self._view.model, inputs, self._options)
+        with beginning(random_state() if left else None):
+            graph = build_graph(self._view.model, inputs, self._options)
         if graph.guards and not gone:
             _say_guarded(graph)
         structure = self._structure(graph)

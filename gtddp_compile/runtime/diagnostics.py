@@ -24,8 +24,10 @@ class Diagnostics:
         program: UpdateProgram | None = None,
         *,
         skipped: bool = False,
+        skips: int = 0,
     ) -> None:
-        self._loss, self._kept, self._program, self.skipped = loss, figures or {}, program, skipped
+        self._loss, self._kept, self._program = loss, figures or {}, program
+        self._skipped, self._skips = skipped, skips
         self._stages: Mapping[int, Mapping[str, Any]] = self._kept
         self._found: dict[str, Any] | None = None
 
@@ -42,7 +44,8 @@ class Diagnostics:
         stages = self._stages.values()
         found: dict[str, Any] = {
             "loss": float(self._loss) if self._loss is not None else None,
-            "skipped": self.skipped,
+            "skipped": self._skipped,
+            "skipped_steps": self._skips,
             "clipped_changes": sum(self._clipped(stage) for stage in stages if "predicted" in stage),
             "clipped_radicands": int(sum(int(stage["radicands"]) for stage in stages if "radicands" in stage)),
         }

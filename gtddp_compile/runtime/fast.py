@@ -60,7 +60,7 @@ class FastBackend:
 
         ``plainly``: without torch.compile, whatever the options say, and looking at every factor as it is made.
         """
-        precision = m.precision = Precision.around(p.values())
+        precision = m.precision = Precision.around(p.values(), m.scale)
         m.samples = inputs[0].shape[0]
         m.deferred = not plainly and not m.first and next(iter(p.values())).device.type != "cpu"
         other = precision.mixed or m.deferred
@@ -73,6 +73,8 @@ class FastBackend:
             phi = step(m, p, b, q, self._again(b), inputs, targets)
             if m.deferred and step is not self._compiled:
                 check_done(m)
+            elif step is not self._compiled:
+                m.check_finite()
         return phi
 
     def micro(
@@ -85,13 +87,15 @@ class FastBackend:
         targets: Any,
     ) -> Micro:
         """The same for one micro-batch of an update; asks for what the update's micro-batches have in common."""
-        m.precision, m.samples = Precision.around(p.values()), inputs[0].shape[0]
+        m.precision, m.samples = Precision.around(p.values(), m.scale), inputs[0].shape[0]
         found: Micro = self._function("micro_step", m.precision)(m, p, b, q, self._again(b), inputs, targets)
         return found
 
     def _function(self, name: str, precision: Precision, deferred: bool = False) -> Callable[..., Any]:
         """The program, or its form for micro-batches, in a precision; loaded when it is first asked for."""
         key = name, precision, deferred
+        if any(other.scale != precision.scale for _, other, _ in self._others):
+            self._others.clear()
         if key not in self._others:
             code = self.program.code + ("" if name == "step" else "\n\n" + emit_micro(self.program.lowered))
             self._others[key] = _load(self.program, code, name, precision, deferred)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gtddp_compile import kernels
+from gtddp_compile.errors import NonFiniteError
 from gtddp_compile.kernels.kronecker import Rows
 from gtddp_compile.methods.curvature import BlockUpdates, Curvature
 from gtddp_compile.methods.curvature.blocks import Names
@@ -25,12 +27,21 @@ from gtddp_compile.methods.terminal import MonteCarlo, Terminal, explicit_hessia
 from gtddp_compile.runtime.precision import Precision, lift
 
 
-class NonFiniteLoss(Exception):
-    """The loss is not finite: the step is given up and nothing has changed. Carries the loss."""
+class GivenUp(Exception):
+    """The step is given up and nothing has changed: its loss, or what is named, is NaN or infinite.
 
-    def __init__(self, loss: Tensor) -> None:
-        super().__init__(f"the loss is {float(loss)}")
-        self.loss = loss
+    Attributes:
+        loss: of the step.
+    """
+
+    def __init__(self, loss: Tensor, what: str | None = None, name: str | None = None) -> None:
+        super().__init__(f"{what or f'the loss ({float(loss)})'} is not finite, and nothing was changed")
+        self.loss, self._name = loss, name
+
+    def error(self) -> NonFiniteError:
+        """The same for the user."""
+        remedy = "Look for NaN in the batch, lower lr, or leave such batches out by on_nonfinite='skip'"
+        return NonFiniteError(str(self), remedy, module=self._name and self._name.rpartition(".")[0])
 
 
 def _replaced(outputs: Any, leaves: Sequence[Tensor], others: Sequence[Tensor]) -> Any:
@@ -42,6 +53,10 @@ def _replaced(outputs: Any, leaves: Sequence[Tensor], others: Sequence[Tensor]) 
 def _alike(left: Tensor, right: Tensor) -> bool:
     """Whether one can be in the other's place."""
     return left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+
+
+MATRIX = "a matrix of gradients (a Gram matrix or a curvature's factor)"
+"""What cannot be factored."""
 
 
 class BaseMethod(BlockUpdates):
@@ -63,6 +78,7 @@ class BaseMethod(BlockUpdates):
         deferred: whether the loss is finite is looked at when the step is done.
         samples: of the batch, against which losses are counted; ``None``: unknown.
         precision: of the step.
+        scale: of gradients that are half.
     """
 
     first = True
@@ -70,6 +86,7 @@ class BaseMethod(BlockUpdates):
     deferred = False
     samples: int | None = None
     precision = Precision()
+    scale = 1.0
 
     def __init__(
         self,
@@ -179,14 +196,22 @@ class BaseMethod(BlockUpdates):
             self._loss.count(phi, outputs, self.samples)
         if self.first and self._loss.function is not None:
             self._loss.depend_on_outputs_alone(phi, {self._params[name].data_ptr(): name for name in self.states})
+            if phi.requires_grad and self._loss.mixes(phi, outputs):
+                warnings.warn(
+                    f"the loss {self._loss.name} mixes samples: feedback reads it sample by sample, an approximation "
+                    "(docs/theory.md#mixing)",
+                    stacklevel=2,
+                )
         self.loss = self._loss.total(phi.detach())
         if not self.deferred and not math.isfinite(self.loss):
-            raise NonFiniteLoss(self.loss)
+            raise GivenUp(self.loss)
         return phi
 
     def _check(self, outputs: Any, targets: Any) -> None:
+        before = kernels.random_state()  # a loss may draw
         with torch.no_grad(), self.precision.inside():
             check(self._loss, outputs, targets)
+        kernels.restore_random_state(before)
 
     def factors(self, phi: Tensor, outputs: Any, targets: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
         """``∇φ_i`` and after it the columns of the terminal factor, for every output: ``(1 + r, B, …)``."""
@@ -196,8 +221,9 @@ class BaseMethod(BlockUpdates):
             outputs, targets = _replaced(outputs, leaves, exact), lift(targets)
         with self.precision.inside():
             columns = terminal_factors(self._loss, outputs, targets, exact, self._terminal)
-        columns = tuple(z.to(leaf.dtype) for z, leaf in zip(columns, leaves, strict=True))
-        gradients = kernels.loss_gradient(phi, leaves)
+        scale = self.precision.scale
+        columns = tuple((z * scale).to(leaf.dtype) for z, leaf in zip(columns, leaves, strict=True))
+        gradients = kernels.loss_gradient(phi * scale, leaves)
         return tuple(torch.cat([g.unsqueeze(0), z.detach()]) for g, z in zip(gradients, columns, strict=True))
 
     def terminal(
@@ -233,10 +259,27 @@ class BaseMethod(BlockUpdates):
         self.keep(stage, **{f"fallbacks {first}": self.states[first].get("fallbacks", 0) - before})
 
     def overflowed(self) -> bool:
-        """Whether a Gram matrix kept so far is not finite: no factorisation of it can succeed."""
-        kept = [stage.get(kind, {}) for stage in self.figures.values() for kind in ("gammas", "columns")]
-        grams = [gram for of_players in kept for gram in of_players.values()]
-        return not all(bool(block.isfinite().all()) for gram in grams for block in gram)
+        """Whether a step whose loss is finite may succeed with a smaller scale."""
+        return self.precision.scale > 1 and self.loss is not None and math.isfinite(self.loss)
+
+    def check_finite(self) -> None:
+        """Look once at every parameter's new value (where that is not made yet, at its step).
+
+        Raises:
+            GivenUp: one is NaN or infinite.
+        """
+        assert self.loss is not None
+        if not math.isfinite(self.updates_sum()):
+            for name, value in self._updates():  # a sum may overflow where no entry has
+                if not bool(value.isfinite().all()):
+                    raise GivenUp(self.loss, f"the update of parameter {name!r}", name)
+
+    def updates_sum(self) -> Tensor:
+        """A number that is not finite if a parameter's new value is not."""
+        return torch.stack([value.sum() for _, value in self._updates()]).sum()
+
+    def _updates(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self._steps.get(name, self._new[name])) for name in self.states)
 
     def mark(self, segment: int = 0) -> None:
         """The random state at the beginning of a segment (of the first stage, where the trajectory is kept)."""

@@ -54,9 +54,28 @@ def as_inputs(inputs: Any, model: nn.Module) -> tuple[Any, ...]:
                 "Pass a tensor, a tuple of tensors in the order of the model's arguments, or a dict of them by name "
                 "(sequences padded); other arguments are for a module around the model to pass",
             )
+        _check_input(value, model)
     if not found:
         raise CompileError("there are no inputs", "Pass a tensor, or a tuple or dict of tensors")
     return found
+
+
+def _check_input(value: Tensor, model: nn.Module) -> None:
+    """Refuse tensors in which samples are no rows of numbers, and those that somebody waits for a gradient of."""
+    where = next((parameter.device for parameter in model.parameters()), value.device)
+    kind = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+    if value.is_nested or value.layout != torch.strided:
+        raise CompileError(f"an input is {kind}", "Give a dense one: x.to_dense(), or x.to_padded_tensor(0.0)")
+    if value.device.type != where.type:
+        raise CompileError(
+            f"an input is on {value.device}, the model's parameters are on {where}", "Move one of them: x.to(device)"
+        )
+    if value.grad_fn is not None:
+        raise CompileError(
+            f"an input was computed with a graph ({type(value.grad_fn).__name__}): a step gives no gradient to what "
+            "made it",
+            "Detach it, or put what made it into the model",
+        )
 
 
 def check_batch(inputs: tuple[Any, ...], targets: Any) -> tuple[Any, ...]:
@@ -112,6 +131,20 @@ class ModelView:
         self.named: dict[str, nn.Parameter] = dict(model.named_parameters())
         if not any(p.requires_grad for p in self.named.values()):
             raise CompileError("the model has no trainable parameters", "Set requires_grad on those to train")
+        odd = next((name for name, value in self.named.items() if value.is_complex()), None)
+        sparse = next((name for name, value in self.named.items() if value.layout != torch.strided), None)
+        if sparse is not None:
+            raise CompileError(
+                f"parameter {sparse!r} is a sparse tensor",
+                "Keep its values as a dense parameter and its places as a buffer",
+                module=sparse.rpartition(".")[0],
+            )
+        if odd is not None:
+            raise CompileError(
+                f"parameter {odd!r} is complex",
+                "Keep its real and imaginary parts as two real parameters, and join them by torch.complex in forward",
+                module=odd.rpartition(".")[0],
+            )
         self._placed = _placed(_modules(model))
         empty = next((name for name, value in self.named.items() if value.is_meta), None)
         if empty is not None:
@@ -200,7 +233,7 @@ class ModelView:
 
     def _check_parameters(self) -> None:
         current = dict(self.model.named_parameters())
-        for name in current.keys() | self.named.keys():
+        for name in {**current, **self.named}:
             if current.get(name) is not self.named.get(name):
                 raise CompileError(
                     f"parameter {name!r} was added, removed or replaced after compilation",

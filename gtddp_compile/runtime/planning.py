@@ -6,7 +6,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import LEADING, ControlGraph
 from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules
 from gtddp_compile.lowering.plan import Asked, Plan
-from gtddp_compile.methods.curvature import Curvature, Kronecker
+from gtddp_compile.methods.curvature import PLAIN, Curvature, Kronecker
 from gtddp_compile.methods.terminal import terminal_weight
 from gtddp_compile.options import Nystrom, Options, Sketch
 from gtddp_compile.passes import collapse, derive, simplify
@@ -17,7 +17,7 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
     """Passes 6 to 8: derivation, collapse, plan. ``decay``: whether any group has coupled weight decay."""
     if options.factored:
         _check_columns(graph, options)
-    if isinstance(options.gram, Nystrom) and isinstance(curvature, Kronecker):
+    if isinstance(options.gram, Nystrom) and curvature.metric not in PLAIN:
         raise CompileError(
             f"gram={options.gram!r}: the rows of {curvature.name!r} are mapped by factors of all samples",
             "Use it with a spherical or diagonal curvature: 'sgd' for least squares",

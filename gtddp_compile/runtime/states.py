@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +13,19 @@ from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.runtime.precision import LOW, lift
 
 
-def check_states(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Optimizer state lies where its parameter does, in its precision.
+def check_used(
+    groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, Mapping[str, Any]], curvature: Curvature
+) -> None:
+    """Groups have the options of the base method, and states lie where their parameters do, in their precision.
 
     Raises:
-        CompileError: the model was moved or converted after its first step.
+        CompileError: an option is missing or out of range, a state is not whole, or the model was moved or converted
+            after its first step.
     """
+    for group in groups:
+        curvature.check(group)
+        for parameter in group["params"]:
+            _check_whole(states.get(parameter, {}), parameter, group, curvature)
     for parameter, state in states.items():
         wanted = (parameter.device, lift(parameter.detach()).dtype)
         for value in state.values():
@@ -50,9 +58,14 @@ def regrouped(
         CompileError: it is of another base method, the parameters of several groups cannot be told, or there are more
             or fewer than the model has.
     """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise CompileError(
+            f"a {type(state_dict).__name__} without 'state' and 'param_groups' is no optimizer's state_dict",
+            "Pass what state_dict() of the optimizer returned, not the model's, nor a path",
+        )
     stored = state_dict["param_groups"]
     if all("name" in group for group in stored):
-        return dict(state_dict)
+        return _by_name(state_dict, groups)
     for group in stored:
         _check_method(group, curvature)
     places = iter(_order(stored, named))
@@ -78,6 +91,37 @@ def regrouped(
             if known := {key: value for key, value in state.items() if value is not None}:
                 found["state"][number] = known
         found["param_groups"].append(own)
+    return found
+
+
+def _by_name(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Saved groups in the order of the compiled optimizer's, found by their names; a group of a module that is new has
+    no state.
+    """
+    stored = {group["name"]: group for group in state_dict["param_groups"]}
+    names = [group["name"] for group in groups]
+    if len(stored) < len(state_dict["param_groups"]) or list(stored) == names:
+        return dict(state_dict)
+    extra, new = [name for name in stored if name not in names], [name for name in names if name not in stored]
+    if extra:
+        raise CompileError(
+            f"the state has parameter groups {extra}, and the optimizer has none of these names",
+            "Rename them in state_dict()['param_groups'] as the modules are called now, divide this optimizer's groups "
+            "as they were, or take out those of modules that are gone",
+        )
+    if new:
+        warnings.warn(f"the state has no parameter groups {new}: they begin without", stacklevel=4)
+    numbers = iter(range(sum(len(group["params"]) for group in groups)))
+    found: dict[str, Any] = {**state_dict, "state": {}, "param_groups": []}
+    for group in groups:
+        theirs = stored.get(group["name"])
+        own = [next(numbers) for _ in group["params"]]
+        found["param_groups"].append({**(group if theirs is None else theirs), "params": own})
+        if theirs is not None:
+            if len(theirs["params"]) != len(own):
+                return dict(state_dict)  # refused for its sizes
+            pairs = zip(own, theirs["params"], strict=True)
+            found["state"] |= {number: state_dict["state"][i] for number, i in pairs if i in state_dict["state"]}
     return found
 
 
@@ -113,6 +157,12 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
             f" {sum(wanted)}",
             "Load what a compiled optimizer of the same model saved: it has a group for every module with parameters",
         )
+    unknown = state_dict["state"].keys() - {index for group in stored for index in group["params"]}
+    if unknown:
+        raise CompileError(
+            f"the state has entries {sorted(unknown, key=str)} of parameters that are in none of its groups",
+            "Save it again from the optimizer: state_dict() has one entry a parameter",
+        )
     for theirs, group in zip(stored, groups, strict=True):
         _check_method(theirs, curvature)
         for index, parameter in zip(theirs["params"], group["params"], strict=True):
@@ -129,6 +179,7 @@ def _check_method(group: Mapping[str, Any], curvature: Curvature) -> None:
 
 
 def _check_shapes(state: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any], curvature: Curvature) -> None:
+    _check_whole(state, parameter, group, curvature)
     expected = curvature.init_state(lift(parameter.detach()), dict(group)) if state else {}
     for key, value in expected.items():
         own = state.get(key)
@@ -140,14 +191,30 @@ def _check_shapes(state: Mapping[str, Any], parameter: Tensor, group: Mapping[st
             )
 
 
-def unrounded(state: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, Any]:
-    """The states of bfloat16 and half parameters as they were saved: torch rounds them to the parameter's precision."""
-    parameters = enumerate(parameter for group in groups for parameter in group["params"])
-    return {
-        parameter: {
-            key: value.to(parameter.device) if isinstance(value, Tensor) and value.dim() else value
-            for key, value in state[index].items()
-        }
-        for index, parameter in parameters
-        if parameter.dtype in LOW and index in state
-    }
+def _check_whole(state: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any], curvature: Curvature) -> None:
+    expected = curvature.init_state(lift(parameter.detach()), dict(group)) if state else {}
+    for key, value in expected.items():
+        if isinstance(value, Tensor) and not isinstance(state.get(key), Tensor | float | int):
+            raise CompileError(
+                f"the state of a parameter {tuple(parameter.shape)} has no {key}, which {curvature.name} keeps",
+                "Load what the same base method saved, or leave this parameter's state out",
+                module=group.get("name"),
+            )
+
+
+def unround(
+    states: MutableMapping[Tensor, Any], loaded: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """States as they were saved where torch has rounded them: numbers, and all of bfloat16 and half parameters.
+
+    Args:
+        states: of the optimizer, after loading.
+        loaded: what was loaded, in the order of the groups.
+        groups: of the optimizer.
+    """
+    theirs = (index for group in loaded["param_groups"] for index in group["params"])
+    parameters = (parameter for group in groups for parameter in group["params"])
+    for index, parameter in zip(theirs, parameters, strict=True):
+        for key, value in loaded["state"].get(index, {}).items():
+            if isinstance(value, Tensor) and (not value.dim() or parameter.dtype in LOW):
+                states[parameter][key] = value.to(parameter.device) if value.dim() else value

@@ -23,7 +23,7 @@ from gtddp_compile.kernels import Layer, random_state, restore_random_state
 from gtddp_compile.options import Nystrom
 from gtddp_compile.passes.p11_emit import draws
 from gtddp_compile.runtime.fast import FastBackend, Micro, Request
-from gtddp_compile.runtime.method import BaseMethod, NonFiniteLoss
+from gtddp_compile.runtime.method import MATRIX, BaseMethod, GivenUp
 from gtddp_compile.runtime.program import UpdateProgram
 
 FORMS = ("base", *COUPLED)
@@ -117,7 +117,7 @@ class Union:
         """Run a micro-batch as far as it goes by itself; its loss.
 
         Raises:
-            NonFiniteLoss: its loss is not finite. On any exception nothing of it was added.
+            GivenUp: its loss is not finite. On any exception nothing of it was added.
         """
         method = self.method.beside()
         # Of its own: what autograd holds of the micro-batches before must not be written to.
@@ -141,7 +141,7 @@ class Union:
         """The update of the union, into ``new`` and the states of ``method``; its loss.
 
         Raises:
-            NonFiniteLoss: a Gram matrix is not finite. On any exception parameters are what they were.
+            GivenUp: a Gram matrix or the update is not finite. On any exception parameters are what they were.
         """
         after, shares = random_state(), self._shares()
         mean = self.method.reduction == "mean"
@@ -156,6 +156,7 @@ class Union:
                         getattr(self.method, name)(*scaled(name, arguments, 1 / total))
             else:
                 self._guarded(lambda: self._together(shares), self._parts)
+            self.method.check_finite()
         except BaseException:
             self.method.undo()
             raise
@@ -183,9 +184,9 @@ class Union:
             run()
         except LinAlgError as error:
             loss = self.method.loss if self.method.loss is not None else parts[0].method.loss
-            if loss is None or not any(part.method.overflowed() for part in parts):
+            if loss is None:
                 raise
-            raise NonFiniteLoss(loss) from error
+            raise GivenUp(loss, MATRIX) from error
 
     def advancing(self) -> dict[str, Tensor]:
         """Buffers that the forward pass writes."""

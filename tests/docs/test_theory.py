@@ -59,7 +59,7 @@ def test_references_to_the_theory_resolve() -> None:
             assert path.suffix == ".md" or written == "docs/theory.md", f"{where}: write docs/theory.md{section}"
             found.add(section[1:])
         if path != Path(__file__):
-            assert not re.search(r"\(theory: |theory\.md (section )?\d|api\.md", text), (
+            assert not re.search(r"\(theory: |theory\.md (section )?\d|shared/api\.md", text), (
                 f"{where}: a reference by number"
             )
     assert {"collapse", "linear-rollout", "mixing", "columns", "block", "weight-decay", "inertia"} <= found

@@ -137,6 +137,34 @@ def test_random_numbers_that_are_not_torchs(name: str) -> None:
     assert snapshot(net) == before
 
 
+def layer_drop(layer: Any, x: Tensor) -> Tensor:
+    """As wav2vec2 leaves layers out."""
+    return x if torch.rand(()) < 0.5 else layer.fc(x)
+
+
+def noise(layer: Any, x: Tensor) -> Tensor:
+    return layer.fc(x) * (1 + torch.rand(4).double())  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:the path through the model")
+@pytest.mark.parametrize("forward", [layer_drop, noise])
+def test_torchs_random_numbers_are_drawn_at_every_step(forward: Forward) -> None:
+    """The path is that of the step's own draw, found anew where it is another one."""
+    net = holding(forward)
+    plain = copy.deepcopy(net)
+    opt = compiled(net, lr=0.5, feedback=False)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        F.cross_entropy(plain(batch(6, seed)), TARGETS).backward()
+        torch.optim.SGD(plain.parameters(), lr=0.5).step()
+        plain.zero_grad()
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        opt.step(batch(6, seed), TARGETS)
+        assert torch.equal(torch.get_rng_state(), after)
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
 # --- what a pass leaves for the loss ----------------------------------------------------------------------------------
 
 

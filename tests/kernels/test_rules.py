@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer, kernels
-from gtddp_compile.errors import CompileError
+from gtddp_compile.errors import CompileError, NonFiniteError
 from gtddp_compile.graph import Layout
 from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref, map_leaves
 from gtddp_compile.lowering.layers import choose
@@ -156,8 +157,9 @@ def test_a_step_whose_gram_matrices_overflow_is_skipped() -> None:
         model[1].weight.mul_(1e8)
     before = copy.deepcopy(model.state_dict())
     opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.1)
-    loss = opt.step(x, y)
-    assert torch.isfinite(loss) and opt.diagnostics["skipped"]
+    with pytest.raises(NonFiniteError, match=r"a matrix of gradients .* is not finite"):
+        opt.step(x, y)
+    assert math.isfinite(opt.diagnostics["loss"]) and opt.diagnostics["skipped"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

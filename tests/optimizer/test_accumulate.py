@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo, compile_optimizer
+from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo, NonFiniteError, compile_optimizer
 from support.faults import Fault, fault_at
 
 LOSS = nn.CrossEntropyLoss()
@@ -146,7 +146,8 @@ def test_accumulate_itself_changes_nothing_and_a_micro_batch_that_fails_is_left_
     with pytest.raises(CompileError):
         opt.accumulate(batch(1)[0], torch.full((5,), 7))
     bad = batch(2)[0].fill_(float("inf"))
-    assert not torch.isfinite(opt.accumulate(bad, batch(2)[1])) and opt.diagnostics["skipped"]
+    with pytest.raises(NonFiniteError, match=r"the loss \(nan\)"):
+        opt.accumulate(bad, batch(2)[1])
     assert torch.equal(after, torch.get_rng_state())
     opt.step(*batch(1))
     torch.manual_seed(1)
@@ -156,10 +157,11 @@ def test_accumulate_itself_changes_nothing_and_a_micro_batch_that_fails_is_left_
 
 
 def test_a_step_whose_loss_is_not_finite_drops_the_accumulated() -> None:
-    model, opt, batch = noisy()
+    model, opt, batch = noisy(on_nonfinite="skip")
     opt.accumulate(*batch(0))
     before = everything(model, opt)
-    assert not torch.isfinite(opt.step(batch(1)[0] / 0, batch(1)[1])) and opt.diagnostics["skipped"]
+    with pytest.warns(UserWarning, match="not finite"):
+        assert not torch.isfinite(opt.step(batch(1)[0] / 0, batch(1)[1])) and opt.diagnostics["skipped"]
     assert_equal(before, everything(model, opt))
     with pytest.raises(CompileError, match="batch itself"):
         opt.step()

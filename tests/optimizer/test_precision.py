@@ -141,6 +141,74 @@ def test_states_of_low_precision_models_survive_saving(curvature: str) -> None:
     assert torch.equal(vector(model), vector(twin))
 
 
+class Small(nn.Module):
+    """Its first layer's gradients are below half's least number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.gelu(self.a(x)) * 1e-4
+        found: Tensor = self.c((nn.functional.silu(self.b(hidden)) * 1e-3).sin())
+        return found
+
+
+def gradients(model: nn.Module, x: Tensor, **options: Any) -> list[Tensor]:
+    opt = compiled(copy.deepcopy(model), example_inputs=x, momentum=0.9, **options)
+    opt.step(x, targets_for(3, 6))
+    return [opt.state[p]["momentum_buffer"].double() for p in opt.param_groups[0]["params"]]
+
+
+@pytest.mark.parametrize("options", [{"feedback": False}, {"rollout": "nonlinear"}, {"terminal": "ggn"}], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_grad_scaler_keeps_the_gradients_of_half_models(autocast: bool, options: dict[str, Any]) -> None:
+    """As torch's does; where its scale is too large, the step is made again, and the figures are its own."""
+    torch.manual_seed(0)
+    model, x = Small(), torch.randn(6, 8)
+    exact = gradients(model.double(), x.double(), **options)
+    model, x = (
+        model.to(torch.float32 if autocast else torch.float16),
+        x.to(torch.float32 if autocast else torch.float16),
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=3)  # type: ignore[attr-defined]
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        lost, kept = gradients(model, x, **options), gradients(model, x, grad_scaler=scaler, **options)
+        assert all(float(g.norm()) < 0.5 * float(e.norm()) for g, e in zip(lost, exact, strict=True))
+        for ours, wanted in zip(kept, exact, strict=True):
+            assert float((ours - wanted).norm()) < 0.02 * float(wanted.norm())
+        found = scaler.get_scale()
+        assert 2.0**10 < found < 2.0**40
+        for _ in range(2):
+            gradients(model, x, grad_scaler=scaler, **options)
+    assert scaler.get_scale() == 2 * found and scaler.state_dict()["_growth_tracker"] == 0
+
+
+def test_a_grad_scaler_where_it_has_nothing_to_do() -> None:
+    """Single precision and bfloat16 are not scaled; micro-batches are, and an update that overflows is given up."""
+    torch.manual_seed(0)
+    model, x, y = Small(), torch.randn(6, 8), targets_for(3, 6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # type: ignore[attr-defined]
+    plain = gradients(model, x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(model, x, grad_scaler=scaler), strict=True))
+    assert scaler.get_scale() == 2.0**40
+    opt = compiled(model.half(), grad_scaler=scaler, on_nonfinite="skip")
+    before = vector(model)
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.accumulate(x[:3].half(), y[:3])
+    opt.step(x[3:].half(), y[3:])
+    assert opt.diagnostics["skipped_steps"] == 1 and scaler.get_scale() < 2.0**30
+    assert not torch.equal(vector(model), before)
+    with pytest.raises(CompileError, match=r"grad_scaler is a float.*GradScaler"):
+        compiled(model, grad_scaler=2.0)
+
+
+def test_complex_parameters_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3, dtype=torch.complex64))
+    with pytest.raises(CompileError, match=r"module '1': parameter '1.weight' is complex.*two real parameters"):
+        compiled(model)
+
+
 def test_refusals(tmp_path: Path) -> None:
     x, y = torch.randn(4, 2), targets_for(3, 4)
     opt = compiled(nn.Linear(2, 3), backend="dense")

@@ -42,7 +42,7 @@ def test_nothing_is_read_before_the_step_is_done(
     states = {name: opt._curvature.init_state(value, groups[name]) for name, value in params.items()}
     m = BaseMethod(opt._curvature, dict(params), dict(params), states, groups, opt._loss, opt._options.terminal_kind)
     m.first = False
-    monkeypatch.setattr(fast.Precision, "around", lambda params: fast.Precision())  # meta has no autocast
+    monkeypatch.setattr(fast.Precision, "around", lambda *given: fast.Precision())  # meta has no autocast
     looked: list[BaseMethod] = []
     monkeypatch.setattr(fast, "check_done", looked.append)
     buffers = on_meta(dict(case.model.named_buffers()))

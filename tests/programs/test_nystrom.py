@@ -116,7 +116,7 @@ def test_it_is_stored_with_the_program(tmp_path: Any) -> None:
     assert UpdateProgram.load(tmp_path / "step.json").options.gram == given
 
 
-@pytest.mark.parametrize("options", [{"compile": True}, {"curvature": "kfac"}, {"coupling": 4},
+@pytest.mark.parametrize("options", [{"compile": True}, {"curvature": "kfac"}, {"curvature": "muon"}, {"coupling": 4},
                                      {"memory": "recompute"}, {"rollout": "nonlinear"}, {"backend": "dense"},
                                      {"terminal": "ggn"}, {"feedback": False}])  # fmt: skip
 def test_refusals(options: dict[str, Any]) -> None:

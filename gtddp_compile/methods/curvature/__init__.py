@@ -68,7 +68,7 @@ def by_parameter() -> str:
     return f"{', '.join(names)} or {last}"
 
 
-IMPLEMENTATION_ONLY = frozenset({"foreach", "fused", "capturable", "differentiable"})
+IMPLEMENTATION_ONLY = frozenset({"foreach", "fused", "capturable"})
 """torch.optim's options that choose between implementations of the same update."""
 
 
@@ -100,6 +100,8 @@ def resolve(curvature: str | Curvature, **options: Any) -> Curvature:
         why = f"curvature {curvature!r} has no option {_listed(unknown)}"
         if IMPLEMENTATION_ONLY.intersection(unknown):
             why += " (it would only choose between implementations of the same update, which the compiler does)"
+        if "differentiable" in unknown:
+            why += " (a step writes the parameters in place, and no gradient goes through it)"
         raise CompileError(why, f"Its options are {', '.join(known)}")
     built: Curvature = REGISTRY[curvature](**options)
     return built

@@ -117,6 +117,8 @@ class Curvature(ABC):
                 f"{name} was asked for maximize=True, but the recursions minimise the loss",
                 "Negate the loss instead: loss=lambda outputs, targets: -gain(outputs, targets)",
             )
+        for option in self.defaults().keys() - options.keys():
+            raise CompileError(f"{name} has no {option} in this parameter group", f"Give group[{option!r}] a value")
         for option in self.nonnegative:
             if not number(name, option, options[option]) >= 0.0:
                 raise out_of_range(name, option, options[option], "a number that is at least 0")

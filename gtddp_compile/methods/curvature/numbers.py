@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +16,12 @@ Scalar = float | Tensor
 
 def number(name: str, option: str, value: object) -> float:
     """``value`` as a float, for checking; a tensor has to hold one element."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return float(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    raise out_of_range(name, option, value, "a number, or a tensor of one element")
+    found = math.nan
+    if isinstance(value, Tensor | int | float) and not isinstance(value, bool):
+        found = float(value) if not isinstance(value, Tensor) or value.numel() == 1 else math.nan
+    if not math.isfinite(found):
+        raise out_of_range(name, option, value, "a finite number, or a tensor of one element")
+    return found
 
 
 def out_of_range(name: str, option: str, value: object, wanted: str) -> CompileError:

@@ -112,6 +112,7 @@ class Sweeps:
             self._joint()
         else:
             self._forward(q)
+        self.m.check_finite()
         return self.phi
 
     def _terminal(self, samples: Tensor) -> Group:

@@ -46,7 +46,9 @@ def rolled_out(stages: Sequence[DerivedStage], gains: list[Gains], bound: float 
         values.update((d.moved[letter], piece) for letter, piece in zip(stage.controls, pieces, strict=True))
         change = {}
         for o, outs in stage.outputs.items():
-            after = evaluate(d.rolled[o].expression, values, size)
+            expression = d.rolled[o].expression  # of a detached value zero, of as many rows as it has
+            rows = sum(found.widths[name] for name in outs)
+            after = evaluate(expression, values, {**size, expression.shape[0]: rows})
             change.update(zip(outs, after.split([found.widths[name] for name in outs]), strict=True))
     return _capped(steps, gains, bound)
 

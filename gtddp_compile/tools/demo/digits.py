@@ -93,8 +93,9 @@ def _torchs(kind: type[torch.optim.Optimizer], **options: Any) -> Callable[[nn.M
 
 def _papers(model: nn.Module, images: Tensor, lr: float) -> Step:
     return compile_optimizer(
-        model, images, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=lr, coupling="block", recursion="substituted"
-    ).step
+        model, images, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=lr, coupling="block", recursion="substituted",
+        on_nonfinite="skip",
+    ).step  # fmt: skip
 
 
 def _default(model: nn.Module, images: Tensor, _: float) -> Step:

@@ -1,0 +1,46 @@
+"""Random models, options and batches, as tests/support/fuzzed.py draws them: how many steps were right or refused.
+
+python benchmarks/fuzz.py [cases]   writes benchmarks/fuzz.csv; ends with 1 if a step was wrong or an error not in words
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from support.fuzzed import FAILED, outcome
+
+CASES = 2000
+FOUND = Path(__file__).with_suffix(".csv")
+
+
+def main(cases: int) -> int:
+    torch.set_num_threads(1)
+    found: Counter[tuple[str, str]] = Counter()
+    for seed in track(range(cases), "fuzzing"):
+        became = outcome(seed)
+        found[became.kind, became.said if became.kind != "not finite" else ""] += 1
+        if became.kind in FAILED:
+            print(became.said, flush=True)
+        if (seed + 1) % 100 == 0:
+            write(found)
+    write(found)
+    return int(any(kind in FAILED for kind, _ in found))
+
+
+def write(found: Counter[tuple[str, str]]) -> None:
+    with FOUND.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("outcome", "said", "cases"))
+        counted = sorted(found.items(), key=lambda item: (item[0][0], -item[1]))
+        rows.writerows((kind, said, count) for (kind, said), count in counted)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else CASES))

@@ -1,0 +1,69 @@
+"""torch.optim's surface, where a derived program makes it another: groups, and what is pickled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.curvature import Curvature
+from gtddp_compile.options import Options
+from gtddp_compile.runtime.compiler import Specialisations
+from gtddp_compile.runtime.diagnostics import Diagnostics
+from gtddp_compile.runtime.model import ModelView
+from gtddp_compile.runtime.precision import lift
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Surface(torch.optim.Optimizer):
+    """What a compiled optimizer has of ``torch.optim.Optimizer``, and keeps of its model."""
+
+    _view: ModelView
+    _options: Options
+    _curvature: Curvature
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: the program was derived for the parameters the model had.
+
+        Raises:
+            CompileError: always, once the optimizer exists.
+        """
+        if getattr(self, "_sealed", False):
+            self._refuse_group()
+        # torch compares a new group with all before it, quadratic in their number; ours are disjoint by construction.
+        before, self.param_groups = self.param_groups, []
+        super().add_param_group(param_group)
+        before += self.param_groups
+        self.param_groups = before
+
+    def _refuse_group(self) -> NoReturn:
+        raise CompileError(
+            "a parameter group cannot be added: the update program was derived for the network as it was compiled",
+            "Change the model first, then call compile_optimizer again; load_state_dict carries state over",
+        )
+
+    def begun(self) -> bool:
+        """Whether states were made as they begin: torch.distributed.checkpoint asks for a step of zero gradients before
+        it loads.
+        """
+        trained = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if self.state or not trained or any(p.grad is None or bool(p.grad.any()) for p, _ in trained):
+            return False
+        for p, group in trained:
+            self.state[p] = self._curvature.init_state(lift(p.detach()), group)
+        return True
+
+    def seal(self) -> Self:
+        """No more groups from here on."""
+        self._sealed = True
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
+        fresh = Specialisations(self._view, self._options, self._curvature)
+        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None)
+        return state

@@ -1,0 +1,126 @@
+"""A saved state and a model that has changed: renamed, reordered, with layers more or fewer; other ways to save it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
+from support.noisy import LOSS, batch
+
+
+class Named(nn.Module):
+    """Layers of one size, so that a shape never tells them apart."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+        for name in names:
+            self.add_module(name, nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in sorted(self.names):
+            x = torch.tanh(self.get_submodule(name)(x))
+        return x
+
+
+def made(*names: str, curvature: str = "adam") -> tuple[Any, CompiledOptimizer]:
+    torch.manual_seed(0)
+    model = Named(*names)
+    return model, compile_optimizer(model, batch()[0], loss=LOSS, curvature=curvature, lr=0.01)
+
+
+def trained(model: nn.Module, opt: CompiledOptimizer, *steps: int) -> Any:
+    for step in steps:
+        torch.manual_seed(step)
+        opt.step(*batch(step))
+    return copy.deepcopy(model.state_dict()), by_name(model, opt)
+
+
+def by_name(model: nn.Module, opt: CompiledOptimizer) -> dict[str, Any]:
+    return {name: copy.deepcopy(opt.state.get(p, {})) for name, p in model.named_parameters()}
+
+
+def same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("curvature", ["sgd", "adam", "foof", "kfac", "ekfac"])
+def test_layers_in_another_order_find_their_state_by_name(curvature: str) -> None:
+    model, opt = made("a", "b", "c", curvature=curvature)
+    trained(model, opt, 0, 1)
+    twin, other = made("c", "a", "b", curvature=curvature)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    same(by_name(twin, other), by_name(model, opt))
+    same(trained(twin, other, 2)[1], trained(model, opt, 2)[1])
+
+
+def test_a_layer_more_begins_without_state() -> None:
+    model, opt = made("a", "b")
+    _, before = trained(model, opt, 0)
+    twin, other = made("a", "b", "c")
+    with pytest.warns(UserWarning, match=r"no parameter groups \['c'\]: they begin without"):
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    same(by_name(twin, other), {**before, "c.weight": {}, "c.bias": {}})
+    assert float(other.step(*batch())) == pytest.approx(
+        float(LOSS(twin.a.weight.new_zeros(1, 3), torch.tensor([0]))), 1
+    )
+
+
+def test_a_layer_fewer_and_a_layer_renamed_are_said() -> None:
+    model, opt = made("a", "b")
+    trained(model, opt, 0)
+    saved = opt.state_dict()
+    twin, other = made("a", "z")
+    with pytest.raises(CompileError, match=r"parameter groups \['b'\].*Rename them in state_dict"):
+        other.load_state_dict(copy.deepcopy(saved))
+    assert not other.state
+    for group in saved["param_groups"]:  # the remedy works
+        group["name"] = {"b": "z"}.get(group["name"], group["name"])
+    other.load_state_dict(copy.deepcopy(saved))
+    same(list(by_name(twin, other).values()), list(by_name(model, opt).values()))
+    _, fewer = made("a")
+    saved["param_groups"] = [group for group in saved["param_groups"] if group["name"] == "a"]
+    with pytest.raises(CompileError, match=r"entries .* of parameters that are in none of its groups"):
+        fewer.load_state_dict(copy.deepcopy(saved))
+    saved["state"] = {index: saved["state"][index] for index in saved["param_groups"][0]["params"]}
+    fewer.load_state_dict(copy.deepcopy(saved))
+    assert float(fewer.step(*batch())) > 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("curvature", ["adam", "foof", "ekfac"])
+def test_distributed_checkpoints_resume_bit_for_bit(curvature: str, tmp_path: Path) -> None:
+    """By torch.distributed.checkpoint, in one process; states by parameter index, as torch.save has them."""
+    model, opt = made("a", "b", curvature=curvature)
+    trained(model, opt, 0, 1)
+    dcp.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, checkpoint_id=tmp_path)
+    twin, other = made("a", "b", curvature=curvature)
+    trained(twin, other, 3)
+    found: dict[str, Any] = {"model": twin.state_dict(), "optimizer": other.state_dict()}
+    dcp.load(found, checkpoint_id=tmp_path)
+    twin.load_state_dict(found["model"])
+    other.load_state_dict(found["optimizer"])
+    same(trained(twin, other, 2), trained(model, opt, 2))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("curvature", ["adam", "foof", "ekfac"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_states_by_parameter_name_go_through_torchs_own_functions(fresh: bool, curvature: str) -> None:
+    """``torch.distributed.checkpoint.state_dict``, which makes a step of zero gradients before it loads."""
+    model, opt = made("a", "b", curvature=curvature)
+    trained(model, opt, 0, 1)
+    saved = copy.deepcopy(get_state_dict(model, opt))
+    twin, other = made("a", "b", curvature=curvature)
+    trained(twin, other, *(() if fresh else (3,)))
+    set_state_dict(twin, other, model_state_dict=saved[0], optim_state_dict=saved[1])
+    same(trained(twin, other, 2), trained(model, opt, 2))
