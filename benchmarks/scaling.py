@@ -313,7 +313,9 @@ def main(
             '*torch* torch.optim.SGD\'s step, *recompute* the program with `memory="recompute"`.\n\n'
             "![time and memory](scaling.svg)\n\n"
         )
-        (DOCS / "scaling.md").write_text(head + "\n".join(section(sweep, raw) for sweep in SWEEPS).rstrip() + "\n")
+        path = DOCS / "scaling.md"
+        _, title, others = path.read_text().partition("\n## Several processes\n")  # benchmarks/ranks.py writes it
+        path.write_text(head + "\n".join(section(s, raw) for s in SWEEPS).rstrip() + "\n" + title + others)
         plot(raw)
 
 

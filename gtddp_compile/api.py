@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from gtddp_compile.methods.terminal import Geometric, Terminal, check_terminal
 from gtddp_compile.optimizer import CompiledOptimizer
 from gtddp_compile.options import Backend, Feedback, Gram, Memory, OnNonFinite, Options, Reading, Running, suggested
 from gtddp_compile.passes.p07_collapse import form_name
+from gtddp_compile.runtime.joined import check_shared
 from gtddp_compile.runtime.precision import GradientScale
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.runtime.ranks import of_processes
 from gtddp_compile.terms import Terms
 
 
@@ -49,6 +52,7 @@ def compile_optimizer(
     on_nonfinite: OnNonFinite = "raise",
     grad_scaler: GradScaler | None = None,
     program: UpdateProgram | None = None,
+    process_group: Any = None,
     **curvature_options: Any,
 ) -> CompiledOptimizer:
     """Derive an optimal-control optimizer for a network.
@@ -81,7 +85,8 @@ def compile_optimizer(
         feedback_clip: (nonlinear rollout) bound on the predicted change of a sample's loss that is believed, in units
             of its aim (see ``terminal``); ``None``: none.
         schedule: ``"asap"``, ``"alap"``, ``"sequential"``, or a mapping of player names to stages.
-        coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation).
+        coupling: ``"full"``, a group size, or ``"block"`` (per sample, the paper's approximation); ``"local"`` with
+            ``process_group``: a group a rank.
         recursion: ``"levenberg"``, ``"substituted"`` or ``"printed"`` (the last two with coupling ``"block"``, the
             last without cross terms).
         terminal: how a sample's loss is expanded in the outputs. ``"geometric"``: ``∇φ ∇φᵀ / φ``, as if its logarithm
@@ -123,6 +128,9 @@ def compile_optimizer(
             called; its ``state_dict`` is saved as usual. Without one they are as they come, one a sample, not over B.
         program: a program from ``UpdateProgram.load``; it brings options, base method and loss with it (a loss that
             is a function has to be given again).
+        process_group: ``"world"`` or a group of torch.distributed: every rank calls ``step`` with its shard, and all
+            make the update of the joined batch (docs/usage.md#several-processes). A model wrapped by
+            DistributedDataParallel brings its group.
         **curvature_options: options of the named curvature.
 
     Returns:
@@ -155,11 +163,19 @@ def compile_optimizer(
         on_nonfinite=on_nonfinite,
         running_statistics=running_statistics,
     )
+    model, ranks = of_processes(model, process_group)
+    if ranks is not None and ranks.size == 1:
+        ranks, options = None, replace(options, coupling="full" if coupling == "local" else coupling)
+    check_shared(options, model, ranks)
+    if ranks is not None and grad_scaler is not None:
+        raise CompileError("process_group with grad_scaler: ranks would scale each for itself", "Train in bfloat16")
     if program is not None:
         if not isinstance(program, UpdateProgram):
             raise CompileError(
                 f"program is a {type(program).__name__}", "Pass UpdateProgram.load(path), or opt.program"
             )
+        if ranks is not None:
+            raise CompileError("a loaded program is of one process", "Leave out process_group= or program=")
         return _with_program(model, example_inputs, program, loss, options, curvature, curvature_options)
     if loss is None:
         raise CompileError("no loss was given", "Pass loss=torch.nn.CrossEntropyLoss(), or another")
@@ -167,7 +183,10 @@ def compile_optimizer(
     options, scale = suggested(options, base), GradientScale(grad_scaler)
     check_terminal(losses, options.terminal_kind)
     form_name(options.recursion, options.coupling_kind, feedback=bool(options.feedback))  # refuses before it traces
-    return CompiledOptimizer(model, example_inputs, loss=losses, curvature=base, options=options, scale=scale).seal()
+    made = CompiledOptimizer(
+        model, example_inputs, loss=losses, curvature=base, options=options, scale=scale, ranks=ranks
+    )
+    return made.seal()
 
 
 def _of_terms(model: Terms, example_inputs: Any, loss: Any) -> tuple[Any, Callable[[Any, Any], Tensor]]:

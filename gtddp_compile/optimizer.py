@@ -26,11 +26,13 @@ from gtddp_compile.runtime.compiler import Backend, Specialisations
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.fitting import check_fit
+from gtddp_compile.runtime.joined import JoinedMethod
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import MATRIX, BaseMethod, GivenUp
 from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
 from gtddp_compile.runtime.precision import GradientScale, lift
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.runtime.states import check_loaded, check_used, regrouped, unround
 from gtddp_compile.runtime.surface import Surface
 from gtddp_compile.runtime.union import Union, check_form
@@ -57,14 +59,13 @@ class CompiledOptimizer(Surface):
         curvature: Curvature,
         options: Options,
         scale: GradientScale,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._view = ModelView(model)
+        self._view, self._ranks = ModelView(model), ranks
         self._loss, self._curvature, self._options, self._scale = loss, curvature, options, scale
-        self._specialisations = Specialisations(self._view, options, curvature)
+        self._specialisations = Specialisations(self._view, options, curvature, ranks)
         self._current: UpdateProgram | None = None
-        self._diagnostics = Diagnostics()
-        self._checked = False
-        self._skips = 0
+        self._diagnostics, self._checked, self._skips = Diagnostics(), False, 0
         self._pending: Accumulated | None = None
         inertia = {"inertia": options.inertia} if options.inertia else {}
         super().__init__(self._view.groups(), curvature.defaults() | inertia)
@@ -127,15 +128,14 @@ class CompiledOptimizer(Surface):
     def diagnostics(self) -> Mapping[str, Any]:
         """Figures of the last step.
 
-        ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped`` and, of all steps so
-        far, ``skipped_steps``; ``lifted_grams``:
-        Gram matrices not definite to rounding, whose factor was made of raised eigenvalues, with a warning;
-        ``products`` that ``gram=Nystrom()`` made; for Kronecker factors ``solve_fallbacks`` (Cholesky failed); and, by
-        player or coalition, ``open_norm`` and ``feedback_norm`` (in the metric ``M``). The decrease and the norms come
-        from the closed form's Gram matrices: they are None after a step without (``feedback=False``, ``Nystrom``,
-        ``backend="dense"``, the paper's recursions).
+        ``loss``, ``predicted_decrease``, ``clipped_changes``, ``clipped_radicands``, ``skipped``, of all steps so far
+        ``skipped_steps``; ``lifted_grams``: Gram matrices whose factor was made of raised eigenvalues, with a warning;
+        ``products`` that ``gram=Nystrom()`` made; of Kronecker factors ``solve_fallbacks`` (Cholesky failed); by player
+        or coalition ``open_norm`` and ``feedback_norm`` (in the metric ``M``). The decrease and norms come from the
+        Gram matrices: None without (``feedback=False``, ``Nystrom``, the dense backend, the paper's recursions), and
+        with ``process_group``, which adds ``sent``: bytes and calls of collectives.
         """
-        return self._diagnostics.figures()
+        return {**self._diagnostics.figures(), **({} if self._ranks is None else {"sent": dict(self._ranks.sent)})}
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -363,6 +363,7 @@ class CompiledOptimizer(Surface):
         """As torch.optim's, whose own are taken too; accumulated micro-batches are run again with the new state."""
         state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
         check_loaded(state_dict, self.param_groups, self._curvature)
+        self._checked = False
         super().load_state_dict(state_dict)
         unround(self.state, state_dict, self.param_groups)
         if self._pending is not None:
@@ -388,7 +389,8 @@ class CompiledOptimizer(Surface):
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))
-        m = BaseMethod(self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
+        taken = (self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
+        m = BaseMethod(*taken) if self._ranks is None else JoinedMethod(*taken).among(self._ranks)
         m.first, m.scale = not self._checked, self._scale.value
         m.together = program.form.name == "joint" and self._options.line_search is None
         return m

@@ -132,7 +132,8 @@ class Options:
         group = not isinstance(self.coupling, bool) and isinstance(self.coupling, int) and self.coupling >= 1
         known = terminal in (None, "geometric", "gradient", "ggn") or isinstance(terminal, MonteCarlo | Geometric)
         made = gram in ("auto", "exact", "separable", "coarse") or isinstance(gram, Sketch | Nystrom)
-        yield "coupling", group or self.coupling in ("full", "block"), "'full', 'block' or a group size of at least 1"
+        words = "'full', 'block', 'local' (a group a rank of a process group) or a group size of at least 1"
+        yield "coupling", group or self.coupling in ("full", "block", "local"), words
         yield "terminal", known, "'geometric', Geometric(aim, own), 'gradient', 'ggn' or MonteCarlo(rank)"
         yield "compile", isinstance(self.compile, bool | Mapping), "True, False or a mapping of torch.compile's options"
         yield "gram", made, "'auto', 'exact', 'separable', 'coarse', Sketch(columns) or Nystrom(columns)"
@@ -234,7 +235,7 @@ class Options:
     @property
     def coupling_kind(self) -> Literal["full", "groups", "block"]:
         """Which kind of coupling it is."""
-        if isinstance(self.coupling, int):
+        if isinstance(self.coupling, int) or self.coupling == "local":
             return "groups"
         return "block" if self.coupling == "block" else "full"
 

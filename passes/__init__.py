@@ -13,11 +13,12 @@ from gtddp_compile.passes.p07_collapse import collapse
 from gtddp_compile.passes.p08_simplify import simplify
 from gtddp_compile.passes.p09_lower import lower
 from gtddp_compile.passes.p10_recompute import recompute
-from gtddp_compile.passes.p11_emit import emit
+from gtddp_compile.passes.p11_distribute import distribute
+from gtddp_compile.passes.p12_emit import emit
 
 PIPELINE = (
     normalise, find_players, find_shortcuts, schedule, augment,
-    derive, collapse, simplify, lower, recompute, emit,
+    derive, collapse, simplify, lower, recompute, distribute, emit,
 )  # fmt: skip
 """In running order, one a file."""
 
@@ -26,6 +27,7 @@ __all__ = [
     "augment",
     "collapse",
     "derive",
+    "distribute",
     "emit",
     "find_players",
     "find_shortcuts",

@@ -151,7 +151,7 @@ def _terminal(b: Builder, end: int) -> None:
         group = coupling if isinstance(coupling, int) else None
         b.emit("loss", end, "rows", "rows_of", SAMPLES, group, note="groups of samples")
     if form in a.COUPLED:
-        if isinstance(coupling, int) or b.plan.max_step is not None:
+        if isinstance(coupling, int) or coupling == "local" or b.plan.max_step is not None:
             b.emit("loss", end, "tau", "group_scale", Var("rows"), SAMPLES, note="B / b")
         b.emit("loss", end, f"y_{end}", "=", values["y"], note="y_T = P_T^-1 alpha_T")
         if form == "joint":

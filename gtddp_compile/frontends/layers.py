@@ -28,6 +28,7 @@ def record_batch_norm(tracer: Any, m: _BatchNorm, x: Any) -> Any:
     """``kernels.batch_norm`` with its buffers and parameters as arguments."""
     args = (x, m.running_mean, m.running_var, m.num_batches_tracked, m.weight, m.bias)
     kwargs = {"training": m.training, "momentum": m.momentum, "eps": m.eps}
+    kwargs |= {"sync": True} if isinstance(m, nn.SyncBatchNorm) else {}
     return tracer.create_proxy("call_function", kernels.batch_norm, args, kwargs)
 
 

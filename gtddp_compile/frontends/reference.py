@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, is_dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_forward_pre_hook
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
@@ -133,7 +135,8 @@ def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 
 def _called(model: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
-    output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
+    with _alone(model):
+        output = torch.func.functional_call(model, {**params, **buffers}, copy.deepcopy(inputs))
     _know_dataclasses(output)
     parts = pytree.tree_leaves(output)
     for index, leaf in enumerate(parts):
@@ -180,6 +183,19 @@ def _assignments(model: nn.Module, buffers: Mapping[str, Tensor]) -> Iterator[li
         yield found
     finally:
         handle.remove()
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Without the collectives of its SyncBatchNorms: one process observes, on any device."""
+    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and "forward" not in vars(m)]
+    for norm in norms:
+        vars(norm)["forward"] = MethodType(_BatchNorm.forward, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del vars(norm)["forward"]
 
 
 @contextmanager

@@ -14,13 +14,13 @@ bfloat16. Biases, being small, are exact.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import Geometry, Layer, is_spherical, wide
+from gtddp_compile.kernels.bundle import Geometry, Layer, is_spherical
 from gtddp_compile.kernels.conv import conv_gram
 from gtddp_compile.kernels.linear import linear_gram
 from gtddp_compile.kernels.patches import (
@@ -127,13 +127,12 @@ def conv_sketch_gram(layer: Layer, metric: tuple[Any, ...], *, columns: int, see
 
 
 def conv_sketched(
-    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor, ...] | None,
-    rows: Sequence[slice],
-) -> tuple[tuple[Tensor, ...], Tensor | None]:  # fmt: skip
-    """A sketch of ``Γ`` of a convolution, and ``⟨γ_i, v⟩`` of a change of the parameters.
+    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor, ...] | None
+) -> tuple[Tensor, Tensor | None]:
+    """A sketch ``(B, …)`` of a convolution's ``γ``, whose products are ``Γ``, and ``⟨γ_i, v⟩`` of a change.
 
     One convolution of the input makes both: its filters are the change of the weight and random ones
-    (projections of patches: nothing is unfolded). ``direction`` ``None``: ``Γ`` alone.
+    (projections of patches: nothing is unfolded). ``direction`` ``None``: the sketch alone.
     """
     (x, g), samples, how = _conv_images(layer), layer.g.shape[0], layer.how
     filters, convolve = filters.to(x.dtype), CONVOLUTIONS[x.dim()]
@@ -147,12 +146,10 @@ def conv_sketched(
     bias = _conv_bias(g, samples) if layer.wants[1] else None
     if bias is not None:
         sketch = torch.cat([sketch, bias * metric[-1] ** 0.5], 1)
-    sketch = wide(sketch)
-    grams = tuple(sketch[row] @ sketch[row].mT for row in rows)
     if direction is None:
-        return grams, None
+        return sketch, None
     change = _conv_samples((g * seen[0]).flatten(1).sum(1), samples)
-    return grams, change if bias is None else change + bias @ direction[1]
+    return sketch, change if bias is None else change + bias @ direction[1]
 
 
 def conv_centre_gram(layer: Layer, metric: tuple[Any, ...]) -> Tensor:

@@ -1,13 +1,13 @@
 """Batch-norm in normal form: its buffers are arguments, advanced in place where they are given."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import pieces
+from gtddp_compile.kernels.bundle import Joined, pieces
 
 CACHED = 2**18
 """Elements that are centred at a time: they stay in the second-level cache."""
@@ -36,6 +36,7 @@ def batch_norm(
     eps: float = 1e-5,
     corrected: bool = False,
     moments: Moments | None = None,
+    sync: bool = False,
 ) -> Tensor:
     """``h = (x - mean) / √(var + eps) ∘ w + b`` over axis 1, as ``torch.nn.BatchNorm1d`` to ``3d`` compute it.
 
@@ -43,7 +44,8 @@ def batch_norm(
     ``momentum`` (``None``: cumulative average); the second forward sweep passes ``None``. ``corrected``: in the k-th
     batch by ``max(momentum, 1/k)``, so that nothing is left of what they began with. In evaluation mode the running
     statistics normalise, or the batch's own where there are none. ``moments``: those of ``x``, where somebody has
-    them; they are not constants to autograd. Compiled code finds its own.
+    them; they are not constants to autograd. Compiled code finds its own. ``sync``: it was a SyncBatchNorm, whose
+    moments programs over several ranks give.
     """
     if not training:
         own = running_mean is None
@@ -69,12 +71,59 @@ def batch_norm(
     if moments is None or torch.compiler.is_compiling():
         return F.batch_norm(x, mean, var, weight, bias, True, factor, eps)
     if mean is not None and var is not None:
-        entries = x.numel() // x.shape[1]
+        entries = moments.entries if isinstance(moments, JoinedMoments) else x.numel() // x.shape[1]
         mean.lerp_(moments[0].to(mean.dtype), factor)
         var.lerp_((moments[1] * (entries / (entries - 1))).to(var.dtype), factor)
     wide = (None if value is None else value.to(moments[0].dtype) for value in (x, weight, bias))
-    normalised: Tensor = _Normalised.apply(*wide, eps, *moments)  # type: ignore[no-untyped-call]
+    normalised: Tensor
+    if isinstance(moments, JoinedMoments):
+        normalised = _NormalisedTogether.apply(*wide, eps, moments)
+    else:
+        normalised = _Normalised.apply(*wide, eps, *moments)  # type: ignore[no-untyped-call]
     return normalised.to(x.dtype)
+
+
+class JoinedMoments(NamedTuple):
+    """Mean and (biased) variance, ``(C,)`` each, of a batch that several ranks share, and of how many entries."""
+
+    mean: Tensor
+    variance: Tensor
+    entries: int
+    ranks: Joined
+
+
+def joined_moments(x: Tensor, ranks: Joined) -> JoinedMoments:
+    """:func:`batch_moments` of the shards of all ranks: two sums over ranks."""
+    with torch.no_grad():
+        precise = torch.promote_types(x.dtype, torch.float32)
+        lines = x.detach().to(precise).transpose(0, 1).flatten(1)
+        total, count = ranks.all_reduce((lines.sum(1), lines.new_tensor([float(lines.shape[1])])))
+        mean = total / count
+        return JoinedMoments(mean, ranks.all_reduce((lines - mean[:, None]).square().sum(1)) / count, int(count), ranks)
+
+
+class _NormalisedTogether(torch.autograd.Function):
+    """Normalisation by the moments of all ranks, through which every sample's gradient reaches every rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, moments: JoinedMoments
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.moments = eps, moments
+        return F.batch_norm(x, moments.mean, moments.variance, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (mean, variance, entries, ranks) = ctx.saved_tensors, ctx.moments
+        axes, shape = [0, *range(2, x.dim())], (-1, *(1,) * (x.dim() - 2))
+        rstd = (variance + ctx.eps).rsqrt()
+        normal = (x - mean.view(shape)) * rstd.view(shape)
+        own = g.sum(axes), (g * normal).sum(axes)
+        shift, scale = (total / entries for total in ranks.all_reduce(own))
+        found = (g - shift.view(shape) - normal * scale.view(shape)) * rstd.view(shape)
+        found = found if weight is None else found * weight.view(shape)
+        return found, None if weight is None else own[1], own[0], None, None
 
 
 def quick_moments(x: Tensor) -> Moments | None:

@@ -4,7 +4,7 @@ The contract of the kernels is in ``gtddp_compile.lowering.layers.base``.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,16 @@ class Operation(NamedTuple):
     vectorised: bool = True
     forward_mode: bool = True
     first: int = 0
+
+
+class Joined(Protocol):
+    """Ranks that have a part of one batch each."""
+
+    share: float
+    """This one's part of the samples."""
+
+    def all_reduce(self, sums: Any) -> Any:
+        """The sum over ranks of a tensor, or of each in a tuple."""
 
 
 class Layer(NamedTuple):

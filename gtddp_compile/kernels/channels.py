@@ -5,20 +5,23 @@ import math
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import _signs
-from gtddp_compile.kernels.bundle import Layer, wide
+from gtddp_compile.kernels.bundle import Joined, Layer, wide
 from gtddp_compile.kernels.patches import CONVOLUTIONS, _conv_images
 
 
-def channel_factor(x: Tensor, positions: float, groups: int, old: Tensor | None = None, keep: float = 0.0) -> Tensor:
+def channel_factor(
+    x: Tensor, positions: float, groups: int, old: Tensor | None = None, keep: float = 0.0, joined: Joined | None = None
+) -> Tensor:
     """``A`` ``(G, c, c)``: ``Σ x xᵀ`` over the pixels of a sample, as often as an element of the kernel meets them.
 
     With ``old`` the running average ``keep · old + (1 - keep) · new``. ``x`` is ``(images, channels, pixels…)``; a
-    sample has ``positions`` outputs over all its images.
+    sample has ``positions`` outputs over all its images. ``joined``: ``x`` has a part of the batch, ``A`` is of all.
     """
     rows = wide(x).flatten(2).unflatten(1, (groups, -1))  # (images, G, c, pixels)
     share = (1.0 - keep if old is not None else 1.0) / rows.shape[0] / rows.shape[3]
     flat = rows.permute(1, 2, 0, 3).flatten(2)  # (G, c, images · pixels)
     found: Tensor = (flat @ flat.mT).mul_(share * positions)
+    found = found if joined is None else joined.all_reduce(found * joined.share)
     return found if old is None else found.add_(old, alpha=keep)
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import Layer, part_of, wide
+from gtddp_compile.kernels.bundle import Joined, Layer, part_of, wide
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
     _mapped,
@@ -45,13 +45,15 @@ Metric = tuple[Maps, Tensor | float, Tensor | None, tuple[float, ...]]
 class Rows(NamedTuple):
     """A layer whose rows are made piece by piece, when they are asked for.
 
-    ``moment`` is a kernel and the layer of which it makes ``Σ x xᵀ`` ``(G, n, n)``, where there is one.
+    ``moment`` is a kernel and the layer of which it makes ``Σ x xᵀ`` ``(G, n, n)``, where there is one. ``joined``: the
+    layer has a part of the batch, and statistics are of the whole.
     """
 
     make: Callable[[Layer], tuple[Tensor, Tensor]]
     layer: Layer
     blocks: int = 1
     moment: tuple[Callable[[Layer], Tensor], Layer] | None = None
+    joined: Joined | None = None
 
 
 def flat_rows(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -127,6 +129,13 @@ def kronecker_factors(
             ``None``; one: ``A`` alone is made.
         keep: the share of the old ones.
     """
+    joined = layers[0].joined
+    if joined is not None:  # A is a mean over samples, B a sum
+        own = kronecker_factors([rows._replace(joined=None) for rows in layers], start, (None,) * len(old))
+        whole = joined.all_reduce((own[0] * joined.share, *own[1:]))
+        return tuple(
+            new if o is None else torch.lerp(new, o.to(new.dtype), keep) for new, o in zip(whole, old, strict=True)
+        )
     totals, sides, samples = list(old), range(len(old)), len(layers[0].layer.g)
     beta, new = (1.0, 1.0) if old[0] is None else (keep, 1.0 - keep)
     if layers[0].moment is not None:
@@ -160,7 +169,8 @@ def kronecker_moment(layers: Sequence[Rows], start: float, maps: Maps) -> Tensor
         for begin in range(outer.start, outer.stop, step):
             part = slice(begin, min(begin + step, outer.stop))
             total = total + coordinates_moment(_joint_coordinates(layers, maps, part), ones[part], start)
-    return total
+    joined = layers[0].joined
+    return total if joined is None else joined.all_reduce(total)
 
 
 def _joint_coordinates(layers: Sequence[Rows], maps: Maps, part: slice) -> Coordinates:

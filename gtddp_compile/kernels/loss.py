@@ -55,10 +55,21 @@ def terminal(
     if kind == "gradient":
         return ones, ones, start
     values = phi.detach().to(dtype)
-    share = torch.finfo(dtype).eps ** 2 if (aim, own, half) == (2.0, 0.0, 0.0) else 1e-4
-    floor = values.abs().mean().mul_(share).clamp_min_(torch.finfo(dtype).tiny)
-    aims = torch.threshold(values, 0.0, 1.0).clamp_min_(floor)
-    if (aim, own, half) == (1.0, 0.0, 0.0):
-        return ones, aims, start
     together = min(group or phi.shape[0], phi.shape[0])
-    return ones, aims * (aim * together / (together + half) + own / together), start
+    return ones, terminal_aims(values, values.abs().mean(), (aim, own, half), together), start
+
+
+def terminal_aims(values: Tensor, mean: Tensor, weight: tuple[float, float, float], together: int) -> Tensor:
+    """The aims of :func:`terminal`, ``(B,)``.
+
+    Args:
+        values: ``φ``.
+        mean: of ``|φ|`` over the batch, 0-d.
+        weight: ``(aim, own, half)``.
+        together: samples in a group.
+    """
+    aim, own, half = weight
+    share = torch.finfo(values.dtype).eps ** 2 if weight == (2.0, 0.0, 0.0) else 1e-4
+    floor = mean.mul(share).clamp_min_(torch.finfo(values.dtype).tiny)
+    aims = torch.threshold(values, 0.0, 1.0).clamp_min_(floor)
+    return aims if weight == (1.0, 0.0, 0.0) else aims * (aim * together / (together + half) + own / together)

@@ -21,10 +21,10 @@ CHUNK = 2**18
 """Elements of what is computed from some of the samples at a time: they stay in the second-level cache."""
 
 
-def norm_prepare(operands: tuple[Tensor, ...], how: Norm) -> tuple[Tensor, ...]:
+def norm_prepare(operands: tuple[Tensor, ...], how: Norm, moments: Moments | None = None) -> tuple[Tensor, ...]:
     """``(x̂,)`` from ``(x,)`` or, where running statistics normalise, ``(x, running_mean, running_var)``.
 
-    Running statistics are never advanced here.
+    Running statistics are never advanced here. ``moments``: a batch's, where ``x`` is not all of it.
     """
     x, shape = operands[0], list(how.normalized_shape)
     if how.form == "prelu":
@@ -36,6 +36,8 @@ def norm_prepare(operands: tuple[Tensor, ...], how: Norm) -> tuple[Tensor, ...]:
         return (F.layer_norm(x, shape, None, None, small),)
     if how.form == "group":
         return (F.group_norm(x, how.num_groups, None, None, small),)
+    if moments is not None:
+        return (F.batch_norm(x, moments[0].to(x.dtype), moments[1].to(x.dtype), None, None, False, 0.0, small),)
     mean, variance = (None, None) if how.training else operands[1:3]
     function = F.instance_norm if how.form == "instance" else F.batch_norm
     return (function(x, mean, variance, None, None, how.training, 0.0, small),)
@@ -80,7 +82,7 @@ def _norm_batch_gamma(layer: Layer, step: int, moments: Moments | None) -> tuple
     shift = (_norm_positions(g, how),) if any(wants[1:]) else ()
     if not wants[0]:
         return shift
-    mean, variance = batch_moments(x) if moments is None else moments
+    mean, variance = batch_moments(x) if moments is None else moments[:2]
     centre, products = mean.reshape(-1, *(1,) * (x.dim() - 2)), []
     for part, own in zip(x.split(step), g.split(step), strict=True):
         products.append(_norm_positions((part - centre).mul_(own), how))

@@ -197,6 +197,14 @@ def factor_unchecked(blocks: Blocks, scale: Tensor | None = None) -> tuple[Block
     return _factors(blocks, scale, unchecked=True)
 
 
+def factor_together(blocks: Blocks, scale: Tensor | None = None) -> tuple[Blocks, tuple[Tensor, ...]]:
+    """:func:`factor` on one of several ranks, which may not stop alone: not a number where the second lift fails."""
+    try:
+        return factor(blocks, scale)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return tuple(block * torch.nan for block in blocks), tuple(block.new_ones(()) for block in blocks)
+
+
 def _factors(blocks: Blocks, scale: Tensor | None, unchecked: bool) -> tuple[Blocks, tuple[Tensor, ...]]:
     if scale is None:
         pairs = [_cholesky(block, unchecked) for block in blocks]

@@ -34,6 +34,7 @@ RESERVED = frozenset(
     # local names and functions of an exported module (gtddp_compile.tools.export.python)
     | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
     | {"factors", "refuse_negative", "BlockUpdates", "LOSS", "RANK"}
+    | {"ranks", "samples", "information_own", "y_all", "w_all", "w_capped_all", "lambda_all"}
 )
 PREFIXES = ("stage_", "player_", "prologue", "layer_")
 """Of the program's own functions and layers."""
@@ -180,6 +181,11 @@ class Builder:
         new = variable not in self._written
         self._written.add(variable)
         return new
+
+    def synchronised(self, op: str) -> bool:
+        """Whether an operation is a batch-norm under the moments of all ranks."""
+        found = self.graph.op(op).kwargs
+        return self.plan.ranks > 1 and bool(found.get("sync") and found.get("training"))
 
     def operand(self, ref: Ref | BufferRef | ParamRef | None) -> Any:
         """A kernel's operand or parameter, as a variable of the first sweep."""

@@ -131,7 +131,7 @@ def _coordinates(plan: Plan, block: MetricBlock, use: Use) -> str:
         return ""
     found = shape.coordinates(bias=any(use.wants[1:]))
     if found == "rows" and shape.positions == 1 and form in LEVENBERG and plan.metric == "kronecker":
-        return "dual"
+        return "rows" if plan.gathers else "dual"  # half as much to send: Γ of "rows" is of the coordinates alone
     return found
 
 

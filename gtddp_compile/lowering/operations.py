@@ -36,6 +36,15 @@ METHODS: dict[str, Method] = {
     "losses": _method("outputs targets"),
     "factors": _method("phi outputs targets leaves"),
     "terminal": _method("phi kind aim own half group", shared=True),
+    # the ranks of a process group
+    "joined_losses": _method("outputs targets"),
+    "joined_terminal": _method("phi kind aim own half"),
+    "all_reduce": _method("sums"),
+    "all_samples": _method("own axis"),
+    "own_samples": _method("all"),
+    "samples_at": _method("owner own axis"),
+    "made_at": _method("owner kernel"),
+    "agree": _method("weights"),
     # figures and random numbers
     "keep": _method("stage"),
     "mark": _method("segment"),

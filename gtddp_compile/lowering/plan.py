@@ -163,7 +163,7 @@ class Asked:
     """What was asked of a program beside the equations, by the options and the curvature.
 
     Attributes:
-        coupling: ``"full"``, ``"block"`` or the group size.
+        coupling: ``"full"``, ``"block"``, the group size, or ``"local"``: a group a rank.
         decay: whether any parameter has coupled weight decay.
         inertia: whether the metric regularises towards the last step.
         max_step: cap on the joint step's norm in the metric; ``None`` for none.
@@ -174,6 +174,7 @@ class Asked:
         gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"``, ``"coarse"`` or ``"nystrom"``.
         columns: of the sketch, or samples whose columns of ``Γ`` are made.
         tolerance: of the iterative solution.
+        ranks: processes with a shard of the batch each; 1: there is one.
     """
 
     coupling: str | int
@@ -187,6 +188,12 @@ class Asked:
     gram: str
     columns: int
     tolerance: float
+    ranks: int = 1
+
+    @property
+    def gathers(self) -> bool:
+        """Whether Γ is of the samples of several ranks."""
+        return self.ranks > 1 and self.coupling == "full"
 
     @property
     def linear(self) -> bool:

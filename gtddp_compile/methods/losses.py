@@ -130,6 +130,14 @@ class Loss:
                 return True
         return False
 
+    def divisor(self, outputs: Any, targets: Any) -> Tensor | None:
+        """What a class loss's mean divides by where that is not the number of samples (weights, ignored targets)."""
+        if self.module is None or self.reduction != "mean" or not is_kind(self.module, *_NEGATIVE_LOG):
+            return None
+        main, module = _main(self.module, outputs, self.name), _unreduced(self.module)
+        scale = kernels.class_mean_scale(main, targets, module.weight, module.ignore_index)
+        return torch.as_tensor(main.shape[0] / scale)
+
     def total(self, phi: Tensor) -> Tensor:
         """``J``, a 0-d tensor: mean or sum of ``φ``."""
         return phi.mean() if self.reduction == "mean" else phi.sum()

@@ -19,6 +19,7 @@ from gtddp_compile.methods.terminal import at_depth
 from gtddp_compile.options import Options
 from gtddp_compile.passes import (
     augment,
+    distribute,
     emit,
     find_players,
     find_shortcuts,
@@ -33,6 +34,7 @@ from gtddp_compile.runtime.fast import FastBackend
 from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.planning import plan_program
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.runtime.ranks import Ranks, check_shared_model
 
 Backend = FastBackend | DenseBackend
 KEPT = 8
@@ -64,12 +66,13 @@ def control_graph(ops: OpGraph, how: str | Mapping[str, int], name: str) -> Cont
 
 
 def build_program(
-    graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool, setting: Setting | None = None
-) -> UpdateProgram:
-    """Passes 6 to 11: derivation to code. ``decay``: whether any group has coupled weight decay."""
+    graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool, setting: Setting | None = None,
+    ranks: int = 1,
+) -> UpdateProgram:  # fmt: skip
+    """Passes 6 to 12: derivation to code. ``decay``: whether any group has coupled weight decay."""
     options = replace(options, terminal=at_depth(options.terminal, graph.unbroken))
-    derived, plan = plan_program(graph, options, curvature, decay=decay)
-    lowered = recompute(lower(plan))
+    derived, plan = plan_program(graph, options, curvature, decay=decay, ranks=ranks)
+    lowered = distribute(recompute(lower(plan)))
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name, setting)
 
 
@@ -89,8 +92,8 @@ class Specialisations:
     The last :data:`KEPT` states are kept, so that a model may alternate between them without being compiled again.
     """
 
-    def __init__(self, view: ModelView, options: Options, curvature: Curvature) -> None:
-        self._view, self._options, self._curvature = view, options, curvature
+    def __init__(self, view: ModelView, options: Options, curvature: Curvature, ranks: Ranks | None = None) -> None:
+        self._view, self._options, self._curvature, self._ranks = view, options, curvature, ranks
         self._graphs: dict[Any, list[ControlGraph]] = {}
         self._known: dict[tuple[int, Any], bool] = {}
         self._programs: dict[tuple[int, bool], tuple[UpdateProgram, Backend]] = {}
@@ -117,9 +120,13 @@ class Specialisations:
             CompileError: the model cannot be compiled, or refuses the inputs.
         """
         graph = self._graph_for(inputs, left)
+        if self._ranks is not None:
+            check_shared_model(graph, self._view.model)
         if (id(graph), decay) not in self._programs:
-            program = build_program(graph, self._options, self._curvature, decay=decay)
-            backend = FastBackend(program) if self._options.backend == "fast" else DenseBackend(program)
+            program = build_program(graph, self._options, self._curvature, decay=decay,
+                                    ranks=1 if self._ranks is None else self._ranks.size)  # fmt: skip
+            fast = self._options.backend == "fast"
+            backend = FastBackend(program, self._ranks) if fast else DenseBackend(program)
             self._programs[id(graph), decay] = (program, backend)  # holds the graph, so its id stays its own
         return self._programs[id(graph), decay]
 

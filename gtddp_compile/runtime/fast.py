@@ -15,11 +15,12 @@ from torch import Tensor
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import PLAIN
-from gtddp_compile.passes.p11_emit import emit_micro
+from gtddp_compile.passes.p12_emit import emit_micro
 from gtddp_compile.runtime.compiled import CompiledStep, check_done, refuse_uncompilable
 from gtddp_compile.runtime.method import BaseMethod
 from gtddp_compile.runtime.precision import Precision
 from gtddp_compile.runtime.program import UpdateProgram
+from gtddp_compile.runtime.ranks import Ranks
 
 Step = Callable[..., Tensor]
 Request = tuple[str, tuple[Any, ...]]
@@ -31,9 +32,9 @@ Micro = Generator[Request, Any, Tensor]
 class FastBackend:
     """Executes ``UpdateProgram.code``; tracebacks and debuggers show its lines."""
 
-    def __init__(self, program: UpdateProgram) -> None:
-        self.program = program
-        self._step: Step = _load(program, program.code, "step")
+    def __init__(self, program: UpdateProgram, ranks: Ranks | None = None) -> None:
+        self.program, self._ranks = program, ranks
+        self._step: Step = self._load(program.code, "step")
         options = program.options
         self._compiled: CompiledStep | None = None
         if options.compile is not False:
@@ -62,15 +63,20 @@ class FastBackend:
         """
         precision = m.precision = Precision.around(p.values(), m.scale)
         m.samples = inputs[0].shape[0]
-        m.deferred = not plainly and not m.first and next(iter(p.values())).device.type != "cpu"
+        alone = self.program.lowered.plan.ranks == 1  # others are asked before anything is written
+        m.deferred = alone and not plainly and not m.first and next(iter(p.values())).device.type != "cpu"
         other = precision.mixed or m.deferred
         step = self._function("step", precision, m.deferred) if other else self._step
         if self._compiled is not None and plainly is False and not m.first:
             if precision.mixed:
                 raise CompileError("compile=True under autocast", "Leave one of them out")
             step = self._compiled
+        if self._ranks is not None:
+            self._ranks.begin_alike(self.program.lowered, m, p, b)
         with torch.no_grad(), precision.outside():
             phi = step(m, p, b, q, self._again(b), inputs, targets)
+            if self._ranks is not None:
+                b.update(self._ranks.first({name: b[name] for name in sorted(self.program.graph.ops.advancing)}))
             if m.deferred and step is not self._compiled:
                 check_done(m)
             elif step is not self._compiled:
@@ -98,7 +104,7 @@ class FastBackend:
             self._others.clear()
         if key not in self._others:
             code = self.program.code + ("" if name == "step" else "\n\n" + emit_micro(self.program.lowered))
-            self._others[key] = _load(self.program, code, name, precision, deferred)
+            self._others[key] = self._load(code, name, precision, deferred)
         return self._others[key]
 
     def _again(self, buffers: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -106,19 +112,17 @@ class FastBackend:
         advancing = self.program.graph.ops.advancing
         return {name: None if name in advancing else value for name, value in buffers.items()}
 
-
-def _load(
-    program: UpdateProgram, code: str, name: str, precision: Precision | None = None, deferred: bool = False
-) -> Any:
-    filename = f"<gtddp_compile {program.graph.name} {name} {id(program):x}>"
-    namespace: dict[str, Any] = {"torch": torch, "F": F, "operator": operator, "math": math}
-    namespace.update(kernels.KERNELS)
-    if deferred:
-        namespace["factor"] = kernels.factor_unchecked
-    namespace.update(program.emitted.constants)
-    linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
-    exec(compile(code, filename, "exec"), namespace)
-    if precision is not None and precision.mixed:
-        network = {function.name for function in program.lowered.functions if function.params is None}
-        namespace.update({key: precision.function(key, value, network) for key, value in namespace.items()})
-    return namespace[name]
+    def _load(self, code: str, name: str, precision: Precision | None = None, deferred: bool = False) -> Any:
+        program = self.program
+        filename = f"<gtddp_compile {program.graph.name} {name} {id(program):x}>"
+        namespace: dict[str, Any] = {"torch": torch, "F": F, "operator": operator, "math": math, "ranks": self._ranks}
+        namespace.update(kernels.KERNELS)
+        if deferred:
+            namespace["factor"] = kernels.factor_unchecked
+        namespace.update(program.emitted.constants)
+        linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
+        exec(compile(code, filename, "exec"), namespace)
+        if precision is not None and precision.mixed:
+            network = {function.name for function in program.lowered.functions if function.params is None}
+            namespace.update({key: precision.function(key, value, network) for key, value in namespace.items()})
+        return namespace[name]

@@ -168,6 +168,11 @@ class BaseMethod(BlockUpdates):
                 found[key] = before
         return found
 
+    @property
+    def options(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of every parameter's group, by the parameter's name."""
+        return {name: {k: v for k, v in group.items() if k != "params"} for name, group in self._groups.items()}
+
     def beside(self) -> BaseMethod:
         """For one micro-batch: losses, figures and random numbers of its own, parameters and states of the update."""
         twin = copy.copy(self)
@@ -203,9 +208,13 @@ class BaseMethod(BlockUpdates):
                     stacklevel=2,
                 )
         self.loss = self._loss.total(phi.detach())
-        if not self.deferred and not math.isfinite(self.loss):
-            raise GivenUp(self.loss)
+        if not self.deferred:
+            self._refuse_nonfinite()
         return phi
+
+    def _refuse_nonfinite(self) -> None:
+        if self.loss is not None and not math.isfinite(self.loss):
+            raise GivenUp(self.loss)
 
     def _check(self, outputs: Any, targets: Any) -> None:
         before = kernels.random_state()  # a loss may draw

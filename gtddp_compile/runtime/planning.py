@@ -13,8 +13,16 @@ from gtddp_compile.passes import collapse, derive, simplify
 from gtddp_compile.passes.p06_derive import Derived
 
 
-def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool) -> tuple[Derived, Plan]:
-    """Passes 6 to 8: derivation, collapse, plan. ``decay``: whether any group has coupled weight decay."""
+def plan_program(
+    graph: ControlGraph, options: Options, curvature: Curvature, *, decay: bool, ranks: int = 1
+) -> tuple[Derived, Plan]:
+    """Passes 6 to 8: derivation, collapse, plan.
+
+    Args:
+        graph, options, curvature: of the program.
+        decay: whether any group has coupled weight decay.
+        ranks: processes with a shard of the batch each.
+    """
     if options.factored:
         _check_columns(graph, options)
     if isinstance(options.gram, Nystrom) and curvature.metric not in PLAIN:
@@ -39,6 +47,7 @@ def plan_program(graph: ControlGraph, options: Options, curvature: Curvature, *,
         gram=options.gram_kind,
         columns=options.gram.columns if isinstance(options.gram, Sketch | Nystrom) else Sketch().columns,
         tolerance=options.gram.tolerance if isinstance(options.gram, Nystrom) else 0.0,
+        ranks=ranks,
     )
     return derived, simplify(
         derived,

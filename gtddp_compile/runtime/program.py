@@ -20,13 +20,14 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, tool
 from gtddp_compile.lowering.decide import rollout_units
 from gtddp_compile.lowering.lowered import Lowered
-from gtddp_compile.lowering.plan import LayerPlan
+from gtddp_compile.lowering.plan import LayerPlan, Plan
 from gtddp_compile.lowering.segments import describe_memory
+from gtddp_compile.lowering.traffic import traffic
 from gtddp_compile.lowering.write.columns import describe_terminal, vectorises
 from gtddp_compile.methods.setting import Setting
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import Derived, DerivedStage
-from gtddp_compile.passes.p11_emit import Emitted
+from gtddp_compile.passes.p12_emit import Emitted
 from gtddp_compile.wording import few, rendered
 
 Format = Literal["text", "latex", "sympy"]
@@ -237,8 +238,20 @@ class UpdateProgram:
             said = "multiplications of a training step's (layers of known shape)"
             yield f"{said}: rollout linear {linear}, nonlinear {again}"
         yield describe_memory(self.graph, plan.segments, gradients=not base)
+        if plan.ranks > 1 and self.setting is not None:
+            yield self._sent(plan, self.setting)
         if mixing and not base and self.options.mixing != "exact":
             yield f"read sample by sample, an approximation: {few(mixing)}, which mix samples"
+
+    def _sent(self, plan: Plan, setting: Setting) -> str:
+        """What a rank sends beside what gradients are, which DistributedDataParallel sends too."""
+        found = list(traffic(plan, setting, plan.graph.ops.batch or 1))
+        update = next(one.moved(plan.ranks) for one in found if one.what == "update")
+        shares = (
+            f"{one.what} {one.moved(plan.ranks) / update:.3g}{'' if one.every_step else ' where they are made'}"
+            for one in found
+        )
+        return f"sent by a rank of {plan.ranks}, in gradients' all-reduces: {', '.join(shares)}"
 
     def _remarks(self, layer: LayerPlan) -> Iterator[str]:
         """What is unusual about a player's layer, and which block of a Kronecker-factored curvature it is in."""

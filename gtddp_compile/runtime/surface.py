@@ -13,6 +13,7 @@ from gtddp_compile.runtime.compiler import Specialisations
 from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.precision import lift
+from gtddp_compile.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,6 +25,7 @@ class Surface(torch.optim.Optimizer):
     _view: ModelView
     _options: Options
     _curvature: Curvature
+    _ranks: Ranks | None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the program was derived for the parameters the model had.
@@ -64,6 +66,6 @@ class Surface(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
-        fresh = Specialisations(self._view, self._options, self._curvature)
+        fresh = Specialisations(self._view, self._options, self._curvature, self._ranks)
         state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None)
         return state

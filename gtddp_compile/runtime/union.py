@@ -21,7 +21,7 @@ from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import Layer, random_state, restore_random_state
 from gtddp_compile.options import Nystrom
-from gtddp_compile.passes.p11_emit import draws
+from gtddp_compile.passes.p12_emit import draws
 from gtddp_compile.runtime.fast import FastBackend, Micro, Request
 from gtddp_compile.runtime.method import MATRIX, BaseMethod, GivenUp
 from gtddp_compile.runtime.program import UpdateProgram
@@ -40,6 +40,8 @@ def check_form(program: UpdateProgram) -> None:
         CompileError: one sample's part in the update depends on every other's.
     """
     options, leave_out = program.options, "Leave one of them out"
+    if program.lowered.plan.ranks > 1:
+        raise CompileError("accumulate() with process_group: a rank's step is one shard of one batch", leave_out)
     refused = (
         ("backend", options.backend == "dense", "it keeps one matrix over all samples", "Use the fast backend"),
         ("coupling", program.form.name not in FORMS, "its recursions add over all samples of the batch",

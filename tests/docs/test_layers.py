@@ -28,7 +28,7 @@ LONGEST = 420
 # what is written, and what writes it.
 LOWERING = (
     "layers", "segments", "uses", "plan", "costs", "decide", "cooperation", "operations", "instructions", "formulas",
-    "builder", "printing", "write", "lowered",
+    "builder", "printing", "write", "lowered", "shared", "traffic",
 )  # fmt: skip
 TOP = max(LAYERS.values()) + 1
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, UpdateProgram, compile_optimizer
-from gtddp_compile.passes.p11_emit import Emitted, emit
+from gtddp_compile.passes.p12_emit import Emitted, emit
 from gtddp_compile.runtime import compiler
 from gtddp_compile.tools.export import document, targets
 from gtddp_compile.tools.export.document import FORMAT, from_json

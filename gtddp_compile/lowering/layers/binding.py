@@ -37,6 +37,7 @@ SIGNATURES: dict[Callable[..., Any] | str, dict[str, Any]] = {
     BATCH_NORM: {
         "x": REQUIRED, "running_mean": REQUIRED, "running_var": REQUIRED, "num_batches_tracked": REQUIRED,
         "weight": REQUIRED, "bias": REQUIRED, "training": False, "momentum": 0.1, "eps": 1e-5, "corrected": False,
+        "sync": False,
     },
 }  # fmt: skip
 """Arguments, in order, and their defaults, of the functions that have a rule of their own (the normal form's)."""

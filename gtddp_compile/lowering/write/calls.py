@@ -47,7 +47,8 @@ def prepare(b: Builder, t: int, tap: str) -> None:
     uses = [use for player, use in b.uses_at(tap) if not _unprepared(b, player, use)]
     for use in [use for use in uses if use.rule.prepare][:1]:
         whole = tuple(b.operand(ref) for ref in use.operands)
-        b.emit("backward", t, f"o_{b.name(tap)}", f"{use.rule.prefix}_prepare", whole, b.how(use))
+        more = (emitted_moments(b, t, use),) if b.synchronised(tap) else ()
+        b.emit("backward", t, f"o_{b.name(tap)}", f"{use.rule.prefix}_prepare", whole, b.how(use), *more)
     for use in [use for use in uses if use.layouts]:
         _, *rest = b.arrangement(use)
         found = Var(f"o_{b.name(tap)}") if use.rule.prepare else tuple(b.operand(ref) for ref in use.operands)
@@ -66,9 +67,12 @@ def _unprepared(b: Builder, player: Player, use: Use) -> bool:
     return use.rule.prepare and not use.layouts and b.layer(player).gram.kept
 
 
-def moments(b: Builder, op: str) -> str:
-    """The variable of a batch-norm's moments."""
-    return f"moments_{b.name(op)}"
+def emitted_moments(b: Builder, t: int, use: Use) -> Var:
+    """The moments of a batch-norm's batch."""
+    name, x = f"moments_{b.name(use.op)}", b.operand(use.operands[0])
+    kernel, more = ("joined_moments", (Var("ranks"),)) if b.synchronised(use.op) else ("batch_moments", ())
+    b.emit("backward", t, name, kernel, x, *more, note="mean, variance")
+    return Var(name)
 
 
 def kept_rows(b: Builder, use: Use) -> str:
@@ -98,8 +102,7 @@ def kept(b: Builder, t: int, player: Player) -> str:
         return name
     more: tuple[Var, ...] = ()
     if use.options.get("form") == "batch" and use.options.get("training"):
-        more, x = (Var(moments(b, use.op)),), b.operand(use.operands[0])
-        b.emit("backward", t, f"{moments(b, use.op)}", "batch_moments", x, note="mean, variance")
+        more = (emitted_moments(b, t, use),)
     raw = bundle(b, use, tuple(b.operand(ref) for ref in use.operands))
     b.emit("backward", t, name, b.kernel(use, "gamma"), raw, *more, note="gamma")
     return name

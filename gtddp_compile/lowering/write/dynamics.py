@@ -70,4 +70,4 @@ def _moments(b: Builder, ops: tuple[str, ...]) -> dict[str, str]:
     Without it they are torch's own: such a step is the base method's to the last bit, however rounding grows.
     """
     norms = [op for op in map(b.graph.op, ops) if op.target is batch_norm and op.kwargs.get("training")]
-    return {op.name: "" for op in norms if b.plan.form.name != "base"}
+    return {op.name: "" for op in norms if b.plan.form.name != "base" or b.synchronised(op.name)}

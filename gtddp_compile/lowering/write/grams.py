@@ -23,13 +23,13 @@ def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tup
         return None
     (player,) = found.block.players
     (use,), identity = b.uses(player.name), b.identity(player)
-    gamma, moved = f"gamma_{t}_{identity}", f"s_{t}_{identity}"
+    gamma, moved, rows = f"gamma_{t}_{identity}", f"s_{t}_{identity}", f"sketch_{identity}"
     direction = None
     if player.name in drifts:
         direction = parts_of(drifts[player.name], player, use)
-    b.emit("backward", t, (gamma, moved if direction else "_"), "conv_sketched", layer(b, use),
-           Var(f"maps_{identity}"), Var(found.metric), direction, Var(b.rows),
-           note="gamma M^-1 gamma^T; gamma M^-1 l")  # fmt: skip
+    b.emit("backward", t, (rows, moved if direction else "_"), "conv_sketched", layer(b, use),
+           Var(f"maps_{identity}"), Var(found.metric), direction, note="gamma M^-1/2; gamma M^-1 l")  # fmt: skip
+    b.emit("backward", t, gamma, "joint_gram", (Var(rows),), (1.0,), Var(b.rows), note="gamma M^-1 gamma^T")
     if direction is None:
         return gamma, None
     return gamma, drawn(b, player, Var(moved))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import Layer
+from gtddp_compile.kernels.bundle import Joined, Layer
 from gtddp_compile.kernels.channels import channel_step
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
@@ -69,8 +69,9 @@ class BlockUpdates(ParameterUpdates):
             )
 
     def observe_channels(
-        self, names: tuple[str, ...], layer: Layer, positions: float, sketch: tuple[int, int] | None = None
-    ) -> Tensor:
+        self, names: tuple[str, ...], layer: Layer, positions: float, sketch: tuple[int, int] | None = None,
+        joined: Joined | None = None,
+    ) -> Tensor:  # fmt: skip
         """Statistics of a convolution's channels (:class:`gtddp_compile.FOOF`).
 
         Returns:
@@ -80,7 +81,7 @@ class BlockUpdates(ParameterUpdates):
         states = [self.states[name] for name in names]
         shape, group = max((tuple(self._params[name].shape) for name in names), key=len), self._groups[names[0]]
         observe = self._kronecker.observe_channels  # type: ignore[attr-defined]  # FOOF's, and asked of no other
-        found = observe(images, positions, shape, layer.how.groups, states, group, sketch)
+        found = observe(images, positions, shape, layer.how.groups, states, group, sketch, joined)
         self.states.update(zip(names, found, strict=True))
         maps: Tensor = found[0]["map_x" if sketch is None else "filters"]
         return maps

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gtddp_compile.kernels.bundle import Joined
 from gtddp_compile.kernels.channels import channel_factor, channel_filters
 from gtddp_compile.methods.curvature.base import Group, State
 from gtddp_compile.methods.curvature.kfac import inverse, inverse_root
@@ -71,7 +72,7 @@ class FOOF(Kronecker):
 
     def observe_channels(
         self, x: Tensor, positions: float, shape: tuple[int, ...], groups: int, states: Sequence[State], group: Group,
-        sketch: tuple[int, int] | None = None,
+        sketch: tuple[int, int] | None = None, joined: Joined | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """States of a convolution's parameters after its channels' covariance.
 
@@ -83,12 +84,14 @@ class FOOF(Kronecker):
             states: of its parameters, the weight's first.
             group: their options.
             sketch: columns and seed of the random filters that ``Γ`` is made by; ``None``: it is made by others.
+            joined: ``x`` has a part of the batch, and the covariance is of all of it.
         """
         found = [{**self._stepped(state), "positions": positions} for state in states]
         width = x.shape[1] // groups
 
         def factors(old: State | None, keep: float) -> dict[str, Tensor]:
-            return {"factor_x": channel_factor(x, positions, groups, None if old is None else old["factor_x"], keep)}
+            before = None if old is None else old["factor_x"]
+            return {"factor_x": channel_factor(x, positions, groups, before, keep, joined)}
 
         if self._running(found[0], group, {"factor_x": (groups, width, width)}, factors):
             found[0].update(self.refreshed("channels", found[0], group))

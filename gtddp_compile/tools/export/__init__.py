@@ -27,6 +27,11 @@ def write(program: UpdateProgram, path: Path, targets: Any = None) -> None:
     """
     if path.suffix not in FORMATS:
         raise CompileError(f"there is no export format {path.suffix!r}", f"Choose one of {', '.join(FORMATS)}")
+    if program.lowered.plan.ranks > 1 and path.suffix != ".tex":
+        raise CompileError(
+            f"the program has collectives of {program.lowered.plan.ranks} ranks, which {path.suffix} has not",
+            "Export that of an optimizer without process_group",
+        )
     grid = program.options.line_search
     if grid is not None and path.suffix in (".py", ".pt2"):
         raise CompileError(

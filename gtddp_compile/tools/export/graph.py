@@ -23,7 +23,7 @@ from gtddp_compile.graph import BufferRef
 from gtddp_compile.methods.curvature import PLAIN, SGD, by_parameter
 from gtddp_compile.methods.losses import is_kind
 from gtddp_compile.methods.terminal import ELEMENTWISE
-from gtddp_compile.passes.p11_emit import draws
+from gtddp_compile.passes.p12_emit import draws
 from gtddp_compile.runtime.program import VERSION, UpdateProgram
 from gtddp_compile.tools.export.python import to_python
 

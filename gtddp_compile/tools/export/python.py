@@ -19,7 +19,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.lowering.instructions import Apply, Instruction, Var, render_instruction
 from gtddp_compile.lowering.printing import Printer
 from gtddp_compile.methods.curvature import BlockUpdates, Kronecker, ParameterUpdates
-from gtddp_compile.passes.p11_emit import Style, body, draws, function_text
+from gtddp_compile.passes.p12_emit import Style, body, draws, function_text
 from gtddp_compile.runtime.program import VERSION, UpdateProgram
 from gtddp_compile.tools.export.carry import Luggage, attributes_of, names_in
 from gtddp_compile.tools.export.layout import INDENT, WIDTH, double_quoted, lay_out

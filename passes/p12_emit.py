@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from gtddp_compile.lowering.instructions import Apply, Function, Instruction, StageFunction, render_instruction
+from gtddp_compile.lowering.instructions import Apply, Instruction, StageFunction, render_instruction
 from gtddp_compile.lowering.lowered import Lowered
 from gtddp_compile.lowering.operations import is_shared
 from gtddp_compile.lowering.printing import Printer
+from gtddp_compile.lowering.shared import divided
 
 TITLES = {
     "trajectory": "sweep 1: the trajectory, cut before every stage",
@@ -61,7 +62,10 @@ def function_text(lowered: Lowered, function: StageFunction, printer: Printer) -
     for name in function.ops:
         more = {}
         if name in function.moments:
-            more["moments"] = function.moments[name] or f"quick_moments({names[graph.op(name).operands[0]]})"
+            x, kwargs = names[graph.op(name).operands[0]], graph.op(name).kwargs
+            together = lowered.plan.ranks > 1 and kwargs.get("sync")
+            found = f"joined_moments({x}, ranks)" if together else f"quick_moments({x})"
+            more["moments"] = function.moments[name] or found
         text = printer.operation(graph.op(name), params=renamed, more=more)
         if _overwrites(lowered, function, name):
             text = f"F.relu({names[graph.op(name).operands[0]]}, inplace=True)"
@@ -148,35 +152,12 @@ def emit_micro(lowered: Lowered) -> str:
 
 def _asked(one: Instruction) -> tuple[Instruction, ...]:
     """What a micro-batch does in an instruction's place."""
-    given = one.named
-    if one.function in ("m.descend_by", "m.descend_rows"):  # a gradient of its own, that can be added to the others'
-        gradient = _called(one, given["weighted"], "layer")
-        if one.function == "m.descend_by":
-            return (_answered(one, "descend", given["names"], gradient),)
-        return (_answered(one, "descend_block", "kronecker", (given["names"],), (gradient,)),)
-    if one.function == "m.descend_dual":
-        step = _called(one, Function("dual_step"), "coordinates", "weights")
-        return (_answered(one, "descend_steps", "dual", given["names"], (step,)),)
-    if one.function == "m.observe_gram":  # statistics are the update's, the Gram matrix is its own
-        weigh = _called(one, Function("weigh"), "weighted", "layer", "alpha")
-        metric = Apply("m.metric", (given["names"],))
-        made = _called(one, Function("gram_blocks"), "gram", "layer", metric, "rows")
-        asked = replace(_answered(one, "observe", given["names"], weigh), writes=())
-        return asked, replace(one, function="=", args=(made,), kwargs=None)
-    if is_shared(one.function):
-        return (_answered(one, one.function.removeprefix("m."), *one.args),)
-    return (one,)
-
-
-def _called(one: Instruction, function: Function, *operands: Any) -> Apply:
-    """A function of some operands of an instruction, by name, or as they are."""
-    given = one.named
-    return Apply(function.name, tuple(given[o] if isinstance(o, str) else o for o in operands))
-
-
-def _answered(one: Instruction, request: str, *arguments: Any) -> Instruction:
-    """The update is asked for something; what is written is what comes back."""
-    return replace(one, function="=", args=(Apply("yield", (request, arguments)),), kwargs=None)
+    return tuple(
+        replace(part, function="=", args=(Apply("yield", (part.function.removeprefix("m."), part.args)),), kwargs=None)
+        if is_shared(part.function)
+        else part
+        for part in divided(one)
+    )
 
 
 def _show_and_free(

@@ -1,0 +1,331 @@
+"""The processes of a group that have a shard of one batch each: collectives of a step, counted.
+
+Tensors of one call travel together. Shards may differ in size: rows are padded to the longest for the way.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph
+from gtddp_compile.kernels import Layer, Operation, Rows
+from gtddp_compile.lowering.lowered import Lowered
+from gtddp_compile.runtime.method import BaseMethod
+
+
+class Ranks:
+    """A process group.
+
+    Args:
+        group: of torch.distributed; ``None`` for the default one.
+
+    Attributes:
+        size, rank: how many processes there are, and which this is.
+        sizes: samples of every rank in this step.
+        agreed: programs whose first steps began alike.
+        sent: calls and bytes that this rank has handed in since the step began, by collective.
+
+    Raises:
+        CompileError: torch.distributed is not initialised, or this process is not in the group.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise CompileError(
+                "process_group was given, but torch.distributed is not initialised",
+                "Call torch.distributed.init_process_group first (torchrun sets what it reads)",
+            )
+        self._group: Any = dist.group.WORLD if group is None else group
+        self.size, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+        if self.rank < 0:
+            raise CompileError("this process is not in process_group", "Pass a group that it is in")
+        self.sizes: tuple[int, ...] = ()
+        self.agreed: list[Lowered] = []
+        self.sent: dict[str, tuple[int, int]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._group is not dist.group.WORLD:
+            raise CompileError(
+                "an optimizer of a process group of one's own cannot be pickled: the group is of running processes",
+                "Save opt.state_dict() instead",
+            )
+        return Ranks, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self
+
+    @property
+    def share(self) -> float:
+        """The rank's part of the samples."""
+        return self.sizes[self.rank] / sum(self.sizes)
+
+    # --- collectives --------------------------------------------------------------------------------------------------
+
+    def all_reduce(self, value: Any) -> Any:
+        """The sum over ranks of a tensor, or of each in nested tuples."""
+
+        def together(flat: Tensor) -> Tensor:
+            self._call("all_reduce", flat, lambda: dist.all_reduce(flat, group=self._group))
+            return flat
+
+        return _flattened(value, together)
+
+    def first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The first rank's tensors by name, on every rank."""
+        first = dist.get_global_rank(self._group, 0)
+
+        def together(flat: Tensor) -> Tensor:
+            self._call("broadcast", flat, lambda: dist.broadcast(flat, first, group=self._group))
+            return flat
+
+        return dict(zip(values, _flattened(tuple(values.values()), together), strict=True))
+
+    def tables(self, row: Tensor) -> Tensor:
+        """A vector of every rank, ``(R, n)``."""
+        found = [torch.empty_like(row) for _ in range(self.size)]
+        self._call("all_gather", row, lambda: dist.all_gather(found, row, group=self._group))
+        return torch.stack(found)
+
+    def all_samples(self, own: Any, owner: int | None = None) -> Any:
+        """What every rank has of its samples, one rank after the other; ``None`` where another rank is the owner.
+
+        Args:
+            own: a tensor ``(b, …)``, a layer, rows of one, or nested tuples of them.
+            owner: the rank that gets it; ``None``: each.
+        """
+        every = list(_samples(own))
+        tensors = list({id(value): value for value in every}.values())  # what several layers read travels once
+        packed, longest = [value.detach() for value in map(_narrowed, tensors)], max(self.sizes)
+        received: dict[int, Tensor] = {}
+        for _, found in groupby(sorted(range(len(packed)), key=lambda i: str(packed[i].dtype)),
+                                key=lambda i: packed[i].dtype):  # fmt: skip
+            places = list(found)
+            flat = torch.cat(
+                [packed[i].flatten(1) if packed[i].dim() > 1 else packed[i].unsqueeze(1) for i in places], 1
+            )
+            flat = torch.nn.functional.pad(flat, (0, 0, 0, longest - len(flat))).contiguous()
+            parts = self._gathered(flat, owner)
+            if parts is None:
+                continue
+            whole = torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+            for i, piece in zip(places, whole.split([packed[i][0].numel() for i in places], 1), strict=True):
+                shape = packed[i].shape[1:]
+                received[id(tensors[i])] = piece.reshape(len(whole), *shape).expand(len(whole), *tensors[i].shape[1:])
+        if owner is not None and owner != self.rank:
+            return None
+        return _with_samples(own, iter([received[id(value)] for value in every]))
+
+    def _gathered(self, flat: Tensor, owner: int | None) -> list[Tensor] | None:
+        here = owner is None or owner == self.rank
+        parts = [torch.empty_like(flat) for _ in range(self.size)] if here else None
+        if owner is None:
+            self._call("all_gather", flat, lambda: dist.all_gather(parts, flat, group=self._group))
+        else:
+            to = dist.get_global_rank(self._group, owner)
+            self._call("gather", flat, lambda: dist.gather(flat, parts, dst=to, group=self._group))
+        return parts
+
+    def own_samples(self, whole: Tensor) -> Tensor:
+        """The rank's part of a vector over all samples."""
+        found: Tensor = whole.split(list(self.sizes))[self.rank]
+        return found
+
+    def _call(self, name: str, value: Tensor, run: Callable[[], Any]) -> None:
+        calls, size = self.sent.get(name, (0, 0))
+        self.sent[name] = calls + 1, size + value.numel() * value.element_size()
+        try:
+            run()
+        except RuntimeError as error:  # torch's own for lost connections and time-outs
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: {name} failed: another process ended, raised, or did not come within"
+                " the group's time-out. The step was given up: parameters and states here are those before it. End"
+                " this process and start all of them again from the last checkpoint"
+            ) from error
+
+    # --- agreement ----------------------------------------------------------------------------------------------------
+
+    def begin_alike(
+        self, lowered: Lowered, m: BaseMethod, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> None:
+        """Before a program's first step: whether every rank has the same, and begins at the same place.
+
+        Args:
+            lowered: the program.
+            m: the base method, with options and states.
+            params, buffers: as they are.
+
+        Raises:
+            CompileError: they differ.
+        """
+        self.sent = {}
+        if any(known is lowered for known in self.agreed) and not m.first:
+            return
+        states = chain(*(sorted(state.items()) for state in m.states.values()))
+        values = [*params.values(), *buffers.values()]
+        seen = fingerprint(*lowered.instructions), fingerprint(*values), fingerprint(m.options, *chain(*states))
+        self.refuse_different(seen, values[0].device)
+        self.agreed.append(lowered)
+        self.sent = {}
+
+    def refuse_different(self, seen: tuple[int, int, int], device: torch.device) -> None:
+        """Refuse ranks that do not begin alike.
+
+        Args:
+            seen: numbers that stand for the program, for parameters and buffers, and for options and states.
+            device: on which the group's collectives run.
+
+        Raises:
+            CompileError: one differs; on every rank.
+        """
+        found = self.tables(torch.tensor(seen, dtype=torch.int64, device=device)).tolist()
+        for index, (what, remedy) in enumerate(ALIKE):
+            other = next((rank for rank in range(self.size) if found[rank][index] != found[0][index]), None)
+            if other is not None:
+                raise CompileError(f"the {what} of rank {other} are not those of rank 0", remedy)
+
+
+ALIKE = (
+    ("instructions of the program", "Give compile_optimizer example inputs of one shape on every rank"),
+    ("parameters or buffers", "Load the same on every rank, or call torch.manual_seed before the model is made"),
+    ("options or states of the optimizer", "Load the same checkpoint on every rank"),
+)
+"""What ranks begin with, and what to do where they do not begin alike."""
+
+
+def check_shared_model(graph: ControlGraph, model: nn.Module) -> None:
+    """Refuse models that ranks could run through differently, and norms whose statistics would not be of all ranks.
+
+    Raises:
+        CompileError: naming the operation.
+    """
+    for op in graph.guards:
+        raise CompileError(
+            "the path through the model depends on values, and with process_group ranks could take different ones",
+            "Replace the decision by torch.where",
+            module=op.module, operation=op.kind, source=op.source or None,
+        )  # fmt: skip
+
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    if len(norms) != sum(bool(op.kwargs.get("sync")) for op in graph.ops.ops):
+        raise CompileError(
+            "a SyncBatchNorm in a model that torch.fx could not record: its statistics would be of one rank's samples",
+            "Use BatchNorm, whose statistics are of a shard, or write the forward so that torch.fx can trace it",
+            module=norms[0],
+        )
+
+
+def of_processes(model: Any, group: Any) -> tuple[Any, Ranks | None]:
+    """The module that is trained, and the ranks that share its batches (``None``: there is one process).
+
+    Args:
+        model: a module, or one wrapped by DistributedDataParallel, whose group is taken where none is given.
+        group: ``"world"``, a process group, or ``None``.
+
+    Raises:
+        CompileError: parameters are sharded; the group is none.
+    """
+    if isinstance(model, DistributedDataParallel):  # its hooks are on backward(), which a step does not call
+        model, group = model.module, model.process_group if group is None else group
+    if isinstance(model, nn.Module):
+        sharded = next((name for name, value in model.named_parameters() if hasattr(value, "device_mesh")), None)
+        if sharded is not None:
+            raise CompileError(
+                f"parameter {sharded!r} is a DTensor (fully_shard, tensor parallelism): a step reads whole parameters",
+                'Leave fully_shard out and pass process_group="world"; every rank then holds the model',
+                module=sharded.rpartition(".")[0],
+            )
+    if group is None:
+        return model, None
+    if group != "world" and not isinstance(group, dist.ProcessGroup):
+        raise CompileError(f"process_group={group!r}", "Pass 'world', or a group from torch.distributed.new_group")
+    return model, Ranks(None if isinstance(group, str) else group)
+
+
+def fingerprint(*values: Any) -> int:
+    """A number that is the same for the same tensors and words."""
+    found = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            found = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
+        else:
+            found = zlib.crc32(repr(value).encode(), found)
+    return found
+
+
+# --- tensors in structures --------------------------------------------------------------------------------------------
+
+
+def _flattened(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with its tensors changed as one vector a dtype."""
+    tensors = list(_tensors(value))
+    found: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        own = [(i, tensor) for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        whole = change(torch.cat([tensor.reshape(-1) for _, tensor in own]))
+        for (i, tensor), piece in zip(own, whole.split([tensor.numel() for _, tensor in own]), strict=True):
+            found[i] = piece.reshape(tensor.shape)
+    return _rebuilt(value, iter(found[i] for i in range(len(tensors))))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _rebuilt(value: Any, found: Iterator[Any]) -> Any:
+    if isinstance(value, Tensor):
+        return next(found)
+    return tuple(_rebuilt(part, found) for part in value) if isinstance(value, tuple) else value
+
+
+def _narrowed(value: Tensor) -> Tensor:
+    """Without the repetitions of an expanded axis."""
+    for axis, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if axis and size > 1 and stride == 0:
+            value = value.narrow(axis, 0, 1)
+    return value
+
+
+def _by_sample(layer: Layer) -> tuple[bool, ...]:
+    """Which operands have a part for each sample."""
+    how = layer.how
+    if isinstance(how, Operation) and how.mixes:
+        raise CompileError(
+            "coupling='full' over ranks: per-sample gradients of an operation that mixes samples are made from the "
+            "operands of a whole batch, and a rank has a shard",
+            "Use coupling='local', or take the operation out",
+        )
+    return (isinstance(how, Operation) and how.batched) or (True,) * len(layer.operands)
+
+
+def _samples(value: Any) -> Iterator[Tensor]:
+    """Tensors ``(b, …)`` of a rank's samples."""
+    if isinstance(value, Rows):
+        yield from _samples(value.layer)
+    elif isinstance(value, Layer):
+        yield from (x for x, own in zip(value.operands, _by_sample(value), strict=True) if own)
+        yield value.g
+    else:
+        yield from (part for one in value for part in _samples(one)) if isinstance(value, tuple) else (value,)
+
+
+def _with_samples(value: Any, found: Iterator[Any]) -> Any:
+    """The same with the tensors of all ranks' samples."""
+    if isinstance(value, Rows):
+        return value._replace(layer=_with_samples(value.layer, found))
+    if isinstance(value, Layer):
+        operands = tuple(next(found) if own else x for x, own in zip(value.operands, _by_sample(value), strict=True))
+        return value._replace(operands=operands, g=next(found))
+    return tuple(_with_samples(one, found) for one in value) if isinstance(value, tuple) else next(found)

@@ -1,0 +1,240 @@
+"""Steps of several gloo processes: what every rank runs, and the one-process steps they are compared with."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile.lowering.traffic import gram_way, traffic
+
+STEPS = 2
+EXAMPLE = 4
+"""Samples of the example inputs: the same on every rank, whatever its shard."""
+
+
+class Case(NamedTuple):
+    """Steps to compare: a network, options of the program, the sizes of the shards."""
+
+    network: str
+    options: Mapping[str, Any]
+    shards: tuple[int, ...]
+
+
+def convolutional() -> nn.Module:
+    """A convolution, a layer norm, linear layers."""
+    first = nn.Sequential(nn.Conv2d(1, 3, 3, stride=2), nn.Tanh(), nn.Flatten())
+    return nn.Sequential(first, nn.Linear(12, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def normalised() -> nn.Module:
+    """Batch-norms of all ranks, one behind the other, of pixels and of vectors."""
+    first = nn.Sequential(nn.Conv2d(1, 3, 3, stride=2, bias=False), nn.SyncBatchNorm(3), nn.ReLU(), nn.Flatten())
+    second = nn.Sequential(nn.Linear(12, 5, bias=False), nn.SyncBatchNorm(5), nn.Tanh())
+    return nn.Sequential(first, second, nn.Linear(5, 3))
+
+
+class Tokens(nn.Module):
+    """Attention, whose projections decide together, a weight used twice and a bare parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+        self.shift, self.head = nn.Parameter(torch.randn(6) * 0.1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1, 2) + self.shift
+        h = torch.softmax(self.q(x) @ self.k(x).mT / 6**0.5, -1) @ self.v(x)
+        return self.head(self.out(torch.tanh(self.out(x + h))).mean(1))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"conv": convolutional, "norms": normalised, "tokens": Tokens}
+
+
+def batch(samples: int, step: int) -> tuple[Tensor, Tensor]:
+    """Inputs and classes of a joined batch; a class that losses may ignore is the last sample's."""
+    source = torch.Generator().manual_seed(step)
+    x = torch.randn(samples, 1, 6, 6, generator=source, dtype=torch.float64)
+    return x, torch.randint(3, (samples,), generator=source)
+
+
+def shard(shards: tuple[int, ...], rank: int) -> slice:
+    """A rank's samples."""
+    return slice(sum(shards[:rank]), sum(shards[: rank + 1]))
+
+
+def optimizer(case: Case, **options: Any) -> tuple[nn.Module, Any]:
+    """A model and its optimizer."""
+    torch.manual_seed(0)
+    model, given = NETWORKS[case.network]().double(), {"loss": nn.CrossEntropyLoss(), **case.options, **options}
+    return model, compile_optimizer(model, batch(EXAMPLE, 0)[0], **given)
+
+
+def trained(case: Case, own: slice, **options: Any) -> list[Tensor]:
+    """Losses, parameters, buffers and states after some steps on a part of the batches."""
+    model, opt = optimizer(case, **options)
+    found = []
+    for step in range(STEPS):
+        x, y = batch(sum(case.shards), step)
+        found.append(opt.step(x[own], y[own]))
+    found += model.state_dict().values()
+    derived = {"map_x", "map_g", "inverse_x", "inverse_g"}  # forms of the same factors
+    states = [opt.state[p] for p in model.parameters()]
+    found += [s[k] for s in states for k in sorted(s) if isinstance(s[k], Tensor) and k not in derived]
+    return [value.detach() for value in found]
+
+
+def alone(case: Case) -> list[Tensor]:
+    """The same of one process with the whole batches."""
+    coupling = max(case.shards) if case.options.get("coupling") == "local" else "full"
+    return trained(case, slice(None), coupling=coupling)
+
+
+def furthest(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference, relative to each tensor's largest entry."""
+    pairs = zip(found, wanted, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in pairs)
+
+
+# --- jobs of a rank ---------------------------------------------------------------------------------------------------
+
+
+def differences(rank: int, cases: Mapping[str, Case]) -> dict[str, float]:
+    """How far every case is from one process; the ranks share out what one process does."""
+    size, own = dist.get_world_size(), {}
+    for index, (name, case) in enumerate(cases.items()):
+        if index % size == rank:
+            own[name] = alone(case)
+    every: list[Any] = [None] * size
+    dist.all_gather_object(every, own)
+    wanted = {name: found for part in every for name, found in part.items()}
+    return {
+        name: furthest(trained(case, shard(case.shards, rank), process_group="world"), wanted[name])
+        for name, case in cases.items()
+    }
+
+
+def counted(rank: int, cases: Mapping[str, Case]) -> dict[str, Any]:
+    """Of every case: the way to Γ, and of two steps calls and bytes by collective: on paper, and counted."""
+    found: dict[str, Any] = {}
+    for name, case in cases.items():
+        _, opt = optimizer(case, process_group="world")
+        for step in range(4):
+            x, y = batch(sum(case.shards), step)
+            own = shard(case.shards, rank)
+            opt.step(x[own], y[own])
+            paper: dict[str, tuple[int, int]] = {}
+            program = opt.program
+            for one in traffic(program.lowered.plan, program.compiled_for, case.shards[0]):
+                if one.every_step or step == 0:
+                    calls, size = paper.get(one.collective, (0, 0))
+                    width = 4 if one.what == "agreement" else 8
+                    paper[one.collective] = (calls + one.calls, size + width * one.elements)
+            if step in (0, 3):
+                found[f"{name} {step}"] = (gram_way(program.lowered.plan), paper, dict(opt.diagnostics["sent"]))
+    return found
+
+
+def wrapped(rank: int, case: Case) -> tuple[float, float]:
+    """A model in DistributedDataParallel, whose own communication may not be asked for, against the bare one."""
+    torch.manual_seed(0)
+    model = NETWORKS[case.network]().double()
+    ddp = DistributedDataParallel(model)
+
+    ddp.register_comm_hook(None, lambda state, bucket: pytest.fail("gradients were reduced"))
+    opt = compile_optimizer(ddp, batch(EXAMPLE, 0)[0], loss=nn.CrossEntropyLoss(), **case.options)
+    x, y = batch(sum(case.shards), 0)
+    own = shard(case.shards, rank)
+    opt.step(x[own], y[own])
+    bare, other = optimizer(case, process_group="world")
+    other.step(x[own], y[own])
+    return furthest(list(model.parameters()), list(bare.parameters())), float(opt.diagnostics["loss"])
+
+
+def refusals(rank: int, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What is said to options that are not for several ranks, and to ranks that are not alike."""
+    found = {}
+    for name, options in cases.items():
+        try:
+            optimizer(Case("conv", options, ()), process_group="world")
+        except CompileError as error:
+            found[name] = str(error)
+    case = Case("conv", {"curvature": "sgd"}, (2, 2))
+    model, opt = optimizer(case, process_group="world")
+    x, y = batch(4, 0)
+    for name, change in (("parameters", lambda: model[1].bias.data.add_(rank)),
+                         ("options", lambda: opt.param_groups[0].update(lr=0.1 * (1 + rank)))):  # fmt: skip
+        before = [p.clone() for p in model.parameters()]
+        change()
+        try:
+            opt.step(x[:2], y[:2])
+        except CompileError as error:
+            found[name] = str(error)
+        for p, value in zip(model.parameters(), before, strict=True):
+            p.data.copy_(value)
+    opt.param_groups[0].update(lr=0.1)
+    for name, call in (("accumulate", lambda: opt.accumulate(x, y)), ("export", lambda: opt.program.export("a.py"))):
+        try:
+            call()
+        except CompileError as error:
+            found[name] = str(error)
+    poisoned = x[:2] * (float("nan") if rank else 1.0)
+    before = [p.clone() for p in model.parameters()]
+    opt.step(poisoned, y[:2])
+    same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    found["one rank's loss is not finite"] = f"skipped {opt.diagnostics['skipped']}, unchanged {same}"
+    return found
+
+
+def killed(rank: int, folder: Path) -> None:
+    """The last rank ends between two steps; what the others say, and whether they are where they were."""
+    case = Case("conv", {"curvature": "kfac"}, (2,) * dist.get_world_size())
+    model, opt = optimizer(case, process_group="world")
+    x, y = batch(2, rank)
+    opt.step(x, y)
+    if rank == dist.get_world_size() - 1:
+        os._exit(1)
+    before = [p.clone() for p in model.parameters()]
+    try:
+        opt.step(x, y)
+    except RuntimeError as error:
+        same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        (folder / f"{rank}").write_text(f"{error}\nunchanged {same}")
+
+
+def _rank(rank: int, size: int, port: int, jobs: Mapping[str, tuple[Any, Any]], results: Any, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    try:
+        results.put((rank, {name: job(rank, given) for name, (job, given) in jobs.items()}))
+    except Exception:
+        results.put((rank, traceback.format_exc()))
+    results.close()
+    results.join_thread()
+    killed(rank, folder)
+
+
+def on_ranks(size: int, jobs: Mapping[str, tuple[Any, Any]], folder: Path) -> list[Any]:
+    """What jobs return on every rank of new gloo processes, an error as text; then the last one is killed."""
+    context = mp.get_context("spawn")
+    results, port = context.Queue(), 20000 + os.getpid() % 20000 + size
+    given = (size, port, jobs, results, folder)
+    processes = [context.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(size)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+    return [found[rank] for rank in range(size)]
