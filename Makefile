@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 # Exported so that no pip of the environment asks, warns or reads a cache it cannot write.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint site bench clean
+.PHONY: help demo test lint site bench rivals clean
 
 help:
 	@echo "make demo   train the digits network beside tuned SGD and Adam, write digits.html"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, and mypy --strict on the installed wheel"
+	@echo "make rivals the default against tuned SGD, Adam, Muon and SOAP: six tasks, 15 minutes, nothing is kept"
 	@echo "make site   the documentation as pages, in build/site"
 	@echo "make bench  the benchmarks (minutes to hours; tables go to docs/)"
 
@@ -43,11 +44,17 @@ site: $(STAMP)
 
 # coverage needs packages of its own: its docstring says which. nngeometry would install another torch without --no-deps.
 SECTIONS := step_time gram_fidelity tried cost_model scaling ranks
-PAGES := compile_time batch_norm_reading robustness cooperation summary
+PAGES := compile_time batch_norm_reading robustness time_to_target cooperation summary
 bench: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[rivals]"
 	$(BIN)/python -m pip install -q --no-deps asdfghjkl==0.1a5 nngeometry==0.4
 	for script in $(SECTIONS); do $(BIN)/python benchmarks/$$script.py --write || exit 1; done
 	for script in $(PAGES); do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+# The default against tuned rivals, a quarter of an hour on two cores; nothing is kept.
+rivals: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[rivals]"
+	$(BIN)/python benchmarks/time_to_target.py --quick
 
 clean:
 	rm -rf $(VENV) build *.egg-info digits.html

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from common import DOCS, markdown, write_section
-from rich.console import Console
-from robustness_cases import DEFAULT, METHODS, TASKS, Method
-from robustness_runs import SWEEP_SEED, Runs, Study, load
+from study_methods import DEFAULT, METHODS, ours
+from study_runs import SWEEP_SEED, Runs, Study, load
+from study_tasks import TASKS
 
 from gtddp_compile.options import SUGGESTED
 
@@ -27,16 +27,14 @@ AVERAGED = {"curvature": "shampoo", "stat_decay": 0.95}
 MUON = {"curvature": "muon", "momentum": 0.0, "stat_momentum": 0.9, "betas": (0.0, 0.999)}
 LOOKS = (
     DEFAULT,
-    Method("shampoo", None, {**AVERAGED, "feedback": False}, (0.03, 0.1, 0.3)),
-    Method("shampoo, joint", None, {**AVERAGED, **JOINT}, (0.1, 1.0, 10.0)),
-    Method("soap", None, {"curvature": "soap", "feedback": False}, (0.003, 0.01, 0.03)),
-    Method("soap, joint", None, {"curvature": "soap", "betas": (0.0, 0.95), **JOINT}, (0.01, 0.1, 1.0)),
-    Method(
-        "soap, joint, eps 1e-3", None, {"curvature": "soap", "betas": (0.0, 0.95), "eps": 1e-3, **JOINT}, (0.1, 1.0)
-    ),
-    Method("muon", None, {"curvature": "muon", "feedback": False}, (0.01, 0.03, 0.1)),
-    Method("muon, joint", None, {**MUON, **JOINT}, (0.01, 0.03, 0.1)),
-    Method("muon, joint, damping 0.1", None, {**MUON, **JOINT, "damping": 0.1}, (0.01, 0.03, 0.1)),
+    ours("shampoo", 0.03, 0.1, 0.3, **AVERAGED, feedback=False),
+    ours("shampoo, joint", 0.1, 1.0, 10.0, **AVERAGED, **JOINT),
+    ours("soap", 0.003, 0.01, 0.03, curvature="soap", feedback=False),
+    ours("soap, joint", 0.01, 0.1, 1.0, curvature="soap", betas=(0.0, 0.95), **JOINT),
+    ours("soap, joint, eps 1e-3", 0.1, 1.0, curvature="soap", betas=(0.0, 0.95), eps=1e-3, **JOINT),
+    ours("muon", 0.01, 0.03, 0.1, curvature="muon", feedback=False),
+    ours("muon, joint", 0.01, 0.03, 0.1, **MUON, **JOINT),
+    ours("muon, joint, damping 0.1", 0.01, 0.03, 0.1, **MUON, **JOINT, damping=0.1),
 )
 
 
@@ -45,7 +43,7 @@ def section(runs: Runs) -> str:
     rows = []
     for task in LOOKED_AT:
         for method in LOOKS:
-            found = [runs.get((task, method.name, rate, SWEEP_SEED)) for rate in method.rates or (0.0,)]
+            found = [runs.get((task, method.name, rate, "constant", SWEEP_SEED)) for rate in method.rates or (0.0,)]
             known = [run for run in found if run is not None]
             if known:
                 best = min(known, key=lambda run: (run.steps_to, run.train_loss))
@@ -60,10 +58,10 @@ def section(runs: Runs) -> str:
 def main() -> None:
     """What is missing, then the section."""
     METHODS.update({method.name: method for method in LOOKS})
-    study = Study(RAW, Console(), load(RAW))
+    study = Study(RAW, load(RAW))
     for task in sys.argv[1:] or LOOKED_AT:
         for method in LOOKS:
-            study.take_turns(TASKS[task], [(method, rate, SWEEP_SEED) for rate in method.rates or (0.0,)])
+            study.take_turns(TASKS[task], [(method, rate, "constant", SWEEP_SEED) for rate in method.rates or (0.0,)])
     write_section("metrics", f"## Metrics\n\n{section(study.runs)}", DOCS / "research.md")
 
 

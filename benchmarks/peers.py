@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from networks import Network
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 REFRESH, DAMPING = 10, 1e-3
@@ -45,7 +46,11 @@ def peer_step(name: str, network: Network, curvature: str, batch: int, lr: float
     Raises:
         NotImplementedError: the peer does not know a layer of the network.
     """
-    return _asdl(network, batch, lr) if PEERS[name][0] == "asdl" else _nngeometry(network, curvature, batch, lr)
+    torch.manual_seed(0)
+    model, (x, y) = network.build(), network.data(batch)
+    asdl = PEERS[name][0] == "asdl"
+    step = asdl_step(model, network, lr) if asdl else nngeometry_step(model, network, lr, curvature)
+    return lambda: step(x, y)
 
 
 @contextmanager
@@ -54,42 +59,41 @@ def _unmarked(*_: object, **__: object) -> Iterator[None]:
     yield
 
 
-def _asdl(network: Network, batch: int, lr: float) -> Callable[[], torch.Tensor]:
+def asdl_step(model: nn.Module, task: Any, lr: float) -> Callable[..., torch.Tensor]:
+    """ASDL's K-FAC, for ``task.loss`` a cross-entropy."""
     torch.cuda.nvtx.range = _unmarked
     from asdl.precondition import KfacGradientMaker, PreconditioningConfig
 
-    torch.manual_seed(0)
-    model, (x, y) = network.build(), network.data(batch)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    config = PreconditioningConfig(
-        data_size=batch,
-        damping=DAMPING,
-        ema_decay=0.05,  # the weight of what is new
-        preconditioner_upd_interval=REFRESH,
-        curvature_upd_interval=1,
-    )
-    maker = KfacGradientMaker(model, config, fisher_type="fisher_emp")
+    optimizer, kept = torch.optim.SGD(model.parameters(), lr=lr), {}
 
-    def step() -> torch.Tensor:
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not kept:
+            config = PreconditioningConfig(
+                data_size=len(y),
+                damping=DAMPING,
+                ema_decay=0.05,  # the weight of what is new
+                preconditioner_upd_interval=REFRESH,
+                curvature_upd_interval=1,
+            )
+            kept["maker"] = KfacGradientMaker(model, config, fisher_type="fisher_emp")
         optimizer.zero_grad()
-        maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
-        _, loss = maker.forward_and_backward()
+        kept["maker"].setup_loss_call(F.cross_entropy, kept["maker"].setup_model_call(model, x), y)
+        _, loss = kept["maker"].forward_and_backward()
         optimizer.step()
         return loss.detach()
 
     return step
 
 
-def _nngeometry(network: Network, curvature: str, batch: int, lr: float) -> Callable[[], torch.Tensor]:
+def nngeometry_step(model: nn.Module, task: Any, lr: float, curvature: str = "kfac") -> Callable[..., torch.Tensor]:
+    """NNGeometry's K-FAC or EK-FAC, for ``task.loss`` a cross-entropy."""
     from nngeometry.metrics import FIM_MonteCarlo
     from nngeometry.object import PMatEKFAC, PMatKFAC, PVector
 
-    torch.manual_seed(0)
-    model, (x, y) = network.build(), network.data(batch)
-    loader = DataLoader(TensorDataset(x, y), batch_size=batch)
     kept: dict[str, Any] = {"step": 0}
 
-    def step() -> torch.Tensor:
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loader = DataLoader(TensorDataset(x, y), batch_size=len(y))
         model.zero_grad()
         fresh = kept["step"] % REFRESH == 0
         kept["step"] += 1
@@ -102,7 +106,7 @@ def _nngeometry(network: Network, curvature: str, batch: int, lr: float) -> Call
                 kept["fisher"] = FIM_MonteCarlo(model, loader, PMatEKFAC)
             kept["fisher"].update_diag(loader)
             kept["inverse"] = kept["fisher"].inverse(DAMPING)
-        loss = network.loss(model(x), y)
+        loss = task.loss(model(x), y)
         loss.backward()
         with torch.no_grad():
             (-lr * kept["inverse"].mv(PVector.from_model_grad(model))).add_to_model(model)

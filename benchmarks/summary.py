@@ -6,15 +6,14 @@ python benchmarks/summary.py        rewrites the sections between README.md's ma
 from __future__ import annotations
 
 import json
-import math
 import re
-import statistics
 
 from common import DOCS, markdown, write_section
-from robustness import RAW
-from robustness_cases import DEFAULT, RIVALS, TASKS
-from robustness_runs import TARGET, Run, Runs, final, load
 from step_time import RESULTS, in_order
+from study_methods import DEFAULT
+from study_runs import Runs, final, load, median
+from study_tasks import TASKS
+from time_to_target import best_rival, readme
 
 README = DOCS.parent / "README.md"
 COLUMNS = ("sgd", "sgd coarse", "rmsprop", "adam", "foof", "kfac")
@@ -41,61 +40,28 @@ def steps() -> str:
     )
 
 
-def best_rival(runs: Runs, task: str) -> tuple[str, list[Run]]:
-    """The tuned rival with the fewest steps to the target, and its runs."""
-    named = [(method.name, final(runs, TASKS[task], method)) for method in RIVALS]
-    return min((pair for pair in named if pair[1]), key=lambda pair: median(pair[1], "steps_to"))
-
-
-def median(runs: list[Run], name: str) -> float:
-    """Of a figure over seeds."""
-    return statistics.median(getattr(run, name) for run in runs)
-
-
-def shown(value: float, form: str, unit: str = "") -> str:
-    """A dash for what was not reached."""
-    return f"{value:{form}}{unit}" if math.isfinite(value) else "–"
-
-
-def targets(runs: Runs) -> str:
-    """The default, nothing tuned, beside the best tuned torch.optim method, task by task."""
-    rows = []
-    for task in TASKS.values():
-        ours = final(runs, task, DEFAULT)
-        if not ours or not any(final(runs, task, method) for method in RIVALS):
-            continue
-        name, theirs = best_rival(runs, task.name)
-        figures = [(median(side, "steps_to"), median(side, "seconds_to"), median(side, "best_accuracy"))
-                   for side in (ours, theirs)]  # fmt: skip
-        (steps, seconds, best), (others, longer, other) = figures
-        rows.append((
-            task.name, name.removeprefix("torch "), f"{shown(steps, 'g')} / {shown(others, 'g')}",
-            f"{shown(seconds, '.2f', ' s')} / {shown(longer, '.2f', ' s')}", f"{best:.1%} / {other:.1%}",
-        ))  # fmt: skip
-    header = ("task, batch", "best tuned rival", f"steps to train loss {TARGET}", "processor time", "best validation")
-    return (
-        "`compile_optimizer(model, x, loss=…)` with nothing tuned / the better of SGD with Nesterov momentum and Adam, "
-        "their learning rates tuned; medians over seeds, a dash where the target was not reached:\n\n"
-        + markdown(header, rows)
-    )
-
-
 def claim(runs: Runs) -> str:
     """The first thing that README says."""
-    ours = final(runs, TASKS[CLAIMED], DEFAULT)
-    name, theirs = best_rival(runs, CLAIMED)
+    task = TASKS[CLAIMED]
+    ours, rival = final(runs, task, DEFAULT), best_rival(runs, task)
+    assert rival is not None
+    name, theirs = rival[0].name.removeprefix("torch "), rival[1]
     return (
-        f"On the paper's own network, batch 128, it reaches a train loss of {TARGET} in "
-        f"**{median(ours, 'steps_to'):g} steps** with nothing tuned where {name.removeprefix('torch ')} with its best "
+        f"On the paper's own network, batch 128, it reaches a train loss of {task.target} in "
+        f"**{median(ours, 'steps_to'):g} steps** with nothing tuned where {name} with its best "
         f"learning rate takes {median(theirs, 'steps_to'):g}, in {median(ours, 'seconds_to'):.2f} s of processor time "
         f"against {median(theirs, 'seconds_to'):.2f} s, and ends at a validation accuracy of "
-        f"{median(ours, 'accuracy'):.1%} against {median(theirs, 'accuracy'):.1%} (medians of {len(ours)} seeds)."
+        f"{median(ours, 'accuracy'):.1%} against {median(theirs, 'accuracy'):.1%} (seeds: {len(ours)}, medians)."
     )
 
 
 if __name__ == "__main__":
-    runs = load(RAW)
+    runs = load()
     said = "Written by `benchmarks/summary.py`; machine, versions, spread, sweeps and what lost: "
-    pages = "[docs/robustness.md](docs/robustness.md), [docs/performance.md](docs/performance.md)."
+    pages = "[docs/time-to-target.md](docs/time-to-target.md), [docs/performance.md](docs/performance.md)."
+    targets = (
+        "`compile_optimizer(model, x, loss=…)` with nothing tuned / the best rival, tuned for the task; medians over "
+        "seeds, a dash where the target was not reached, ratios with their 95 % intervals:\n\n" + readme(runs)
+    )
     write_section("claim", claim(runs), README)
-    write_section("measured", f"## Measured\n\n{targets(runs)}\n\n{steps()}\n\n{said}{pages}", README)
+    write_section("measured", f"## Measured\n\n{targets}\n\n{steps()}\n\n{said}{pages}", README)
