@@ -181,7 +181,7 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
         return own
     for kind, inputs in _OTHER_INPUTS.items():
         if is_kind(loss, kind):
-            raise CompileError(f"the loss {name} takes ({inputs}), not (outputs, targets)", _as_remedy(_CALLABLE))
+            raise CompileError(f"the loss {name} takes ({inputs}), not (outputs, targets)", "P" + _CALLABLE[1:])
     if loss.reduction not in ("mean", "sum") and not (is_kind(loss, nn.KLDivLoss) and loss.reduction == "batchmean"):
         raise CompileError(
             f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined",
@@ -331,7 +331,7 @@ def _main(module: nn.Module, outputs: Any, name: str) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise CompileError(
             f"the loss {name} takes one tensor, but the model's outputs are a {type(outputs).__name__}",
-            _as_remedy(_CALLABLE),
+            "P" + _CALLABLE[1:],
         )
     return outputs
 
@@ -417,7 +417,3 @@ def _name(loss: Callable[..., Any]) -> str:
     if isinstance(loss, nn.Module):
         return type(loss).__name__
     return str(getattr(loss, "__qualname__", type(loss).__name__))
-
-
-def _as_remedy(text: str) -> str:
-    return text[0].upper() + text[1:]

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile import CompileError, NonFiniteError, compile_optimizer
 from gtddp_compile.lowering.traffic import gram_way, traffic
 
 STEPS = 2
@@ -191,7 +191,8 @@ def refusals(rank: int, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str
             found[name] = str(error)
     poisoned = x[:2] * (float("nan") if rank else 1.0)
     before = [p.clone() for p in model.parameters()]
-    opt.step(poisoned, y[:2])
+    with pytest.raises(NonFiniteError):
+        opt.step(poisoned, y[:2])
     same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     found["one rank's loss is not finite"] = f"skipped {opt.diagnostics['skipped']}, unchanged {same}"
     return found
