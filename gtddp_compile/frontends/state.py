@@ -92,6 +92,12 @@ def _parameters_kept(model: nn.Module) -> Iterator[None]:
                 with torch.no_grad():
                     value.copy_(old)
         for name in found:
+            if getattr(model.get_submodule(name.rpartition(".")[0]), "max_norm", None) is not None:
+                raise CompileError(
+                    "an embedding with max_norm rewrites its table in the forward pass",
+                    "Leave max_norm out",
+                    module=name.rpartition(".")[0],
+                )
             raise CompileError(
                 f"the forward pass writes or replaces the parameter {name!r}",
                 "Write it in the training loop, after the step; what forward changes for itself is a value of its own",

@@ -51,7 +51,7 @@ def test_geometric_by_name_and_aims_that_are_refused() -> None:
              for t in ("geometric", Geometric(), Geometric(2.0))]  # fmt: skip
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     for options in ({"aim": 0.0}, {"aim": float("inf")}, {"own": -1.0}, {"aim": float("nan")}, {"half": -1.0}):
-        with pytest.raises(CompileError, match="Give aim > 0, own >= 0, half >= 0"):
+        with pytest.raises(CompileError, match="Give aim > 0, the others >= 0, all finite"):
             Geometric(**options)
 
 
