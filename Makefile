@@ -44,7 +44,7 @@ site: $(STAMP)
 
 # coverage needs packages of its own: its docstring says which. nngeometry would install another torch without --no-deps.
 SECTIONS := step_time gram_fidelity tried cost_model scaling ranks
-PAGES := compile_time batch_norm_reading robustness time_to_target cooperation summary
+PAGES := compile_time batch_norm_reading robustness time_to_target cooperation depth summary
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[rivals]"
 	$(BIN)/python -m pip install -q --no-deps asdfghjkl==0.1a5 nngeometry==0.4
