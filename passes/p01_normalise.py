@@ -44,7 +44,7 @@ from gtddp_compile.frontends.masks import masks_apart
 from gtddp_compile.frontends.mixing import find_mixing
 from gtddp_compile.frontends.reference import agrees, observe, run
 from gtddp_compile.frontends.samples import find_layouts
-from gtddp_compile.frontends.state import watch
+from gtddp_compile.frontends.state import TABLES, refused_table, watch
 from gtddp_compile.frontends.traced import argument_names, parameter_infos
 from gtddp_compile.graph import DETACHED, GUARD, BufferRef, Op, OpGraph, ParamRef, Ref, iter_leaves, map_leaves
 
@@ -245,18 +245,10 @@ def _refuse_table(clean: Clean) -> None:
     first = 3 if form.kind == "embedding" else 2 + (form.target is F.embedding_bag)
     order = ("max_norm", "norm_type", "scale_grad_by_freq")
     given = {**dict(zip(order, form.args[first:], strict=False)), **form.kwargs}
-    for option, why in (
-        ("max_norm", "rewrites its table in the forward pass"),
-        ("scale_grad_by_freq", "divides by counts over the batch what is no derivative of the loss"),
-    ):
+    for option in TABLES:
         if given.get(option) not in (None, False) and not isinstance(form.target, OpOverload):
-            raise CompileError(
-                f"an embedding with {option} {why}",
-                f"Leave {option} out",
-                module=clean.call.module,
-                operation=form.kind,
-                source=clean.call.source or None,
-            )
+            call = clean.call
+            raise refused_table(option, module=call.module, operation=form.kind, source=call.source or None)
 
 
 def _advances(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:

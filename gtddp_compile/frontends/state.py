@@ -70,6 +70,18 @@ def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Reference, tuple[
     return reference, kept
 
 
+TABLES = {
+    "max_norm": "rewrites its table in the forward pass",
+    "scale_grad_by_freq": "divides by counts over the batch what is no derivative of the loss",
+}
+"""Options of embeddings that are no function of a sample, and why."""
+
+
+def refused_table(option: str, **where: str | None) -> CompileError:
+    """The refusal of one of :data:`TABLES`."""
+    return CompileError(f"an embedding with {option} {TABLES[option]}", f"Leave {option} out", **where)
+
+
 @contextmanager
 def _parameters_kept(model: nn.Module) -> Iterator[None]:
     """Parameters are what they were after the block; a forward pass that writes or replaces one is refused."""
@@ -81,9 +93,12 @@ def _parameters_kept(model: nn.Module) -> Iterator[None]:
         if id(module) in paths and isinstance(value, nn.Parameter):  # functional_call puts in plain tensors
             found.append(f"{paths[id(module)]}.{name}".removeprefix("."))
 
+    failed = None
     handle = register_module_parameter_registration_hook(note)
     try:
         yield
+    except Exception as error:  # of a written parameter, perhaps: that is told first
+        failed = error
     finally:
         handle.remove()
         for name, (value, version, old) in before.items():
@@ -91,18 +106,17 @@ def _parameters_kept(model: nn.Module) -> Iterator[None]:
                 found.append(name)
                 with torch.no_grad():
                     value.copy_(old)
-        for name in found:
-            if getattr(model.get_submodule(name.rpartition(".")[0]), "max_norm", None) is not None:
-                raise CompileError(
-                    "an embedding with max_norm rewrites its table in the forward pass",
-                    "Leave max_norm out",
-                    module=name.rpartition(".")[0],
-                )
-            raise CompileError(
-                f"the forward pass writes or replaces the parameter {name!r}",
-                "Write it in the training loop, after the step; what forward changes for itself is a value of its own",
-                module=name.rpartition(".")[0],
-            )
+    for name in found:
+        path = name.rpartition(".")[0]
+        if getattr(model.get_submodule(path), "max_norm", None) is not None:
+            raise refused_table("max_norm", module=path) from failed
+        raise CompileError(
+            f"the forward pass writes or replaces the parameter {name!r}",
+            "Write it in the training loop, after the step; what forward changes for itself is a value of its own",
+            module=path,
+        ) from failed
+    if failed is not None:
+        raise failed
 
 
 class _Left(Tensor):
