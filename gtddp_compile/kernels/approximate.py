@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Geometry, Layer, is_spherical
 from gtddp_compile.kernels.conv import conv_gram
-from gtddp_compile.kernels.linear import linear_gram
+from gtddp_compile.kernels.linear import _linear_rows, linear_directional, linear_gram
 from gtddp_compile.kernels.patches import (
     CONVOLUTIONS,
     _conv_bias,
@@ -150,6 +150,17 @@ def conv_sketched(
         return sketch, None
     change = _conv_samples((g * seen[0]).flatten(1).sum(1), samples)
     return sketch, change if bias is None else change + bias @ direction[1]
+
+
+def linear_sketched(
+    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor, ...] | None
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`conv_sketched`, of a linear layer with positions; filters are ``(columns, n)``."""
+    x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)
+    sketch = (g.mT @ (x @ filters.mT.to(x.dtype))).flatten(1) * metric[0] ** 0.5
+    if layer.wants[1]:
+        sketch = torch.cat([sketch, g.sum(1) * metric[-1] ** 0.5], 1)
+    return sketch, None if direction is None else linear_directional(layer, direction)
 
 
 def conv_centre_gram(layer: Layer, metric: tuple[Any, ...]) -> Tensor:

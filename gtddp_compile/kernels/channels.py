@@ -1,4 +1,4 @@
-"""The metric of a convolution's input channels: ``M⁻¹`` acts on the channels of a pixel, wherever it is."""
+"""The metric of input channels: ``M⁻¹`` acts on those of a convolution's pixel, or of a position of a linear layer."""
 
 import math
 
@@ -9,17 +9,24 @@ from gtddp_compile.kernels.bundle import Joined, Layer, wide
 from gtddp_compile.kernels.patches import CONVOLUTIONS, _conv_images
 
 
+def channel_pixels(layer: Layer) -> Tensor:
+    """Inputs as ``(G, c, N)``: the channels of every pixel of the batch, or of every position."""
+    if layer.how is None:  # a linear layer
+        return layer.operands[0].reshape(1, -1, layer.operands[0].shape[-1]).mT
+    images, _ = _conv_images(layer)
+    return images.flatten(2).unflatten(1, (layer.how.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+
+
 def channel_factor(
-    x: Tensor, positions: float, groups: int, old: Tensor | None = None, keep: float = 0.0, joined: Joined | None = None
+    pixels: Tensor, positions: float, old: Tensor | None = None, keep: float = 0.0, joined: Joined | None = None
 ) -> Tensor:
     """``A`` ``(G, c, c)``: ``Σ x xᵀ`` over the pixels of a sample, as often as an element of the kernel meets them.
 
-    With ``old`` the running average ``keep · old + (1 - keep) · new``. ``x`` is ``(images, channels, pixels…)``; a
-    sample has ``positions`` outputs over all its images. ``joined``: ``x`` has a part of the batch, ``A`` is of all.
+    With ``old`` the running average ``keep · old + (1 - keep) · new``. ``pixels`` is ``(G, c, N)``; a sample has
+    ``positions`` outputs. ``joined``: there is a part of the batch, ``A`` is of all.
     """
-    rows = wide(x).flatten(2).unflatten(1, (groups, -1))  # (images, G, c, pixels)
-    share = (1.0 - keep if old is not None else 1.0) / rows.shape[0] / rows.shape[3]
-    flat = rows.permute(1, 2, 0, 3).flatten(2)  # (G, c, images · pixels)
+    flat = wide(pixels)
+    share = (1.0 - keep if old is not None else 1.0) / flat.shape[2]
     found: Tensor = (flat @ flat.mT).mul_(share * positions)
     found = found if joined is None else joined.all_reduce(found * joined.share)
     return found if old is None else found.add_(old, alpha=keep)
@@ -33,7 +40,7 @@ def conv_whitened(layer: Layer, maps: Tensor) -> Layer:
 
 
 def channel_rows(gradients: tuple[Tensor, ...], maps: Tensor) -> tuple[Tensor, ...]:
-    """``γ`` of a convolution's weight and bias in coordinates where the metric is spherical, ``γ X``."""
+    """``γ`` of a weight and bias in coordinates where the metric is spherical, ``γ X``."""
     weight, *bias = gradients
     samples, (groups, width, _) = weight.shape[0], maps.shape
     split = weight.to(maps.dtype).reshape(samples, groups, -1, width, weight[0, 0, 0].numel())
@@ -52,8 +59,10 @@ def channel_filters(maps: Tensor, shape: tuple[int, ...], columns: int, seed: in
 
 
 def channel_step(gradient: Tensor, inverse: Tensor) -> Tensor:
-    """``A⁻¹`` on the input channels of a convolution's gradient, ``(m, c, kernel…)``."""
+    """``A⁻¹`` on the input channels of a gradient, ``(m, c, kernel…)``."""
     groups, width = inverse.shape[0], inverse.shape[1]
+    if groups == 1 and gradient.numel() == len(gradient) * width:  # a kernel of one element
+        return (gradient.reshape(-1, width).to(inverse.dtype) @ inverse[0]).reshape(gradient.shape).to(gradient.dtype)
     split = gradient.to(inverse.dtype).reshape(groups, gradient.shape[0] // groups, width, -1)
     found: Tensor = inverse.unsqueeze(1) @ split
     return found.reshape(gradient.shape).to(gradient.dtype)

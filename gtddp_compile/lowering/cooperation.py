@@ -53,7 +53,11 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
         return tuple(MetricBlock("parameters", (player,)) for player in players)
     uses = {player.name: tuple(describe_use(graph, player, graph.op(use)) for use in player.uses) for player in players}
     factored = {player.name: uses[player.name][0] for player in players if is_factored(player, uses[player.name])}
-    of_channels = [name for name, use in factored.items() if rules.inputs_alone and use.rule.name == "conv"]
+    keys = {name: _joint_key(graph, graph.player[name], use, rules) for name, use in factored.items()}
+    of_channels = [
+        name for name, use in factored.items() if rules.inputs_alone
+        and (use.rule.name == "conv" or (list(keys.values()).count(keys[name]) == 1 and _of_tokens(graph, use, rules)))
+    ]  # fmt: skip
     blocks = [
         MetricBlock("channels", (graph.player[name],), positions=float(_positions(graph, factored.pop(name)) or 1))
         for name in of_channels
@@ -68,7 +72,7 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
                 why = f"Corollary 7: the same input, outputs added up in {found[0]}"
                 blocks.append(MetricBlock("shared", tuple(group), why))
                 remaining = [player for player in remaining if player not in group]
-    for group in _grouped(remaining, lambda p: _joint_key(graph, p, factored[p.name], rules)):
+    for group in _grouped(remaining, lambda p: keys[p.name]):
         blocks.append(_joint(graph, group, factored, rules))
     order = {player.name: index for index, player in enumerate(players)}
     return tuple(sorted(blocks, key=lambda block: order[block.players[0].name]))
@@ -77,6 +81,12 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
 def is_factored(player: Player, uses: tuple[Use, ...]) -> bool:
     """Whether a player's gradient is a sum of outer products of rows: one use, by a rule with rows, weight trained."""
     return len(uses) == 1 and uses[0].rule.rows and uses[0].wants[0] and set(uses[0].names) == set(player.parameters)
+
+
+def _of_tokens(graph: ControlGraph, use: Use, rules: MetricRules) -> bool:
+    """Whether a linear layer is one of many positions, with inputs of one block: a convolution of a one-element kernel."""
+    width = graph.ops.parameter_info[use.names[0]].shape[1]
+    return use.rule.name == "linear" and (_positions(graph, use) or 1) > 1 and width <= (rules.widest or width)
 
 
 def _alone(graph: ControlGraph, player: Player, rules: MetricRules) -> MetricBlock:

@@ -11,7 +11,7 @@ class LinearRule(Rule):
     """``h = x Wᵀ + b`` with any number of position axes; operands ``(x,)``, parameters (weight, bias)."""
 
     name = "linear"
-    files = ("linear", "approximate")
+    files = ("linear", "channels", "approximate")
     rows = subtracts = pieces = True
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:

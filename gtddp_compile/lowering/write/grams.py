@@ -18,7 +18,7 @@ from gtddp_compile.lowering.write.statistics import Observed, sketch_of
 
 
 def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tuple[str, Apply | None] | None:
-    """A convolution's sketched ``Γ`` and ``⟨γ_i, M⁻¹ ℓ_u⟩``, where one product makes both: a variable and a formula."""
+    """A layer's sketched ``Γ`` and ``⟨γ_i, M⁻¹ ℓ_u⟩``, where one product makes both: a variable and a formula."""
     if sketch_of(b, t, found.block) is None:
         return None
     (player,) = found.block.players
@@ -27,7 +27,7 @@ def sketched(b: Builder, t: int, found: Observed, drifts: dict[str, str]) -> tup
     direction = None
     if player.name in drifts:
         direction = parts_of(drifts[player.name], player, use)
-    b.emit("backward", t, (rows, moved if direction else "_"), "conv_sketched", layer(b, use),
+    b.emit("backward", t, (rows, moved if direction else "_"), b.kernel(use, "sketched"), layer(b, use),
            Var(f"maps_{identity}"), Var(found.metric), direction, note="gamma M^-1/2; gamma M^-1 l")  # fmt: skip
     b.emit("backward", t, gamma, "joint_gram", (Var(rows),), (1.0,), Var(b.rows), note="gamma M^-1 gamma^T")
     if direction is None:
@@ -52,7 +52,7 @@ def drift(b: Builder, t: int, found: Observed) -> dict[str, str]:
 
 
 def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
-    """A convolution's input, or ``γ`` where it is kept, in coordinates where the metric of channels is spherical."""
+    """A layer's input, or ``γ`` where it is kept, in coordinates where the metric of channels is spherical."""
     if found.block.kind != "channels":
         return None
     (player,) = found.block.players
@@ -61,7 +61,7 @@ def _whitened(b: Builder, t: int, found: Observed) -> Var | None:
         b.emit("backward", t, whitened, "channel_rows", Var(kept(b, t, player)),
                Var(f"maps_{b.identity(player)}"), note="gamma X")  # fmt: skip
         return Var(whitened)
-    b.emit("backward", t, whitened, "conv_whitened", layer(b, use), Var(f"maps_{b.identity(player)}"),
+    b.emit("backward", t, whitened, b.kernel(use, "whitened"), layer(b, use), Var(f"maps_{b.identity(player)}"),
            note="x X at every pixel")  # fmt: skip
     return Var(whitened)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Joined, Layer
-from gtddp_compile.kernels.channels import channel_step
+from gtddp_compile.kernels.channels import channel_pixels, channel_step
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
     coordinates_step,
@@ -24,7 +24,6 @@ from gtddp_compile.kernels.coordinates import (
     kronecker_coordinates,
 )
 from gtddp_compile.kernels.kronecker import Metric, Rows, kronecker_precondition
-from gtddp_compile.kernels.patches import _conv_images
 from gtddp_compile.methods.curvature.base import Group, Move, with_momentum
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.methods.curvature.updates import ParameterUpdates
@@ -72,22 +71,21 @@ class BlockUpdates(ParameterUpdates):
         self, names: tuple[str, ...], layer: Layer, positions: float, sketch: tuple[int, int] | None = None,
         joined: Joined | None = None,
     ) -> Tensor:  # fmt: skip
-        """Statistics of a convolution's channels (:class:`gtddp_compile.FOOF`).
+        """Statistics of a layer's input channels (:class:`gtddp_compile.FOOF`).
 
         Returns:
             ``X`` with ``X Xᵀ = A⁻¹``, or with ``sketch`` (columns, seed) the filters that project whitened patches.
         """
-        images, _ = _conv_images(layer)
         states = [self.states[name] for name in names]
         shape, group = max((tuple(self._params[name].shape) for name in names), key=len), self._groups[names[0]]
         observe = self._kronecker.observe_channels  # type: ignore[attr-defined]  # FOOF's, and asked of no other
-        found = observe(images, positions, shape, layer.how.groups, states, group, sketch, joined)
+        found = observe(channel_pixels(layer), positions, shape, states, group, sketch, joined)
         self.states.update(zip(names, found, strict=True))
         maps: Tensor = found[0]["map_x" if sketch is None else "filters"]
         return maps
 
     def channels_metric(self, names: tuple[str, ...]) -> tuple[float, ...]:
-        """``M⁻¹`` of a convolution's weight in whitened channels, and of its bias."""
+        """``M⁻¹`` of a weight in whitened channels, and of its bias."""
         return tuple(
             float(self._groups[name]["lr"]) if self._params[name].dim() > 1 else float(self._inverse(name))
             for name in names

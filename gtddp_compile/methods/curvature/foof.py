@@ -71,27 +71,26 @@ class FOOF(Kronecker):
         return state["positions"] * (1.0 + group["damping"])
 
     def observe_channels(
-        self, x: Tensor, positions: float, shape: tuple[int, ...], groups: int, states: Sequence[State], group: Group,
+        self, pixels: Tensor, positions: float, shape: tuple[int, ...], states: Sequence[State], group: Group,
         sketch: tuple[int, int] | None = None, joined: Joined | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """States of a convolution's parameters after its channels' covariance.
+        """States of a layer's parameters after its channels' covariance.
 
         Args:
-            x: inputs, ``(images, channels, pixels…)``.
+            pixels: inputs, ``(G, c, N)``.
             positions: of the output, in a sample.
             shape: of the weight.
-            groups: of the convolution.
             states: of its parameters, the weight's first.
             group: their options.
             sketch: columns and seed of the random filters that ``Γ`` is made by; ``None``: it is made by others.
-            joined: ``x`` has a part of the batch, and the covariance is of all of it.
+            joined: ``pixels`` has a part of the batch, and the covariance is of all of it.
         """
         found = [{**self._stepped(state), "positions": positions} for state in states]
-        width = x.shape[1] // groups
+        groups, width, _ = pixels.shape
 
         def factors(old: State | None, keep: float) -> dict[str, Tensor]:
             before = None if old is None else old["factor_x"]
-            return {"factor_x": channel_factor(x, positions, groups, before, keep, joined)}
+            return {"factor_x": channel_factor(pixels, positions, before, keep, joined)}
 
         if self._running(found[0], group, {"factor_x": (groups, width, width)}, factors):
             found[0].update(self.refreshed("channels", found[0], group))

@@ -65,7 +65,8 @@ class DenseMetric:
                 x = seen.trajectory.values[use.operands[0].name]
                 weight = seen.trajectory.p[use.names[0]]
                 output = seen.trajectory.values[use.op]
-                layer = kernels.Layer((x,), output, (weight,), (True,), kernels.Geometry(**use.options))
+                how = kernels.Geometry(**use.options) if use.options else None
+                layer = kernels.Layer((x,), output, (weight,), (True,), how)
                 self._m.observe_channels(names[0], layer, block.positions)
             elif block.kind == "uniform":
                 self._m.observe_uniform(names[0], block.positions)
@@ -166,7 +167,7 @@ class DenseMetric:
                 inverse[offsets[left.name], offsets[right.name]] = whole[rows][:, columns]
 
     def _fill_channels(self, inverse: Tensor, where: slice, player: Player) -> None:
-        """``M⁻¹`` of a convolution's weight acts on its input channels alone; a bias is a multiple of the identity."""
+        """``M⁻¹`` of a weight acts on its input channels alone; a bias is a multiple of the identity."""
         parts = []
         for name in player.parameters:
             shape, rate = self._m.shape(name), self._m.channels_metric((name,))[0]
