@@ -32,6 +32,7 @@ from gtddp_compile.kernels.patches import *
 from gtddp_compile.kernels.rows import *
 from gtddp_compile.kernels.spread import *
 from gtddp_compile.kernels.sweep import *
+from gtddp_compile.kernels.table import *
 from gtddp_compile.kernels.transposed import *
 from gtddp_compile.kernels.turned import *
 

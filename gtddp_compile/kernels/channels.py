@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import _signs
@@ -9,10 +10,11 @@ from gtddp_compile.kernels.bundle import Joined, Layer, wide
 from gtddp_compile.kernels.patches import CONVOLUTIONS, _conv_images
 
 
-def channel_pixels(layer: Layer) -> Tensor:
-    """Inputs as ``(G, c, N)``: the channels of every pixel of the batch, or of every position."""
+def channel_pixels(layer: Layer, blocks: int = 1) -> Tensor:
+    """Inputs as ``(G, c, N)``: the channels of every pixel, or of every position, there in so many blocks."""
     if layer.how is None:  # a linear layer
-        return layer.operands[0].reshape(1, -1, layer.operands[0].shape[-1]).mT
+        x = layer.operands[0]
+        return x.reshape(-1, blocks, x.shape[-1] // blocks).permute(1, 2, 0)
     images, _ = _conv_images(layer)
     return images.flatten(2).unflatten(1, (layer.how.groups, -1)).permute(1, 2, 0, 3).flatten(2)
 
@@ -43,16 +45,35 @@ def channel_rows(gradients: tuple[Tensor, ...], maps: Tensor) -> tuple[Tensor, .
     """``γ`` of a weight and bias in coordinates where the metric is spherical, ``γ X``."""
     weight, *bias = gradients
     samples, (groups, width, _) = weight.shape[0], maps.shape
+    if weight.dim() == 3:
+        return (_blockwise(weight.to(maps.dtype), maps), *bias)
     split = weight.to(maps.dtype).reshape(samples, groups, -1, width, weight[0, 0, 0].numel())
     return ((maps.mT.unsqueeze(1) @ split).reshape(weight.shape), *bias)
 
 
+def linear_whitened(layer: Layer, maps: Tensor) -> Layer:
+    """The layer where the metric of its inputs is spherical, ``x X`` at every position; ``X`` has ``G`` blocks."""
+    x = layer.operands[0]
+    return layer._replace(operands=(_blockwise(x, maps.to(x.dtype)),))
+
+
+def _blockwise(rows: Tensor, maps: Tensor) -> Tensor:
+    """Rows ``(…, G c)`` times a matrix of blocks ``(G, c, c)``."""
+    if len(maps) == 1:
+        return rows @ maps[0]
+    found: Tensor = torch.einsum("...gc,gcd->...gd", rows.unflatten(-1, (len(maps), -1)), maps)
+    return found.flatten(-2)
+
+
 def channel_filters(maps: Tensor, shape: tuple[int, ...], columns: int, seed: int) -> Tensor:
-    """Random filters with the metric's map in them, ``(G · columns, c, kernel…)``.
+    """Random filters with the metric's map in them, ``(G · columns, c, kernel…)``; of a linear layer ``(columns, n)``.
 
     Patches times them are projections of whitened patches, ``E[f fᵀ] = A⁻¹ / columns``.
     """
-    groups, count = maps.shape[0], math.prod(shape)
+    groups = maps.shape[0]
+    if len(shape) == 1:
+        return _blockwise(_signs(shape[0], columns, maps, seed).mT, maps.mT)
+    count = math.prod(shape)
     random = _signs(groups * columns, count, maps, seed) * (count / columns) ** 0.5
     filters: Tensor = maps.unsqueeze(1) @ random.reshape(groups, columns, shape[0], -1)
     return filters.reshape(-1, *shape)
@@ -61,8 +82,15 @@ def channel_filters(maps: Tensor, shape: tuple[int, ...], columns: int, seed: in
 def channel_step(gradient: Tensor, inverse: Tensor) -> Tensor:
     """``A⁻¹`` on the input channels of a gradient, ``(m, c, kernel…)``."""
     groups, width = inverse.shape[0], inverse.shape[1]
-    if groups == 1 and gradient.numel() == len(gradient) * width:  # a kernel of one element
-        return (gradient.reshape(-1, width).to(inverse.dtype) @ inverse[0]).reshape(gradient.shape).to(gradient.dtype)
+    if gradient.dim() == 2 or (groups == 1 and gradient[0].numel() == width):  # a kernel of one element
+        return _blockwise(gradient.flatten(1).to(inverse.dtype), inverse).reshape(gradient.shape).to(gradient.dtype)
     split = gradient.to(inverse.dtype).reshape(groups, gradient.shape[0] // groups, width, -1)
     found: Tensor = inverse.unsqueeze(1) @ split
     return found.reshape(gradient.shape).to(gradient.dtype)
+
+
+def channel_carried(gradient: Tensor, inverse: Tensor, last: Tensor, mu: float, rate: float) -> Tensor:
+    """``μ v - η ĝ A⁻¹`` of a linear layer's weight, in the product where the inputs are one block."""
+    if len(inverse) > 1:
+        return torch.add(last * mu, channel_step(gradient, inverse), alpha=-rate)
+    return torch.addmm(last, gradient, inverse[0], beta=mu, alpha=-rate)

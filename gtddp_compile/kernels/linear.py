@@ -206,12 +206,6 @@ def linear_directional(layer: Layer, direction: tuple[Tensor, ...]) -> Tensor:
     return found + _linear_rows(g).sum(1) @ direction[1] if wants[1] else found
 
 
-def linear_whitened(layer: Layer, maps: Tensor) -> Layer:
-    """The layer where the metric of its inputs is spherical, ``x X`` at every position; ``X`` is ``(1, n, n)``."""
-    x = layer.operands[0]
-    return layer._replace(operands=(x @ maps[0].to(x.dtype),))
-
-
 def linear_per_sample(layer: Layer) -> tuple[Tensor, ...]:
     """``γ``: the weight's ``(B, m, n)``, the bias's ``(B, m)``."""
     x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)

@@ -42,6 +42,9 @@ class MetricRules:
 LARGEST_JOINT = 2**14
 """Longest side of a coalition's joint factors: 1 GiB in float32, and minutes to decompose at every refresh."""
 
+NARROW = 128
+"""Inputs of a layer of many positions that are always one block."""
+
 BY_PARAMETER = MetricRules()
 """Of a curvature that is spherical or diagonal."""
 
@@ -56,11 +59,10 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
     keys = {name: _joint_key(graph, graph.player[name], use, rules) for name, use in factored.items()}
     of_channels = [
         name for name, use in factored.items() if rules.inputs_alone
-        and (use.rule.name == "conv" or (list(keys.values()).count(keys[name]) == 1 and _of_tokens(graph, use, rules)))
+        and (use.rule.name == "conv" or (list(keys.values()).count(keys[name]) == 1 and _is_of_tokens(graph, use)))
     ]  # fmt: skip
     blocks = [
-        MetricBlock("channels", (graph.player[name],), positions=float(_positions(graph, factored.pop(name)) or 1))
-        for name in of_channels
+        _of_channels(graph, graph.player[name], factored.pop(name), rules) for name in of_channels
     ]
     blocks += [_alone(graph, player, rules) for player in players if player.name not in (*factored, *of_channels)]
     remaining = [player for player in players if player.name in factored]
@@ -83,10 +85,23 @@ def is_factored(player: Player, uses: tuple[Use, ...]) -> bool:
     return len(uses) == 1 and uses[0].rule.rows and uses[0].wants[0] and set(uses[0].names) == set(player.parameters)
 
 
-def _of_tokens(graph: ControlGraph, use: Use, rules: MetricRules) -> bool:
-    """Whether a linear layer is one of many positions, with inputs of one block: a convolution of a one-element kernel."""
-    width = graph.ops.parameter_info[use.names[0]].shape[1]
-    return use.rule.name == "linear" and (_positions(graph, use) or 1) > 1 and width <= (rules.widest or width)
+def _is_of_tokens(graph: ControlGraph, use: Use) -> bool:
+    return use.rule.name == "linear" and (_positions(graph, use) or 1) > 1
+
+
+def _of_channels(graph: ControlGraph, player: Player, use: Use, rules: MetricRules) -> MetricBlock:
+    """A convolution, or a linear layer of many positions, which is one whose kernel has one element.
+
+    Its factor's blocks are no wider than the layer's outputs are many, as long as that is more than ``NARROW``: ``x xᵀ``
+    and ``ĝ A⁻¹`` then cost no more than the gradient itself. They divide the inputs evenly.
+    """
+    positions, blocks = _positions(graph, use) or 1, 1
+    if use.rule.name == "linear":
+        outputs, width = graph.ops.parameter_info[use.names[0]].shape
+        least = -(-width // min(rules.widest or width, max(outputs, NARROW)))
+        blocks = next(count for count in range(least, width + 1) if width % count == 0)
+    why = f"inputs in {blocks} blocks" if blocks > 1 else ""
+    return MetricBlock("channels", (player,), why, float(positions), blocks)
 
 
 def _alone(graph: ControlGraph, player: Player, rules: MetricRules) -> MetricBlock:

@@ -55,7 +55,7 @@ METHODS: dict[str, Method] = {
     "observe_block": _method("stage kind names layers start", shared=True),
     "observe_moment": _method("names moments", shared=True),
     "observe_uniform": _method("names positions", shared=True),
-    "observe_channels": _method("names layer positions sketch", shared=True),
+    "observe_channels": _method("names layer positions sketch blocks", shared=True),
     "observe_factors": _method("stage kind names layers start", shared=True),
     "observe_coordinates": _method("names moment", shared=True),
     "observe_gram": _method("names weighted gram pieces layer alpha rows"),

@@ -170,7 +170,7 @@ def _widths(plan: Plan, block: MetricBlock) -> tuple[int, int, int]:
         weight = max(shapes, key=len)
         groups = int(use.options.get("groups", 1))
         if block.kind == "channels":
-            return groups, weight[1], 0
+            return groups * block.blocks, weight[1] // block.blocks, 0
         inputs += math.prod(weight[1:]) + len(shapes) - 1
         outputs += weight[0] // groups
     return (groups, inputs, outputs) if block.blocks == 1 else (block.blocks, -(-inputs // block.blocks), outputs)

@@ -14,7 +14,7 @@ from gtddp_compile import kernels
 from gtddp_compile.graph import LEADING, BufferRef, ControlGraph, Layout, Op, ParamRef, Player, Ref, map_leaves
 from gtddp_compile.lowering.layers import Rule, choose
 from gtddp_compile.lowering.layers.generic import GenericRule
-from gtddp_compile.lowering.layers.shift import ShiftRule
+from gtddp_compile.lowering.layers.table import ShiftRule
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def describe_use(graph: ControlGraph, player: Player, op: Op) -> Use:
     if through:
         return _generic_use(graph, player, op, through)
     rule = choose(op, owned)
-    if isinstance(rule, GenericRule) or (isinstance(rule, ShiftRule) and not _along_last_axis(graph, rule, op)):
+    if isinstance(rule, GenericRule) or (isinstance(rule, ShiftRule) and not _is_shared(graph, rule, op)):
         return _generic_use(graph, player, op, ())
     params = tuple(rule.roles(op))
     wants = tuple(isinstance(param, ParamRef) and param.name in owned for param in params)
@@ -75,15 +75,18 @@ def describe_use(graph: ControlGraph, player: Player, op: Op) -> Use:
     return _with_layouts(graph, use, (True,) * (1 if rule.prepare else len(use.operands)))
 
 
-def _along_last_axis(graph: ControlGraph, rule: Rule, op: Op) -> bool:
-    """Whether what is added is one number for each entry of the last axis, to a value as wide as the sum."""
-    (value,), (_, bias) = rule.operands(op), rule.roles(op)
-    shape = op.shape or ()
-    return (
-        bias is not None
-        and graph.op(value.name).shape == shape
-        and graph.ops.parameter_info[bias.name].shape == shape[-1:]
-    )
+def _is_shared(graph: ControlGraph, rule: Rule, op: Op) -> bool:
+    """Whether what is added is the same for all samples, to a value as wide as the sum.
+
+    Wherever samples lie it may be one number for each entry of the last axis; otherwise they must lead, and it has no
+    axis as long as theirs.
+    """
+    (value,), (own,), shape = rule.operands(op), rule.roles(op), op.shape or ()
+    assert own is not None  # ``handles`` has seen it
+    added = graph.ops.parameter_info[own.name].shape
+    leads = op.samples == LEADING and graph.op(value.name).samples == LEADING
+    apart = len(added) < len(shape) or (len(added) == len(shape) and added[0] == 1)
+    return graph.op(value.name).shape == shape and (added == shape[-1:] or (leads and apart))
 
 
 def _with_layouts(graph: ControlGraph, use: Use, batched: tuple[bool, ...]) -> Use:

@@ -9,7 +9,7 @@ from gtddp_compile.lowering.layers.conv import ConvRule
 from gtddp_compile.lowering.layers.generic import GenericRule
 from gtddp_compile.lowering.layers.linear import LinearRule
 from gtddp_compile.lowering.layers.norm import NormRule
-from gtddp_compile.lowering.layers.shift import ShiftRule
+from gtddp_compile.lowering.layers.table import EmbeddingRule, ShiftRule
 from gtddp_compile.lowering.layers.transposed import TransposedRule
 
 RULES: tuple[Rule, ...] = (
@@ -17,6 +17,7 @@ RULES: tuple[Rule, ...] = (
     TransposedRule(),
     ConvRule(),
     NormRule(),
+    EmbeddingRule(),
     ShiftRule(),
     GenericRule(),
 )
@@ -57,6 +58,7 @@ __all__ = [
     "FILES",
     "RULES",
     "ConvRule",
+    "EmbeddingRule",
     "GenericRule",
     "LinearRule",
     "NormRule",

@@ -22,6 +22,10 @@ _CONV: dict[str, Any] = {
 
 SIGNATURES: dict[Callable[..., Any] | str, dict[str, Any]] = {
     F.linear: {"input": REQUIRED, "weight": REQUIRED, "bias": None},
+    F.embedding: {
+        "input": REQUIRED, "weight": REQUIRED, "padding_idx": None, "max_norm": None, "norm_type": 2.0,
+        "scale_grad_by_freq": False, "sparse": False,
+    },
     F.conv1d: _CONV,
     F.conv2d: _CONV,
     F.conv3d: _CONV,

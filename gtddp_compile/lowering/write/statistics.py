@@ -69,8 +69,9 @@ def statistics(
     if block.kind == "channels":
         (player,) = block.players
         (use,), maps = b.uses(player.name), f"maps_{b.identity(player)}"
+        more: dict[str, Any] = {"blocks": block.blocks} if block.blocks > 1 else {}
         b.emit(phase, t, maps, "m.observe_channels", player.parameters, layer(b, use), block.positions,
-               *filter(None, [sketch_of(b, t, block)]), note="A = E[x x^T] of a pixel's channels")  # fmt: skip
+               *filter(None, [sketch_of(b, t, block)]), note="A = E[x x^T] of a pixel's channels", **more)  # fmt: skip
         return ()
     if block.kind == "uniform":
         names, note = block.players[0].parameters, "input 1 at so many positions"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Joined, Layer
-from gtddp_compile.kernels.channels import channel_pixels, channel_step
+from gtddp_compile.kernels.channels import channel_carried, channel_pixels, channel_step
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
     coordinates_step,
@@ -69,7 +69,7 @@ class BlockUpdates(ParameterUpdates):
 
     def observe_channels(
         self, names: tuple[str, ...], layer: Layer, positions: float, sketch: tuple[int, int] | None = None,
-        joined: Joined | None = None,
+        blocks: int = 1, joined: Joined | None = None,
     ) -> Tensor:  # fmt: skip
         """Statistics of a layer's input channels (:class:`gtddp_compile.FOOF`).
 
@@ -79,7 +79,7 @@ class BlockUpdates(ParameterUpdates):
         states = [self.states[name] for name in names]
         shape, group = max((tuple(self._params[name].shape) for name in names), key=len), self._groups[names[0]]
         observe = self._kronecker.observe_channels  # type: ignore[attr-defined]  # FOOF's, and asked of no other
-        found = observe(channel_pixels(layer), positions, shape, states, group, sketch, joined)
+        found = observe(channel_pixels(layer, blocks), positions, shape, states, group, sketch, joined)
         self.states.update(zip(names, found, strict=True))
         maps: Tensor = found[0]["map_x" if sketch is None else "filters"]
         return maps
@@ -132,20 +132,33 @@ class BlockUpdates(ParameterUpdates):
 
     def descend_block(self, kind: BlockKind, names: Names, gradients: Parts) -> None:
         """As :meth:`apply_block` where nobody reads ``δu``: one pass over every new parameter."""
+        if kind == "channels" and self._plain(names[0]) and gradients[0][0].dim() == 2 and not self._decays(names):
+            (player,), (parts,) = names, gradients
+            (last, mu), inverse = self.last_step(player), self.states[player[0]]["inverse_x"]
+            own = float(mu), float(self._groups[player[0]]["lr"])
+            self._move(player[0], self._stepped(player[0], channel_carried(parts[0], inverse, last[0], *own)))
+            for name, part in zip(player[1:], parts[1:], strict=True):
+                self._descended(name, self._moved(name, self._of_bias(name, part)))
+            return
         self._descend(names, self._directions(kind, names, gradients))
 
     def descend_dual(self, names: Names, coordinates: Coordinates, weights: Tensor) -> None:
         """As :meth:`descend_block`, from the rows of one player in ``"dual"`` coordinates."""
         (player,) = names
-        params, group = [self._params[name] for name in player], self._groups[player[0]]
-        last, mu = self.last_step(player) if "inertia" in group else ((), 0.0)
-        plain = group["momentum"] == 0 and params[0].dim() == 2 and params[0].dtype == coordinates[0].dtype
-        if not last or not plain or any(self._groups[name]["lr"] != group["lr"] for name in player):
+        rate = self._groups[player[0]]["lr"]
+        if not self._plain(player) or any(self._groups[name]["lr"] != rate for name in player):
             self.descend_steps("dual", names, (dual_step(coordinates, weights),))
             return
-        found = dual_carried(coordinates, weights, last, float(mu), float(group["lr"]))
+        last, mu = self.last_step(player)
+        found = dual_carried(coordinates, weights, last, float(mu), float(rate))
         for name, delta in zip(player, found, strict=True):
             self._move(name, self._stepped(name, delta))
+
+    def _plain(self, player: tuple[str, ...]) -> bool:
+        """Whether a linear layer's step is ``μ v - M⁻¹ ĝ``, and a product in its own precision can make it."""
+        param, group = self._params[player[0]], self._groups[player[0]]
+        whole = param.dim() == 2 and param.dtype in (torch.float32, torch.float64)
+        return whole and "inertia" in group and group["momentum"] == 0
 
     def descend_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> None:
         """As :meth:`descend_block`, from ``M⁻¹ C w / η`` ``(G, m, n)`` of every player."""
@@ -206,9 +219,12 @@ class BlockUpdates(ParameterUpdates):
         return tuple(
             channel_step(gradient, inverse)
             if gradient.dim() > 1
-            else gradient * (self._inverse(name) / float(self._groups[name]["lr"]))
+            else self._of_bias(name, gradient)
             for name, gradient in zip(names, gradients, strict=True)
         )
+
+    def _of_bias(self, name: str, gradient: Tensor) -> Tensor:
+        return gradient * (self._inverse(name) / float(self._groups[name]["lr"]))
 
     def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> Parts:
         """``M⁻¹ (C w + ℓ) / η`` parameter by parameter, from ``M⁻¹ C w / η``."""

@@ -173,7 +173,8 @@ class ParameterUpdates:
 
     def _move(self, name: str, delta: Tensor) -> None:
         """The new parameter, ``u + δu``."""
-        self._writable(name).add_(delta)
+        param = self._params[name]
+        self._new[name] = (param + delta).to(param.dtype)
 
     def open_gain(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``k = -M⁻¹ (γᵀ α + ℓ_u)`` (Eq. 4 with Table 1's ``Q_uu``)."""

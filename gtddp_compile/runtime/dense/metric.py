@@ -67,7 +67,7 @@ class DenseMetric:
                 output = seen.trajectory.values[use.op]
                 how = kernels.Geometry(**use.options) if use.options else None
                 layer = kernels.Layer((x,), output, (weight,), (True,), how)
-                self._m.observe_channels(names[0], layer, block.positions)
+                self._m.observe_channels(names[0], layer, block.positions, blocks=block.blocks)
             elif block.kind == "uniform":
                 self._m.observe_uniform(names[0], block.positions)
             elif block.kind == "diagonal":
@@ -175,7 +175,10 @@ class DenseMetric:
                 parts.append(rate * torch.eye(shape[0], dtype=inverse.dtype))
                 continue
             maps = self._m.states[player.parameters[0]]["map_x"]
-            channels = (maps @ maps.mT).repeat_interleave(shape[0] // len(maps), 0)
+            channels = maps @ maps.mT
+            if len(shape) == 2:  # every output has all blocks of inputs
+                channels = torch.block_diag(*channels).unsqueeze(0)
+            channels = channels.repeat_interleave(shape[0] // len(channels), 0)
             kernel = torch.eye(shape[2:].numel(), dtype=inverse.dtype)
             parts.append(rate * torch.block_diag(*(torch.kron(own.contiguous(), kernel) for own in channels)))
         inverse[where, where] = torch.block_diag(*parts)
