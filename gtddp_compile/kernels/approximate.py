@@ -157,7 +157,8 @@ def linear_sketched(
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`conv_sketched`, of a linear layer with positions; filters are ``(columns, n)``."""
     x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)
-    sketch = (g.mT @ (x @ filters.mT.to(x.dtype))).flatten(1) * metric[0] ** 0.5
+    seen = x @ (filters.to(x.dtype) * metric[0] ** 0.5).mT
+    sketch = (seen.mT @ g).flatten(1)
     if layer.wants[1]:
         sketch = torch.cat([sketch, g.sum(1) * metric[-1] ** 0.5], 1)
     return sketch, None if direction is None else linear_directional(layer, direction)

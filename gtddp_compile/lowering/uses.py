@@ -14,7 +14,7 @@ from gtddp_compile import kernels
 from gtddp_compile.graph import LEADING, BufferRef, ControlGraph, Layout, Op, ParamRef, Player, Ref, map_leaves
 from gtddp_compile.lowering.layers import Rule, choose
 from gtddp_compile.lowering.layers.generic import GenericRule
-from gtddp_compile.lowering.layers.table import ShiftRule
+from gtddp_compile.lowering.layers.table import EmbeddingRule, ShiftRule
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def describe_use(graph: ControlGraph, player: Player, op: Op) -> Use:
     if through:
         return _generic_use(graph, player, op, through)
     rule = choose(op, owned)
-    if isinstance(rule, GenericRule) or (isinstance(rule, ShiftRule) and not _is_shared(graph, rule, op)):
+    if isinstance(rule, GenericRule) or not _suits(graph, rule, op):
         return _generic_use(graph, player, op, ())
     params = tuple(rule.roles(op))
     wants = tuple(isinstance(param, ParamRef) and param.name in owned for param in params)
@@ -75,12 +75,17 @@ def describe_use(graph: ControlGraph, player: Player, op: Op) -> Use:
     return _with_layouts(graph, use, (True,) * (1 if rule.prepare else len(use.operands)))
 
 
-def _is_shared(graph: ControlGraph, rule: Rule, op: Op) -> bool:
-    """Whether what is added is the same for all samples, to a value as wide as the sum.
+def _suits(graph: ControlGraph, rule: Rule, op: Op) -> bool:
+    """What a rule cannot see: whether samples look up rows of their own; whether all have the same added.
 
-    Wherever samples lie it may be one number for each entry of the last axis; otherwise they must lead, and it has no
-    axis as long as theirs.
+    Wherever samples lie, one number for each entry of the last axis may be added; otherwise they must lead, and what is
+    added has no axis as long as theirs.
     """
+    if isinstance(rule, EmbeddingRule):
+        keys = graph.op(rule.operands(op)[0].name)
+        return keys.name in graph.ops.fed and _has_samples(keys, graph.ops.batch or 0)
+    if not isinstance(rule, ShiftRule):
+        return True
     (value,), (own,), shape = rule.operands(op), rule.roles(op), op.shape or ()
     assert own is not None  # ``handles`` has seen it
     added = graph.ops.parameter_info[own.name].shape

@@ -20,7 +20,7 @@ from support.recorded import Params, draw, layer
 
 Function = Callable[..., Tensor]
 
-PREFIXES = ("linear", "conv", "norm", "generic")
+PREFIXES = ("linear", "conv", "norm", "generic", "embedding", "shift")
 MODULES = {prefix: inspect.getmodule(getattr(kernels, f"{prefix}_gram")) for prefix in PREFIXES}
 
 
@@ -290,6 +290,20 @@ GENERIC: dict[str, tuple[Function, tuple[Tensor, ...], tuple[bool, ...], Params]
     "mixing": (mixing, (draw(5, 3),), (True,), (draw(3), draw(3))),
     "mixing deeply": (lambda p, x: torch.softmax(x @ p[0], 0) @ p[0], (draw(5, 3),), (True,), (draw(3, 3),)),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("rows", [2, 5, 40])
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (3, 2, 2), (1, 3)])
+def test_embedding(shape: tuple[int, ...], rows: int, metric: str, chunk: int) -> None:
+    keys = torch.randint(0, rows, shape, generator=torch.Generator().manual_seed(rows))
+    check("embedding", lambda p, i: F.embedding(i, p[0]), (keys,), (draw(rows, 3),), metric=metric)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("added", [(3,), (1,), (2, 3), (2, 1), (1, 2, 3), (1, 1, 3)])
+def test_shift(added: tuple[int, ...], metric: str) -> None:
+    check("shift", lambda p, x: x + p[0], (draw(4, 2, 3),), (draw(*added),), metric=metric)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("vectorised", [True, False])

@@ -53,7 +53,7 @@ there is ``PREFIX_gamma``, which is ``PREFIX_per_sample`` of the whole batch fro
 
 A rule sees the operation alone (:class:`~gtddp_compile.graph.ops.Op`: function, arguments, shape, where samples lie),
 no parameter's shape. A kernel may read it off ``params``; what a shape must forbid is in ``lowering/uses.py``
-(``_is_shared``). ``op.target`` is what the front end recorded: two may record two functions for one layer
+(``_suits``). ``op.target`` is what the front end recorded: two may record two functions for one layer
 (``frontends/canonical.py``). ``op.samples`` that is not ``LEADING`` is brought to the front before a kernel is called,
 and what a sample has of a folded axis becomes axis 1, or 2 where :attr:`Rule.channels_first` says so.
 

@@ -69,9 +69,10 @@ def statistics(
     if block.kind == "channels":
         (player,) = block.players
         (use,), maps = b.uses(player.name), f"maps_{b.identity(player)}"
-        more: dict[str, Any] = {"blocks": block.blocks} if block.blocks > 1 else {}
-        b.emit(phase, t, maps, "m.observe_channels", player.parameters, layer(b, use), block.positions,
-               *filter(None, [sketch_of(b, t, block)]), note="A = E[x x^T] of a pixel's channels", **more)  # fmt: skip
+        sketch, blocks = sketch_of(b, t, block), block.blocks
+        more = (sketch, blocks) if blocks > 1 else (sketch,) if sketch else ()
+        b.emit(phase, t, maps, "m.observe_channels", player.parameters, layer(b, use), block.positions, *more,
+               note="A = E[x x^T] of a position's channels")  # fmt: skip
         return ()
     if block.kind == "uniform":
         names, note = block.players[0].parameters, "input 1 at so many positions"

@@ -1,0 +1,156 @@
+"""Layers of many positions under FOOF: by hand, against the dense backend, and their sketches against exact matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gtddp_compile import FOOF, compile_optimizer, kernels
+from support.recorded import draw
+
+TOKENS, WIDTH, ROWS = 5, 6, 7
+
+
+class Tokens(nn.Module):
+    """Words and their places, a layer to fewer outputs than inputs, one without a bias, a head on the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(ROWS, WIDTH), nn.Parameter(torch.randn(1, TOKENS, WIDTH))
+        self.narrow, self.plain, self.head = nn.Linear(WIDTH, 2), nn.Linear(2, 3, bias=False), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.narrow(torch.tanh(self.words(x) + self.places)))
+        scores: Tensor = self.head(torch.tanh(self.plain(hidden)).mean(1))
+        return scores
+
+
+def model() -> Tokens:
+    torch.manual_seed(0)
+    return Tokens().double()
+
+
+def batches(count: int, size: int = 6) -> list[tuple[Tensor, Tensor]]:
+    drawn = torch.Generator().manual_seed(3)
+    return [
+        (torch.randint(0, ROWS, (size, TOKENS), generator=drawn), torch.randint(0, 4, (size,), generator=drawn))
+        for _ in range(count)
+    ]
+
+
+def trained(steps: int = 3, **options: Any) -> Tensor:
+    net = model()
+    curvature = FOOF(lr=0.3, stat_decay=0.5, refresh=1, stat_every=1)
+    opt = compile_optimizer(net, batches(1)[0][0], loss=nn.CrossEntropyLoss(), **{"curvature": curvature, **options})
+    for x, y in batches(steps):
+        opt.step(x, y)
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.fixture(params=[128, 2])
+def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """One block of inputs, or three."""
+    monkeypatch.setattr("gtddp_compile.lowering.cooperation.NARROW", request.param)
+    return int(request.param)
+
+
+def test_without_feedback_it_is_the_published_method(narrow: int) -> None:
+    net, lr, damping, seen = model(), 0.3, 0.1, {}
+    blocks = {"narrow": 3 if narrow == 2 else 1, "plain": 1, "head": 1}
+    for name in blocks:
+        getattr(net, name).register_forward_hook(lambda _, x, __, name=name: seen.__setitem__(name, x[0].detach()))
+    running: dict[str, Tensor] = {}
+    for step, (x, y) in enumerate(batches(3), start=1):
+        net.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        with torch.no_grad():
+            for name, count in blocks.items():
+                layer, keep = getattr(net, name), min(1 - 1 / step, 0.5)
+                rows = F.pad(seen[name], (0, 1), value=1.0) if name == "head" else seen[name].flatten(0, 1)
+                factor = torch.stack([part.T @ part / len(x) for part in rows.split(rows.shape[1] // count, 1)])
+                running[name] = keep * running[name] + (1 - keep) * factor if name in running else factor
+                mean = running[name].diagonal(dim1=1, dim2=2).mean(1)
+                inverse = torch.block_diag(*(torch.linalg.inv(a + damping * d * torch.eye(len(a)).double())
+                                             for a, d in zip(running[name], mean, strict=True)))  # fmt: skip
+                if name == "head":
+                    both = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1) @ inverse
+                    layer.weight -= lr * both[:, :-1]
+                    layer.bias -= lr * both[:, -1]
+                else:
+                    layer.weight -= lr * layer.weight.grad @ inverse
+            net.narrow.bias -= lr * net.narrow.bias.grad / (TOKENS * (1 + damping))
+            for plain in (net.words.weight, net.places):  # looked up or added less than once a sample
+                plain -= lr * plain.grad / (1 + damping)
+    expected = torch.cat([p.detach().flatten() for p in net.parameters()])
+    torch.testing.assert_close(trained(feedback=False), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"coupling": 3}, {"inertia": 0.0, "weight_decay": 0.1}, {"rollout": "nonlinear"}, {"terminal": "ggn"},
+     {"coupling": "block", "recursion": "substituted"}, {"curvature": "adam", "lr": 0.01}],
+)  # fmt: skip
+def test_it_is_what_explicit_matrices_give(options: dict[str, Any], narrow: int) -> None:
+    if "weight_decay" in options:
+        options = {"curvature": FOOF(lr=0.3, weight_decay=0.1), "inertia": 0.0}
+    dense = trained(backend="dense", **options)
+    torch.testing.assert_close(trained(**options), dense, rtol=0, atol=1e-9)
+
+
+def test_micro_batches_make_the_step_of_their_union(narrow: int) -> None:
+    found = []
+    for parts in (1, 2):
+        net, (x, y) = model(), batches(1)[0]
+        opt = compile_optimizer(net, x, loss=nn.CrossEntropyLoss(), coupling=3)  # a group a micro-batch
+        if parts == 1:
+            opt.step(x, y)
+        else:
+            for own in zip(x.split(3), y.split(3), strict=True):
+                opt.accumulate(*own)
+            opt.step()
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_sketch_is_unbiased_and_its_change_exact(blocks: int, bias: bool) -> None:
+    x, g, weight, shift = draw(5, 4, 6), draw(5, 4, 3, seed=1), draw(3, 6, seed=2), draw(3, seed=3)
+    maps, direction = draw(blocks, 6 // blocks, 6 // blocks, seed=4), (draw(3, 6, seed=5), draw(3, seed=6))[: 1 + bias]
+    layer = kernels.Layer((x,), g, (weight, shift if bias else None), (True, bias))
+    metric = (0.7, 0.3)[: 1 + bias]
+    exact = kernels.linear_gram(kernels.linear_whitened(layer, maps), metric)
+    assert torch.equal(kernels.linear_whitened(layer, maps).operands[0], x @ torch.block_diag(*maps)) or blocks > 1
+    torch.testing.assert_close(kernels.linear_whitened(layer, maps).operands[0], x @ torch.block_diag(*maps))
+    grams = []
+    for seed in range(400):
+        filters = kernels.channel_filters(maps, (6,), 4, seed)
+        rows, change = kernels.linear_sketched(layer, filters, metric, direction)
+        grams.append(rows @ rows.T)
+        assert change is not None
+    torch.testing.assert_close(change, kernels.linear_directional(layer, direction))
+    one, all_of_them = (float((found - exact).norm()) for found in (grams[0], torch.stack(grams).mean(0)))
+    assert all_of_them < one / 8  # falls as the square root of the number of sketches, 20
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_step_of_a_token_layer_is_one_product(blocks: int) -> None:
+    gradient, last, inverse = draw(4, 6), draw(4, 6, seed=1), draw(blocks, 6 // blocks, 6 // blocks, seed=2)
+    whole = gradient @ torch.block_diag(*inverse)
+    torch.testing.assert_close(kernels.channel_step(gradient, inverse), whole)
+    found = kernels.channel_carried(gradient, inverse, last, 0.9, 0.3)
+    torch.testing.assert_close(found, 0.9 * last - 0.3 * whole)
+
+
+def test_a_large_layer_is_sketched_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gtddp_compile.lowering.costs.NEGLIGIBLE", 0.0)
+    net, (x, y) = model(), batches(1, 30)[0]
+    net.narrow, net.plain = nn.Linear(WIDTH, 40).double(), nn.Linear(40, 3, bias=False).double()
+    opt = compile_optimizer(net, x, loss=nn.CrossEntropyLoss())
+    assert "linear_sketched" in opt.program.code
+    losses = [float(opt.step(x, y)) for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
