@@ -61,9 +61,7 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
         name for name, use in factored.items() if rules.inputs_alone
         and (use.rule.name == "conv" or (list(keys.values()).count(keys[name]) == 1 and _is_of_tokens(graph, use)))
     ]  # fmt: skip
-    blocks = [
-        _of_channels(graph, graph.player[name], factored.pop(name), rules) for name in of_channels
-    ]
+    blocks = [_of_channels(graph, graph.player[name], factored.pop(name), rules) for name in of_channels]
     blocks += [_alone(graph, player, rules) for player in players if player.name not in (*factored, *of_channels)]
     remaining = [player for player in players if player.name in factored]
     if rules.cooperative and rules.shares:
@@ -92,7 +90,7 @@ def _is_of_tokens(graph: ControlGraph, use: Use) -> bool:
 def _of_channels(graph: ControlGraph, player: Player, use: Use, rules: MetricRules) -> MetricBlock:
     """A convolution, or a linear layer of many positions, which is one whose kernel has one element.
 
-    Its factor's blocks are no wider than the layer's outputs are many, as long as that is more than ``NARROW``: ``x xᵀ``
+    Its factor's blocks are no wider than the layer has outputs, or ``NARROW`` if that is more: ``x xᵀ``
     and ``ĝ A⁻¹`` then cost no more than the gradient itself. They divide the inputs evenly.
     """
     positions, blocks = _positions(graph, use) or 1, 1

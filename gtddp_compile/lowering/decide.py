@@ -39,7 +39,7 @@ def _layer(plan: Plan, player: Player, block: MetricBlock, watched: bool) -> Lay
         none = GramChoice("none") if form.name == "base" else _stacked(plan, found) or found.gram
         return replace(found, gram=none, lines=shared, coordinates=coordinates, in_place=_in_place(plan, found))
     shape = shape_of(graph, use)
-    gram = _gram(plan, use, shape)
+    gram = _gram(plan, block, use, shape)
     kept = gram.kept and plan.segments is None and not form.factored and form.name in LEVENBERG
     kept = kept and (plan.metric in METRICS or block.kind in ("uniform", "channels"))
     found = replace(
@@ -60,7 +60,7 @@ def _in_place(plan: Plan, layer: LayerPlan) -> bool:
     return own and layer.uses[0].rule.subtracts and not layer.watched and not layer.gram.kept
 
 
-def _gram(plan: Plan, use: Use, shape: LayerShape | None) -> GramChoice:
+def _gram(plan: Plan, block: MetricBlock, use: Use, shape: LayerShape | None) -> GramChoice:
     """How ``Γ`` of a layer with one use is made."""
     form = plan.form
     if form.name in ("substituted", "printed"):
@@ -79,7 +79,8 @@ def _gram(plan: Plan, use: Use, shape: LayerShape | None) -> GramChoice:
         return shape.choice("exact", 0, diagonal=diagonal, weight=weight)
     if plan.turned:
         return _turned(plan, use, shape)
-    gram = shape.choice(plan.gram, plan.columns, diagonal=diagonal, weight=weight, sketches=form.name == "joint")
+    sketches = form.name == "joint" and not block.of_players  # whose rows are made anyway
+    gram = shape.choice(plan.gram, plan.columns, diagonal=diagonal, weight=weight, sketches=sketches)
     if plan.metric == "rescaled" and plan.gram != "exact":  # diagonal in its own basis, and separated there
         return replace(gram, approximate=shape.choice("auto", plan.columns, diagonal=True, weight=weight).approximate)
     return gram

@@ -41,7 +41,8 @@ class MetricBlock:
         kind: ``"parameters"`` (spherical or diagonal, parameter by parameter); for Kronecker-factored curvatures
             ``"kronecker"`` (one player, or a coalition with cross terms: Theorem 3), ``"shared"`` (Corollary 7),
             ``"exact"`` (``E[γ γᵀ]``), ``"diagonal"`` (``E[γ²]``) or, where the metric is of inputs alone, ``"uniform"``
-            (a multiple of the identity) and ``"channels"`` (a convolution: of its input channels at a pixel).
+            (a multiple of the identity) and ``"channels"`` (a convolution, or a linear layer of tokens: of its
+            input channels at a pixel or position).
         positions: of a ``"uniform"`` block, how often a sample uses each parameter; of ``"channels"``, the bias.
         blocks: of a wide linear layer, into how many its inputs are split: factors of one block each.
         players: in order.

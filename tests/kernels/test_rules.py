@@ -119,12 +119,20 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
     op("conv", F.conv2d, X, W, B, Ref("stride")), op("conv", F.conv2d, X, W, B, shape=(2, 3, 3)),
     op("layer_norm", F.layer_norm, X, (4, 2, 3, 3), W, B),
     op("batch_norm", batch_norm, X, W, VAR, None, None, B, **{**BN, "training": False}),
+    op("embedding", F.embedding, X, W, padding_idx=-1), op("embedding", F.embedding, X, W, None, 1.0),
+    op("embedding", F.embedding, X, W, scale_grad_by_freq=True), op("embedding", F.embedding, BufferRef("x"), W),
 ])  # fmt: skip
 def test_anything_unusual_is_generic(operation: Op) -> None:
     rule = choose(operation, frozenset({"w", "b"}))
     assert rule.name == "generic"
     assert all(isinstance(role, ParamRef) for role in rule.roles(operation))
     assert set(rule.roles(operation)) | set(rule.operands(operation)) == set(operation.leaves)
+
+
+def test_a_plain_table_has_a_rule() -> None:
+    table = op("embedding", F.embedding, X, W, None, sparse=False)
+    rule = choose(table, frozenset({"w"}))
+    assert (rule.name, rule.operands(table), rule.roles(table)) == ("embedding", (X,), (W,))
 
 
 def test_no_rule_is_an_error_that_says_where() -> None:

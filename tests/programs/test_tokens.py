@@ -1,4 +1,4 @@
-"""Layers of many positions under FOOF: by hand, against the dense backend, and their sketches against exact matrices."""
+"""Layers of many positions under FOOF: by hand, against the dense backend; their sketches against exact matrices."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ class EmbeddingRule(Rule):
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """Of a value, the table a parameter itself, no option but the table's."""
         bound = bind(op) if op.kind == "embedding" and not op.mixes_samples else None
-        plain = bound is not None and not bound["scale_grad_by_freq"] and bound["max_norm"] is None
-        whole = bound is not None and (bound["padding_idx"] is None or bound["padding_idx"] < 0)
-        return bound is not None and plain and whole and is_direct(bound, ("input",))
+        if bound is None or not is_direct(bound, ("input",)):
+            return False
+        return bound["padding_idx"] is None and bound["max_norm"] is None and not bound["scale_grad_by_freq"]
 
     def roles(self, op: Op) -> tuple[ParamRef | BufferRef | None, ...]:
         """The table alone."""

@@ -217,9 +217,7 @@ class BlockUpdates(ParameterUpdates):
     def _channel_directions(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inverse = self.states[names[0]]["inverse_x"]
         return tuple(
-            channel_step(gradient, inverse)
-            if gradient.dim() > 1
-            else self._of_bias(name, gradient)
+            channel_step(gradient, inverse) if gradient.dim() > 1 else self._of_bias(name, gradient)
             for name, gradient in zip(names, gradients, strict=True)
         )
 

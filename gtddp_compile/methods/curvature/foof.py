@@ -27,7 +27,8 @@ class FOOF(Kronecker):
 
     A convolution's ``A`` is the covariance of its input channels at a pixel, for every element of the kernel
     (spatially uncorrelated: Grosse and Martens 2016): steps to a target are those of whole patches
-    (docs/robustness.md), at a hundredth of the price.
+    (docs/robustness.md), at a hundredth of the price. A linear layer at many positions of a sample (tokens) is a
+    convolution of one-element kernels: its ``A`` is of the inputs at a position, the bias apart.
 
     Linear layers whose outputs are added up decide as the one layer that they are, of the inputs side by side (Theorem
     3 with ``B = I``); others have nothing to do with each other. Parameters that are no layer's weight (normalisations,
@@ -46,7 +47,8 @@ class FOOF(Kronecker):
         stat_every: steps between two updates of the average.
         early: in so many first steps both are made more often, at steps 1, 2, 3, 5, 9, …
         widest: inputs of a linear layer up to which ``A`` is one matrix; a wider layer's is block-diagonal, in as many
-            equal blocks as are needed. An inversion takes the cube of the width.
+            equal blocks as are needed. An inversion takes the cube of the width. At many positions blocks are no wider
+            than the layer has outputs either, from 128 inputs on.
         momentum: as torch.optim.SGD's, of the preconditioned gradient; not beside ``inertia``.
         weight_decay: coupled decay ``λ u``, part of the gradient.
         maximize: not available: negate the loss.

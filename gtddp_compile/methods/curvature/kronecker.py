@@ -5,7 +5,8 @@ A block is
 
 * ``"kronecker"``: linear and convolution layers, from their homogeneous inputs and ``V_h``;
 * ``"dual"``: the same of a layer with one position a sample, which needs the inverse factors and no roots of them;
-* ``"channels"``: convolutions under a metric of inputs alone, from the covariance of the channels at a pixel;
+* ``"channels"``: convolutions and layers of tokens under a metric of inputs alone, from the covariance of the channels
+  at a pixel or position;
 * ``"shared"``: players with the same rows (Corollary 7; EK-FAC alone);
 * ``"exact"``: any other player of at most ``small`` parameters, the ``E[γ γᵀ]`` of its per-sample gradients (the same
   algebra with the input 1);
