@@ -18,11 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Geometry, Layer, is_spherical
 from gtddp_compile.kernels.conv import conv_gram
-from gtddp_compile.kernels.linear import _linear_rows, linear_directional, linear_gram
+from gtddp_compile.kernels.linear import _linear_rows, linear_gram
 from gtddp_compile.kernels.patches import (
     CONVOLUTIONS,
     _conv_bias,
@@ -157,11 +158,14 @@ def linear_sketched(
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`conv_sketched`, of a linear layer with positions; filters are ``(columns, n)``."""
     x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)
-    seen = x @ (filters.to(x.dtype) * metric[0] ** 0.5).mT
-    sketch = (seen.mT @ g).flatten(1)
-    if layer.wants[1]:
-        sketch = torch.cat([sketch, g.sum(1) * metric[-1] ** 0.5], 1)
-    return sketch, None if direction is None else linear_directional(layer, direction)
+    change = None if direction is None else (g @ direction[0]).mul_(x).flatten(1).sum(1)
+    seen, bias = x @ (filters.to(x.dtype) * metric[0] ** 0.5).mT, layer.wants[1]
+    sketch = (F.pad(seen, (0, int(bias)), value=1.0)).mT @ g  # (B, columns and the bias's, m)
+    if bias and change is not None and direction is not None:
+        change = change + sketch[:, -1] @ direction[1]
+    if bias:
+        sketch[:, -1] *= metric[-1] ** 0.5
+    return sketch.flatten(1), change
 
 
 def conv_centre_gram(layer: Layer, metric: tuple[Any, ...]) -> Tensor:

@@ -31,8 +31,8 @@ def _rows_gram(gamma: Tensor, inverse: Any) -> Tensor:
     """``γ M⁻¹ γᵀ`` of one parameter; a diagonal metric is applied a bounded piece at a time."""
     gamma = _rows_flat(gamma)
     if is_spherical(inverse):
-        scaled: Tensor = linear_inputs(gamma) * inverse
-        return scaled
+        plain = linear_inputs(gamma)
+        return plain if isinstance(inverse, float) and inverse == 1.0 else plain * inverse
     gram = gamma.new_zeros(gamma.shape[0], gamma.shape[0])
     step = max(1, 2**22 // gamma.shape[0])
     scale = inverse.flatten().to(gamma.dtype)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Joined, Layer
-from gtddp_compile.kernels.channels import channel_carried, channel_pixels, channel_step
+from gtddp_compile.kernels.channels import channel_carried, channel_step
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
     coordinates_step,
@@ -77,9 +77,8 @@ class BlockUpdates(ParameterUpdates):
             ``X`` with ``X Xᵀ = A⁻¹``, or with ``sketch`` (columns, seed) the filters that project whitened patches.
         """
         states = [self.states[name] for name in names]
-        shape, group = max((tuple(self._params[name].shape) for name in names), key=len), self._groups[names[0]]
         observe = self._kronecker.observe_channels  # type: ignore[attr-defined]  # FOOF's, and asked of no other
-        found = observe(channel_pixels(layer, blocks), positions, shape, states, group, sketch, joined)
+        found = observe(layer, positions, states, self._groups[names[0]], sketch, blocks, joined)
         self.states.update(zip(names, found, strict=True))
         maps: Tensor = found[0]["map_x" if sketch is None else "filters"]
         return maps

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import Joined
-from gtddp_compile.kernels.channels import channel_factor, channel_filters
+from gtddp_compile.kernels.bundle import Joined, Layer
+from gtddp_compile.kernels.channels import channel_factor, channel_filters, channel_pixels
 from gtddp_compile.methods.curvature.base import Group, State
 from gtddp_compile.methods.curvature.kfac import inverse, inverse_root
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
@@ -73,31 +73,33 @@ class FOOF(Kronecker):
         return state["positions"] * (1.0 + group["damping"])
 
     def observe_channels(
-        self, pixels: Tensor, positions: float, shape: tuple[int, ...], states: Sequence[State], group: Group,
-        sketch: tuple[int, int] | None = None, joined: Joined | None = None,
+        self, layer: Layer, positions: float, states: Sequence[State], group: Group,
+        sketch: tuple[int, int] | None = None, blocks: int = 1, joined: Joined | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """States of a layer's parameters after its channels' covariance.
 
         Args:
-            pixels: inputs, ``(G, c, N)``.
+            layer: its inputs; of its weight the shape is read.
             positions: of the output, in a sample.
-            shape: of the weight.
             states: of its parameters, the weight's first.
             group: their options.
             sketch: columns and seed of the random filters that ``Γ`` is made by; ``None``: it is made by others.
-            joined: ``pixels`` has a part of the batch, and the covariance is of all of it.
+            blocks: of a linear layer's inputs.
+            joined: ``layer`` has a part of the batch, and the covariance is of all of it.
         """
         found = [{**self._stepped(state), "positions": positions} for state in states]
-        groups, width, _ = pixels.shape
+        weight, groups = layer.params[0], blocks if layer.how is None else layer.how.groups
+        assert weight is not None  # its metric is asked for
+        width = weight.shape[1] // (blocks if layer.how is None else 1)
 
         def factors(old: State | None, keep: float) -> dict[str, Tensor]:
             before = None if old is None else old["factor_x"]
-            return {"factor_x": channel_factor(pixels, positions, before, keep, joined)}
+            return {"factor_x": channel_factor(channel_pixels(layer, blocks), positions, before, keep, joined)}
 
         if self._running(found[0], group, {"factor_x": (groups, width, width)}, factors):
             found[0].update(self.refreshed("channels", found[0], group))
             if sketch is not None:
-                found[0]["filters"] = channel_filters(found[0]["map_x"], tuple(shape[1:]), *sketch)
+                found[0]["filters"] = channel_filters(found[0]["map_x"], tuple(weight.shape[1:]), *sketch)
         return found
 
     def factor_keys(self) -> tuple[str, ...]:
