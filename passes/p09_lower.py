@@ -2,9 +2,10 @@
 
 Takes a :class:`Plan`; guarantees the calls of every sweep in single assignment, and the dynamics of every stage as a
 function; what is kept between the sweeps is for the passes after it to decide. Four phases: the trajectory (sweep 1,
-cut at every stage), the loss, the backward sweep (gradients, statistics, Gram matrices, gains), the forward sweep
-(weights, updates, the layer again). B-vector and B×B formulas are printed from the derived expressions; the parameter
-update is recognised as ``δu = -M⁻¹ (C w + ℓ)`` and becomes one weighted gradient and one call of the base method.
+cut at every stage; in the joint step at those that torch does not differentiate), the loss, the backward sweep
+(gradients, statistics, Gram matrices, gains), the forward sweep (weights, updates, the layer again). B-vector and B×B
+formulas are printed from the derived expressions; the parameter update is recognised as ``δu = -M⁻¹ (C w + ℓ)`` and
+becomes one weighted gradient and one call of the base method.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from gtddp_compile.lowering.instructions import (
 from gtddp_compile.lowering.lowered import Sweeps, Written
 from gtddp_compile.lowering.plan import Plan, StagePlan
 from gtddp_compile.lowering.write import grams, updates
-from gtddp_compile.lowering.write.adjoints import as_read, pull, written_out
+from gtddp_compile.lowering.write.adjoints import as_read, entries, pull, pull_run, recorded_runs, written_out
 from gtddp_compile.lowering.write.calls import (
     contract,
     directional,
@@ -45,7 +46,6 @@ from gtddp_compile.lowering.write.columns import (
     shrink,
     split,
     terminal_columns,
-    vectorises,
 )
 from gtddp_compile.lowering.write.dynamics import stage_functions
 from gtddp_compile.lowering.write.statistics import Observed, observe
@@ -71,12 +71,15 @@ def lower(plan: Plan) -> Written:
 def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
     """Every sweep, stage by stage."""
     trajectory, pulled, gains, recursion, forward = {}, {}, {}, {}, {}
+    runs = recorded_runs(b)
     trajectory[-1] = b.written(lambda: _inputs(b))
     for function in functions:
-        trajectory[function.stage] = trajectory.get(function.stage, ()) + b.written(partial(_trajectory, b, function))
+        trajectory[function.stage] = trajectory.get(function.stage, ()) + b.written(
+            partial(_trajectory, b, function, runs)
+        )
     loss = b.written(lambda: _loss(b))
     for stage in reversed(b.plan.stages):
-        pulled[stage.index] = b.written(partial(_pull_back, b, stage))
+        pulled[stage.index] = b.written(partial(_pull_back, b, stage, runs[stage.index]))
         gains[stage.index] = b.written(partial(_gains, b, stage))
         recursion[stage.index] = b.written(partial(_information, b, stage))
     if b.plan.form.name == "joint" or b.plan.max_grad_norm is not None:
@@ -99,12 +102,18 @@ def _inputs(b: Builder) -> None:
     b.emit("trajectory", -1, tuple(b.name(name) for name in b.graph.ops.inputs), "=", Var("inputs"), note="x_0")
 
 
-def _trajectory(b: Builder, function: StageFunction) -> None:
-    pulled = () if function.stage < 0 or written_out(b, function.stage) else b.plan.stages[function.stage].pulled
+def _trajectory(b: Builder, function: StageFunction, runs: Mapping[int, range]) -> None:
+    t = function.stage
+    pulled = () if t < 0 or written_out(b, t) else b.plan.stages[t].pulled
+    entered = entries(b, runs[t]) if pulled else {}
     for value in pulled:
-        b.emit("trajectory", function.stage, f"{b.leaf(value, function.stage)}", "leaf", Var(b.name(value)))
-    read = partial(as_read, b) if written_out(b, function.stage) else lambda value: Var(b.name(value))
-    arguments = [Var(b.leaf(value, function.stage)) if value in pulled else read(value) for value in function.inputs]
+        if entered.get(value) == t:
+            b.emit("trajectory", t, f"{b.leaf(value, t)}", "leaf", Var(b.name(value)))
+    read = partial(as_read, b) if written_out(b, t) else lambda value: Var(b.name(value))
+    arguments = [
+        Var(b.leaf(value, entered[value])) if value in pulled and value in entered else read(value)
+        for value in function.inputs
+    ]
     writes = tuple(b.name(name) for name in function.returns)
     note = f"f_{function.stage}" if function.stage >= 0 else "constant through the step"
     b.emit("trajectory", function.stage, writes, function.name, Var("p"), Var("b"), *arguments, note=note)
@@ -171,27 +180,21 @@ def _terminal(b: Builder, end: int) -> None:
 # --- backward sweep ---------------------------------------------------------------------------------------------------
 
 
-def _pull_back(b: Builder, stage: StagePlan) -> None:
-    """Gradients at the cut before the stage, and of its players' outputs."""
+def _pull_back(b: Builder, stage: StagePlan, run: range) -> None:
+    """Gradients at the cut before the run of stages that ends here, and of its players' outputs."""
     graph, t = b.graph, stage.index
-    taps = graph.uses_in(graph.stages[t].ops)
-    opened = tuple(name for name in stage.opened)
-    outputs = [Var(b.name(name)) for name in opened]
-    gradients = [Var(b.g(name, graph.segments(name)[0])) for name in opened]
-    inputs = [Var(b.leaf(name, t)) for name in stage.pulled] + [Var(b.name(tap)) for tap in taps]
-    writes = tuple(b.g(name, t) for name in stage.pulled) + tuple(b.g_as_it_lies(tap) for tap in taps)
-    options = {"vectorised": vectorises(graph, t)} if b.factored else {}
-    if chain := written_out(b, t):
-        pull(b, stage, chain, gradients[0].name)
-    else:
-        b.emit("backward", t, writes, "pull_back", outputs, inputs, gradients,
-               note="Q_x = f_x^T V_x; g of the players", **options)  # fmt: skip
-    for name in stage.pulled:
-        later = [reader for reader in graph.segments(name) if reader > t]
-        if later:
-            both = total([Var(b.g(name, t)), Var(b.g(name, later[0]))])
-            b.emit("backward", t, b.g(name, t), "=", both, note=f"identity block: {name} waits on")
-    for tap in taps:
+    if t == run[-1]:
+        entered = entries(b, run)
+        if chain := written_out(b, t):
+            pull(b, stage, chain, b.g(stage.opened[0], graph.segments(stage.opened[0])[0]))
+        else:
+            pull_run(b, run, entered)
+        for name, first in entered.items():
+            later = [reader for reader in graph.segments(name) if reader > t]
+            if later:
+                both = total([Var(b.g(name, first)), Var(b.g(name, later[0]))])
+                b.emit("backward", t, b.g(name, first), "=", both, note=f"identity block: {name} waits on")
+    for tap in graph.uses_in(graph.stages[t].ops):
         prepare(b, t, tap)
 
 

@@ -37,9 +37,11 @@ def edge(value: Tensor) -> Any:
 
 
 def pull_back(
-    outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Sequence[Tensor], *, vectorised: bool | None = None
-) -> tuple[Tensor, ...]:
-    """Vector-Jacobian product of one stage, zero where an input (a value or its :func:`edge`) does not matter.
+    outputs: Sequence[Tensor], inputs: Sequence[Any], gradients: Sequence[Tensor], *, vectorised: bool | None = None,
+    between: Sequence[Tensor] = (),
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Vector-Jacobian product of one stage, or of several with values ``between`` them, zero where an input (a value or
+    its :func:`edge`) does not matter.
 
     ``vectorised``: not ``None`` where every output has several cotangents ``(k, B, …)``: in one batched reverse pass,
     or one pass a column (for what vmap does not support).
@@ -62,7 +64,7 @@ def pull_back(
             for k in range(count[0])
         ]
         found = tuple(None if column[0] is None else torch.stack(column) for column in zip(*passes, strict=True))
-    cut_off(targets)
+    cut_off((*targets, *between))
     return tuple(zeros_of(value, count) if g is None else g for value, g in zip(inputs, found, strict=True))
 
 

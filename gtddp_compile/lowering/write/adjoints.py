@@ -8,13 +8,15 @@ arithmetic; every other stage is differentiated by torch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from gtddp_compile.graph import Op, ParamRef, Ref
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.instructions import Apply, Var
 from gtddp_compile.lowering.layers.binding import bind
 from gtddp_compile.lowering.plan import StagePlan
+from gtddp_compile.lowering.write.columns import vectorises
 
 Adjoint = tuple[str, tuple[Ref | ParamRef, ...]]
 """A kernel that takes ``g`` of an operation's value to ``g`` of its operand, and what it takes besides ``g``."""
@@ -65,6 +67,28 @@ def written_out(b: Builder, t: int) -> tuple[Op, ...]:
     return ops if follow and alone and inner and all(_adjoint(op) is not None for op in ops) else ()
 
 
+def recorded_runs(b: Builder) -> dict[int, range]:
+    """Stages in a row that torch differentiates, by each of them: as one where nobody reads ``g`` at the cuts between.
+
+    That is the joint step, its trajectory kept.
+    """
+    count, plan = len(b.plan.stages), b.plan
+    cut = plan.form.name != "joint" or b.factored or plan.segments is not None
+    first, found = 0, {}
+    for t in range(count):
+        first = t if cut or not t or written_out(b, t) or written_out(b, t - 1) else first
+        found.update(dict.fromkeys(range(first, t + 1), range(first, t + 1)))
+    return found
+
+
+def entries(b: Builder, run: range) -> dict[str, int]:
+    """Values from before a run that its stages pull gradients to, and the first stage that reads each."""
+    born = b.graph.value
+    return {
+        name: t for t in reversed(run) for name in b.plan.stages[t].pulled if born[name].born < run.start
+    }  # fmt: skip
+
+
 def read_back(ops: Sequence[Op]) -> tuple[str, ...]:
     """Values of the stage itself that its vector-Jacobian product reads."""
     inside = {op.name for op in ops}
@@ -94,3 +118,20 @@ def pull(b: Builder, stage: StagePlan, ops: Sequence[Op], g: str) -> None:
         after = targets[index - 1] if index else b.g(stage.pulled[0], t)
         b.emit("backward", t, after, kernel, Var(g), *rest, note="Q_x = f_x^T V_x; g of the players")
         g = after
+
+
+def pull_run(b: Builder, run: range, entered: Mapping[str, int]) -> None:
+    """One vector-Jacobian product of stages in a row; what passes between them is let go of."""
+    graph, t = b.graph, run[-1]
+    opened = [name for index in run for name in b.plan.stages[index].opened]
+    left = {name: min((r for r in graph.segments(name) if r > t), default=0) for name in opened}
+    outputs = [Var(b.name(name)) for name, reader in left.items() if reader]
+    gradients = [Var(b.g(name, reader)) for name, reader in left.items() if reader]
+    taps = [tap for index in run for tap in graph.uses_in(graph.stages[index].ops)]
+    inputs = [Var(b.leaf(*one)) for one in entered.items()] + [Var(b.name(tap)) for tap in taps]
+    writes = (*(b.g(*one) for one in entered.items()), *map(b.g_as_it_lies, taps))
+    options: dict[str, Any] = {"vectorised": vectorises(graph, t)} if b.factored else {}
+    if between := tuple(Var(b.name(name)) for name, reader in left.items() if not reader):
+        options["between"] = between
+    b.emit("backward", t, writes, "pull_back", outputs, inputs, gradients,
+           note="Q_x = f_x^T V_x; g of the players", **options)  # fmt: skip
