@@ -16,7 +16,8 @@ def channel_pixels(layer: Layer, blocks: int = 1) -> Tensor:
         x = layer.operands[0]
         return x.reshape(-1, blocks, x.shape[-1] // blocks).permute(1, 2, 0)
     images, _ = _conv_images(layer)
-    return images.flatten(2).unflatten(1, (layer.how.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+    found: Tensor = images.flatten(2).unflatten(1, (layer.how.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+    return found
 
 
 def channel_factor(

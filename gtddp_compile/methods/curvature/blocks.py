@@ -221,7 +221,8 @@ class BlockUpdates(ParameterUpdates):
         )
 
     def _of_bias(self, name: str, gradient: Tensor) -> Tensor:
-        return gradient * (self._inverse(name) / float(self._groups[name]["lr"]))
+        found: Tensor = gradient * (self._inverse(name) / float(self._groups[name]["lr"]))
+        return found
 
     def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> Parts:
         """``M⁻¹ (C w + ℓ) / η`` parameter by parameter, from ``M⁻¹ C w / η``."""
