@@ -33,11 +33,12 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
 
 
 def combinations() -> Iterator[Any]:
+    """All of a grid, the rate in turn a number and a tensor."""
     for name, grid in GRIDS.items():
-        for values in itertools.product(*grid.values()):
-            options = dict(zip(grid, values, strict=True))
+        for number, values in enumerate(itertools.product(*list(grid.values())[1:])):
+            options = dict(zip(grid, (grid["lr"][number % 2], *values), strict=True))
             if not options.get("nesterov") or (options["momentum"] and not options["dampening"]):
-                yield pytest.param(name, options, id=name + "-" + "-".join(map(str, values)))
+                yield pytest.param(name, options, id=name + "-" + "-".join(map(str, options.values())))
 
 
 def one_step(c: Curvature, param: Tensor, gradient: Tensor, state: Any, group: Any) -> tuple[Tensor, dict[str, Any]]:

@@ -229,10 +229,9 @@ def trained(plan: Plan, **options: object) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("schedule", ["asap", "alap", "sequential"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(plan=plans(), options=st.sampled_from(OPTIONS))
-def test_fast_equals_dense(schedule: str, plan: Plan, options: dict[str, object]) -> None:
+@given(plan=plans(), options=st.sampled_from(OPTIONS), schedule=st.sampled_from(["asap", "alap", "sequential"]))
+def test_fast_equals_dense(plan: Plan, options: dict[str, object], schedule: str) -> None:
     fast = trained(plan, schedule=schedule, **options)
     dense = trained(plan, schedule=schedule, backend="dense", **options)
     scale = max(1.0, float(dense.abs().max()))
