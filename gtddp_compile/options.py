@@ -73,16 +73,11 @@ class Nystrom:
 Gram = Literal["auto", "exact", "separable", "coarse"] | Sketch | Nystrom
 
 CHOICES: dict[str, tuple[object, ...]] = {
-    "feedback": (True, "open", False),
-    "recursion": RECURSIONS,
-    "backend": ("fast", "dense"),
-    "mixing": ("block", "exact"),
-    "cooperative": (True, False, None),
-    "memory": ("keep", "recompute"),
-    "rollout": ("linear", "nonlinear", None),
-    "on_nonfinite": ("raise", "skip"),
+    "feedback": (True, "open", False), "recursion": RECURSIONS, "backend": ("fast", "dense"),
+    "mixing": ("block", "exact"), "cooperative": (True, False, None), "memory": ("keep", "recompute"),
+    "rollout": ("linear", "nonlinear", None), "on_nonfinite": ("raise", "skip"),
     "running_statistics": ("corrected", "model", None),
-}
+}  # fmt: skip
 """Options that are one of a few words."""
 
 

@@ -221,16 +221,10 @@ def _operation(clean: Clean, names: _Names, layers: set[str]) -> Op:
     _refuse_table(clean)
     advances = _advances(form.kind, form.args, form.kwargs)
     return Op(
-        name=names.new(call.module, form.kind, layers),
-        kind=form.kind,
-        target=form.target,
-        args=form.args,
-        kwargs=form.kwargs,
-        module=call.module,
-        source=call.source,
-        advances=advances,
+        name=names.new(call.module, form.kind, layers), kind=form.kind, target=form.target, args=form.args,
+        kwargs=form.kwargs, module=call.module, source=call.source, advances=advances,
         random=is_random(form.kind, form.args, form.kwargs),
-    )
+    )  # fmt: skip
 
 
 def _refuse_table(clean: Clean) -> None:

@@ -33,15 +33,9 @@ from gtddp_compile.kernels.hessian import (
 from gtddp_compile.methods.losses import Loss, is_kind
 
 ELEMENTWISE = (
-    nn.MSELoss,
-    nn.BCEWithLogitsLoss,
-    nn.BCELoss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
+    nn.MSELoss, nn.BCEWithLogitsLoss, nn.BCELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.SoftMarginLoss,
     nn.MultiLabelSoftMarginLoss,
-)
+)  # fmt: skip
 _PIECEWISE_LINEAR = (nn.L1Loss, nn.NLLLoss, nn.KLDivLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss)
 _REMEDY = "Use terminal='gradient', which needs no second derivative"
 

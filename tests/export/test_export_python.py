@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,21 +75,23 @@ def imported(path: Path) -> set[str]:
 
 
 def test_ten_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every network in one precision, one first-order method and one with factors in both."""
     cases, optimizers = {}, {}
-    for dtype in BOUNDS:
-        for architecture, (build, curvature) in ALONE.items():
-            example = build()
-            model, inputs = example.model.to(dtype), tuple(x.to(dtype) for x in example.inputs)
-            opt = compiled(Example(model, inputs), curvature=curvature, lr=0.01, weight_decay=1e-3)
-            name = f"{architecture}_{str(dtype)[6:]}"
-            opt.program.export(tmp_path / f"{name}.py")
-            assert imported(tmp_path / f"{name}.py") == {"torch"}
-            params, buffers = named(model)
-            targets = targets_for(3, 4)
-            losses = [opt.step(inputs, targets).item() for _ in range(STEPS)]
-            assert losses[-1] < losses[0]
-            cases[name] = (params, buffers, inputs, targets, losses)
-            optimizers[name] = (opt, model, BOUNDS[dtype])
+    single = [(torch.float32, name) for name in ("unet_like", "mixed_ekfac")]
+    for dtype, architecture in [*itertools.product([torch.float64], ALONE), *single]:
+        build, curvature = ALONE[architecture]
+        example = build()
+        model, inputs = example.model.to(dtype), tuple(x.to(dtype) for x in example.inputs)
+        opt = compiled(Example(model, inputs), curvature=curvature, lr=0.01, weight_decay=1e-3)
+        name = f"{architecture}_{str(dtype)[6:]}"
+        opt.program.export(tmp_path / f"{name}.py")
+        assert imported(tmp_path / f"{name}.py") == {"torch"}
+        params, buffers = named(model)
+        targets = targets_for(3, 4)
+        losses = [opt.step(inputs, targets).item() for _ in range(STEPS)]
+        assert losses[-1] < losses[0]
+        cases[name] = (params, buffers, inputs, targets, losses)
+        optimizers[name] = (opt, model, BOUNDS[dtype])
     torch.save(cases, tmp_path / "cases.pt")
     monkeypatch.chdir(tmp_path)
     output = run_alone(SCRIPT.format(case=str(tmp_path / "cases.pt")), torch_only(tmp_path / "site"), tmp_path)

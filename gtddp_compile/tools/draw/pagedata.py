@@ -130,14 +130,9 @@ def _line(line: Line, route: Sequence[Point], found: Picture, index: Mapping[str
     flags = STRONG * line.strong + DASHED * line.dashed + ARROW * line.arrow
     ops = [index[name] for name in line.ops if name in index]
     return [
-        index[line.source],
-        index[line.target],
-        line.colour,
-        flags,
-        _rounded(number for point in points for number in point),
-        list(line.crosses),
-        ops,
-    ]
+        index[line.source], index[line.target], line.colour, flags,
+        _rounded(number for point in points for number in point), list(line.crosses), ops,
+    ]  # fmt: skip
 
 
 def _block(

@@ -185,13 +185,9 @@ class Views:
         inside = [self.graph.nodes[name] for name in self.names[item.start : item.stop]]
         players = [self._player[node["player"]] for node in inside if node["player"]]
         block = {
-            "title": item.title,
-            "operations": len(inside),
-            "players": len(players),
-            "size": sum(player["size"] for player in players),
-            "stages": self._span(item),
-            "repeats": item.repeats,
-        }
+            "title": item.title, "operations": len(inside), "players": len(players),
+            "size": sum(player["size"] for player in players), "stages": self._span(item), "repeats": item.repeats,
+        }  # fmt: skip
         label = " – ".join(_step(part, base) for part in item.title.split(" – "))
         shown = {"kind": "block", "label": label, "shape": inside[-1]["shape"], "stage": band, "module": item.path}
         return {**NOTHING, **shown, "block": block}
