@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MATRIX = ["tests/programs/test_matrix.py", "-k", "dense"]
 SUITES: dict[str, list[list[str]]] = {
     "passes": [["tests/structure/test_structure.py", "tests/structure/test_structure_random.py"], ["tests/derivation"],
-               MATRIX],
+               MATRIX, ["tests/frontends"]],
     "gtddp_compile/kernels": [["tests/kernels"], MATRIX, ["tests/programs/test_kronecker.py",
                               "tests/programs/test_gram_forms.py"]],
     "gtddp_compile/methods": [["tests/kernels/test_curvature.py", "tests/kernels/test_losses.py",

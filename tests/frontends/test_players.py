@@ -132,7 +132,7 @@ def test_updates(name: str) -> None:
     """Every use of every parameter counts in its gradient; frozen and unused ones stay as they are."""
     expected = PLAYERS[name]
     case = Case(model_of(expected), (4,))
-    run = assert_base(case, curvature="sgd", lr=0.3, momentum=0.9)
+    run = assert_base(case, curvature="sgd", lr=0.3, momentum=0.9, weight_decay=0.1)
     assert run.optimizer.graph.unused == expected.unused
     assert_equal(case, curvature="rmsprop", lr=0.1, coupling=4)
 
