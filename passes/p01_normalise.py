@@ -57,15 +57,10 @@ READS = frozenset({"item", "_local_scalar_dense"})
 
 
 def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[FrontEnd, ...] = FRONT_ENDS) -> OpGraph:
-    """Record a model and bring it to normal form.
-
-    Args:
-        model: the module; it is left as it was.
-        inputs: its arguments, batch on the leading axis.
-        front_ends: what to try, in order.
+    """Record a model, which is left as it was, and bring it to normal form; the inputs' leading axis is the batch.
 
     Raises:
-        CompileError: the model refuses the inputs, or no front end can record it.
+        CompileError: the model refuses the inputs, or none of the front ends can record it.
     """
     model, inputs = positional(model, inputs)
     reference, kept = watch(model, inputs)

@@ -64,10 +64,6 @@ def differentiates(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
 def trace_derivatives(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     """Record a model and the derivatives that it takes.
 
-    Args:
-        model: the module.
-        inputs: its positional arguments, tensors.
-
     Raises:
         Untraceable: it decides on values, or writes a buffer.
     """

@@ -55,13 +55,9 @@ def terminal(
 
 
 def terminal_aims(values: Tensor, mean: Tensor, weight: tuple[float, float, float], together: int) -> Tensor:
-    """The aims of :func:`terminal`, ``(B,)``.
+    """The aims of :func:`terminal`, ``(B,)``, by ``φ``, the batch's mean of ``|φ|`` (0-d) and ``(aim, own, half)``.
 
-    Args:
-        values: ``φ``.
-        mean: of ``|φ|`` over the batch, 0-d.
-        weight: ``(aim, own, half)``.
-        together: samples in a group.
+    ``together``: samples in a group.
     """
     aim, own, half = weight
     share = torch.finfo(values.dtype).eps ** 2 if weight == (2.0, 0.0, 0.0) else 1e-4

@@ -144,14 +144,9 @@ def check_terminal(loss: Loss, terminal: Terminal) -> None:
 def terminal_factors(
     loss: Loss, outputs: Any, targets: Any, leaves: tuple[Tensor, ...], terminal: Terminal
 ) -> tuple[Tensor, ...]:
-    """The columns ``S`` of every output: ``(r, B, *shape of the leaf)``.
+    """The columns ``S`` of every output, ``(r, B, *shape of the leaf)``, for ``"ggn"`` or :class:`MonteCarlo`.
 
-    Args:
-        loss: split by samples.
-        outputs: the network's outputs, differentiable functions of ``leaves``.
-        targets: of the batch.
-        leaves: outputs that players move, ``(B, …)`` each.
-        terminal: ``"ggn"`` or :class:`MonteCarlo`.
+    ``leaves``: the outputs that players move, ``(B, …)`` each; ``outputs`` are differentiable functions of them.
 
     Raises:
         CompileError: the Hessian has a negative eigenvalue, or cannot be computed.

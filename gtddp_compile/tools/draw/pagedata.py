@@ -53,17 +53,12 @@ class Texts:
 
 
 def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str, Any]:
-    """Everything that the page's script reads.
+    """Everything that the page's script reads; ``notes`` are texts for stages by their index.
 
-    Args:
-        graph: as made by ``ControlGraph.to_networkx``.
-        notes: text for a stage by its index.
-
-    Returns:
-        ``lines`` of text, by number; ``ops``: name, hover text (numbers of lines), stage and innermost block of every
-        operation; ``stages``: hover text, cut and note of every stage; ``layouts``; ``blocks``, the network itself
-        first; ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means;
-        ``ring``: colour of a coalition's outline.
+    ``lines`` of text, by number; ``ops``: name, hover text (numbers of lines), stage and innermost block of every
+    operation; ``stages``: hover text, cut and note of every stage; ``layouts``; ``blocks``, the network itself first;
+    ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means; ``ring``:
+    colour of a coalition's outline.
 
     Raises:
         CompileError: the layout engine is not installed, or it failed.
