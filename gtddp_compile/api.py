@@ -109,7 +109,6 @@ def compile_optimizer(
             ``"separable"``: every diagonal metric as a product of one of outputs and one of inputs.
             ``Sketch(columns)``: random signs as well, where that is cheaper. ``Nystrom(columns,
             tolerance)``: none is formed, the weights come by conjugate gradients (docs/theory.md#nystrom).
-            ``"coarse"``: the cheapest of these a layer, and of a convolution's kernel the central element for all.
             ``opt.program.cost()`` shows what was taken, docs/performance.md what each does to the update.
         memory: ``"keep"``: the trajectory and its gradients stay until the forward sweep has passed them;
             ``"recompute"``: only what crosses between segments of stages does, and a segment is run again in both
