@@ -58,17 +58,9 @@ SMALL = ("digits", "mnist", "mlp")
 
 RESULTS = Path(__file__).with_name("step_time.json")
 HEADER = (
-    "network",
-    "batch",
-    "curvature",
-    "options",
-    "against",
-    "its step",
-    "compiled",
-    "ratio (quartiles)",
-    "aim",
+    "network", "batch", "curvature", "options", "against", "its step", "compiled", "ratio (quartiles)", "aim",
     "peak memory",
-)
+)  # fmt: skip
 DEEP = ("resnet18", "resnet50", "vit-small", "gpt6")
 AIMS: dict[tuple[str, str, str], float] = {
     **{(name, "sgd", "{}"): 1.25 for name in ("mlp", *DEEP)},
