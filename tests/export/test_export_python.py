@@ -203,10 +203,6 @@ def squares(outputs: Any, targets: Tensor) -> Tensor:
 
 
 FACTORS: dict[str, dict[str, Any]] = {
-    "ggn": {"terminal": "ggn", "curvature": "adam"},
-    "sampled": {"terminal": MonteCarlo(2)},
-    "ggn, block": {"terminal": "ggn", "coupling": "block"},
-    "ggn, groups": {"terminal": "ggn", "coupling": 2, "weight_decay": 0.1},
     "elementwise": {"terminal": "ggn", "loss": nn.BCEWithLogitsLoss()},
     "explicit": {"terminal": "ggn", "loss": squares},
     "explicit, sampled": {"terminal": MonteCarlo(1), "loss": squares},
@@ -266,13 +262,6 @@ def test_an_output_of_a_class_of_ones_own_is_refused(tmp_path: Path) -> None:
 
 def of_box(outputs: Any, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs["logits"], targets, reduction="none")
-
-
-def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
-    case = mlp()
-    opt = compiled(Example(case.model, (case.batch(0)[0],)))
-    with pytest.raises(CompileError, match=r"no export format '.yaml'. Choose one of .py"):
-        opt.program.export(tmp_path / "step.yaml")
 
 
 def test_names_that_an_exported_module_uses_itself(tmp_path: Path) -> None:

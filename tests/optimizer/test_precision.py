@@ -202,12 +202,6 @@ def test_a_grad_scaler_where_it_has_nothing_to_do() -> None:
         compiled(model, grad_scaler=2.0)
 
 
-def test_complex_parameters_are_refused_by_name() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3, dtype=torch.complex64))
-    with pytest.raises(CompileError, match=r"module '1': parameter '1.weight' is complex.*two real parameters"):
-        compiled(model)
-
-
 def test_refusals(tmp_path: Path) -> None:
     x, y = torch.randn(4, 2), targets_for(3, 4)
     opt = compiled(nn.Linear(2, 3), backend="dense")
