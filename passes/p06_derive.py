@@ -22,7 +22,7 @@ from sympy.matrices.expressions.blockmatrix import BlockMatrix
 from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivation
 from gtddp_compile.algebra.paths import StageEntries, stage_entries
 from gtddp_compile.algebra.pattern import IDENTITY, Entry, StagePattern
-from gtddp_compile.algebra.symbols import SymmetricSymbol, block_entries
+from gtddp_compile.algebra.symbols import SymmetricSymbol, block_product
 from gtddp_compile.graph import ControlGraph, Stage
 from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules, metric_blocks
 from gtddp_compile.lowering.plan import MetricBlock
@@ -238,16 +238,15 @@ def _symbols(pattern: StagePattern, coupled: frozenset[tuple[str, str]]) -> _Sym
 
 def _expansion(pattern: StagePattern, recursion: Recursion, known: _Symbols) -> _Expansion:
     ins, us, outs, size, dimension = pattern.inputs, pattern.controls, pattern.outputs, known.size, known.dimension
-    f_x = BlockMatrix([[known.state[o, i] for i in ins] for o in outs])
-    f_u = BlockMatrix([[known.control[o, p] for p in us] for o in outs])
-    v_x = BlockMatrix([[known.value_x[o]] for o in outs])
-    v_xx = BlockMatrix([[known.value_xx[a, b] for b in outs] for a in outs])
-    states, decisions, one = list(size.values()), list(dimension.values()), [Integer(1)]
-    q_x = block_entries(f_x.T * v_x, states, one)
-    q_u = block_entries(f_u.T * v_x, decisions, one)
-    q_uu = block_entries(f_u.T * v_xx * f_u, decisions, decisions)
-    q_ux = block_entries(f_u.T * v_xx * f_x, decisions, states)
-    q_xx = block_entries(f_x.T * v_xx * f_x, states, states)
+    f_x, f_u = ([[blocks[o, name] for name in names] for o in outs]
+                for blocks, names in ((known.state, ins), (known.control, us)))  # fmt: skip
+    f_xt, f_ut = ([[blocks[o, name].T for o in outs] for name in names]
+                  for blocks, names in ((known.state, ins), (known.control, us)))  # fmt: skip
+    v_x, v_xx = [[known.value_x[o]] for o in outs], [[known.value_xx[a, b] for b in outs] for a in outs]
+    q_x, q_u = block_product(f_xt, v_x), block_product(f_ut, v_x)
+    through_u = block_product(f_ut, v_xx)
+    q_uu, q_ux = block_product(through_u, f_u), block_product(through_u, f_x)
+    q_xx = block_product(block_product(f_xt, v_xx), f_x)
 
     def stage_hessian(a: int, b: int) -> MatrixExpr:
         nothing = ZeroMatrix(dimension[us[a]], dimension[us[b]])
