@@ -236,12 +236,16 @@ def prove_law(recursion: Recursion, factored: bool) -> tuple[Law, tuple[Claim, .
         weights = alpha + variance * a.CHANGE
         return _proved(Law(k, alpha + variance * c.T * a.OPEN_GAIN, shrunk, weights, drift, update), found, (gram,))
     w = SymmetricSymbol("W", a.BATCH, a.BATCH)
-    rules = (gram, ((w, a.GRAM), identity - w * information), ((a.GRAM, w), identity - information * w))
+    rules = (
+        gram,
+        ((w, a.GRAM), MatAdd(identity, MatMul(-1, w, information))),
+        ((a.GRAM, w), MatAdd(identity, MatMul(-1, information, w))),
+    )
     inverse = m_inverse - m_inverse * c * w * c.T * m_inverse
     k, *found = in_span(c, inverse, outside, 1)
     target = information * alpha - a.DRIFT
     law, claims = _proved(Law(k, w * target, w, w * (target + a.CHANGE), drift, update), found, rules)
-    q_uu = (m + c * variance * c.T) * inverse
+    q_uu = MatMul(MatAdd(m, MatMul(c, variance, c.T)), inverse)
     whole = _identity("Q_uu (M^-1 - M^-1 C W C^T M^-1) = I", q_uu, Identity(a.CONTROLS), rules)
     return law.put({w: Inverse(information + a.GRAM)}), (whole, *claims)
 
@@ -252,7 +256,7 @@ def _proved(law: Law, found: list[MatrixExpr], rules: tuple[Rule, ...]) -> tuple
     closed = [law.alpha, law.variance, law.update.xreplace(named)]
     shown, symbols = (law.alpha, law.variance, law.update), (a.ALPHA, a.VARIANCE, a.UPDATE)
     return law, tuple(
-        _identity(f"{symbol} = {said}", left, right.xreplace(named).doit(), rules)
+        _identity(f"{symbol} = {said}", left, right.xreplace(named), rules)
         for symbol, said, left, right in zip(symbols, shown, found, closed, strict=True)
     )
 
