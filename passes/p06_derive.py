@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from sympy import Identity, Integer, Inverse, MatAdd, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
+from sympy import Identity, Inverse, MatAdd, MatMul, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
 from sympy.matrices.expressions.blockmatrix import BlockMatrix
 
 from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivation
@@ -290,12 +290,12 @@ def _rolled_out(
     """
     us = pattern.controls
     symbol = moved[us[0]] if len(us) == 1 else MatrixSymbol("delta_û", *k.symbol.shape)
-    policy = MatAdd(k.symbol, *(gains[i].symbol * change[i] for i in pattern.inputs)).doit()
+    policy = MatAdd(k.symbol, *(MatMul(gains[i].symbol, change[i]) for i in pattern.inputs)).doit()
     found = {"u": Equation(symbol, policy, "4, 28")}
     for o in pattern.outputs:
-        parts = [known.state[o, i] * change[i] for i in pattern.inputs]
-        parts += [known.control[o, p] * moved[p] for p in us]
-        total = MatAdd(*(part.doit() for part in parts)).doit()
+        parts = [MatMul(known.state[o, i], change[i]) for i in pattern.inputs]
+        parts += [MatMul(known.control[o, p], moved[p]) for p in us]
+        total = MatAdd(*parts).doit()
         found[o] = Equation(
             MatrixSymbol(f"delta'_{o}", known.state[o, pattern.inputs[0]].shape[0], 1), total, "linearised"
         )
@@ -382,12 +382,13 @@ def _joint(pattern: StagePattern, q: _Expansion, size: dict[str, Symbol]) -> _Jo
 def _gains(pattern: StagePattern, joint: _Joint) -> tuple[Equation, dict[str, Equation]]:
     """``k = -Q_uu⁻¹ Q_u`` and one feedback gain a value: ``K`` on the state, ``G`` on what waits (Eq. 4, 9, 28)."""
     inverse = Inverse(joint.uu.symbol)
-    k = Equation(MatrixSymbol("k", *joint.u.symbol.shape), -inverse * joint.u.symbol, "4")
+    k = Equation(MatrixSymbol("k", *joint.u.symbol.shape), MatMul(-1, inverse, joint.u.symbol).doit(), "4")
     names = {"x": ("K", "4"), "r": ("G", "9, 28")}
     gains = {}
     for i in pattern.inputs:
         name, source = names.get(i, (f"K_{i}", "28"))
-        gains[i] = Equation(MatrixSymbol(name, *joint.ux[i].symbol.shape), -inverse * joint.ux[i].symbol, source)
+        gain = MatMul(-1, inverse, joint.ux[i].symbol).doit()
+        gains[i] = Equation(MatrixSymbol(name, *joint.ux[i].symbol.shape), gain, source)
     return k, gains
 
 
@@ -401,9 +402,12 @@ def _recursion(
 ) -> tuple[dict[str, Equation], dict[tuple[str, str], Equation]]:
     """``V_x = Q_x + Q_xu k``, ``V_xx = Q_xx + Q_xu K`` (Eq. 6, 29, 30)."""
     sign = -1 if recursion == "printed" else 1
+    q_xu = {i: joint.ux[i].symbol.T for i in pattern.inputs}
     new_x = {
         i: Equation(
-            MatrixSymbol(f"V_{i}", *q.x[i].symbol.shape), q.x[i].symbol + joint.ux[i].symbol.T * k.symbol, "6, 29"
+            MatrixSymbol(f"V_{i}", *q.x[i].symbol.shape),
+            MatAdd(q.x[i].symbol, MatMul(q_xu[i], k.symbol)).doit(),
+            "6, 29",
         )
         for i in pattern.inputs
     }
@@ -413,7 +417,7 @@ def _recursion(
             kind = SymmetricSymbol if i == j else MatrixSymbol
             new_xx[i, j] = Equation(
                 kind(f"V_{i}{j}", *q.xx[i, j].symbol.shape),
-                q.xx[i, j].symbol + sign * joint.ux[i].symbol.T * gains[j].symbol,
+                MatAdd(q.xx[i, j].symbol, MatMul(sign, q_xu[i], gains[j].symbol)).doit(),
                 "21-23, sign as printed" if recursion == "printed" else "6, 10, 30",
             )
     return new_x, new_xx
