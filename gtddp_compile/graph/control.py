@@ -104,6 +104,11 @@ class ControlGraph:
         return max(row.values(), default=0)
 
     @cached_property
+    def tried(self) -> dict[str, Mapping[str, Any]]:
+        """What trials of operations have found, by use: several passes ask, one trial is enough."""
+        return {}
+
+    @cached_property
     def stage_of(self) -> dict[str, int]:
         """Stage of every operation; -1 for the prologue."""
         found = dict.fromkeys(self.prologue, -1)
