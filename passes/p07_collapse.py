@@ -172,7 +172,7 @@ def in_span(
         sign: -1 where Eq. 21-23 are read as printed.
     """
     alpha, variance = a.ALPHA_NEXT, a.VARIANCE_NEXT
-    k = -inverse * (columns * alpha + outside)
+    k = MatMul(-1, inverse, MatAdd(MatMul(columns, alpha), outside))
     return (
         k,
         MatAdd(alpha, MatMul(variance, columns.T, k)),
@@ -232,7 +232,8 @@ def prove_law(recursion: Recursion, factored: bool) -> tuple[Law, tuple[Claim, .
         k, *found = in_span(c, m_inverse, outside, _sign(recursion))
         shrunk = variance * (identity - _sign(recursion) * a.GRAM * variance)
         weights = alpha + variance * a.CHANGE
-        return _proved(Law(k, alpha + variance * c.T * a.OPEN_GAIN, shrunk, weights, drift, update), found, (gram,))
+        law = Law(k.doit(), alpha + variance * c.T * a.OPEN_GAIN, shrunk, weights, drift, update)
+        return _proved(law, found, (gram,))
     w = SymmetricSymbol("W", a.BATCH, a.BATCH)
     rules = (
         gram,
@@ -242,7 +243,7 @@ def prove_law(recursion: Recursion, factored: bool) -> tuple[Law, tuple[Claim, .
     inverse = m_inverse - m_inverse * c * w * c.T * m_inverse
     k, *found = in_span(c, inverse, outside, 1)
     target = information * alpha - a.DRIFT
-    law, claims = _proved(Law(k, w * target, w, w * (target + a.CHANGE), drift, update), found, rules)
+    law, claims = _proved(Law(k.doit(), w * target, w, w * (target + a.CHANGE), drift, update), found, rules)
     q_uu = MatMul(MatAdd(m, MatMul(c, variance, c.T)), inverse)
     whole = _identity("Q_uu (M^-1 - M^-1 C W C^T M^-1) = I", q_uu, Identity(a.CONTROLS), rules)
     return law.put({w: Inverse(information + a.GRAM)}), (whole, *claims)

@@ -68,7 +68,8 @@ class Law:
 
     def put(self, known: Mapping[MatrixExpr, MatrixExpr]) -> Law:
         """The law with symbols replaced."""
-        return Law(**{name: value.xreplace(dict(known)).doit() for name, value in vars(self).items()})
+        found = {name: value.xreplace(dict(known)) for name, value in vars(self).items()}
+        return replace(self, **{name: new.doit() for name, new in found.items() if new is not getattr(self, name)})
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def build(
         linear = a.WEIGHT_DECAY - a.INERTIA * a.CURVATURE * a.MOMENTUM
         sweeps[0]["l"] = Equation(a.DECAY, linear, INERTIA)
         alone = Inverse(a.CURVATURE) * a.WEIGHT_DECAY - a.INERTIA * a.MOMENTUM
-        claims.append(_proof("M^-1 l = M^-1 d - mu v", (Inverse(a.CURVATURE) * linear).doit().expand().doit(), alone))
+        claims.append(_proof("M^-1 l = M^-1 d - mu v", MatMul(Inverse(a.CURVATURE), linear), alone))
     for equation in equations:
         sweeps[equation.symbol in (a.WEIGHTS, a.UPDATE)][str(equation.symbol)] = equation
     return *sweeps, tuple(claims)
