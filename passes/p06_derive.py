@@ -238,10 +238,10 @@ def _symbols(pattern: StagePattern, coupled: frozenset[tuple[str, str]]) -> _Sym
 
 def _expansion(pattern: StagePattern, recursion: Recursion, known: _Symbols) -> _Expansion:
     ins, us, outs, size, dimension = pattern.inputs, pattern.controls, pattern.outputs, known.size, known.dimension
-    f_x, f_u = ([[blocks[o, name] for name in names] for o in outs]
-                for blocks, names in ((known.state, ins), (known.control, us)))  # fmt: skip
-    f_xt, f_ut = ([[blocks[o, name].T for o in outs] for name in names]
-                  for blocks, names in ((known.state, ins), (known.control, us)))  # fmt: skip
+    f_x, f_u = (
+        [[f[o, name] for name in names] for o in outs] for f, names in ((known.state, ins), (known.control, us))
+    )
+    f_xt, f_ut = ([[block.T for block in column] for column in zip(*f, strict=True)] for f in (f_x, f_u))
     v_x, v_xx = [[known.value_x[o]] for o in outs], [[known.value_xx[a, b] for b in outs] for a in outs]
     q_x, q_u = block_product(f_xt, v_x), block_product(f_ut, v_x)
     through_u = block_product(f_ut, v_xx)
@@ -403,15 +403,10 @@ def _recursion(
     """``V_x = Q_x + Q_xu k``, ``V_xx = Q_xx + Q_xu K`` (Eq. 6, 29, 30)."""
     sign = -1 if recursion == "printed" else 1
     q_xu = {i: joint.ux[i].symbol.T for i in pattern.inputs}
-    new_x = {
-        i: Equation(
-            MatrixSymbol(f"V_{i}", *q.x[i].symbol.shape),
-            MatAdd(q.x[i].symbol, MatMul(q_xu[i], k.symbol)).doit(),
-            "6, 29",
-        )
-        for i in pattern.inputs
-    }
-    new_xx = {}
+    new_x, new_xx = {}, {}
+    for i in pattern.inputs:
+        value = MatAdd(q.x[i].symbol, MatMul(q_xu[i], k.symbol)).doit()
+        new_x[i] = Equation(MatrixSymbol(f"V_{i}", *q.x[i].symbol.shape), value, "6, 29")
     for a, i in enumerate(pattern.inputs):
         for j in pattern.inputs[a:]:
             kind = SymmetricSymbol if i == j else MatrixSymbol
