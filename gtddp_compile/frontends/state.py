@@ -23,7 +23,7 @@ from gtddp_compile.frontends.reference import Reference, observe, outputs
 from gtddp_compile.frontends.trials import other, some
 
 FEW = 2
-"""Samples on which a model that keeps nothing in its modules is watched again."""
+"""Samples on which a model is watched again."""
 Attributes = dict[tuple[Hashable, str], Any]
 
 
@@ -40,18 +40,14 @@ def watch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Reference, tuple[s
 def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Reference, tuple[str, ...]]:
     batch = next((len(value) for value in inputs if value.dim()), 1)
     whole = tuple(other(value, 0, batch, 0, bold=False) for value in inputs)
-    few = tuple(some(value, batch, min(batch, FEW)) for value in whole)
+    first, few = (tuple(some(value, batch, min(batch, FEW)) for value in values) for values in (inputs, whole))
     others, alone = _taken(model, few, whole, inputs)
     with untouched(model):
         before = read(model)
         reference = observe(model, inputs)
         kept = _kept(before, read(model))
-        _, after = _taken(model, others)
-    if kept:  # of a batch as large as the example's, perhaps, and forgotten at another
-        others, alone = _taken(model, whole, inputs)
-        with untouched(model):
-            outputs(model, inputs)
-            _, after = _taken(model, others)
+        _again(model, first)  # it may keep something for batches of this size, too
+        after = _again(model, others)
     if _same(alone, after):
         return reference, kept
     with untouched(model):
@@ -79,11 +75,17 @@ def _taken(model: nn.Module, *candidates: tuple[Any, ...]) -> tuple[tuple[Any, .
     """
     for inputs in candidates:
         with untouched(model):
-            try:
-                return inputs, outputs(model, inputs)
-            except Exception:  # the user's own code runs here and may raise anything
-                continue
+            if found := _again(model, inputs):
+                return inputs, found
     return inputs, ()
+
+
+def _again(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Outputs of one pass more, with whatever the model has kept; none where it fails, by that perhaps."""
+    try:
+        return outputs(model, inputs)
+    except Exception:  # the user's own code runs here and may raise anything
+        return ()
 
 
 TABLES = {

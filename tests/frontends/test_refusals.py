@@ -137,6 +137,20 @@ def test_what_is_carried_to_the_next_pass(forward: Forward) -> None:
     assert snapshot(net) == before
 
 
+@pytest.mark.parametrize("of_this_size", [False, True])
+def test_what_is_carried_outside_the_modules(of_this_size: bool) -> None:
+    """Forgotten by some when a batch of another size comes."""
+    kept: list[Tensor] = []
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        y: Tensor = layer.fc(x)
+        kept.append(y.detach() if of_this_size else y.detach().mean(0))
+        before = kept[-2] if len(kept) > 1 else None
+        return y if before is None or (of_this_size and before.shape != y.shape) else y + before
+
+    refused(lambda: compiled(holding(forward)), "computes something else every time", "keep nothing outside")
+
+
 @pytest.mark.parametrize("name", DRAWN)
 def test_random_numbers_that_are_not_torchs(name: str) -> None:
     net = holding(DRAWN[name])
