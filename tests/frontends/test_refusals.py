@@ -47,6 +47,13 @@ def hidden(layer: Any, x: Tensor) -> Tensor:
     return y
 
 
+def hidden_of_this_size(layer: Any, x: Tensor) -> Tensor:
+    """Forgotten when a batch of another size comes, the last of an epoch."""
+    y: Tensor = layer.fc(x)
+    before, layer.kept = layer.kept, y.detach()
+    return y if before is None or before.shape != y.shape else y + before
+
+
 def first_batch(layer: Any, x: Tensor) -> Tensor:
     y: Tensor = layer.fc(x)
     if layer.kept is None:
@@ -85,6 +92,7 @@ def counted_in_an_object(layer: Any, x: Tensor) -> Tensor:
 
 CARRIED = {
     hidden: "reads the attribute 'block.0.kept' and writes it",
+    hidden_of_this_size: "reads the attribute 'block.0.kept' and writes it",
     first_batch: "reads the attribute 'block.0.kept' and writes it",
     running_mean: "reads the attribute 'block.0.state' and writes it",
     written_in_place: "reads the attribute 'block.0.state' and writes it",
@@ -126,6 +134,20 @@ def test_what_is_carried_to_the_next_pass(forward: Forward) -> None:
     before = snapshot(net)
     refused(lambda: compiled(net), "module 'block.0'", CARRIED[forward])
     assert snapshot(net) == before
+
+
+@pytest.mark.parametrize("of_this_size", [False, True])
+def test_what_is_carried_outside_the_modules(of_this_size: bool) -> None:
+    """Forgotten by some when a batch of another size comes."""
+    kept: list[Tensor] = []
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        y: Tensor = layer.fc(x)
+        kept.append(y.detach() if of_this_size else y.detach().mean(0))
+        before = kept[-2] if len(kept) > 1 else None
+        return y if before is None or (of_this_size and before.shape != y.shape) else y + before
+
+    refused(lambda: compiled(holding(forward)), "computes something else every time", "keep nothing outside")
 
 
 @pytest.mark.parametrize("name", DRAWN)
