@@ -268,7 +268,7 @@ def _added(sums: list[Request], part: Part) -> list[Request]:
 def _joined(name: str, left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:
     if name == OF_CHANNELS:
         names, layer, *rest = left
-        return names, _beside(layer, right[1]), *rest
+        return names, _inputs_beside(layer, right[1]), *rest
     if name not in WITH_ROWS:
         return (*left[:-1], _sum(left[-1], right[-1]))
     layers = []
@@ -284,7 +284,7 @@ def _beside(left: Layer, right: Layer) -> Layer:
 
 
 def _inputs_beside(left: Layer, right: Layer) -> Layer:
-    """The same of what reads inputs alone, moments: their ``g`` may have several columns a sample."""
+    """The same of what reads inputs alone, moments and channels: their ``g`` may have several columns a sample."""
     return left._replace(operands=tuple(torch.cat(pair) for pair in zip(left.operands, right.operands, strict=True)))
 
 
