@@ -1,0 +1,212 @@
+"""Where does feedback help? Its forms over depth, batch, learning rate, shortcuts, activations and step length.
+
+A residual network of linear layers on digits, SGD's metric. One setting at a time is moved away from the middle one;
+within a setting and seed all forms have the same weights and batches. In the nonlinear rollout's runs the error of the
+linearisation is measured at every step and stage.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from shared import GUESSING, SETTINGS, Row, figure, load, markdown, paired, save, train, where
+from torch import Tensor, nn
+
+from gtddp_compile import Geometric
+
+RESULTS = "feedback"
+MIDDLE = {"depth": "6", "batch": "32", "lr": "0.1", "shortcuts": "all", "activation": "relu", "aim": "1"}
+AXES = {
+    "lr": ("0.03", "0.1", "0.3", "1", "3"),
+    "depth": ("2", "6", "12", "24"),
+    "batch": ("8", "32", "128"),
+    "shortcuts": ("none", "half", "all"),
+    "activation": ("relu", "hardtanh", "tanh", "gelu"),
+    "aim": ("0.1", "0.3", "1", "3"),
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "none": {"feedback": False},
+    "open": {"feedback": "open"},
+    "linear": {"rollout": "linear"},
+    "nonlinear": {"rollout": "nonlinear"},
+    "groups": {"rollout": "linear", "coupling": 0.25},
+    "block": {"coupling": "block"},
+    "paper": {"coupling": "block", "recursion": "substituted"},
+}
+"""No feedback; open gains alone; the two rollouts; groups of a quarter of the batch; every sample for itself, with its
+own curvature in the stage's Hessian, and without (the paper's)."""
+AIMLESS = ("none", "paper")
+"""Forms without the geometric terminal, whose aim is the length of a step."""
+WIDTH = 32
+
+
+class Net(nn.Module):
+    """Layers ``x + σ(W x)`` between a first and a last one; without a shortcut ``σ(W x)``."""
+
+    def __init__(self, depth: int, shortcuts: str, activation: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, WIDTH), nn.Linear(WIDTH, 10)
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
+        self.shortcuts = {"none": 0, "half": depth // 2, "all": depth}[shortcuts]
+        self.activation = activation
+        for block in self.blocks[self.shortcuts :]:  # He's weights, by which values keep their size without a shortcut
+            nn.init.kaiming_normal_(block.weight, nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        act = getattr(nn.functional, self.activation) if self.activation != "tanh" else torch.tanh
+        x = act(self.first(images.flatten(1)))
+        for index, block in enumerate(self.blocks):
+            x = x + act(block(x)) if index < self.shortcuts else act(block(x))
+        return self.last(x)
+
+
+def settings() -> list[dict[str, str]]:
+    """The middle one, and those that differ from it in one thing."""
+    moved = [{**MIDDLE, axis: value} for axis, values in AXES.items() for value in values]
+    return [dict(items) for items in dict.fromkeys(tuple(each.items()) for each in moved)]
+
+
+def jobs(rows: Sequence[Row]) -> list[Row]:
+    """Every setting and form, seed by seed."""
+    steps, seeds = (20, 2) if SETTINGS.quick else (60, min(SETTINGS.seeds, 6))
+    return [{**setting, "form": form, "seed": str(seed), "steps": str(steps)}
+            for seed in range(seeds) for setting in settings() for form in FORMS
+            if form not in AIMLESS or setting["aim"] == MIDDLE["aim"]]  # fmt: skip
+
+
+def work(job: Row) -> Row:
+    """One training run; the linearisation's error by stage, mean over the steps."""
+    batch, options = int(job["batch"]), dict(FORMS[job["form"]])
+    if options.get("coupling") == 0.25:
+        options["coupling"] = batch // 4
+    if job["form"] not in AIMLESS:
+        options["terminal"] = Geometric(float(job["aim"]))
+    errors: list[list[float]] = []
+    found = train(
+        lambda: Net(int(job["depth"]), job["shortcuts"], job["activation"]), load("digits"), batch, int(job["steps"]),
+        int(job["seed"]), (lambda o: errors.append(linearisation(o))) if job["form"] == "nonlinear" else None,
+        curvature="sgd", lr=float(job["lr"]), **options,
+    )  # fmt: skip
+    means = [statistics.fmean(values) for values in zip(*errors, strict=True)]
+    return {**found, "errors": " ".join(f"{value:.3g}" for value in means)}
+
+
+def linearisation(optimizer: Any) -> list[float]:
+    """``‖c - ĉ‖ / ‖ĉ‖`` from the second stage on, of the step's own figures: ``c`` is the change of the samples' losses
+    that the stages before have caused, seen at the stage's states, ``ĉ = -Σ Γ_s w_s`` what linearised dynamics say.
+    """
+    figures = optimizer._diagnostics._kept
+    predicted, found = torch.zeros(()), []
+    for stage in sorted(index for index, kept in figures.items() if "weights" in kept):
+        if "predicted" in figures[stage]:
+            size = float(predicted.norm())
+            found.append(float((figures[stage]["predicted"] - predicted).norm()) / size if size else 0.0)
+        for (gamma,) in figures[stage]["gammas"].values():
+            predicted = predicted - gamma @ figures[stage]["weights"]
+    return found
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def logs(rows: Sequence[Row]) -> dict[str, float]:
+    """Logarithm of the train loss by seed; a run that diverged counts as guessing."""
+    return {row["seed"]: math.log(max(min(float(row["train_loss"]), GUESSING), 1e-12)) for row in rows}
+
+
+def against(rows: Sequence[Row], setting: dict[str, str], form: str, other: str) -> tuple[float, float] | None:
+    """Ratio of the train losses in logarithms, paired over seeds, and half of its interval."""
+    mine, theirs = (logs(where(rows, **setting, form=name)) for name in (form, other))
+    return paired(mine, theirs)[:2] if mine and theirs else None
+
+
+def sign(found: tuple[float, float] | None) -> str:
+    """Whether the first is lower or higher, where the interval tells."""
+    if found is None or not abs(found[0]) > found[1]:
+        return ""
+    return "↓" if found[0] < 0 else "↑"
+
+
+def base_of(setting: dict[str, str]) -> dict[str, str]:
+    """What a setting is compared with where a form has no aim: the one with the middle aim."""
+    return {**setting, "aim": MIDDLE["aim"]}
+
+
+def cell(rows: Sequence[Row], setting: dict[str, str], form: str) -> str:
+    """Geometric mean of the train loss; an arrow where it differs from no feedback's."""
+    own = base_of(setting) if form in AIMLESS else setting
+    values = logs(where(rows, **own, form=form))
+    if not values:
+        return ""
+    mine, theirs = values, logs(where(rows, **base_of(setting), form="none"))
+    return f"{math.exp(statistics.fmean(mine.values())):.3f} {sign(paired(mine, theirs)[:2])}".strip()
+
+
+def ratio(found: tuple[float, float] | None) -> str:
+    """A ratio with its interval; bold where it is not 1."""
+    if found is None:
+        return ""
+    text = f"{math.exp(found[0]):.2f} ({math.exp(found[0] - found[1]):.2f}–{math.exp(found[0] + found[1]):.2f})"
+    return f"**{text}**" if abs(found[0]) > found[1] else text
+
+
+def table(rows: Sequence[Row], axis: str) -> str:
+    """A line a value of the axis: every form, and the nonlinear rollout over the linear one."""
+    lines = [
+        (value, *(cell(rows, {**MIDDLE, axis: value}, form) for form in FORMS),
+         ratio(against(rows, {**MIDDLE, axis: value}, "nonlinear", "linear")))
+        for value in AXES[axis]
+    ]  # fmt: skip
+    return markdown((axis, *FORMS, "nonlinear / linear"), lines)
+
+
+def errors(rows: Sequence[Row]) -> str:
+    """The linearisation's error by stage, median over seeds."""
+    lines = []
+    for axis, value in ((name, v) for name in ("activation", "lr", "aim", "shortcuts") for v in AXES[name]):
+        found = [row["errors"].split() for row in where(rows, **{**MIDDLE, axis: value}, form="nonlinear")]
+        medians = [statistics.median(map(float, column)) for column in zip(*found, strict=True)]
+        lines.append((f"{axis} {value}", *(f"{median:.2f}" for median in medians)))
+    stages = max(len(line) for line in lines)
+    return markdown(("setting", *(f"stage {n}" for n in range(1, stages))), lines)
+
+
+def counts(rows: Sequence[Row]) -> list[str]:
+    """In how many settings a form is lower or higher than none, and the second sweep than the first alone."""
+    found = []
+    pairs = [(form, "none") for form in FORMS if form != "none"] + [("nonlinear", "linear")]
+    for form, other in pairs:
+        signs = []
+        for setting in settings():
+            mine, theirs = (logs(where(rows, **(base_of(setting) if f in AIMLESS else setting), form=f))
+                            for f in (form, other))  # fmt: skip
+            if form not in AIMLESS or setting["aim"] == MIDDLE["aim"]:
+                signs.append(sign(paired(mine, theirs)[:2]))
+        found.append(f"- `{form}` ends below `{other}` in {signs.count('↓')} of {len(signs)} settings, above it in "
+                     f"{signs.count('↑')}.")  # fmt: skip
+    return found
+
+
+def parts(rows: Sequence[Row], folder: Path) -> dict[str, str]:
+    """A table an axis, a plot over the learning rate, the errors."""
+    made, axes = figure(2)
+    for axis, name in zip(axes[0], ("lr", "depth"), strict=True):
+        for form in FORMS:
+            points = [(float(v), logs(where(rows, **{**MIDDLE, name: v}, form=form))) for v in AXES[name]]
+            axis.plot([at for at, _ in points], [math.exp(statistics.fmean(own.values())) for _, own in points], "o-",
+                      label=form, markersize=3)  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="train loss")
+    axes[0][0].legend(fontsize=7)
+    tables = "\n\n".join(f"### Over {axis}\n\n{table(rows, axis)}" for axis in AXES)
+    seeds, middle = len({row["seed"] for row in rows}), ", ".join(f"{name} {value}" for name, value in MIDDLE.items())
+    return {
+        "feedback setting": f"{rows[0]['steps']} steps, {seeds} seeds; the middle setting: {middle}",
+        "feedback counts": "\n".join(counts(rows)),
+        "feedback": f"{save(made, folder, 'feedback')}\n\n{tables}",
+        "feedback errors": errors(rows),
+    }
