@@ -73,7 +73,7 @@ def settings() -> list[dict[str, str]]:
 
 def jobs(rows: Sequence[Row]) -> list[Row]:
     """Every setting and form, seed by seed."""
-    steps, seeds = (20, 2) if SETTINGS.quick else (60, min(SETTINGS.seeds, 6))
+    steps, seeds = (20, 2) if SETTINGS.quick else (60, min(SETTINGS.seeds, 5))
     return [{**setting, "form": form, "seed": str(seed), "steps": str(steps)}
             for seed in range(seeds) for setting in settings() for form in FORMS
             if form not in AIMLESS or setting["aim"] == MIDDLE["aim"]]  # fmt: skip

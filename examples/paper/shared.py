@@ -89,7 +89,7 @@ MNIST_FILES = tuple(f"MNIST/raw/{part}-{kind}-ubyte" for part in ("train", "t10k
 CIFAR_FILES = (*(f"cifar-10-batches-py/data_batch_{n}" for n in range(1, 6)), "cifar-10-batches-py/test_batch")
 DATA = {
     "digits": DataSet((), (1, 8, 8), 8, 358),
-    "mnist-5k": DataSet((), (1, 28, 28), 128, 62, width=8),
+    "mnist-5k": DataSet((), (1, 28, 28), 128, 31, width=8),
     "mnist": DataSet(MNIST_FILES, (1, 28, 28), 128, 2340),
     "svhn": DataSet(("train_32x32.mat", "test_32x32.mat"), (3, 32, 32), 128, 2860),
     "cifar10": DataSet(CIFAR_FILES, (3, 32, 32), 128, 7800, blocks=4),
