@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import GUESSING, SETTINGS, Row, figure, load, markdown, paired, save, train, where
+from shared import SETTINGS, Row, figure, load, markdown, paired, save, train, where
 from torch import Tensor, nn
 
 from gtddp_compile import Geometric
@@ -42,7 +42,7 @@ FORMS: dict[str, dict[str, Any]] = {
 own curvature in the stage's Hessian, and without (the paper's)."""
 AIMLESS = ("none", "paper")
 """Forms without the geometric terminal, whose aim is the length of a step."""
-WIDTH = 32
+WIDTH, GUESSING = 32, math.log(10)
 
 
 class Net(nn.Module):
@@ -73,7 +73,7 @@ def settings() -> list[dict[str, str]]:
 
 def jobs(rows: Sequence[Row]) -> list[Row]:
     """Every setting and form, seed by seed."""
-    steps, seeds = (20, 2) if SETTINGS.quick else (60, min(SETTINGS.seeds, 5))
+    steps, seeds = (20, 3) if SETTINGS.quick else (60, min(SETTINGS.seeds, 5))
     return [{**setting, "form": form, "seed": str(seed), "steps": str(steps)}
             for seed in range(seeds) for setting in settings() for form in FORMS
             if form not in AIMLESS or setting["aim"] == MIDDLE["aim"]]  # fmt: skip
@@ -114,54 +114,44 @@ def linearisation(optimizer: Any) -> list[float]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def logs(rows: Sequence[Row]) -> dict[str, float]:
-    """Logarithm of the train loss by seed; a run that diverged counts as guessing."""
-    return {row["seed"]: math.log(max(min(float(row["train_loss"]), GUESSING), 1e-12)) for row in rows}
+def ended(rows: Sequence[Row], setting: dict[str, str], form: str) -> dict[str, float]:
+    """Logarithm of the train loss by seed; a run that diverged counts as guessing. What has no aim has one run."""
+    own = {**setting, "aim": MIDDLE["aim"]} if form in AIMLESS else setting
+    found = where(rows, **own, form=form)
+    return {row["seed"]: math.log(max(min(float(row["train_loss"]), GUESSING), 1e-12)) for row in found}
 
 
-def against(rows: Sequence[Row], setting: dict[str, str], form: str, other: str) -> tuple[float, float] | None:
+def against(rows: Sequence[Row], setting: dict[str, str], form: str, other: str) -> tuple[float, float]:
     """Ratio of the train losses in logarithms, paired over seeds, and half of its interval."""
-    mine, theirs = (logs(where(rows, **setting, form=name)) for name in (form, other))
-    return paired(mine, theirs)[:2] if mine and theirs else None
+    return paired(ended(rows, setting, form), ended(rows, setting, other))[:2]
 
 
-def sign(found: tuple[float, float] | None) -> str:
-    """Whether the first is lower or higher, where the interval tells."""
-    if found is None or not abs(found[0]) > found[1]:
-        return ""
-    return "↓" if found[0] < 0 else "↑"
-
-
-def base_of(setting: dict[str, str]) -> dict[str, str]:
-    """What a setting is compared with where a form has no aim: the one with the middle aim."""
-    return {**setting, "aim": MIDDLE["aim"]}
+def sign(middle: float, half: float) -> str:
+    """Whether a form is lower or higher, where the interval tells."""
+    return ("↓" if middle < 0 else "↑") if abs(middle) > half else ""
 
 
 def cell(rows: Sequence[Row], setting: dict[str, str], form: str) -> str:
     """Geometric mean of the train loss; an arrow where it differs from no feedback's."""
-    own = base_of(setting) if form in AIMLESS else setting
-    values = logs(where(rows, **own, form=form))
-    if not values:
-        return ""
-    mine, theirs = values, logs(where(rows, **base_of(setting), form="none"))
-    return f"{math.exp(statistics.fmean(mine.values())):.3f} {sign(paired(mine, theirs)[:2])}".strip()
+    return f"{mean(rows, setting, form):.3f} {sign(*against(rows, setting, form, 'none'))}".strip()
 
 
-def ratio(found: tuple[float, float] | None) -> str:
+def mean(rows: Sequence[Row], setting: dict[str, str], form: str) -> float:
+    """Geometric mean of the train loss."""
+    return math.exp(statistics.fmean(ended(rows, setting, form).values() or [math.nan]))
+
+
+def ratio(middle: float, half: float) -> str:
     """A ratio with its interval; bold where it is not 1."""
-    if found is None:
-        return ""
-    text = f"{math.exp(found[0]):.2f} ({math.exp(found[0] - found[1]):.2f}–{math.exp(found[0] + found[1]):.2f})"
-    return f"**{text}**" if abs(found[0]) > found[1] else text
+    text = f"{math.exp(middle):.2f} ({math.exp(middle - half):.2f}–{math.exp(middle + half):.2f})"
+    return f"**{text}**" if abs(middle) > half else text
 
 
 def table(rows: Sequence[Row], axis: str) -> str:
     """A line a value of the axis: every form, and the nonlinear rollout over the linear one."""
-    lines = [
-        (value, *(cell(rows, {**MIDDLE, axis: value}, form) for form in FORMS),
-         ratio(against(rows, {**MIDDLE, axis: value}, "nonlinear", "linear")))
-        for value in AXES[axis]
-    ]  # fmt: skip
+    at = {value: {**MIDDLE, axis: value} for value in AXES[axis]}
+    lines = [(value, *(cell(rows, setting, form) for form in FORMS),
+              ratio(*against(rows, setting, "nonlinear", "linear"))) for value, setting in at.items()]  # fmt: skip
     return markdown((axis, *FORMS, "nonlinear / linear"), lines)
 
 
@@ -179,16 +169,11 @@ def errors(rows: Sequence[Row]) -> str:
 def counts(rows: Sequence[Row]) -> list[str]:
     """In how many settings a form is lower or higher than none, and the second sweep than the first alone."""
     found = []
-    pairs = [(form, "none") for form in FORMS if form != "none"] + [("nonlinear", "linear")]
-    for form, other in pairs:
-        signs = []
-        for setting in settings():
-            mine, theirs = (logs(where(rows, **(base_of(setting) if f in AIMLESS else setting), form=f))
-                            for f in (form, other))  # fmt: skip
-            if form not in AIMLESS or setting["aim"] == MIDDLE["aim"]:
-                signs.append(sign(paired(mine, theirs)[:2]))
-        found.append(f"- `{form}` ends below `{other}` in {signs.count('↓')} of {len(signs)} settings, above it in "
-                     f"{signs.count('↑')}.")  # fmt: skip
+    for form, other in [*((form, "none") for form in list(FORMS)[1:]), ("nonlinear", "linear")]:
+        signs = [sign(*against(rows, setting, form, other)) for setting in settings()
+                 if form not in AIMLESS or setting["aim"] == MIDDLE["aim"]]  # fmt: skip
+        lower, higher = signs.count("↓"), signs.count("↑")
+        found.append(f"- `{form}` ends below `{other}` in {lower} of {len(signs)} settings, above it in {higher}.")
     return found
 
 
@@ -197,9 +182,10 @@ def parts(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     made, axes = figure(2)
     for axis, name in zip(axes[0], ("lr", "depth"), strict=True):
         for form in FORMS:
-            points = [(float(v), logs(where(rows, **{**MIDDLE, name: v}, form=form))) for v in AXES[name]]
-            axis.plot([at for at, _ in points], [math.exp(statistics.fmean(own.values())) for _, own in points], "o-",
-                      label=form, markersize=3)  # fmt: skip
+            means = [statistics.fmean(ended(rows, {**MIDDLE, name: v}, form).values()) for v in AXES[name]]
+            axis.plot(
+                [float(v) for v in AXES[name]], [math.exp(mean) for mean in means], "o-", label=form, markersize=3
+            )
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="train loss")
     axes[0][0].legend(fontsize=7)
     tables = "\n\n".join(f"### Over {axis}\n\n{table(rows, axis)}" for axis in AXES)

@@ -24,9 +24,9 @@ def changes(rows: Sequence[Row], name: str, form: str, what: str) -> dict[tuple[
     found: dict[tuple[str, str], tuple[float, ...] | None] = {}
     for base in BASES:
         for divisor in DIVISORS:
-            lr = f"{float(f'{table2.tuned(rows, name, base) / divisor:.3g}'):g}"
+            lr = table2.rate(rows, name, base, divisor)
             runs = [table2.reported(rows, dataset=name, base=base, form=f, lr=lr) for f in (form, "base")]
-            done = {row["seed"] for row in runs[0]} & {row["seed"] for row in runs[1]}
+            done = sorted({row["seed"] for row in runs[0]} & {row["seed"] for row in runs[1]})
             sides = [table2.by_seed(side, what) for side in runs]
             if len(done) > 2:
                 whole = all(seed in side for side in sides for seed in done)
@@ -55,7 +55,7 @@ def curves(rows: Sequence[Row], name: str, folder: Path) -> str:
     """The batch's loss of every base method and its forms: median over seeds, lowest and highest."""
     made, axes = figure(4, width=3.2)
     for axis, base in zip(axes[0], BASES, strict=True):
-        lr = f"{table2.tuned(rows, name, base):g}"
+        lr = table2.rate(rows, name, base)
         for form, color in zip(FORMS, ("black", "C1", "C0"), strict=True):
             found = table2.reported(rows, dataset=name, base=base, form=form, lr=lr)
             points = list(zip(*([float(v) for v in row["curve"].split()] for row in found), strict=True))

@@ -20,24 +20,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
+import shared
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from shared import (
-    DATA,
-    ROOT,
-    SETTINGS,
-    MissingData,
-    Row,
-    Settings,
-    Store,
-    begin,
-    keep_heap,
-    load,
-    machine,
-    measured,
-)  # fmt: skip
+from shared import DATA, ROOT, MissingData, Row, Settings, Store
 
 PARTS = ("table2", "fig1", "fig4", "fig6", "fig7", "fig8", "feedback")
 RESULTS, DOCS, TEMPLATE = Path(__file__).with_name("results"), ROOT / "docs", Path(__file__).with_name("paper.md.in")
@@ -50,7 +38,7 @@ def work(part: str, job: Row) -> Row:
 
 def run(part: Any, store: Store, pool: ProcessPoolExecutor, progress: Progress, until: float, workers: int) -> None:
     """What a part lacks, as many jobs at once as there are workers; nothing is begun after ``until``."""
-    stamp = {"measured": measured(), "machine": machine(1)}
+    stamp = {"measured": shared.measured(), "machine": shared.machine(1)}
     while jobs := store.missing(part.jobs(store.rows)):
         bar = progress.add_task(part.__name__, total=len(jobs))
         running: set[Any] = set()
@@ -67,9 +55,8 @@ def run(part: Any, store: Store, pool: ProcessPoolExecutor, progress: Progress, 
 
 def write(stores: dict[str, Store], page: Path) -> None:
     """The page, from the rows; beside it its pictures."""
-    found = {
-        "machines": "\n".join(f"- {each}" for each in sorted({r["machine"] for s in stores.values() for r in s.rows}))
-    }
+    machines = sorted({row["machine"] for store in stores.values() for row in store.rows})
+    found = {"machines": "\n".join(f"- {each}" for each in machines)}
     for name in PARTS:
         part = import_module(name)
         if rows := stores[part.RESULTS].rows:
@@ -94,16 +81,16 @@ def main(
     quick: Annotated[bool, typer.Option(help="small versions, into build/paper")] = False,
 ) -> None:
     """Measure what is missing; write the page."""
-    keep_heap()
+    shared.keep_heap()
     torch.set_num_threads(1)
     names, wanted = tuple(datasets.split(",")), parts or list(PARTS)
     if unknown := [name for name in (*names, *wanted) if name not in (*DATA, *PARTS)]:
         raise typer.BadParameter(f"{unknown} is not among {[*PARTS, *DATA]}")
-    settings = Settings(data_root, device, quick, 2 if quick else seeds, names)
-    begin(settings)
+    settings = Settings(data_root, device, quick, 3 if quick else seeds, names)
+    shared.begin(settings)
     try:
         for name in names:
-            load(name, SETTINGS.root)
+            shared.load(name, data_root)
     except MissingData as error:
         typer.echo(error, err=True)
         raise typer.Exit(1) from error
@@ -116,7 +103,7 @@ def main(
         queue.put(cores[index % len(cores)])
     columns = (TextColumn("{task.description:10}"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn())
     until = time.monotonic() + 60 * budget
-    with ProcessPoolExecutor(workers, context, begin, (SETTINGS, queue)) as pool, Progress(
+    with ProcessPoolExecutor(workers, context, shared.begin, (settings, queue)) as pool, Progress(
         *columns, console=Console(stderr=True, soft_wrap=True)) as progress:  # fmt: skip
         for name in wanted:
             part = import_module(name)

@@ -32,8 +32,6 @@ from networks import resnet  # noqa: E402
 
 __all__ = ["in_process", "keep_heap", "machine", "markdown", "measured"]
 LOSS = nn.CrossEntropyLoss()
-GUESSING = math.log(10)
-"""Train loss of a network of ten classes that knows nothing: what ends above it counts as diverged."""
 Row = dict[str, str]
 Part = tuple[Tensor, Tensor]
 
@@ -104,15 +102,8 @@ def load(name: str, root: Path | None = None) -> tuple[Part, Part]:
     Raises:
         MissingData: files or a package that the data set needs are not there.
     """
-    if name == "digits":
-        found = digits()
-        parts = [found.train, found.valid]
-    elif name == "mnist-5k":
-        parts = mnist_5k()
-    else:
-        parts = FROM_FILES[name](files(name, root))
-    shape = DATA[name].shape
-    train, valid = ((x.reshape(-1, *shape), y) for x, y in parts)
+    parts = PACKED[name]() if name in PACKED else FROM_FILES[name](files(name, root))
+    train, valid = ((x.reshape(-1, *DATA[name].shape), y) for x, y in parts)
     return train, valid
 
 
@@ -149,9 +140,7 @@ def _pixels(values: Any) -> Tensor:
 
 
 def _idx(paths: list[Path]) -> list[Part]:
-    found = [
-        np.frombuffer(read(path), np.uint8, offset=offset) for path, offset in zip(paths, (16, 8, 16, 8), strict=True)
-    ]
+    found = [np.frombuffer(read(path), np.uint8, offset=16 if "images" in path.name else 8) for path in paths]
     return [(_pixels(found[i]), torch.tensor(found[i + 1]).long()) for i in (0, 2)]
 
 
@@ -168,6 +157,7 @@ def _cifar(paths: list[Path]) -> list[Part]:
     return [tuple(torch.cat(column) for column in zip(*parts[:-1], strict=True)), parts[-1]]
 
 
+PACKED = {"digits": lambda: (digits().train, digits().valid), "mnist-5k": mnist_5k}
 FROM_FILES = {"mnist": _idx, "svhn": _svhn, "cifar10": _cifar, "cifar100": _cifar}
 
 

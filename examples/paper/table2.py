@@ -7,11 +7,12 @@ it, over which the table is repeated.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared import BASES, DATA, FORMS, GUESSING, SETTINGS, Row, interval, load, markdown, paired, train, where
+from shared import BASES, DATA, FORMS, SETTINGS, Row, interval, load, markdown, paired, train, where
 
 RESULTS = "runs"
 GRIDS = {
@@ -22,41 +23,42 @@ GRIDS = {
 }
 SWEEP_SEED = 100
 PAPER = {
-    "digits": ("DIGITS", (0.0053, 0.0247, 0.0182, 0.0514), (0.0050, 0.0124, 0.0081, 0.0514),
+    "digits": ((0.0053, 0.0247, 0.0182, 0.0514), (0.0050, 0.0124, 0.0081, 0.0514),
                (96.09, 95.61, 95.81, 95.31), (96.10, 95.92, 95.84, 95.55)),
-    "mnist": ("MNIST", (0.0250, 0.0284, 0.0330, 0.0290), (0.0240, 0.0282, 0.0312, 0.0291),
+    "mnist": ((0.0250, 0.0284, 0.0330, 0.0290), (0.0240, 0.0282, 0.0312, 0.0291),
               (98.59, 98.52, 98.51, 98.56), (98.62, 98.53, 98.51, 98.56)),
-    "svhn": ("SVHN", (0.2755, 0.2670, 0.2544, 0.2049), (0.2692, 0.2637, 0.2517, 0.2047),
+    "svhn": ((0.2755, 0.2670, 0.2544, 0.2049), (0.2692, 0.2637, 0.2517, 0.2047),
              (88.58, 88.96, 89.20, 88.75), (89.90, 89.02, 89.22, 89.91)),
-    "cifar10": ("CIFAR-10", (0.0296, 0.0107, 0.0127, 0.0922), (0.0284, 0.0069, 0.0096, 0.0907),
+    "cifar10": ((0.0296, 0.0107, 0.0127, 0.0922), (0.0284, 0.0069, 0.0096, 0.0907),
                 (74.69, 70.88, 72.51, 74.33), (74.69, 70.97, 72.68, 74.18)),
-    "cifar100": ("CIFAR-100", (0.0075, 0.0058, 0.0055, 0.0120), (0.0075, 0.0058, 0.0054, 0.0125),
+    "cifar100": ((0.0075, 0.0058, 0.0055, 0.0120), (0.0075, 0.0058, 0.0054, 0.0125),
                  (71.78, 71.65, 71.96, 71.95), (72.06, 71.91, 72.19, 72.24)),
 }  # fmt: skip
 """Table 2 of the paper: train loss of the four bases, of their GT-DDP; validation accuracy of both, in percent."""
 
 
-def key(dataset: str, base: str, form: str, lr: float, seed: int) -> Row:
+def key(dataset: str, base: str, form: str, lr: str, seed: int) -> Row:
     """What a run is known by."""
     steps = 24 if SETTINGS.quick and dataset != "digits" else 120 if SETTINGS.quick else DATA[dataset].steps
-    return {"dataset": dataset, "base": base, "form": form, "lr": f"{lr:g}", "seed": str(seed), "steps": str(steps)}
+    return {"dataset": dataset, "base": base, "form": form, "lr": lr, "seed": str(seed), "steps": str(steps)}
 
 
-def tuned(rows: Sequence[Row], dataset: str, base: str) -> float:
-    """The base method's rate with the lowest train loss at the end of the sweep."""
-    swept = [row for row in where(rows, dataset=dataset, base=base, form="base", seed=SWEEP_SEED)]
-    return float(min(swept, key=lambda row: float(row["train_loss"]))["lr"])
+def rate(rows: Sequence[Row], dataset: str, base: str, divisor: float = 1) -> str:
+    """The base method's rate with the lowest train loss at the end of the sweep, or a part of it."""
+    swept = where(rows, dataset=dataset, base=base, form="base", seed=SWEEP_SEED)
+    best = min(((float(row["train_loss"]), float(row["lr"])) for row in swept), default=(math.nan, math.nan))[1]
+    return f"{best / divisor:.3g}"
 
 
 def jobs(rows: Sequence[Row], divisors: Sequence[float] = (1,), seeds: int | None = None) -> list[Row]:
     """The sweep; once it is done, every form by seeds."""
-    sweep = [key(name, base, "base", lr, SWEEP_SEED) for name in SETTINGS.datasets for base in BASES
+    sweep = [key(name, base, "base", f"{lr:g}", SWEEP_SEED) for name in SETTINGS.datasets for base in BASES
              for lr in GRIDS[base]]  # fmt: skip
     if any(not any(job.items() <= row.items() for row in rows) for job in sweep):
         return sweep
     wanted = [(seed, name, base, divisor) for seed in range(seeds or SETTINGS.seeds) for name in SETTINGS.datasets
               for base in BASES for divisor in divisors]  # fmt: skip
-    return [key(name, base, form, float(f"{tuned(rows, name, base) / divisor:.3g}"), seed)
+    return [key(name, base, form, rate(rows, name, base, divisor), seed)
             for seed, name, base, divisor in wanted for form in FORMS]  # fmt: skip
 
 
@@ -77,7 +79,7 @@ def by_seed(rows: Sequence[Row], figure: str) -> dict[str, float]:
 
 def diverged(row: Row) -> bool:
     """Whether a run ended no better than guessing."""
-    return not float(row["train_loss"]) < GUESSING
+    return not float(row["train_loss"]) < math.log(DATA[row["dataset"]].classes)
 
 
 def reported(rows: Sequence[Row], **wanted: object) -> list[Row]:
@@ -85,12 +87,12 @@ def reported(rows: Sequence[Row], **wanted: object) -> list[Row]:
     return [row for row in where(rows, **wanted) if row["seed"] != str(SWEEP_SEED)]
 
 
-def line(rows: Sequence[Row], name: str, base: str, lr: float) -> list[str] | None:
+def line(rows: Sequence[Row], name: str, base: str, lr: str) -> list[str] | None:
     """A base method at a rate: means, and paired differences of both forms; the paper's differences beside them."""
-    runs = {form: reported(rows, dataset=name, base=base, form=form, lr=f"{lr:g}") for form in FORMS}
+    runs = {form: reported(rows, dataset=name, base=base, form=form, lr=lr) for form in FORMS}
     if not all(runs.values()):
         return None
-    cells = [base, f"{lr:g}"]
+    cells = [base, lr]
     for at, (figure, scale, shape) in enumerate((("train_loss", 1, ".4f"), ("accuracy", 100, ".2f"))):
         own = {form: {seed: scale * v for seed, v in by_seed(found, figure).items()} for form, found in runs.items()}
         mean = sum(own["base"].values()) / len(own["base"]) if own["base"] else math.nan
@@ -100,12 +102,9 @@ def line(rows: Sequence[Row], name: str, base: str, lr: float) -> list[str] | No
             lost = sum(map(diverged, runs[form]))
             text = interval(middle, half, f"+{shape}") if count else ""
             cells.append(text + f" ({lost} of {len(runs[form])} diverged)" * bool(lost))
-        if name in PAPER:
-            column = BASES.index(base)
-            before, after = (PAPER[name][1 + 2 * at + which][column] for which in (0, 1))
-            cells.append(f"{before:{shape}}, {after - before:+{shape}}")
-        else:
-            cells.append("–")
+        published = PAPER[name.removesuffix("-5k")]
+        before, after = (published[2 * at + which][BASES.index(base)] for which in (0, 1))
+        cells.append(f"{before:{shape}}, {after - before:+{shape}}")
     return cells
 
 
@@ -115,25 +114,20 @@ HEADER = ("base", "lr", "train loss", "paper's form", "ours", "in the paper", "v
 
 def table(rows: Sequence[Row], name: str, divisor: float = 1) -> str:
     """A data set at the bases' best rate, or at a part of it."""
-    lines = [line(rows, name, base, float(f"{tuned(rows, name, base) / divisor:.3g}")) for base in BASES
-             if where(rows, dataset=name, base=base)]  # fmt: skip
+    lines = [line(rows, name, base, rate(rows, name, base, divisor)) for base in BASES]
     return markdown(HEADER, [each for each in lines if each])
 
 
 def verdict(rows: Sequence[Row], form: str, divisors: Sequence[float]) -> str:
     """In how many pairs a form is better, worse or not to be told from its base method, by train loss."""
     count = {"better": 0, "worse": 0, "not to be told apart": 0, "diverged in some seed": 0}
-    for name in {row["dataset"] for row in rows}:
-        for base in BASES:
-            for divisor in divisors:
-                lr = f"{float(f'{tuned(rows, name, base) / divisor:.3g}'):g}"
-                runs = {f: reported(rows, dataset=name, base=base, form=f, lr=lr) for f in ("base", form)}
-                if not all(runs.values()):
-                    continue
-                middle, half, _ = paired(*(by_seed(runs[f], "train_loss") for f in (form, "base")))
-                lost = any(map(diverged, runs[form]))
-                sign = "better" if middle < 0 else "worse"
-                count["diverged in some seed" if lost else sign if abs(middle) > half else "not to be told apart"] += 1
+    for name, base, divisor in itertools.product({row["dataset"] for row in rows}, BASES, divisors):
+        lr = rate(rows, name, base, divisor)
+        mine, theirs = (reported(rows, dataset=name, base=base, form=f, lr=lr) for f in (form, "base"))
+        if mine and theirs:
+            middle, half, _ = paired(by_seed(mine, "train_loss"), by_seed(theirs, "train_loss"))
+            sign = "not to be told apart" if not abs(middle) > half else "better" if middle < 0 else "worse"
+            count["diverged in some seed" if any(map(diverged, mine)) else sign] += 1
     return ", ".join(f"{said} {number}" for said, number in count.items())
 
 
@@ -142,7 +136,7 @@ def parts(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     found = []
     for name in dict.fromkeys(row["dataset"] for row in rows):
         runs = reported(rows, dataset=name, form="base")
-        seeds, steps = len({row["seed"] for row in runs}), {row["steps"] for row in runs}
+        seeds, steps = len({row["seed"] for row in runs}), sorted({row["steps"] for row in runs})
         found.append(f"### {name}\n\n{DATA[name].batch} samples a step, {', '.join(steps)} steps, {seeds} seeds.")
         tables = {divisor: table(rows, name, divisor) for divisor in (1, 3, 10)}
         found += [f"At 1/{divisor} of these rates:\n\n{text}" if divisor > 1 else text
