@@ -10,21 +10,20 @@ import table2
 from shared import BASES, FORMS, SETTINGS, Row, figure, markdown, save, variance_change
 
 RESULTS = "runs"
-DIVISORS = (1, 3, 10)
 work = table2.work
 
 
 def jobs(rows: Sequence[Row]) -> list[Row]:
-    """Table 2's runs at two lower rates too, on the first data set."""
-    return [job for job in table2.jobs(rows, DIVISORS) if job["dataset"] == SETTINGS.datasets[0]]
+    """Table 2's runs at two other rates too, on the first data set."""
+    return [job for job in table2.jobs(rows, table2.FACTORS) if job["dataset"] == SETTINGS.datasets[0]]
 
 
 def changes(rows: Sequence[Row], name: str, form: str, what: str) -> dict[tuple[str, str], tuple[float, ...] | None]:
     """By base and rate: the change of the variance in percent with its interval; None where a run diverged."""
     found: dict[tuple[str, str], tuple[float, ...] | None] = {}
     for base in BASES:
-        for divisor in DIVISORS:
-            lr = table2.rate(rows, name, base, divisor)
+        for factor in table2.FACTORS:
+            lr = table2.rate(rows, name, base, factor)
             runs = [table2.reported(rows, dataset=name, base=base, form=f, lr=lr) for f in (form, "base")]
             done = sorted({row["seed"] for row in runs[0]} & {row["seed"] for row in runs[1]})
             sides = [table2.by_seed(side, what) for side in runs]
