@@ -49,7 +49,8 @@ def table(rows: Sequence[Row], shared: bool) -> str:
     """Mean losses, accuracy, and the paired difference to EK-FAC at the end."""
     lines, base = [], {}
     for method, own in TUNED.items():
-        found = runs_of(rows, method, SHARED if shared else own)
+        if not (found := runs_of(rows, method, SHARED if shared else own)):
+            continue
         curves = {row["seed"]: [float(value) for value in row["curve"].split()] for row in found}
         last = {seed: curve[-1] for seed, curve in curves.items()}
         base = base or last

@@ -255,11 +255,10 @@ class Store:
 
     def keep(self, row: Row) -> None:
         """One row more."""
-        first = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[0] if self.rows else row), lineterminator="\n")
-            if first:
+            if not file.tell():
                 writer.writeheader()
             writer.writerow(row)
         self.rows.append(row)
