@@ -69,6 +69,13 @@ def share(norms: Tensor) -> float:
     return float(norms.diagonal().square().sum() / norms.square().sum())
 
 
+def coupling(norms: Tensor) -> float:
+    """``‖V_ij‖ / √(‖V_ii‖ ‖V_jj‖)``, mean over pairs: 0 is block-diagonal, however unequal the samples are."""
+    own = norms.diagonal().sqrt()
+    alike = norms / own[:, None] / own
+    return float((alike.sum() - len(own)) / (len(own) ** 2 - len(own)))
+
+
 def work(job: Row) -> Row:
     """The value Hessian in what every layer reads, in float64."""
     torch.manual_seed(int(job["seed"]))
@@ -84,21 +91,24 @@ def work(job: Row) -> Row:
     wanted = found[::2] if job["norm"] == "batch" else found  # what batch-norms read is left out
     return {
         "share": " ".join(f"{share(norms):.4f}" for norms in wanted),
+        "coupling": " ".join(f"{coupling(norms):.4f}" for norms in wanted),
         "blocks": " ".join(f"{v:.3g}" for v in wanted[1].flatten().tolist()) if len(rows) <= DRAWN else "",
     }
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Percent of the squared norm, by layer; means over seeds."""
+    """Percent of the squared norm by layer, and the coupling at the second convolution; means over seeds."""
     lines = []
     for row in where(rows, seed=0):
-        same = [other for other in rows if all(other[k] == row[k] for k in ("norm", "trained", "batch", "recursion"))]
-        shares = torch.tensor([[float(v) for v in other["share"].split()] for other in same])
-        each = (f"{100 * value:.1f}" for value in shares.mean(0).tolist())
-        none = 100 / int(row["batch"])
-        lines.append((row["norm"], row["trained"], row["batch"], row["recursion"], *each, f"{none:.0f}"))
+        setting = {name: row[name] for name in ("norm", "trained", "batch", "recursion")}
+        means = {name: torch.tensor([[float(v) for v in other[name].split()] for other in where(rows, **setting)]).mean(0)
+                 for name in ("share", "coupling")}  # fmt: skip
+        shares = (f"{100 * value:.1f}" for value in means["share"].tolist())
+        lines.append(
+            (*setting.values(), *shares, f"{100 / int(row['batch']):.0f}", f"{float(means['coupling'][1]):.3f}")
+        )
     layers = ("first conv %", "second conv %", "third conv %", "head %")
-    header = ("normalisation", "steps before", "batch", "recursion", *layers, "all blocks alike %")
+    header = ("normalisation", "steps before", "batch", "recursion", *layers, "all blocks alike %", "coupling")
     return markdown(header, lines)
 
 
