@@ -101,12 +101,11 @@ def table(rows: Sequence[Row]) -> str:
     lines = []
     for row in where(rows, seed=0):
         setting = {name: row[name] for name in ("norm", "trained", "batch", "recursion")}
-        means = {name: torch.tensor([[float(v) for v in other[name].split()] for other in where(rows, **setting)]).mean(0)
-                 for name in ("share", "coupling")}  # fmt: skip
-        shares = (f"{100 * value:.1f}" for value in means["share"].tolist())
-        lines.append(
-            (*setting.values(), *shares, f"{100 / int(row['batch']):.0f}", f"{float(means['coupling'][1]):.3f}")
-        )
+        same = where(rows, **setting)
+        shares, couplings = (torch.tensor([[float(v) for v in other[name].split()] for other in same]).mean(0).tolist()
+                             for name in ("share", "coupling"))  # fmt: skip
+        each = (f"{100 * value:.1f}" for value in shares)
+        lines.append((*setting.values(), *each, f"{100 / int(row['batch']):.0f}", f"{couplings[1]:.3f}"))
     layers = ("first conv %", "second conv %", "third conv %", "head %")
     header = ("normalisation", "steps before", "batch", "recursion", *layers, "all blocks alike %", "coupling")
     return markdown(header, lines)
