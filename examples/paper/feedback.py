@@ -42,6 +42,8 @@ FORMS: dict[str, dict[str, Any]] = {
 own curvature in the stage's Hessian, and without (the paper's)."""
 AIMLESS = ("none", "paper")
 """Forms without the geometric terminal, whose aim is the length of a step."""
+COMPARED = ("nonlinear", "open", "block", "groups")
+"""With the linear rollout too."""
 WIDTH, GUESSING = 32, math.log(10)
 
 
@@ -143,7 +145,7 @@ def mean(rows: Sequence[Row], setting: dict[str, str], form: str) -> float:
 
 def ratio(middle: float, half: float) -> str:
     """A ratio with its interval; bold where it is not 1."""
-    text = f"{math.exp(middle):.2f} ({math.exp(middle - half):.2f}–{math.exp(middle + half):.2f})"
+    text = f"{math.exp(middle):.3f} ({math.exp(middle - half):.3f}–{math.exp(middle + half):.3f})"
     return f"**{text}**" if abs(middle) > half else text
 
 
@@ -167,9 +169,9 @@ def errors(rows: Sequence[Row]) -> str:
 
 
 def counts(rows: Sequence[Row]) -> list[str]:
-    """In how many settings a form is lower or higher than none, and the second sweep than the first alone."""
+    """In how many settings a form is lower or higher than none, and some than the linear rollout."""
     found = []
-    for form, other in [*((form, "none") for form in list(FORMS)[1:]), ("nonlinear", "linear")]:
+    for form, other in [*((form, "none") for form in list(FORMS)[1:]), *((form, "linear") for form in COMPARED)]:
         signs = [sign(*against(rows, setting, form, other)) for setting in settings()
                  if form not in AIMLESS or setting["aim"] == MIDDLE["aim"]]  # fmt: skip
         lower, higher = signs.count("↓"), signs.count("↑")
