@@ -189,6 +189,8 @@ def parts(rows: Sequence[Row], folder: Path) -> dict[str, str]:
                 [float(v) for v in AXES[name]], [math.exp(mean) for mean in means], "o-", label=form, markersize=3
             )
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="train loss")
+        axis.set_xticks([float(value) for value in AXES[name]], AXES[name])
+        axis.minorticks_off()
     axes[0][0].legend(fontsize=7)
     tables = "\n\n".join(f"### Over {axis}\n\n{table(rows, axis)}" for axis in AXES)
     seeds, middle = len({row["seed"] for row in rows}), ", ".join(f"{name} {value}" for name, value in MIDDLE.items())

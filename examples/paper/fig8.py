@@ -57,8 +57,8 @@ def curves(rows: Sequence[Row], name: str, folder: Path) -> str:
         lr = table2.rate(rows, name, base)
         for form, color in zip(FORMS, ("black", "C1", "C0"), strict=True):
             found = table2.reported(rows, dataset=name, base=base, form=form, lr=lr)
-            points = list(zip(*([float(v) for v in row["curve"].split()] for row in found), strict=True))
-            at = [int(found[0]["steps"]) * (k + 0.5) / len(points) for k in range(len(points))] if found else []
+            points = list(zip(*([float(v) for v in row["curve"].split()] for row in found), strict=True))[:20]
+            at = [max(1, int(found[0]["steps"]) // 20) * (k + 0.5) for k in range(len(points))]
             axis.plot(at, [statistics.median(column) for column in points], color=color, label=form)
             axis.fill_between(at, *([pick(column) for column in points] for pick in (min, max)), color=color,
                               alpha=0.15, linewidth=0)  # fmt: skip
