@@ -190,7 +190,7 @@ def parts(rows: Sequence[Row], folder: Path) -> dict[str, str]:
             )
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="train loss")
         axis.set_xticks([float(value) for value in AXES[name]], AXES[name])
-        axis.minorticks_off()
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes[0][0].legend(fontsize=7)
     tables = "\n\n".join(f"### Over {axis}\n\n{table(rows, axis)}" for axis in AXES)
     seeds, middle = len({row["seed"] for row in rows}), ", ".join(f"{name} {value}" for name, value in MIDDLE.items())
