@@ -29,14 +29,17 @@ def changes(rows: Sequence[Row], name: str, form: str, what: str) -> dict[tuple[
             sides = [table2.by_seed(side, what) for side in runs]
             if len(done) > 2:
                 whole = all(seed in side for side in sides for seed in done)
-                found[base, lr] = variance_change(*([s[seed] for seed in done] for s in sides)) if whole else None
+                both = ([side[seed] for seed in done] for side in sides)
+                found[base, lr] = (*variance_change(*both), len(done)) if whole else None
     return found
 
 
 def shown(change: tuple[float, ...] | None) -> str:
-    """A change with its interval; bold where it excludes zero."""
+    """A change with its interval, bold where it excludes zero; of few seeds no interval, which would say nothing."""
     if change is None:
         return "a run diverged"
+    if change[3] < 6:
+        return f"{change[0]:+.0f} ({change[3]} seeds)"
     text = f"{change[0]:+.0f} ({change[1]:+.0f} to {change[2]:+.0f})"
     return f"**{text}**" if change[1] * change[2] > 0 else text
 

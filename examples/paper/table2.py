@@ -92,7 +92,7 @@ def line(rows: Sequence[Row], name: str, base: str, lr: str) -> list[str] | None
     runs = {form: reported(rows, dataset=name, base=base, form=form, lr=lr) for form in FORMS}
     if not all(runs.values()):
         return None
-    cells = [base, lr]
+    cells = [base, lr, str(len(runs["ours"]))]
     for at, (figure, scale, shape) in enumerate((("train_loss", 1, ".4f"), ("accuracy", 100, ".2f"))):
         own = {form: {seed: scale * v for seed, v in by_seed(found, figure).items()} for form, found in runs.items()}
         mean = sum(own["base"].values()) / len(own["base"]) if own["base"] else math.nan
@@ -108,8 +108,8 @@ def line(rows: Sequence[Row], name: str, base: str, lr: str) -> list[str] | None
     return cells
 
 
-HEADER = ("base", "lr", "train loss", "paper's form", "ours", "in the paper", "validation %", "paper's form", "ours",
-          "in the paper")  # fmt: skip
+FORMS_OF = ("paper's form", "ours", "in the paper")
+HEADER = ("base", "lr", "seeds", "train loss", *FORMS_OF, "validation %", *FORMS_OF)
 
 
 def table(rows: Sequence[Row], name: str, factor: float = 1) -> str:
@@ -135,9 +135,8 @@ def parts(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     """The tables, and what they say in one line a form."""
     found = []
     for name in dict.fromkeys(row["dataset"] for row in rows):
-        runs = reported(rows, dataset=name, form="base")
-        seeds, steps = len({row["seed"] for row in runs}), sorted({row["steps"] for row in runs})
-        found.append(f"### {name}\n\n{DATA[name].batch} samples a step, {', '.join(steps)} steps, {seeds} seeds.")
+        steps = sorted({row["steps"] for row in where(rows, dataset=name)})
+        found.append(f"### {name}\n\n{DATA[name].batch} samples a step, {', '.join(steps)} steps.")
         tables = {factor: table(rows, name, factor) for factor in FACTORS}
         found += [text if factor == 1 else f"At {factor:g} times these rates:\n\n{text}"
                   for factor, text in tables.items() if text.count("\n") > 1]  # fmt: skip
