@@ -57,10 +57,10 @@ def table(rows: Sequence[Row], shared: bool) -> str:
         means = [f"{statistics.fmean(column):.3f}" for column in zip(*curves.values(), strict=True)]
         accuracy = statistics.fmean(100 * float(row["accuracy"]) for row in found)
         against = interval(*paired(last, base)[:2], "+.3f") if method != "ekfac" else ""
-        lines.append((method, found[0]["lr"], found[0]["damping"], *means, against, f"{accuracy:.2f}"))
+        lines.append((method, found[0]["lr"], found[0]["damping"], str(len(found)), *means, against, f"{accuracy:.2f}"))
     steps = int(rows[0]["steps"])
     points = [f"loss at {steps * k // 4}" for k in (1, 2, 3, 4)]
-    return markdown(("method", "lr", "damping", *points, "paired difference to ekfac", "test %"), lines)
+    return markdown(("method", "lr", "damping", "seeds", *points, "paired difference to ekfac", "test %"), lines)
 
 
 def parts(rows: Sequence[Row], folder: Path) -> dict[str, str]:
