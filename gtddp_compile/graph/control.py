@@ -8,12 +8,13 @@ from functools import cached_property
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any
 
 from gtddp_compile.graph.ops import Op, OpGraph
 from gtddp_compile.graph.structure import Player, Shortcut, Stage, Value, players_by
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
 
@@ -104,6 +105,11 @@ class ControlGraph:
         return max(row.values(), default=0)
 
     @cached_property
+    def tried(self) -> dict[str, Mapping[str, Any]]:
+        """What trials of operations have found, by use: several passes ask, one trial is enough."""
+        return {}
+
+    @cached_property
     def stage_of(self) -> dict[str, int]:
         """Stage of every operation; -1 for the prologue."""
         found = dict.fromkeys(self.prologue, -1)
@@ -181,6 +187,8 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
         dictionaries with the fields of ``gtddp_compile.graph``'s classes of those names; a player's ``parameters`` are
         pairs of name and shape.
     """
+    import networkx as nx  # which takes its time, and compiling needs none of it
+
     shapes = {info.name: list(info.shape) for info in graph.ops.parameters}
     outputs = graph.ops.output_names
     found: nx.MultiDiGraph[str] = nx.MultiDiGraph(
@@ -267,35 +275,21 @@ def _player(player: Player, shapes: dict[str, list[int]]) -> dict[str, Any]:
 
 def _stage(stage: Stage) -> dict[str, Any]:
     return {
-        "index": stage.index,
-        "players": list(stage.players),
-        "live": list(stage.live),
-        "consumed": list(stage.consumed),
-        "carried": list(stage.carried),
-        "produced": list(stage.produced),
-        "ops": list(stage.ops),
-        "merges": list(stage.merges),
-    }
+        "index": stage.index, "players": list(stage.players), "live": list(stage.live),
+        "consumed": list(stage.consumed), "carried": list(stage.carried), "produced": list(stage.produced),
+        "ops": list(stage.ops), "merges": list(stage.merges),
+    }  # fmt: skip
 
 
 def _shortcut(shortcut: Shortcut) -> dict[str, Any]:
     return {
-        "fork": shortcut.fork,
-        "merge": shortcut.merge,
-        "kind": shortcut.kind,
-        "players": list(shortcut.players),
-        "ops": list(shortcut.ops),
-        "regular": shortcut.regular,
-    }
+        "fork": shortcut.fork, "merge": shortcut.merge, "kind": shortcut.kind, "players": list(shortcut.players),
+        "ops": list(shortcut.ops), "regular": shortcut.regular,
+    }  # fmt: skip
 
 
 def _value(value: Value) -> dict[str, Any]:
     return {
-        "name": value.name,
-        "shape": [int(size) for size in value.shape],
-        "born": value.born,
-        "dies": value.dies,
-        "readers": list(value.readers),
-        "fixed": value.fixed,
-        "control": value.control,
-    }
+        "name": value.name, "shape": [int(size) for size in value.shape], "born": value.born, "dies": value.dies,
+        "readers": list(value.readers), "fixed": value.fixed, "control": value.control,
+    }  # fmt: skip

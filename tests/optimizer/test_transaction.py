@@ -52,9 +52,11 @@ def everything(opt: CompiledOptimizer, net: nn.Module) -> Any:
     return copy.deepcopy((net.state_dict(), opt.state_dict()["state"], torch.get_rng_state()))
 
 
-@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
-@pytest.mark.parametrize("curvature", ["adam", "kfac"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "curvature", "rollout"), [
+    ("chain", "adam", "linear"), ("chain", "kfac", "nonlinear"), ("norm, mask, shortcut", "kfac", "linear"),
+    ("norm, mask, shortcut", "adam", "nonlinear"), ("convolution", "kfac", "linear"),
+    ("convolution", "adam", "nonlinear"),
+])  # fmt: skip
 def test_a_fault_at_any_line_changes_nothing(name: str, curvature: str, rollout: Any) -> None:
     torch.manual_seed(0)
     kind, width = NETWORKS[name]
