@@ -22,11 +22,10 @@ in the order of the merges and, at a merge, of its operands. What the words mean
   inputs dominate together are a merge of inputs, not a shortcut.
 * A shortcut is *regular* if the fork dominates the merge and the merge post-dominates the fork.
 
-Dominators are found in trace order, from a virtual root before all inputs: an operation's is the nearest one
-that all it reads have in common. Post-dominators likewise against it, from a virtual exit after all outputs.
-The operations of a branch are found by walking back from the merge, latest operation first, only until its
-branches have reached their forks or the main path: linear in the region, and constant for an identity shortcut
-whose fork dominates.
+Dominators are networkx's, over the graph with a virtual root before all inputs and a virtual exit after all
+outputs. The operations of a branch are found by walking back from the merge, latest operation first, only
+until its branches have reached their forks or the main path: linear in the region, and constant for an
+identity shortcut whose fork dominates.
 """
 
 from __future__ import annotations
@@ -34,13 +33,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from heapq import heapify, heappop, heappush
+
+import networkx as nx
 
 from gtddp_compile.graph import OpGraph, PlayerGraph, Shortcut, ShortcutGraph, ShortcutKind
 
 ROOT, EXIT = -1, -2
 MAIN = 1
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,7 @@ class Flow:
     reads: Mapping[int, tuple[int, ...]]
     entries: Mapping[int, tuple[int, ...]]
     readers: Counter[int]
-    after: Tree
-
-
-class Tree:
-    """Immediate dominators, from a root down."""
-
-    def __init__(self, root: int) -> None:
-        self._above, self._depth = {root: root}, {root: 0}
-
-    def __contains__(self, node: int) -> bool:
-        return node in self._above
-
-    def add(self, node: int, entries: Iterable[int]) -> None:
-        """A node that is entered from others, which are in the tree."""
-        above = reduce(self.common, entries)
-        self._above[node], self._depth[node] = above, self._depth[above] + 1
-
-    def common(self, one: int, other: int) -> int:
-        """The nearest node that dominates both."""
-        while one != other:
-            if self._depth[one] < self._depth[other]:
-                one, other = other, one
-            one = self._above[one]
-        return one
+    after: nx.DiGraph[int]
 
 
 @dataclass(frozen=True)
@@ -128,12 +106,8 @@ def find_flow(graph: PlayerGraph) -> Flow:
     reads = {
         position[op.name]: tuple(position[o] for o in op.operands if o in nodes) for op in ops.ops if op.name in nodes
     }
-    after, readers = Tree(EXIT), {position[name]: [EXIT] for name in ops.output_names if name in nodes}
-    for node in reversed(reads):
-        if node in readers:
-            after.add(node, readers[node])
-            for operand in reads[node]:
-                readers.setdefault(operand, []).append(node)
+    outputs = tuple(position[name] for name in ops.output_names if name in nodes)
+    after = dominator_tree(_after(reads, outputs).reverse(copy=False), EXIT)
     reads = {node: operands for node, operands in reads.items() if node in after}
     moved: set[int] = set()
     entries = {}
@@ -145,15 +119,37 @@ def find_flow(graph: PlayerGraph) -> Flow:
     return Flow(reads, entries, Counter(o for operands in entries.values() for o in operands), after)
 
 
+def _before(entries: Mapping[int, tuple[int, ...]]) -> nx.DiGraph[int]:
+    """Carriers as a networkx graph, from a root before every carrier that reads none."""
+    graph: nx.DiGraph[int] = nx.DiGraph()
+    graph.add_node(ROOT)
+    graph.add_edges_from((o, node) for node, operands in entries.items() for o in operands or (ROOT,))
+    return graph
+
+
+def _after(reads: Mapping[int, tuple[int, ...]], outputs: tuple[int, ...]) -> nx.DiGraph[int]:
+    """Carriers as a networkx graph, to an exit after every output."""
+    graph: nx.DiGraph[int] = nx.DiGraph()
+    graph.add_node(EXIT)
+    graph.add_edges_from((node, EXIT) for node in outputs)
+    graph.add_edges_from((o, node) for node, operands in reads.items() for o in operands)
+    return graph
+
+
 # --- forks ----------------------------------------------------------------------------------------
 
 
-def dominators(entries: Mapping[int, tuple[int, ...]]) -> Tree:
-    """The tree of immediate dominators, from a root before every carrier that reads none."""
-    tree = Tree(ROOT)
-    for node, operands in entries.items():
-        tree.add(node, operands or (ROOT,))
+def dominator_tree(graph: nx.DiGraph[int], start: int) -> nx.DiGraph[int]:
+    """The tree of immediate dominators (some networkx versions list the start as its own)."""
+    tree: nx.DiGraph[int] = nx.DiGraph()
+    tree.add_node(start)
+    tree.add_edges_from((above, node) for node, above in nx.immediate_dominators(graph, start).items() if node != start)
     return tree
+
+
+def nearest_common(tree: nx.DiGraph[int], root: int, pairs: set[Pair]) -> dict[Pair, int]:
+    """Lowest common ancestors of pairs of nodes, all at once."""
+    return dict(nx.tree_all_pairs_lowest_common_ancestor(tree, root, iter(pairs))) if pairs else {}
 
 
 def path_lengths(graph: PlayerGraph, flow: Flow) -> dict[int, tuple[int, int]]:
@@ -167,14 +163,15 @@ def path_lengths(graph: PlayerGraph, flow: Flow) -> dict[int, tuple[int, int]]:
     return {node: (players[node], steps[node]) for node in players}
 
 
-def find_candidates(graph: PlayerGraph, flow: Flow, tree: Tree) -> list[Candidate]:
+def find_candidates(graph: PlayerGraph, flow: Flow, tree: nx.DiGraph[int]) -> list[Candidate]:
     """Every operand beside the main one, with the nearest common dominator of both."""
     length = path_lengths(graph, flow)
     found = []
     for merge, operands in flow.reads.items():
         main = max(operands, key=length.__getitem__, default=merge)  # the first of equals
-        found += [Candidate(merge, main, o, tree.common(main, o)) for o in operands if o != main]
-    return found
+        found += [(merge, main, operand) for operand in operands if operand != main]
+    forks = nearest_common(tree, ROOT, {(main, operand) for _, main, operand in found})
+    return [Candidate(merge, main, operand, forks[main, operand]) for merge, main, operand in found]
 
 
 # --- branches -------------------------------------------------------------------------------------
@@ -251,7 +248,7 @@ def kind_of(branch: list[int], players: tuple[str, ...]) -> ShortcutKind:
 def find_shortcuts(graph: PlayerGraph) -> ShortcutGraph:
     """The graph with every shortcut, sorted by the merge's position, at a merge in the order of its operands."""
     flow = find_flow(graph)
-    tree = dominators(flow.entries)
+    tree = dominator_tree(_before(flow.entries), ROOT)
     at_merge: dict[int, list[Candidate]] = {}
     for candidate in find_candidates(graph, flow, tree):
         at_merge.setdefault(candidate.merge, []).append(candidate)
@@ -262,12 +259,19 @@ def find_shortcuts(graph: PlayerGraph) -> ShortcutGraph:
             fork = c.fork if branches[c.operand] else c.operand
             if fork != ROOT:
                 regions.append((fork, merge, branches[c.operand]))
+    regular = _regular(flow, tree, {(fork, merge) for fork, merge, _ in regions})
     names = [op.name for op in graph.ops.ops]
     shortcuts = []
     for fork, merge, branch in regions:
         ops = tuple(names[node] for node in branch)
         players = tuple(dict.fromkeys(player.name for op in ops for player in graph.player_using.get(op, ())))
         kind = kind_of(branch, players)
-        regular = tree.common(fork, merge) == fork and flow.after.common(fork, merge) == merge
-        shortcuts.append(Shortcut(names[fork], names[merge], kind, players, ops, regular))
+        shortcuts.append(Shortcut(names[fork], names[merge], kind, players, ops, (fork, merge) in regular))
     return ShortcutGraph(graph, tuple(shortcuts))
+
+
+def _regular(flow: Flow, tree: nx.DiGraph[int], regions: set[Pair]) -> set[Pair]:
+    """Regions with a single entry and a single exit."""
+    into = nearest_common(tree, ROOT, regions)
+    out = nearest_common(flow.after, EXIT, regions)
+    return {(fork, merge) for fork, merge in regions if into[fork, merge] == fork and out[fork, merge] == merge}

@@ -8,13 +8,12 @@ from functools import cached_property
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import networkx as nx
 
 from gtddp_compile.graph.ops import Op, OpGraph
 from gtddp_compile.graph.structure import Player, Shortcut, Stage, Value, players_by
-
-if TYPE_CHECKING:
-    import networkx as nx
 
 NORMALISATIONS = frozenset({"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"})
 
@@ -187,8 +186,6 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
         dictionaries with the fields of ``gtddp_compile.graph``'s classes of those names; a player's ``parameters`` are
         pairs of name and shape.
     """
-    import networkx as nx  # which takes its time, and compiling needs none of it
-
     shapes = {info.name: list(info.shape) for info in graph.ops.parameters}
     outputs = graph.ops.output_names
     found: nx.MultiDiGraph[str] = nx.MultiDiGraph(
