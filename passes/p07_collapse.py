@@ -192,9 +192,7 @@ def _prove_recursion(d: StageDerivation, factored: bool) -> list[Claim]:
     g = {i: MatrixSymbol(f"G_{i}", d.q_x[i].symbol.shape[0], a.BATCH) for i in d.pattern.inputs}
     change = {i: MatrixSymbol(f"delta_{i}", g[i].shape[0], 1) for i in g}
     apart = {i: _apart("A", i, g[i].shape[0], factored) for i in g}
-    known: dict[MatrixExpr, MatrixExpr] = {
-        d.q_x[i].symbol: MatAdd(apart[i], MatMul(g[i], a.ALPHA_NEXT)) for i in g
-    }
+    known: dict[MatrixExpr, MatrixExpr] = {d.q_x[i].symbol: MatAdd(apart[i], MatMul(g[i], a.ALPHA_NEXT)) for i in g}
     known[d.joint_u.symbol] = MatAdd(MatMul(joint, a.ALPHA_NEXT), rest)
     known.update((d.joint_ux[i].symbol, _between(joint, g[i])) for i in g)
     known.update((d.q_xx[i, j].symbol, _between(g[i], g[j])) for i, j in d.q_xx)
