@@ -1,6 +1,7 @@
 """Random models, options and batches, as tests/support/fuzzed.py draws them: how many steps were right or refused.
 
-python benchmarks/fuzz.py [cases]   writes benchmarks/fuzz.csv; ends with 1 if a step was wrong or an error not in words
+python benchmarks/fuzz.py [cases]   writes benchmarks/fuzz.csv and the section of docs/trust.md; ends with 1 if
+                                    a step was wrong or an error not in words
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from common import DOCS, markdown, write_section
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -31,6 +33,7 @@ def main(cases: int) -> int:
         if (seed + 1) % 100 == 0:
             write(found)
     write(found)
+    page()
     return int(any(kind in FAILED for kind, _ in found))
 
 
@@ -40,6 +43,15 @@ def write(found: Counter[tuple[str, str]]) -> None:
         rows.writerow(("outcome", "said", "cases"))
         counted = sorted(found.items(), key=lambda item: (item[0][0], -item[1]))
         rows.writerows((kind, said, count) for (kind, said), count in counted)
+
+
+def page() -> None:
+    """The section of the page, from the file."""
+    kinds: Counter[str] = Counter()
+    for row in csv.DictReader(FOUND.open(encoding="utf-8")):
+        kinds[row["outcome"]] += int(row["cases"])
+    table = markdown(("outcome", "cases"), [(kind, f"{count:,}") for kind, count in kinds.most_common()])
+    write_section("fuzz", f"{sum(kinds.values()):,} cases.\n\n{table}", DOCS / "trust.md")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ class CompiledOptimizer(Surface):
         self._specialisations = Specialisations(self._view, options, curvature, ranks)
         self._current: UpdateProgram | None = None
         self._diagnostics, self._checked, self._skips = Diagnostics(), False, 0
+        self._committed: list[Any] = []
         self._pending: Accumulated | None = None
         inertia = {"inertia": options.inertia} if options.inertia else {}
         super().__init__(self._view.groups(), curvature.defaults() | inertia)
@@ -188,7 +189,8 @@ class CompiledOptimizer(Surface):
 
         Raises:
             CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
-                exception parameters, buffers, states, random state and what was accumulated are what they were.
+                exception parameters, buffers, states, random state and what was accumulated are what they were, but
+                for an interrupt that comes when all is written: then the whole step is made.
             NonFiniteError: the loss, a gain or the update is not finite; of ``Terms``, the points are named.
                 ``on_nonfinite="skip"``: the loss is returned instead, and what was accumulated is dropped.
         """
@@ -199,7 +201,7 @@ class CompiledOptimizer(Surface):
         batch: tuple[Any, ...] = ()
         if inputs is not None or targets is not None or self._pending is None:
             batch, targets = self._batch(inputs, targets)
-        before = random_state()
+        before, self._committed = random_state(), []
         try:
             if closure is not None:
                 closure()
@@ -211,7 +213,8 @@ class CompiledOptimizer(Surface):
             loss = self._give_up(stop, sets)
             self._pending = None
         except BaseException:
-            restore_random_state(before)
+            if not self._committed:
+                restore_random_state(before)
             raise
         return loss
 
@@ -266,6 +269,7 @@ class CompiledOptimizer(Surface):
             try:
                 backend.run(m, params, buffers, new, inputs, targets, **how)
                 choose_length(m, self._options.line_search, self._view, self._loss, inputs, targets, before)
+                return self._done(program, m, originals, {name: buffers[name] for name in advancing})
             except NotFactored:
                 m.undo()
                 restore_random_state(before)
@@ -282,12 +286,13 @@ class CompiledOptimizer(Surface):
             except BaseException:
                 m.undo()
                 raise
-        return self._done(program, m, originals, {name: buffers[name] for name in advancing})
 
     def _done(
         self, program: UpdateProgram, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]
     ) -> Tensor:
-        self._commit(m, originals, buffers)
+        m.committed = self._committed
+        pairs = [(self._view.buffer(name), value) for name, value in buffers.items()]
+        m.commit(originals, pairs, self._view.named, self.state)
         self._checked = True
         self._scale.kept()
         assert m.loss is not None
@@ -348,11 +353,13 @@ class CompiledOptimizer(Surface):
                 program, _ = self._specialise(inputs)
                 self._take_in(pending, inputs, targets, program)
             union = pending.finish()
+            return self._done(pending.program, union.method, union.originals, union.advancing())
         except BaseException:
             pending.again(count)
             raise
-        self._pending = None
-        return self._done(pending.program, union.method, union.originals, union.advancing())
+        finally:
+            if self._committed:
+                self._pending = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop accumulated micro-batches, and the parameters' ``grad``, which a step neither reads nor writes."""
@@ -394,14 +401,6 @@ class CompiledOptimizer(Surface):
         m.first, m.scale = not self._checked, self._scale.value
         m.together = program.form.name == "joint" and self._options.line_search is None
         return m
-
-    def _commit(self, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
-        m.commit(originals)
-        for name in m.states:
-            self.state[self._view.named[name]] = m.settled(name)
-        with torch.no_grad():
-            for name, value in buffers.items():
-                self._view.buffer(name).copy_(value)
 
     # --- specialisation -----------------------------------------------------------------------------------------------
 

@@ -67,5 +67,5 @@ class Surface(torch.optim.Optimizer):
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature, self._ranks)
-        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None)
+        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None, _committed=[])
         return state
