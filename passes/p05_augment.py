@@ -85,7 +85,9 @@ def _packed(op: Op, *, returned: bool) -> CompileError:
     )
 
 
-POOLING = frozenset({"index_add", "index_reduce", "scatter_add", "scatter_reduce", "scatter", "segment_reduce"})
+POOLING = frozenset(
+    {"index_add", "index_reduce", "index_put", "scatter_add", "scatter_reduce", "scatter", "segment_reduce"}
+)
 """Kinds that bring rows together by an index."""
 
 
@@ -103,20 +105,32 @@ def check_batch_axes(players: PlayerGraph, values: tuple[Value, ...]) -> None:
                 operation=op.kind,
                 source=op.source or None,
             )
-        if op.shape is not None and ops.batch and not op.samples.fits(op.shape, ops.batch):
-            pools = op.kind in POOLING
-            raise CompileError(
-                f"its value has shape {op.shape}, and which of its elements belong to which of the {ops.batch} samples "
-                f"is no matter of axes (a sample is an entry along the leading axis of {', '.join(ops.inputs)}"
-                + (", and these are pooled by an index, as nodes are to graphs)" if pools else ")"),
-                "Give graphs as a padded batch of nodes, (B, N, n), with a mask, and sum over N"
-                if pools
-                else "Keep samples along an axis of their own, (B, T, n), or in order along one with others, (B T, n); "
-                "compute what is of the whole batch where it is read, between the same two layers",
-                module=op.module,
-                operation=op.kind,
-                source=op.source or None,
-            )
+        if not _has_samples(op, ops):
+            raise _without_samples(op, ops)
+
+
+def _has_samples(op: Op, ops: OpGraph) -> bool:
+    return op.shape is None or not ops.batch or op.samples.fits(op.shape, ops.batch)
+
+
+def _without_samples(op: Op, ops: OpGraph) -> CompileError:
+    """The refusal of a value, or of the pooling that led to it."""
+    rows = f"an entry along the leading axis of {', '.join(ops.inputs)}"
+    why = (f"its value has shape {op.shape}, and which of its elements belong to which of the {ops.batch} samples is "
+           f"no matter of axes (a sample is {rows})")  # fmt: skip
+    remedy = ("Keep samples along an axis of their own, (B, T, n), or in order along one with others, (B T, n); "
+              "compute what is of the whole batch where it is read, between the same two layers")  # fmt: skip
+    pending = [op]
+    while pending:
+        before = pending.pop()
+        if before.kind in POOLING:
+            why = (f"it brings rows together by an index, as nodes to graphs, in a value of shape {before.shape}: what "
+                   f"was looked for is each of the {ops.batch} samples' part of it, where a sample is {rows}")  # fmt: skip
+            remedy = "Give graphs as a padded batch of nodes, (B, N, n), with a mask, and sum over N"
+            op = before
+            break
+        pending += [ops.by_name[name] for name in before.operands if not _has_samples(ops.by_name[name], ops)]
+    return CompileError(why, remedy, module=op.module, operation=op.kind, source=op.source or None)
 
 
 # --- the rewrite ----------------------------------------------------------------------------------

@@ -325,4 +325,4 @@ def _compare(case: Case, found: nn.Module, expected: nn.Module) -> None:
                 _steps(_compiled(moved, case), moved, case, [])
                 far = True
             error, rounding = ((value - other[name]).norm() for other in (theirs, moved.state_dict()))
-            assert error < 10 * rounding, f"{name}: {float(error)} off, where rounding does {float(rounding)}"
+            assert error < 100 * rounding, f"{name}: {float(error)} off, where rounding does {float(rounding)}"
