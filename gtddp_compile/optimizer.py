@@ -398,7 +398,7 @@ class CompiledOptimizer(Surface):
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))
         taken = (self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
         m = BaseMethod(*taken) if self._ranks is None else JoinedMethod(*taken).among(self._ranks)
-        m.first, m.scale = not self._checked, self._scale.value
+        m.first, m.scale, m.apart = not self._checked, self._scale.value, ops.read_apart
         m.together = program.form.name == "joint" and self._options.line_search is None
         return m
 

@@ -22,7 +22,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import PROLOGUE, ControlGraph, Op, OpGraph, Player, PlayerGraph, Schedule, Stage, Value
+from gtddp_compile.graph import (
+    DETACHED,
+    PROLOGUE,
+    ControlGraph,
+    Op,
+    OpGraph,
+    Player,
+    PlayerGraph,
+    Schedule,
+    Stage,
+    Value,
+)
 from gtddp_compile.passes.p03_find_shortcuts import carriers
 
 
@@ -42,10 +53,12 @@ def moved_by_players(graph: PlayerGraph) -> frozenset[str]:
     """Operations whose values can change in a step: a player acts on them, not through sizes alone.
 
     What is kept for its random numbers or its buffers and does not lead to the output is none: nothing of it counts.
+    Nor is what is made of parameters alone and detached: it is read as a constant.
     """
     found = {name for player in graph.players for name in (*player.uses, *player.expressions)}
     for op in graph.ops.ops:
-        if not op.reads_sizes and any(o in found for o in op.operands):
+        constant = op.kind == DETACHED and op.name not in graph.ops.reached
+        if not op.reads_sizes and not constant and any(o in found for o in op.operands):
             found.add(op.name)
     return frozenset(found & graph.ops.returned)
 
@@ -120,12 +133,17 @@ def _without_samples(op: Op, ops: OpGraph) -> CompileError:
            f"no matter of axes (a sample is {rows})")  # fmt: skip
     remedy = ("Keep samples along an axis of their own, (B, T, n), or in order along one with others, (B T, n); "
               "compute what is of the whole batch where it is read, between the same two layers")  # fmt: skip
-    pending = [op]
+    if op.random and not ops.reached.intersection(op.operands):
+        why = f"it draws numbers of shape {op.shape} for a parameter, which all samples would share"
+        remedy = "Draw what multiplies or adds to values instead, once a sample, (B, ...); or draw into a buffer before"
+        pending = []
+    else:
+        pending = [op]
     while pending:
         before = pending.pop()
         if before.kind in POOLING:
-            why = (f"it brings rows together by an index, as nodes to graphs, in a value of shape {before.shape}: what "
-                   f"was looked for is each of the {ops.batch} samples' part of it, where a sample is {rows}")  # fmt: skip
+            why = (f"it brings rows together by an index, as nodes to graphs, in a value of shape {before.shape}; what "
+                   f"was looked for is the part of each of the {ops.batch} samples (a sample is {rows})")  # fmt: skip
             remedy = "Give graphs as a padded batch of nodes, (B, N, n), with a mask, and sum over N"
             op = before
             break

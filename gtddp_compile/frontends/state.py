@@ -102,7 +102,7 @@ def _parameters_kept(model: nn.Module) -> Iterator[None]:
     finally:
         handle.remove()
         for name, (value, version, old) in before.items():
-            if value._version != version:
+            if value._version != version or not value.detach().equal(old):  # through .data no version counts
                 found.append(name)
                 with torch.no_grad():
                     value.copy_(old)

@@ -86,6 +86,7 @@ class BaseMethod(BlockUpdates):
         precision: of the step.
         scale: of gradients that are half.
         committed: not empty once the step is.
+        apart: parameters that are written when the step is done.
     """
 
     first = True
@@ -94,6 +95,7 @@ class BaseMethod(BlockUpdates):
     samples: int | None = None
     precision = Precision()
     scale = 1.0
+    apart: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -120,6 +122,8 @@ class BaseMethod(BlockUpdates):
 
     def _writable(self, name: str) -> Tensor:
         """The parameter itself; its old value is put aside, where everybody else reads it from now on."""
+        if name in self.apart:  # autograd keeps the tensor, for a derivative that is not this parameter's
+            return super()._writable(name)
         param = self._params[name]
         self._params[name] = param.clone()
         self._written[name] = param, self._params[name]

@@ -153,7 +153,7 @@ class ModelView:
                 "Give it memory and values first: model.to_empty(device=...), then load or initialise them",
                 module=empty.rpartition(".")[0],
             )
-        _say_unheard(self.named)
+        _say_unheard(self.named, model)
         self._said = False
 
     def say_unread(self) -> None:
@@ -261,9 +261,10 @@ def _placed(modules: list[nn.Module]) -> list[tuple[object, ...]]:
     ]
 
 
-def _say_unheard(parameters: Mapping[str, nn.Parameter]) -> None:
+def _say_unheard(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
     """Hooks on gradients would be passed over in silence."""
     names = [n for n, p in parameters.items() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
+    names += [repr(n) for n, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
     if names:
         warnings.warn(
             f"gradient hooks of {', '.join(names)} do not run: a compiled step makes no p.grad; "

@@ -368,7 +368,7 @@ def test_nodes_pooled_to_graphs(pool: Callable[[Tensor, Tensor], Tensor]) -> Non
     graph = torch.repeat_interleave(torch.arange(6), torch.tensor(NODES))
     nodes = batch(sum(NODES))
     said = (
-        "each of the 18 samples'",
+        "each of the 18 samples",
         "leading axis of inputs_0, inputs_1",
         "as nodes to graphs",
         "(B, N, n), with a mask",
