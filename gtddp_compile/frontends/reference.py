@@ -277,7 +277,7 @@ def agrees(graph: OpGraph, found: Reference, expected: Reference) -> bool:
 def reads_values(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     """Whether a recording does what the model does with other parameters and buffers too, or one of them fails there.
 
-    Else it has kept what the model computed of them out of sight (``for p in self.parameters()``, ``float(self.scale)``).
+    Else it has kept what the model computed of them out of sight (``for p in self.parameters()``, say).
     """
     params, buffers = ({name: _other(value) for name, value in held.items()} for held in leaves(model))
     values: dict[str, Any] = dict(zip(graph.inputs, copy.deepcopy(inputs), strict=True))
