@@ -22,8 +22,8 @@ from support.faults import CURVATURES, ELSE, KINDS, NETWORKS, NOTHING, PACKAGE, 
 
 FOUND, PAGE = Path(__file__).with_suffix(".csv"), DOCS / "trust.md"
 NAN, ANYWHERE = "NaN in a value", "interrupt, any line of the package"
-EVERY = 20
-"""Lines of the package between two interrupts: a step passes some thousands."""
+EVERY, SPARSE = 60, 5
+"""Lines between two interrupts anywhere (a step passes some thousands), and between two faults of another kind."""
 OUTCOMES = (f"raised, {NOTHING}", f"raised, {WHOLE}", WHOLE, f"raised, {ELSE}", ELSE)
 
 
@@ -33,8 +33,8 @@ def main() -> int:
     found: Counter[tuple[str, ...]] = Counter()
     for names in track(list(product(NETWORKS, CURVATURES, ROLLOUTS)), "faults"):
         program = Faults(*names)
-        given = {kind: program.exceptions(kind) for kind in KINDS}
-        given |= {ANYWHERE: program.exceptions("interrupt", EVERY, PACKAGE), NAN: program.not_a_number()}
+        given = {kind: program.exceptions(kind, 1 if kind == "interrupt" else SPARSE) for kind in KINDS}
+        given |= {ANYWHERE: program.exceptions("interrupt", EVERY, PACKAGE), NAN: program.not_a_number(SPARSE)}
         for kind, outcomes in given.items():
             found.update((*names, kind, outcome) for outcome in list(outcomes)[:-1])  # the last is of a step without
     with FOUND.open("w", newline="", encoding="utf-8") as file:

@@ -34,7 +34,7 @@ from gtddp_compile.runtime.precision import GradientScale, lift
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.runtime.states import check_loaded, check_used, regrouped, unround
-from gtddp_compile.runtime.surface import Surface
+from gtddp_compile.runtime.surface import Surface, one_at_a_time
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.terms import Terms
 
@@ -140,6 +140,7 @@ class CompiledOptimizer(Surface):
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def accumulate(self, inputs: Any, targets: Any) -> Tensor:
         """Take in a micro-batch of the next update; nothing is updated before ``step``.
 
@@ -173,6 +174,7 @@ class CompiledOptimizer(Surface):
         self._pending = pending
         return loss
 
+    @one_at_a_time
     def step(  # type: ignore[override]
         self, inputs: Any = None, targets: Any = None, *, closure: Callable[[], Any] | None = None
     ) -> Tensor:
@@ -232,7 +234,7 @@ class CompiledOptimizer(Surface):
                 self._view.model.refuse_points(inputs)
             raise stop.error() from stop
         if self._skips == 1:
-            warnings.warn(f"{stop}; diagnostics['skipped_steps'] counts what is left out", stacklevel=4)
+            warnings.warn(f"{stop}; diagnostics['skipped_steps'] counts what is left out", stacklevel=5)
         return stop.loss
 
     def _batch(self, inputs: Any, targets: Any, *, example: bool = False) -> tuple[tuple[Any, ...], Any]:
@@ -393,6 +395,7 @@ class CompiledOptimizer(Surface):
             groups[name] = group_of[id(owner[name])]
             first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
             states[name] = self.state[owner[name]] if first is None else first
+        self._loss.as_now()
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))

@@ -49,6 +49,7 @@ class Loss:
             comes back is not one loss a sample.
         module: the user's loss module, where :func:`check` can compare with its value; else ``None``.
         function: the user's own callable; ``None`` where ``module`` is given.
+        unreduced: a copy of ``module`` with reduction "none", which ``per_sample`` calls.
     """
 
     name: str
@@ -56,6 +57,22 @@ class Loss:
     per_sample: Callable[[Any, Any], Tensor]
     module: nn.Module | None = None
     function: Callable[[Any, Any], Any] | None = None
+    unreduced: nn.Module | None = None
+
+    def as_now(self) -> None:
+        """Take over what was changed in the user's module (``label_smoothing``, say).
+
+        Raises:
+            CompileError: its reduction was.
+        """
+        if self.module is None or self.unreduced is None:
+            return
+        now = str(self.module.reduction)
+        if now != self.reduction and not (now == "batchmean" and self.reduction == "mean"):
+            raise CompileError(
+                f"the reduction of the loss {self.name} was changed to {now!r}", "Call compile_optimizer again with it"
+            )
+        vars(self.unreduced).update({**vars(self.module), "reduction": "none"})
 
     @property
     def is_absent(self) -> bool:
@@ -187,8 +204,9 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
             f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined",
             "Use reduction='mean' or 'sum', or " + _CALLABLE,
         )
-    elements = partial(_of_elements, _unreduced(loss), str(loss.reduction), name)
-    return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss)
+    unreduced = _unreduced(loss)
+    elements = partial(_of_elements, unreduced, str(loss.reduction), name)
+    return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss, unreduced=unreduced)
 
 
 def check(loss: Loss, outputs: Any, targets: Any) -> None:

@@ -145,6 +145,13 @@ class ModelView:
                 "Keep its real and imaginary parts as two real parameters, and join them by torch.complex in forward",
                 module=odd.rpartition(".")[0],
             )
+        shared = next((n for n, p in self.named.items() if 0 in p.stride() and p.numel() > 1), None)
+        if shared is not None:
+            raise CompileError(
+                f"parameter {shared!r} is expanded: its entries are one number in memory",
+                "Make the parameter as large as what it holds, and expand it in forward",
+                module=shared.rpartition(".")[0],
+            )
         self._placed = _placed(_modules(model))
         empty = next((name for name, value in self.named.items() if value.is_meta), None)
         if empty is not None:
@@ -164,7 +171,7 @@ class ModelView:
                 "parameters have p.grad, which a compiled step does not read: backward() and what is done to gradients "
                 "after it (clip_grad_norm_, scaling), has no effect. Clip by compile_optimizer(max_grad_norm=...), "
                 "and leave out backward()",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def groups(self) -> list[dict[str, Any]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable
+from functools import wraps
+from threading import RLock
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature
@@ -19,6 +23,20 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+Step = TypeVar("Step", bound=Callable[..., Tensor])
+
+
+def one_at_a_time(method: Step) -> Step:
+    """Threads wait for each other: what one has put aside is no state for another to begin with."""
+
+    @wraps(method)
+    def alone(self: Surface, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(Step, alone)
+
+
 class Surface(torch.optim.Optimizer):
     """What a compiled optimizer has of ``torch.optim.Optimizer``, and keeps of its model."""
 
@@ -26,6 +44,10 @@ class Surface(torch.optim.Optimizer):
     _options: Options
     _curvature: Curvature
     _ranks: Ranks | None
+
+    def __init__(self, groups: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+        self._lock = RLock()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the program was derived for the parameters the model had.
@@ -68,4 +90,9 @@ class Surface(torch.optim.Optimizer):
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature, self._ranks)
         state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None, _committed=[])
+        del state["_lock"]
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = RLock()
