@@ -144,9 +144,10 @@ def functionalise(traced: Traced) -> tuple[tuple[Clean, ...], Any]:
             if isinstance(first, Ref) and form.kind == "getitem" and _is_basic(call.args[1]):
                 memory.part_of[call.name] = (first.name, call.args[1])
             continue
-        written = memory.held.get(memory.root[first.name]) if isinstance(first, Ref) else first
-        if written is not None:
-            raise _writes(call, written)
+        if not isinstance(first, Ref):
+            raise _writes(call, first)
+        if memory.root[first.name] in memory.held:
+            raise _writes(call, memory.held[memory.root[first.name]])
         if memory.is_seen_elsewhere(first.name, position):
             raise Untraceable(
                 f"{form.kind} changes a tensor in place that is read through another view later",
