@@ -66,7 +66,6 @@ class CompiledOptimizer(Surface):
         self._specialisations = Specialisations(self._view, options, curvature, ranks)
         self._current: UpdateProgram | None = None
         self._diagnostics, self._checked, self._skips = Diagnostics(), False, 0
-        self._committed: list[Any] = []
         self._pending: Accumulated | None = None
         inertia = {"inertia": options.inertia} if options.inertia else {}
         super().__init__(self._view.groups(), curvature.defaults() | inertia)
@@ -293,8 +292,8 @@ class CompiledOptimizer(Surface):
         self, program: UpdateProgram, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]
     ) -> Tensor:
         m.committed = self._committed
-        pairs = [(self._view.buffer(name), value) for name, value in buffers.items()]
-        m.commit(originals, pairs, self._view.named, self.state)
+        advanced = [(self._view.buffer(name), value) for name, value in buffers.items()]
+        m.commit(originals, advanced, self._view.named, self.state)
         self._checked = True
         self._scale.kept()
         assert m.loss is not None
@@ -395,7 +394,6 @@ class CompiledOptimizer(Surface):
             groups[name] = group_of[id(owner[name])]
             first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
             states[name] = self.state[owner[name]] if first is None else first
-        self._loss.as_now()
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))

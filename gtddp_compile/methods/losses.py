@@ -59,21 +59,6 @@ class Loss:
     function: Callable[[Any, Any], Any] | None = None
     unreduced: nn.Module | None = None
 
-    def as_now(self) -> None:
-        """Take over what was changed in the user's module (``label_smoothing``, say).
-
-        Raises:
-            CompileError: its reduction was.
-        """
-        if self.module is None or self.unreduced is None:
-            return
-        now = str(self.module.reduction)
-        if now != self.reduction and not (now == "batchmean" and self.reduction == "mean"):
-            raise CompileError(
-                f"the reduction of the loss {self.name} was changed to {now!r}", "Call compile_optimizer again with it"
-            )
-        vars(self.unreduced).update({**vars(self.module), "reduction": "none"})
-
     @property
     def is_absent(self) -> bool:
         """Whether only its name is known (:func:`absent`)."""
@@ -200,12 +185,9 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
         if is_kind(loss, kind):
             raise CompileError(f"the loss {name} takes ({inputs}), not (outputs, targets)", "P" + _CALLABLE[1:])
     if loss.reduction not in ("mean", "sum") and not (is_kind(loss, nn.KLDivLoss) and loss.reduction == "batchmean"):
-        raise CompileError(
-            f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined",
-            "Use reduction='mean' or 'sum', or " + _CALLABLE,
-        )
-    unreduced = _unreduced(loss)
-    elements = partial(_of_elements, unreduced, str(loss.reduction), name)
+        why = f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined"
+        raise CompileError(why, "Use reduction='mean' or 'sum', or " + _CALLABLE)
+    elements = partial(_of_elements, unreduced := _unreduced(loss), str(loss.reduction), name)
     return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss, unreduced=unreduced)
 
 
@@ -281,10 +263,8 @@ def _of_callable(function: Callable[[Any, Any], Tensor], name: str, outputs: Any
         scalar = ", a scalar," if phi.dim() == 0 else ""
         raise CompileError(f"the loss {name} returned shape {tuple(phi.shape)}{scalar}{batch}", remedy)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves) and not phi.requires_grad:
-        raise CompileError(
-            f"the loss {name} does not depend on the outputs in a differentiable way",
-            "Compute it with torch operations, without detach(), item() or numpy",
-        )
+        why = f"the loss {name} does not depend on the outputs in a differentiable way"
+        raise CompileError(why, "Compute it with torch operations, without detach(), item() or numpy")
     return phi
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gtddp_compile import kernels
-from gtddp_compile.errors import NonFiniteError
+from gtddp_compile.errors import CompileError, NonFiniteError
 from gtddp_compile.kernels.kronecker import Rows
 from gtddp_compile.methods.curvature import BlockUpdates, Curvature
 from gtddp_compile.methods.curvature.blocks import Names
@@ -54,6 +54,17 @@ def _replaced(outputs: Any, leaves: Sequence[Tensor], others: Sequence[Tensor]) 
 def _by_column(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[tuple[Tensor, ...], ...]]:
     """Arguments of one call for all pairs; none if there are no pairs."""
     return [tuple(zip(*pairs, strict=True))] if pairs else []
+
+
+def _take_over(loss: Loss) -> None:
+    """What was changed in the user's loss module (``label_smoothing``); another reduction is refused."""
+    if loss.module is None or loss.unreduced is None:
+        return
+    now = loss.module.reduction
+    if now not in (loss.reduction, "batchmean"):
+        why = f"the reduction of the loss {loss.name} was changed to {now!r}"
+        raise CompileError(why, "Call compile_optimizer again with it")
+    vars(loss.unreduced).update({**vars(loss.module), "reduction": "none"})
 
 
 def _alike(left: Tensor, right: Tensor) -> bool:
@@ -108,6 +119,7 @@ class BaseMethod(BlockUpdates):
         terminal: Terminal = "gradient",
     ) -> None:
         super().__init__(curvature, params, new, states, groups)
+        _take_over(loss)
         self._before, self._loss, self._terminal = dict(states), loss, terminal
         self.reduction = loss.reduction
         self.figures: dict[int, dict[str, Any]] = {}

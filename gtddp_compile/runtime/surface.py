@@ -44,10 +44,11 @@ class Surface(torch.optim.Optimizer):
     _options: Options
     _curvature: Curvature
     _ranks: Ranks | None
+    _committed: list[Any]
 
     def __init__(self, groups: Any, defaults: dict[str, Any]) -> None:
         super().__init__(groups, defaults)
-        self._lock = RLock()
+        self._lock, self._committed = RLock(), []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the program was derived for the parameters the model had.
