@@ -27,12 +27,19 @@ Step = TypeVar("Step", bound=Callable[..., Tensor])
 
 
 def one_at_a_time(method: Step) -> Step:
-    """Threads wait for each other: what one has put aside is no state for another to begin with."""
+    """Threads wait for each other: what one has put aside is no state for another to begin with. An interrupt of an
+    inner ``no_grad`` as it ends leaves gradients off: they are as before.
+    """
 
     @wraps(method)
     def alone(self: Surface, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
-            return method(self, *args, **kwargs)
+        enabled = torch.is_grad_enabled()
+        try:
+            with self._lock:
+                return method(self, *args, **kwargs)
+        except BaseException:
+            torch.set_grad_enabled(enabled)
+            raise
 
     return cast(Step, alone)
 

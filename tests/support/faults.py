@@ -129,8 +129,9 @@ NOTHING, WHOLE, ELSE = "nothing changed", "the whole step", "something else"
 
 
 def everything(opt: CompiledOptimizer, net: nn.Module) -> Any:
-    """Parameters, buffers, state and random state."""
-    return copy.deepcopy((net.state_dict(), opt.state_dict()["state"], torch.get_rng_state()))
+    """Parameters, buffers, state, random state, grad mode."""
+    own = opt.state_dict()["state"]
+    return copy.deepcopy((net.state_dict(), own, torch.get_rng_state(), torch.is_grad_enabled()))
 
 
 def is_equal(left: Any, right: Any) -> bool:
@@ -190,7 +191,7 @@ class Faults:
         found = everything(self.opt, self.net)
         if is_equal(found, self.before):
             return NOTHING
-        values, state, random = copy.deepcopy(self.before)
+        values, state, random, _ = copy.deepcopy(self.before)
         self.net.load_state_dict(values)
         self.opt.load_state_dict({**self.opt.state_dict(), "state": state})
         torch.set_rng_state(random)
