@@ -142,6 +142,7 @@ def _status(key: str) -> float:
 def in_process(script: str, *arguments: str) -> Mapping[str, float]:
     """Run a benchmark script again in a process of its own; it prints one JSON object as its last line."""
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # packages are installed with their bytecode
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     result: Mapping[str, float] = json.loads(done.stdout.strip().splitlines()[-1])

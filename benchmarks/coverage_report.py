@@ -135,31 +135,17 @@ def _passed(zoo: str, records: dict[str, Record]) -> str:
     if not mine:
         return ""
     columns = (
-        "architecture",
-        "parameters",
-        "front end",
-        "players",
-        "stages",
-        "shortcuts",
-        "compile s",
-        "step s",
-        "error",
-    )
+        "architecture", "parameters", "front end", "players", "stages", "shortcuts", "compile s", "step s", "error",
+    )  # fmt: skip
     lines = [f"## Passed: {zoo}\n", _row(*columns), _row("---", *["---:"] * (len(columns) - 1))]
     for name, record in mine.items():
         lines.append(
             _row(
-                name,
-                f"{record['parameters']:,}",
-                record["frontend"],
-                record["players"],
-                record["stages"],
-                record["shortcuts"],
-                f"{record['compile_seconds']:.2f}",
-                f"{record['step_seconds']:.2f}",
+                name, f"{record['parameters']:,}", record["frontend"], record["players"], record["stages"],
+                record["shortcuts"], f"{record['compile_seconds']:.2f}", f"{record['step_seconds']:.2f}",
                 f"{record['error']:.0e}",
             )
-        )
+        )  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

@@ -129,13 +129,9 @@ def lbfgs(problem: Problem, drawn: torch.Generator, rate: float) -> Step:
 
 
 METHODS: dict[str, Callable[[Problem, torch.Generator, float], Step]] = {
-    "ours": ours(),
-    "ours with Γ": ours(gram="exact"),
-    "ours with Γ by 1020": ours(gram="exact", coupling=1020),
-    "Adam": first_order(torch.optim.Adam),
-    "SOAP": first_order(soap),
-    "L-BFGS": lbfgs,
-}
+    "ours": ours(), "ours with Γ": ours(gram="exact"), "ours with Γ by 1020": ours(gram="exact", coupling=1020),
+    "Adam": first_order(torch.optim.Adam), "SOAP": first_order(soap), "L-BFGS": lbfgs,
+}  # fmt: skip
 TUNED = ("Adam", "SOAP")
 
 

@@ -56,13 +56,9 @@ class Outcome:
 
 
 def run(
-    jobs: Iterable[tuple[Any, Job]],
-    *,
-    workers: int,
-    seconds: float,
-    gigabytes: float,
+    jobs: Iterable[tuple[Any, Job]], *, workers: int, seconds: float, gigabytes: float,
     tick: Callable[[list[Any]], None],
-) -> Iterator[Outcome]:
+) -> Iterator[Outcome]:  # fmt: skip
     """Outcomes in the order in which jobs end.
 
     Args:

@@ -16,7 +16,7 @@ from study_tasks import TASKS
 from time_to_target import best_rival, readme
 
 README = DOCS.parent / "README.md"
-COLUMNS = ("sgd", "sgd coarse", "rmsprop", "adam", "foof", "kfac")
+COLUMNS = ("sgd", "rmsprop", "adam", "foof", "kfac")
 CLAIMED = "digits-128"
 """The task that the first claim is about."""
 
@@ -26,14 +26,13 @@ def steps() -> str:
     found: dict[str, dict[str, str]] = {}
     for key, row in in_order(json.loads(RESULTS.read_text(encoding="utf-8"))).items():
         name, curvature, options, against, *_ = json.loads(key)
-        column = f"{curvature} coarse" if options == {"gram": "coarse"} else curvature if not options else ""
-        if not against.startswith("torch.optim") or column not in COLUMNS:
+        if options or not against.startswith("torch.optim") or curvature not in COLUMNS:
             continue
         ratio = re.match(r"[\d.]+", row[7])
         assert ratio is not None
-        found.setdefault(name, {})[column] = ratio.group()
+        found.setdefault(name, {})[curvature] = ratio.group()
     rows = [(name, *(cells.get(column, "–") for column in COLUMNS)) for name, cells in found.items()]
-    header = ("network", "sgd", 'sgd, `gram="coarse"`', "rmsprop", "adam", "foof (default)", "kfac")
+    header = ("network", "sgd", "rmsprop", "adam", "foof (default)", "kfac")
     return (
         "A training step (linear rollout), against torch.optim's step of the base method (FOOF's and K-FAC's against "
         "SGD's), in turns in one process:\n\n" + markdown(header, rows)

@@ -2,9 +2,9 @@
 
 All methods of a task and seed start from the same weights, see the same batches, are evaluated at the same steps and
 take turns in one process, so that what else the machine does hits all alike. Only steps are timed, in processor time;
-making a compiled step is told beside it, from a process that has made none before. Rivals' learning rates are swept
-by a factor of 3 on a seed of its own, those meant to have a schedule also with a cosine over the run. Every finished
-run is a row of ``study.csv`` and not run again; docs/time-to-target.md and its picture are written from it.
+making a compiled step is told beside it, from a new process (``cold.py``). Rivals' learning rates are swept by a
+factor of 3 on a seed of its own, those meant to have a schedule also with a cosine over the run. Every finished run
+is a row of ``study.csv`` and not run again; docs/time-to-target.md and its picture are written from it.
 
     python benchmarks/time_to_target.py                            what is missing, then the page
     python benchmarks/time_to_target.py --quick                    a quarter of an hour on two cores; nothing is kept
@@ -84,7 +84,7 @@ def validation(runs: Sequence[Run], best: bool = True) -> str:
     return number(median(runs, f"{of}valid_loss"), ".3g") if not accuracy > 0 else f"{accuracy:.1%}"
 
 
-def cold(runs: Sequence[Run]) -> float:
+def making(runs: Sequence[Run]) -> float:
     """Seconds to make the step in a new process."""
     return max(run.cold_s for run in runs)
 
@@ -105,7 +105,7 @@ def all_methods(runs: Runs) -> str:
             rows.append((
                 task.name, name + setting + f" ({', '.join(sorted(ended))})" * bool(ended), str(len(of)),
                 number(median(of, "steps_to")), number(median(of, "seconds_to"), ".2f"),
-                f"{cold(of):.1f}" if cold(of) else "", f"{median(of, 'step_ms'):.1f}",
+                f"{making(of):.1f}" if making(of) else "", f"{median(of, 'step_ms'):.1f}",
                 number(median(of, "train_loss"), ".2g"), validation(of), validation(of, best=False),
             ))  # fmt: skip
     header = ("task", "method", "seeds", "steps", "s", "compile s", "ms a step", "train loss", "best valid.", "final")
@@ -124,7 +124,7 @@ def readme(runs: Runs) -> str:
             task.name, method.name.removeprefix("torch "),
             " / ".join(number(median(side, "steps_to")) for side in (mine, theirs)),
             " / ".join(number(median(side, "seconds_to"), ".2f", " s") for side in (mine, theirs)),
-            ratio(mine, theirs), ratio(mine, theirs, cold(mine)) if cold(mine) else "–",
+            ratio(mine, theirs), ratio(mine, theirs, making(mine)) if making(mine) else "–",
             f"{validation(mine)} / {validation(theirs)}",
         ))  # fmt: skip
     header = ("task, batch", "best rival, tuned", "steps to target", "processor time", "rival's time over ours",

@@ -109,7 +109,6 @@ def compile_optimizer(
             ``"separable"``: every diagonal metric as a product of one of outputs and one of inputs.
             ``Sketch(columns)``: random signs as well, where that is cheaper. ``Nystrom(columns,
             tolerance)``: none is formed, the weights come by conjugate gradients (docs/theory.md#nystrom).
-            ``"coarse"``: the cheapest of these a layer, and of a convolution's kernel the central element for all.
             ``opt.program.cost()`` shows what was taken, docs/performance.md what each does to the update.
         memory: ``"keep"``: the trajectory and its gradients stay until the forward sweep has passed them;
             ``"recompute"``: only what crosses between segments of stages does, and a segment is run again in both
@@ -143,26 +142,11 @@ def compile_optimizer(
         example_inputs, loss = _of_terms(model, example_inputs, loss)
         gram, terminal = "exact" if gram == "auto" else gram, terminal or Geometric(aim=2.0)
     options = Options(
-        feedback=feedback,
-        feedback_clip=feedback_clip,
-        schedule=schedule,
-        coupling=coupling,
-        recursion=recursion,
-        terminal=terminal,
-        backend=backend,
-        mixing=mixing,
-        cooperative=cooperative,
-        gram=gram,
-        memory=memory,
-        compile=compile,
-        rollout=rollout,
-        inertia=inertia,
-        max_step=max_step,
-        line_search=line_search,
-        max_grad_norm=max_grad_norm,
-        on_nonfinite=on_nonfinite,
-        running_statistics=running_statistics,
-    )
+        feedback=feedback, feedback_clip=feedback_clip, schedule=schedule, coupling=coupling, recursion=recursion,
+        terminal=terminal, backend=backend, mixing=mixing, cooperative=cooperative, gram=gram, memory=memory,
+        compile=compile, rollout=rollout, inertia=inertia, max_step=max_step, line_search=line_search,
+        max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, running_statistics=running_statistics,
+    )  # fmt: skip
     model, ranks = of_processes(model, process_group)
     if ranks is not None and ranks.size == 1:
         ranks, options = None, replace(options, coupling="full" if coupling == "local" else coupling)

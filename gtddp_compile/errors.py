@@ -18,14 +18,9 @@ class CompileError(ValueError):
     """
 
     def __init__(
-        self,
-        why: str,
-        remedy: str,
-        *,
-        module: str | None = None,
-        operation: str | None = None,
+        self, why: str, remedy: str, *, module: str | None = None, operation: str | None = None,
         source: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.why, self.remedy = why, remedy
         self.module, self.operation, self.source = module, operation, source
         super().__init__(self._message())

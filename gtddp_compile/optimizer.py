@@ -51,16 +51,9 @@ class CompiledOptimizer(Surface):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        *,
-        loss: Loss,
-        curvature: Curvature,
-        options: Options,
-        scale: GradientScale,
-        ranks: Ranks | None = None,
-    ) -> None:
+        self, model: nn.Module, example_inputs: Any, *, loss: Loss, curvature: Curvature, options: Options,
+        scale: GradientScale, ranks: Ranks | None = None,
+    ) -> None:  # fmt: skip
         self._view, self._ranks = ModelView(model), ranks
         self._loss, self._curvature, self._options, self._scale = loss, curvature, options, scale
         self._specialisations = Specialisations(self._view, options, curvature, ranks)

@@ -70,19 +70,14 @@ class Nystrom:
             raise CompileError(f"Nystrom has tolerance={self.tolerance!r}", "Give a number between 0 and 1")
 
 
-Gram = Literal["auto", "exact", "separable", "coarse"] | Sketch | Nystrom
+Gram = Literal["auto", "exact", "separable"] | Sketch | Nystrom
 
 CHOICES: dict[str, tuple[object, ...]] = {
-    "feedback": (True, "open", False),
-    "recursion": RECURSIONS,
-    "backend": ("fast", "dense"),
-    "mixing": ("block", "exact"),
-    "cooperative": (True, False, None),
-    "memory": ("keep", "recompute"),
-    "rollout": ("linear", "nonlinear", None),
-    "on_nonfinite": ("raise", "skip"),
+    "feedback": (True, "open", False), "recursion": RECURSIONS, "backend": ("fast", "dense"),
+    "mixing": ("block", "exact"), "cooperative": (True, False, None), "memory": ("keep", "recompute"),
+    "rollout": ("linear", "nonlinear", None), "on_nonfinite": ("raise", "skip"),
     "running_statistics": ("corrected", "model", None),
-}
+}  # fmt: skip
 """Options that are one of a few words."""
 
 
@@ -131,12 +126,12 @@ class Options:
         terminal, gram, inertia, grid = self.terminal, self.gram, self.inertia, self.line_search
         group = not isinstance(self.coupling, bool) and isinstance(self.coupling, int) and self.coupling >= 1
         known = terminal in (None, "geometric", "gradient", "ggn") or isinstance(terminal, MonteCarlo | Geometric)
-        made = gram in ("auto", "exact", "separable", "coarse") or isinstance(gram, Sketch | Nystrom)
+        made = gram in ("auto", "exact", "separable") or isinstance(gram, Sketch | Nystrom)
         words = "'full', 'block', 'local' (a group a rank of a process group) or a group size of at least 1"
         yield "coupling", group or self.coupling in ("full", "block", "local"), words
         yield "terminal", known, "'geometric', Geometric(aim, own), 'gradient', 'ggn' or MonteCarlo(rank)"
         yield "compile", isinstance(self.compile, bool | Mapping), "True, False or a mapping of torch.compile's options"
-        yield "gram", made, "'auto', 'exact', 'separable', 'coarse', Sketch(columns) or Nystrom(columns)"
+        yield "gram", made, "'auto', 'exact', 'separable', Sketch(columns) or Nystrom(columns)"
         fading = inertia is None or (_is_number(inertia) and 0 <= inertia < 1)
         yield "inertia", fading, "a number that is at least 0 and less than 1, or None"
         for option in ("feedback_clip", "max_step", "max_grad_norm"):

@@ -138,21 +138,10 @@ POINTWISE = frozenset(
     {"tanh", "sin", "cos", "exp", "sigmoid", "log", "log1p", "expm1", "sqrt", "rsqrt", "reciprocal", "square", "pow"}
     | {"__pow__", "softplus", "silu", "gelu", "elu", "selu", "celu", "mish", "softsign", "logsigmoid", "tanhshrink"}
     | {
-        "erf",
-        "atan",
-        "asin",
-        "acos",
-        "sinh",
-        "cosh",
-        "tan",
-        "asinh",
-        "relu",
-        "leaky_relu",
-        "abs",
-        "__rtruediv__",
+        "erf", "atan", "asin", "acos", "sinh", "cosh", "tan", "asinh", "relu", "leaky_relu", "abs", "__rtruediv__",
         "__rpow__",
     }
-)
+)  # fmt: skip
 """Functions of each entry of their only jet."""
 
 METADATA = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad"})

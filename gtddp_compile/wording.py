@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import StringIO
+from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 FEW = 4
 """Names that are said of a long list in a sentence."""
@@ -29,6 +31,8 @@ def few(names: Sequence[str]) -> str:
 
 def rendered(found: RenderableType, width: int = 110) -> str:
     """What rich prints, as plain text without trailing blanks, the same on every terminal."""
+    from rich.console import Console  # only where something is shown
+
     stream = StringIO()
     console = Console(
         file=stream, width=width, color_system=None, force_terminal=False, legacy_windows=False, emoji=False,

@@ -23,17 +23,6 @@ PIPELINE = (
 """In running order, one a file."""
 
 __all__ = [
-    "PIPELINE",
-    "augment",
-    "collapse",
-    "derive",
-    "distribute",
-    "emit",
-    "find_players",
-    "find_shortcuts",
-    "lower",
-    "normalise",
-    "recompute",
-    "schedule",
-    "simplify",
-]
+    "PIPELINE", "augment", "collapse", "derive", "distribute", "emit", "find_players", "find_shortcuts", "lower",
+    "normalise", "recompute", "schedule", "simplify",
+]  # fmt: skip

@@ -58,15 +58,10 @@ READS = frozenset({"item", "_local_scalar_dense"})
 
 
 def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[FrontEnd, ...] = FRONT_ENDS) -> OpGraph:
-    """Record a model and bring it to normal form.
-
-    Args:
-        model: the module; it is left as it was.
-        inputs: its arguments, batch on the leading axis.
-        front_ends: what to try, in order.
+    """Record a model, which is left as it was, and bring it to normal form; the inputs' leading axis is the batch.
 
     Raises:
-        CompileError: the model refuses the inputs, or no front end can record it.
+        CompileError: the model refuses the inputs, or none of the front ends can record it.
     """
     model, inputs = positional(model, inputs)
     reference, kept = watch(model, inputs)
@@ -225,16 +220,10 @@ def _operation(clean: Clean, names: _Names, layers: set[str]) -> Op:
     _refuse_table(clean)
     advances = _advances(form.kind, form.args, form.kwargs)
     return Op(
-        name=names.new(call.module, form.kind, layers),
-        kind=form.kind,
-        target=form.target,
-        args=form.args,
-        kwargs=form.kwargs,
-        module=call.module,
-        source=call.source,
-        advances=advances,
+        name=names.new(call.module, form.kind, layers), kind=form.kind, target=form.target, args=form.args,
+        kwargs=form.kwargs, module=call.module, source=call.source, advances=advances,
         random=is_random(form.kind, form.args, form.kwargs),
-    )
+    )  # fmt: skip
 
 
 def _refuse_table(clean: Clean) -> None:

@@ -246,14 +246,7 @@ def kind_of(branch: list[int], players: tuple[str, ...]) -> ShortcutKind:
 
 
 def find_shortcuts(graph: PlayerGraph) -> ShortcutGraph:
-    """Find every shortcut of a network.
-
-    Args:
-        graph: operations and players.
-
-    Returns:
-        The same with its shortcuts, sorted by the merge's position, at a merge in the order of its operands.
-    """
+    """The graph with every shortcut, sorted by the merge's position, at a merge in the order of its operands."""
     flow = find_flow(graph)
     tree = dominator_tree(_before(flow.entries), ROOT)
     at_merge: dict[int, list[Candidate]] = {}

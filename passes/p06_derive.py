@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from sympy import Identity, Integer, Inverse, MatAdd, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
+from sympy import Identity, Inverse, MatAdd, MatMul, MatrixExpr, MatrixSymbol, Symbol, ZeroMatrix
 from sympy.matrices.expressions.blockmatrix import BlockMatrix
 
 from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivation
 from gtddp_compile.algebra.paths import StageEntries, stage_entries
 from gtddp_compile.algebra.pattern import IDENTITY, Entry, StagePattern
-from gtddp_compile.algebra.symbols import SymmetricSymbol, block_entries
+from gtddp_compile.algebra.symbols import SymmetricSymbol, block_product
 from gtddp_compile.graph import ControlGraph, Stage
 from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules, metric_blocks
 from gtddp_compile.lowering.plan import MetricBlock
@@ -238,16 +238,15 @@ def _symbols(pattern: StagePattern, coupled: frozenset[tuple[str, str]]) -> _Sym
 
 def _expansion(pattern: StagePattern, recursion: Recursion, known: _Symbols) -> _Expansion:
     ins, us, outs, size, dimension = pattern.inputs, pattern.controls, pattern.outputs, known.size, known.dimension
-    f_x = BlockMatrix([[known.state[o, i] for i in ins] for o in outs])
-    f_u = BlockMatrix([[known.control[o, p] for p in us] for o in outs])
-    v_x = BlockMatrix([[known.value_x[o]] for o in outs])
-    v_xx = BlockMatrix([[known.value_xx[a, b] for b in outs] for a in outs])
-    states, decisions, one = list(size.values()), list(dimension.values()), [Integer(1)]
-    q_x = block_entries(f_x.T * v_x, states, one)
-    q_u = block_entries(f_u.T * v_x, decisions, one)
-    q_uu = block_entries(f_u.T * v_xx * f_u, decisions, decisions)
-    q_ux = block_entries(f_u.T * v_xx * f_x, decisions, states)
-    q_xx = block_entries(f_x.T * v_xx * f_x, states, states)
+    f_x, f_u = (
+        [[f[o, name] for name in names] for o in outs] for f, names in ((known.state, ins), (known.control, us))
+    )
+    f_xt, f_ut = ([[block.T for block in column] for column in zip(*f, strict=True)] for f in (f_x, f_u))
+    v_x, v_xx = [[known.value_x[o]] for o in outs], [[known.value_xx[a, b] for b in outs] for a in outs]
+    q_x, q_u = block_product(f_xt, v_x), block_product(f_ut, v_x)
+    through_u = block_product(f_ut, v_xx)
+    q_uu, q_ux = block_product(through_u, f_u), block_product(through_u, f_x)
+    q_xx = block_product(block_product(f_xt, v_xx), f_x)
 
     def stage_hessian(a: int, b: int) -> MatrixExpr:
         nothing = ZeroMatrix(dimension[us[a]], dimension[us[b]])
@@ -291,12 +290,12 @@ def _rolled_out(
     """
     us = pattern.controls
     symbol = moved[us[0]] if len(us) == 1 else MatrixSymbol("delta_û", *k.symbol.shape)
-    policy = MatAdd(k.symbol, *(gains[i].symbol * change[i] for i in pattern.inputs)).doit()
+    policy = MatAdd(k.symbol, *(MatMul(gains[i].symbol, change[i]) for i in pattern.inputs)).doit()
     found = {"u": Equation(symbol, policy, "4, 28")}
     for o in pattern.outputs:
-        parts = [known.state[o, i] * change[i] for i in pattern.inputs]
-        parts += [known.control[o, p] * moved[p] for p in us]
-        total = MatAdd(*(part.doit() for part in parts)).doit()
+        parts = [MatMul(known.state[o, i], change[i]) for i in pattern.inputs]
+        parts += [MatMul(known.control[o, p], moved[p]) for p in us]
+        total = MatAdd(*parts).doit()
         found[o] = Equation(
             MatrixSymbol(f"delta'_{o}", known.state[o, pattern.inputs[0]].shape[0], 1), total, "linearised"
         )
@@ -383,12 +382,13 @@ def _joint(pattern: StagePattern, q: _Expansion, size: dict[str, Symbol]) -> _Jo
 def _gains(pattern: StagePattern, joint: _Joint) -> tuple[Equation, dict[str, Equation]]:
     """``k = -Q_uu⁻¹ Q_u`` and one feedback gain a value: ``K`` on the state, ``G`` on what waits (Eq. 4, 9, 28)."""
     inverse = Inverse(joint.uu.symbol)
-    k = Equation(MatrixSymbol("k", *joint.u.symbol.shape), -inverse * joint.u.symbol, "4")
+    k = Equation(MatrixSymbol("k", *joint.u.symbol.shape), MatMul(-1, inverse, joint.u.symbol).doit(), "4")
     names = {"x": ("K", "4"), "r": ("G", "9, 28")}
     gains = {}
     for i in pattern.inputs:
         name, source = names.get(i, (f"K_{i}", "28"))
-        gains[i] = Equation(MatrixSymbol(name, *joint.ux[i].symbol.shape), -inverse * joint.ux[i].symbol, source)
+        gain = MatMul(-1, inverse, joint.ux[i].symbol).doit()
+        gains[i] = Equation(MatrixSymbol(name, *joint.ux[i].symbol.shape), gain, source)
     return k, gains
 
 
@@ -402,19 +402,17 @@ def _recursion(
 ) -> tuple[dict[str, Equation], dict[tuple[str, str], Equation]]:
     """``V_x = Q_x + Q_xu k``, ``V_xx = Q_xx + Q_xu K`` (Eq. 6, 29, 30)."""
     sign = -1 if recursion == "printed" else 1
-    new_x = {
-        i: Equation(
-            MatrixSymbol(f"V_{i}", *q.x[i].symbol.shape), q.x[i].symbol + joint.ux[i].symbol.T * k.symbol, "6, 29"
-        )
-        for i in pattern.inputs
-    }
-    new_xx = {}
+    q_xu = {i: joint.ux[i].symbol.T for i in pattern.inputs}
+    new_x, new_xx = {}, {}
+    for i in pattern.inputs:
+        value = MatAdd(q.x[i].symbol, MatMul(q_xu[i], k.symbol)).doit()
+        new_x[i] = Equation(MatrixSymbol(f"V_{i}", *q.x[i].symbol.shape), value, "6, 29")
     for a, i in enumerate(pattern.inputs):
         for j in pattern.inputs[a:]:
             kind = SymmetricSymbol if i == j else MatrixSymbol
             new_xx[i, j] = Equation(
                 kind(f"V_{i}{j}", *q.xx[i, j].symbol.shape),
-                q.xx[i, j].symbol + sign * joint.ux[i].symbol.T * gains[j].symbol,
+                MatAdd(q.xx[i, j].symbol, MatMul(sign, q_xu[i], gains[j].symbol)).doit(),
                 "21-23, sign as printed" if recursion == "printed" else "6, 10, 30",
             )
     return new_x, new_xx

@@ -27,7 +27,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from sympy import Identity, Inverse, MatAdd, MatrixExpr, MatrixSymbol, ZeroMatrix
+from sympy import Identity, Inverse, MatAdd, MatMul, MatrixExpr, MatrixSymbol, Transpose, ZeroMatrix
 
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.algebra.collapsed import Claim, CollapsedForm, FormName
@@ -105,38 +105,38 @@ def prove_span(d: StageDerivation, factored: bool = False) -> tuple[Claim, ...]:
     g_after = {o: MatrixSymbol(f"G'_{o}", d.value_x[o].shape[0], a.BATCH) for o in outputs}
     apart_after = {o: _apart("A'", o, d.value_x[o].shape[0], factored) for o in outputs}
     ansatz: dict[MatrixExpr, MatrixExpr] = {
-        d.value_x[o]: (apart_after[o] + g_after[o] * a.ALPHA_NEXT).doit() for o in outputs
+        d.value_x[o]: MatAdd(apart_after[o], MatMul(g_after[o], a.ALPHA_NEXT)) for o in outputs
     }
     for n, o in enumerate(outputs):
-        ansatz.update((d.value_xx[o, p], g_after[o] * a.VARIANCE_NEXT * g_after[p].T) for p in outputs[n:])
+        ansatz.update((d.value_xx[o, p], _between(g_after[o], g_after[p])) for p in outputs[n:])
     g = {i: _pull_back(d.state, outputs, i, g_after) for i in inputs}
     c = {p: _pull_back(d.control, outputs, p, g_after) for p in controls}
-    variance = a.VARIANCE_NEXT
     apart = {i: _pull_back(d.state, outputs, i, apart_after) for i in inputs}
     base = {p: _pull_back(d.control, outputs, p, apart_after) for p in controls}
     also_x, also_u = ("A_{0} + ", "b_{0} + ") if factored else ("", "")
     claims = [
-        _claim(f"Q_{i} = {also_x.format(i)}G_{i} alpha'", d.q_x[i], ansatz, apart[i] + g[i] * a.ALPHA_NEXT)
+        _claim(f"Q_{i} = {also_x.format(i)}G_{i} alpha'", d.q_x[i], ansatz,
+               MatAdd(apart[i], MatMul(g[i], a.ALPHA_NEXT)))
         for i in inputs
-    ]
+    ]  # fmt: skip
     claims += [
         _claim(f"Q_{p} = {also_u.format(p)}C_{p} alpha' + l_{p}", d.q_u[p], ansatz,
-               base[p] + c[p] * a.ALPHA_NEXT + d.linear[p])
+               MatAdd(base[p], MatMul(c[p], a.ALPHA_NEXT), d.linear[p]))
         for p in controls
     ]  # fmt: skip
     claims += [
-        _claim(f"Q_{p}{i} = C_{p} P' G_{i}^T", d.q_ux[p, i], ansatz, c[p] * variance * g[i].T)
+        _claim(f"Q_{p}{i} = C_{p} P' G_{i}^T", d.q_ux[p, i], ansatz, _between(c[p], g[i]))
         for p in controls
         for i in inputs
     ]
     claims += [
-        _claim(f"Q_{i}{j} = G_{i} P' G_{j}^T", equation, ansatz, g[i] * variance * g[j].T)
+        _claim(f"Q_{i}{j} = G_{i} P' G_{j}^T", equation, ansatz, _between(g[i], g[j]))
         for (i, j), equation in d.q_xx.items()
     ]
     for p, q in d.q_uu:
-        expected, said = d.curvature.get((p, q), 0 * c[p] * c[q].T), "M"
+        expected, said = d.curvature.get((p, q), ZeroMatrix(*d.q_uu[p, q].symbol.shape)), "M"
         if d.recursion == "levenberg":
-            expected, said = c[p] * variance * c[q].T + expected, "C P' C^T + M"
+            expected, said = MatAdd(_between(c[p], c[q]), expected), "C P' C^T + M"
         claims.append(_claim(f"Q_{p}{q} = {said}", d.q_uu[p, q], ansatz, expected))
     return (*claims, *_prove_recursion(d, factored))
 
@@ -148,11 +148,11 @@ def prove_rolled_out(d: StageDerivation) -> tuple[Claim, ...]:
     g_after = {o: MatrixSymbol(f"G'_{o}", d.value_x[o].shape[0], a.BATCH) for o in outputs}
     g = {i: _pull_back(d.state, outputs, i, g_after) for i in d.pattern.inputs}
     c = {p: _pull_back(d.control, outputs, p, g_after) for p in d.pattern.controls}
-    after = MatAdd(*(g_after[o].T * d.rolled[o].expression for o in outputs))
-    before = MatAdd(*(g[i].T * d.change[i] for i in g))
-    pushed = MatAdd(*(c[p].T * d.moved[p] for p in c))
+    after = MatAdd(*(MatMul(Transpose(g_after[o]), d.rolled[o].expression) for o in outputs))
+    before = (MatMul(Transpose(g[i]), d.change[i]) for i in g)
+    pushed = (MatMul(Transpose(c[p]), d.moved[p]) for p in c)
     said = f"c' = c + sum_p C_p^T delta_p ({', '.join(d.pattern.controls)}; linearised dynamics)"
-    return (_identity(said, after.doit(), (before + pushed).doit()),)
+    return (_identity(said, after, MatAdd(*before, *pushed)),)
 
 
 def _apart(letter: str, name: str, size: MatrixExpr, factored: bool) -> MatrixExpr:
@@ -172,12 +172,12 @@ def in_span(
         sign: -1 where Eq. 21-23 are read as printed.
     """
     alpha, variance = a.ALPHA_NEXT, a.VARIANCE_NEXT
-    k = -inverse * (columns * alpha + outside)
+    k = MatMul(-1, inverse, MatAdd(MatMul(columns, alpha), outside))
     return (
         k,
-        alpha + variance * columns.T * k,
-        variance - sign * variance * columns.T * inverse * columns * variance,
-        k - inverse * columns * variance * a.CHANGE,
+        MatAdd(alpha, MatMul(variance, columns.T, k)),
+        MatAdd(variance, MatMul(-sign, variance, columns.T, inverse, columns, variance)),
+        MatAdd(k, MatMul(-1, inverse, columns, variance, a.CHANGE)),
     )
 
 
@@ -192,30 +192,30 @@ def _prove_recursion(d: StageDerivation, factored: bool) -> list[Claim]:
     g = {i: MatrixSymbol(f"G_{i}", d.q_x[i].symbol.shape[0], a.BATCH) for i in d.pattern.inputs}
     change = {i: MatrixSymbol(f"delta_{i}", g[i].shape[0], 1) for i in g}
     apart = {i: _apart("A", i, g[i].shape[0], factored) for i in g}
-    known: dict[MatrixExpr, MatrixExpr] = {d.q_x[i].symbol: (apart[i] + g[i] * a.ALPHA_NEXT).doit() for i in g}
-    known[d.joint_u.symbol] = joint * a.ALPHA_NEXT + rest
-    known.update((d.joint_ux[i].symbol, joint * a.VARIANCE_NEXT * g[i].T) for i in g)
-    known.update((d.q_xx[i, j].symbol, g[i] * a.VARIANCE_NEXT * g[j].T) for i, j in d.q_xx)
+    known: dict[MatrixExpr, MatrixExpr] = {d.q_x[i].symbol: MatAdd(apart[i], MatMul(g[i], a.ALPHA_NEXT)) for i in g}
+    known[d.joint_u.symbol] = MatAdd(MatMul(joint, a.ALPHA_NEXT), rest)
+    known.update((d.joint_ux[i].symbol, _between(joint, g[i])) for i in g)
+    known.update((d.q_xx[i, j].symbol, _between(g[i], g[j])) for i, j in d.q_xx)
     gains = {d.gains[i].symbol: d.gains[i].expression for i in g} | {d.k.symbol: d.k.expression}
     k, alpha, variance, step = in_span(joint, Inverse(d.joint_uu.symbol), rest, _sign(d.recursion))
-    caused = MatAdd(*(g[i].T * change[i] for i in g)).doit()
-    moved = MatAdd(d.k.symbol, *(d.gains[i].symbol * change[i] for i in g)).doit()
+    caused = MatAdd(*(MatMul(Transpose(g[i]), change[i]) for i in g))
+    moved = MatAdd(d.k.symbol, *(MatMul(d.gains[i].symbol, change[i]) for i in g))
 
     def opened(equation: Equation) -> Equation:
-        return replace(equation, expression=equation.expression.xreplace(gains).doit())
+        return replace(equation, expression=equation.expression.xreplace(gains))
 
     claims = [
         _claim("k = -Q_uu^-1 (C alpha' + L)", d.k, known, k),
         _claim("delta_u = k + sum_i K_i delta_i = k - Q_uu^-1 C P' c, c = sum_i G_i^T delta_i",
-               opened(Equation(a.UPDATE, moved)), known, step.xreplace({a.CHANGE: caused}).doit()),
+               opened(Equation(a.UPDATE, moved)), known, step.xreplace({a.CHANGE: caused})),
     ]  # fmt: skip
     claims += [
         _claim(f"V_{i} = {f'A_{i} + ' if factored else ''}G_{i} (alpha' + P' C^T k)", opened(equation), known,
-               apart[i] + g[i] * alpha)
+               MatAdd(apart[i], MatMul(g[i], alpha)))
         for i, equation in d.new_value_x.items()
     ]  # fmt: skip
     return claims + [
-        _claim(f"V_{i}{j} = G_{i} P G_{j}^T", opened(equation), known, g[i] * variance * g[j].T)
+        _claim(f"V_{i}{j} = G_{i} P G_{j}^T", opened(equation), known, MatMul(g[i], variance, Transpose(g[j])))
         for (i, j), equation in d.new_value_xx.items()
     ]
 
@@ -232,14 +232,19 @@ def prove_law(recursion: Recursion, factored: bool) -> tuple[Law, tuple[Claim, .
         k, *found = in_span(c, m_inverse, outside, _sign(recursion))
         shrunk = variance * (identity - _sign(recursion) * a.GRAM * variance)
         weights = alpha + variance * a.CHANGE
-        return _proved(Law(k, alpha + variance * c.T * a.OPEN_GAIN, shrunk, weights, drift, update), found, (gram,))
+        law = Law(k.doit(), alpha + variance * c.T * a.OPEN_GAIN, shrunk, weights, drift, update)
+        return _proved(law, found, (gram,))
     w = SymmetricSymbol("W", a.BATCH, a.BATCH)
-    rules = (gram, ((w, a.GRAM), identity - w * information), ((a.GRAM, w), identity - information * w))
+    rules = (
+        gram,
+        ((w, a.GRAM), MatAdd(identity, MatMul(-1, w, information))),
+        ((a.GRAM, w), MatAdd(identity, MatMul(-1, information, w))),
+    )
     inverse = m_inverse - m_inverse * c * w * c.T * m_inverse
     k, *found = in_span(c, inverse, outside, 1)
     target = information * alpha - a.DRIFT
-    law, claims = _proved(Law(k, w * target, w, w * (target + a.CHANGE), drift, update), found, rules)
-    q_uu = (m + c * variance * c.T) * inverse
+    law, claims = _proved(Law(k.doit(), w * target, w, w * (target + a.CHANGE), drift, update), found, rules)
+    q_uu = MatMul(MatAdd(m, MatMul(c, variance, c.T)), inverse)
     whole = _identity("Q_uu (M^-1 - M^-1 C W C^T M^-1) = I", q_uu, Identity(a.CONTROLS), rules)
     return law.put({w: Inverse(information + a.GRAM)}), (whole, *claims)
 
@@ -250,7 +255,7 @@ def _proved(law: Law, found: list[MatrixExpr], rules: tuple[Rule, ...]) -> tuple
     closed = [law.alpha, law.variance, law.update.xreplace(named)]
     shown, symbols = (law.alpha, law.variance, law.update), (a.ALPHA, a.VARIANCE, a.UPDATE)
     return law, tuple(
-        _identity(f"{symbol} = {said}", left, right.xreplace(named).doit(), rules)
+        _identity(f"{symbol} = {said}", left, right.xreplace(named), rules)
         for symbol, said, left, right in zip(symbols, shown, found, closed, strict=True)
     )
 
@@ -258,10 +263,12 @@ def _proved(law: Law, found: list[MatrixExpr], rules: tuple[Rule, ...]) -> tuple
 def _pull_back(
     jacobian: dict[tuple[str, str], MatrixExpr], outputs: tuple[str, ...], column: str, g: dict[str, MatrixExpr]
 ) -> MatrixExpr:
-    total = jacobian[outputs[0], column].T * g[outputs[0]]
-    for o in outputs[1:]:
-        total = total + jacobian[o, column].T * g[o]
-    return total.doit()
+    return MatAdd(*(MatMul(Transpose(jacobian[o, column]), g[o]) for o in outputs))
+
+
+def _between(left: MatrixExpr, right: MatrixExpr) -> MatrixExpr:
+    """``left P' rightᵀ``. What is only compared is written as it stands: simplifying it takes longer than the proof."""
+    return MatMul(left, a.VARIANCE_NEXT, Transpose(right))
 
 
 def _claim(statement: str, equation: Equation, known: dict[MatrixExpr, MatrixExpr], expected: MatrixExpr) -> Claim:

@@ -86,14 +86,6 @@ class StageDerivation:
         """All equations in the order in which they can be evaluated."""
         joint = [] if len(self.pattern.controls) == 1 else [self.joint_u, self.joint_uu, *self.joint_ux.values()]
         return [
-            *self.q_x.values(),
-            *self.q_u.values(),
-            *self.q_uu.values(),
-            *self.q_ux.values(),
-            *self.q_xx.values(),
-            *joint,
-            self.k,
-            *self.gains.values(),
-            *self.new_value_x.values(),
-            *self.new_value_xx.values(),
-        ]
+            *self.q_x.values(), *self.q_u.values(), *self.q_uu.values(), *self.q_ux.values(), *self.q_xx.values(),
+            *joint, self.k, *self.gains.values(), *self.new_value_x.values(), *self.new_value_xx.values(),
+        ]  # fmt: skip

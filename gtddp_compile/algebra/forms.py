@@ -68,7 +68,8 @@ class Law:
 
     def put(self, known: Mapping[MatrixExpr, MatrixExpr]) -> Law:
         """The law with symbols replaced."""
-        return Law(**{name: value.xreplace(dict(known)).doit() for name, value in vars(self).items()})
+        found = {name: value.xreplace(dict(known)) for name, value in vars(self).items()}
+        return replace(self, **{name: new.doit() for name, new in found.items() if new is not getattr(self, name)})
 
 
 @dataclass(frozen=True)
@@ -127,29 +128,29 @@ def build(
         claims.append(claim)
         if not factored:
             claims.append(_proof("s of a group is the batch's", law.drift, batch.drift))
-    equations = tuple(_equations(form, law, factored=factored))
-    claims += _proved(name, form, law, equations)
+    there = law.put({a.VARIANCE_NEXT: form.variance, a.ALPHA_NEXT: form.alpha})
+    equations = tuple(_equations(form, law, there, factored=factored))
+    claims += _proved(name, form, there, equations)
     if name == "joint":
-        claims.append(_same_weights(law, update))
+        claims.append(_same_weights(there, update))
         equations = tuple(_joint(equations))
     sweeps: tuple[Equations, Equations] = ({}, {})
     if inertia:
         linear = a.WEIGHT_DECAY - a.INERTIA * a.CURVATURE * a.MOMENTUM
         sweeps[0]["l"] = Equation(a.DECAY, linear, INERTIA)
         alone = Inverse(a.CURVATURE) * a.WEIGHT_DECAY - a.INERTIA * a.MOMENTUM
-        claims.append(_proof("M^-1 l = M^-1 d - mu v", (Inverse(a.CURVATURE) * linear).doit().expand().doit(), alone))
+        claims.append(_proof("M^-1 l = M^-1 d - mu v", MatMul(Inverse(a.CURVATURE), linear), alone))
     for equation in equations:
         sweeps[equation.symbol in (a.WEIGHTS, a.UPDATE)][str(equation.symbol)] = equation
     return *sweeps, tuple(claims)
 
 
-def _equations(form: Form, law: Law, *, factored: bool) -> Iterator[Equation]:
-    """The law in what the form keeps, each symbol in those before it."""
+def _equations(form: Form, law: Law, there: Law, *, factored: bool) -> Iterator[Equation]:
+    """The law in what the form keeps (``there``), each symbol in those before it."""
 
     def said(symbol: MatrixExpr, expression: MatrixExpr) -> Equation:
         return Equation(symbol, expression, form.sources.get(str(symbol), form.sources[""]))
 
-    there = law.put({a.VARIANCE_NEXT: form.variance, a.ALPHA_NEXT: form.alpha})
     if form.system is None:
         if form.state is not None:
             yield said(a.OPEN_GAIN, there.gain)
@@ -182,32 +183,31 @@ def _joint(equations: tuple[Equation, ...]) -> Iterator[Equation]:
             yield equation
 
 
-def _same_weights(law: Law, update: MatrixExpr) -> Claim:
+def _same_weights(there: Law, update: MatrixExpr) -> Claim:
     """``Λ' w' = Λ' w``: on the linearised dynamics the weights do not depend on the stage.
 
     ``update``: ``δu`` as it is rolled out: the batch's, or that of a group which stands for it. What it changes, ``c' =
     c + Cᵀ δu``, is what the next stage answers to, ``Λ' w' = y' + c'`` (the equation of ``w`` one stage on).
     """
     product = (a.GRADIENTS.T, Inverse(a.CURVATURE), a.GRADIENTS)
-    after, system = Inverse(a.INFORMATION_NEXT), SymmetricSymbol("W", a.BATCH, a.BATCH)
-    there = law.put({a.VARIANCE_NEXT: after, a.ALPHA_NEXT: after * a.TARGET_NEXT})
+    system = SymmetricSymbol("W", a.BATCH, a.BATCH)
     inverse, _ = _system(there)  # Λ = Λ' + τ Γ
-    weights = there.weights.xreplace({Inverse(inverse): system, a.DRIFT: law.drift}).doit()
+    weights = there.weights.xreplace({Inverse(inverse): system, a.DRIFT: there.drift})
     added = (inverse - a.INFORMATION_NEXT).expand().doit()
     scale = added.as_coeff_matrices()[0] if isinstance(added, MatMul) else Integer(1)
-    pushed = (a.GRADIENTS.T * update).doit().expand().doit()
-    answer = a.TARGET_NEXT + a.CHANGE + pushed.xreplace({a.WEIGHTS: weights}).doit()
+    pushed = MatMul(a.GRADIENTS.T, update).xreplace({a.WEIGHTS: weights})
+    answer, expected = MatAdd(a.TARGET_NEXT, a.CHANGE, pushed), MatMul(a.INFORMATION_NEXT, weights)
     rules = (
         (product, a.GRAM),
         ((a.GRAM, system), (Identity(a.BATCH) - a.INFORMATION_NEXT * system) / scale),
     )
     statement = "Lambda' w' = Lambda' w: the weights are the same at every stage (linear rollout)"
-    if not is_equal(answer, a.INFORMATION_NEXT * weights, rules):
+    if not is_equal(answer, expected, rules):
         raise CompileError(
             f"{statement} does not follow from what was proved of a stage",
             "This is an error of gtddp_compile: report it. rollout='nonlinear' does not rest on it",
         )
-    return Claim(statement, answer, a.INFORMATION_NEXT * weights, rules)
+    return Claim(statement, answer, expected, rules)
 
 
 def _system(law: Law) -> tuple[MatrixExpr, MatrixExpr]:
@@ -216,17 +216,16 @@ def _system(law: Law) -> tuple[MatrixExpr, MatrixExpr]:
     return inverse, (inverse * law.alpha).doit()
 
 
-def _proved(name: FormName, form: Form, law: Law, equations: tuple[Equation, ...]) -> Iterator[Claim]:
+def _proved(name: FormName, form: Form, there: Law, equations: tuple[Equation, ...]) -> Iterator[Claim]:
     """The symbols mean what is kept; with the system and the target put in, every equation is the law."""
     if form.state is not None:
         yield _proof(f"{name} form: {form.state} is of P", projection(form.variance, form.state), NEXT[form.state])
     elif form.system is not None:
         yield _proof(f"{name} form: {form.system} = P^-1", Inverse(form.variance).doit(), NEXT[form.system])
         yield _proof(f"{name} form: y = P^-1 alpha", (Inverse(form.variance) * form.alpha).doit(), a.TARGET_NEXT)
-    there = law.put({a.VARIANCE_NEXT: form.variance, a.ALPHA_NEXT: form.alpha})
     meaning: dict[MatrixExpr, MatrixExpr] = {
         a.OPEN_GAIN: there.gain, a.ALPHA: _by_sample(there.alpha), a.WEIGHTS: _by_sample(there.weights),
-        a.DRIFT: law.drift, a.UPDATE: law.update,
+        a.DRIFT: there.drift, a.UPDATE: there.update,
     }  # fmt: skip
     if form.system is not None:
         meaning[form.system], meaning[a.TARGET] = _system(there)
@@ -234,7 +233,7 @@ def _proved(name: FormName, form: Form, law: Law, equations: tuple[Equation, ...
         meaning[form.state] = projection(there.variance, form.state)
     known: dict[MatrixExpr, MatrixExpr] = {}
     for equation in equations:
-        left = equation.expression.xreplace(known).doit()
+        left = equation.expression.xreplace(known)
         yield _proof(f"{name} form: {equation.symbol} = {equation.expression}", left, meaning[equation.symbol])
         if equation.symbol in (form.system, a.TARGET):
             known[equation.symbol] = equation.expression

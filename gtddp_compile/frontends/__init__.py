@@ -10,18 +10,6 @@ from gtddp_compile.frontends.symbolic import trace_symbolically
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable
 
 __all__ = [
-    "Call",
-    "Traced",
-    "Untraceable",
-    "beginning",
-    "differentiates",
-    "observe",
-    "positional",
-    "trace_derivatives",
-    "trace_export",
-    "trace_followed",
-    "trace_functional",
-    "trace_symbolically",
-    "trace_values",
-    "withheld",
-]
+    "Call", "Traced", "Untraceable", "beginning", "differentiates", "observe", "positional", "trace_derivatives",
+    "trace_export", "trace_followed", "trace_functional", "trace_symbolically", "trace_values", "withheld",
+]  # fmt: skip

@@ -17,17 +17,9 @@ from gtddp_compile import kernels
 
 
 def record_attention(
-    tracer: Any,
-    m: nn.MultiheadAttention,
-    query: Any,
-    key: Any,
-    value: Any,
-    key_padding_mask: Any = None,
-    need_weights: bool = True,
-    attn_mask: Any = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> tuple[Any, Any]:
+    tracer: Any, m: nn.MultiheadAttention, query: Any, key: Any, value: Any, key_padding_mask: Any = None,
+    need_weights: bool = True, attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
     """``softmax(q kᵀ / √d + mask) v`` between its projections; the weights too where they are asked for.
 
     ``is_causal`` is a hint about ``attn_mask``, which is what counts.
@@ -61,33 +53,13 @@ def record_attention(
 
 
 def record_attention_function(
-    tracer: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: Any,
-    in_proj_bias: Any,
-    bias_k: Any,
-    bias_v: Any,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Any,
-    out_proj_bias: Any,
-    training: bool = True,
-    key_padding_mask: Any = None,
-    need_weights: bool = True,
-    attn_mask: Any = None,
-    use_separate_proj_weight: bool = False,
-    q_proj_weight: Any = None,
-    k_proj_weight: Any = None,
-    v_proj_weight: Any = None,
-    static_k: Any = None,
-    static_v: Any = None,
-    average_attn_weights: bool = True,
+    tracer: Any, query: Any, key: Any, value: Any, embed_dim_to_check: int, num_heads: int, in_proj_weight: Any,
+    in_proj_bias: Any, bias_k: Any, bias_v: Any, add_zero_attn: bool, dropout_p: float, out_proj_weight: Any,
+    out_proj_bias: Any, training: bool = True, key_padding_mask: Any = None, need_weights: bool = True,
+    attn_mask: Any = None, use_separate_proj_weight: bool = False, q_proj_weight: Any = None, k_proj_weight: Any = None,
+    v_proj_weight: Any = None, static_k: Any = None, static_v: Any = None, average_attn_weights: bool = True,
     is_causal: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any]:  # fmt: skip
     """``F.multi_head_attention_forward``, which models call with weights of their own.
 
     Raises:
@@ -138,13 +110,9 @@ def _projections(m: nn.MultiheadAttention, query: Any, key: Any, value: Any) -> 
 
 
 def record_encoder_layer(
-    tracer: Any,
-    m: nn.TransformerEncoderLayer,
-    src: Any,
-    src_mask: Any = None,
-    src_key_padding_mask: Any = None,
+    tracer: Any, m: nn.TransformerEncoderLayer, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None,
     is_causal: bool = False,
-) -> Any:
+) -> Any:  # fmt: skip
     """Attention and feed-forward blocks, each with its shortcut."""
     if m.norm_first:
         x = src + m._sa_block(m.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
@@ -154,13 +122,9 @@ def record_encoder_layer(
 
 
 def record_encoder(
-    tracer: Any,
-    m: nn.TransformerEncoder,
-    src: Any,
-    mask: Any = None,
-    src_key_padding_mask: Any = None,
+    tracer: Any, m: nn.TransformerEncoder, src: Any, mask: Any = None, src_key_padding_mask: Any = None,
     is_causal: bool | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """The layers in turn."""
     x = src
     for layer in m.layers:
@@ -169,17 +133,10 @@ def record_encoder(
 
 
 def record_decoder(
-    tracer: Any,
-    m: nn.TransformerDecoder,
-    tgt: Any,
-    memory: Any,
-    tgt_mask: Any = None,
-    memory_mask: Any = None,
-    tgt_key_padding_mask: Any = None,
-    memory_key_padding_mask: Any = None,
-    tgt_is_causal: bool | None = None,
+    tracer: Any, m: nn.TransformerDecoder, tgt: Any, memory: Any, tgt_mask: Any = None, memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None, memory_key_padding_mask: Any = None, tgt_is_causal: bool | None = None,
     memory_is_causal: bool = False,
-) -> Any:
+) -> Any:  # fmt: skip
     """The layers in turn."""
     x = tgt
     for layer in m.layers:
@@ -188,20 +145,11 @@ def record_decoder(
 
 
 def record_transformer(
-    tracer: Any,
-    m: nn.Transformer,
-    src: Any,
-    tgt: Any,
-    src_mask: Any = None,
-    tgt_mask: Any = None,
-    memory_mask: Any = None,
-    src_key_padding_mask: Any = None,
-    tgt_key_padding_mask: Any = None,
-    memory_key_padding_mask: Any = None,
-    src_is_causal: bool | None = None,
-    tgt_is_causal: bool | None = None,
+    tracer: Any, m: nn.Transformer, src: Any, tgt: Any, src_mask: Any = None, tgt_mask: Any = None,
+    memory_mask: Any = None, src_key_padding_mask: Any = None, tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None, src_is_causal: bool | None = None, tgt_is_causal: bool | None = None,
     memory_is_causal: bool = False,
-) -> Any:
+) -> Any:  # fmt: skip
     """Encoder, then decoder."""
     memory = m.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask)
     return m.decoder(

@@ -37,19 +37,11 @@ KINDS = {
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 RANDOM = frozenset(
     {
-        "bernoulli",
-        "rand",
-        "randn",
-        "randint",
-        "randperm",
-        "rand_like",
-        "randn_like",
-        "randint_like",
-        "normal",
+        "bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal",
         "uniform",
     }
     | {"multinomial", "poisson", "exponential", "cauchy", "geometric", "log_normal", "random", "gumbel_softmax"}
-)
+)  # fmt: skip
 DROPPING = frozenset(
     {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
     | {"native_dropout", "rrelu"}
@@ -232,15 +224,8 @@ def _copy(a: dict[str, Any]) -> Arguments:
 
 
 ATEN: Mapping[str, Callable[[dict[str, Any]], Arguments]] = {
-    "linear": _linear,
-    "conv1d": _conv(1),
-    "conv2d": _conv(2),
-    "conv3d": _conv(3),
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "group_norm": _group_norm,
-    "instance_norm": _instance_norm,
-    "embedding": _embedding,
+    "linear": _linear, "conv1d": _conv(1), "conv2d": _conv(2), "conv3d": _conv(3), "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm, "group_norm": _group_norm, "instance_norm": _instance_norm, "embedding": _embedding,
     "copy": _copy,
-}
+}  # fmt: skip
 """aten operators that have a torch.nn.functional form which a rule knows."""

@@ -70,12 +70,7 @@ def differs(value: Tensor, other: Any, scale: Scale) -> Tensor | None:
 
 
 def changes(values: Sequence[Any], changed: Sequence[int]) -> list[Change | None]:
-    """What each variant changed of the first value; ``None`` if it cannot be compared.
-
-    Args:
-        values: for the example inputs, then for each variant.
-        changed: the sample that each variant changes.
-    """
+    """What each variant, of one sample each, changed of the first value; ``None`` if it cannot be compared."""
     scale = scale_of(values[0])
     masks = [differs(values[0], other, scale) for other in values[1:]]
     return [
@@ -121,18 +116,10 @@ def within(change: Change, layout: Layout, batch: int) -> bool:
 
 
 def keep_own(values: list[Any], changed: Sequence[int], batch: int, known: Sequence[Layout | None]) -> Layout | None:
-    """Of a value that mixes samples, keep what each changed sample's own part is and put back what it does to others.
+    """Of a value that mixes samples, keep each changed sample's own part and put back what it does to others.
 
-    So the operations behind it can be followed.
-
-    Args:
-        values: for the example inputs, then for each variant; the latter are replaced.
-        changed: the sample that each variant changes.
-        batch: samples.
-        known: layouts of the moving operands.
-
-    Returns:
-        The layout the value is read in: one of its operands', if any fits.
+    So the operations behind it can be followed. The variants among ``values`` are replaced. Returns the layout that the
+    value is read in: one of its moving operands', ``known``, if any fits.
     """
     kept = values[0]
     if any(not isinstance(other, Tensor) or other.shape != kept.shape for other in values[1:]):

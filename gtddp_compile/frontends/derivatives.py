@@ -31,24 +31,12 @@ from gtddp_compile.pde import Jet
 aten = torch.ops.aten
 FUSED: dict[Any, Any] = get_decompositions(
     [
-        aten.tanh_backward,
-        aten.sigmoid_backward,
-        aten.silu_backward,
-        aten.gelu_backward,
-        aten.softplus_backward,
-        aten.elu_backward,
-        aten.leaky_relu_backward,
-        aten.threshold_backward,
-        aten.native_layer_norm,
-        aten.native_layer_norm_backward,
-        aten.native_group_norm,
-        aten.native_group_norm_backward,
-        aten._softmax_backward_data,
-        aten._log_softmax_backward_data,
-        aten.select_backward,
-        aten.slice_backward,
+        aten.tanh_backward, aten.sigmoid_backward, aten.silu_backward, aten.gelu_backward, aten.softplus_backward,
+        aten.elu_backward, aten.leaky_relu_backward, aten.threshold_backward, aten.native_layer_norm,
+        aten.native_layer_norm_backward, aten.native_group_norm, aten.native_group_norm_backward,
+        aten._softmax_backward_data, aten._log_softmax_backward_data, aten.select_backward, aten.slice_backward,
     ]
-)
+)  # fmt: skip
 """Operations that are taken apart: fused backward ones, and normalisations, whose moments autograd takes as given."""
 
 DETACHING = frozenset(
@@ -75,10 +63,6 @@ def differentiates(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
 
 def trace_derivatives(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     """Record a model and the derivatives that it takes.
-
-    Args:
-        model: the module.
-        inputs: its positional arguments, tensors.
 
     Raises:
         Untraceable: it decides on values, or writes a buffer.

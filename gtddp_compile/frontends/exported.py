@@ -38,10 +38,6 @@ FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 def trace_export(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     """Record a model by ``torch.export``, operators as the model called them.
 
-    Args:
-        model: the module.
-        inputs: its positional arguments; the leading axis of all of them is the batch.
-
     Raises:
         Untraceable: torch.export refuses the model.
     """

@@ -69,10 +69,6 @@ COUNTING = frozenset({"nonzero", "argwhere", "masked_select", "bincount", "repea
 def trace_followed(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     """Record a model by running it once.
 
-    Args:
-        model: the module.
-        inputs: its positional arguments.
-
     Raises:
         Untraceable: it computes where torch functions cannot be followed, or builds a number read from values in.
     """

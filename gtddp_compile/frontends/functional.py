@@ -19,47 +19,20 @@ from gtddp_compile.graph import BufferRef, ParamRef, Ref, iter_leaves, map_leave
 
 VIEWS = frozenset(
     {
-        "view",
-        "reshape",
-        "flatten",
-        "transpose",
-        "permute",
-        "getitem",
-        "chunk",
-        "split",
-        "unbind",
-        "squeeze",
+        "view", "reshape", "flatten", "transpose", "permute", "getitem", "chunk", "split", "unbind", "squeeze",
         "unsqueeze",
     }
     | {
-        "expand",
-        "expand_as",
-        "t",
-        "T",
-        "mT",
-        "H",
-        "mH",
-        "narrow",
-        "select",
-        "slice",
-        "detach",
-        "contiguous",
+        "expand", "expand_as", "t", "T", "mT", "H", "mH", "narrow", "select", "slice", "detach", "contiguous",
         "unflatten",
     }
     | {
-        "view_as",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "diagonal",
-        "unfold",
-        "tensor_split",
+        "view_as", "swapaxes", "swapdims", "movedim", "moveaxis", "diagonal", "unfold", "tensor_split",
         "split_with_sizes",
     }
     | {"alias", "real", "imag", "as_strided", "reshape_as", "to", "type", "float", "double", "half", "ravel", "dropout"}
     | {"hsplit", "vsplit", "as_tensor", "broadcast_to"}
-)
+)  # fmt: skip
 """Operations whose value may share memory with their first argument."""
 
 COPYING = frozenset(

@@ -41,18 +41,11 @@ def record_instance_norm(tracer: Any, m: _InstanceNorm, x: Any) -> Any:
 
 
 LAYERS: dict[type[nn.Module], Record] = {
-    _BatchNorm: record_batch_norm,
-    _InstanceNorm: record_instance_norm,
-    nn.MultiheadAttention: record_attention,
-    nn.TransformerEncoderLayer: record_encoder_layer,
-    nn.TransformerEncoder: record_encoder,
-    nn.TransformerDecoder: record_decoder,
-    nn.Transformer: record_transformer,
-    nn.RNNBase: record_recurrent,
-    nn.LSTMCell: record_lstm_cell,
-    nn.GRUCell: record_cell,
-    nn.RNNCell: record_cell,
-}
+    _BatchNorm: record_batch_norm, _InstanceNorm: record_instance_norm, nn.MultiheadAttention: record_attention,
+    nn.TransformerEncoderLayer: record_encoder_layer, nn.TransformerEncoder: record_encoder,
+    nn.TransformerDecoder: record_decoder, nn.Transformer: record_transformer, nn.RNNBase: record_recurrent,
+    nn.LSTMCell: record_lstm_cell, nn.GRUCell: record_cell, nn.RNNCell: record_cell,
+}  # fmt: skip
 """By class; a subclass is recorded as its nearest base here."""
 
 FUNCTIONS: dict[Callable[..., Any], Record] = {F.multi_head_attention_forward: record_attention_function}

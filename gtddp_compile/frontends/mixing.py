@@ -35,12 +35,7 @@ MIXES, NOBODYS = "mixes", "nobody's"
 
 
 def find_mixing(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> OpGraph:
-    """The graph with every operation marked that mixes samples.
-
-    Args:
-        graph: with shapes for ``inputs`` and layouts.
-        model: for its parameters and buffers, which are left as they are.
-        inputs: the example inputs.
+    """The graph, with shapes and layouts, with every operation marked that mixes samples.
 
     Raises:
         CompileError: the operations cannot be differentiated one by one.

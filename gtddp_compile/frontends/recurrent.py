@@ -57,16 +57,10 @@ MODES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN_TANH", "rnn_relu": "RNN_
 
 
 def recurrent_graph(operation: str, a: Mapping[str, Any], sizes: tuple[int, ...]) -> fx.Graph:
-    """The same for ``aten.lstm.input`` and its kin, which torch.export records: a graph of what it computes.
+    """The same for ``aten.lstm.input`` and its kin as torch.export records them, by the arguments.
 
-    Args:
-        operation: a key of :data:`MODES`.
-        a: the operation's arguments by name.
-        sizes: features of ``h_n`` (and ``c_n``).
-
-    Returns:
-        Placeholders for ``input``, the states and the parameters, in this order; ``(output, h_n)`` or
-        ``(output, h_n, c_n)``.
+    ``sizes``: features of ``h_n`` (and ``c_n``). The graph has placeholders for ``input``, the states and the
+    parameters, in this order, and returns ``(output, h_n)`` or ``(output, h_n, c_n)``.
     """
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)

@@ -44,14 +44,9 @@ PLAIN = (LEADING, LISTED)
 
 
 def find_layouts(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> OpGraph:
-    """The graph with the layout of every value whose samples do not lie along the leading axis.
+    """The graph, with shapes, with the layout of every value whose samples do not lie along the leading axis.
 
     Values of which no layout holds are ``UNKNOWN``: a later pass refuses them if they matter.
-
-    Args:
-        graph: with shapes for ``inputs``.
-        model: for its parameters and buffers, which are left as they are.
-        inputs: the example inputs.
     """
     batch = graph.batch
     moving = graph.reached

@@ -20,8 +20,10 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.attributes import NUMBERS, Record, State, generators, read, untouched
 from gtddp_compile.frontends.changes import differs, scale_of
 from gtddp_compile.frontends.reference import Reference, observe, outputs
-from gtddp_compile.frontends.trials import other
+from gtddp_compile.frontends.trials import other, some
 
+FEW = 2
+"""Samples on which a model is watched again."""
 Attributes = dict[tuple[Hashable, str], Any]
 
 
@@ -37,19 +39,15 @@ def watch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Reference, tuple[s
 
 def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Reference, tuple[str, ...]]:
     batch = next((len(value) for value in inputs if value.dim()), 1)
-    others = tuple(other(value, 0, batch, 0, bold=False) for value in inputs)
-    with untouched(model):
-        try:
-            alone = outputs(model, others)
-        except Exception:  # inputs that the model does not take; the example's then show all but what it kept of them
-            others = inputs
+    whole = tuple(other(value, 0, batch, 0, bold=False) for value in inputs)
+    first, few = (tuple(some(value, batch, min(batch, FEW)) for value in values) for values in (inputs, whole))
+    others, alone = _taken(model, few, whole, inputs)
     with untouched(model):
         before = read(model)
         reference = observe(model, inputs)
         kept = _kept(before, read(model))
-        after = outputs(model, others)
-    if others is inputs:
-        alone = reference.outputs
+        _again(model, first)  # it may keep something for batches of this size, too
+        after = _again(model, others)
     if _same(alone, after):
         return reference, kept
     with untouched(model):
@@ -68,6 +66,26 @@ def _watch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Reference, tuple[
             module="",
         )
     return reference, kept
+
+
+def _taken(model: nn.Module, *candidates: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """The first of some inputs that the model takes, and its outputs on them; else the last, and nothing.
+
+    Where it takes none but the example's, those show all but what it kept of them.
+    """
+    for inputs in candidates:
+        with untouched(model):
+            if found := _again(model, inputs):
+                return inputs, found
+    return inputs, ()
+
+
+def _again(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Outputs of one pass more, with whatever the model has kept; none where it fails, by that perhaps."""
+    try:
+        return outputs(model, inputs)
+    except Exception:  # the user's own code runs here and may raise anything
+        return ()
 
 
 TABLES = {

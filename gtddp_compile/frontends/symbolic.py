@@ -177,11 +177,7 @@ def _functions_of_the_users_own() -> Iterator[None]:
 
 
 def trace_symbolically(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
-    """Record a model by torch.fx.
-
-    Args:
-        model: the module.
-        inputs: its positional arguments (only their number matters).
+    """Record a model by torch.fx; of its inputs only their number matters.
 
     Raises:
         Untraceable: whatever the model did that torch.fx cannot record.

@@ -40,12 +40,9 @@ Names = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 def tidied(recorded: fx.GraphModule, names: Names, given: Sequence[Tensor]) -> tuple[tuple[Call, ...], list[Any]]:
-    """The calls of a recording, and its outputs in terms of them.
+    """The calls of a recording without side effects, and its outputs in terms of them.
 
-    Args:
-        recorded: aten operations without side effects.
-        names: of parameters, buffers and inputs, in the order of its arguments.
-        given: the values of its arguments.
+    ``names`` of parameters, buffers and inputs, and their values (``given``) are in the order of its arguments.
     """
     return _Walk(recorded, names, given).calls_and_output()
 

@@ -104,6 +104,11 @@ class ControlGraph:
         return max(row.values(), default=0)
 
     @cached_property
+    def tried(self) -> dict[str, Mapping[str, Any]]:
+        """What trials of operations have found, by use: several passes ask, one trial is enough."""
+        return {}
+
+    @cached_property
     def stage_of(self) -> dict[str, int]:
         """Stage of every operation; -1 for the prologue."""
         found = dict.fromkeys(self.prologue, -1)
@@ -267,35 +272,21 @@ def _player(player: Player, shapes: dict[str, list[int]]) -> dict[str, Any]:
 
 def _stage(stage: Stage) -> dict[str, Any]:
     return {
-        "index": stage.index,
-        "players": list(stage.players),
-        "live": list(stage.live),
-        "consumed": list(stage.consumed),
-        "carried": list(stage.carried),
-        "produced": list(stage.produced),
-        "ops": list(stage.ops),
-        "merges": list(stage.merges),
-    }
+        "index": stage.index, "players": list(stage.players), "live": list(stage.live),
+        "consumed": list(stage.consumed), "carried": list(stage.carried), "produced": list(stage.produced),
+        "ops": list(stage.ops), "merges": list(stage.merges),
+    }  # fmt: skip
 
 
 def _shortcut(shortcut: Shortcut) -> dict[str, Any]:
     return {
-        "fork": shortcut.fork,
-        "merge": shortcut.merge,
-        "kind": shortcut.kind,
-        "players": list(shortcut.players),
-        "ops": list(shortcut.ops),
-        "regular": shortcut.regular,
-    }
+        "fork": shortcut.fork, "merge": shortcut.merge, "kind": shortcut.kind, "players": list(shortcut.players),
+        "ops": list(shortcut.ops), "regular": shortcut.regular,
+    }  # fmt: skip
 
 
 def _value(value: Value) -> dict[str, Any]:
     return {
-        "name": value.name,
-        "shape": [int(size) for size in value.shape],
-        "born": value.born,
-        "dies": value.dies,
-        "readers": list(value.readers),
-        "fixed": value.fixed,
-        "control": value.control,
-    }
+        "name": value.name, "shape": [int(size) for size in value.shape], "born": value.born, "dies": value.dies,
+        "readers": list(value.readers), "fixed": value.fixed, "control": value.control,
+    }  # fmt: skip

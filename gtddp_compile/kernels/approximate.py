@@ -9,8 +9,7 @@ entries, which belong to parameters that have no gradient. Elements of a convolu
 ``sketch`` multiplies every sample's gradient by the same random signs ``Ω`` (inputs × k, ``E[Ω Ωᵀ] = k I``) before the
 product: ``γ_i Ω / √k = Σ_t g_it (Ωᵀ x_it)ᵀ / √k`` needs the projected inputs alone, never ``γ_i``. ``Γ`` stays positive
 semidefinite, is unbiased over the signs, and its entries' relative error falls as ``√(2 / k)`` at worst. Signs are the
-same at every step. ``centre`` is for convolutions, see there. ``low`` makes the gradients of a layer with positions in
-bfloat16. Biases, being small, are exact.
+same at every step. Biases, being small, are exact.
 """
 
 import math
@@ -20,15 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import Geometry, Layer, is_spherical
+from gtddp_compile.kernels.bundle import Layer, is_spherical
 from gtddp_compile.kernels.conv import conv_gram
 from gtddp_compile.kernels.linear import linear_gram
 from gtddp_compile.kernels.patches import (
     CONVOLUTIONS,
     _conv_bias,
     _conv_images,
-    _conv_margins,
-    _conv_padded,
     _conv_products,
     _conv_samples,
     _conv_weight,
@@ -150,37 +147,3 @@ def conv_sketched(
         return sketch, None
     change = _conv_samples((g * seen[0]).flatten(1).sum(1), samples)
     return sketch, change if bias is None else change + bias @ direction[1]
-
-
-def conv_centre_gram(layer: Layer, metric: tuple[Any, ...]) -> Tensor:
-    """``γ M⁻¹ γᵀ`` with the weight's metric separated and the kernel's central element in place of all, ``(B, B)``.
-
-    The gradients of a kernel's elements are those of the same pixels, moved: each element's Gram matrix is taken to be
-    the central one's, times the share of output positions whose pixel is inside the image. Nothing is unfolded, and an
-    element costs what a 1×1 convolution does.
-    """
-    return _separately(conv_gram, layer, metric, _conv_centre)
-
-
-def _conv_centre(layer: Layer, rest: Tensor | float) -> Tensor:
-    """The weight's part, of the kernel's central element and the share of the others."""
-    (weight, kernel), how, x, g, share = _conv_weight(layer), layer.how, layer.operands[0], layer.g, 1.0
-    margins = _conv_margins(kernel, how)
-    seen_by_centre: list[slice] = []  # of every axis, in x without its margins
-    for axis, (size, gap, step, margin) in enumerate(zip(kernel, how.dilation, how.stride, margins, strict=True)):
-        pixels, positions = x.shape[axis - len(kernel)], g.shape[axis - len(kernel)]
-        shifts = [index * gap - margin[0] for index in range(size)]
-        seen = [sum(0 <= at * step + shift < pixels for at in range(positions)) for shift in shifts]
-        share *= sum(seen) / max(1, seen[size // 2])
-        first = shifts[size // 2]
-        seen_by_centre.append(slice(first, first + (positions - 1) * step + 1, step))
-    pixels_of = x.shape[x.dim() - len(kernel) :]
-    if any(part.start < 0 or part.stop > size for part, size in zip(seen_by_centre, pixels_of, strict=True)):
-        x = _conv_padded(x, margins)
-        moved = zip(seen_by_centre, margins, strict=True)
-        seen_by_centre = [slice(part.start + low, part.stop + low, part.step) for part, (low, _) in moved]
-    crop: tuple[Any, ...] = (..., *seen_by_centre)
-    ones, zeros = tuple(1 for _ in kernel), tuple(0 for _ in kernel)
-    centre = weight.flatten(2)[..., :1].reshape(*weight.shape[:2], *ones)
-    pointwise = Geometry(ones, zeros, ones, how.groups)
-    return conv_gram(Layer((x[crop],), g, (centre,), layer.wants, pointwise), (share * rest,))

@@ -30,14 +30,9 @@ def order_of_rows(index: Tensor, rows: int, samples: int) -> Tensor:
 
 
 def apart(
-    value: Tensor,
-    batch: int,
-    axis: int = 0,
-    fold: str = "",
-    to: int = 1,
-    order: Tensor | None = None,
+    value: Tensor, batch: int, axis: int = 0, fold: str = "", to: int = 1, order: Tensor | None = None,
     columns: int = 0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The value as ``(B, …)``, every sample's elements under its own index.
 
     ``columns``: leading axes that are no part of the value (the columns of a factor), kept in front.
@@ -92,17 +87,9 @@ def arranged(
 
 
 def contract_arranged(
-    contract: Callable[..., Tensor],
-    g: Tensor,
-    after: Tensor,
-    before: Tensor,
-    batch: int,
-    axis: int,
-    fold: str,
-    order: Tensor | None = None,
-    order_after: Tensor | None = None,
-    columns: int = 0,
-) -> Tensor:
+    contract: Callable[..., Tensor], g: Tensor, after: Tensor, before: Tensor, batch: int, axis: int, fold: str,
+    order: Tensor | None = None, order_after: Tensor | None = None, columns: int = 0,
+) -> Tensor:  # fmt: skip
     """``⟨g_i, δx_i⟩`` of a value in another layout; ``contract`` is the kernel for ``(B, …)``.
 
     ``order`` of the first sweep, ``order_after`` of the second: an entry is compared with what it has become.

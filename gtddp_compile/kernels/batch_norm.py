@@ -24,20 +24,10 @@ too, what it sums up to with ``x̂`` and alone, a sample."""
 
 
 def batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    training: bool = False,
-    momentum: float | None = 0.1,
-    eps: float = 1e-5,
-    corrected: bool = False,
-    moments: Moments | None = None,
-    sync: bool = False,
-) -> Tensor:
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, *, training: bool = False, momentum: float | None = 0.1,
+    eps: float = 1e-5, corrected: bool = False, moments: Moments | None = None, sync: bool = False,
+) -> Tensor:  # fmt: skip
     """``h = (x - mean) / √(var + eps) ∘ w + b`` over axis 1, as ``torch.nn.BatchNorm1d`` to ``3d`` compute it.
 
     In training mode the batch's own statistics normalise and the buffers that are not ``None`` advance by

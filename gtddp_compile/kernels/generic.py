@@ -190,13 +190,13 @@ def generic_probe(layer: Layer) -> dict[str, bool]:
     vectorised = agrees(lambda: gamma(mixes=not alone, vectorised=True), expected, UNSUPPORTED)
     pairs = zip(layer.params, layer.wants, strict=True)
     change = tuple(torch.ones_like(param) for param, want in pairs if want and param is not None)
+    slow = (rows_directional(expected, change),)
 
-    def along(forward_mode: bool) -> tuple[Tensor, ...]:
-        plain = how._replace(mixes=True, vectorised=False, forward_mode=forward_mode)
-        return (generic_directional(layer._replace(how=plain), change),)
+    def forward() -> tuple[Tensor, ...]:
+        return (generic_directional(layer._replace(how=how._replace(forward_mode=True)), change),)
 
     return {
         "mixes": not alone,
         "vectorised": vectorised,
-        "forward_mode": agrees(lambda: along(True), along(False), UNSUPPORTED),
+        "forward_mode": agrees(forward, slow, UNSUPPORTED),
     }

@@ -45,14 +45,9 @@ def time_first(x: Tensor) -> Tensor:
 
 
 def recurrent(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    *states: Tensor,
-    mode: str,
-    directions: int,
-    bias: bool,
+    x: Tensor, weights: Sequence[Tensor], *states: Tensor, mode: str, directions: int, bias: bool,
     sizes: tuple[int, ...],
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One layer of ``torch.nn.LSTM``, ``GRU`` or ``RNN``, flat: ``(B, h_n | c_n | output)``.
 
     ``x`` is ``(B, T, n)``, ``states`` (of the given ``sizes``; zero if there are none) ``(B, directions, size)``.
@@ -70,13 +65,8 @@ def recurrent(
 
 
 def lstm_cell(
-    x: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
+    x: Tensor, h: Tensor, c: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None,
     bias_hh: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``torch.nn.LSTMCell``, flat: ``(B, h | c)``."""
     return torch.cat(torch.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh), 1)

@@ -31,14 +31,9 @@ def class_mean_scale(outputs: Tensor, targets: Tensor, weight: Tensor | None, ig
 
 
 def terminal(
-    phi: Tensor,
-    reduction: str,
-    kind: str,
-    aim: float = 1.0,
-    own: float = 0.0,
-    half: float = 0.0,
+    phi: Tensor, reduction: str, kind: str, aim: float = 1.0, own: float = 0.0, half: float = 0.0,
     group: int | None = None,
-) -> tuple[Tensor, Tensor, float]:
+) -> tuple[Tensor, Tensor, float]:  # fmt: skip
     """Ones and the aim, ``(B,)`` each, and ``α_T``: 1/B for a mean loss, 1 for a sum.
 
     ``V_xx = α_T ∇φ ∇φᵀ / aim`` (``V_x V_xᵀ`` in the paper's own recursions): the quadratic model of a sample's loss is
@@ -60,13 +55,9 @@ def terminal(
 
 
 def terminal_aims(values: Tensor, mean: Tensor, weight: tuple[float, float, float], together: int) -> Tensor:
-    """The aims of :func:`terminal`, ``(B,)``.
+    """The aims of :func:`terminal`, ``(B,)``, by ``φ``, the batch's mean of ``|φ|`` (0-d) and ``(aim, own, half)``.
 
-    Args:
-        values: ``φ``.
-        mean: of ``|φ|`` over the batch, 0-d.
-        weight: ``(aim, own, half)``.
-        together: samples in a group.
+    ``together``: samples in a group.
     """
     aim, own, half = weight
     share = torch.finfo(values.dtype).eps ** 2 if weight == (2.0, 0.0, 0.0) else 1e-4

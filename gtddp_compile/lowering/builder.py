@@ -89,16 +89,9 @@ class Builder:
         return "rows_all" if self.factored else "rows"
 
     def emit(
-        self,
-        phase: Phase,
-        stage: int,
-        writes: str | tuple[str, ...],
-        function: str,
-        /,
-        *args: Any,
-        note: str = "",
+        self, phase: Phase, stage: int, writes: str | tuple[str, ...], function: str, /, *args: Any, note: str = "",
         **kwargs: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Append one instruction; ``kwargs`` may have any names, ``function`` among them."""
         self.instructions.append(Instruction(phase, stage, writes, function, args, kwargs, note))
 

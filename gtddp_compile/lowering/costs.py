@@ -85,23 +85,15 @@ class LayerShape:
             if self.sketch(few) < min(slow * self.gram(exact), slow * self.gram(separated)):
                 return GramChoice(f"sketch of {few} columns", False, "sketch", columns=few)
             return exact if self.cost(exact) <= self.cost(separated) else separated
-        found = separated
-        if gram in ("sketch", "coarse") and self.sketch(columns) + self.weighted < self.cost(found):
-            found = GramChoice(f"sketch of {columns} columns", False, "sketch")
-        if gram == "coarse" and self.overlaps:
-            found = GramChoice("kernel's centre for all", False, "centre")
-        return exact if gram == "coarse" and self.gram(exact) <= NEGLIGIBLE else found
+        if gram == "sketch" and self.sketch(columns) + self.weighted < self.cost(separated):
+            return GramChoice(f"sketch of {columns} columns", False, "sketch")
+        return separated
 
     def _exact(self, *, diagonal: bool, separated: bool, weight: bool) -> GramChoice:
         """The best form for a metric that does not (``diagonal``) or does separate, by nature or ``separated``."""
         form = self.form(diagonal=diagonal)
         kept = form == "per-sample" and weight and self.fits and not separated
         return GramChoice(form, kept, "separable" if separated else "exact")
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether a convolution's patches overlap, so that the elements of its kernel see the same pixels."""
-        return self.prefix == "conv" and self.positions * math.prod(self.weight[2:]) >= 2 * math.prod(self.x[2:])
 
     @property
     def positions(self) -> int:
@@ -160,7 +152,7 @@ class LayerShape:
     def cost(self, choice: GramChoice) -> float:
         """The Gram matrix and the weighted gradient."""
         batch, outputs = self.output[0], self.weight[0]
-        if choice.approximate in ("sketch", "centre"):
+        if choice.approximate == "sketch":
             return self.weighted + self.sketch(choice.columns or 1)
         if choice.form == "per-sample":
             build = self.weighted + batch**2 * math.prod(self.weight)

@@ -72,9 +72,9 @@ class GramChoice:
     Attributes:
         form: ``"separable"`` (products of input and output Gram matrices), ``"pairs"``, ``"patches"``, ``"pixels"``
             (sums over pairs of positions), ``"per-sample"`` (``γ`` itself), ``"turned rows"`` (of a
-            :class:`gtddp_compile.kernels.Turned` metric), ``"sketch"`` or ``"centre"``.
+            :class:`gtddp_compile.kernels.Turned` metric) or ``"sketch"``.
         kept: whether ``γ`` is kept for the weighted gradients.
-        approximate: ``"exact"``, ``"separable"``, ``"sketch"`` or ``"centre"``: which kernels make it.
+        approximate: ``"exact"``, ``"separable"`` or ``"sketch"``: which kernels make it.
         columns: signs an input of the sketch; 0: as many as the option says.
         uses: of so many linear layers with the same weight the positions are taken together; 0: there is one.
     """
@@ -171,7 +171,7 @@ class Asked:
         clip: bound on ``c``, in units of the aim; ``None`` for none.
         terminal: how the loss is expanded in the outputs: kind, aim and what of it counts one over the batch.
         metric: the curvature's kind; ``"rescaled"`` is a Kronecker one whose diagonal does not separate.
-        gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"``, ``"coarse"`` or ``"nystrom"``.
+        gram: ``"auto"``, ``"exact"``, ``"separable"``, ``"sketch"`` or ``"nystrom"``.
         columns: of the sketch, or samples whose columns of ``Γ`` are made.
         tolerance: of the iterative solution.
         ranks: processes with a shard of the batch each; 1: there is one.

@@ -155,7 +155,9 @@ def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str
     key = use_key(graph, player, op.name)
     use = Use(op.name, key, GenericRule(), operands, params, wants, names, options, "player", extras, ops)
     use = _with_layouts(graph, use, batched)
-    return replace(use, options=probe_generic(graph, use))
+    if key not in graph.tried:
+        graph.tried[key] = probe_generic(graph, use)
+    return replace(use, options=graph.tried[key])
 
 
 def _has_samples(op: Op, batch: int) -> bool:

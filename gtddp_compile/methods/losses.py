@@ -92,11 +92,7 @@ class Loss:
             )
 
     def depend_on_outputs_alone(self, phi: Tensor, parameters: Mapping[int, str]) -> None:
-        """No trained parameter is read by the loss itself, past the outputs: its gradient there would be left out.
-
-        Args:
-            phi: with its graph.
-            parameters: names by where their values lie in memory (``data_ptr``).
+        """No trained parameter (name by ``data_ptr``) is read by the loss itself: its gradient there would be left out.
 
         Raises:
             CompileError: one is.
@@ -194,15 +190,9 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
 def check(loss: Loss, outputs: Any, targets: Any) -> None:
     """Outputs and targets fit the loss and each other, and ``φ`` the user's own loss: asked at the first step.
 
-    Args:
-        loss: from :func:`split`.
-        outputs: of the model.
-        targets: of the user.
-
     Raises:
-        CompileError: empty batch; outputs and targets of different batch size; a class target out of range;
-            the loss cannot take them; or ``φ`` does not add up to the module's value (relative 1e-5, or
-            1e-9 in float64).
+        CompileError: empty batch; outputs and targets of different batch size; a class target out of range; the loss
+            cannot take them; or ``φ`` does not add up to the module's value (relative 1e-5, or 1e-9 in float64).
     """
     if loss.module is None:
         if any(leaf.dim() and not leaf.shape[0] for leaf in _tensors(outputs)):

@@ -33,15 +33,9 @@ from gtddp_compile.kernels.hessian import (
 from gtddp_compile.methods.losses import Loss, is_kind
 
 ELEMENTWISE = (
-    nn.MSELoss,
-    nn.BCEWithLogitsLoss,
-    nn.BCELoss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
+    nn.MSELoss, nn.BCEWithLogitsLoss, nn.BCELoss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.SoftMarginLoss,
     nn.MultiLabelSoftMarginLoss,
-)
+)  # fmt: skip
 _PIECEWISE_LINEAR = (nn.L1Loss, nn.NLLLoss, nn.KLDivLoss, nn.HingeEmbeddingLoss, nn.MultiLabelMarginLoss)
 _REMEDY = "Use terminal='gradient', which needs no second derivative"
 
@@ -150,14 +144,9 @@ def check_terminal(loss: Loss, terminal: Terminal) -> None:
 def terminal_factors(
     loss: Loss, outputs: Any, targets: Any, leaves: tuple[Tensor, ...], terminal: Terminal
 ) -> tuple[Tensor, ...]:
-    """The columns ``S`` of every output: ``(r, B, *shape of the leaf)``.
+    """The columns ``S`` of every output, ``(r, B, *shape of the leaf)``, for ``"ggn"`` or :class:`MonteCarlo`.
 
-    Args:
-        loss: split by samples.
-        outputs: the network's outputs, differentiable functions of ``leaves``.
-        targets: of the batch.
-        leaves: outputs that players move, ``(B, …)`` each.
-        terminal: ``"ggn"`` or :class:`MonteCarlo`.
+    ``leaves``: the outputs that players move, ``(B, …)`` each; ``outputs`` are differentiable functions of them.
 
     Raises:
         CompileError: the Hessian has a negative eigenvalue, or cannot be computed.

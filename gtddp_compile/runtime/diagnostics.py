@@ -18,14 +18,9 @@ class Diagnostics:
     """What a step left behind for whoever asks."""
 
     def __init__(
-        self,
-        loss: Tensor | None = None,
-        figures: Mapping[int, Mapping[str, Any]] | None = None,
-        program: UpdateProgram | None = None,
-        *,
-        skipped: bool = False,
-        skips: int = 0,
-    ) -> None:
+        self, loss: Tensor | None = None, figures: Mapping[int, Mapping[str, Any]] | None = None,
+        program: UpdateProgram | None = None, *, skipped: bool = False, skips: int = 0,
+    ) -> None:  # fmt: skip
         self._loss, self._kept, self._program = loss, figures or {}, program
         self._skipped, self._skips = skipped, skips
         self._stages: Mapping[int, Mapping[str, Any]] = self._kept

@@ -44,16 +44,9 @@ class FastBackend:
         self._others: dict[tuple[str, Precision, bool], Callable[..., Any]] = {}
 
     def run(
-        self,
-        m: BaseMethod,
-        p: dict[str, Tensor],
-        b: dict[str, Tensor],
-        q: dict[str, Tensor],
-        inputs: tuple[Any, ...],
-        targets: Any,
-        *,
-        plainly: bool = False,
-    ) -> Tensor:
+        self, m: BaseMethod, p: dict[str, Tensor], b: dict[str, Tensor], q: dict[str, Tensor], inputs: tuple[Any, ...],
+        targets: Any, *, plainly: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Both sweeps: fills ``q`` and advances ``b``'s running statistics; returns the per-sample losses.
 
         On an accelerator it waits for the device once, at the end (``runtime.compiled.check_done``), but at the first
@@ -84,14 +77,9 @@ class FastBackend:
         return phi
 
     def micro(
-        self,
-        m: BaseMethod,
-        p: dict[str, Tensor],
-        b: dict[str, Tensor],
-        q: dict[str, Tensor],
-        inputs: tuple[Any, ...],
+        self, m: BaseMethod, p: dict[str, Tensor], b: dict[str, Tensor], q: dict[str, Tensor], inputs: tuple[Any, ...],
         targets: Any,
-    ) -> Micro:
+    ) -> Micro:  # fmt: skip
         """The same for one micro-batch of an update; asks for what the update's micro-batches have in common."""
         m.precision, m.samples = Precision.around(p.values(), m.scale), inputs[0].shape[0]
         found: Micro = self._function("micro_step", m.precision)(m, p, b, q, self._again(b), inputs, targets)

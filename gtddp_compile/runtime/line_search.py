@@ -15,14 +15,9 @@ from gtddp_compile.runtime.model import ModelView
 
 
 def choose_length(
-    m: BaseMethod,
-    grid: tuple[float, ...] | None,
-    view: ModelView,
-    loss: Loss,
-    inputs: tuple[Any, ...],
-    targets: Any,
+    m: BaseMethod, grid: tuple[float, ...] | None, view: ModelView, loss: Loss, inputs: tuple[Any, ...], targets: Any,
     before: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Leave the parameters at the best of the step lengths, or where they were if none is better than no step.
 
     Args:

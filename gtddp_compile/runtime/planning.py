@@ -99,10 +99,6 @@ def metric_rules(options: Options, curvature: Curvature) -> MetricRules:
     if not isinstance(curvature, Kronecker):
         return BY_PARAMETER
     return MetricRules(
-        kronecker=True,
-        small=curvature.small,
-        cooperative=options.cooperates,
-        shares=curvature.shares,
-        inputs_alone=curvature.inputs_alone,
-        widest=curvature.widest,
-    )
+        kronecker=True, small=curvature.small, cooperative=options.cooperates, shares=curvature.shares,
+        inputs_alone=curvature.inputs_alone, widest=curvature.widest,
+    )  # fmt: skip

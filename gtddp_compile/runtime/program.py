@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rich.table import Table
 from sympy import latex
 
 from gtddp_compile.algebra.collapsed import COUPLED, CollapsedForm
@@ -210,6 +209,8 @@ class UpdateProgram:
 
     def cost(self) -> str:
         """A table: every player's rule, the kernels' form, how its Gram matrix is made, and what is kept of a step."""
+        from rich.table import Table  # only where something is shown
+
         shown = describe_terminal(self.graph, self.form, self.options)
         table = Table(
             title=f"{self.form.name} form, coupling {self.options.coupling}, {shown}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import unwrap
 from threading import RLock
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -67,7 +68,8 @@ class Surface(torch.optim.Optimizer):
             self._refuse_group()
         # torch compares a new group with all before it, quadratic in their number; ours are disjoint by construction.
         before, self.param_groups = self.param_groups, []
-        super().add_param_group(param_group)
+        # Unwrapped: torch's wrapper hides it from torch.compile, and for that imports torch._dynamo, a second's work.
+        unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
         before += self.param_groups
         self.param_groups = before
 

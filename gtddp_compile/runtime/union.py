@@ -269,15 +269,19 @@ def _joined(name: str, left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[A
         return (*left[:-1], _sum(left[-1], right[-1]))
     layers = []
     for rows, other in zip(left[3], right[3], strict=True):
-        moment = rows.moment and (rows.moment[0], _beside(rows.moment[1], other.moment[1]))
+        moment = rows.moment and (rows.moment[0], _inputs_beside(rows.moment[1], other.moment[1]))
         layers.append(rows._replace(layer=_beside(rows.layer, other.layer), moment=moment))
     return (*left[:3], tuple(layers), left[4])
 
 
 def _beside(left: Layer, right: Layer) -> Layer:
     """Two micro-batches' samples, one after the other."""
-    operands = tuple(torch.cat(pair) for pair in zip(left.operands, right.operands, strict=True))
-    return left._replace(operands=operands, g=torch.cat([left.g, right.g]))
+    return _inputs_beside(left, right)._replace(g=torch.cat([left.g, right.g]))
+
+
+def _inputs_beside(left: Layer, right: Layer) -> Layer:
+    """The same of what reads inputs alone, moments: their ``g`` may have several columns a sample."""
+    return left._replace(operands=tuple(torch.cat(pair) for pair in zip(left.operands, right.operands, strict=True)))
 
 
 def _tree(change: Callable[[Tensor], Tensor], value: Any) -> Any:

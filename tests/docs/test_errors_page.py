@@ -36,7 +36,8 @@ the loss is cross-entropy, unless the row says otherwise. What a closure of your
 What one might look for here, and works: attributes changed after compilation (`tests/frontends/test_changes.py`),
 tables with `sparse=True` and paths by torch's random numbers (`tests/frontends/test_refusals.py`), random paths of
 single samples (`tests/frontends/test_layouts.py`), a tokenizer's dict (`tests/frontends/test_inputs_by_name.py`),
-torch.optim's checkpoints, and a `p.grad` that is there, with a warning (`tests/optimizer/test_optimizer.py`).
+torch.optim's checkpoints (`tests/optimizer/test_optimizer.py`), and a `p.grad` that is there, with a warning
+(`tests/optimizer/test_like_torch.py`).
 """
 
 

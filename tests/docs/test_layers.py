@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,3 +216,17 @@ def test_the_architecture_lists_the_layers() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| (`.*?) \|", text, re.MULTILINE)
     assert {name: int(layer) for layer, names in rows for name in re.findall(r"`(\w+)`", names)} == LAYERS
+
+
+def test_a_first_step_imports_nothing_that_it_has_no_use_for() -> None:
+    """In a new process: torch.compile's machinery and what only pictures and tables need take longer than compiling."""
+    script = """
+import sys, torch
+from gtddp_compile import compile_optimizer
+model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+compile_optimizer(model, x, loss=torch.nn.CrossEntropyLoss()).step(x, y)
+print({"torch._dynamo", "networkx", "rich"} & {*sys.modules})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

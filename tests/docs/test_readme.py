@@ -81,9 +81,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_paths_that_are_named_exist() -> None:
     for name in DOCUMENTS:
-        for path in re.findall(
-            r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`", read(name)
-        ):
+        for path in re.findall(PATH, read(name)):
             assert (ROOT / path).exists() or "NN_" in path or "KIND" in path, f"{name} names {path}"
 
 

@@ -153,12 +153,6 @@ def test_json_is_read_back_by_networkx(tmp_path: Path) -> None:
     assert nx.utils.graphs_equal(nx.node_link_graph(data, edges="edges"), residual().to_networkx())
 
 
-def test_save_names_the_choices(tmp_path: Path) -> None:
-    with pytest.raises(CompileError, match=r"'\.png'.*\.svg, \.html"):
-        residual().save(tmp_path / "net.png")
-    assert not list(tmp_path.iterdir())
-
-
 def test_missing_engine_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     layout._executable.cache_clear()
     monkeypatch.setattr("importlib.metadata.files", lambda name: None)

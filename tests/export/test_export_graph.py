@@ -16,15 +16,20 @@ from torch import nn
 from gtddp_compile import CompileError, UpdateProgram, compile_optimizer
 from gtddp_compile.tools.export.tex import symbol_text
 from support import networks
-from support.architectures import EXAMPLES, BasicBlock, Example
+from support.architectures import EXAMPLES, Example
 from support.exported import compiled, largest, named, pseudo_huber, run_alone, state_by_name, targets_for, torch_only
-from support.networks import make, mlp, seeded
+from support.networks import make, mlp
 
 
 def residual() -> Example:
-    """A residual network of convolutions and batch-norms with running statistics, a strided projection in it."""
-    model = seeded(lambda: nn.Sequential(BasicBlock(1, 2, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)))
-    return Example(model, (torch.randn(4, 1, 4, 4, dtype=torch.float64),))
+    """A convolution and a batch-norm with running statistics beside a strided projection."""
+
+    def forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return net.head(torch.relu(net.norm(net.a(x)) + net.short(x)).flatten(1))
+
+    layers = {"a": lambda: nn.Conv2d(1, 2, 3, 2, 1, bias=False), "norm": lambda: nn.BatchNorm2d(2),
+              "short": lambda: nn.Conv2d(1, 2, 1, 2), "head": (8, 3)}  # fmt: skip
+    return Example(make(forward, **layers), (torch.randn(4, 1, 4, 4, dtype=torch.float64),))
 
 
 def small() -> Example:

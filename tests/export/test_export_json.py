@@ -260,20 +260,8 @@ def _spoil(value: Any, source: random.Random) -> Any:
             return [*value, value[index]]
         return [*value[:index], _spoil(value[index], source), *value[index + 1 :]]
     others = [
-        None,
-        True,
-        -1,
-        2**70,
-        0.5,
-        "",
-        "torch.load",
-        "__class__",
-        "x y",
-        [],
-        {},
-        {"ref": "a"},
-        {"code": "exit()"},
-    ]
+        None, True, -1, 2**70, 0.5, "", "torch.load", "__class__", "x y", [], {}, {"ref": "a"}, {"code": "exit()"},
+    ]  # fmt: skip
     if isinstance(value, str):
         others += [value[:-1], value + "'", value + "\n", value.upper()]
     if isinstance(value, int):

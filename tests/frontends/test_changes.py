@@ -11,16 +11,7 @@ from torch import Tensor, nn
 
 from support.networks import make
 from support.recorded import batch
-from support.refused import (
-    TARGETS,
-    Layer,
-    Options,
-    compiled,
-    everything,
-    expect_the_base_methods_update,
-    model,
-    refused,
-)
+from support.refused import TARGETS, Layer, Options, compiled, expect_the_base_methods_update, model
 
 # --- changes after compilation ----------------------------------------------------------------------------------------
 
@@ -58,30 +49,6 @@ def test_a_changed_model_is_compiled_again(change: Callable[[Any], Any], monkeyp
     expect_the_base_methods_update(opt, net, batch(6))
     change(net)
     expect_the_base_methods_update(opt, net, batch(6))
-
-
-@pytest.mark.parametrize(("change", "name"), [
-    (lambda net: setattr(net, "out", nn.Linear(4, 3).double()), "out."),
-    (lambda net: setattr(net, "extra", nn.Linear(4, 3)), "extra."),
-    (lambda net: delattr(net, "out"), "out."),
-])  # fmt: skip
-def test_changed_parameters_are_refused(change: Callable[[Any], Any], name: str) -> None:
-    net = model()
-    opt = compiled(net)
-    change(net)
-    refused(lambda: opt.step(batch(6), TARGETS), f"parameter '{name}", "added, removed or replaced", "again")
-
-
-def test_a_model_that_was_converted_after_its_first_step() -> None:
-    net = model().float()
-    opt = compiled(net, batch(6).float(), curvature="adam")
-    opt.step(batch(6).float(), TARGETS)
-    net.double()
-    before = everything(opt, net)
-    refused(lambda: opt.step(batch(6), TARGETS), "parameters are torch.float64", "state for them is torch.float32")
-    assert everything(opt, net) == before
-    opt.load_state_dict(opt.state_dict())
-    assert torch.isfinite(opt.step(batch(6), TARGETS))
 
 
 def test_hooks_on_gradients_are_pointed_out() -> None:

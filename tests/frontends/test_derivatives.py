@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -106,11 +107,10 @@ def squared(outputs: Any, targets: Tensor) -> Tensor:
     return 0.5 * (outputs - targets) ** 2  # type: ignore[no-any-return]
 
 
-def step(model: nn.Module, x: Tensor, y: Tensor, lam: float = 1.0, **options: Any) -> tuple[Tensor, Any]:
+def step(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
     """What one joint step adds to all parameters, and the optimizer."""
     before = flat(model)
-    options = {"loss": squared, "curvature": "sgd", "lr": 1 / lam, "gram": "exact", **options}
-    opt = compile_optimizer(model, x, terminal=Geometric(aim=2.0), **options)
+    opt = compile_optimizer(model, x, loss=squared, curvature="sgd", lr=1.0, gram="exact", terminal=Geometric(aim=2.0))
     opt.step(x, y)
     return flat(model) - before, opt
 
@@ -134,9 +134,8 @@ def double() -> Any:
     torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("lam", [1.0, 1e-6])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_is_the_explicit_step(way: str, lam: float) -> None:
+def test_every_way_is_the_explicit_step(way: str) -> None:
     """The oracle differentiates the Laplacian of a function of parameters; one residual is nearly, one is exactly 0."""
     model, x, y = Model(WAYS[way]), torch.rand(20, 2), torch.rand(20)
     names = dict(model.net.named_parameters())
@@ -148,9 +147,15 @@ def test_every_way_is_the_explicit_step(way: str, lam: float) -> None:
     values = vmap(laplace, (None, 0))(params, x)
     y[3] = values[3] + 1e-6
     j = vmap(jacrev(laplace), (None, 0))(params, x)
-    expected = explicit(torch.cat([j[name].flatten(1) for name in names], 1), values - y, lam)
-    found, opt = step(model, x, y, lam)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 if lam == 1 else 1e-8 * float(expected.abs().max()))
+    rows, start = torch.cat([j[name].flatten(1) for name in names], 1), copy.deepcopy(model.state_dict())
+    found, opt = step(model, x, y)
+    torch.testing.assert_close(found, explicit(rows, values - y, 1.0), rtol=0, atol=1e-10)
+    model.load_state_dict(start)
+    before, expected = flat(model), explicit(rows, values - y, 1e-6)
+    for group in opt.param_groups:
+        group["lr"] = 1e6
+    opt.step(x, y)
+    torch.testing.assert_close(flat(model) - before, expected, rtol=0, atol=1e-8 * float(expected.abs().max()))
     rules = {use.rule.name for layer in opt.program.lowered.plan.layers.values() for use in layer.uses}
     assert rules <= ({"linear", "shift"} if way == "by hand" else {"linear", "transposed"})
 
@@ -243,17 +248,13 @@ def test_equations_are_the_explicit_step(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("way", ["laplacian", "autograd"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"curvature": "sgd", "lr": 0.1, "rollout": "nonlinear"},
-        {"curvature": "sgd", "lr": 0.1, "coupling": 4, "inertia": 0.9, "max_step": 0.1},
-        {"curvature": "adam", "lr": 0.01},
-        {"curvature": "foof", "lr": 1.0},
-        {"curvature": "kfac", "lr": 0.1, "rollout": "nonlinear"},
-    ],
-)
+@pytest.mark.parametrize(("way", "options"), [
+    ("autograd", {"curvature": "sgd", "lr": 0.1, "rollout": "nonlinear"}),
+    ("laplacian", {"curvature": "sgd", "lr": 0.1, "coupling": 4, "inertia": 0.9, "max_step": 0.1}),
+    ("autograd", {"curvature": "adam", "lr": 0.01}),
+    ("laplacian", {"curvature": "foof", "lr": 1.0}),
+    ("autograd", {"curvature": "kfac", "lr": 0.1, "rollout": "nonlinear"}),
+])  # fmt: skip
 def test_fast_equals_dense(way: str, options: dict[str, Any]) -> None:
     x, y, found = torch.rand(7, 2), torch.rand(7), []
     for backend in ("fast", "dense"):

@@ -16,7 +16,7 @@ from gtddp_compile import CompiledOptimizer, compile_optimizer
 from support.compared import assert_base, assert_equal
 from support.networks import Case
 
-LR, SAMPLES, STEPS, WIDTH, CLASSES = 0.1, 3, 5, 4, 2
+LR, SAMPLES, STEPS, WIDTH, CLASSES = 0.1, 3, 3, 4, 2
 RECURRENT: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
     "lstm, deep, both ways, dropout": (nn.LSTM, {"num_layers": 2, "bidirectional": True, "dropout": 0.3}),
     "lstm, projected": (nn.LSTM, {"proj_size": 2}),

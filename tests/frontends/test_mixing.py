@@ -133,3 +133,33 @@ def test_a_sample_that_nothing_but_others_reads() -> None:
     torch.optim.SGD(plain.parameters(), lr=1.0).step()
     compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=1.0, feedback=False).step(x, y)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+class Twice(nn.Module):
+    """A value computed beside the first layer is read before the second and before the last."""
+
+    def __init__(self, of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.of = of
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        read = self.of(x, h)
+        h = torch.tanh(self.b(h + read))
+        return self.c(h + read)  # type: ignore[no-any-return]
+
+
+def test_only_what_moves_is_one_a_sample() -> None:
+    """A mean over the batch crosses stages where no layer moves it, and is refused where one does."""
+    found, _ = trained(Twice(lambda x, h: x.mean(0)))
+    torch.testing.assert_close(found, trained(Twice(lambda x, h: x.mean(0)), backend="dense")[0], rtol=0, atol=1e-9)
+    with pytest.raises(CompileError, match="no matter of axes"):
+        trained(Twice(lambda x, h: h.mean(0)))
+
+
+def test_the_gain_is_dead_where_nothing_before_has_moved() -> None:
+    """The first layer reads data alone; every other reads what an earlier one moved."""
+    _, opt = trained(Twice(lambda x, h: h), rollout="nonlinear")
+    assert "feedback gain dead at stage 0: nothing before it has moved" in opt.program.lowered.plan.removed

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo, NonFiniteError, compile_optimizer
 from support.faults import Fault, fault_at
+from support.noisy import Noisy
 
 LOSS = nn.CrossEntropyLoss()
 SIZE = 4
@@ -69,17 +70,6 @@ def test_without_feedback_it_is_torch_after_accumulated_gradients(
         reference.step()
         assert torch.equal(after, torch.get_rng_state())
     assert_same(ours, theirs, 1e-12)
-
-
-class Noisy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.bn, self.out = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores."""
-        return self.out(self.drop(torch.relu(self.bn(self.fc(self.drop(x))))))
 
 
 def noisy(**options: Any) -> tuple[nn.Module, CompiledOptimizer, Callable[[int], tuple[Tensor, Tensor]]]:

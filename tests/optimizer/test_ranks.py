@@ -58,15 +58,10 @@ COUNTED = dict(
 )  # fmt: skip
 COUNTED_FOUR = dict([case("conv", "ekfac", "full", (4,) * 4), case("conv", "sgd", "local", (4,) * 4)])
 REFUSED: Mapping[str, Mapping[str, Any]] = {
-    "backend": {"backend": "dense"},
-    "rollout": {"rollout": "nonlinear"},
-    "feedback": {"feedback": "open"},
-    "coupling": {"coupling": 3},
-    "terminal": {"terminal": "ggn"},
-    "compile": {"compile": True},
-    "gram": {"gram": Nystrom(), "curvature": "sgd"},
-    "line_search": {"line_search": (0.5, 1.0)},
-}
+    "backend": {"backend": "dense"}, "rollout": {"rollout": "nonlinear"}, "feedback": {"feedback": "open"},
+    "coupling": {"coupling": 3}, "terminal": {"terminal": "ggn"}, "compile": {"compile": True},
+    "gram": {"gram": Nystrom(), "curvature": "sgd"}, "line_search": {"line_search": (0.5, 1.0)},
+}  # fmt: skip
 WRAPPED = Case("conv", {"curvature": "foof"}, (2, 2))
 
 

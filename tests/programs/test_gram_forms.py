@@ -75,23 +75,6 @@ def test_a_sketch_with_orthogonal_columns_is_exact(layer: str, diagonal: bool, m
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("margin", [0, 1, 2])
-def test_the_centre_of_a_kernel_stands_for_all(margin: int) -> None:
-    _, (x,), _, weight, options, _ = LAYERS["conv"]
-    options = {**options, "padding": (margin, margin)}
-    where = {name: options[name] for name in ("stride", "padding")}
-    g = draw(*F.conv2d(x, weight, None, groups=options["groups"], **where).shape, seed=7)
-    own = bundled("conv", (x,), g, (weight, draw(weight.shape[0])), (True, True), **options)
-    gradient, bias = kernels.conv_per_sample(own)
-    ones, element = torch.ones(1, 1, *x.shape[2:], dtype=torch.float64), torch.zeros(1, 1, 3, 3, dtype=torch.float64)
-    element[..., 1, 1] = 1
-    inside = F.conv2d(ones, torch.ones_like(element), **where).sum() / F.conv2d(ones, element, **where).sum()
-    centre = gradient[..., 1, 1].flatten(1)
-    expected = 0.3 * inside * (centre @ centre.T) + 0.2 * (bias @ bias.T)
-    found = kernels.conv_centre_gram(own, (0.3, 0.2))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
 def test_signs_are_white_and_leave_the_generator_alone() -> None:
     state = torch.get_rng_state()
     like = torch.zeros((), dtype=torch.float64)
@@ -198,14 +181,6 @@ def test_a_separated_diagonal_of_rank_one_is_exact() -> None:
     found = kernels.kronecker_gram([layer], metric, rows, separable=True)
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-
-
-def test_coarse_takes_the_cheapest_form_of_each_layer() -> None:
-    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 4, 4), nn.ReLU(), nn.Flatten(2)]
-    model = nn.Sequential(*layers, nn.Linear(64, 128), nn.Flatten(), nn.Linear(16 * 128, 3))
-    assert choices(model, torch.randn(8, 3, 32, 32), curvature="sgd", gram="coarse") == [
-        "centre", "exact", "sketch", "exact",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

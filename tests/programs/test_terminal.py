@@ -212,13 +212,9 @@ def test_refused_ranks_losses_and_mixing() -> None:
     mixing = networks.conv_residual(training=True)
     with pytest.raises(CompileError, match="mixes samples with terminal='ggn'"):
         compile_optimizer(
-            mixing.model,
-            mixing.batch(0)[0],
-            loss=nn.CrossEntropyLoss(),
-            curvature="sgd",
-            terminal="ggn",
+            mixing.model, mixing.batch(0)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", terminal="ggn",
             backend="dense",
-        )
+        )  # fmt: skip
 
 
 def saddle(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

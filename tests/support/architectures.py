@@ -96,19 +96,11 @@ def attention_block() -> Example:
 
     return example(
         make(
-            forward,
-            n1=partial(nn.LayerNorm, 4),
-            q=(4, 4),
-            k=(4, 4),
-            v=(4, 4),
-            out=(4, 4),
-            n2=partial(nn.LayerNorm, 4),
-            m1=(4, 6),
-            m2=(6, 4),
-            head=(4, 3),
+            forward, n1=partial(nn.LayerNorm, 4), q=(4, 4), k=(4, 4), v=(4, 4), out=(4, 4), n2=partial(nn.LayerNorm, 4),
+            m1=(4, 6), m2=(6, 4), head=(4, 3),
         ),
         (3, 4),
-    )
+    )  # fmt: skip
 
 
 def siamese() -> Example:
@@ -173,17 +165,7 @@ def embedding_mlp() -> Example:
 EXAMPLES: dict[str, Callable[[], Example]] = {
     build.__name__: build
     for build in (
-        resnet18_like,
-        densenet_like,
-        unet_like,
-        inception_like,
-        attention_block,
-        siamese,
-        tied,
-        two_inputs,
-        dict_output,
-        dropout_mlp,
-        frozen,
-        embedding_mlp,
+        resnet18_like, densenet_like, unet_like, inception_like, attention_block, siamese, tied, two_inputs,
+        dict_output, dropout_mlp, frozen, embedding_mlp,
     )
-}
+}  # fmt: skip

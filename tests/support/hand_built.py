@@ -17,13 +17,9 @@ SCHEDULES = ("asap", "alap", "sequential")
 
 
 def op(
-    name: str,
-    kind: str,
-    reads: str = "",
-    params: tuple[str, ...] = (),
-    shape: tuple[int, ...] | None = (2, 3),
+    name: str, kind: str, reads: str = "", params: tuple[str, ...] = (), shape: tuple[int, ...] | None = (2, 3),
     dtype: torch.dtype | None = torch.float32,
-) -> Op:
+) -> Op:  # fmt: skip
     """One operation that reads the values named in ``reads``."""
     args = (*map(Ref, reads.split()), *map(ParamRef, params))
     return Op(name, kind, None, args, module=name, source="net.py:7", shape=shape, dtype=dtype if shape else None)

@@ -1,7 +1,9 @@
 """One table of programs: curvatures, terminals, forms, networks, schedules and what else a step may be asked for.
 
-Of curvatures, terminals and forms the table holds the whole product; the other columns are filled so that every two
-entries that may meet do. A program is compiled once a session; the checks of programs/test_matrix.py share it.
+Of metrics, terminals and forms the table holds the whole product; the other columns are filled so that every two
+entries that may meet do. What a program does with a metric is the same for every curvature that has it: curvatures of
+one metric share its meetings with networks. A program is compiled once a session; the checks of programs/test_matrix.py
+share it.
 """
 
 from __future__ import annotations
@@ -45,6 +47,11 @@ CURVATURES: dict[str, dict[str, Any]] = {
     "soap": {"curvature": "soap", "lr": 1e-2, "eps": 1e-2},
     "muon": {"curvature": "muon", "lr": 3e-2, "damping": 0.1, "stat_momentum": 0.5},
 }
+METRICS: dict[str, tuple[str, ...]] = {
+    "spherical": ("sgd", "momentum"), "diagonal": ("adam", "rmsprop", "centered", "adamw", "adagrad"),
+    "turned": ("shampoo", "muon"), "turned diagonal": ("soap",), "kfac": ("kfac",), "ekfac": ("ekfac",),
+    "foof": ("foof",),
+}  # fmt: skip
 TERMINALS: dict[str, Any] = {
     "gradient": "gradient", "geometric": Geometric(2.5, own=3), "ggn": "ggn", "sampled": MonteCarlo(2),
 }  # fmt: skip
@@ -61,6 +68,10 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "unclipped": {"feedback_clip": None}, "open": {"feedback": "open"}, "sum": {"loss": SUM},
     "alone": {"cooperative": False},
 }  # fmt: skip
+
+
+Pair = tuple[str, str, str, str]
+"""Two columns, each with an entry."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +119,18 @@ class Row:
         return not refused.get(self.extra, False) and not (self.network == "conv_residual" and factors)
 
     @property
-    def pairs(self) -> set[tuple[str, str, str, str]]:
-        """Every two columns with what they hold."""
-        return {(*a, *b) for a, b in itertools.combinations(vars(self).items(), 2)}
+    def metric(self) -> str:
+        return next(metric for metric, curvatures in METRICS.items() if self.curvature in curvatures)
+
+    def pair(self, left: str, right: str) -> Pair:
+        """What two columns hold; beside a network a curvature counts as its metric."""
+        if (left, right) == ("curvature", "network"):
+            left = "metric"
+        return left, getattr(self, left), right, getattr(self, right)
+
+    @property
+    def pairs(self) -> set[Pair]:
+        return set(itertools.starmap(self.pair, itertools.combinations(vars(self), 2)))
 
 
 COLUMNS = {"curvature": CURVATURES, "terminal": TERMINALS, "form": FORMS, "network": NETWORKS, "schedule": SCHEDULES,
@@ -119,28 +139,27 @@ USUAL = {"curvature": ("sgd", "kfac"), "terminal": ("gradient",), "form": ("join
          "schedule": ("asap",), "extra": ("plain",)}  # fmt: skip
 
 
-def meeting() -> dict[tuple[str, str, str, str], Row]:
+def meeting() -> dict[Pair, Row]:
     """Every two entries that may meet, with a row in which they do."""
-    found = {}
+    found: dict[Pair, Row] = {}
     for (left, right), usual in ((pair, dict(USUAL)) for pair in itertools.combinations(COLUMNS, 2)):
         for a, b in itertools.product(COLUMNS[left], COLUMNS[right]):
             rows = itertools.starmap(Row, itertools.product(*(usual | {left: (a,), right: (b,)}).values()))
             row = next((row for row in rows if row.is_allowed), None)
             if row is not None:
-                found[left, a, right, b] = row
+                found[row.pair(left, right)] = row
     return found
 
 
 def table() -> list[Row]:
     """Greedy: each row takes what has met the fewest of the others; what has not met then gets a row of its own."""
     rows: list[Row] = []
-    met: set[tuple[str, str, str, str]] = set()
+    met: set[Pair] = set()
     rest = list(itertools.product(NETWORKS, SCHEDULES, EXTRAS))
-    for number, fixed in enumerate(itertools.product(CURVATURES, TERMINALS, FORMS)):
-        some = (rest[(131 * number + 37 * offset) % len(rest)] for offset in range(100))
-        rows.append(
-            max((row for own in some if (row := Row(*fixed, *own)).is_allowed), key=lambda r: len(r.pairs - met))
-        )
+    for number, (metric, *fixed) in enumerate(itertools.product(METRICS, TERMINALS, FORMS)):
+        some = [rest[(131 * number + 37 * offset) % len(rest)] for offset in range(150)]
+        candidates = (Row(name, *fixed, *own) for own in some for name in METRICS[metric])
+        rows.append(max((row for row in candidates if row.is_allowed), key=lambda row: len(row.pairs - met)))
         met |= rows[-1].pairs
     for pair, row in meeting().items():
         if pair not in met:

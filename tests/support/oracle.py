@@ -256,13 +256,9 @@ def sample_gradients(
 
 
 def run(
-    stages: Sequence[Stage],
-    params: Params,
-    batches: Iterable[tuple[State, Tensor]],
-    loss: Loss,
-    base: Any,
+    stages: Sequence[Stage], params: Params, batches: Iterable[tuple[State, Tensor]], loss: Loss, base: Any,
     options: Options = Options(),
-) -> tuple[Params, list[Record]]:
+) -> tuple[Params, list[Record]]:  # fmt: skip
     """Several steps; the base method keeps its state between them."""
     records, params = [], {name: value.detach().clone() for name, value in params.items()}
     for inputs, targets in batches:

@@ -61,16 +61,10 @@ def arguments(setting: str, options: Options) -> dict[str, Any]:
     name, keywords = SETTINGS[setting]
     loss = torch.nn.CrossEntropyLoss(reduction=options.reduction)
     return {
-        "loss": loss,
-        "curvature": name,
-        "coupling": options.coupling,
-        "recursion": options.recursion,
-        "feedback": options.feedback,
-        "feedback_clip": options.clip,
-        "terminal": options.terminal,
-        "rollout": "nonlinear",
-        **keywords,
-    }
+        "loss": loss, "curvature": name, "coupling": options.coupling, "recursion": options.recursion,
+        "feedback": options.feedback, "feedback_clip": options.clip, "terminal": options.terminal,
+        "rollout": "nonlinear", **keywords,
+    }  # fmt: skip
 
 
 # --- base methods written a second time, for the oracle: flat controls, one state a stage ---

@@ -14,14 +14,9 @@ from gtddp_compile.lowering.layers.base import Rule
 from gtddp_compile.lowering.layers.binding import BATCH_NORM, bind, is_direct, key, roles
 
 FORMS: dict[Callable[..., Any] | str, str] = {
-    BATCH_NORM: "batch",
-    F.layer_norm: "layer",
-    F.group_norm: "group",
-    F.instance_norm: "instance",
-    F.rms_norm: "rms",
-    F.prelu: "prelu",
-    torch.ops.aten.prelu.default: "prelu",
-}
+    BATCH_NORM: "batch", F.layer_norm: "layer", F.group_norm: "group", F.instance_norm: "instance", F.rms_norm: "rms",
+    F.prelu: "prelu", torch.ops.aten.prelu.default: "prelu",
+}  # fmt: skip
 """Option ``form`` of the kernels for each function."""
 
 

@@ -22,40 +22,14 @@ from gtddp_compile.methods.curvature.soap import SOAP
 from gtddp_compile.methods.curvature.updates import ParameterUpdates
 
 __all__ = [
-    "EKFAC",
-    "FOOF",
-    "KFAC",
-    "SGD",
-    "SOAP",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "BlockUpdates",
-    "Curvature",
-    "Group",
-    "Kronecker",
-    "MetricKind",
-    "Muon",
-    "ParameterUpdates",
-    "RMSprop",
-    "Shampoo",
-    "State",
-    "resolve",
-]
+    "EKFAC", "FOOF", "KFAC", "SGD", "SOAP", "Adagrad", "Adam", "AdamW", "BlockUpdates", "Curvature", "Group",
+    "Kronecker", "MetricKind", "Muon", "ParameterUpdates", "RMSprop", "Shampoo", "State", "resolve",
+]  # fmt: skip
 
 REGISTRY: dict[str, Any] = {
-    "sgd": SGD,
-    "rmsprop": RMSprop,
-    "adam": Adam,
-    "adamw": AdamW,
-    "adagrad": Adagrad,
-    "kfac": KFAC,
-    "ekfac": EKFAC,
-    "foof": FOOF,
-    "shampoo": Shampoo,
-    "soap": SOAP,
-    "muon": Muon,
-}
+    "sgd": SGD, "rmsprop": RMSprop, "adam": Adam, "adamw": AdamW, "adagrad": Adagrad, "kfac": KFAC, "ekfac": EKFAC,
+    "foof": FOOF, "shampoo": Shampoo, "soap": SOAP, "muon": Muon,
+}  # fmt: skip
 """The base methods by name: frozen dataclasses that implement :class:`Curvature`."""
 
 PLAIN = ("spherical", "diagonal")

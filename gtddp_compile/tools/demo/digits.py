@@ -147,7 +147,7 @@ class Data:
 def _evaluate(run: Run, model: nn.Module, data: Data) -> None:
     losses, accuracies = [], []
     for images, labels in (data.train, data.valid):
-        scores = torch.cat([model(part) for part in images.split(128)])
+        scores = torch.cat([model(part) for part in images.split(512)])
         losses.append(float(nn.functional.cross_entropy(scores, labels)))
         accuracies.append(float((scores.argmax(1) == labels).float().mean()))
     run.losses.append(losses[0])
@@ -232,7 +232,7 @@ def _sweep(show: _Show, method: Method, scale: Scale) -> list[Run]:
 def run_experiment(steps: int, seeds: int, console: Console) -> Experiment:
     """The sweeps, then every method at every batch size with every seed, shown live."""
     started = time.perf_counter()
-    scales = (Scale(8, steps, 30), Scale(128, max(1, steps // 12), 40))
+    scales = (Scale(8, steps, 40), Scale(128, max(1, steps // 12), 40))
     show, sweep = _Show(console, Data.load()), list[Run]()
     with show.live:
         rates: dict[tuple[Method, Scale], list[float]] = {}

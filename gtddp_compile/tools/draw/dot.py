@@ -8,11 +8,7 @@ from gtddp_compile.tools.draw.style import FREE, SHORTCUT_COLOURS, TIED_COLOUR, 
 
 
 def dot(graph: nx.MultiDiGraph[str]) -> str:
-    """DOT source with one cluster a stage, labelled with its cut.
-
-    Args:
-        graph: as made by ``ControlGraph.to_networkx``.
-    """
+    """DOT source with one cluster a stage, labelled with its cut."""
     lines = [
         f"digraph {quoted(graph.graph['name'])} {{",
         '  graph [fontname="Helvetica" labeljust="l" style="filled,rounded" color="#e4e8ee" bgcolor="white"];',

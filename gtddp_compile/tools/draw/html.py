@@ -21,11 +21,7 @@ from gtddp_compile.tools.page import page
 
 
 def html(graph: nx.MultiDiGraph[str], notes: Mapping[int, str] | None = None) -> str:
-    """The page; it loads nothing from the network, and forbids itself to.
-
-    Args:
-        graph: as made by ``ControlGraph.to_networkx``.
-        notes: text for a stage by its index, for instance its derivation, shown with the stage.
+    """The page; it loads nothing from the network, and forbids itself to. ``notes``: text for a stage by its index.
 
     Raises:
         CompileError: the layout engine is not installed, or it failed.

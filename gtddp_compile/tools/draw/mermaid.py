@@ -26,11 +26,7 @@ BOXES = (150, 100, 70, 50, 35, 20, 1)
 
 
 def mermaid(graph: nx.MultiDiGraph[str]) -> str:
-    """A flowchart with one subgraph a stage, titled with its cut; folded into blocks beyond Mermaid's limits.
-
-    Args:
-        graph: as made by ``ControlGraph.to_networkx``.
-    """
+    """A flowchart with one subgraph a stage, titled with its cut; folded into blocks beyond Mermaid's limits."""
     whole = len(graph) <= BOXES[0] and graph.number_of_edges() <= EDGES
     text = flowchart(graph) if whole else ""
     if whole and len(text) <= TEXT:

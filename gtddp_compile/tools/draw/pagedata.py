@@ -53,17 +53,12 @@ class Texts:
 
 
 def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str, Any]:
-    """Everything that the page's script reads.
+    """Everything that the page's script reads; ``notes`` are texts for stages by their index.
 
-    Args:
-        graph: as made by ``ControlGraph.to_networkx``.
-        notes: text for a stage by its index.
-
-    Returns:
-        ``lines`` of text, by number; ``ops``: name, hover text (numbers of lines), stage and innermost block of every
-        operation; ``stages``: hover text, cut and note of every stage; ``layouts``; ``blocks``, the network itself
-        first; ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means;
-        ``ring``: colour of a coalition's outline.
+    ``lines`` of text, by number; ``ops``: name, hover text (numbers of lines), stage and innermost block of every
+    operation; ``stages``: hover text, cut and note of every stage; ``layouts``; ``blocks``, the network itself first;
+    ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means; ``ring``:
+    colour of a coalition's outline.
 
     Raises:
         CompileError: the layout engine is not installed, or it failed.
@@ -130,14 +125,9 @@ def _line(line: Line, route: Sequence[Point], found: Picture, index: Mapping[str
     flags = STRONG * line.strong + DASHED * line.dashed + ARROW * line.arrow
     ops = [index[name] for name in line.ops if name in index]
     return [
-        index[line.source],
-        index[line.target],
-        line.colour,
-        flags,
-        _rounded(number for point in points for number in point),
-        list(line.crosses),
-        ops,
-    ]
+        index[line.source], index[line.target], line.colour, flags,
+        _rounded(number for point in points for number in point), list(line.crosses), ops,
+    ]  # fmt: skip
 
 
 def _block(

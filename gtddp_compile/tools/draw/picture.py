@@ -108,11 +108,7 @@ class Picture:
 
 
 def picture(graph: nx.MultiDiGraph[str]) -> Picture:
-    """Label, size and place a control graph.
-
-    Args:
-        graph: as made by ``ControlGraph.to_networkx``, or a view of it.
-    """
+    """Label, size and place a control graph, or a view of one."""
     drawn = sketch(graph)
     return drawn.placed(layered([drawn.request])[0])
 
@@ -146,13 +142,7 @@ def bundled(
 ) -> tuple[list[Line], dict[str, int]]:
     """Let a value that waits for several stages run as one trunk with a joint at the cut before each of them.
 
-    Args:
-        lines: one an edge.
-        stage_of: stage of every operation.
-        players: operations of players; what they read at the very next stage keeps a line of its own.
-
-    Returns:
-        The strokes, and the stage of every joint by its name.
+    What ``players`` read at the very next stage keeps a line of its own. Returns the strokes, and every joint's stage.
     """
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in lines:

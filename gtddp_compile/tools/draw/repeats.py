@@ -23,14 +23,9 @@ class Run:
 
 
 def runs(sequence: Sequence[Hashable], least: int = 3) -> list[Run]:
-    """Non-overlapping periodic runs from left to right, at each place the one that covers most.
+    """Non-overlapping periodic runs from left to right, at each place the one that covers most, in linear time.
 
-    Args:
-        sequence: equal items are the same structure.
-        least: how often a period must occur to count.
-
-    Returns:
-        Runs in order; items between them repeat nothing. Takes time linear in the sequence.
+    A period must occur ``least`` times to count; items between the runs repeat nothing.
     """
     number = {item: index for index, item in enumerate(dict.fromkeys(sequence))}
     items = [number[item] for item in sequence]

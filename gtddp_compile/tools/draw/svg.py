@@ -51,10 +51,7 @@ BOXES = 150
 def svg(graph: nx.MultiDiGraph[str], boxes: int = BOXES) -> str:
     """The drawing, with hover texts; every text is escaped and nothing is loaded from elsewhere.
 
-    Args:
-        graph: as made by ``ControlGraph.to_networkx``.
-        boxes: a graph of more operations is folded into blocks, so many boxes at most (or as few as its outermost
-            blocks are).
+    A graph of more operations than ``boxes`` is folded into so many blocks (or as few as its outermost blocks are).
 
     Raises:
         CompileError: the layout engine is not installed, or it failed.

@@ -25,13 +25,8 @@ Row = tuple[str, str, str, str]
 def table(graph: nx.MultiDiGraph[str]) -> str:
     """Stages with their players, cuts and merges, then the shortcuts, then one line of totals.
 
-    Of a deep network, stages and shortcuts that repeat the ones before are said in one line.
-
-    Args:
-        graph: as made by ``ControlGraph.to_networkx``.
-
-    Returns:
-        Text at most 110 columns wide (unless a single word is wider), without colour codes or trailing blanks.
+    Of a deep network, stages and shortcuts that repeat the ones before are said in one line. At most 110 columns wide
+    (unless a single word is wider), without colour codes or trailing blanks.
     """
     data = graph.graph
     tables = [_stages(graph), *([_shortcuts(graph)] if data["shortcuts"] else [])]

@@ -30,11 +30,7 @@ Edges = dict[tuple[str, str, Any, Any], tuple[list[str], set[int]]]
 
 
 class Views:
-    """Views of one control graph.
-
-    Args:
-        graph: as made by ``ControlGraph.to_networkx``.
-    """
+    """Views of one control graph."""
 
     def __init__(self, graph: nx.MultiDiGraph[str]) -> None:
         self.graph = graph
@@ -55,14 +51,9 @@ class Views:
         return self.view(self.frontier(boxes), "")[0]
 
     def view(self, items: Sequence[Item], base: str) -> tuple[nx.MultiDiGraph[str], dict[str, Item]]:
-        """Neighbouring items with the values that enter and leave them.
+        """Neighbouring items, in order and without gaps, with the values that enter and leave them.
 
-        Args:
-            items: in order, without gaps.
-            base: module path that labels are shortened by.
-
-        Returns:
-            The view and the item of each of its nodes.
+        Labels are shortened by the module path ``base``. Returns the view and the item of each of its nodes.
         """
         keys = self._keys(items)
         owner = {at: key for key, item in keys.items() for at in range(start_of(item), stop_of(item))}
@@ -185,13 +176,9 @@ class Views:
         inside = [self.graph.nodes[name] for name in self.names[item.start : item.stop]]
         players = [self._player[node["player"]] for node in inside if node["player"]]
         block = {
-            "title": item.title,
-            "operations": len(inside),
-            "players": len(players),
-            "size": sum(player["size"] for player in players),
-            "stages": self._span(item),
-            "repeats": item.repeats,
-        }
+            "title": item.title, "operations": len(inside), "players": len(players),
+            "size": sum(player["size"] for player in players), "stages": self._span(item), "repeats": item.repeats,
+        }  # fmt: skip
         label = " – ".join(_step(part, base) for part in item.title.split(" – "))
         shown = {"kind": "block", "label": label, "shape": inside[-1]["shape"], "stage": band, "module": item.path}
         return {**NOTHING, **shown, "block": block}

@@ -37,11 +37,7 @@ RECEIVERS = ("self._curvature", "self._kronecker")
 
 
 def to_python(program: UpdateProgram, *, guarded: bool = True) -> str:
-    """Source text of the module.
-
-    Args:
-        program: the program.
-        guarded: nothing changes where the loss is not finite; without, the caller sees to it.
+    """Source text of the module; ``guarded``: nothing changes where the loss is not finite, else the caller sees to it.
 
     Raises:
         CompileError: the loss or a constant is Python code that needs more than torch.
