@@ -6,13 +6,15 @@ STAMP := $(VENV)/.installed
 # Exported so that no pip of the environment asks, warns or reads a cache it cannot write.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint site bench rivals clean
+.PHONY: help demo test lint site bench rivals paper-quick paper clean
 
 help:
 	@echo "make demo   train the digits network beside tuned SGD and Adam, write digits.html"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff, and mypy --strict on the installed wheel"
 	@echo "make rivals the default against tuned SGD, Adam, Muon and SOAP: six tasks, 15 minutes, nothing is kept"
+	@echo "make paper-quick  small versions of the paper's tables and figures into build/paper, a quarter of an hour"
+	@echo "make paper  all of them, hours; results are kept, start it again to go on"
 	@echo "make site   the documentation as pages, in build/site"
 	@echo "make bench  the benchmarks (minutes to hours; tables go to docs/)"
 
@@ -55,6 +57,11 @@ bench: $(STAMP)
 rivals: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[rivals]"
 	$(BIN)/python benchmarks/time_to_target.py --quick
+
+# The paper's tables and figures from runs of our own; more seeds, and data sets that need a download: examples/paper/run.py.
+paper-quick paper: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[paper]"
+	$(BIN)/python examples/paper/run.py $(if $(filter paper-quick,$@),--quick)
 
 clean:
 	rm -rf $(VENV) build *.egg-info digits.html

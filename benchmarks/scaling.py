@@ -47,8 +47,8 @@ class Case:
         network: ``"mlp"`` (residual layers, inputs as wide as they are) or ``"conv"`` (Fig. 5's residual block on
             MNIST's 28×28 pixels).
         batch, width, depth, shortcuts: its sizes; ``"conv"`` has a depth and a shortcut of its own.
-        side: ``"closed"``, ``"dense"``, ``"recompute"`` (the closed form, trajectory run again) or ``"torch"``
-            (torch.optim.SGD).
+        side: ``"closed"``, ``"dense"``, ``"recompute"`` (the closed form, trajectory run again), ``"paper"`` (its own
+            form) or ``"torch"`` (torch.optim.SGD).
         double: in float64 (where both sides are compared) or float32.
         steps: timed.
     """
@@ -125,8 +125,9 @@ def step_of(case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
     if case.side == "torch":
         plain = torch_step(model, torch.optim.SGD(model.parameters(), lr=0.1), loss)
         return model, lambda: plain(x, y)
+    own = {"coupling": "block", "recursion": "substituted"} if case.side == "paper" else {}
     compiled = compile_optimizer(
-        model, x, loss=loss, curvature="sgd", lr=0.1,
+        model, x, loss=loss, curvature="sgd", lr=0.1, **own,
         backend="dense" if case.side == "dense" else "fast", memory="recompute" if case.side == "recompute" else "keep",
     )  # fmt: skip
     return model, lambda: compiled.step(x, y)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import tool
 from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.options import Options
 from gtddp_compile.runtime.compiler import Specialisations
@@ -78,6 +79,29 @@ class Surface(torch.optim.Optimizer):
             "a parameter group cannot be added: the update program was derived for the network as it was compiled",
             "Change the model first, then call compile_optimizer again; load_state_dict carries state over",
         )
+
+    def feedback_modes(self, player: str, inputs: Any, targets: Any, k: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a player answers to most: leading singular values and state directions of its feedback matrix.
+
+        ``K̂`` of ``δu = k + K̂ δx̂`` (Eq. 4, 9 and 28 of the paper, batch-augmented) with the weights as they are, by the
+        dense backend: for networks of a few thousand activations a batch. Nothing is updated. Fig. 6c of the paper
+        projects such directions to image space.
+
+        Args:
+            player: its name in ``opt.graph``.
+            inputs, targets: a batch, as ``step`` takes it.
+            k: how many modes, the strongest first.
+
+        Returns:
+            The singular values, shape ``(k,)``, and by live value of the player's cut the directions, ``(k, B, …)``, of
+            norm 1 over all values and samples, each up to its sign.
+
+        Raises:
+            CompileError: no such player or number of modes, or the optimizer has no feedback, or is of several
+                processes.
+        """
+        found: tuple[Tensor, dict[str, Tensor]] = tool("modes").feedback_modes(self, player, inputs, targets, k)
+        return found
 
     def begun(self) -> bool:
         """Whether states were made as they begin: torch.distributed.checkpoint asks for a step of zero gradients before

@@ -106,8 +106,7 @@ class Sweeps:
 
     def run(self, q: dict[str, Tensor]) -> Tensor:
         """Fills ``q``; the per-sample losses."""
-        for stage in reversed(self.stages):
-            self._sweep(stage)
+        self.backward()
         if self.linear:
             self._joint()
         else:
@@ -127,6 +126,11 @@ class Sweeps:
         return Group(samples, len(samples) / self.trajectory.batch, value_x, value_xx)
 
     # --- backward sweep -----------------------------------------------------------------------------------------------
+
+    def backward(self) -> None:
+        """Every stage's gains; nothing is written."""
+        for stage in reversed(self.stages):
+            self._sweep(stage)
 
     def _sweep(self, stage: DerivedStage) -> None:
         """Statistics from all groups, then every group's gains and value recursion."""
