@@ -1,6 +1,8 @@
 """Random models, options and batches, as tests/support/fuzzed.py draws them: how many steps were right or refused.
 
-python benchmarks/fuzz.py [cases]   writes benchmarks/fuzz.csv; ends with 1 if a step was wrong or an error not in words
+python benchmarks/fuzz.py --again   what was wrong, once more
+python benchmarks/fuzz.py [cases]   writes benchmarks/fuzz.csv and the section of docs/trust.md; ends with 1 if
+                                    a step was wrong or an error not in words
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from common import DOCS, markdown, write_section
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -31,6 +34,20 @@ def main(cases: int) -> int:
         if (seed + 1) % 100 == 0:
             write(found)
     write(found)
+    page()
+    return int(any(kind in FAILED for kind, _ in found))
+
+
+def again() -> int:
+    """The cases that failed, after a mend."""
+    rows = [(row["outcome"], row["said"], int(row["cases"])) for row in csv.DictReader(FOUND.open(encoding="utf-8"))]
+    found = Counter({(kind, said): count for kind, said, count in rows if kind not in FAILED})
+    for kind, said, _ in rows:
+        if kind in FAILED:
+            became = outcome(int(said.split(":")[0].removeprefix("seed ")))
+            found[became.kind, became.said if became.kind != "not finite" else ""] += 1
+    write(found)
+    page()
     return int(any(kind in FAILED for kind, _ in found))
 
 
@@ -42,5 +59,14 @@ def write(found: Counter[tuple[str, str]]) -> None:
         rows.writerows((kind, said, count) for (kind, said), count in counted)
 
 
+def page() -> None:
+    """The section of the page, from the file."""
+    kinds: Counter[str] = Counter()
+    for row in csv.DictReader(FOUND.open(encoding="utf-8")):
+        kinds[row["outcome"]] += int(row["cases"])
+    table = markdown(("outcome", "cases"), [(kind, f"{count:,}") for kind, count in kinds.most_common()])
+    write_section("fuzz", f"{sum(kinds.values()):,} cases.\n\n{table}", DOCS / "trust.md")
+
+
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else CASES))
+    sys.exit(again() if sys.argv[1:] == ["--again"] else main(int(sys.argv[1]) if len(sys.argv) > 1 else CASES))

@@ -34,7 +34,7 @@ from gtddp_compile.runtime.precision import GradientScale, lift
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.runtime.states import check_loaded, check_used, regrouped, unround
-from gtddp_compile.runtime.surface import Surface
+from gtddp_compile.runtime.surface import Surface, one_at_a_time
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.terms import Terms
 
@@ -132,6 +132,7 @@ class CompiledOptimizer(Surface):
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def accumulate(self, inputs: Any, targets: Any) -> Tensor:
         """Take in a micro-batch of the next update; nothing is updated before ``step``.
 
@@ -165,6 +166,7 @@ class CompiledOptimizer(Surface):
         self._pending = pending
         return loss
 
+    @one_at_a_time
     def step(  # type: ignore[override]
         self, inputs: Any = None, targets: Any = None, *, closure: Callable[[], Any] | None = None
     ) -> Tensor:
@@ -181,7 +183,8 @@ class CompiledOptimizer(Surface):
 
         Raises:
             CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
-                exception parameters, buffers, states, random state and what was accumulated are what they were.
+                exception parameters, buffers, states, random state and what was accumulated are what they were, but
+                for an interrupt that comes when all is written: then the whole step is made.
             NonFiniteError: the loss, a gain or the update is not finite; of ``Terms``, the points are named.
                 ``on_nonfinite="skip"``: the loss is returned instead, and what was accumulated is dropped.
         """
@@ -192,7 +195,7 @@ class CompiledOptimizer(Surface):
         batch: tuple[Any, ...] = ()
         if inputs is not None or targets is not None or self._pending is None:
             batch, targets = self._batch(inputs, targets)
-        before = random_state()
+        before, self._committed = random_state(), []
         try:
             if closure is not None:
                 closure()
@@ -204,7 +207,8 @@ class CompiledOptimizer(Surface):
             loss = self._give_up(stop, sets)
             self._pending = None
         except BaseException:
-            restore_random_state(before)
+            if not self._committed:
+                restore_random_state(before)
             raise
         return loss
 
@@ -222,7 +226,7 @@ class CompiledOptimizer(Surface):
                 self._view.model.refuse_points(inputs)
             raise stop.error() from stop
         if self._skips == 1:
-            warnings.warn(f"{stop}; diagnostics['skipped_steps'] counts what is left out", stacklevel=4)
+            warnings.warn(f"{stop}; diagnostics['skipped_steps'] counts what is left out", stacklevel=5)
         return stop.loss
 
     def _batch(self, inputs: Any, targets: Any, *, example: bool = False) -> tuple[tuple[Any, ...], Any]:
@@ -259,6 +263,7 @@ class CompiledOptimizer(Surface):
             try:
                 backend.run(m, params, buffers, new, inputs, targets, **how)
                 choose_length(m, self._options.line_search, self._view, self._loss, inputs, targets, before)
+                return self._done(program, m, originals, {name: buffers[name] for name in advancing})
             except NotFactored:
                 m.undo()
                 restore_random_state(before)
@@ -275,12 +280,13 @@ class CompiledOptimizer(Surface):
             except BaseException:
                 m.undo()
                 raise
-        return self._done(program, m, originals, {name: buffers[name] for name in advancing})
 
     def _done(
         self, program: UpdateProgram, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]
     ) -> Tensor:
-        self._commit(m, originals, buffers)
+        m.committed = self._committed
+        advanced = [(self._view.buffer(name), value) for name, value in buffers.items()]
+        m.commit(originals, advanced, self._view.named, self.state)
         self._checked = True
         self._scale.kept()
         assert m.loss is not None
@@ -341,11 +347,13 @@ class CompiledOptimizer(Surface):
                 program, _ = self._specialise(inputs)
                 self._take_in(pending, inputs, targets, program)
             union = pending.finish()
+            return self._done(pending.program, union.method, union.originals, union.advancing())
         except BaseException:
             pending.again(count)
             raise
-        self._pending = None
-        return self._done(pending.program, union.method, union.originals, union.advancing())
+        finally:
+            if self._committed:
+                self._pending = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop accumulated micro-batches, and the parameters' ``grad``, which a step neither reads nor writes."""
@@ -384,17 +392,9 @@ class CompiledOptimizer(Surface):
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))
         taken = (self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
         m = BaseMethod(*taken) if self._ranks is None else JoinedMethod(*taken).among(self._ranks)
-        m.first, m.scale = not self._checked, self._scale.value
+        m.first, m.scale, m.apart = not self._checked, self._scale.value, ops.read_apart
         m.together = program.form.name == "joint" and self._options.line_search is None
         return m
-
-    def _commit(self, m: BaseMethod, originals: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
-        m.commit(originals)
-        for name in m.states:
-            self.state[self._view.named[name]] = m.settled(name)
-        with torch.no_grad():
-            for name, value in buffers.items():
-                self._view.buffer(name).copy_(value)
 
     # --- specialisation -----------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ from gtddp_compile.frontends.functional import Clean, functionalise
 from gtddp_compile.frontends.keywords import Named, positional
 from gtddp_compile.frontends.masks import masks_apart
 from gtddp_compile.frontends.mixing import find_mixing
-from gtddp_compile.frontends.reference import agrees, observe, run
+from gtddp_compile.frontends.reference import agrees, observe, reads_values, run
 from gtddp_compile.frontends.samples import find_layouts
 from gtddp_compile.frontends.state import TABLES, refused_table, watch
 from gtddp_compile.frontends.traced import argument_names, parameter_infos
@@ -52,6 +52,7 @@ FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
 FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_followed, trace_values)
 ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range"})
 DECISION = "_assert_scalar"
+KEPT = "what the model computes of parameters or buffers is a constant of the recording"
 READS = frozenset({"item", "_local_scalar_dense"})
 """Kinds that make a number of a tensor's value."""
 
@@ -74,6 +75,9 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
                 graph = masks_apart(_normal_form(traced, model, draws=draws))
                 graph, output = run(graph, model, inputs, reference)
                 if agrees(graph, output, reference):
+                    with untouched(model):
+                        if not reads_values(graph, model, inputs):
+                            raise Untraceable(KEPT)
                     return find_mixing(find_layouts(replace(graph, kept=kept), model, inputs), model, inputs)
         except Untraceable as refusal:
             refusals.append(refusal)

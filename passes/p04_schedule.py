@@ -183,7 +183,8 @@ def place(graph: PlayerGraph, stages: Stages, given: Mapping[str, int]) -> dict[
         latest[op.name] = here[0] if here else last
         found[op.name] = stage(latest[op.name])
     for player in sorted(graph.players, key=stage, reverse=True):
-        found.update(dict.fromkeys(player.expressions, stages[player.name]))
+        alone = [name for name in player.expressions if name not in graph.player_using]  # not what is returned itself
+        found.update(dict.fromkeys(alone, stages[player.name]))
     return found
 
 

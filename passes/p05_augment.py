@@ -22,7 +22,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import PROLOGUE, ControlGraph, Op, OpGraph, Player, PlayerGraph, Schedule, Stage, Value
+from gtddp_compile.graph import (
+    DETACHED,
+    PROLOGUE,
+    ControlGraph,
+    Op,
+    OpGraph,
+    Player,
+    PlayerGraph,
+    Schedule,
+    Stage,
+    Value,
+)
 from gtddp_compile.passes.p03_find_shortcuts import carriers
 
 
@@ -42,10 +53,12 @@ def moved_by_players(graph: PlayerGraph) -> frozenset[str]:
     """Operations whose values can change in a step: a player acts on them, not through sizes alone.
 
     What is kept for its random numbers or its buffers and does not lead to the output is none: nothing of it counts.
+    Nor is what is made of parameters alone and detached: it is read as a constant.
     """
     found = {name for player in graph.players for name in (*player.uses, *player.expressions)}
     for op in graph.ops.ops:
-        if not op.reads_sizes and any(o in found for o in op.operands):
+        constant = op.kind == DETACHED and op.name not in graph.ops.reached
+        if not op.reads_sizes and not constant and any(o in found for o in op.operands):
             found.add(op.name)
     return frozenset(found & graph.ops.returned)
 
@@ -85,7 +98,9 @@ def _packed(op: Op, *, returned: bool) -> CompileError:
     )
 
 
-POOLING = frozenset({"index_add", "index_reduce", "scatter_add", "scatter_reduce", "scatter", "segment_reduce"})
+POOLING = frozenset(
+    {"index_add", "index_reduce", "index_put", "scatter_add", "scatter_reduce", "scatter", "segment_reduce"}
+)
 """Kinds that bring rows together by an index."""
 
 
@@ -103,20 +118,37 @@ def check_batch_axes(players: PlayerGraph, values: tuple[Value, ...]) -> None:
                 operation=op.kind,
                 source=op.source or None,
             )
-        if op.shape is not None and ops.batch and not op.samples.fits(op.shape, ops.batch):
-            pools = op.kind in POOLING
-            raise CompileError(
-                f"its value has shape {op.shape}, and which of its elements belong to which of the {ops.batch} samples "
-                f"is no matter of axes (a sample is an entry along the leading axis of {', '.join(ops.inputs)}"
-                + (", and these are pooled by an index, as nodes are to graphs)" if pools else ")"),
-                "Give graphs as a padded batch of nodes, (B, N, n), with a mask, and sum over N"
-                if pools
-                else "Keep samples along an axis of their own, (B, T, n), or in order along one with others, (B T, n); "
-                "compute what is of the whole batch where it is read, between the same two layers",
-                module=op.module,
-                operation=op.kind,
-                source=op.source or None,
-            )
+        if not _has_samples(op, ops):
+            raise _without_samples(op, ops)
+
+
+def _has_samples(op: Op, ops: OpGraph) -> bool:
+    return op.shape is None or not ops.batch or op.samples.fits(op.shape, ops.batch)
+
+
+def _without_samples(op: Op, ops: OpGraph) -> CompileError:
+    """The refusal of a value, or of the pooling that led to it."""
+    rows = f"an entry along the leading axis of {', '.join(ops.inputs)}"
+    why = (f"its value has shape {op.shape}, and which of its elements belong to which of the {ops.batch} samples is "
+           f"no matter of axes (a sample is {rows})")  # fmt: skip
+    remedy = ("Keep samples along an axis of their own, (B, T, n), or in order along one with others, (B T, n); "
+              "compute what is of the whole batch where it is read, between the same two layers")  # fmt: skip
+    if op.random and not ops.reached.intersection(op.operands):
+        why = f"it draws numbers of shape {op.shape} for a parameter, which all samples would share"
+        remedy = "Draw what multiplies or adds to values instead, once a sample, (B, ...); or draw into a buffer before"
+        pending = []
+    else:
+        pending = [op]
+    while pending:
+        before = pending.pop()
+        if before.kind in POOLING:
+            why = (f"it brings rows together by an index, as nodes to graphs, in a value of shape {before.shape}; what "
+                   f"was looked for is the part of each of the {ops.batch} samples (a sample is {rows})")  # fmt: skip
+            remedy = "Give graphs as a padded batch of nodes, (B, N, n), with a mask, and sum over N"
+            op = before
+            break
+        pending += [ops.by_name[name] for name in before.operands if not _has_samples(ops.by_name[name], ops)]
+    return CompileError(why, remedy, module=op.module, operation=op.kind, source=op.source or None)
 
 
 # --- the rewrite ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, NoneType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -226,11 +226,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     own += [value for held in own for value in held.values() if isinstance(value, dict | list | set)]
     undo = [_undo(value) for value in (*own, *reader.held, *generators().values())]
     undo += [_undo_class(kind) for kind in {k for m in model.modules() for k in _classes(type(m))}]
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:  # which goes on where one is interrupted
         for put_back in undo:
-            put_back()
+            stack.callback(put_back)
+        yield
 
 
 def _undo(held: Any) -> Callable[[], None]:
@@ -238,18 +237,23 @@ def _undo(held: Any) -> Callable[[], None]:
     if isinstance(held, tuple | frozenset):
         return lambda: None
     if isinstance(held, dict | list | set | deque):
-        items: Any = dict(held) if isinstance(held, dict) else list(held)
-
-        def put_back() -> None:
-            held.clear()
-            held.update(items) if isinstance(held, dict | set) else held.extend(items)
-
-        return put_back
+        return functools.partial(_put_back, held, dict(held) if isinstance(held, dict) else list(held))
     if isinstance(held, Tensor):
         before, value = Same(held), held.detach().clone()
         return lambda: None if Same(held) == before else _write(held, value)
     (get, put) = generator(held)  # type: ignore[misc]
     return functools.partial(put, get())
+
+
+def _put_back(held: Any, items: Any) -> None:
+    """What a container held, in its order; one that has it is not emptied, and so never without it."""
+    if isinstance(held, dict):
+        if list(map(id, held.values())) == list(map(id, items.values())) and list(held) == list(items):
+            return
+    elif list(map(id, held)) == list(map(id, items)):
+        return
+    held.clear()
+    held.update(items) if isinstance(held, dict | set) else held.extend(items)
 
 
 @torch.no_grad()

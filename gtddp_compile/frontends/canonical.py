@@ -101,6 +101,8 @@ def _cleaned(call: Call) -> Canonical:
         target, name, in_place = twin, name.rstrip("_"), True
     if target is getattr and len(args) == 2 and args[1] in ("T", "mT", "H", "mH", "real", "imag"):
         return Canonical(str(args[1]), target, args, kwargs)
+    if target is getattr and args[1:] == ("data",):
+        return Canonical("detach", Method("detach"), args[:1], {})
     return Canonical(kind_of(name), target, args, kwargs, in_place)
 
 

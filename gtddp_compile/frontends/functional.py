@@ -35,6 +35,11 @@ VIEWS = frozenset(
 )  # fmt: skip
 """Operations whose value may share memory with their first argument."""
 
+COPYING = frozenset(
+    {"reshape", "flatten", "contiguous", "to", "type", "float", "double", "half", "dropout", "as_tensor", "reshape_as"}
+)
+"""Those whose value may be another's as well."""
+
 
 @dataclass(frozen=True)
 class Clean:
@@ -55,6 +60,8 @@ class _Memory:
     now: dict[str, str] = field(default_factory=dict)
     part_of: dict[str, tuple[str, Any]] = field(default_factory=dict)
     """By the name of a part: what it is part of, and its index."""
+    held: dict[str, Any] = field(default_factory=dict)
+    """By the name of a root: the parameter or buffer that it is a view of."""
 
     def add(self, name: str, *, same_as: str | None = None, view_of: str | None = None) -> None:
         self.same[name] = self.same[same_as] if same_as else name
@@ -105,11 +112,15 @@ def functionalise(traced: Traced) -> tuple[tuple[Clean, ...], Any]:
         if not form.in_place:
             shares = isinstance(first, Ref) and form.kind in VIEWS
             memory.add(call.name, view_of=first.name if shares and isinstance(first, Ref) else None)
+            if form.kind in VIEWS - COPYING and isinstance(first, ParamRef | BufferRef):
+                memory.held[call.name] = first
             if isinstance(first, Ref) and form.kind == "getitem" and _is_basic(call.args[1]):
                 memory.part_of[call.name] = (first.name, call.args[1])
             continue
         if not isinstance(first, Ref):
             raise _writes(call, first)
+        if memory.root[first.name] in memory.held:
+            raise _writes(call, memory.held[memory.root[first.name]])
         if memory.is_seen_elsewhere(first.name, position):
             raise Untraceable(
                 f"{form.kind} changes a tensor in place that is read through another view later",

@@ -276,6 +276,40 @@ def agrees(graph: OpGraph, found: Reference, expected: Reference) -> bool:
     return True
 
 
+def reads_values(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether a recording does what the model does with other parameters and buffers too, or one of them fails there.
+
+    Else it has kept what the model computed of them out of sight (``for p in self.parameters()``, say).
+    """
+    params, buffers = ({name: _other(value) for name, value in held.items()} for held in leaves(model))
+    values: dict[str, Any] = dict(zip(graph.inputs, copy.deepcopy(inputs), strict=True))
+    with torch.random.fork_rng(), torch.enable_grad():
+        start()
+        try:
+            expected = tuple(tensors(_called(model, dict(params), {k: v.clone() for k, v in buffers.items()}, inputs)))
+        except Exception:  # the user's own code, which may ask for some values
+            return True
+        start()
+        try:
+            for op in graph.ops:
+                if op.target is not None:
+                    values[op.name] = evaluate(op, values, params, buffers)
+                for name in graph.finished[op.name]:
+                    del values[name]
+        except Untraceable:  # another path
+            return True
+        found = tensors(map_leaves(graph.output, lambda leaf: _value(leaf, values, params, buffers)))
+        return all(_close(a.detach(), b.detach()) for a, b in zip(found, expected, strict=True))
+
+
+def _other(value: Tensor) -> Tensor:
+    """A value near by, each entry by another factor."""
+    if not value.is_floating_point():
+        return value
+    factor = torch.arange(value.numel(), dtype=torch.float32, device=value.device).cos().reshape(value.shape)
+    return (value * (1 + 0.01 * factor).to(value.dtype)).detach().requires_grad_(value.requires_grad)
+
+
 def tensors(output: Any) -> Iterator[Tensor]:
     """Tensors of a nested output, in order."""
     return (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))

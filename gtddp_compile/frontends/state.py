@@ -120,7 +120,7 @@ def _parameters_kept(model: nn.Module) -> Iterator[None]:
     finally:
         handle.remove()
         for name, (value, version, old) in before.items():
-            if value._version != version:
+            if value._version != version or not value.detach().equal(old):  # through .data no version counts
                 found.append(name)
                 with torch.no_grad():
                     value.copy_(old)
@@ -165,18 +165,20 @@ def _refusal(path: str) -> CompileError:
 @contextmanager
 def withheld(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
     """Whoever reads one of these attributes of the model in the block is refused."""
-    places = [(vars(model.get_submodule(name.rpartition(".")[0])), name) for name in names if not name[0].isupper()]
-    before = [(held, dict(held)) for held, _ in places]
+    places = [(vars(model.get_submodule(path)), key, name) for name in names if not name[0].isupper()
+              for path, _, key in [name.rpartition(".")]]  # fmt: skip
+    before = [(held, key, held[key]) for held, key, _ in places if key in held]
     try:
-        for held, name in places:
+        for held, key, name in places:
             left = torch.zeros(()).as_subclass(_Left)
             left.path = name
-            held[name.rpartition(".")[2]] = left
+            held[key] = left
         yield
     finally:
-        for held, attributes in before:
-            held.clear()
-            held.update(attributes)
+        for held, key, _ in places:
+            held.pop(key, None)
+        for held, key, value in before:
+            held[key] = value
 
 
 def _kept(before: Attributes, after: Attributes) -> tuple[str, ...]:

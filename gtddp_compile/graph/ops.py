@@ -249,6 +249,17 @@ class OpGraph:
         return frozenset(found)
 
     @cached_property
+    def read_apart(self) -> frozenset[str]:
+        """Parameters that are read without a gradient, or parts of them are: by another stage than their player's."""
+        found: set[str] = set()
+        pending = [op for op in self.ops if op.kind == DETACHED]
+        while pending:
+            op = pending.pop()
+            found.update(op.parameters)
+            pending += [self.by_name[name] for name in op.operands if name not in self.reached]
+        return frozenset(found)
+
+    @cached_property
     def fed(self) -> frozenset[str]:
         """Operations that depend on the inputs, be it on their sizes alone: what others compute is no sample's own."""
         found = set(self.inputs)

@@ -49,6 +49,7 @@ class Loss:
             comes back is not one loss a sample.
         module: the user's loss module, where :func:`check` can compare with its value; else ``None``.
         function: the user's own callable; ``None`` where ``module`` is given.
+        unreduced: a copy of ``module`` with reduction "none", which ``per_sample`` calls.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Loss:
     per_sample: Callable[[Any, Any], Tensor]
     module: nn.Module | None = None
     function: Callable[[Any, Any], Any] | None = None
+    unreduced: nn.Module | None = None
 
     @property
     def is_absent(self) -> bool:
@@ -179,12 +181,10 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
         if is_kind(loss, kind):
             raise CompileError(f"the loss {name} takes ({inputs}), not (outputs, targets)", "P" + _CALLABLE[1:])
     if loss.reduction not in ("mean", "sum") and not (is_kind(loss, nn.KLDivLoss) and loss.reduction == "batchmean"):
-        raise CompileError(
-            f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined",
-            "Use reduction='mean' or 'sum', or " + _CALLABLE,
-        )
-    elements = partial(_of_elements, _unreduced(loss), str(loss.reduction), name)
-    return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss)
+        why = f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined"
+        raise CompileError(why, "Use reduction='mean' or 'sum', or " + _CALLABLE)
+    elements = partial(_of_elements, unreduced := _unreduced(loss), str(loss.reduction), name)
+    return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss, unreduced=unreduced)
 
 
 def check(loss: Loss, outputs: Any, targets: Any) -> None:
@@ -253,10 +253,8 @@ def _of_callable(function: Callable[[Any, Any], Tensor], name: str, outputs: Any
         scalar = ", a scalar," if phi.dim() == 0 else ""
         raise CompileError(f"the loss {name} returned shape {tuple(phi.shape)}{scalar}{batch}", remedy)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves) and not phi.requires_grad:
-        raise CompileError(
-            f"the loss {name} does not depend on the outputs in a differentiable way",
-            "Compute it with torch operations, without detach(), item() or numpy",
-        )
+        why = f"the loss {name} does not depend on the outputs in a differentiable way"
+        raise CompileError(why, "Compute it with torch operations, without detach(), item() or numpy")
     return phi
 
 

@@ -85,6 +85,8 @@ class Accumulated:
     def again(self, count: int | None = None) -> None:
         """Run the micro-batches (the first ``count``) again when they are needed next."""
         del self._batches[len(self._batches) if count is None else count :]
+        if self._union is not None:
+            self._union.method.undo()
         self._union = None
         self._versions = self._parameter_versions()  # a step that failed wrote parameters and put them back
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from itertools import chain, starmap
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gtddp_compile import kernels
-from gtddp_compile.errors import NonFiniteError
+from gtddp_compile.errors import CompileError, NonFiniteError
 from gtddp_compile.kernels.kronecker import Rows
 from gtddp_compile.methods.curvature import BlockUpdates, Curvature
 from gtddp_compile.methods.curvature.blocks import Names
@@ -50,6 +51,22 @@ def _replaced(outputs: Any, leaves: Sequence[Tensor], others: Sequence[Tensor]) 
     return tree_map(lambda value: by_leaf.get(id(value), lift(value)), outputs)
 
 
+def _by_column(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[tuple[Tensor, ...], ...]]:
+    """Arguments of one call for all pairs; none if there are no pairs."""
+    return [tuple(zip(*pairs, strict=True))] if pairs else []
+
+
+def _take_over(loss: Loss) -> None:
+    """What was changed in the user's loss module (``label_smoothing``); another reduction is refused."""
+    if loss.module is None or loss.unreduced is None:
+        return
+    now = loss.module.reduction
+    if now not in (loss.reduction, "batchmean"):
+        why = f"the reduction of the loss {loss.name} was changed to {now!r}"
+        raise CompileError(why, "Call compile_optimizer again with it")
+    vars(loss.unreduced).update({**vars(loss.module), "reduction": "none"})
+
+
 def _alike(left: Tensor, right: Tensor) -> bool:
     """Whether one can be in the other's place."""
     return left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
@@ -79,6 +96,8 @@ class BaseMethod(BlockUpdates):
         samples: of the batch, against which losses are counted; ``None``: unknown.
         precision: of the step.
         scale: of gradients that are half.
+        committed: not empty once the step is.
+        apart: parameters that are written when the step is done.
     """
 
     first = True
@@ -87,6 +106,7 @@ class BaseMethod(BlockUpdates):
     samples: int | None = None
     precision = Precision()
     scale = 1.0
+    apart: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -99,6 +119,7 @@ class BaseMethod(BlockUpdates):
         terminal: Terminal = "gradient",
     ) -> None:
         super().__init__(curvature, params, new, states, groups)
+        _take_over(loss)
         self._before, self._loss, self._terminal = dict(states), loss, terminal
         self.reduction = loss.reduction
         self.figures: dict[int, dict[str, Any]] = {}
@@ -107,11 +128,14 @@ class BaseMethod(BlockUpdates):
         self._settled: list[Tensor] | None = None
         self._written: dict[str, tuple[Tensor, Tensor]] = {}  # with the old values
         self._steps: dict[str, Tensor] = {}
+        self.committed: list[Any] = []
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def _writable(self, name: str) -> Tensor:
         """The parameter itself; its old value is put aside, where everybody else reads it from now on."""
+        if name in self.apart:  # autograd keeps the tensor, for a derivative that is not this parameter's
+            return super()._writable(name)
         param = self._params[name]
         self._params[name] = param.clone()
         self._written[name] = param, self._params[name]
@@ -124,11 +148,12 @@ class BaseMethod(BlockUpdates):
             super()._move(name, delta)
 
     def undo(self) -> None:
-        """Every parameter is what it was before the step."""
-        with torch.no_grad():
-            for param, old in self._written.values():
-                param.copy_(old)
-        self._written.clear()
+        """Every parameter is what it was before the step, unless it is committed."""
+        if not self.committed:
+            with torch.no_grad():
+                for param, old in self._written.values():
+                    param.copy_(old)
+            self._written.clear()
 
     def moved(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Every trained parameter's name, its value before the step and after."""
@@ -147,24 +172,48 @@ class BaseMethod(BlockUpdates):
                 if "last_step" in self.states[name]:
                     self.states[name] = {**self.states[name], "last_step": self.states[name]["last_step"] * length}
 
-    def commit(self, originals: Mapping[str, Tensor]) -> None:
-        """Write those new parameters that are not written yet into the model's own."""
-        if self._steps:
-            torch._foreach_add_([originals[name] for name in self._steps], list(self._steps.values()))
-        apart = [name for name in self.states if name not in self._written and self._new[name] is not originals[name]]
-        if apart:
-            with torch.no_grad():
-                torch._foreach_copy_([originals[name] for name in apart], [self._new[name] for name in apart])
+    def commit(
+        self,
+        originals: Mapping[str, Tensor],
+        buffers: Sequence[tuple[Tensor, Tensor]],
+        owner: Mapping[str, Tensor],
+        kept: MutableMapping[Tensor, Any],
+    ) -> None:
+        """Write what is not written yet into the model and the optimizer: all of it, or on an interrupt nothing.
 
-    def settled(self, name: str) -> dict[str, Any]:
+        An interrupt is raised between two instructions of Python, and the writing is one: calls of C alone.
+
+        Args:
+            originals: parameters before the step.
+            buffers: those that advance, and their new values.
+            owner: the model's parameter of every name.
+            kept: the optimizer's states.
+        """
+        apart = [name for name in self.states if name not in self._written and self._new[name] is not originals[name]]
+        copies = [(originals[name], self._new[name]) for name in apart] + list(buffers)
+        moves = [(originals[name], step) for name, step in self._steps.items()]
+        states, exchanged = dict[Tensor, Any](), list[tuple[Tensor, str, Tensor]]()
+        for name in self.states:
+            states[owner[name]] = self._settled_state(name, exchanged)
+        with torch.no_grad():
+            self.committed.extend(
+                chain(
+                    starmap(torch._foreach_add_, _by_column(moves)),
+                    starmap(torch._foreach_copy_, _by_column(copies)),
+                    starmap(setattr, exchanged),
+                    map(kept.update, [states]),
+                )
+            )
+
+    def _settled_state(self, name: str, exchanged: list[tuple[Tensor, str, Tensor]]) -> dict[str, Any]:
         """The state after the step, in the tensors of the state before it where they have its shape: as torch.optim,
-        whoever holds one sees what it is.
+        whoever holds one sees what it is. Which are to take another's memory is added to ``exchanged``.
         """
         found = dict(self.states[name])
         for key, value in found.items():
             before = self._before[name].get(key)
             if isinstance(before, Tensor) and isinstance(value, Tensor) and value.dim() and _alike(before, value):
-                before.data = value.data
+                exchanged.append((before, "data", value.data))
                 found[key] = before
         return found
 

@@ -145,6 +145,13 @@ class ModelView:
                 "Keep its real and imaginary parts as two real parameters, and join them by torch.complex in forward",
                 module=odd.rpartition(".")[0],
             )
+        shared = next((n for n, p in self.named.items() if 0 in p.stride() and p.numel() > 1), None)
+        if shared is not None:
+            raise CompileError(
+                f"parameter {shared!r} is expanded: its entries are one number in memory",
+                "Make the parameter as large as what it holds, and expand it in forward",
+                module=shared.rpartition(".")[0],
+            )
         self._placed = _placed(_modules(model))
         empty = next((name for name, value in self.named.items() if value.is_meta), None)
         if empty is not None:
@@ -153,7 +160,7 @@ class ModelView:
                 "Give it memory and values first: model.to_empty(device=...), then load or initialise them",
                 module=empty.rpartition(".")[0],
             )
-        _say_unheard(self.named)
+        _say_unheard(self.named, model)
         self._said = False
 
     def say_unread(self) -> None:
@@ -164,7 +171,7 @@ class ModelView:
                 "parameters have p.grad, which a compiled step does not read: backward() and what is done to gradients "
                 "after it (clip_grad_norm_, scaling), has no effect. Clip by compile_optimizer(max_grad_norm=...), "
                 "and leave out backward()",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def groups(self) -> list[dict[str, Any]]:
@@ -261,9 +268,10 @@ def _placed(modules: list[nn.Module]) -> list[tuple[object, ...]]:
     ]
 
 
-def _say_unheard(parameters: Mapping[str, nn.Parameter]) -> None:
+def _say_unheard(parameters: Mapping[str, nn.Parameter], model: nn.Module) -> None:
     """Hooks on gradients would be passed over in silence."""
     names = [n for n, p in parameters.items() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
+    names += [repr(n) for n, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
     if names:
         warnings.warn(
             f"gradient hooks of {', '.join(names)} do not run: a compiled step makes no p.grad; "

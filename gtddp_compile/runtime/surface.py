@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from inspect import unwrap
-from typing import TYPE_CHECKING, Any, NoReturn
+from threading import RLock
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +25,27 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+Step = TypeVar("Step", bound=Callable[..., Tensor])
+
+
+def one_at_a_time(method: Step) -> Step:
+    """Threads wait for each other: what one has put aside is no state for another to begin with. An interrupt of an
+    inner ``no_grad`` as it ends leaves gradients off: they are as before.
+    """
+
+    @wraps(method)
+    def alone(self: Surface, *args: Any, **kwargs: Any) -> Any:
+        enabled = torch.is_grad_enabled()
+        try:
+            with self._lock:
+                return method(self, *args, **kwargs)
+        except BaseException:
+            torch.set_grad_enabled(enabled)
+            raise
+
+    return cast(Step, alone)
+
+
 class Surface(torch.optim.Optimizer):
     """What a compiled optimizer has of ``torch.optim.Optimizer``, and keeps of its model."""
 
@@ -29,6 +53,11 @@ class Surface(torch.optim.Optimizer):
     _options: Options
     _curvature: Curvature
     _ranks: Ranks | None
+    _committed: list[Any]
+
+    def __init__(self, groups: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+        self._lock, self._committed = RLock(), []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the program was derived for the parameters the model had.
@@ -94,5 +123,10 @@ class Surface(torch.optim.Optimizer):
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature, self._ranks)
-        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None)
+        state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None, _committed=[])
+        del state["_lock"]
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = RLock()

@@ -143,25 +143,21 @@ class Union:
         """The update of the union, into ``new`` and the states of ``method``; its loss.
 
         Raises:
-            GivenUp: a Gram matrix or the update is not finite. On any exception parameters are what they were.
+            GivenUp: a Gram matrix or the update is not finite. On any exception ``method.undo()`` takes it back.
         """
         after, shares = random_state(), self._shares()
         mean = self.method.reduction == "mean"
         losses = [part.method.loss * (share if mean else 1.0) for part, share in zip(self._parts, shares, strict=True)
                   if part.method.loss is not None]  # fmt: skip
         self.method.loss = torch.stack(losses).sum()
-        try:
-            if self._base:
-                total = sum(part.samples for part in self._parts) if mean else 1
-                with torch.no_grad():
-                    for name, arguments in self._sums:
-                        getattr(self.method, name)(*scaled(name, arguments, 1 / total))
-            else:
-                self._guarded(lambda: self._together(shares), self._parts)
-            self.method.check_finite()
-        except BaseException:
-            self.method.undo()
-            raise
+        if self._base:
+            total = sum(part.samples for part in self._parts) if mean else 1
+            with torch.no_grad():
+                for name, arguments in self._sums:
+                    getattr(self.method, name)(*scaled(name, arguments, 1 / total))
+        else:
+            self._guarded(lambda: self._together(shares), self._parts)
+        self.method.check_finite()
         restore_random_state(after)
         own, self.method.figures = self.method.figures, merged([part.method.figures for part in self._parts], shares)
         for stage, figures in own.items():

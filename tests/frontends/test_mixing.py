@@ -117,6 +117,24 @@ def test_a_layer_that_belongs_to_no_sample_is_refused(away: Callable[[Tensor], T
     assert "whole batch" in str(caught.value)
 
 
+class Masked(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.between(torch.tanh(self.a(x))))
+        return self.c(torch.tanh(h * (x[:, :1] > 0)))  # type: ignore[no-any-return]
+
+
+def test_a_sample_that_nothing_but_others_reads() -> None:
+    """Its own gradient is zero where others' go to it: no block of its own has them. The fast program has."""
+    model, (x, y) = Masked(MIXING["centred"][0]).double(), data(4)
+    with pytest.raises(CompileError, match=r"operation sub, .* \(sample \d\) is zero"):
+        trained(model, backend="dense")
+    plain = copy.deepcopy(model)
+    nn.functional.cross_entropy(plain(x), y).backward()
+    torch.optim.SGD(plain.parameters(), lr=1.0).step()
+    compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=1.0, feedback=False).step(x, y)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
 class Twice(nn.Module):
     """A value computed beside the first layer is read before the second and before the last."""
 

@@ -343,15 +343,37 @@ def by_scatter(h: Tensor, graph: Tensor) -> Tensor:
     return torch.zeros(6, h.shape[1], dtype=h.dtype).scatter_add(0, graph[:, None].expand_as(h), h)
 
 
-@pytest.mark.parametrize("pool", [by_index_add, by_scatter])
+def by_mean(h: Tensor, graph: Tensor) -> Tensor:
+    return by_index_add(h, graph) / by_index_add(torch.ones_like(h), graph)
+
+
+def by_index_put(h: Tensor, graph: Tensor) -> Tensor:
+    return h.new_zeros(6, h.shape[1]).index_put((graph,), h, accumulate=True)
+
+
+def in_place(h: Tensor, graph: Tensor) -> Tensor:
+    return h.new_zeros(int(graph.max()) + 1, h.shape[1]).index_add_(0, graph, h)
+
+
+@pytest.mark.parametrize("pool", [by_index_add, by_scatter, by_mean, by_index_put, in_place])
 def test_nodes_pooled_to_graphs(pool: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Samples are rows of the inputs, nodes here. The remedy works: the same update from a padded batch."""
     net = make(lambda net, x, graph: net.b(pool(torch.tanh(net.a(x)), graph)), a=(4, 5), b=(5, 3))
     graph = torch.repeat_interleave(torch.arange(6), torch.tensor(NODES))
     nodes = batch(sum(NODES))
-    said = "of the 18 samples", "leading axis of inputs_0, inputs_1", "as nodes are to graphs", "(B, N, n), with a mask"
+    said = (
+        "each of the 18 samples",
+        "leading axis of inputs_0, inputs_1",
+        "as nodes to graphs",
+        "(B, N, n), with a mask",
+    )
     refused(lambda: compiled(net, (nodes, graph)), *said)
-    padded = make(lambda net, x, mask: net.b((torch.tanh(net.a(x)) * mask[..., None]).sum(1)), a=(4, 5), b=(5, 3))
+
+    def pooled(net: Any, x: Tensor, mask: Tensor) -> Tensor:
+        count = mask.sum(1, True) if pool is by_mean else 1
+        return net.b((torch.tanh(net.a(x)) * mask[..., None]).sum(1) / count)  # type: ignore[no-any-return]
+
+    padded = make(pooled, a=(4, 5), b=(5, 3))
     padded.load_state_dict(net.state_dict())
     x = nn.utils.rnn.pad_sequence(list(nodes.split(NODES)), batch_first=True)
     mask = (torch.arange(5) < torch.tensor(NODES)[:, None]).double()

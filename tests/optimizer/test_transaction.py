@@ -5,79 +5,59 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gtddp_compile import CompiledOptimizer, CompileError, NonFiniteError, compile_optimizer
-from support.faults import Fault, fault_at
-from support.networks import make
+from gtddp_compile import CompileError, NonFiniteError, compile_optimizer
+from gtddp_compile.frontends import attributes
+from gtddp_compile.runtime.method import BaseMethod
+from support import faults
+from support.faults import Normed, everything
 
 
-class Normed(nn.Module):
-    """Statistics that advance, masks that are drawn, a shortcut."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.norm, self.b, self.c = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.dropout(torch.relu(self.norm(self.a(x))), 0.4, self.training)
-        found: Tensor = self.c(h + torch.tanh(self.b(h)))
-        return found
+@pytest.mark.parametrize("network", faults.NETWORKS)
+def test_faults_in_a_program_change_nothing(network: str) -> None:
+    """A small draw of what benchmarks/faults.py does for every curvature and rollout."""
+    index = list(faults.NETWORKS).index(network)
+    curvature, rollout = list(faults.CURVATURES)[index % 4], faults.ROLLOUTS[index % 2]
+    found = faults.Faults(network, curvature, rollout)
+    for kind in faults.KINDS:
+        assert set(found.exceptions(kind, every=11)) == {f"raised, {faults.NOTHING}", faults.WHOLE}
+    assert set(found.not_a_number(every=11)) == {f"raised, {faults.NOTHING}", faults.WHOLE}
 
 
-class Convolved(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.out = nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Linear(2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.out(torch.relu(self.norm(self.conv(x.view(-1, 1, 4, 4)))).mean((2, 3)))
-        return found
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "chain": (lambda: make(lambda net, x: net.b(torch.tanh(net.a(x))), a=(4, 5), b=(5, 3)), 4),
-    "norm, mask, shortcut": (Normed, 4),
-    "convolution": (Convolved, 16),
-}
+@pytest.mark.parametrize("curvature", ["foof", "sgd"])
+@pytest.mark.parametrize("rollout", faults.ROLLOUTS)
+def test_an_interrupt_anywhere_leaves_nothing_or_the_whole_step(curvature: str, rollout: str) -> None:
+    program = faults.Faults("norm, mask, shortcut", curvature, rollout)
+    found = Counter(program.exceptions("interrupt", 29, faults.PACKAGE))
+    assert set(found) <= {f"raised, {faults.NOTHING}", f"raised, {faults.WHOLE}", faults.WHOLE}
+    assert found[f"raised, {faults.NOTHING}"] > 30
 
 
-def everything(opt: CompiledOptimizer, net: nn.Module) -> Any:
-    """Parameters, buffers, state and random state."""
-    return copy.deepcopy((net.state_dict(), opt.state_dict()["state"], torch.get_rng_state()))
+def test_the_faults_see_what_is_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BaseMethod, "undo", lambda self: None)
+    found = faults.Faults("chain", "sgd", "nonlinear")
+    assert f"raised, {faults.ELSE}" in set(found.exceptions("interrupt"))
 
 
-@pytest.mark.parametrize(("name", "curvature", "rollout"), [
-    ("chain", "adam", "linear"), ("chain", "kfac", "nonlinear"), ("norm, mask, shortcut", "kfac", "linear"),
-    ("norm, mask, shortcut", "adam", "nonlinear"), ("convolution", "kfac", "linear"),
-    ("convolution", "adam", "nonlinear"),
-])  # fmt: skip
-def test_a_fault_at_any_line_changes_nothing(name: str, curvature: str, rollout: Any) -> None:
-    torch.manual_seed(0)
-    kind, width = NETWORKS[name]
-    net = kind().double()
-    x, y = torch.randn(6, width).double(), torch.arange(6) % 3
-    opt = compile_optimizer(net, x, loss=nn.CrossEntropyLoss(), curvature=curvature, rollout=rollout, lr=0.1)
-    opt.step(x, y)  # there are states and memory of a step before
-    before, (twin, own) = everything(opt, net), copy.deepcopy((net, opt))
-    own.step(x, y)
-    expected = everything(own, twin)
-    torch.set_rng_state(before[2])
-    for line in range(1, 1000):
+@pytest.mark.parametrize("at", [1, 40])
+def test_an_interrupt_while_the_model_is_looked_at_leaves_its_modules(at: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    before = copy.deepcopy(net.state_dict())
+    for line in range(at, 10**6, 97):
         try:
-            with fault_at(line):
-                opt.step(x, y)
-        except Fault:
-            torch.testing.assert_close(everything(opt, net), before, rtol=0, atol=0)
+            with faults.fault_at(line, where=attributes.__file__):
+                compile_optimizer(net, torch.ones(6, 4).double(), loss=nn.CrossEntropyLoss())
+        except faults.Fault:
+            torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
         else:
             break
-    assert 5 < line < 999
-    torch.testing.assert_close(everything(opt, net), expected, rtol=0, atol=0)  # nothing is left of the faults
+    assert line > 1000
 
 
 class Rooted(Normed):

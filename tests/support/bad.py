@@ -109,6 +109,7 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Any]] = {
     "unique values": lambda layer, x: layer.fc(x).unique(),
     "mean over the batch": lambda layer, x: layer.fc(x).mean(0, keepdim=True),
     "the transpose": lambda layer, x: layer.fc(x).T @ layer.fc(x),
+    "a parameter's data is clipped": lambda layer, x: (layer.fc.weight.data.clamp_(-9, 9), layer.fc(x))[1],
     "a parameter drawn at random": lambda layer, x: F.linear(x, torch.normal(layer.fc.weight)),
     "a complex value": lambda layer, x: torch.fft.fft(layer.fc(x)),
     "bernoulli of a parameter": lambda layer, x: x * torch.bernoulli(layer.fc.weight[0].sigmoid()),
@@ -140,6 +141,15 @@ class Complex(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.gain).real
+
+
+class Expanded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1).double().expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
 
 
 class Sparse(nn.Module):
@@ -178,6 +188,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "torch.compile around the model": lambda: torch.compile(model(), backend="eager"),
     "complex parameters": Complex,
     "sparse parameters": Sparse,
+    "an expanded parameter": Expanded,
     "a generator of its own": lambda: Stochastic("torch").double(),
     "a random.Random of its own": lambda: Stochastic("python").double(),
     "spectral_norm in training": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).double(),

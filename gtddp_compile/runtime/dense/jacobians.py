@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.graph import GUARD, UNKNOWN, BufferRef, ControlGraph, Leaf, ParamRef, Player, map_leaves
+from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import GUARD, UNKNOWN, BufferRef, ControlGraph, Leaf, Op, ParamRef, Player, map_leaves
 from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.passes.p06_derive import cut_after
 from gtddp_compile.runtime.method import BaseMethod
@@ -25,30 +26,33 @@ class Blocks:
         values: ``∂o/∂v``, by (value after, value before): ``(B n_o, B n_v)``; tied controls are not among them.
         outputs: ``∂o/∂h``, by (value after, use): ``(B n_o, B n_h)``.
         layers: ``∂h/∂u``, by (use, player): ``(B n_h, m)``.
-        mixes: whether an operation of the stage mixes samples.
+        mixes: an operation of the stage that mixes samples.
     """
 
     values: Pairs
     outputs: Pairs
     layers: Pairs
-    mixes: bool
+    mixes: Op | None
 
     def effective(self, g: Mapping[str, Tensor]) -> Blocks:
         """The block-diagonal reading of a stage that mixes samples (docs/theory.md#mixing).
 
         Sample i's block is corrected by the rank-one term with which it pulls ``g_i`` back to ``∂Σ_jφ_j/∂x_i``, what
         every sample contributes through the batch statistics included.
+
+        Raises:
+            CompileError: ``g_i`` is zero, and what others contribute is not.
         """
-        if not self.mixes:
+        if self.mixes is None:
             return self
         return replace(
             self,
-            values={(o, v): _corrected(block, g[o]) for (o, v), block in self.values.items()},
-            outputs={(o, use): _corrected(block, g[o]) for (o, use), block in self.outputs.items()},
+            values={(o, v): _corrected(block, g[o], self.mixes) for (o, v), block in self.values.items()},
+            outputs={(o, use): _corrected(block, g[o], self.mixes) for (o, use), block in self.outputs.items()},
         )
 
 
-def _corrected(block: Tensor, g: Tensor) -> Tensor:
+def _corrected(block: Tensor, g: Tensor, mixes: Op) -> Tensor:
     batch = g.shape[0]
     tiles = block.reshape(batch, block.shape[0] // batch, batch, -1)
     blocks = []
@@ -57,6 +61,15 @@ def _corrected(block: Tensor, g: Tensor) -> Tensor:
         total = torch.einsum("jo,jon->n", g, tiles[:, :, i])
         missing = total - g[i] @ own
         norm = g[i] @ g[i]
+        if not norm and missing.any():
+            raise CompileError(
+                f"the dense backend has no block reading of an operation that mixes samples where the gradient of one "
+                f"of them (sample {i}) is zero and the others' are not",
+                "Use mixing='exact', the fast backend, or model.eval() so that running statistics are used",
+                module=mixes.module,
+                operation=mixes.name,
+                source=mixes.source,
+            )
         blocks.append(own + torch.outer(g[i] / norm, missing) if norm > 0 else own)
     joined: Tensor = torch.block_diag(*blocks)
     return joined
@@ -242,7 +255,7 @@ class Trajectory:
             layers={
                 (use, player.name): self._layer(use, player) for use in uses for player in self.graph.player_using[use]
             },
-            mixes=any(self.graph.op(name).mixes_samples for name in stage.ops),
+            mixes=next((op for op in map(self.graph.op, stage.ops) if op.mixes_samples), None),
         )
 
     def assemble(self, t: int, blocks: Blocks) -> StageJacobians:
