@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import rich.style  # noqa: F401  # draws a random number when it is first imported, which a drawing does
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
