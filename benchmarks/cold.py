@@ -2,7 +2,7 @@
 
 ``python benchmarks/cold.py TASK METHOD`` prints it as JSON: importing gtddp_compile, and compiling. Before the clock
 starts, torch.optim has made and used an optimizer, which imports much of torch that no step needs (``torch._dynamo``).
-``python benchmarks/cold.py`` measures it again for the rows of ``study.csv``, and leaves the rest of them as it is.
+``python benchmarks/cold.py`` measures it again for the default's rows of ``study.csv``, and leaves the rest as it is.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ def use_torch_optim() -> None:
 
 
 def again() -> None:
-    """Every row of a compiled method's first seed, and the page."""
-    from study_methods import METHODS
+    """The default's rows of the first seed, and the page."""
+    from study_methods import DEFAULT
     from study_runs import RAW, Study, cold_seconds, load
     from time_to_target import write_page
 
     study = Study(RAW, load())
-    for run in [run for run in study.runs.values() if METHODS[run.method].ours and run.seed == 0]:
-        study.keep(replace(run, cold_s=cold_seconds(run)))
-        print(f"{run.task}, {run.method}: {study.runs[run.key].cold_s:.2f} s")
-    write_page(study.runs)
+    for run in [run for run in study.runs.values() if run.method == DEFAULT.name and run.seed == 0]:
+        seconds = cold_seconds(run)
+        study.keep(replace(load()[run.key], cold_s=seconds))  # another process may have timed its steps meanwhile
+        print(f"{run.task}, {run.method}: {seconds:.2f} s", flush=True)
+    write_page(load())
 
 
 def main(task: str, method: str) -> None:
