@@ -96,10 +96,18 @@ def _of_channels(graph: ControlGraph, player: Player, use: Use, rules: MetricRul
     positions, blocks = _positions(graph, use) or 1, 1
     if use.rule.name == "linear":
         outputs, width = graph.ops.parameter_info[use.names[0]].shape
-        least = -(-width // min(rules.widest or width, max(outputs, NARROW)))
-        blocks = next(count for count in range(least, width + 1) if width % count == 0)
+        blocks = even_blocks(width, max(outputs, NARROW), rules.widest or width)
     why = f"inputs in {blocks} blocks" if blocks > 1 else ""
     return MetricBlock("channels", (player,), why, float(positions), blocks)
+
+
+def even_blocks(width: int, wanted: int, widest: int) -> int:
+    """How many equal blocks of at most ``wanted`` inputs; wider ones where only far more would divide ``width``."""
+    least = -(-width // min(wanted, widest))
+    counts = [count for count in range(1, width + 1) if width % count == 0]
+    near = [count for count in counts if least <= count <= 2 * least]
+    wider = [count for count in counts if count < least and width <= count * widest]
+    return (near or wider[-1:] or [count for count in counts if count > least])[0]
 
 
 def _alone(graph: ControlGraph, player: Player, rules: MetricRules) -> MetricBlock:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtddp_compile import FOOF, compile_optimizer, kernels
+from gtddp_compile.lowering.cooperation import even_blocks
 from support.recorded import draw
 
 TOKENS, WIDTH, ROWS = 5, 6, 7
@@ -56,6 +57,15 @@ def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     """One block of inputs, or three."""
     monkeypatch.setattr("gtddp_compile.lowering.cooperation.NARROW", request.param)
     return int(request.param)
+
+
+@pytest.mark.parametrize(
+    ("width", "wanted", "widest", "blocks"),
+    [(512, 128, 1024, 4), (128, 128, 1024, 1), (384, 128, 1024, 3), (257, 128, 1024, 1), (514, 128, 1024, 2),
+     (1031, 128, 1024, 1031), (4096, 4096, 1024, 4)],
+)  # fmt: skip
+def test_blocks_divide_the_inputs_and_are_not_slivers(width: int, wanted: int, widest: int, blocks: int) -> None:
+    assert even_blocks(width, wanted, widest) == blocks
 
 
 def test_without_feedback_it_is_the_published_method(narrow: int) -> None:
