@@ -195,7 +195,7 @@ def diff(
 @demo.command("digits")
 @reporting()
 def digits(
-    steps: Annotated[int, typer.Option(min=1, help="Steps of batch 8 a run; batch 128 makes a twelfth.")] = 960,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of batch 8 a run; batch 128 makes a twelfth.")] = 720,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds: weights and batch order.")] = 3,
     out: Annotated[Path, typer.Option("--out", "-o", dir_okay=False, help="The report to write.")] = Path(
         "digits.html"
