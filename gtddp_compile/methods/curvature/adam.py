@@ -92,7 +92,7 @@ class Adam(Curvature):
     def denominator(self, param: Tensor, state: State, group: Group) -> Tensor:
         """``√v̂ + eps``, shape of the parameter."""
         second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-        correction = _bias_correction(group["betas"][1], state["step"]) ** 0.5
+        correction = bias_correction(group["betas"][1], state["step"]) ** 0.5
         return torch.sqrt(second).div_(scalar(correction, param)).add_(group["eps"])
 
     def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:
@@ -101,7 +101,7 @@ class Adam(Curvature):
         mean = torch.lerp(state["exp_avg"], g_hat, 1 - beta1)
         below = self.denominator(param, state, group) if denominator is None else denominator
         shrunk = scalar(lr, param) * decay if decay != 0 and group["decoupled_weight_decay"] else None
-        return Move(mean, below, lr / _bias_correction(beta1, state["step"]), {**state, "exp_avg": mean}, shrunk)
+        return Move(mean, below, lr / bias_correction(beta1, state["step"]), {**state, "exp_avg": mean}, shrunk)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class AdamW(Adam):
     name = "adamw"
 
 
-def _bias_correction(beta: float, step: Tensor) -> Scalar:
+def bias_correction(beta: float, step: Tensor) -> Scalar:
     """``1 - βᵗ``: a float, or a tensor while torch traces, where the step count is not known."""
     if torch.compiler.is_compiling():
         return 1 - torch.pow(beta, step.to(torch.float64))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times, turned_rows
-from gtddp_compile.methods.curvature.adam import AdamW, _bias_correction
+from gtddp_compile.methods.curvature.adam import AdamW, bias_correction
 from gtddp_compile.methods.curvature.base import Group, Move, State
 from gtddp_compile.methods.curvature.numbers import (
     Scalar,
@@ -107,7 +107,7 @@ class SOAP(AdamW):
     def inverse_metric(self, param: Tensor, state: State, group: Group) -> Turned:  # type: ignore[override]
         """``lr √(1 - β₂ᵗ) / (√v + eps)`` in the bases."""
         below = torch.sqrt(as_matrix(state["exp_avg_sq"])).add_(group["eps"])
-        rate = _bias_correction(group["betas"][1], state["step"]) ** 0.5 * group["lr"]
+        rate = bias_correction(group["betas"][1], state["step"]) ** 0.5 * group["lr"]
         return Turned(state.get("map_x"), state.get("map_g"), below.reciprocal_().mul_(scalar(rate, param)))
 
     def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:

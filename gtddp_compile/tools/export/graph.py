@@ -111,7 +111,7 @@ def _module(program: UpdateProgram) -> ModuleType:
     """The exported module, its branches on values replaced by selections."""
     module = ModuleType("gtddp_compile_step")
     exec(compile(to_python(program, guarded=False), "<gtddp_compile .pt2>", "exec"), module.__dict__)
-    for name, replacement in (("_cholesky", _cholesky), ("_bias_correction", _bias_correction)):
+    for name, replacement in (("_cholesky", _cholesky), ("bias_correction", bias_correction)):
         if hasattr(module, name):
             setattr(module, name, replacement)
     return module
@@ -134,7 +134,7 @@ def _cholesky(block: Tensor, unchecked: bool) -> tuple[Tensor, Tensor]:
     return torch.where(failed == 0, found, lifted), failed
 
 
-def _bias_correction(beta: float, step: Tensor) -> Tensor:
+def bias_correction(beta: float, step: Tensor) -> Tensor:
     """``1 - βᵗ`` of Adam, the step count a tensor."""
     return 1 - torch.pow(beta, step.to(torch.float64))
 
