@@ -23,8 +23,6 @@ def examples_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_trainer_trains_accumulates_and_resumes(tmp_path: Path) -> None:
     """It goes through its epochs, and two of its micro-batches are one update; its own checkpoint goes on."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
     recipe = import_module("trainer")
     often = {"gradient_accumulation_steps": 2, "logging_steps": 1, "save_strategy": "epoch", "save_total_limit": 4}
     trained = recipe.train(str(tmp_path), num_train_epochs=4, **often)
@@ -36,8 +34,6 @@ def test_trainer_trains_accumulates_and_resumes(tmp_path: Path) -> None:
 
 
 def test_trainer_s_step_is_the_plain_step(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
     recipe = import_module("trainer")
     fixed = {"lr_scheduler_type": "constant", "max_steps": 3, "save_strategy": "no"}
     trained = recipe.train(str(tmp_path), train_sampling_strategy="sequential", **fixed)
