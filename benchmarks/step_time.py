@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +58,7 @@ SMALL = ("digits", "mnist", "mlp")
 """Networks for EK-FAC and the peers: others' factors are up to 4,608 wide, a minute's eigendecomposition each."""
 
 RESULTS = Path(__file__).with_name("step_time.json")
+WHEN = "%d %B, %H:%M"
 HEADER = (
     "network", "batch", "curvature", "options", "against", "its step", "compiled", "ratio (quartiles)", "aim",
     "peak memory",
@@ -239,7 +241,7 @@ def in_order(known: dict[str, list[str]]) -> dict[str, list[str]]:
 
 def write_table(known: dict[str, list[str]], threads: int, clock: str) -> None:
     """The section of docs/performance.md."""
-    stamps = [row[-1] for row in known.values()]  # in the order of measurement
+    stamps = sorted((row[-1] for row in known.values()), key=lambda at: datetime.strptime(at[: at.index(" (")], WHEN))
     text = (
         f"{machine(threads)}; `benchmarks/step_time.py`, rows measured from {stamps[0]} to {stamps[-1]}. "
         f"Medians of interleaved pairs, {clock} time; quartiles of the pairs' ratios. Both sides "
