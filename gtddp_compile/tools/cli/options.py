@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -105,12 +105,12 @@ def takes(*names: str) -> Callable[[Function], Function]:
     """Give a command options of :data:`OPTIONS`, which it gets as keyword arguments; ``"*"``: all."""
 
     def decorate(function: Function) -> Function:
-        hints = get_type_hints(function, include_extras=True)
-        own = [one for one in signature(function).parameters.values() if one.kind is not Parameter.VAR_KEYWORD]
-        shared = {name: OPTIONS[name] for name in (OPTIONS if "*" in names else names)}
-        hints.update((name, kind) for name, (kind, _) in shared.items())
-        more = [Parameter(name, Parameter.KEYWORD_ONLY, default=default) for name, (_, default) in shared.items()]
-        parameters = [one.replace(annotation=hints[one.name]) for one in (*own, *more)]
+        # Not get_type_hints: on Python 3.10 it wraps what defaults to None in Optional, and typer no longer sees the option.
+        asked = signature(function, eval_str=True).parameters.values()
+        parameters = [one for one in asked if one.kind is not Parameter.VAR_KEYWORD]
+        for name in OPTIONS if "*" in names else names:
+            kind, default = OPTIONS[name]
+            parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind))
         function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         function.__annotations__ = {one.name: one.annotation for one in parameters}
         return function
