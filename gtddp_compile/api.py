@@ -128,7 +128,7 @@ def compile_optimizer(
         program: a program from ``UpdateProgram.load``; it brings options, base method and loss with it (a loss that
             is a function has to be given again).
         process_group: ``"world"`` or a group of torch.distributed: every rank calls ``step`` with its shard, and all
-            make the update of the joined batch (docs/usage.md#several-processes). A model wrapped by
+            make the update of the joined batch (docs/several-processes.md). A model wrapped by
             DistributedDataParallel brings its group.
         **curvature_options: options of the named curvature.
 

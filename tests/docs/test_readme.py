@@ -7,8 +7,10 @@ import html
 import importlib.util
 import inspect
 import io
+import json
 import re
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +22,8 @@ from gtddp_compile import compile_optimizer, passes
 from gtddp_compile.methods.curvature import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("usage", "architecture", "physics", "index", "tutorial")
+NOTEBOOKS = ("tutorial", "own-layer", "own-loss", "micro-batches")
+PAGES = ("usage", "architecture", "physics", "index", "install", "several-processes", *NOTEBOOKS)
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES)]
 PATH = r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`"
 
@@ -51,7 +54,33 @@ def test_the_readmes_code_runs_and_trains() -> None:
         assert text in printed.getvalue()
 
 
-@pytest.mark.parametrize("name", ["docs/physics.md", "docs/index.md", "docs/tutorial.md"])
+def hidden(name: str) -> ModuleType:
+    """A script of .ci/, with or without a suffix."""
+    path = str(ROOT / ".ci" / name)
+    loader = SourceFileLoader(f"ci_{Path(name).stem}", path)
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_and_shows_what_came_of_it(name: str) -> None:
+    notebook = hidden("notebook.py")
+    assert set(notebook.PAGES) == {f"{page}.md" for page in NOTEBOOKS}
+    found = notebook.executed(f"{name}.md")
+    shown, stored = notebook.as_page(found), json.loads(notebook.as_notebook(found))
+    source = read(f"docs/{name}.md")
+    assert re.sub(r"\n\n(``` \{ \.text.*?^```|<img [^>]*>)$", "", shown, flags=re.DOTALL | re.MULTILINE) == source
+    if name == "tutorial":
+        drawn = [output["data"]["image/svg+xml"] for cell in stored["cells"] for output in cell.get("outputs", ())
+                 if "data" in output]  # fmt: skip
+        assert len(drawn) == 2 and "second" in drawn[0] and "nothing tuned" in drawn[1]
+        assert "Q_ux = " in shown and "singular values [" in shown and "w = solve(" in shown and "held out" in shown
+
+
+@pytest.mark.parametrize("name", ["docs/physics.md", "docs/index.md"])
 def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", read(name), re.DOTALL):
