@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Exported so that no pip of the environment asks, warns or reads a cache it cannot write.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint site bench rivals paper-quick paper clean
+.PHONY: help demo test lint site package release bench rivals paper-quick paper clean
 
 help:
 	@echo "make demo   train the digits network beside tuned SGD and Adam, write digits.html"
@@ -16,6 +16,8 @@ help:
 	@echo "make paper-quick  small versions of the paper's tables and figures into build/paper, a quarter of an hour"
 	@echo "make paper  all of them, hours; results are kept, start it again to go on"
 	@echo "make site   the documentation as pages, in build/site"
+	@echo "make package  wheel and sdist, built, installed and run with the packages at hand"
+	@echo "make release  the same on every Python at hand and with the lowest versions; gigabytes, an hour"
 	@echo "make bench  the benchmarks (minutes to hours; tables go to docs/)"
 
 $(STAMP): pyproject.toml setup.py constraints.txt
@@ -32,8 +34,8 @@ test: $(STAMP)
 
 # Types are checked on the wheel as users get it: gtddp_compile.passes lies elsewhere in the source tree.
 lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check . .ci/release
+	$(BIN)/ruff format --check . .ci/release
 	rm -rf $(VENV)/wheel build  # a wheel packs whatever an earlier one left in build/, deleted modules too
 	$(BIN)/python -m build -q --wheel --no-isolation --outdir $(VENV)/wheel .
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/wheel/installed $(VENV)/wheel/*.whl
@@ -43,6 +45,10 @@ lint: $(STAMP)
 site: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict -f .ci/site.yml
+
+# What was tried is kept in benchmarks/release.json, and told by docs/install.md.
+package release: $(STAMP)
+	$(BIN)/python .ci/release $(if $(filter package,$@),--quick)
 
 # coverage needs packages of its own: its docstring says which. nngeometry would install another torch without --no-deps.
 SECTIONS := step_time gram_fidelity tried cost_model scaling ranks

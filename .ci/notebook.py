@@ -38,7 +38,7 @@ def cells(page: str) -> list[Cell]:
 
 
 def executed(name: str) -> list[Cell]:
-    """The cells of a page of docs/, run from top to bottom as a notebook runs them; an exception is the page's error."""
+    """The cells of a page of docs/, run from top to bottom as in a notebook; an exception is the page's error."""
     names: dict[str, Any] = {"__name__": "__main__"}
     found = cells((DOCS / name).read_text(encoding="utf-8"))
     for index, cell in enumerate(found):
@@ -76,7 +76,9 @@ def as_page(found: list[Cell]) -> str:
             parts.append(f"``` {{ .text .output .no-copy }}\n{cell.printed}\n```")
         for picture in cell.pictures:
             data = base64.b64encode(picture.encode()).decode()
-            parts.append(f'<img class="output" alt="what the block above draws" src="data:image/svg+xml;base64,{data}">')
+            parts.append(
+                f'<img class="output" alt="what the block above draws" src="data:image/svg+xml;base64,{data}">'
+            )
     return "\n\n".join(parts) + "\n"
 
 
@@ -117,5 +119,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     shown = as_page(_found[name])
     if name == PAGES[0]:
         notebook = name.replace(".md", ".ipynb")
-        shown = shown.replace("\n\n", f"\n\n[This page as a Jupyter notebook]({notebook}){{ .md-button download }}\n\n", 1)
+        shown = shown.replace(
+            "\n\n", f"\n\n[This page as a Jupyter notebook]({notebook}){{ .md-button download }}\n\n", 1
+        )
     return shown

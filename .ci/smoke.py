@@ -1,4 +1,4 @@
-"""What `.ci/release` runs in an environment that has the package from a wheel or a sdist: derive, train, draw, export, run.
+"""What `.ci/release` runs where the package was installed: derive, train, draw, export, run what was exported.
 
 Prints one line of JSON: versions, the loss before and after, the megabytes that a `pip install` brings beside torch.
 """
@@ -69,6 +69,7 @@ def exported(opt: object, model: torch.nn.Module, x: torch.Tensor, y: torch.Tens
 
 
 def main() -> None:
+    """All of it."""
     torch.manual_seed(0)
     model, x = Net().double(), torch.randn(64, 6, dtype=torch.float64)
     y = x[:, :3].argmax(1)

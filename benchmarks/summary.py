@@ -1,66 +1,117 @@
-"""What README.md shows of the measurements: the newest raw results in this folder, cut down to two short tables.
+"""The first thing that README.md says and shows, from the rows of ``study.csv``.
 
-python benchmarks/summary.py        rewrites the sections between README.md's markers
+python benchmarks/summary.py        rewrites the section between README.md's markers, and docs/gain.svg
 """
 
 from __future__ import annotations
 
-import json
-import re
+from dataclasses import dataclass
 
-from common import DOCS, markdown, write_section
-from step_time import RESULTS, in_order
+from common import DOCS, write_section
 from study_methods import DEFAULT
 from study_runs import Runs, final, load, median
-from study_tasks import TASKS
-from time_to_target import best_rival, readme
+from study_tasks import RACED, TASKS
+from time_to_target import best_rival, making, speedup
 
-README = DOCS.parent / "README.md"
-COLUMNS = ("sgd", "rmsprop", "adam", "foof", "kfac")
+README, PICTURE = DOCS.parent / "README.md", DOCS / "gain.svg"
 CLAIMED = "digits-128"
 """The task that the first claim is about."""
+EDGE = 16.0
+"""Where the picture ends, and stands for infinity."""
 
 
-def steps() -> str:
-    """Ratio of a compiled step to the base method's, a row a network."""
-    found: dict[str, dict[str, str]] = {}
-    for key, row in in_order(json.loads(RESULTS.read_text(encoding="utf-8"))).items():
-        name, curvature, options, against, *_ = json.loads(key)
-        if options or not against.startswith("torch.optim") or curvature not in COLUMNS:
-            continue
-        ratio = re.match(r"[\d.]+", row[7])
-        assert ratio is not None
-        found.setdefault(name, {})[curvature] = ratio.group()
-    rows = [(name, *(cells.get(column, "–") for column in COLUMNS)) for name, cells in found.items()]
-    header = ("network", "sgd", "rmsprop", "adam", "foof (default)", "kfac")
-    return (
-        "A training step (linear rollout), against torch.optim's step of the base method (FOOF's and K-FAC's against "
-        "SGD's), in turns in one process:\n\n" + markdown(header, rows)
-    )
+@dataclass(frozen=True)
+class Row:
+    """A task: the rival's time and steps over ours, empty where the rival did not reach the target."""
+
+    task: str
+    rival: str
+    time: tuple[float, ...]
+    steps: tuple[float, ...]
+
+    def words(self) -> tuple[str, str]:
+        """What the picture writes on the left and on the right."""
+        return f"{self.task}, {self.rival}", f"{self.time[0]:.2f}" if self.time else "not reached"
+
+
+def rows(runs: Runs) -> list[Row]:
+    """Every task that the default and a rival were run on, the largest gain in time first."""
+    found = []
+    for task in RACED:
+        mine, rival = final(runs, task, DEFAULT), best_rival(runs, task)
+        if mine and rival is not None:
+            measures = (speedup(mine, rival[1], of) for of in ("seconds_to", "steps_to"))
+            found.append(Row(task.name, rival[0].name.removeprefix("torch "), *measures))
+    return sorted(found, key=lambda row: row.time[:1] or (EDGE,), reverse=True)
+
+
+def draw(found: list[Row]) -> None:
+    """A line a task: time as a dot with its interval, steps as a ring; right of 1 the default is sooner."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams.update({"svg.hashsalt": "gain", "svg.fonttype": "none", "font.size": 9.5})
+    figure = Figure(figsize=(8.2, 0.27 * len(found) + 1.1), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(1, color="#5c6878", lw=1)
+    for place, row in enumerate(found):
+        time = row.time or (EDGE,)
+        colour = "#c2185b" if time[0] >= 1 else "#5c6878"
+        axes.plot(time[1:], [place] * len(time[1:]), color=colour, lw=2, alpha=0.45)
+        axes.plot(
+            time[0],
+            place,
+            ">" if not row.time else "o",
+            color=colour,
+            label="processor time" if place == len(found) - 1 else None,
+        )
+        if row.steps:
+            axes.plot(
+                row.steps[0], place, "o", mfc="none", color=colour, label="steps" if place == len(found) - 1 else None
+            )
+    words = list(zip(*(row.words() for row in found), strict=True))
+    axes.set(xscale="log", xlim=(1 / EDGE, EDGE * 1.15), ylim=(len(found) - 0.4, -0.6))
+    axes.set(yticks=range(len(found)), yticklabels=words[0], xticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8],
+             xticklabels=["⅛", "¼", "½", "1", "2", "4", "8"])  # fmt: skip
+    axes.minorticks_off()
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(range(len(found)), words[1])
+    axes.tick_params(axis="y", length=0)
+    right.tick_params(axis="y", length=0)
+    axes.set_xlabel("best tuned rival's over ours: right of 1, the target is reached sooner with nothing tuned")
+    axes.grid(axis="x", alpha=0.25)
+    for side in (*axes.spines.values(), *right.spines.values()):
+        side.set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(PICTURE, metadata={"Date": None})
 
 
 def claim(runs: Runs) -> str:
-    """The first thing that README says."""
-    task = TASKS[CLAIMED]
+    """One task in words, and what the picture of all of them shows."""
+    task, found = TASKS[CLAIMED], rows(runs)
     ours, rival = final(runs, task, DEFAULT), best_rival(runs, task)
     assert rival is not None
     name, theirs = rival[0].name.removeprefix("torch "), rival[1]
+    took = [making(final(runs, TASKS[row.task], DEFAULT)) for row in found]
+    ahead = sum(not row.time or row.time[0] > 1 for row in found)
+    sure = sum(not row.time or row.time[-2:][0] > 1 for row in found if len(row.time) != 1)
+    lost = sum(row.time[-1] < 1 for row in found if len(row.time) == 3)
     return (
         f"On the paper's own network, batch 128, it reaches a train loss of {task.target} in "
         f"**{median(ours, 'steps_to'):g} steps** with nothing tuned where {name} with its best "
         f"learning rate takes {median(theirs, 'steps_to'):g}, in {median(ours, 'seconds_to'):.2f} s of processor time "
         f"against {median(theirs, 'seconds_to'):.2f} s, and ends at a validation accuracy of "
-        f"{median(ours, 'accuracy'):.1%} against {median(theirs, 'accuracy'):.1%} (seeds: {len(ours)}, medians)."
+        f"{median(ours, 'accuracy'):.1%} against {median(theirs, 'accuracy'):.1%} (seeds: {len(ours)}, medians).\n\n"
+        "![How much sooner each task's target is reached than by its best tuned rival](docs/gain.svg)\n\n"
+        f"Written and drawn by `benchmarks/summary.py`. In processor time it is ahead on {ahead} of {len(found)} "
+        f"tasks, on {sure} of them with the whole 95 % interval or because no rival got there; on {lost} it is behind "
+        "with the whole interval. Tasks without a line have one seed. Making the step is not counted: "
+        f"{min(filter(None, took)):.1f} to {max(took):.1f} s here, as long as some of these runs "
+        "([docs/time-to-target.md](docs/time-to-target.md) has both)."
     )
 
 
 if __name__ == "__main__":
     runs = load()
-    said = "Written by `benchmarks/summary.py`; machine, versions, spread, sweeps and what lost: "
-    pages = "[docs/time-to-target.md](docs/time-to-target.md), [docs/performance.md](docs/performance.md)."
-    targets = (
-        "`compile_optimizer(model, x, loss=…)` with nothing tuned / the best rival, tuned for the task; medians over "
-        "seeds, a dash where the target was not reached, ratios with their 95 % intervals:\n\n" + readme(runs)
-    )
     write_section("claim", claim(runs), README)
-    write_section("measured", f"## Measured\n\n{targets}\n\n{steps()}\n\n{said}{pages}", README)
+    draw(rows(runs))

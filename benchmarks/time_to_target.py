@@ -62,19 +62,36 @@ def best_rival(runs: Runs, task: Task) -> tuple[Method, list[Run]] | None:
                key=lambda pair: (median(pair[1], "seconds_to"), median(pair[1], "best_valid_loss")))  # fmt: skip
 
 
+def speedup(mine: Sequence[Run], theirs: Sequence[Run], of: str = "seconds_to", more: float = 0.0) -> tuple[float, ...]:
+    """Rival's time (or steps) over ours, seed by seed: geometric mean, and its 95 % interval from two seeds on.
+
+    Args:
+        more: is added to ours.
+
+    Returns:
+        Nothing where a side did not reach the target, or no seed is shared.
+    """
+    other = {run.seed: getattr(run, of) for run in theirs}
+    logs = [math.log(other[run.seed] / (getattr(run, of) + more)) for run in mine
+            if run.seed in other and math.isfinite(getattr(run, of)) and math.isfinite(other[run.seed])]  # fmt: skip
+    if not logs or len(logs) < sum(run.seed in other for run in mine):
+        return ()
+    middle = statistics.mean(logs)
+    if len(logs) == 1:
+        return (math.exp(middle),)
+    half = STUDENT[min(len(logs) - 1, 9)] * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
 def ratio(mine: Sequence[Run], theirs: Sequence[Run], compiling: float = 0.0) -> str:
-    """Rival's time over ours, seed by seed: geometric mean and its 95 % interval; with seconds to be added to ours."""
+    """:func:`speedup` in time, as text; with seconds to be added to ours."""
+    found = speedup(mine, theirs, more=compiling)
+    if found:
+        return f"{found[0]:.2f} (one seed)" if len(found) == 1 else "{:.2f} ({:.2f}–{:.2f})".format(*found)
     other = {run.seed: run.seconds_to for run in theirs}
-    pairs = [(run.seconds_to + compiling, other[run.seed]) for run in mine if run.seed in other]
-    reached = [math.log(b / a) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
-    if len(reached) < len(pairs) or not pairs:
-        got = ["reached" if all(map(math.isfinite, side)) else "not" for side in zip(*pairs, strict=True)]
-        return " / ".join(got[::-1]) or "–"  # the rival's, then ours, as in the ratio
-    middle = statistics.mean(reached)
-    if len(reached) == 1:
-        return f"{math.exp(middle):.2f} (one seed)"
-    half = STUDENT[min(len(reached) - 1, 9)] * statistics.stdev(reached) / math.sqrt(len(reached))
-    return f"{math.exp(middle):.2f} ({math.exp(middle - half):.2f}–{math.exp(middle + half):.2f})"
+    pairs = [(other[run.seed], run.seconds_to) for run in mine if run.seed in other]
+    got = ["reached" if all(map(math.isfinite, side)) else "not" for side in zip(*pairs, strict=True)]
+    return " / ".join(got) or "–"
 
 
 def validation(runs: Sequence[Run], best: bool = True) -> str:
@@ -112,8 +129,8 @@ def all_methods(runs: Runs) -> str:
     return markdown(header, rows)
 
 
-def readme(runs: Runs) -> str:
-    """Rows for README: the default against the best tuned rival."""
+def summary(runs: Runs) -> str:
+    """The default against the best tuned rival, a row a task."""
     rows = []
     for task in RACED:
         mine, rival = final(runs, task, DEFAULT), best_rival(runs, task)
@@ -143,7 +160,7 @@ def write_page(runs: Runs) -> None:
     """The measured sections of docs/time-to-target.md, and its picture."""
     stamps = "; ".join(sorted({run.machine for run in runs.values() if run.task in {task.name for task in RACED}}))
     write_section("tasks", tasks_table(), PAGE)
-    write_section("summary", readme(runs), PAGE)
+    write_section("summary", summary(runs), PAGE)
     write_section("methods", f"{all_methods(runs)}\n\nMachines: {stamps}.", PAGE)
     draw(runs)
 
@@ -219,7 +236,7 @@ def main(
         except Spent:
             progress.console.print("the time is over: start it again to go on")
     if quick:
-        print(f"{machine(1)}\n\n{readme(study.runs)}\n\n{all_methods(study.runs)}")
+        print(f"{machine(1)}\n\n{summary(study.runs)}\n\n{all_methods(study.runs)}")
     else:
         write_page(study.runs)
 

@@ -1,4 +1,4 @@
-"""Draws ``docs/control_graph.svg``, the picture of the README: ``python examples/control_graph.py [path]``.
+"""Draws ``docs/control_graph.svg``, the first picture of docs/inspect.md: ``python examples/control_graph.py [path]``.
 
 A small residual network with both kinds of shortcut, in ordinary torch: what is drawn is what the compiler found.
 """

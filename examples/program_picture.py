@@ -1,4 +1,4 @@
-"""Draws ``docs/program.svg``, the README's second picture: ``python examples/program_picture.py [path]``.
+"""Draws ``docs/program.svg``, the README's picture of what is compiled: ``python examples/program_picture.py [path]``.
 
 A module, its control graph, the equations of one stage, the program: every text but the headings is the compiler's own.
 """

@@ -139,6 +139,19 @@ def test_every_test_named_there_exists() -> None:
     assert len(functions) > 10 and functions <= defined, functions - defined
 
 
+def test_the_page_on_installing_says_what_was_tried() -> None:
+    release = hidden("release")
+    tried, project = json.loads(release.DATA.read_text(encoding="utf-8")), read("pyproject.toml")
+    assert release.table() in read("docs/install.md"), "run .ci/release --page"
+    bounds = re.findall(
+        r'^  "([\w-]+)>=([\w.]+)",$', project.partition("dependencies")[2].partition("]")[0], re.MULTILINE
+    )
+    assert [f"{name}=={version}" for name, version in bounds] == tried["lowest"], "run .ci/release"
+    assert read("CHANGELOG.md").split("\n## ")[1].splitlines()[0] in re.findall(
+        r'^version = "(.*)"', project, re.MULTILINE
+    )
+
+
 def test_the_api_page_has_every_public_name() -> None:
     named = set(re.findall(r"^::: gtddp_compile\.(\w+)$", read("docs/api.md"), re.MULTILINE))
     assert set(gtddp_compile.__all__) == named - {"pde"}

@@ -19,8 +19,17 @@ def test_time_to_target_is_written_from_the_rows():
     import time_to_target as page
 
     runs, text = page.load(), page.PAGE.read_text(encoding="utf-8")
-    for table in (page.tasks_table(), page.readme(runs), page.all_methods(runs)):
+    for table in (page.tasks_table(), page.summary(runs), page.all_methods(runs)):
         assert table in text, "run benchmarks/time_to_target.py --budget 0"
+
+
+def test_the_readme_says_and_draws_what_the_rows_say():
+    import summary as page
+
+    runs, drawn = page.load(), page.PICTURE.read_text(encoding="utf-8")
+    assert page.claim(runs) in page.README.read_text(encoding="utf-8"), "run benchmarks/summary.py"
+    rows = page.rows(runs)
+    assert len(rows) > 10 and all(f">{text}</text>" in drawn for row in rows for text in row.words())
 
 
 def test_research_is_written_from_the_rows():

@@ -105,7 +105,7 @@ def takes(*names: str) -> Callable[[Function], Function]:
     """Give a command options of :data:`OPTIONS`, which it gets as keyword arguments; ``"*"``: all."""
 
     def decorate(function: Function) -> Function:
-        # Not get_type_hints: on Python 3.10 it wraps what defaults to None in Optional, and typer no longer sees the option.
+        # Not get_type_hints: on Python 3.10 it wraps what defaults to None in Optional, which hides options from typer.
         asked = signature(function, eval_str=True).parameters.values()
         parameters = [one for one in asked if one.kind is not Parameter.VAR_KEYWORD]
         for name in OPTIONS if "*" in names else names:
