@@ -105,7 +105,7 @@ def claim(runs: Runs) -> str:
         "![How much sooner each task's target is reached than by its best tuned rival](docs/gain.svg)\n\n"
         f"Written and drawn by `benchmarks/summary.py`. In processor time it is ahead on {ahead} of {len(found)} "
         f"tasks, on {sure} of them with the whole 95 % interval or because no rival got there; on {lost} it is behind "
-        "with the whole interval. Tasks without a line have one seed. Making the step is not counted: "
+        "with the whole interval. A dot without a line is one seed. Making the step is not counted: "
         f"{min(filter(None, took)):.1f} to {max(took):.1f} s here, as long as some of these runs "
         "([docs/time-to-target.md](docs/time-to-target.md) has both)."
     )
