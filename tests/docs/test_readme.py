@@ -23,7 +23,7 @@ from gtddp_compile.methods.curvature import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ("tutorial", "own-layer", "own-loss", "micro-batches")
-PAGES = ("usage", "architecture", "physics", "index", "install", "several-processes", *NOTEBOOKS)
+PAGES = ("usage", "architecture", "physics", "index", "install", "supported", "several-processes", *NOTEBOOKS)
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES)]
 PATH = r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`"
 
