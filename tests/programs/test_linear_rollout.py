@@ -52,16 +52,61 @@ def method(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def oracle(model: nn.Module, loss: Any = classified, *, total: bool = False, **options: Any) -> Primal:
-    terminal = options.get("terminal", "geometric")
+    terminal, reach = options.get("terminal", "geometric"), 0.0
     if terminal == "geometric":
         terminal = Geometric()
     if isinstance(terminal, Geometric):
-        terminal = (terminal.aim, terminal.own, terminal.half)
+        terminal, reach = (terminal.aim, terminal.own, terminal.half), terminal.reach
     coupling = options.get("coupling", "full")
     return Primal(
         model, loss, options["curvature"], method(options), terminal,
-        None if coupling == "full" else coupling, options.get("inertia", 0.0), options.get("max_step"), total,
+        None if coupling == "full" else coupling, options.get("inertia", 0.0), options.get("max_step"), total, reach,
     )  # fmt: skip
+
+
+class Regressed:
+    """A classification's data as a regression's of several numbers a sample."""
+
+    def __init__(self, case: Case) -> None:
+        self.model, self._case = case.model, case
+
+    def batch(self, step: int, size: int) -> tuple[Any, Tensor]:
+        x, y = self._case.batch(step, size)
+        return x, F.one_hot(y, self.model(x).shape[1]).double()
+
+
+def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().mean(1)
+
+
+REACHES: dict[str, dict[str, Any]] = {
+    "in between": {"curvature": "sgd", "lr": 0.06, "terminal": Geometric(0.7, reach=0.2), "inertia": 0.9,
+                   "max_step": 1.0},
+    "groups": {"curvature": "adam", "lr": 5e-4, "terminal": Geometric(0.5, reach=0.1), "coupling": 3},
+    "as many as there are": {"curvature": "sgd", "lr": 1e-3, "terminal": Geometric(reach=1.0)},
+    "far enough": {"curvature": "sgd", "lr": 100.0, "terminal": Geometric(reach=1e-6)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+@pytest.mark.parametrize("setup", REACHES)
+def test_reach(setup: str, backend: Any) -> None:
+    """A mean over several outputs is undone, as far as the target has any."""
+    assert_primal(Regressed(networks.projection()), nn.MSELoss(), 3, backend, squares, **REACHES[setup])
+
+
+def test_reach_acts_where_it_should() -> None:
+    """The oracle of :func:`test_reach` itself: how often each of its losses counts in the first step."""
+    found = {}
+    for setup, options in REACHES.items():
+        case = Regressed(networks.projection())
+        expected = oracle(case.model, squares, **options)
+        x, y = case.batch(0, SIZE)
+        expected.step((x,), y)
+        found[setup] = expected.counted
+    most = y.shape[1]
+    assert 1 < found["in between"][0] < most and all(1 < c < most for c in found["groups"])
+    assert found["as many as there are"] == [most] and found["far enough"] == [1.0]
 
 
 def loss_of(network: str) -> Any:
