@@ -118,6 +118,7 @@ LAYERS: dict[str, Build] = {
     "lstm, state": recurrent("LSTM", lambda m, x: m(x)[1][0].transpose(0, 1), proj_size=2),
     "gru, time first": recurrent("GRU", flipped(lambda m, x: m(x)[0]), batch_first=False),
     "gru, given state": recurrent("GRU", lambda m, x, h: m(x, h.transpose(0, 1))[0], (1, 3)),
+    "gru, dropout after": recurrent("GRU", lambda m, x: F.dropout(m(x)[0], 0.3, m.training)),
     "rnn": recurrent("RNN", bidirectional=True, nonlinearity="relu"),
     "lstm cell": own(lambda: nn.LSTMCell(4, 3), (4,), call=lambda m, x: m(x, m(x))[0]),
     "gru cell": own(lambda: nn.GRUCell(4, 3), (4,)),
