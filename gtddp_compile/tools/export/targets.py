@@ -25,6 +25,9 @@ CREATION = (
 )
 """Functions of torch that make tensors; ``torch.overrides`` lists only those that take them."""
 
+METHODS = frozenset({"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "unflatten"})
+"""Methods of the kind that ``torch.overrides`` leaves out."""
+
 OPERATORS = (
     *("abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "inv", "invert", "le", "lt", "matmul", "mod"),
     *("mul", "ne", "neg", "not_", "or_", "pos", "pow", "sub", "truediv", "xor", "is_", "is_not", "contains"),
@@ -69,7 +72,7 @@ def functions() -> Mapping[str, Callable[..., Any]]:
 def methods() -> frozenset[str]:
     """Tensor methods that a program may call; in-place ones have been replaced by the normal form."""
     names = {f.__name__ for f in torch.overrides.get_overridable_functions()[torch.Tensor]}
-    return frozenset(name for name in names if name.isidentifier() and name[0] != "_" and name[-1] != "_") - SYSTEM
+    return frozenset(name for name in names if name.isidentifier() and name[0] != "_" and name[-1] != "_") - SYSTEM | METHODS
 
 
 @cache
