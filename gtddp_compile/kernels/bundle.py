@@ -51,6 +51,7 @@ class Operation(NamedTuple):
     vectorised: bool = True
     forward_mode: bool = True
     first: int = 0
+    onednn: bool = True
 
 
 class Joined(Protocol):

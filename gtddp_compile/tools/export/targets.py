@@ -72,7 +72,8 @@ def functions() -> Mapping[str, Callable[..., Any]]:
 def methods() -> frozenset[str]:
     """Tensor methods that a program may call; in-place ones have been replaced by the normal form."""
     names = {f.__name__ for f in torch.overrides.get_overridable_functions()[torch.Tensor]}
-    return frozenset(name for name in names if name.isidentifier() and name[0] != "_" and name[-1] != "_") - SYSTEM | METHODS
+    listed = {name for name in names if name.isidentifier() and name[0] != "_" and name[-1] != "_"}
+    return (METHODS | listed) - SYSTEM
 
 
 @cache
