@@ -26,7 +26,11 @@ CREATION = (
 """Functions of torch that make tensors; ``torch.overrides`` lists only those that take them."""
 
 METHODS = frozenset({"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "unflatten"})
-"""Methods of the kind that ``torch.overrides`` leaves out."""
+UNLISTED = {
+    "F.hardsigmoid": F.hardsigmoid, "F.hardswish": F.hardswish, "F.upsample": F.upsample,
+    "torch._weight_norm": torch._weight_norm,
+}  # fmt: skip
+"""Methods and functions of the kind that ``torch.overrides`` leaves out."""
 
 OPERATORS = (
     *("abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "inv", "invert", "le", "lt", "matmul", "mod"),
@@ -63,6 +67,7 @@ def functions() -> Mapping[str, Callable[..., Any]]:
             if not name.startswith("_") and id(getattr(module, name)) in takes_tensors:
                 found[f"{prefix}.{name}"] = getattr(module, name)
     found.update((f"torch.{name}", getattr(torch, name)) for name in CREATION)
+    found.update(UNLISTED)
     found.update(kernels.KERNELS)
     found.update(BUILTINS)
     return found
