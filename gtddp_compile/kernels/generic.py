@@ -81,6 +81,11 @@ def _generic_transformed(how: Operation, call: Callable[[], tuple[Tensor, ...]])
         torch._C._set_mkldnn_enabled(before)
 
 
+def _generic_transforms(layer: Layer) -> bool:
+    """Whether torch.func has rules: for cuDNN's recurrent layers it has none, and none for what stands for them."""
+    return layer.how.onednn or not layer.g.is_cuda
+
+
 def _generic_alone(layer: Layer, batched: tuple[bool, ...]) -> tuple[Tensor, ...]:
     """``γ`` by evaluating the operation on batches of one sample."""
     operands, g = layer.operands, layer.g
@@ -94,7 +99,7 @@ def _generic_alone(layer: Layer, batched: tuple[bool, ...]) -> tuple[Tensor, ...
         _, pull = torch.func.vjp(lambda values: closed(values, *alone(sample)), wanted)  # type: ignore[misc]
         return tuple(pull(cotangent[None])[0])
 
-    if layer.how.vectorised:
+    if layer.how.vectorised and _generic_transforms(layer):
         axes = (0, *(0 if split else None for split in batched))
         step = max(1, CHUNK // max(1, g[0].numel()))
         mapped = torch.func.vmap(one, in_dims=axes, chunk_size=step)
@@ -152,7 +157,7 @@ def generic_gram_diagonal(layer: Layer, metric: Inverses) -> Tensor:
 def generic_directional(layer: Layer, direction: tuple[Tensor, ...]) -> Tensor:
     """``⟨γ_i, v⟩ = ⟨g_i, (∂h/∂u v)_i⟩``, ``(B,)``."""
     g, how = layer.g, layer.how
-    if not how.forward_mode:
+    if not (how.forward_mode and _generic_transforms(layer)):
         return rows_directional(generic_per_sample(layer), direction)
     closed, wanted = _generic_closed(layer)
     pushed = _generic_transformed(
