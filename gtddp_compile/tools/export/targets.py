@@ -26,7 +26,7 @@ CREATION = (
 """Functions of torch that make tensors; ``torch.overrides`` lists only those that take them."""
 
 METHODS = frozenset({"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "unflatten"})
-UNLISTED = {
+UNLISTED: Mapping[str, Callable[..., Any]] = {
     "F.hardsigmoid": F.hardsigmoid, "F.hardswish": F.hardswish, "F.upsample": F.upsample,
     "torch._weight_norm": torch._weight_norm,
 }  # fmt: skip
