@@ -182,7 +182,7 @@ class UpdateProgram:
         lines += [f"  {name:<4} = {values}" for name, values in self._legend(stage)]
         lines += ["  augmented dynamics (0, I, J dense; F in the controls):"]
         lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
-        lines.append("  gains and value recursion (a prime: at t+1; numbers: equations of the paper):")
+        lines.append("  gains and value recursion (numbers: equations of the paper; symbols: docs/theory.md#symbols):")
         lines += _equation_lines(stage.derivation)
         if self.form.name == "joint":
             lines.append("  the policy on the linearised dynamics: c' = c + C^T delta_u, and so Lambda' w' = Lambda' w")

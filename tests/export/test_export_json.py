@@ -49,6 +49,16 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "second.json").read_bytes() == (tmp_path / "first.json").read_bytes()
 
 
+def test_what_torch_does_not_list_as_an_operation(tmp_path: Path) -> None:
+    """Attention's heads by ``unflatten``, a cell's first state by ``new_zeros``, a hard activation, a weight's norm."""
+    model = make(lambda net, x: net.out(nn.functional.hardswish(net.cell(net.attend(x, x, x)[0][:, 0]))), out=(4, 3))
+    model.attend, model.cell = nn.MultiheadAttention(4, 2, batch_first=True).double(), nn.GRUCell(4, 4).double()
+    nn.utils.parametrizations.weight_norm(model.out)
+    program = compiled(Example(model, (torch.randn(3, 2, 4, dtype=torch.float64),))).program
+    program.export(tmp_path / "program.json")
+    assert UpdateProgram.load(tmp_path / "program.json").code == program.code
+
+
 def summed(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs["logits"], targets, reduction="none") + outputs["value"].square().sum(1)
 
