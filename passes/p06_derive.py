@@ -393,12 +393,7 @@ def _gains(pattern: StagePattern, joint: _Joint) -> tuple[Equation, dict[str, Eq
 
 
 def _recursion(
-    pattern: StagePattern,
-    recursion: Recursion,
-    q: _Expansion,
-    joint: _Joint,
-    k: Equation,
-    gains: dict[str, Equation],
+    pattern: StagePattern, recursion: Recursion, q: _Expansion, joint: _Joint, k: Equation, gains: dict[str, Equation]
 ) -> tuple[dict[str, Equation], dict[tuple[str, str], Equation]]:
     """``V_x = Q_x + Q_xu k``, ``V_xx = Q_xx + Q_xu K`` (Eq. 6, 29, 30)."""
     sign = -1 if recursion == "printed" else 1

@@ -28,14 +28,7 @@ from gtddp_compile import kernels
 from gtddp_compile.frontends.canonical import base_name, is_random, kind_of
 from gtddp_compile.frontends.layers import FUNCTIONS, LAYERS
 from gtddp_compile.frontends.reference import leaves, start
-from gtddp_compile.frontends.traced import (
-    Call,
-    Traced,
-    Untraceable,
-    argument_names,
-    raised_at,
-    users_line,
-)
+from gtddp_compile.frontends.traced import Call, Traced, Untraceable, argument_names, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref, iter_leaves
 
 PLAIN = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift", "and", "or", "xor")

@@ -96,8 +96,6 @@ WAYS: dict[str, Equation] = {
     "hessian": lambda m, x: vmap(lambda p: hessian(m.u)(p).trace())(x),
     "jvp of jvp": forward_twice,
     "jacrev of grad": lambda m, x: vmap(lambda p: jacrev(grad(m.u))(p).trace())(x),
-    "jacfwd of grad": lambda m, x: vmap(lambda p: jacfwd(grad(m.u))(p).trace())(x),
-    "jacrev of jacrev": lambda m, x: vmap(lambda p: jacrev(jacrev(m.u))(p).trace())(x),
     "jacfwd of jacfwd": lambda m, x: vmap(lambda p: jacfwd(jacfwd(m.u))(p).trace())(x),
     "autograd": by_autograd,
 }
@@ -219,7 +217,6 @@ EQUATIONS: dict[str, Callable[[], Model]] = {
     "heat, forward": lambda: Model(heat_forward),
     "heat of waves": lambda: Model(heat, Waves()),
     "laplacian of waves": lambda: Model(WAYS["laplacian"], Waves()),
-    "hessian of waves": lambda: Model(WAYS["hessian"], Waves()),
     "coefficient": lambda: Model(lambda m, x: pde.laplacian(m.u)(x) + m.k * m.u(x), k=nn.Parameter(torch.tensor(2.0))),
     "layer norm": lambda: Model(
         WAYS["laplacian"], nn.Sequential(nn.Linear(2, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 1))

@@ -229,7 +229,7 @@ def trained(plan: Plan, **options: object) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(plan=plans(), options=st.sampled_from(OPTIONS), schedule=st.sampled_from(["asap", "alap", "sequential"]))
 def test_fast_equals_dense(plan: Plan, options: dict[str, object], schedule: str) -> None:
     fast = trained(plan, schedule=schedule, **options)

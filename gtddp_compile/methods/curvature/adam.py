@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
-from gtddp_compile.methods.curvature.numbers import (
-    Scalar,
-    number,
-    out_of_range,
-    scalar,
-    statistics_gradient,
-    zeros,
-)
+from gtddp_compile.methods.curvature.numbers import Scalar, number, out_of_range, scalar, statistics_gradient, zeros
 
 
 @dataclass(frozen=True)
