@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import CompileError, compile_optimizer
 from support import cases, published
-from support.compared import SIZE, STEPS, assert_base, assert_equal, assert_exported, batches, optimizer, train
+from support.compared import SIZE, STEPS, assert_base, assert_equal, assert_exported, batches, flat, optimizer, train
 from support.matrix import FORMS, GROUP, NETWORKS, Row, compiled, meeting, table
 from support.networks import Case
 
@@ -258,5 +258,5 @@ def test_micro_batches_by_default() -> None:
             if coupling == "full":
                 opt.accumulate(x[:4], y[:4])
             opt.step(*((x[4:], y[4:]) if coupling == "full" else (x, y)))
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        found.append(flat(model))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
