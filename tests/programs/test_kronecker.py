@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gtddp_compile import EKFAC, FOOF, KFAC, CompileError, compile_optimizer, kernels
 from support import networks
 from support.cases import conv_mixed, convolutional, lines, wide
-from support.compared import LOSS, assert_equal, flat
+from support.compared import LOSS, assert_equal, flat, train
 from support.recorded import draw
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -101,6 +101,12 @@ def test_learning_rates_by_group() -> None:
 def test_options_are_checked(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CompileError, match="(?s)" + message):
         kind(**options)
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "shampoo"])
+def test_without_momentum_there_is_no_buffer(curvature: str) -> None:
+    states = train(networks.mlp(), curvature=curvature).optimizer.state
+    assert states and all("momentum_buffer" not in state for state in states.values())
 
 
 def test_statistics_come_from_v_h() -> None:

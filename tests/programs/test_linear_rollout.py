@@ -306,6 +306,12 @@ def test_the_weights_are_the_same_at_every_stage(terminal: Terminal, coupling: A
     assert not any(one.phase == "forward" for one in program.lowered.instructions)
 
 
+def test_what_is_decided_for_all_stages_stands_at_the_first() -> None:
+    _, opt = optimizer(networks.mlp(), curvature="sgd", lr=0.5, max_step=0.1)
+    stages = {one.function: one.stage for one in opt.program.lowered.instructions if one.phase == "joint"}
+    assert stages["factor"] == stages["cap_step"] == 0
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
