@@ -174,8 +174,8 @@ def page(rows: list[Row], count: int, seed: int) -> str:
 {caught} of {len(rows)} changes of one operator are caught. Written by
 `benchmarks/mutation.py --count {count} --seed {seed}`, after {len(rows)} of {count}:
 what it changes, and which tests it runs for a file, is in the script.
-"Caught" names a test that fails; it passes without the change. The last column is the commit that was changed. A verdict in
-bold was looked at by hand.
+"Caught" names a test that fails; it passes without the change. The last column is the commit that was changed. A
+verdict in bold was looked at by hand.
 
 | place | is | was made | | at |
 | --- | --- | --- | --- | --- |

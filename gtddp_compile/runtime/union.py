@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.errors import CompileError
@@ -267,7 +267,7 @@ def _joined(name: str, left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[A
         names, layer, *rest = left
         return names, _inputs_beside(layer, right[1]), *rest
     if name not in WITH_ROWS:
-        return (*left[:-1], tree_map_only(Tensor, torch.add, left[-1], right[-1]))
+        return (*left[:-1], tree_map(lambda a, b: a + b if isinstance(a, Tensor) else a, left[-1], right[-1]))
     layers = []
     for rows, other in zip(left[3], right[3], strict=True):
         moment = rows.moment and (rows.moment[0], _inputs_beside(rows.moment[1], other.moment[1]))
