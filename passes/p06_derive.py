@@ -41,6 +41,12 @@ class DerivedStage:
     blocks: tuple[MetricBlock, ...]
     derivation: StageDerivation
 
+    @property
+    def legend(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Symbols, a prime for outputs, and what they stand for."""
+        outputs = [(f"{name}'", values) for name, values in self.outputs.items()]
+        return [*self.inputs.items(), *outputs, *((name, (player,)) for name, player in self.controls.items())]
+
 
 @dataclass(frozen=True)
 class Derived:
