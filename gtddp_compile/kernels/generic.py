@@ -208,8 +208,4 @@ def generic_probe(layer: Layer) -> dict[str, bool]:
     def forward() -> tuple[Tensor, ...]:
         return (generic_directional(layer._replace(how=how._replace(forward_mode=True)), change),)
 
-    return {
-        "mixes": not alone,
-        "vectorised": vectorised,
-        "forward_mode": agrees(forward, slow, UNSUPPORTED),
-    }
+    return {"mixes": not alone, "vectorised": vectorised, "forward_mode": agrees(forward, slow, UNSUPPORTED)}

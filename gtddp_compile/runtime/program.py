@@ -172,14 +172,9 @@ class UpdateProgram:
             return [(equation.symbol, equation.expression) for equation in equations]
         return self._latex(derived) if format == "latex" else self._text(derived)
 
-    def _legend(self, stage: DerivedStage) -> list[tuple[str, str]]:
-        rows = [(name, ", ".join(values)) for name, values in stage.inputs.items()]
-        rows += [(f"{name}'", ", ".join(values)) for name, values in stage.outputs.items()]
-        return rows + [(name, player) for name, player in stage.controls.items()]
-
     def _text(self, stage: DerivedStage) -> str:
         lines = [f"stage {stage.index}: {', '.join(stage.controls.values())}"]
-        lines += [f"  {name:<4} = {values}" for name, values in self._legend(stage)]
+        lines += [f"  {name:<4} = {', '.join(values)}" for name, values in stage.legend]
         lines += ["  augmented dynamics (0, I, J dense; F in the controls):"]
         lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
         lines.append("  gains and value recursion (numbers: equations of the paper; symbols: docs/theory.md#symbols):")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
@@ -266,28 +267,13 @@ def fingerprint(*values: Any) -> int:
 
 def _flattened(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same structure with its tensors changed as one vector a dtype."""
-    tensors = list(_tensors(value))
-    found: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        own = [(i, tensor) for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+    leaves, spec = tree_flatten(value)
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)):
+        own = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dtype == dtype]
         whole = change(torch.cat([tensor.reshape(-1) for _, tensor in own]))
         for (i, tensor), piece in zip(own, whole.split([tensor.numel() for _, tensor in own]), strict=True):
-            found[i] = piece.reshape(tensor.shape)
-    return _rebuilt(value, iter(found[i] for i in range(len(tensors))))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from _tensors(part)
-
-
-def _rebuilt(value: Any, found: Iterator[Any]) -> Any:
-    if isinstance(value, Tensor):
-        return next(found)
-    return tuple(_rebuilt(part, found) for part in value) if isinstance(value, tuple) else value
+            leaves[i] = piece.reshape(tensor.shape)
+    return tree_unflatten(leaves, spec)
 
 
 def _narrowed(value: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from support.exported import (
 )
 from support.networks import conv, make, mlp
 
-STEPS = 10
+STEPS = 4
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 SCRIPT = """
@@ -74,7 +74,7 @@ def imported(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
 
 
-def test_ten_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every network in one precision, one first-order method and one with factors in both."""
     cases, optimizers = {}, {}
     single = [(torch.float32, name) for name in ("unet_like", "mixed_ekfac")]

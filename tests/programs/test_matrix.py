@@ -268,5 +268,5 @@ def test_micro_batches_by_default() -> None:
             if coupling == "full":
                 opt.accumulate(x[:4], y[:4])
             opt.step(*((x[4:], y[4:]) if coupling == "full" else (x, y)))
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        found.append(flat(model))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)

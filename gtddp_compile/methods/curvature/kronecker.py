@@ -26,13 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.kronecker import (
-    Maps,
-    Metric,
-    Rows,
-    kronecker_factor_shapes,
-    kronecker_factors,
-)
+from gtddp_compile.kernels.kronecker import Maps, Metric, Rows, kronecker_factor_shapes, kronecker_factors
 from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State, with_momentum
 from gtddp_compile.methods.curvature.numbers import (
     Scalar,
