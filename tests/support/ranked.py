@@ -174,13 +174,15 @@ def refusals(rank: int, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str
     model, opt = optimizer(case, process_group="world")
     x, y = batch(4, 0)
     for name, change in (("parameters", lambda: model[1].bias.data.add_(rank)),
-                         ("options", lambda: opt.param_groups[0].update(lr=0.1 * (1 + rank)))):  # fmt: skip
+                         ("options", lambda: opt.param_groups[0].update(lr=0.1 * (1 + rank))),
+                         ("program", lambda: model[1].bias.requires_grad_(rank == 0))):  # fmt: skip
         before = [p.clone() for p in model.parameters()]
         change()
         try:
             opt.step(x[:2], y[:2])
         except CompileError as error:
             found[name] = str(error)
+        model[1].bias.requires_grad_()
         for p, value in zip(model.parameters(), before, strict=True):
             p.data.copy_(value)
     opt.param_groups[0].update(lr=0.1)
@@ -194,8 +196,30 @@ def refusals(rank: int, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str
     with pytest.raises(NonFiniteError):
         opt.step(poisoned, y[:2])
     same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    _, other = optimizer(Case("tokens", {}, ()), process_group="world")
+    other.step(x[:2], y[:2])
+    try:
+        other.step(x[:2, :, rank:], y[:2])
+    except CompileError as error:
+        found["shapes"] = str(error)
     found["one rank's loss is not finite"] = f"skipped {opt.diagnostics['skipped']}, unchanged {same}"
     return found
+
+
+def late(rank: int, case: Case) -> str:
+    """The last rank does not come to the second step; what the others say when the group's time is out."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    model, opt = optimizer(case, process_group=group)
+    x, y = batch(2, rank)
+    opt.step(x, y)
+    before, said = [p.clone() for p in model.parameters()], "late"
+    if rank < dist.get_world_size() - 1:
+        try:
+            opt.step(x, y)
+        except RuntimeError as error:
+            said = str(error)
+    dist.barrier()
+    return f"{said}, unchanged {all(map(torch.equal, model.parameters(), before))}"
 
 
 def killed(rank: int, folder: Path) -> None:
