@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gtddp_compile import CompileError, NonFiniteError, compile_optimizer
+from gtddp_compile import CompileError, GraphBatches, NonFiniteError, compile_optimizer
 from gtddp_compile.lowering.traffic import gram_way, traffic
 
 STEPS = 2
@@ -170,6 +170,8 @@ def refusals(rank: int, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str
             optimizer(Case("conv", options, ()), process_group="world")
         except CompileError as error:
             found[name] = str(error)
+    with pytest.raises(CompileError, match="Give GraphBatches nodes= and edges="):
+        compile_optimizer(GraphBatches(convolutional()), loss=nn.CrossEntropyLoss(), process_group="world")
     case = Case("conv", {"curvature": "sgd"}, (2, 2))
     model, opt = optimizer(case, process_group="world")
     x, y = batch(4, 0)
