@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ from gtddp_compile.errors import CompileError
 COUNTS = frozenset({"num_graphs", "size", "batch_size"})
 """Arguments of a network that are the number of graphs."""
 OWN = COUNTS | {"edge_index", "batch"}
+TRIED: WeakKeyDictionary[nn.Module, set[tuple[bool, ...]]] = WeakKeyDictionary()
+"""Modes of modules in which a network saw no padding: no attribute, since a change of those compiles again."""
+AWAY = 16
+"""Parameters that are zero are tried between zero and a sixteenth."""
 PASS = "Pass a batch of torch_geometric, or a dict of edge_index, batch and what else the network takes"
 
 
@@ -29,9 +34,9 @@ class GraphBatches(nn.Module):
 
     ``compile_optimizer`` and ``step`` take the graphs as they are: a batch of torch_geometric, or a dict, with
     ``edge_index (2, E)``, ``batch (N,)``, a graph a node, and by name whatever else the network takes: ``(E, …)`` where
-    the name begins with ``edge_``, else ``(N, …)``. Linear and graph layers, pooling by ``batch`` and norms of a node
-    or a graph see nothing of the padding, which is tried once for each mode, training and evaluation; a batch-norm
-    over nodes does, and is refused. Statistics of Kronecker factors are over all rows, those of copies among them.
+    the name begins with ``edge_``, else ``(N, …)``, but not ``(G, …)``. Linear and graph layers, pooling by ``batch``
+    and norms of a node or a graph see nothing of the padding, which is tried whenever modules changed mode; a
+    batch-norm over nodes does, and is refused. Statistics of Kronecker factors are over all rows, copies among them.
 
     Args:
         net: gives a row a graph. Its arguments are found by name; with ``num_graphs`` (or ``size``, ``batch_size``) one
@@ -46,11 +51,11 @@ class GraphBatches(nn.Module):
         edges: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        known = inspect.signature(net.forward).parameters.values()
+        every = inspect.signature(net.forward).parameters.values()
+        known = [p for p in every if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         named = takes or tuple(p.name for p in known if p.name in OWN or p.default is p.empty)
         self.net, self.takes, self.rooms = net, named, (nodes, edges)
         self.values = tuple(name for name in named if name not in OWN)
-        self._tried: set[bool] = set()
 
     def forward(self, own: Tensor, ends: Tensor, *values: Tensor) -> Any:
         """A row a graph.
@@ -103,9 +108,10 @@ class GraphBatches(nn.Module):
         ends = torch.where(is_edge, place[edge_index[:, edge]], loop.clamp(max=rooms[0] - 1)).transpose(0, 1)
         index = {name: edge if name.startswith("edge_") else taken for name in self.values}
         inputs = (own, ends.contiguous(), *(given[name][index[name]] for name in self.values))
-        if self.training not in self._tried:
+        modes, tried = tuple(module.training for module in self.modules()), TRIED.setdefault(self, set())
+        if modes not in tried:
             self._try(inputs, given)
-            self._tried.add(self.training)
+            tried.add(modes)
         return inputs
 
     def _given(self, data: Any) -> dict[str, Any]:
@@ -116,12 +122,15 @@ class GraphBatches(nn.Module):
         wrong = [name for name, value in found.items() if not isinstance(value, Tensor)]
         if wrong:
             raise CompileError(f"a {type(data).__name__} has no tensor {wrong[0]!r}", PASS)
-        rows = len(found["batch"]), found["edge_index"].shape[-1]
-        wrong = [name for name in self.values if len(found[name]) != rows[name.startswith("edge_")]]
-        if found["batch"].dim() != 1 or found["edge_index"].dim() != 2 or not all(rows) or wrong:
+        batch, ends = found["batch"], found["edge_index"]
+        rows = batch.numel(), ends.shape[-1]
+        wrong = [name for name in self.values if found[name].shape[:1] != (rows[name.startswith("edge_")],)]
+        fits = all(rows) and batch.shape == rows[:1] and ends.shape == (2, rows[1]) and not wrong
+        whole = fits and all(value.dtype == torch.long and int(value.min()) >= 0 for value in (batch, ends))
+        if not whole or int(ends.max()) >= rows[0]:
             raise CompileError(f"{rows[0]} nodes and {rows[1]} edges: {', '.join(wrong) or 'they'} do not fit", PASS)
-        count = next((int(n) for name in sorted(COUNTS) if (n := read(name)) is not None), None)
-        return {**found, "num_graphs": int(found["batch"].max()) + 1 if count is None else count}
+        count = next((int(n) for name in sorted(COUNTS) if isinstance(n := read(name), int | Tensor)), None)
+        return {**found, "num_graphs": int(batch.max()) + 1 if count is None else count}
 
     def _try(self, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> None:
         """Other padding gives the same outputs; and so do the graphs as they are, in evaluation mode.
@@ -130,15 +139,20 @@ class GraphBatches(nn.Module):
             CompileError: one does not.
         """
         own, ends, *values = inputs
-        is_edge = own.gather(1, ends[:, 1])
+        is_edge, twin = own.gather(1, ends[:, 1]), copy.deepcopy(self)
         masks = (is_edge if name.startswith("edge_") else own for name in self.values)
         others = [_other(value, mask) for value, mask in zip(values, masks, strict=True)]
-        found = (self._outputs(*inputs), self._outputs(own, ends, *others))
-        twin = copy.deepcopy(self).eval()
         given |= dict.fromkeys(COUNTS, given["num_graphs"])
         with torch.no_grad(), torch.random.fork_rng():
-            plain = twin.net(**{name: given[name] for name in self.takes})
-        if not _close(*found) or not _close(plain, twin._outputs(*inputs)):
+            for p in twin.parameters():  # a last layer of zeros would hide everything
+                p.copy_(torch.where(p == 0, torch.rand_like(p) / AWAY, p))
+            found = []
+            for rest in (values, others):
+                torch.manual_seed(0)
+                found.append(twin(own, ends, *rest))
+            twin.eval()
+            plain, padded = twin.net(**{name: given[name] for name in self.takes}), twin(*inputs)
+        if not _close(*found) or not _close(plain, padded):
             raise CompileError(
                 "the network's outputs depend on nodes that are padded (docs/usage.md#graphs): a batch-norm over nodes "
                 "perhaps, or a mean over all of them, or random numbers in evaluation mode",
@@ -146,11 +160,6 @@ class GraphBatches(nn.Module):
                 "vector",
                 module="",
             )
-
-    def _outputs(self, *inputs: Tensor) -> Any:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            return copy.deepcopy(self)(*inputs)
 
 
 def _slots(owner: Tensor, sizes: Tensor, room: int) -> tuple[Tensor, Tensor]:

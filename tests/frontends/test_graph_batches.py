@@ -128,6 +128,7 @@ def over_all(net: Any, x: Tensor, edge_index: Tensor, batch: Tensor, num_graphs:
 def test_what_would_see_padding_is_refused() -> None:
     data, y = graphs((3, 1, 5, 2), 0)
     normed = GraphBatches(Graphs(norm=nn.BatchNorm1d(5)).double())
+    nn.init.zeros_(normed.net.head.weight)  # type: ignore[attr-defined]
     before = copy.deepcopy(normed.state_dict())
     refused(lambda: compile_optimizer(normed, data, loss=LOSS), "depend on nodes that are padded", "batch-norm over")
     torch.testing.assert_close(normed.state_dict(), before, rtol=0, atol=0)
@@ -144,6 +145,8 @@ def test_what_would_see_padding_is_refused() -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no batch": ({"batch": None}, "a dict has no tensor 'batch'"),
     "nodes for edges": ({"edge_attr": torch.zeros(3, 2)}, "edge_attr do not fit"),
+    "another kind of number": ({"batch": torch.zeros(11)}, "they do not fit"),
+    "a node that is not there": ({"edge_index": torch.full((2, 18), 11)}, "they do not fit"),
     "edges between": ({"batch": torch.arange(11)}, "an edge joins two"),
     "an empty graph": ({"num_graphs": 5}, "of 5 graphs one has no node"),
 }
