@@ -13,7 +13,7 @@ from torch import nn
 
 from gtddp_compile import CompileError, Nystrom, compile_optimizer
 from gtddp_compile.methods.curvature import REGISTRY
-from support.ranked import Case, counted, differences, late, on_ranks, refusals, wrapped
+from support.ranked import Case, counted, differences, late, of_graphs, on_ranks, refusals, wrapped
 
 UNEVEN, FOUR = (5, 3), (3, 2, 2, 4)  # groups in one process are of one size but for the last
 
@@ -67,7 +67,7 @@ WRAPPED = Case("conv", {"curvature": "foof"}, (2, 2))
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     jobs = {"differences": (differences, PAIRS), "counted": (counted, COUNTED), "wrapped": (wrapped, WRAPPED),
-            "refusals": (refusals, REFUSED)}  # fmt: skip
+            "refusals": (refusals, REFUSED), "graphs": (of_graphs, ((3, 5, 2), (7, 4)))}  # fmt: skip
     return on_ranks(2, jobs, tmp_path_factory.mktemp("two"))
 
 
@@ -97,6 +97,10 @@ def test_two_ranks_make_one_process_s_steps(two: list[Any], name: str) -> None:
 @pytest.mark.parametrize("name", FOURS)
 def test_four_ranks_make_one_process_s_steps(four: list[Any], name: str) -> None:
     assert max(of(four, "differences", name)) < 1e-9
+
+
+def test_graphs_of_two_ranks(two: list[Any]) -> None:
+    assert max(found["graphs"] for found in two) < 1e-9
 
 
 @pytest.mark.parametrize("step", [0, 3], ids=["statistics are taken", "and are not"])

@@ -59,6 +59,27 @@ class Tokens(nn.Module):
         return self.head(self.out(torch.tanh(self.out(x + h))).mean(1))
 
 
+class Rings(nn.Module):
+    """A message along every edge, and pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor, num_graphs: int) -> Tensor:
+        h = torch.tanh(self.a(x))
+        h = torch.sin(h + torch.zeros_like(h).index_add(0, edge_index[1], h[edge_index[0]]))
+        return self.head(h.new_zeros(num_graphs, 4).index_add(0, batch, h))  # type: ignore[no-any-return]
+
+
+def rings(sizes: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
+    """Rings of so many nodes, and their classes; of one size they are alike."""
+    nodes = [torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in sizes]
+    edges = [torch.stack([torch.arange(n), torch.arange(n).roll(1)]) + sum(sizes[:i]) for i, n in enumerate(sizes)]
+    batch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return {"x": torch.cat(nodes), "edge_index": torch.cat(edges, 1), "batch": batch}, torch.tensor(sizes) % 3
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"conv": convolutional, "norms": normalised, "tokens": Tokens}
 
 
@@ -144,6 +165,19 @@ def counted(rank: int, cases: Mapping[str, Case]) -> dict[str, Any]:
             if step in (0, 3):
                 found[f"{name} {step}"] = (gram_way(program.lowered.plan), paper, dict(opt.diagnostics["sent"]))
     return found
+
+
+def of_graphs(rank: int, sizes: tuple[tuple[int, ...], ...]) -> float:
+    """How far steps on graphs, of which every rank has its own, are from one process."""
+    found = []
+    for own, group in ((sum(sizes, ()), None), (sizes[rank], "world")):
+        torch.manual_seed(0)
+        model = GraphBatches(Rings().double(), nodes=8, edges=12)
+        opt = compile_optimizer(model, loss=nn.CrossEntropyLoss(), process_group=group)
+        for _ in range(STEPS):
+            opt.step(*rings(own))
+        found.append([p.detach() for p in model.parameters()])
+    return furthest(*found)
 
 
 def wrapped(rank: int, case: Case) -> tuple[float, float]:
