@@ -144,7 +144,7 @@ class ParameterUpdates:
         state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
         if "last_step" not in state or not mu:
             return None
-        taken = state["taken"]
+        taken: Tensor = state["taken"]
         if torch.compiler.is_compiling():
             return (taken / (taken + RAMP)).clamp_max(mu)
         return min(float(mu), float(taken) / (float(taken) + RAMP))
