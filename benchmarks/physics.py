@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -160,6 +161,7 @@ class Run:
         ended: "budget", or "stalled".
         lifted: factors that were made of eigenvalues.
         measured, machine: when, which commit, where.
+        load: processes that ran on the machine, this one among them, averaged over five minutes; 0 where it was not noted.
     """
 
     problem: str
@@ -175,6 +177,7 @@ class Run:
     lifted: int = 0
     measured: str = ""
     machine: str = ""
+    load: float = 0.0
 
     @property
     def key(self) -> tuple[str, str, float, int]:
@@ -304,7 +307,7 @@ def main(
         for run in wanted(runs, problems, methods, 1 if quick else seeds):
             if run.key not in runs:
                 perform(run, 2.0 if quick else SWEEP if run.seed == SWEEP_SEED else BUDGET, say)
-                run.measured, run.machine = stamp
+                (run.measured, run.machine), run.load = stamp, round(os.getloadavg()[1], 1)
                 runs[run.key] = run
                 if not quick:
                     RAW.write_text(json.dumps([asdict(r) for r in runs.values()], indent=1), encoding="utf-8")
