@@ -9,7 +9,6 @@ written from them.
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Annotated
 
 import torch
 import typer
-from common import DOCS, keep_heap, markdown, write_section
+from common import DOCS, csv_table, keep_heap, markdown, write_section
 from study_methods import DEFAULT, METHODS
 from study_runs import RAW, Runs, Spent, Study, final, load, median, number
 from study_tasks import TASKS
@@ -83,13 +82,6 @@ def table(runs: Runs) -> str:
     return markdown(("hypothesis", "method", "default → with it", "taken"), rows)
 
 
-def prototypes() -> str:
-    """The rows of ``research.csv``: what is not in the package, or was looked at for some steps alone."""
-    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
-    return markdown(header, rows)
-
-
 def main(
     only: Annotated[str, typer.Option(help="names of tasks and methods, with commas; all where none is named")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="seeds")] = 1,
@@ -108,7 +100,9 @@ def main(
     except Spent:
         print("the time is over: start it again to go on")
     write_section("tried", table(study.runs), PAGE)
-    write_section("prototypes", prototypes(), PAGE)
+    write_section(
+        "prototypes", csv_table(Path(__file__).with_suffix(".csv")), PAGE
+    )  # not in the package, or some steps alone
 
 
 if __name__ == "__main__":
