@@ -60,8 +60,8 @@ class Nystrom:
         CompileError: not a positive number of columns, or no tolerance between 0 and 1.
     """
 
-    columns: int = 160
-    tolerance: float = 3e-3
+    columns: int = 128
+    tolerance: float = 1e-2
 
     def __post_init__(self) -> None:
         if isinstance(self.columns, bool) or not isinstance(self.columns, int) or self.columns < 1:
