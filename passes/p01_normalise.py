@@ -80,7 +80,7 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
                             raise Untraceable(KEPT)
                     return find_mixing(find_layouts(replace(graph, kept=kept), model, inputs), model, inputs)
         except Untraceable as refusal:
-            refusals.append(refusal)
+            refusals.append(refusal.apart())
             continue
         why = "what was recorded computes something else than the model"
         if front_end is trace_derivatives:

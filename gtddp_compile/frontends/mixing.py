@@ -45,7 +45,7 @@ def find_mixing(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> Op
         try:
             mixing, nobody = _Trial(graph, model, batch, away=away).found(tried)
         except Untraceable as found:  # the recording holds for its own batch alone, or for these parameters
-            refusal = found
+            refusal = found.apart()
             continue
         ops = (replace(op, layout=UNKNOWN) if op.name in nobody else op for op in graph.ops)
         return replace(graph, ops=tuple(replace(op, mixes_samples=op.name in mixing) for op in ops))

@@ -38,6 +38,10 @@ class Untraceable(Exception):
         super().__init__(why)
         self.why, self.module, self.operation, self.source = why, module, operation, source
 
+    def apart(self) -> Untraceable:
+        """The same without where it was raised: what keeps it would keep every value of those calls, itself one."""
+        return Untraceable(self.why, module=self.module, operation=self.operation, source=self.source)
+
 
 @dataclass(frozen=True)
 class Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
@@ -189,3 +190,30 @@ def test_a_buffer_assigned_to_itself_is_not_written() -> None:
     table = case.model.table
     assert_base_method_and_dense(case, "fx")
     assert case.model.table is table and isinstance(table, Tensor)
+
+
+def test_what_a_refusal_saw_is_let_go_of() -> None:
+    """A recording is tried on copies of the parameters; they are gone when torch.export has done what torch.fx refused,
+    without waiting for the garbage collector.
+    """
+
+    class Model(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.inner, self.width = nn.Linear(width, 41), width
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) if x.shape[1] == self.width else x
+
+    def compiled(width: int) -> CompiledOptimizer:
+        return compile_optimizer(Model(width), torch.randn(3, width), loss=nn.CrossEntropyLoss())
+
+    compiled(2)  # what torch.export imports at its first call keeps the frames that called it
+    gc.collect()
+    gc.disable()
+    try:
+        compiled(37)
+        copies = [o for o in gc.get_objects() if type(o) is Tensor and o.shape == (41, 37)]
+    finally:
+        gc.enable()
+    assert not copies
