@@ -41,8 +41,8 @@ from solve import Problem
 from gtddp_compile import compile_optimizer
 
 RAW, TRIED = (Path(__file__).with_name(name) for name in ("physics.json", "physics_tried.csv"))
-BUDGET, SWEEP, SWEEP_SEED = 60.0, 10.0, 100
-"""Seconds of a run, of one that only tunes a rate, and the seed of the latter."""
+BUDGET, SWEEP, SWEEP_SEED, PAIRS = 60.0, 10.0, 100, 15
+"""Seconds of a run, of one that only tunes a rate, the seed of the latter, and pairs of steps that are compared."""
 TARGETS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 RATES = (1e-2, 3e-3, 1e-3)
 PROBLEMS: dict[str, Callable[[], Problem]] = {
@@ -162,6 +162,7 @@ class Run:
         reached: ``[target, seconds, steps]`` of each that was reached.
         ended: "budget", or "stalled".
         lifted: factors that were made of eigenvalues.
+        price: our step beside Adam's of the same model, in turns at the end; 0 where it was not measured.
         measured, machine: when, which commit, where.
         load: processes on the machine, this one among them, in the mean of five minutes; 0 where it was not noted.
     """
@@ -177,6 +178,7 @@ class Run:
     reached: list[tuple[float, float, int]] = field(default_factory=list)
     ended: str = "budget"
     lifted: int = 0
+    price: float = 0.0
     measured: str = ""
     machine: str = ""
     load: float = 0.0
@@ -211,6 +213,9 @@ def perform(run: Run, budget: float, say: Callable[[Run, float], None]) -> None:
         known = {target for target, *_ in run.reached}
         run.reached += [(t, run.seconds, run.steps) for t in TARGETS if error < t and t not in known]
         say(run, error)
+    if run.method.startswith("ours"):
+        adam = METHODS["Adam"](problem, drawn, 0.0)
+        run.price = statistics.median(step()[0] / adam()[0] for _ in range(PAIRS))
 
 
 Runs = dict[tuple[str, str, float, int], Run]
@@ -240,47 +245,44 @@ def wanted(runs: Runs, problems: Sequence[str], methods: Sequence[str], seeds: i
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
+HEADER = ("problem", "method", "seeds", "load", "ms a step", "of Adam's step",
+          *(f"{target:.0e}: s (steps)" for target in TARGETS), "best error")  # fmt: skip
+
+
 def table(runs: Runs) -> str:
     """A row for a problem and method, medians over seeds; a target that half of the seeds did not reach has a dash."""
-    rows = []
+    rows: list[Sequence[str]] = []
     for problem in PROBLEMS:
         for method in [method for method in METHODS if asked(problem, method)]:
             found = [r for r in runs.values() if (r.problem, r.method) == (problem, method) and r.seed != SWEEP_SEED]
-            if not found:
-                rows.append((problem, method, "0", *[""] * (len(TARGETS) + 2), "not run"))
-                continue
-            rate = f" (rate {found[0].rate:g})" if found[0].rate else ""
-            counts = {
-                "stalled": sum(run.ended == "stalled" for run in found),
-                "lifted": sum(run.lifted for run in found),
-            }
-            said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-            rows.append((
-                problem, method + rate, str(len(found)), ", ".join(f"{run.load:.0f}" for run in found if run.load),
-                f"{statistics.median(1e3 * run.seconds / run.steps for run in found):.0f}",
-                *(reached(found, target) for target in TARGETS),
-                f"{statistics.median(run.best for run in found):.1e}" + (f" ({said})" if said else ""),
-            ))  # fmt: skip
-    header = (
-        "problem",
-        "method",
-        "seeds",
-        "load",
-        "ms a step",
-        *(f"{t:.0e}: s (steps)" for t in TARGETS),
-        "best error",
-    )
+            rate = f" (rate {found[0].rate:g})" if found and found[0].rate else ""
+            left = ("0", *[""] * (len(HEADER) - 4), "not run")
+            rows.append((problem, method + rate, *(cells(found) if found else left)))
     kept = list(runs.values())
     compiling = statistics.median(run.compile_s for run in kept if run.method.startswith("ours"))
     said = (
         f"Relative L2 error; processor seconds of steps alone (making ours takes {compiling:.0f} s more, once), "
-        f"{BUDGET:.0f} s a run; medians of the seeds. Load: processes on the machine during a run, where noted; more "
-        f"than its cores lengthen each other's seconds. Rates: of {', '.join(map(str, RATES))} the best after "
-        f"{SWEEP:.0f} s with another seed. Lifted: factors made of eigenvalues. L-BFGS: evaluations for "
-        "steps, on points that stay. "
+        f"{BUDGET:.0f} s a run; medians of the seeds. Load: processes on the machine during every run, where noted; "
+        "more than its cores lengthen each other's seconds. Of Adam's step: the two in turns, at the end of a run. "
+        f"Rates: of {', '.join(map(str, RATES))} the best after {SWEEP:.0f} s with another seed. Lifted: factors made "
+        "of eigenvalues. L-BFGS: evaluations for steps, on points that stay. "
         f"Written by `benchmarks/physics.py`; last run {kept[-1].measured}: {kept[-1].machine}."
     )
-    return f"{markdown(header, rows)}\n\n{said}"
+    return f"{markdown(HEADER, rows)}\n\n{said}"
+
+
+def cells(found: Sequence[Run]) -> tuple[str, ...]:
+    """What a row says of its runs."""
+    counts = {"stalled": sum(run.ended == "stalled" for run in found), "lifted": sum(run.lifted for run in found)}
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    prices = [run.price for run in found if run.price]
+    return (
+        str(len(found)), ", ".join(f"{run.load:.0f}" for run in found if run.load),
+        f"{statistics.median(1e3 * run.seconds / run.steps for run in found):.0f}",
+        f"{statistics.median(prices):.1f}" if prices else "",
+        *(reached(found, target) for target in TARGETS),
+        f"{statistics.median(run.best for run in found):.1e}" + (f" ({said})" if said else ""),
+    )  # fmt: skip
 
 
 def reached(found: Sequence[Run], target: float) -> str:
