@@ -61,7 +61,7 @@ class Nystrom:
     """
 
     columns: int = 128
-    tolerance: float = 1e-2
+    tolerance: float = 3e-3
 
     def __post_init__(self) -> None:
         if isinstance(self.columns, bool) or not isinstance(self.columns, int) or self.columns < 1:
