@@ -45,7 +45,7 @@ site: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict -f .ci/site.yml
 
 # coverage needs packages of its own: its docstring says which. nngeometry would install another torch without --no-deps.
-SECTIONS := step_time gram_fidelity tried cost_model scaling ranks
+SECTIONS := step_time gram_fidelity scaling ranks
 PAGES := compile_time batch_norm_reading robustness time_to_target cooperation depth summary
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[rivals]"

@@ -7,6 +7,7 @@ on one thread; each network is compiled in a process of its own, after a small o
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +17,13 @@ import pool
 import torch
 import typer
 import zoo
+from common import DOCS, markdown
 from coverage import environment, warm
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = (10, 30, 100, 300, 1000)
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 WIDTH = 16
@@ -49,6 +48,7 @@ class ResidualMLP(nn.Module):
 
 
 def _measure(family: str, size: Any, send: Callable[[Row], None], repeats: int) -> None:
+    """Seconds to compile and to step, the least of the repeats."""
     if family == "residual MLP":
         torch.manual_seed(0)
         targets = torch.randint(zoo.CLASSES, (zoo.BATCH,))
@@ -64,99 +64,69 @@ def _measure(family: str, size: Any, send: Callable[[Row], None], repeats: int) 
         optimizer.step(case.inputs, case.targets)
         stepping.append(time.process_time() - began)
     graph = optimizer.graph
-    send(
-        {
-            "operations": len(graph.ops.ops),
-            "players": len(graph.players),
-            "stages": len(graph.stages),
-            "seconds": min(seconds),
-            "step": min(stepping),
-        }
-    )
+    counts = {"operations": len(graph.ops.ops), "players": len(graph.players), "stages": len(graph.stages)}
+    send({**counts, "seconds": min(seconds), "step": min(stepping)})
 
 
-def _slope(rows: list[Row]) -> float:
-    """Exponent of seconds over operations: the slope of the regression line in logarithms."""
-    points = [(math.log(row["operations"]), math.log(row["seconds"])) for row in rows]
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+def exponent(rows: list[Row]) -> float:
+    """Of seconds over operations: the slope of the regression line in logarithms."""
+    operations, seconds = ([math.log(row[key]) for row in rows] for key in ("operations", "seconds"))
+    return statistics.linear_regression(operations, seconds).slope
 
 
-def _write(path: Path, rows: list[Row]) -> None:
+def page(rows: list[Row]) -> str:
+    """docs/compile_time.md."""
     said = ", ".join(f"{name} {value}" for name, value in environment().items() if name not in ("date", "machine"))
-    lines = [
-        "# Compile time over depth\n",
-        "Written by `python benchmarks/compile_time.py`; nothing here is typed in by hand.",
-        f"Measured {environment()['date']} on {environment()['machine']}: {said}.\n",
-        "Seconds of processor time on one thread, the least of the repeats. The exponent is the slope of the logarithm",
-        "of the seconds over the logarithm of the number of operations.\n",
-        "| network | operations | players | stages | compile s | exponent from the row above | one step s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines = []
     for before, row in zip([{}, *rows], rows, strict=False):
-        figures = [row.get(name, "") for name in ("operations", "players", "stages")]
         if row["problem"]:
-            lines.append(f"| {row['name']} | {row['problem'][:200]} | | | | | |")
+            lines.append([row["name"], row["problem"][:200], *[""] * 5])
             continue
+        counts = [str(row[name]) for name in ("operations", "players", "stages")]
         related = before.get("family") == row["family"] and not before["problem"]
-        exponent = f"{_slope([before, row]):.2f}" if related else ""
-        cells = [row["name"], *figures, f"{row['seconds']:.2f}", exponent, f"{row['step']:.3f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += [f"\nExponent, {family}: {exponent:.2f}." for family, exponent in _exponents(rows).items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-
-
-def _exponents(rows: list[Row]) -> dict[str, float]:
+        grown = f"{exponent([before, row]):.2f}" if related else ""
+        lines.append([row["name"], *counts, f"{row['seconds']:.2f}", grown, f"{row['step']:.3f}"])
+    header = ("network", "operations", "players", "stages", "compile s", "exponent from the row above", "one step s")
     families: dict[str, list[Row]] = {}
     for row in rows:
         if not row["problem"]:
             families.setdefault(row["family"], []).append(row)
-    return {family: _slope(found) for family, found in families.items() if len(found) > 1}
+    fits = [f"Exponent, {family}: {exponent(own):.2f}." for family, own in families.items() if len(own) > 1]
+    return f"""# Compile time over depth
+
+Written by `python benchmarks/compile_time.py`; nothing here is typed in by hand.
+Measured {environment()["date"]} on {environment()["machine"]}: {said}.
+
+Seconds of processor time on one thread, the least of the repeats. The exponent is the slope of the logarithm
+of the seconds over the logarithm of the number of operations.
+
+{markdown(header, lines)}
+
+{chr(10).join(fits)}
+"""
 
 
 def main(
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The report to write.")] = ROOT / "docs" / "compile_time.md",
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The report to write.")] = DOCS / "compile_time.md",
     repeats: Annotated[int, typer.Option(min=1, help="Compilations of a network; the fastest counts.")] = 2,
     seconds: Annotated[float, typer.Option(min=1, help="Limit for one network.")] = 600,
     gigabytes: Annotated[float, typer.Option(min=1, help="Memory limit for one network.")] = 8,
 ) -> None:
     """Measure compile time over depth."""
-    console = Console()
     networks: list[tuple[str, Any]] = [("residual MLP", blocks) for blocks in BLOCKS]
-    if zoo.installed("torchvision"):
-        networks += [("ResNet", name) for name in RESNETS]
+    networks += [("ResNet", name) for name in RESNETS if zoo.installed("torchvision")]
     zoo.preload([])
     warm([])
-
-    def job(family: str, size: Any) -> pool.Job:
-        return lambda send: _measure(family, size, send, repeats)
-
-    table = Table(title="compile time", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("network", "operations", "players", "compile s", "step s"):
-        table.add_column(column, justify="left" if column == "network" else "right")
     rows: list[Row] = []
-    with console.status("compiling") as status:
-        jobs = [(network, job(*network)) for network in networks]
-        for outcome in pool.run(
-            jobs,
-            workers=1,
-            seconds=seconds,
-            gigabytes=gigabytes,
-            tick=lambda keys: status.update(f"compiling {keys[0][1]}"),
-        ):
+    with Console().status("compiling") as status:
+        jobs = [(network, lambda send, of=network: _measure(*of, send, repeats)) for network in networks]
+        for outcome in pool.run(jobs, workers=1, seconds=seconds, gigabytes=gigabytes,
+                                tick=lambda keys: status.update(f"compiling {keys[0][1]}")):  # fmt: skip
             family, size = outcome.key
             name = f"{family}, {size} blocks" if family == "residual MLP" else size
             rows.append({"family": family, "name": name, "problem": outcome.problem, **outcome.found})
-            shown = [f"{rows[-1].get(key, 0):.2f}" for key in ("seconds", "step")]
-            counts = [str(rows[-1].get(key, "")) for key in ("operations", "players")]
-            table.add_row(name, *counts, *(shown if not outcome.problem else [outcome.problem[:60], ""]))
-    console.print(table)
-    for family, exponent in _exponents(rows).items():
-        console.print(f"exponent, {family}: {exponent:.2f}")
-    _write(out, rows)
-    console.print(f"report: [bold]{out}[/bold]", soft_wrap=True)
+    out.write_text(page(rows), encoding="utf-8")
+    print(page(rows))
 
 
 if __name__ == "__main__":

@@ -10,94 +10,39 @@ import copy
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import DOCS, interleaved, keep_heap, machine, markdown, measured, torch_step, write_section
 from torch import Tensor, fx, nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gtddp_compile import CompileError, Geometric, Nystrom, compile_optimizer, kernels, pde
+from gtddp_compile import CompileError, Geometric, Nystrom, compile_optimizer, kernels
 from gtddp_compile.frontends import Untraceable, trace_derivatives, trace_export, trace_symbolically
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from support.laplacians import WAYS, Model
 
 POINTS, WIDTHS = 900, (64, 64, 48, 48)
 PRODUCTS = {"aten.mm.default", "aten.addmm.default", "aten.bmm.default"}
 
 
-class Residual(nn.Module):
+def residual(way: str) -> Model:
     """``Δu`` of a network, the residual of Poisson's equation but for its right-hand side."""
-
-    def __init__(self, way: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        size = 2
-        for width in WIDTHS:
-            layers += [nn.Linear(size, width), nn.Tanh()]
-            size = width
-        self.net = nn.Sequential(*layers, nn.Linear(size, 1))
-        self.way = way
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.way(self.net, x)
-
-
-def by_hand(net: Any, x: Tensor) -> Tensor:
-    """Value, first derivatives and Laplacian as four rows of one tensor, layer by layer."""
-    z = torch.cat([x[:, None], torch.eye(2, dtype=x.dtype).expand(len(x), 2, 2), torch.zeros_like(x)[:, None]], 1)
-    for layer in net:
-        if isinstance(layer, nn.Linear):
-            z = F.linear(z, layer.weight)
-            z = torch.cat([z[:, :1] + layer.bias, z[:, 1:]], 1)
-        else:
-            y, first = torch.tanh(z[:, :1]), z[:, 1:-1]
-            slope = 1 - y * y
-            bend = slope * z[:, -1:] - 2 * y * slope * (first * first).sum(1, keepdim=True)
-            z = torch.cat([y, slope * first, bend], 1)
-    return z[:, -1, 0]
-
-
-def forward_twice(net: nn.Module, x: Tensor) -> Tensor:
-    """One direction after the other."""
-    found = torch.zeros_like(x[:, 0])
-    for axis in range(2):
-        e = torch.zeros_like(x)
-        e[:, axis] = 1
-        found = found + jvp(lambda y, e=e: jvp(net, (y,), (e,))[1], (x,), (e,))[1][:, 0]  # type: ignore[misc]
-    return found
-
-
-def by_autograd(net: nn.Module, x: Tensor) -> Tensor:
-    """As most physics-informed code has it."""
-    x = x.requires_grad_(True)
-    (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
-    return sum(torch.autograd.grad(g[:, d].sum(), x, create_graph=True)[0][:, d] for d in range(2))  # type: ignore[return-value]
-
-
-def mapped(transform: Callable[..., Any]) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The trace of a second derivative of ``u`` at every point."""
-    return lambda net, x: vmap(lambda p: transform(lambda q: net(q)[0])(p).trace())(x)  # type: ignore[no-any-return]
-
-
-WAYS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "by hand, stacked": by_hand,
-    "`pde.laplacian`": lambda net, x: pde.laplacian(net)(x)[:, 0],
-    "`pde.hessian_diagonal`": lambda net, x: pde.hessian_diagonal(net)(x)[:, 0].sum(-1),
-    "`vmap(hessian)`": mapped(hessian),
-    "`vmap(jacfwd(grad))`": mapped(lambda f: jacfwd(grad(f))),
-    "`vmap(jacrev(grad))`": mapped(lambda f: jacrev(grad(f))),
-    "`vmap(jacfwd(jacfwd))`": mapped(lambda f: jacfwd(jacfwd(f))),
-    "`jvp` of `jvp`": forward_twice,
-    "`torch.autograd.grad`": by_autograd,
-}
+    sizes = (2, *WIDTHS)
+    layers = [part for before, after in pairwise(sizes) for part in (nn.Linear(before, after), nn.Tanh())]
+    return Model(WAYS[way], nn.Sequential(*layers, nn.Linear(sizes[-1], 1)))
 
 
 def squared(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (outputs - targets) ** 2
 
 
-def recorded(model: Residual, x: Tensor) -> tuple[str, ...]:
+def recorded(model: Model, x: Tensor) -> tuple[str, ...]:
     """Which other front end takes it, and what the one for derivatives makes of what aten sees."""
     others = [name for name, trace in (("torch.fx", trace_symbolically), ("torch.export", trace_export))
               if takes(trace, model, x)]  # fmt: skip
@@ -122,7 +67,7 @@ def takes(trace: Callable[..., Any], model: nn.Module, x: Tensor) -> bool:
 def row(name: str, pairs: int) -> tuple[str, ...]:
     """What is recorded, Adam's step on the same model, and the joint step."""
     torch.manual_seed(0)
-    model, x, y = Residual(WAYS[name]).double(), torch.rand(POINTS, 2).double(), torch.rand(POINTS).double()
+    model, x, y = residual(name), torch.rand(POINTS, 2), torch.rand(POINTS)
     found = recorded(model, x)
     other = copy.deepcopy(model)
     adam = torch_step(other, torch.optim.Adam(other.parameters(), lr=1e-6), lambda o, t: squared(o, t).mean())
@@ -133,7 +78,8 @@ def row(name: str, pairs: int) -> tuple[str, ...]:
         time = interleaved(lambda: adam(x.clone(), y), partial(opt.step, x, y), pairs)
         times += [f"{1e3 * time.ours:.0f}", f"{time.ratio:.1f} ({time.low:.1f}–{time.high:.1f})"]
     print(name, *found, *times, file=sys.stderr, flush=True)
-    return name, *found, f"{1e3 * time.base:.0f}", *times
+    said = name if name.startswith("by hand") else " of ".join(f"`{part}`" for part in name.split(" of "))
+    return said, *found, f"{1e3 * time.base:.0f}", *times
 
 
 def main() -> None:
@@ -143,6 +89,7 @@ def main() -> None:
     pairs = arguments.parse_args().pairs
     keep_heap()
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     header = ("Δu", "also recorded by", "of aten: operations, products", "tidied: calls, uses of a layer",
               "Adam ms", "joint step ms", "ratio (quartiles)", "without Γ", "ratio")  # fmt: skip
     table = markdown(header, [row(name, pairs) for name in WAYS])

@@ -8,6 +8,7 @@ python benchmarks/fuzz.py [cases]   writes benchmarks/fuzz.csv and the section o
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,20 +22,26 @@ from support.fuzzed import FAILED, outcome
 
 CASES = 2000
 FOUND = Path(__file__).with_suffix(".csv")
+DONE = FOUND.parent.parent / "build" / "fuzz.jsonl"
+"""A line a case that is done, of a run that was stopped: the next goes on behind it."""
 
 
 def main(cases: int) -> int:
     torch.set_num_threads(1)
-    found: Counter[tuple[str, str]] = Counter()
-    for seed in track(range(cases), "fuzzing"):
-        became = outcome(seed)
-        found[became.kind, became.said if became.kind != "not finite" else ""] += 1
-        if became.kind in FAILED:
-            print(became.said, flush=True)
-        if (seed + 1) % 100 == 0:
-            write(found)
+    DONE.parent.mkdir(exist_ok=True)
+    lines = DONE.read_text(encoding="utf-8").splitlines() if DONE.exists() else []
+    found = Counter(tuple(json.loads(line)) for line in lines)
+    with DONE.open("a", encoding="utf-8") as done:
+        for seed in track(range(len(lines), cases), "fuzzing"):
+            became = outcome(seed)
+            row = became.kind, became.said if became.kind != "not finite" else ""
+            found[row] += 1
+            print(json.dumps(row), file=done, flush=True)
+            if became.kind in FAILED:
+                print(became.said, flush=True)
     write(found)
     page()
+    DONE.unlink()
     return int(any(kind in FAILED for kind, _ in found))
 
 

@@ -3,12 +3,14 @@
 ``python benchmarks/mutation.py --count 30 --seed 0`` draws operators of the passes p05 to p09, the kernels and the base
 methods, changes each in a copy of the tree (+ to -, * to /, < to <=, a constant by one, `not` left out), runs the tests
 with -x, and writes docs/mutation.md. A mutant that no test fails on either computes the same or shows what is untested.
+A verdict is kept in ``mutation.csv`` and not looked for again: stop it when you like and start it again to go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import os
 import random
 import shutil
@@ -16,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+KEPT = Path(__file__).with_suffix(".csv")
 MATRIX = ["tests/programs/test_matrix.py", "-k", "dense"]
 SUITES: dict[str, list[list[str]]] = {
     "passes": [["tests/structure/test_structure.py", "tests/structure/test_structure_random.py"], ["tests/derivation"],
@@ -96,14 +99,15 @@ def _replaced(source: str, node: ast.expr, new: str) -> str:
 
 
 def drawn(count: int, seed: int) -> list[Mutant]:
-    """As many of each folder, files before places: a long file is not drawn more often."""
-    source, found, share = random.Random(seed), [], count // len(SUITES)
+    """As many of each folder, files before places: a long file is not drawn more often, nor does one move the rest."""
+    found, share = [], count // len(SUITES)
     for folder in SUITES:
         pattern = "p0[5-9]_*.py" if folder == "passes" else "**/*.py"
         files = [path for path in sorted((ROOT / folder).glob(pattern)) if any(mutants(folder, path))]
         for index in range(share):
-            fresh = [mutant for mutant in mutants(folder, files[index * len(files) // share]) if mutant not in found]
-            found.append(source.choice(fresh))
+            path = files[index * len(files) // share]
+            fresh = [mutant for mutant in mutants(folder, path) if mutant not in found]
+            found.append(random.Random(f"{seed} {path.name} {index}").choice(fresh))
     return found
 
 
@@ -147,22 +151,55 @@ def run(arguments: list[str], copy: Path, limit: int) -> subprocess.CompletedPro
         return None
 
 
-def page(rows: list[tuple[Mutant, str]], count: int, seed: int, commit: str) -> str:
-    caught = sum(said.startswith("caught") for _, said in rows)
+@dataclass(frozen=True)
+class Row:
+    """What became of the mutant drawn as ``number``, in the tree of ``commit``."""
+
+    seed: int
+    number: int
+    place: str
+    before: str
+    after: str
+    verdict: str
+    commit: str
+
+
+def page(rows: list[Row], count: int, seed: int) -> str:
+    caught = sum(row.verdict.startswith("caught") for row in rows)
     table = "\n".join(
-        f"| `{m.path}:{m.line}` | `{m.before}` | `{m.after}` | {said.replace('tests/', '')} |" for m, said in rows
+        f"| `{r.place}` | `{r.before}` | `{r.after}` | {r.verdict.replace('tests/', '')} | {r.commit} |" for r in rows
     )
     return f"""# Mutation check
 
 {caught} of {len(rows)} changes of one operator are caught. Written by
-`benchmarks/mutation.py --count {count} --seed {seed}` at commit {commit}, after {len(rows)} of {count}:
+`benchmarks/mutation.py --count {count} --seed {seed}`, after {len(rows)} of {count}:
 what it changes, and which tests it runs for a file, is in the script.
-"Caught" names the first test that fails; it passes without the change.
+"Caught" names a test that fails; it passes without the change. The last column is the commit that was changed. A
+verdict in bold was looked at by hand.
 
-| place | is | was made | |
-| --- | --- | --- | --- |
+| place | is | was made | | at |
+| --- | --- | --- | --- | --- |
 {table}
 """
+
+
+def write(rows: list[Row], count: int, seed: int) -> None:
+    with KEPT.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, [*Row.__annotations__], lineterminator="\n")
+        table.writeheader()
+        table.writerows(asdict(row) for row in rows)
+    said = page([row for row in rows if row.seed == seed], count, seed)
+    (ROOT / "docs" / "mutation.md").write_text(said, encoding="utf-8")
+
+
+def read() -> list[Row]:
+    if not KEPT.exists():
+        return []
+    with KEPT.open(encoding="utf-8", newline="") as file:
+        return [
+            Row(int(r["seed"]), int(r["number"]), r["place"], r["before"], r["after"], r["verdict"], r["commit"])
+            for r in csv.DictReader(file)
+        ]
 
 
 def main() -> None:
@@ -171,23 +208,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=900, help="seconds for one set of tests")
     given = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    rows, seen = read(), set[str]()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
-        for name in ("gtddp_compile", "passes", "tests", "examples", "docs"):
-            shutil.copytree(ROOT / name, copy / name)
+        for name in ("gtddp_compile", "passes", "tests", "examples", "docs", "benchmarks"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(".data"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / "gtddp_compile" / "passes").symlink_to("../passes")
-        rows: list[tuple[Mutant, str]] = []
-        seen: set[str] = set()
-        for mutant in drawn(given.count, given.seed):
-            rows.append((mutant, verdict(mutant, copy, given.limit)))
-            check_unchanged(rows[-1][1], copy, seen, given.limit)
-            print(f"{mutant.path}:{mutant.line}: {mutant.before} -> {mutant.after}: {rows[-1][1]}", flush=True)
-            text = page(rows, given.count, given.seed, commit.stdout.strip())
-            (ROOT / "docs" / "mutation.md").write_text(text, encoding="utf-8")
+        for number, mutant in enumerate(drawn(given.count, given.seed)):
+            if any((row.seed, row.number) == (given.seed, number) for row in rows):
+                continue
+            said = verdict(mutant, copy, given.limit)
+            check_unchanged(said, copy, seen, given.limit)
+            place = f"{mutant.path}:{mutant.line}"
+            rows.append(Row(given.seed, number, place, mutant.before, mutant.after, said, commit))
+            print(rows[-1], flush=True)
+            write(rows, given.count, given.seed)
 
 
 if __name__ == "__main__":

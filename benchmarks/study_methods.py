@@ -43,7 +43,6 @@ class Method:
         whole: whether it takes all training data at every step.
         only: tasks it is for, by name; all where none is named.
         ramp: steps after which inertia is half of what it tends to; ``None``: the package's.
-        average: weight of the past in a running average of the weights, which is what is evaluated; 0: none.
     """
 
     name: str
@@ -55,7 +54,6 @@ class Method:
     whole: bool = False
     only: tuple[str, ...] = ()
     ramp: float | None = None
-    average: float = 0.0
 
     @property
     def ours(self) -> bool:
@@ -69,7 +67,7 @@ class Method:
             losses = {} if isinstance(model, Terms) else {"loss": task.loss}
             optimizer = compile_optimizer(model, example, on_nonfinite="skip", **losses, **options)
             step = optimizer.step if self.ramp is None else ramped(optimizer, self.ramp)
-            return averaged(model, step, self.average) if self.average else (step, lambda training: None)
+            return step, lambda training: None
         if self.peer is not None:
             return self.peer(model, task, run.rate), lambda training: None
         return descent(model, task, self.optimizers(model, run.rate), run.schedule == "cosine")  # type: ignore[misc]
@@ -120,26 +118,6 @@ def ramped(optimizer: CompiledOptimizer, ramp: float) -> Step:
             updates.RAMP = own
 
     return step
-
-
-def averaged(model: nn.Module, step: Step, decay: float) -> tuple[Step, Callable[[bool], None]]:
-    """Steps beside a running average of the parameters, bias-corrected, that is in their place while evaluated."""
-    mean, count = [torch.zeros_like(p) for p in model.parameters()], [0]
-
-    def following(*batch: Any) -> Tensor:
-        value, count[0] = step(*batch), count[0] + 1
-        with torch.no_grad():
-            torch._foreach_lerp_(mean, list(model.parameters()), (1 - decay) / (1 - decay ** count[0]))
-        return value
-
-    @torch.no_grad()
-    def swap(training: bool) -> None:
-        for p, other in zip(model.parameters(), mean, strict=True):
-            kept = p.clone()
-            p.copy_(other)
-            other.copy_(kept)
-
-    return following, swap
 
 
 # --- rivals -----------------------------------------------------------------------------------------------------------
@@ -236,9 +214,6 @@ METHODS = {
         ours("kfac damping 0.01", curvature="kfac", **{**LIKE_DEFAULT, "damping": 0.01}),
         ours("kfac, aim 0.1", curvature="kfac", **{**LIKE_DEFAULT, "terminal": Geometric(0.1)}),
         ours("line search", line_search=(0.1, 0.3, 1.0)),
-        ours("weight decay 0.01", weight_decay=0.01),
-        Method("averaged", average=0.95),
-        ours("aim 0.1 flat, inertia 0", terminal=Geometric(0.1), inertia=0.0),
         ours("sgd linear", 0.1, 0.3, 1.0, 3.0, curvature="sgd"),
         ours("adam linear", 1e-3, 3e-3, 0.01, 0.03, curvature="adam"),
         ours("nonlinear", rollout="nonlinear"),

@@ -149,7 +149,7 @@ def write_page(runs: Runs) -> None:
 
 
 def draw(runs: Runs) -> None:
-    """A row a task, a mark a method at its time to the target, what never got there at the right."""
+    """A row a task, a mark a method at its time to the target."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
@@ -160,7 +160,9 @@ def draw(runs: Runs) -> None:
     for index, method in enumerate((*OURS, *RIVALS)):
         found = [(row, final(runs, task, method)) for row, task in enumerate(RACED)]
         places = [(median(of, "seconds_to"), row) for row, of in found if of]
-        reached = [place for place in places if math.isfinite(place[0])] or [(math.nan, 0)]
+        reached = [place for place in places if math.isfinite(place[0])]
+        if not reached:
+            continue
         style = {"color": "crimson", "s": 70, "zorder": 3} if method.ours else {"color": f"C{index}", "s": 32}
         axes.scatter(*zip(*reached, strict=True), marker=marks[index % len(marks)], label=method.name,
                      facecolors="none" if method is OURS[1] else None, **style)  # fmt: skip

@@ -52,10 +52,7 @@ _FIELDS: tuple[tuple[int, str], ...] = (
     (1, "n_group topk_group first_k_dense_replace num_codebooks num_dense_layers moe_layer_start_index"),
     (16, "kv_lora_rank q_lora_rank o_lora_rank"),
     (FEATURES // 2, "max_source_positions"),
-    (
-        64,
-        "max_(2d_)?position_embeddings max_target_positions n_positions n_ctx max_seq.*_len.* max_.*_positions",
-    ),
+    (64, "max_(2d_)?position_embeddings max_target_positions n_positions n_ctx max_seq.*_len.* max_.*_positions"),
     (4, "sliding_window attention_window local_attention attention_window_size window_attn"),
     (TOKENS, "mamba_chunk_size attention_chunk_size chunk_length"),
     (16, "num_mel_bins feature_dim input_feat_per_channel num_freq_bins"),

@@ -51,37 +51,9 @@ class Positional(nn.Module):
         super().__init__()
         self.model, self.names, self.output = model, names, output
 
-    def call(self, *values: Tensor) -> Tensor:
+    def forward(self, *values: Tensor) -> Tensor:
         """The chosen output."""
         return _pick(self.model(**dict(zip(self.names, values, strict=True))), self.output)
-
-
-class One(Positional):
-    def forward(self, first: Tensor) -> Tensor:
-        return self.call(first)
-
-
-class Two(Positional):
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        return self.call(first, second)
-
-
-class Three(Positional):
-    def forward(self, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
-        return self.call(first, second, third)
-
-
-class Four(Positional):
-    def forward(self, first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> Tensor:
-        return self.call(first, second, third, fourth)
-
-
-class Five(Positional):
-    def forward(self, first: Tensor, second: Tensor, third: Tensor, fourth: Tensor, fifth: Tensor) -> Tensor:
-        return self.call(first, second, third, fourth, fifth)
-
-
-_ARITY: dict[int, type[Positional]] = {1: One, 2: Two, 3: Three, 4: Four, 5: Five}
 
 
 def _case(config: Any, note: str) -> Case:
@@ -95,9 +67,6 @@ def _case(config: Any, note: str) -> Case:
     model = AutoModel.from_config(config).float().train()
     problems = []
     for inputs in _batches(model):
-        if len(inputs) > max(_ARITY):
-            problems.append(f"needs the inputs {', '.join(inputs)}")
-            continue
         try:
             torch.manual_seed(0)
             outputs = model(**inputs)
@@ -108,7 +77,7 @@ def _case(config: Any, note: str) -> Case:
             problems.append(f"{'+'.join(inputs)}: {type(problem).__name__}: {problem}")
             continue
         model.zero_grad()
-        wrapped = _ARITY[len(inputs)](model, tuple(inputs), name).train()
+        wrapped = Positional(model, tuple(inputs), name).train()
         said = "; ".join(filter(None, (note, f"{type(model).__name__}({', '.join(inputs)}).{name}")))
         return Case(wrapped, tuple(inputs.values()), torch.randn_like(value), regression, said)
     if not problems:

@@ -7,6 +7,7 @@ the gains of Differential Dynamic Programming symbolically and generates the pro
 from gtddp_compile.api import compile_optimizer
 from gtddp_compile.errors import CompileError, NonFiniteError
 from gtddp_compile.graph import ControlGraph, Player, Shortcut, Stage, Value
+from gtddp_compile.graph_batches import GraphBatches
 from gtddp_compile.methods.curvature import (
     EKFAC,
     FOOF,
@@ -29,6 +30,7 @@ from gtddp_compile.terms import Terms
 
 __all__ = [
     "EKFAC", "FOOF", "KFAC", "SGD", "SOAP", "Adagrad", "Adam", "AdamW", "CompileError", "CompiledOptimizer",
-    "ControlGraph", "Curvature", "Geometric", "MonteCarlo", "Muon", "NonFiniteError", "Nystrom", "Player", "RMSprop",
-    "Shampoo", "Shortcut", "Sketch", "Stage", "Terms", "UpdateProgram", "Value", "compile_optimizer",
+    "ControlGraph", "Curvature", "Geometric", "GraphBatches", "MonteCarlo", "Muon", "NonFiniteError", "Nystrom",
+    "Player", "RMSprop", "Shampoo", "Shortcut", "Sketch", "Stage", "Terms", "UpdateProgram", "Value",
+    "compile_optimizer",
 ]  # fmt: skip

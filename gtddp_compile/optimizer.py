@@ -15,6 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends import observe, positional, withheld
 from gtddp_compile.graph import ControlGraph
+from gtddp_compile.graph_batches import GraphBatches
 from gtddp_compile.kernels import OtherPath, random_state, restore_random_state
 from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.methods.losses import Loss
@@ -231,6 +232,8 @@ class CompiledOptimizer(Surface):
 
     def _batch(self, inputs: Any, targets: Any, *, example: bool = False) -> tuple[tuple[Any, ...], Any]:
         """What the model takes and what the loss takes beside it, which may be the ``"labels"`` of a mapping."""
+        if isinstance(self._view.model, GraphBatches) and inputs is not None:
+            inputs = self._view.model.padded(inputs)
         if isinstance(inputs, Mapping) and targets is None:
             inputs, targets = {k: v for k, v in inputs.items() if k != "labels"}, inputs.get("labels")
         missing = targets is None and self._loss.module is not None and not example  # a function may do without

@@ -10,7 +10,7 @@ from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.algebra.forms import Rollout
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature
-from gtddp_compile.methods.terminal import Geometric, MonteCarlo, Terminal, is_rank_one
+from gtddp_compile.methods.terminal import Geometric, MonteCarlo, Terminal, is_rank_one, reach_of
 
 Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
@@ -178,6 +178,10 @@ class Options:
         yield (self.max_step is not None and not linear,
                f"max_step={self.max_step!r} caps the joint step, and this program decides stage by stage",
                "Use it with rollout='linear' and feedback=True")  # fmt: skip
+        yield (bool(reach_of(self.terminal_kind)) and (not linear or isinstance(self.gram, Nystrom)),
+               f"terminal={self.terminal!r}: its reach is of the joint step's whole Gram matrix, which this program "
+               "does not make",
+               "Use it with rollout='linear', feedback=True and without Nystrom, or leave reach out")  # fmt: skip
         yield (self.max_step is not None and self.factored,
                f"max_step={self.max_step!r} shortens the weights of samples, and with terminal={self.terminal!r} the "
                "gradient is kept apart from them",
@@ -236,7 +240,11 @@ class Options:
 
 
 SUGGESTED: Mapping[str, Mapping[str, Any]] = {
-    "foof": {"inertia": 0.9, "terminal": Geometric(aim=0.75, half=24.0, deep=4.0), "running_statistics": "corrected"}
+    "foof": {
+        "inertia": 0.9,
+        "terminal": Geometric(aim=0.75, half=24.0, reach=0.1, deep=4.0),
+        "running_statistics": "corrected",
+    }
 }
 """By curvature: what docs/robustness.md found to serve every network and batch size it tried."""
 
@@ -256,10 +264,13 @@ def suggested(options: Options, curvature: Curvature) -> Options:
         )
     known = SUGGESTED.get(curvature.name, {}) if options.feedback is True and options._couples else {}
     inertia = options.inertia if options.inertia is not None else 0.0 if moved else known.get("inertia", 0.0)
+    terminal = known.get("terminal")
+    if terminal is not None and options.rollout_kind != "linear":
+        terminal = replace(terminal, reach=0.0)  # of the joint step
     return replace(
         options,
         inertia=inertia,
-        terminal=options.terminal or known.get("terminal"),
+        terminal=options.terminal or terminal,
         running_statistics=options.running_statistics or known.get("running_statistics"),
     )
 

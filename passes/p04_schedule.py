@@ -116,11 +116,7 @@ def by_hand(graph: PlayerGraph, given: Mapping[str, int]) -> Stages:
     return {name: number[given[name]] for name in names}
 
 
-SCHEDULES: Mapping[str, Callable[[PlayerGraph], Stages]] = {
-    "asap": asap,
-    "alap": alap,
-    "sequential": sequential,
-}
+SCHEDULES: Mapping[str, Callable[[PlayerGraph], Stages]] = {"asap": asap, "alap": alap, "sequential": sequential}
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -144,7 +144,8 @@ def _without_samples(op: Op, ops: OpGraph) -> CompileError:
         if before.kind in POOLING:
             why = (f"it brings rows together by an index, as nodes to graphs, in a value of shape {before.shape}; what "
                    f"was looked for is the part of each of the {ops.batch} samples (a sample is {rows})")  # fmt: skip
-            remedy = "Give graphs as a padded batch of nodes, (B, N, n), with a mask, and sum over N"
+            remedy = ("Wrap the network, GraphBatches(net), which takes graphs as they are, or give a padded batch of "
+                      "nodes, (B, N, n), with a mask")  # fmt: skip
             op = before
             break
         pending += [ops.by_name[name] for name in before.operands if not _has_samples(ops.by_name[name], ops)]

@@ -41,6 +41,12 @@ class DerivedStage:
     blocks: tuple[MetricBlock, ...]
     derivation: StageDerivation
 
+    @property
+    def legend(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Symbols, a prime for outputs, and what they stand for."""
+        outputs = [(f"{name}'", values) for name, values in self.outputs.items()]
+        return [*self.inputs.items(), *outputs, *((name, (player,)) for name, player in self.controls.items())]
+
 
 @dataclass(frozen=True)
 class Derived:
@@ -393,12 +399,7 @@ def _gains(pattern: StagePattern, joint: _Joint) -> tuple[Equation, dict[str, Eq
 
 
 def _recursion(
-    pattern: StagePattern,
-    recursion: Recursion,
-    q: _Expansion,
-    joint: _Joint,
-    k: Equation,
-    gains: dict[str, Equation],
+    pattern: StagePattern, recursion: Recursion, q: _Expansion, joint: _Joint, k: Equation, gains: dict[str, Equation]
 ) -> tuple[dict[str, Equation], dict[tuple[str, str], Equation]]:
     """``V_x = Q_x + Q_xu k``, ``V_xx = Q_xx + Q_xu K`` (Eq. 6, 29, 30)."""
     sign = -1 if recursion == "printed" else 1

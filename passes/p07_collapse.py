@@ -275,12 +275,7 @@ def _claim(statement: str, equation: Equation, known: dict[MatrixExpr, MatrixExp
     return _identity(statement, equation.expression.xreplace(known), expected)  # what is put in holds no key
 
 
-def _identity(
-    statement: str,
-    left: MatrixExpr,
-    right: MatrixExpr,
-    rules: tuple[Rule, ...] = (),
-) -> Claim:
+def _identity(statement: str, left: MatrixExpr, right: MatrixExpr, rules: tuple[Rule, ...] = ()) -> Claim:
     if not is_equal(left, right, rules):
         raise CompileError(
             f"the collapse is not applicable: {statement} does not follow from the derivation",

@@ -9,7 +9,8 @@ Takes the derivations and the collapsed form; guarantees a :class:`Plan` in whic
 * a stage whose new values nobody compares with the old ones is not run again (always the last one);
 * how every player's layer is computed is decided (``lowering.decide``) and written down;
 * ``α`` is computed only where statistics or the form ask for it; in the linear rollout both take ``α_T``;
-* with ``ℓ_u = 0`` the drift ``s`` is zero and ``y`` stays the ones.
+* with ``ℓ_u = 0`` the drift ``s`` is zero and ``y`` stays the ones;
+* beside coupled weight decay no ``reach`` raises the rate: the loss would count more, and the decay would not.
 """
 
 from __future__ import annotations
@@ -58,12 +59,16 @@ def simplify(
         )
         for stage in graph.stages
     )
+    removed = _describe(graph, stages, linear=asked.linear, factored=form.factored, joint=joint)
+    if asked.decay and asked.reach:
+        asked = replace(asked, reach=0.0)
+        removed += ("no reach: the loss would count more, and the coupled weight decay would not",)
     plan = Plan(
         **vars(asked),
         graph=graph,
         form=form if asked.linear else without_decay(form),
         stages=stages,
-        removed=_describe(graph, stages, linear=asked.linear, factored=form.factored, joint=joint),
+        removed=removed,
         segments=choose_segments(graph, gradients=form.name != "base") if recompute else None,
     )
     return replace(plan, layers=plan_layers(plan))

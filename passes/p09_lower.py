@@ -165,13 +165,17 @@ def _terminal(b: Builder, end: int) -> None:
         b.emit("loss", end, f"y_{end}", "=", values["y"], note="y_T = P_T^-1 alpha_T")
         if form == "joint":
             b.emit("loss", end, "information", "=", values["Lambda"], note="the diagonal of P_T^-1")
-            b.emit("loss", end, (), "m.keep", end, information=Var("information"))
+            if not b.plan.reach:
+                b.emit("loss", end, (), "m.keep", end, information=Var("information"))
         diagonal = Var("information") if form == "joint" else values["Lambda"]
         kernel, rows = "blocks_diagonal", Var("rows")
         if b.plan.gram == "nystrom":
             kernel, rows = "columns_diagonal", Var("drawn")
             b.emit("loss", end, "drawn", "drawn_rows", Var("phi"), b.plan.columns, note="J: whose columns are made")
-        b.emit("loss", end, f"lambda_{end}", kernel, diagonal, rows, note="Lambda_T = P_T^-1")
+        note = "Lambda_T = P_T^-1"
+        if b.plan.reach:
+            diagonal, note = Apply("*", (0.0, diagonal)), "Gamma alone: Lambda_T joins it when its scale is known"
+        b.emit("loss", end, f"lambda_{end}", kernel, diagonal, rows, note=note)
     elif form != "base":
         b.emit("loss", end, f"rho_{end}", "=", values["rho"],
                note="rho_T: V_xx = V_x V_x^T (Prop. 5)" if papers else "rho_T: P_T = diag(rho_T)")  # fmt: skip
@@ -330,6 +334,7 @@ def _decide_together(b: Builder) -> None:
     """``w`` of the joint step, every player's weighted gradient where their norm is asked for."""
     if b.plan.form.name == "joint":
         figures: dict[str, Any] = {"lifted": Var("lifted_0")}
+        information = Var("information")
         equation = b.plan.form.forward["w"]
         if b.plan.gram == "nystrom":
             players = tuple(product_of(b, player) for player in b.graph.players)
@@ -338,14 +343,20 @@ def _decide_together(b: Builder) -> None:
                    note=f"w ({equation.source}): of every stage")  # fmt: skip
             figures["products"] = Var("products")
         else:
-            scale = () if b.factored else (Var("information"),)
-            b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var("lambda_0"), *scale,
+            system = "lambda_0"
+            if b.plan.reach:
+                system, information = "lambda_reached", Var("information_reached")
+                b.emit("joint", 0, (system, information.name), "reached", Var("lambda_0"), Var("information"),
+                       b.plan.reach, Var("targets"), note="Lambda_0 = Lambda_T / c + Gamma")  # fmt: skip
+                b.emit("joint", 0, (), "m.keep", len(b.plan.stages), information=information)
+            scale = () if b.factored else (information,)
+            b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var(system), *scale,
                    note="Cholesky, the only one")  # fmt: skip
             code = _formula(b, 0, equation.expression)
             b.emit("joint", 0, "w", "=", code, note=f"w ({equation.source}): of every stage")
         if b.plan.max_step is not None:
             target = _formula(b, 0, a.TARGET)
-            b.emit("joint", 0, "w_capped", "cap_step", Var("w"), target, Var("information"), Var("tau"),
+            b.emit("joint", 0, "w_capped", "cap_step", Var("w"), target, information, Var("tau"),
                    Var("rows"), b.plan.max_step, note="|delta u|_M at most max_step")  # fmt: skip
         b.emit("joint", 0, (), "m.keep", 0, **figures, weights=Var(_weights(b)))
     if b.plan.max_grad_norm is not None:

@@ -143,7 +143,7 @@ class _Distributed:
             yield self._emit(one, "information", "m.all_samples", Var("information_own"), note="of all ranks")
         elif self._blocks and one.function == "blocks_diagonal":
             yield replace(one, function="m.made_at", args=(0, Function("blocks_diagonal"), *one.args))
-        elif one.phase == "joint" and one.function == "factor_together" and self._blocks:
+        elif one.phase == "joint" and "lambda_0" in one.reads and self._blocks:
             whole = self._emit(one, "lambda_all", "m.all_reduce", Var("lambda_0"), note="every Gamma")
             yield from (whole, one.renamed({"lambda_0": "lambda_all"}))
         elif one.written[:1] in (("w",), ("w_capped",)):

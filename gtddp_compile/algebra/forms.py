@@ -197,10 +197,7 @@ def _same_weights(there: Law, update: MatrixExpr) -> Claim:
     scale = added.as_coeff_matrices()[0] if isinstance(added, MatMul) else Integer(1)
     pushed = MatMul(a.GRADIENTS.T, update).xreplace({a.WEIGHTS: weights})
     answer, expected = MatAdd(a.TARGET_NEXT, a.CHANGE, pushed), MatMul(a.INFORMATION_NEXT, weights)
-    rules = (
-        (product, a.GRAM),
-        ((a.GRAM, system), (Identity(a.BATCH) - a.INFORMATION_NEXT * system) / scale),
-    )
+    rules = ((product, a.GRAM), ((a.GRAM, system), (Identity(a.BATCH) - a.INFORMATION_NEXT * system) / scale))
     statement = "Lambda' w' = Lambda' w: the weights are the same at every stage (linear rollout)"
     if not is_equal(answer, expected, rules):
         raise CompileError(

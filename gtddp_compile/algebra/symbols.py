@@ -6,18 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache, reduce
 from typing import Any
 
-from sympy import (
-    Expr,
-    Identity,
-    Inverse,
-    MatAdd,
-    MatMul,
-    MatPow,
-    MatrixExpr,
-    MatrixSymbol,
-    Transpose,
-    ZeroMatrix,
-)
+from sympy import Expr, Identity, Inverse, MatAdd, MatMul, MatPow, MatrixExpr, MatrixSymbol, Transpose, ZeroMatrix
 
 Rule = tuple[tuple[MatrixExpr, ...], MatrixExpr]
 """``(factors, result)``: the product of adjacent ``factors`` is ``result``."""

@@ -18,14 +18,20 @@ from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.reference import leaves, start
 from gtddp_compile.frontends.tidied import tidied
-from gtddp_compile.frontends.traced import Traced, Untraceable, argument_names, raised_at, users_line
+from gtddp_compile.frontends.traced import (
+    Traced,
+    Untraceable,
+    argument_names,
+    module_paths,
+    raised_at,
+    users_line,
+)
 from gtddp_compile.pde import Jet
 
 aten = torch.ops.aten
@@ -172,8 +178,7 @@ class _Where:
     def __init__(self, model: nn.Module) -> None:
         self.given: tuple[str, str, bool] | None = None
         """What a node of the second pass takes over from the first."""
-        self._paths = {id(module): path for path, module in model.named_modules()}
-        self._stack = [""]
+        self._model = model
         self._detaching = False
 
     @contextmanager
@@ -184,25 +189,16 @@ class _Where:
 
         def stamp(*args: Any, **kwargs: Any) -> fx.Node:
             node: fx.Node = create(*args, **kwargs)
-            here = (self._stack[-1], users_line(), torch.is_grad_enabled() and not self._detaching)
+            here = (stack[-1], users_line(), torch.is_grad_enabled() and not self._detaching)
             node.meta["where"] = self.given or here
             return node
 
-        def enter(module: nn.Module, _: Any) -> None:
-            self._stack.append(self._paths.get(id(module), self._stack[-1]))
-
-        def leave(module: nn.Module, *_: Any) -> None:
-            self._stack.pop()
-
-        handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
         graph.create_node = stamp
         try:
-            with _Detached(self):
+            with module_paths(self._model) as stack, _Detached(self):
                 yield
         finally:
             del graph.create_node
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def detaching(self) -> Iterator[None]:

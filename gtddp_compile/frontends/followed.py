@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +32,7 @@ from gtddp_compile.frontends.traced import (
     Traced,
     Untraceable,
     argument_names,
+    module_paths,
     raised_at,
     users_line,
 )
@@ -141,7 +141,6 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
         """Modules that are recorded by functions of their own are, and every call learns whose it is."""
-        paths = {id(module): path for path, module in model.named_modules()}
         patched = []
         for module in model.modules():
             kind = next((kind for kind in type(module).__mro__ if kind in LAYERS), None)
@@ -150,18 +149,10 @@ class Recorder(TorchFunctionMode):
                 module.forward = functools.partial(LAYERS[kind], self, module)
                 patched.append(module)
 
-        def enter(module: nn.Module, _: Any) -> None:
-            self._stack.append(paths.get(id(module), self._stack[-1]))
-
-        def leave(module: nn.Module, *_: Any) -> None:
-            self._stack.pop()
-
-        handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
         try:
-            yield
+            with module_paths(model) as self._stack:
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for module in patched:
                 del module.forward
 

@@ -39,9 +39,10 @@ def record_recurrent(tracer: Any, m: nn.RNNBase, x: Any, hx: Any = None) -> tupl
             found.append(flat[:, offset:end].unflatten(1, (directions, width)))
             offset = end
         x = flat[:, offset:].unflatten(1, (-1, directions * size))
+        x = x.transpose(0, 1).contiguous()  # in memory as torch's: masks of dropout are drawn in that order
         if m.training and m.dropout and layer + 1 < m.num_layers:
-            # Time first and contiguous, so that torch's own masks are drawn.
-            x = F.dropout(x.transpose(0, 1).contiguous(), m.dropout, True).transpose(0, 1)
+            x = F.dropout(x, m.dropout, True)
+        x = x.transpose(0, 1)
     states = tuple(torch.cat(found, 1).transpose(0, 1) for found in finals)
     return x if m.batch_first else x.transpose(0, 1), states if lstm else states[0]
 

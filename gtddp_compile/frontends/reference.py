@@ -122,9 +122,7 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
             gradients = _gradients(found, params)
         except RuntimeError as error:  # autograd's word for a value that was overwritten, or cannot be differentiated
             raise CompileError(
-                f"the model cannot be differentiated: {error}",
-                "Make loss.backward() work on it first",
-                module="",
+                f"the model cannot be differentiated: {error}", "Make loss.backward() work on it first", module=""
             ) from error
         return Reference(tuple(value.detach() for value in found), gradients, buffers, drawn)
 

@@ -20,14 +20,7 @@ from torch.utils import _pytree as pytree
 
 from gtddp_compile.frontends.canonical import base_name
 from gtddp_compile.frontends.layers import FUNCTIONS, LAYERS
-from gtddp_compile.frontends.traced import (
-    Call,
-    Traced,
-    Untraceable,
-    argument_names,
-    raised_at,
-    users_line,
-)
+from gtddp_compile.frontends.traced import Call, Traced, Untraceable, argument_names, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")

@@ -6,7 +6,8 @@ import inspect
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from gtddp_compile.graph import ParameterInfo
 
@@ -106,6 +108,23 @@ def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
             found.append(parameter.name)
     found += [f"input_{i}" for i in range(len(found), count)]
     return tuple(found[:count])
+
+
+@contextmanager
+def module_paths(model: nn.Module) -> Iterator[list[str]]:
+    """Paths of the modules whose ``forward`` runs while the block does, the innermost last."""
+    paths, stack = {id(module): path for path, module in model.named_modules()}, [""]
+
+    def enter(module: nn.Module, _: Any) -> None:
+        stack.append(paths.get(id(module), stack[-1]))
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        stack.pop()
+
+    with ExitStack() as hooks:
+        hooks.callback(register_module_forward_pre_hook(enter).remove)
+        hooks.callback(register_module_forward_hook(leave, always_call=True).remove)
+        yield stack
 
 
 def is_users(filename: str) -> bool:

@@ -67,10 +67,7 @@ def apart_all(operands: tuple[Tensor, ...], batch: int, layouts: tuple[Arrangeme
 
 
 def arranged(
-    function: Callable[..., Tensor],
-    batch: int,
-    output: Arrangement,
-    operands: tuple[Arrangement | None, ...],
+    function: Callable[..., Tensor], batch: int, output: Arrangement, operands: tuple[Arrangement | None, ...]
 ) -> Callable[..., Tensor]:
     """``function(params, *operands)`` with its value and its operands as ``(B, …)``.
 

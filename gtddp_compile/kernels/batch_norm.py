@@ -119,7 +119,7 @@ class _NormalisedTogether(torch.autograd.Function):
 def quick_moments(x: Tensor) -> Moments | None:
     """:func:`batch_moments` where they are found faster here than by torch: in a sweep of a stage.
 
-    Measured (benchmarks/tried.py): on a CPU torch spends several times as long on them as on normalising.
+    Measured: on a CPU torch spends several times as long on them as on normalising.
     """
     here = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
     large = here and x.numel() >= SMALL and math.prod(x.shape[2:]) >= FEW and x.is_contiguous()

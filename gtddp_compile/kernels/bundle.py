@@ -36,6 +36,12 @@ class Norm(NamedTuple):
     normalized_shape: tuple[int, ...] = ()
 
 
+class Table(NamedTuple):
+    """How a table is looked up whose row ``padding_idx``, from the end if negative, has no gradient."""
+
+    padding_idx: int
+
+
 class Operation(NamedTuple):
     """How any other operation is differentiated (``kernels/generic.py``)."""
 
@@ -45,6 +51,7 @@ class Operation(NamedTuple):
     vectorised: bool = True
     forward_mode: bool = True
     first: int = 0
+    onednn: bool = True
 
 
 class Joined(Protocol):

@@ -43,7 +43,7 @@ def _conv_metric(metric: Tensor, channels: slice, groups: int) -> Tensor:
 def _conv_few_rows(g: Tensor, weight: Tensor) -> bool:
     """Whether a weight is so much larger than what its gradient is made of that torch's own is slow on a CPU.
 
-    Measured (benchmarks/tried.py): one product is up to three times faster where all rows are at most half of either
+    Measured: one product is up to three times faster where all rows are at most half of either
     side of the weight.
     """
     if torch.compiler.is_compiling() or g.device.type != "cpu":  # a graph must not depend on the batch's size

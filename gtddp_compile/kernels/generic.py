@@ -4,8 +4,8 @@
 these build ``γ`` (``B × parameters``) for everything but ``weighted`` and, with forward mode,
 ``directional``.
 
-How the operation is called is a :class:`~gtddp_compile.kernels.Operation` (``generic_probe`` finds the last three by a
-trial at compile time):
+How the operation is called is a :class:`~gtddp_compile.kernels.Operation` (``generic_probe`` finds ``mixes``,
+``vectorised`` and ``forward_mode`` by a trial at compile time):
 
 * ``function``: the operation;
 * ``batched``: for each operand whether its leading axis is the batch; ``()`` means that all are;
@@ -14,7 +14,8 @@ trial at compile time):
   by its cotangent, operands are always those of the whole batch, and ``g`` may be rows ``first``, ``first +
   1`` … alone;
 * ``vectorised``: ``torch.func.vmap`` supports the operation; otherwise a loop over samples;
-* ``forward_mode``: ``torch.func.jvp`` supports the operation; otherwise ``directional`` goes through ``γ``.
+* ``forward_mode``: ``torch.func.jvp`` supports the operation; otherwise ``directional`` goes through ``γ``;
+* ``onednn``: whether both may take oneDNN's layers. They have no rule for its recurrent ones.
 """
 
 import math
@@ -68,12 +69,25 @@ def _generic_pull(
     return output.detach(), pull
 
 
-def _generic_alone(layer: Layer, batched: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """``γ`` by evaluating the operation on batches of one sample.
+def _generic_transformed(how: Operation, call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """``call()``, without oneDNN's layers where ``how`` says so: torch.func has no rule for all of them."""
+    if how.onednn:
+        return call()
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags would set, and warn of, a precision too
+    try:
+        return call()
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
-    With gradients recorded around ``torch.func`` too: layers of oneDNN (a float32 LSTM) keep what their derivative
-    needs only then.
-    """
+
+def _generic_transforms(layer: Layer) -> bool:
+    """Whether torch.func has rules: for cuDNN's recurrent layers it has none, and none for what stands for them."""
+    return layer.how.onednn or not layer.g.is_cuda
+
+
+def _generic_alone(layer: Layer, batched: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """``γ`` by evaluating the operation on batches of one sample."""
     operands, g = layer.operands, layer.g
     closed, wanted = _generic_closed(layer)
 
@@ -85,12 +99,11 @@ def _generic_alone(layer: Layer, batched: tuple[bool, ...]) -> tuple[Tensor, ...
         _, pull = torch.func.vjp(lambda values: closed(values, *alone(sample)), wanted)  # type: ignore[misc]
         return tuple(pull(cotangent[None])[0])
 
-    if layer.how.vectorised:
+    if layer.how.vectorised and _generic_transforms(layer):
         axes = (0, *(0 if split else None for split in batched))
         step = max(1, CHUNK // max(1, g[0].numel()))
-        with torch.enable_grad():
-            result: tuple[Tensor, ...] = torch.func.vmap(one, in_dims=axes, chunk_size=step)(g, *operands)
-        return result
+        mapped = torch.func.vmap(one, in_dims=axes, chunk_size=step)
+        return _generic_transformed(layer.how, lambda: mapped(g, *operands))
     rows = []
     for index in range(g.shape[0]):
         pairs = zip(operands, batched, strict=True)
@@ -144,11 +157,11 @@ def generic_gram_diagonal(layer: Layer, metric: Inverses) -> Tensor:
 def generic_directional(layer: Layer, direction: tuple[Tensor, ...]) -> Tensor:
     """``⟨γ_i, v⟩ = ⟨g_i, (∂h/∂u v)_i⟩``, ``(B,)``."""
     g, how = layer.g, layer.how
-    if not how.forward_mode:
+    if not (how.forward_mode and _generic_transforms(layer)):
         return rows_directional(generic_per_sample(layer), direction)
     closed, wanted = _generic_closed(layer)
-    pushed: tuple[Tensor, ...] = torch.func.jvp(
-        lambda values: closed(values, *layer.operands), (wanted,), (tuple(direction),)
+    pushed = _generic_transformed(
+        how, lambda: torch.func.jvp(lambda values: closed(values, *layer.operands), (wanted,), (tuple(direction),))
     )
     return (pushed[1][how.first : how.first + g.shape[0]] * g).reshape(g.shape[0], -1).sum(1)
 
@@ -195,8 +208,4 @@ def generic_probe(layer: Layer) -> dict[str, bool]:
     def forward() -> tuple[Tensor, ...]:
         return (generic_directional(layer._replace(how=how._replace(forward_mode=True)), change),)
 
-    return {
-        "mixes": not alone,
-        "vectorised": vectorised,
-        "forward_mode": agrees(forward, slow, UNSUPPORTED),
-    }
+    return {"mixes": not alone, "vectorised": vectorised, "forward_mode": agrees(forward, slow, UNSUPPORTED)}

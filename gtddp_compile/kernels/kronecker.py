@@ -103,8 +103,8 @@ def kronecker_widths(layers: Sequence[Rows]) -> tuple[tuple[int, int], ...]:
 
 def kronecker_factor_shapes(layers: Sequence[Rows]) -> dict[str, tuple[int, int, int]]:
     """Shapes of the factors of the layers' rows side by side, by what a state calls them."""
-    groups = _kronecker_rows(layers[0], slice(0, 1))[0].shape[1]
-    wide_x, wide_g = map(sum, zip(*kronecker_widths(layers), strict=True))
+    shapes = [(x.shape, g.shape) for x, g in (_kronecker_rows(layer, slice(0, 1)) for layer in layers)]
+    groups, wide_x, wide_g = shapes[0][0][1], sum(x[3] for x, _ in shapes), sum(g[3] for _, g in shapes)
     return {"factor_x": (groups, wide_x, wide_x), "factor_g": (groups, wide_g, wide_g)}
 
 

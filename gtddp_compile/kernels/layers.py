@@ -55,7 +55,7 @@ def recurrent(
     begin = tuple(state.transpose(0, 1).contiguous() for state in states) or tuple(
         x.new_zeros(directions, x.shape[0], size) for size in sizes
     )
-    options = (list(weights), bias, 1, 0.0, False, directions == 2, True)
+    options = (list(weights), bias, 1, 0.0, True, directions == 2, True)  # in training: else cuDNN has no derivative
     if mode == "LSTM":
         output, *ends = torch.lstm(x, begin, *options)
     else:

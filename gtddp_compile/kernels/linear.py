@@ -20,7 +20,7 @@ CHUNK = 2**20
 
 HALVED = 512
 """Samples from which on a CPU's symmetric product is made of its upper triangle, a few rows at a time; parts of smaller
-ones take longer than the whole (benchmarks/tried.py)."""
+ones take longer than the whole (measured)."""
 
 FEW = 8
 """Positions up to which pairs of them are taken one by one."""

@@ -69,7 +69,7 @@ def _conv_patches(x: Tensor, kernel: tuple[int, ...], how: Geometry) -> Tensor:
 
 
 def _conv_grouped(positions: int, channels: int, kernel: int) -> bool:
-    """Whether a grouped convolution beats unfolded patches (measured: benchmarks/tried.py), whose copies weigh most."""
+    """Whether a grouped convolution beats unfolded patches (measured), whose copies weigh most."""
     return kernel > 1 and channels >= BLOCK and (positions >= GROUPED or 16 * positions >= channels**2)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from gtddp_compile.kernels.bundle import Layer, part_of, pieces, scaled, wide
 
@@ -258,6 +259,35 @@ def solve(factors: Blocks, vector: Tensor) -> Tensor:
 
 def _solve(block: Tensor, vector: Tensor) -> Tensor:
     return torch.cholesky_solve(vector.unsqueeze(1), block, upper=True).squeeze(1)
+
+
+def target_entries(targets: Any) -> float:
+    """How many numbers a sample's target has; at least 1."""
+    found = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.dim()]
+    return max(1.0, sum(leaf[:1].numel() for leaf in found))
+
+
+def reached(grams: Blocks, information: Tensor, reach: float, targets: Any) -> tuple[Blocks, Tensor]:
+    """``Λ_T / c + Γ`` and the diagonal of ``Λ_T / c``: the loss counts ``c ≥ 1`` times, group by group.
+
+    ``y = P_T⁻¹ α_T`` stays, as both ``α_T`` and ``P_T`` are ``c`` times what they were. ``c`` makes the mean of ``Γ``'s
+    diagonal ``reach`` times that of ``Λ_T / c``, but is no more than a sample's target has numbers: it undoes a mean
+    over many outputs, not that a loss hardly answers to the parameters or is as good as fitted.
+
+    Args:
+        grams: ``Γ`` of all stages, a block a group; overwritten.
+        information: the diagonal of ``Λ_T``, ``(B,)``.
+        reach: the least ratio.
+        targets: of the batch, as the loss takes them: tensors with the samples leading, however nested.
+    """
+    most, lowered = target_entries(targets), []
+    for gram, own in zip(grams, information.split([gram.shape[0] for gram in grams]), strict=True):
+        diagonal = gram.diagonal()
+        there = diagonal.sum()
+        c = torch.where(there > 0, reach * own.sum() / there, 1.0).clamp(1.0, most)
+        lowered.append(own / c)
+        diagonal.add_(lowered[-1])
+    return grams, lowered[0] if len(lowered) == 1 else torch.cat(lowered)
 
 
 def cap_step(weights: Tensor, target: Tensor, information: Tensor, scales: Sequence[float], rows: Sequence[slice],

@@ -17,9 +17,14 @@ CHUNK = 2**22
 
 
 def _embedding_rows(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Which rows a sample looks up, ``(B, T)``, and their gradients, ``(B, T, m)``."""
+    """Which rows a sample looks up, ``(B, T)``, and their gradients, ``(B, T, m)``: none at the row of padding."""
     samples, width = layer.g.shape[0], layer.g.shape[-1]
-    return layer.operands[0].reshape(samples, -1), layer.g.reshape(samples, -1, width)
+    keys, g = layer.operands[0].reshape(samples, -1), layer.g.reshape(samples, -1, width)
+    if layer.how is None:
+        return keys, g
+    (table, *_), padding = layer.params, layer.how.padding_idx
+    assert table is not None
+    return keys, g.masked_fill((keys == padding % len(table)).unsqueeze(2), 0.0)
 
 
 def embedding_per_sample(layer: Layer) -> tuple[Tensor, ...]:

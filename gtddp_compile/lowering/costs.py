@@ -33,8 +33,7 @@ the joint step: a sketch, ``⟨γ_i, v⟩`` and the weighted gradient are convol
 64 channels, 64 to 1,024 positions and 8 to 128 samples; beyond it the two are even or the sketch wins."""
 
 UNFOLDED = 4.0
-"""What a multiplication of unfolded patches, sample by sample, costs against one of torch's own convolutions (measured:
-benchmarks/tried.py)."""
+"""What a multiplication of unfolded patches, sample by sample, costs against one of torch's own convolutions."""
 
 SKETCHED = 128
 """Columns of a sketched per-sample gradient, at least: fewer than are needed for the steps to a target to be those of

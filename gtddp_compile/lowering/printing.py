@@ -32,6 +32,7 @@ def _known() -> dict[int, str]:
             value = getattr(module, name)
             if callable(value) and not name.startswith("_"):
                 found[id(value)] = f"{prefix}.{name}"
+    found[id(torch._weight_norm)] = "torch._weight_norm"  # which parametrizations.weight_norm calls
     found.update((id(value), name) for name, value in kernels.KERNELS.items())
     found.update((id(value), value.__name__) for value in (getattr, len, int, float, bool, tuple, list))
     return found

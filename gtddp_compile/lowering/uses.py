@@ -160,6 +160,7 @@ def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str
     routed = any(isinstance(ref, Ref) and graph.op(ref.name).samples.order for ref in operands)
     whole = op.mixes_samples or bool(extras) or not any(batched) or routed
     options: dict[str, Any] = {"batched": batched, "mixes": whole}
+    options |= {"onednn": False} if op.kind == "recurrent" else {}
     key = use_key(graph, player, op.name)
     use = Use(op.name, key, GenericRule(), operands, params, wants, names, options, "player", extras, ops)
     use = _with_layouts(graph, use, batched)

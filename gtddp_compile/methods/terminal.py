@@ -78,17 +78,23 @@ class Geometric:
         aim: part of κ for every batch.
         own: part of κ that counts one over the size of the batch, or of the groups of ``coupling``.
         half: size at which the aim is half: few samples say little about the others, and are not to be fitted at once.
+        reach: of the joint step: least ratio of ``Γ``'s diagonal to that of ``P_T⁻¹``, each the mean over a group (0:
+            none). A loss that is small in itself, a mean over many outputs say, makes the one small in the other's
+            measure: every learning rate is then a small one. Where the ratio is less, the loss counts as often as is
+            missing, at most as often as a sample's target has numbers, which is the learning rate raised by as much;
+            never lowered, and not beside coupled weight decay, which would be left behind.
         deep: layers in a row, with neither a normalisation nor a shortcut between them, from which on the aim falls as
             one over their number (0: never): what all of them change together is further from linear. A compiled
             program has the aim that comes of it, and ``deep`` 0.
 
     Raises:
-        CompileError: the aim is not positive, or ``own``, ``half`` or ``deep`` is negative.
+        CompileError: the aim is not positive, or ``own``, ``half``, ``reach`` or ``deep`` is negative.
     """
 
     aim: float = 1.0
     own: float = 0.0
     half: float = 0.0
+    reach: float = 0.0
     deep: float = 0.0
 
     def __post_init__(self) -> None:
@@ -96,6 +102,7 @@ class Geometric:
             ("aim", self.aim, self.aim > 0),
             ("own", self.own, self.own >= 0),
             ("half", self.half, self.half >= 0),
+            ("reach", self.reach, self.reach >= 0),
             ("deep", self.deep, self.deep >= 0),
         )
         for option, value, ok in options:
@@ -116,6 +123,11 @@ def at_depth(terminal: Terminal | None, layers: int) -> Terminal | None:
 def is_rank_one(terminal: Terminal) -> bool:
     """Whether the factor is along the gradient itself, with a weight (``gtddp_compile.kernels.terminal``)."""
     return isinstance(terminal, Geometric) or terminal in ("geometric", "gradient")
+
+
+def reach_of(terminal: Terminal) -> float:
+    """``reach`` of :class:`Geometric`; 0 where it is another."""
+    return terminal.reach if isinstance(terminal, Geometric) else 0.0
 
 
 def terminal_weight(terminal: Terminal) -> tuple[str, float, float, float]:

@@ -65,7 +65,7 @@ class FastBackend:
                 raise CompileError("compile=True under autocast", "Leave one of them out")
             step = self._compiled
         if self._ranks is not None:
-            self._ranks.begin_alike(self.program.lowered, m, p, b)
+            self._ranks.begin_alike(self.program.lowered, m, p, b, inputs)
         with torch.no_grad(), precision.outside():
             phi = step(m, p, b, q, self._again(b), inputs, targets)
             if self._ranks is not None:

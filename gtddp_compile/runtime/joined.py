@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
+from gtddp_compile.graph_batches import GraphBatches
 from gtddp_compile.options import Nystrom, Options
 from gtddp_compile.runtime.method import BaseMethod, GivenUp
 from gtddp_compile.runtime.ranks import Ranks
@@ -40,6 +41,9 @@ def check_shared(options: Options, model: nn.Module, ranks: Ranks | None) -> Non
     )
     if isinstance(model, Terms):
         raise CompileError("process_group with Terms: sets of points are not split among ranks", "Leave it out")
+    if isinstance(model, GraphBatches) and None in model.rooms:
+        raise CompileError("process_group with GraphBatches: ranks pad their graphs to different sizes",
+                           "Give GraphBatches nodes= and edges=")  # fmt: skip
     for option, is_refused, said in refused:
         if is_refused:
             raise CompileError(f"process_group with {option}={getattr(options, option)!r}: {said}",

@@ -209,10 +209,12 @@ class BaseMethod(BlockUpdates):
         """The state after the step, in the tensors of the state before it where they have its shape: as torch.optim,
         whoever holds one sees what it is. Which are to take another's memory is added to ``exchanged``.
         """
-        found = dict(self.states[name])
+        found, known = dict(self.states[name]), self._before[name]
         for key, value in found.items():
-            before = self._before[name].get(key)
-            if isinstance(before, Tensor) and isinstance(value, Tensor) and value.dim() and _alike(before, value):
+            before = known.get(key)
+            if before is value or not isinstance(value, Tensor) or not value.dim():
+                continue
+            if isinstance(before, Tensor) and _alike(before, value):
                 exchanged.append((before, "data", value.data))
                 found[key] = before
         return found

@@ -172,17 +172,12 @@ class UpdateProgram:
             return [(equation.symbol, equation.expression) for equation in equations]
         return self._latex(derived) if format == "latex" else self._text(derived)
 
-    def _legend(self, stage: DerivedStage) -> list[tuple[str, str]]:
-        rows = [(name, ", ".join(values)) for name, values in stage.inputs.items()]
-        rows += [(f"{name}'", ", ".join(values)) for name, values in stage.outputs.items()]
-        return rows + [(name, player) for name, player in stage.controls.items()]
-
     def _text(self, stage: DerivedStage) -> str:
         lines = [f"stage {stage.index}: {', '.join(stage.controls.values())}"]
-        lines += [f"  {name:<4} = {values}" for name, values in self._legend(stage)]
+        lines += [f"  {name:<4} = {', '.join(values)}" for name, values in stage.legend]
         lines += ["  augmented dynamics (0, I, J dense; F in the controls):"]
         lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
-        lines.append("  gains and value recursion (a prime: at t+1; numbers: equations of the paper):")
+        lines.append("  gains and value recursion (numbers: equations of the paper; symbols: docs/theory.md#symbols):")
         lines += _equation_lines(stage.derivation)
         if self.form.name == "joint":
             lines.append("  the policy on the linearised dynamics: c' = c + C^T delta_u, and so Lambda' w' = Lambda' w")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
@@ -31,7 +32,7 @@ class Ranks:
     Attributes:
         size, rank: how many processes there are, and which this is.
         sizes: samples of every rank in this step.
-        agreed: programs whose first steps began alike.
+        agreed: programs whose first steps began alike, and a number for each.
         sent: calls and bytes that this rank has handed in since the step began, by collective.
 
     Raises:
@@ -49,7 +50,7 @@ class Ranks:
         if self.rank < 0:
             raise CompileError("this process is not in process_group", "Pass a group that it is in")
         self.sizes: tuple[int, ...] = ()
-        self.agreed: list[Lowered] = []
+        self.agreed: list[tuple[Lowered, int]] = []
         self.sent: dict[str, tuple[int, int]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -154,51 +155,57 @@ class Ranks:
     # --- agreement ----------------------------------------------------------------------------------------------------
 
     def begin_alike(
-        self, lowered: Lowered, m: BaseMethod, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-    ) -> None:
-        """Before a program's first step: whether every rank has the same, and begins at the same place.
+        self, lowered: Lowered, m: BaseMethod, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor],
+        inputs: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        """Before every step, whether all ranks run the same program; before its first, from the same place.
+
+        Collectives of two programs would meet, and gloo ends processes whose sizes do not fit.
 
         Args:
             lowered: the program.
             m: the base method, with options and states.
             params, buffers: as they are.
+            inputs: of the step. Where rows of all ranks come together, a sample's have to have one shape.
 
         Raises:
-            CompileError: they differ.
+            CompileError: something differs; on every rank.
         """
         self.sent = {}
-        if any(known is lowered for known in self.agreed) and not m.first:
-            return
-        states = chain(*(sorted(state.items()) for state in m.states.values()))
-        values = [*params.values(), *buffers.values()]
-        seen = fingerprint(*lowered.instructions), fingerprint(*values), fingerprint(m.options, *chain(*states))
-        self.refuse_different(seen, values[0].device)
-        self.agreed.append(lowered)
-        self.sent = {}
+        known = next((number for one, number in self.agreed if one is lowered), None)
+        number = fingerprint(*lowered.instructions) if known is None else known
+        joint = lowered.plan.gathers and lowered.plan.form.name == "joint"
+        shapes = fingerprint(*(value.shape[1:] for value in inputs)) if joint else 0
+        device = next(iter(params.values())).device
+        if self._differ(ALIKE[:2], (number, shapes, known is None or m.first), device):
+            sent = dict(self.sent)
+            states = chain(*(sorted(state.items()) for state in m.states.values()))
+            values = [*params.values(), *buffers.values()]
+            self._differ(ALIKE[2:], (fingerprint(*values), fingerprint(m.options, *chain(*states)), 0), device)
+            if known is None:
+                self.agreed.append((lowered, number))
+            self.sent = sent
 
-    def refuse_different(self, seen: tuple[int, int, int], device: torch.device) -> None:
-        """Refuse ranks that do not begin alike.
-
-        Args:
-            seen: numbers that stand for the program, for parameters and buffers, and for options and states.
-            device: on which the group's collectives run.
-
-        Raises:
-            CompileError: one differs; on every rank.
-        """
+    def _differ(self, told: tuple[tuple[str, str], ...], seen: tuple[int, int, int], device: torch.device) -> bool:
+        """Refuse ranks of which the first two numbers differ; whether any has a third."""
         found = self.tables(torch.tensor(seen, dtype=torch.int64, device=device)).tolist()
-        for index, (what, remedy) in enumerate(ALIKE):
+        for index, (what, remedy) in enumerate(told):
             other = next((rank for rank in range(self.size) if found[rank][index] != found[0][index]), None)
             if other is not None:
                 raise CompileError(f"the {what} of rank {other} are not those of rank 0", remedy)
+        return any(row[2] for row in found)
 
 
 ALIKE = (
-    ("instructions of the program", "Give compile_optimizer example inputs of one shape on every rank"),
+    (
+        "instructions of the program",
+        "Give compile_optimizer example inputs of one shape, and set modes and attributes of modules, on every rank",
+    ),
+    ("shapes of a sample", "Pad to one length on every rank, or pass coupling='local'"),
     ("parameters or buffers", "Load the same on every rank, or call torch.manual_seed before the model is made"),
     ("options or states of the optimizer", "Load the same checkpoint on every rank"),
 )
-"""What ranks begin with, and what to do where they do not begin alike."""
+"""What ranks begin with, two and two, and what to do where they do not begin alike."""
 
 
 def check_shared_model(graph: ControlGraph, model: nn.Module) -> None:
@@ -266,28 +273,13 @@ def fingerprint(*values: Any) -> int:
 
 def _flattened(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same structure with its tensors changed as one vector a dtype."""
-    tensors = list(_tensors(value))
-    found: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        own = [(i, tensor) for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+    leaves, spec = tree_flatten(value)
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)):
+        own = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dtype == dtype]
         whole = change(torch.cat([tensor.reshape(-1) for _, tensor in own]))
         for (i, tensor), piece in zip(own, whole.split([tensor.numel() for _, tensor in own]), strict=True):
-            found[i] = piece.reshape(tensor.shape)
-    return _rebuilt(value, iter(found[i] for i in range(len(tensors))))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from _tensors(part)
-
-
-def _rebuilt(value: Any, found: Iterator[Any]) -> Any:
-    if isinstance(value, Tensor):
-        return next(found)
-    return tuple(_rebuilt(part, found) for part in value) if isinstance(value, tuple) else value
+            leaves[i] = piece.reshape(tensor.shape)
+    return tree_unflatten(leaves, spec)
 
 
 def _narrowed(value: Tensor) -> Tensor:

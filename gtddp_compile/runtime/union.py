@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.utils._pytree import tree_map, tree_map_only
 
 from gtddp_compile.algebra.collapsed import COUPLED
 from gtddp_compile.errors import CompileError
@@ -222,7 +223,7 @@ def scaled(name: str, arguments: tuple[Any, ...], weight: float) -> tuple[Any, .
     if name == OF_CHANNELS:  # a mean over samples, whatever they weigh
         return arguments
     if name not in WITH_ROWS:
-        return (*arguments[:-1], _tree(lambda value: value * weight, arguments[-1]))
+        return (*arguments[:-1], tree_map_only(Tensor, lambda value: value * weight, arguments[-1]))
     stage, kind, names, layers, start = arguments
     found = []
     for rows in layers:
@@ -266,7 +267,7 @@ def _joined(name: str, left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[A
         names, layer, *rest = left
         return names, _inputs_beside(layer, right[1]), *rest
     if name not in WITH_ROWS:
-        return (*left[:-1], _sum(left[-1], right[-1]))
+        return (*left[:-1], tree_map(lambda a, b: a + b if isinstance(a, Tensor) else a, left[-1], right[-1]))
     layers = []
     for rows, other in zip(left[3], right[3], strict=True):
         moment = rows.moment and (rows.moment[0], _inputs_beside(rows.moment[1], other.moment[1]))
@@ -282,18 +283,6 @@ def _beside(left: Layer, right: Layer) -> Layer:
 def _inputs_beside(left: Layer, right: Layer) -> Layer:
     """The same of what reads inputs alone, moments and channels: their ``g`` may have several columns a sample."""
     return left._replace(operands=tuple(torch.cat(pair) for pair in zip(left.operands, right.operands, strict=True)))
-
-
-def _tree(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    return tuple(_tree(change, item) for item in value) if isinstance(value, tuple) else value
-
-
-def _sum(left: Any, right: Any) -> Any:
-    if isinstance(left, Tensor):
-        return left + right
-    return tuple(_sum(a, b) for a, b in zip(left, right, strict=True)) if isinstance(left, tuple) else left
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

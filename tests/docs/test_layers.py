@@ -15,8 +15,8 @@ import networkx as nx
 import pytest
 
 ORDER = (
-    "errors", "wording", "kernels", "pde", "terms", "graph", "algebra", "methods", "options", "lowering", "frontends",
-    "passes", "runtime", "optimizer", "api", "tools", "__main__",
+    "errors", "wording", "kernels", "pde", "terms", "graph_batches", "graph", "algebra", "methods", "options",
+    "lowering", "frontends", "passes", "runtime", "optimizer", "api", "tools", "__main__",
 )  # fmt: skip
 
 

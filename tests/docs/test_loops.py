@@ -58,3 +58,22 @@ def test_several_processes(tmp_path: Path) -> None:
     assert after < before
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
     assert set(torch.load(tmp_path / "run.pt", weights_only=True)) == {"model", "optimizer"}
+
+
+def test_a_process_that_ends_while_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint before is whole."""
+    recipe, path = import_module("several_processes"), tmp_path / "run.pt"
+    model = torch.nn.Linear(2, 2)
+    optimizer = compile_optimizer(model, torch.randn(3, 2), loss=torch.nn.CrossEntropyLoss())
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    recipe.save(path, model, optimizer)
+    saved = path.read_bytes()
+
+    def ends(found: object, part: Path) -> None:
+        part.write_bytes(saved[: len(saved) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", ends)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.save(path, model, optimizer)
+    assert path.read_bytes() == saved

@@ -28,7 +28,7 @@ def test_research_is_written_from_the_rows():
 
     text = page.PAGE.read_text(encoding="utf-8")
     for table in (page.table(page.load()), page.prototypes()):
-        assert table in text, "run benchmarks/research.py --budget 0"
+        assert table in text, "run benchmarks/research.py"
 
 
 def test_robustness_is_written_from_the_rows():

@@ -38,8 +38,7 @@ def small() -> Example:
 
 CASES: dict[str, tuple[Callable[[], Example], dict[str, Any]]] = {
     "sgd": (residual, {"curvature": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
-    "adam": (small, {"curvature": "adam", "amsgrad": True, "weight_decay": 0.1}),
-    "rmsprop": (small, {"curvature": "rmsprop", "coupling": "block"}),
+    "adam": (small, {"curvature": "adam", "amsgrad": True, "weight_decay": 0.1, "coupling": "block"}),
 }
 SCRIPT = """
 for name in {names!r}:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo
+from gtddp_compile import SGD, CompiledOptimizer, CompileError, MonteCarlo, compile_optimizer
 from support.architectures import EXAMPLES, Example
 from support.exported import (
     compiled,
@@ -30,7 +30,7 @@ from support.exported import (
 )
 from support.networks import conv, make, mlp
 
-STEPS = 10
+STEPS = 4
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 SCRIPT = """
@@ -74,7 +74,7 @@ def imported(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
 
 
-def test_ten_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every network in one precision, one first-order method and one with factors in both."""
     cases, optimizers = {}, {}
     single = [(torch.float32, name) for name in ("unet_like", "mixed_ekfac")]
@@ -258,6 +258,19 @@ def test_an_output_of_a_class_of_ones_own_is_refused(tmp_path: Path) -> None:
     opt = compiled(Example(model, (torch.randn(4, 4, dtype=torch.float64),)), loss=of_box)
     with pytest.raises(CompileError, match="the model returns a Box, a class that an exported program does not have"):
         opt.program.export(tmp_path / "step.py")
+
+
+class OwnSGD(SGD):
+    """A base method of one's own."""
+
+
+@pytest.mark.parametrize("suffix", ["py", "pt2", "json"])
+def test_a_base_method_of_ones_own_is_refused(suffix: str, tmp_path: Path) -> None:
+    case = mlp()
+    opt = compile_optimizer(case.model, case.batch(0)[0], loss=case.loss, curvature=OwnSGD(lr=0.1))
+    with pytest.raises(CompileError, match="the base method OwnSGD is none of the package's own"):
+        opt.program.export(tmp_path / f"step.{suffix}")
+    assert not list(tmp_path.iterdir())
 
 
 def of_box(outputs: Any, targets: Tensor) -> Tensor:

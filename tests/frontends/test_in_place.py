@@ -74,6 +74,12 @@ def several_underscores(net: Any, x: Tensor) -> Tensor:
     return net.b(z + h)
 
 
+def filled(net: Any, x: Tensor) -> Tensor:
+    """A number of the model's own in every entry, which has a gradient."""
+    h = torch.tanh(net.a(x))
+    return net.b(h + torch.zeros_like(h).fill_(net.a.bias[0]) + torch.ones_like(h).fill_(0.5))
+
+
 def augmented(net: Any, x: Tensor) -> Tensor:
     h = net.a(x)
     h *= 2
@@ -101,7 +107,7 @@ def part_of_a_part(net: Any, x: Tensor) -> Tensor:
 
 IN_PLACE = [
     part_of_a_part, alias_of_iadd, relu_underscore, relu_inplace, item_assignment, add_to_a_view, add_below_a_view,
-    halves, several_underscores, augmented, inputs_own,
+    halves, several_underscores, augmented, inputs_own, filled,
 ]  # fmt: skip
 
 
@@ -111,7 +117,7 @@ def test_in_place_operations(forward: Callable[..., object]) -> None:
     model = net(forward)
     graph = normalise(model, (batch(4),))
     assert_same(values(graph, model, batch(6, 1)), model(batch(6, 1)))
-    assert graph.frontend == "fx" or forward not in (part_of_a_part, add_to_a_view)
+    assert graph.frontend == "fx" or forward not in (part_of_a_part, add_to_a_view, filled)
 
 
 @pytest.mark.parametrize("forward", IN_PLACE[:6], ids=lambda f: f.__name__)
@@ -128,5 +134,5 @@ def test_in_place_operations_through_export(forward: Callable[..., object], fron
 
 
 def test_a_training_step_with_in_place_operations_is_the_base_methods() -> None:
-    for forward in (alias_of_iadd, item_assignment, add_to_a_view):
+    for forward in (alias_of_iadd, item_assignment, add_to_a_view, filled):
         assert_base(Case(net(forward), (4,)), curvature="sgd", lr=0.1)

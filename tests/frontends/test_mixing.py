@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, compile_optimizer
+from support.compared import flat
 
 WIDTH = 6
 MIXING: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
@@ -48,7 +49,7 @@ def trained(model: nn.Module, example: int = 4, size: int = 4, **options: Any) -
     opt = compile_optimizer(model, data(example)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", lr=1.0, **options)
     for step in range(2):
         opt.step(*data(size, step))
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), opt
+    return flat(model), opt
 
 
 @pytest.mark.parametrize("name", MIXING)

@@ -297,7 +297,9 @@ GENERIC: dict[str, tuple[Function, tuple[Tensor, ...], tuple[bool, ...], Params]
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (3, 2, 2), (1, 3)])
 def test_embedding(shape: tuple[int, ...], rows: int, metric: str, chunk: int) -> None:
     keys = torch.randint(0, rows, shape, generator=torch.Generator().manual_seed(rows))
-    check("embedding", lambda p, i: F.embedding(i, p[0]), (keys,), (draw(rows, 3),), metric=metric)  # type: ignore[arg-type]
+    for padded in ({}, {"padding_idx": int(keys.flatten()[0])}, {"padding_idx": -1}):
+        function: Function = lambda p, i, padded=padded: F.embedding(i, p[0], **padded)  # noqa: E731
+        check("embedding", function, (keys,), (draw(rows, 3),), metric=metric, **padded)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -119,7 +119,7 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
     op("conv", F.conv2d, X, W, B, Ref("stride")), op("conv", F.conv2d, X, W, B, shape=(2, 3, 3)),
     op("layer_norm", F.layer_norm, X, (4, 2, 3, 3), W, B),
     op("batch_norm", batch_norm, X, W, VAR, None, None, B, **{**BN, "training": False}),
-    op("embedding", F.embedding, X, W, padding_idx=-1), op("embedding", F.embedding, X, W, None, 1.0),
+    op("embedding", F.embedding, X, W, 0, 1.0), op("embedding", F.embedding, X, W, None, 1.0),
     op("embedding", F.embedding, X, W, scale_grad_by_freq=True), op("embedding", F.embedding, BufferRef("x"), W),
 ])  # fmt: skip
 def test_anything_unusual_is_generic(operation: Op) -> None:
@@ -133,6 +133,14 @@ def test_a_plain_table_has_a_rule() -> None:
     table = op("embedding", F.embedding, X, W, None, sparse=False)
     rule = choose(table, frozenset({"w"}))
     assert (rule.name, rule.operands(table), rule.roles(table)) == ("embedding", (X,), (W,))
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_padded_table_has_the_same_kernels(row: int) -> None:
+    table = op("embedding", F.embedding, X, W, padding_idx=row)
+    rule = choose(table, frozenset({"w"}))
+    assert (rule.name, rule.prefix, rule.options(table)) == ("padded", "embedding", {"padding_idx": row})
+    assert (rule.operands(table), rule.roles(table)) == ((X,), (W,))
 
 
 def test_no_rule_is_an_error_that_says_where() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import lr_scheduler, optimizer, swa_utils
 
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
@@ -249,6 +250,34 @@ def test_state_dicts() -> None:
     same(trained(twin, other), trained(model, opt))
 
 
+def test_another_models_state() -> None:
+    """Of one with other shapes, and of one with other modules."""
+    _, opt = made()
+    for module, said in (("fc", "'fc'.* has shape .* where the parameter has"), ("more", "parameter groups .'more'")):
+        other = Noisy()
+        other.bn, other.out = (nn.BatchNorm1d(5), nn.Linear(5, 3)) if module == "fc" else (other.bn, other.out)
+        setattr(other, module, nn.Linear(4, 5) if module == "fc" else nn.Linear(3, 3))
+        _, theirs = made(other)
+        theirs.step(*batch())
+        with pytest.raises(CompileError, match=said):
+            opt.load_state_dict(theirs.state_dict())
+    assert not opt.state
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("curvature", ["adam", "foof", "ekfac"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_distributed_state_dict(fresh: bool, curvature: str) -> None:
+    """Which makes a step of zero gradients before it loads."""
+    model, opt = made(curvature=curvature)
+    trained(model, opt)
+    saved = copy.deepcopy(get_state_dict(model, opt))
+    twin, other = made(curvature=curvature)
+    trained(twin, other, 0 if fresh else 1)
+    set_state_dict(twin, other, model_state_dict=saved[0], optim_state_dict=saved[1])
+    same(trained(twin, other), trained(model, opt))
+
+
 def test_deepcopy() -> None:
     model, opt = made()
     trained(model, opt)
@@ -298,6 +327,39 @@ def test_grad_mode() -> None:
     torch.manual_seed(0)
     other.step(*batch())
     same(model.state_dict(), twin.state_dict())
+
+
+def test_without_gradient() -> None:
+    """As torch.optim leaves alone what has no ``p.grad``."""
+    models = [Noisy() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model.unused = nn.Linear(3, 3)
+        model.fc.bias.requires_grad_(False)
+    models[1].load_state_dict(models[0].state_dict())
+    model, opt = made(models[0], curvature="adamw", weight_decay=0.1, feedback=False)
+    theirs = torch.optim.AdamW(models[1].parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(2):
+        torch.manual_seed(step)
+        opt.step(*batch(step))
+        torch.manual_seed(step)
+        LOSS(models[1](batch(step)[0]), batch(step)[1]).backward()
+        theirs.step()
+        theirs.zero_grad()
+    torch.testing.assert_close(model.state_dict(), models[1].state_dict())
+    assert {id(p) for p in model.parameters()} - {id(p) for p in opt.state} == {
+        id(p) for p in (model.fc.bias, *model.unused.parameters())
+    }
+
+
+def test_grad_scaler() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)  # type: ignore[attr-defined]
+    (model, opt), (twin, other) = made(grad_scaler=scaler), made()
+    same(trained(model, opt), trained(twin, other))
+    scaler.scale(LOSS(model(batch()[0]), batch()[1])).backward()
+    with pytest.raises(CompileError, match="the batch itself is needed"):
+        scaler.step(opt)
+    same(dict(model.named_parameters()), dict(twin.named_parameters()))
 
 
 def test_gradients() -> None:

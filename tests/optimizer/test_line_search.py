@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
+from support.compared import flat
 
 
 def network() -> nn.Sequential:
@@ -27,10 +28,6 @@ def stepped(model: nn.Module, **options: object) -> CompiledOptimizer:
     torch.manual_seed(7)
     opt.step(x, y)
     return opt
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("curvature", ["foof", "sgd"])

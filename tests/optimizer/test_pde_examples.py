@@ -47,13 +47,17 @@ EQUATIONS: dict[str, dict[str, Equation]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_joint_step_is_gauss_newton_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With narrow layers in place of the example's."""
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An example, with narrow layers in place of its own."""
+    made = import_module("solve").network
+    monkeypatch.setattr(import_module(request.param), "network", lambda *sizes: made(sizes[0], 8, 8, sizes[-1]))
+    return str(request.param)
+
+
+def test_the_joint_step_is_gauss_newton_s(name: str) -> None:
     torch.manual_seed(1)
-    example, network = import_module(name), import_module("solve").network
-    monkeypatch.setattr(example, "network", lambda *sizes: network(sizes[0], 8, 8, sizes[-1]))
-    problem = example.problem()
+    problem = import_module(name).problem()
     drawn = problem.points(torch.Generator().manual_seed(2))
     points = {  # some of them
         key: (x[:: len(x) // 20], y[:: len(x) // 20] if isinstance(y, Tensor) else y) for key, (x, y) in drawn.items()
@@ -68,7 +72,6 @@ def test_the_joint_step_is_gauss_newton_s(name: str, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-8 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / f"{name}.html"
     import_module(name).main(steps=2, out=report)

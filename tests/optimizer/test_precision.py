@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
 from support import networks
 from support.architectures import EXAMPLES, Example
+from support.compared import flat
 from support.exported import targets_for
 
 LOSS = nn.CrossEntropyLoss()
@@ -37,7 +38,7 @@ def example(name: str, dtype: torch.dtype) -> Example:
 
 
 def vector(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return flat(model)
 
 
 def figures(opt: CompiledOptimizer) -> list[Tensor]:

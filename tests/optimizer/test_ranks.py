@@ -13,7 +13,7 @@ from torch import nn
 
 from gtddp_compile import CompileError, Nystrom, compile_optimizer
 from gtddp_compile.methods.curvature import REGISTRY
-from support.ranked import Case, counted, differences, on_ranks, refusals, wrapped
+from support.ranked import Case, counted, differences, late, of_graphs, on_ranks, refusals, wrapped
 
 UNEVEN, FOUR = (5, 3), (3, 2, 2, 4)  # groups in one process are of one size but for the last
 
@@ -44,12 +44,11 @@ PAIRS |= dict(
     ]
 )
 FOURS = dict(
-    [
-        case("norms", "foof", "full", FOUR),
-        case("tokens", "ekfac", "full", FOUR),
-        case("tokens", "foof", "local", (4, 4, 4, 2)),
-    ]
+    case("norms", name, coupling, FOUR if coupling == "full" else (4, 4, 4, 2), **STEADY.get(name, {}))
+    for name in REGISTRY
+    for coupling in ("full", "local")
 )
+FOURS |= dict([case("tokens", "ekfac", "full", FOUR), case("tokens", "foof", "local", (4, 4, 4, 2))])
 COUNTED = dict(
     case(network, name, coupling, (4, 4))
     for network, name, coupling in (
@@ -68,7 +67,7 @@ WRAPPED = Case("conv", {"curvature": "foof"}, (2, 2))
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     jobs = {"differences": (differences, PAIRS), "counted": (counted, COUNTED), "wrapped": (wrapped, WRAPPED),
-            "refusals": (refusals, REFUSED)}  # fmt: skip
+            "refusals": (refusals, REFUSED), "graphs": (of_graphs, ((3, 5, 2), (7, 4)))}  # fmt: skip
     return on_ranks(2, jobs, tmp_path_factory.mktemp("two"))
 
 
@@ -79,7 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def four(folder: Path) -> list[Any]:
-    return on_ranks(4, {"differences": (differences, FOURS), "counted": (counted, COUNTED_FOUR)}, folder)
+    jobs = {"differences": (differences, FOURS), "counted": (counted, COUNTED_FOUR), "late": (late, WRAPPED)}
+    return on_ranks(4, jobs, folder)
 
 
 def of(ranks: list[Any], job: str, name: str) -> list[Any]:
@@ -97,6 +97,10 @@ def test_two_ranks_make_one_process_s_steps(two: list[Any], name: str) -> None:
 @pytest.mark.parametrize("name", FOURS)
 def test_four_ranks_make_one_process_s_steps(four: list[Any], name: str) -> None:
     assert max(of(four, "differences", name)) < 1e-9
+
+
+def test_graphs_of_two_ranks(two: list[Any]) -> None:
+    assert max(found["graphs"] for found in two) < 1e-9
 
 
 @pytest.mark.parametrize("step", [0, 3], ids=["statistics are taken", "and are not"])
@@ -125,6 +129,11 @@ def test_ranks_begin_alike_or_are_refused(two: list[Any]) -> None:
     assert all("the options or states of the optimizer" in said for said in of(two, "refusals", "options"))
 
 
+def test_ranks_go_on_alike_or_are_refused(two: list[Any]) -> None:
+    assert all("the instructions of the program of rank 1" in said for said in of(two, "refusals", "program"))
+    assert all("the shapes of a sample of rank 1" in said for said in of(two, "refusals", "shapes"))
+
+
 def test_what_reads_one_process_s_program_is_refused(two: list[Any]) -> None:
     assert all("accumulate() with process_group" in said for said in of(two, "refusals", "accumulate"))
     assert all("collectives of 2 ranks" in said for said in of(two, "refusals", "export"))
@@ -132,6 +141,13 @@ def test_what_reads_one_process_s_program_is_refused(two: list[Any]) -> None:
 
 def test_no_rank_stops_alone(two: list[Any]) -> None:
     assert of(two, "refusals", "one rank's loss is not finite") == ["skipped True, unchanged True"] * 2
+
+
+def test_a_rank_that_does_not_come_ends_the_others(four: list[Any]) -> None:
+    *others, last = (found["late"] for found in four)
+    assert last == "late, unchanged True"
+    assert all("did not come within the group's time-out" in said for said in others)
+    assert all(said.endswith("unchanged True") for said in others)
 
 
 def test_a_killed_rank_ends_the_others(four: list[Any], folder: Path) -> None:

@@ -43,13 +43,14 @@ def train(model: nn.Module, **options: object) -> list[tuple[Tensor, Tensor]]:
     return seen
 
 
-def averaged(seen: list[tuple[Tensor, Tensor]], tracked: int) -> tuple[Tensor, Tensor]:
+def assert_averaged(model: nn.Module, tracked: int, **options: object) -> None:
     """Plain means while they have fewer than ten batches, then torch's moving average."""
     mean, var = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-    for k, (own_mean, own_var) in enumerate(seen, tracked + 1):
+    for k, (own_mean, own_var) in enumerate(train(model, **options), tracked + 1):
         gain = 1 / k if k < 10 else 0.1
         mean, var = (1 - gain) * mean + gain * own_mean, (1 - gain) * var + gain * own_var
-    return mean, var
+    torch.testing.assert_close(model.norm.running_mean, mean, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(model.norm.running_var, var, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("by_size", [False, True])
@@ -60,9 +61,7 @@ def averaged(seen: list[tuple[Tensor, Tensor]], tracked: int) -> tuple[Tensor, T
 def test_nothing_is_left_of_the_beginning(options: dict[str, object], by_size: bool) -> None:
     torch.manual_seed(0)
     model = Normed(by_size=by_size).double()
-    mean, var = averaged(train(model, **options), 0)
-    torch.testing.assert_close(model.norm.running_mean, mean, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(model.norm.running_var, var, rtol=1e-9, atol=1e-12)
+    assert_averaged(model, 0, **options)
     assert model.norm.num_batches_tracked == STEPS
 
 
@@ -70,9 +69,7 @@ def test_nothing_is_left_of_the_beginning(options: dict[str, object], by_size: b
 def test_torch_s_own_where_asked_for_and_after_many_batches(tracked: int, options: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = Normed(tracked).double()
-    mean, var = averaged(train(model, **options), 50)
-    torch.testing.assert_close(model.norm.running_mean, mean, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(model.norm.running_var, var, rtol=1e-9, atol=1e-12)
+    assert_averaged(model, 50, **options)
 
 
 def test_updates_do_not_depend_on_it() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
 from support.noisy import LOSS, batch
@@ -109,18 +108,4 @@ def test_distributed_checkpoints_resume_bit_for_bit(curvature: str, tmp_path: Pa
     dcp.load(found, checkpoint_id=tmp_path)
     twin.load_state_dict(found["model"])
     other.load_state_dict(found["optimizer"])
-    same(trained(twin, other, 2), trained(model, opt, 2))
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("curvature", ["adam", "foof", "ekfac"])
-@pytest.mark.parametrize("fresh", [False, True])
-def test_states_by_parameter_name_go_through_torchs_own_functions(fresh: bool, curvature: str) -> None:
-    """``torch.distributed.checkpoint.state_dict``, which makes a step of zero gradients before it loads."""
-    model, opt = made("a", "b", curvature=curvature)
-    trained(model, opt, 0, 1)
-    saved = copy.deepcopy(get_state_dict(model, opt))
-    twin, other = made("a", "b", curvature=curvature)
-    trained(twin, other, *(() if fresh else (3,)))
-    set_state_dict(twin, other, model_state_dict=saved[0], optim_state_dict=saved[1])
     same(trained(twin, other, 2), trained(model, opt, 2))

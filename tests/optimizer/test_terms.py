@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import hessian, jacrev
 
 from gtddp_compile import CompileError, Terms, compile_optimizer, pde
+from support.compared import flat
 from support.least_squares import gauss_newton
 
 
@@ -53,10 +54,6 @@ def explicit(model: Terms, given: dict[str, Any], lam: float) -> Tensor:
         return hessian(u)(x).diagonal(dim1=-2, dim2=-1).sum(-1) + p["k"] * u(x)
 
     return gauss_newton(model, {"inside": inside, "boundary": lambda u, p, x: u(x)[:1]}, given, lam)
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("lam", [1.0, 1e-4])

@@ -16,6 +16,7 @@ from gtddp_compile import compile_optimizer
 from gtddp_compile.runtime import fast
 from gtddp_compile.runtime.method import BaseMethod
 from support import networks
+from support.compared import flat
 
 LOSS = nn.CrossEntropyLoss()
 OPTIONS: list[dict[str, Any]] = [
@@ -78,5 +79,5 @@ def test_a_factor_that_fails_is_taken_back_and_looked_at(monkeypatch: pytest.Mon
 
             monkeypatch.setattr(fast.FastBackend, "run", run)
         opt.step(*case.batch(1))
-        found.append(torch.cat([p.detach().flatten() for p in case.model.parameters()]))
+        found.append(flat(case.model))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gtddp_compile import EKFAC, FOOF, KFAC, CompileError, compile_optimizer, kernels
 from support import networks
 from support.cases import conv_mixed, convolutional, lines, wide
-from support.compared import LOSS, assert_equal, flat
+from support.compared import LOSS, assert_equal, flat, train
 from support.recorded import draw
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -101,6 +101,12 @@ def test_learning_rates_by_group() -> None:
 def test_options_are_checked(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CompileError, match="(?s)" + message):
         kind(**options)
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "shampoo"])
+def test_without_momentum_there_is_no_buffer(curvature: str) -> None:
+    states = train(networks.mlp(), curvature=curvature).optimizer.state
+    assert states and all("momentum_buffer" not in state for state in states.values())
 
 
 def test_statistics_come_from_v_h() -> None:
@@ -234,10 +240,6 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def parameters(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def published(model: Layers, steps: int, lr: float, damping: float, decay: float) -> None:
     """``δW = -lr G (A + λ ā I)⁻¹`` by hand: homogeneous inputs of the linear layer, channels of the convolution."""
     running: dict[str, Tensor] = {}
@@ -275,7 +277,7 @@ def test_without_feedback_it_is_the_published_method(steps: int) -> None:
     for x, y in batches(steps):
         opt.step(x, y)
     published(theirs, steps, 0.05, 0.1, 0.5)
-    torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(flat(ours), flat(theirs), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"coupling": 4}, {"rollout": "nonlinear"}, {"feedback": False}, PAPER])
@@ -290,7 +292,7 @@ def test_a_wide_layer_has_a_factor_of_every_block_of_its_inputs(options: dict[st
         for x, y in batches(2):
             opt.step(x, y)
         assert opt.state[model.fc.weight]["factor_x"].shape == (3, 17, 17)
-        found.append(parameters(model))
+        found.append(flat(model))
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
 
 

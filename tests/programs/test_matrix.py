@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from gtddp_compile import CompileError, compile_optimizer
 from support import cases, published
-from support.compared import SIZE, STEPS, assert_base, assert_equal, assert_exported, batches, optimizer, train
-from support.matrix import FORMS, GROUP, NETWORKS, Row, compiled, meeting, table
+from support.compared import SIZE, STEPS, assert_base, assert_equal, assert_exported, batches, flat, optimizer, train
+from support.matrix import CURVATURES, FORMS, GROUP, NETWORKS, Row, compiled, meeting, table
 from support.networks import Case
 
 TABLE = table()
@@ -40,6 +40,16 @@ def test_row(row: Row, check: str, tmp_path: Path) -> None:
         assert (run.optimizer.program.form.name == "joint") == row.form.startswith("joint")
     else:
         assert_exported(row.case, compiled(row), tmp_path)
+
+
+@pytest.mark.parametrize("network", ["tokens", "conv_mixed"])
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_a_rate_of_zero_moves_nothing(curvature: str, network: str) -> None:
+    """Where a warm-up begins and a cosine ends. What inertia carries is not the rate's."""
+    case = NETWORKS[network]()
+    model, opt = optimizer(case, **{**CURVATURES[curvature], "lr": 0.0})
+    opt.step(*case.batch(0))
+    torch.testing.assert_close(flat(model), flat(case.model), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("row", TABLE[::5], ids=str)
@@ -258,5 +268,5 @@ def test_micro_batches_by_default() -> None:
             if coupling == "full":
                 opt.accumulate(x[:4], y[:4])
             opt.step(*((x[4:], y[4:]) if coupling == "full" else (x, y)))
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        found.append(flat(model))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import hessian
 
 from gtddp_compile import CompileError, NonFiniteError, Nystrom, Terms, UpdateProgram, compile_optimizer, pde
+from support.compared import flat
 from support.least_squares import gauss_newton
 
 CLOSE = 1e-11
@@ -27,10 +28,6 @@ def problem(inside: int = 9) -> tuple[Terms, dict[str, Any]]:
     net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     model = Terms(net, {"inside": lambda net, x: pde.laplacian(net)(x), "edge": lambda net, x: net(x)})
     return model, {"inside": (torch.rand(inside, 2).double(), 1.0), "edge": (torch.rand(5, 2).double(), 0.5)}
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize(("columns", "lam", "close"), [(1, 1.0, 1e-9), (6, 1e-2, 1e-9), (100, 1.0, 1e-9),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import FOOF, compile_optimizer, kernels
 from gtddp_compile.lowering.cooperation import even_blocks
+from support.compared import flat
 from support.recorded import draw
 
 TOKENS, WIDTH, ROWS = 5, 6, 7
@@ -49,7 +50,7 @@ def trained(steps: int = 3, **options: Any) -> Tensor:
     opt = compile_optimizer(net, batches(1)[0][0], loss=nn.CrossEntropyLoss(), **{"curvature": curvature, **options})
     for x, y in batches(steps):
         opt.step(x, y)
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
+    return flat(net)
 
 
 @pytest.fixture(params=[128, 2])
@@ -95,7 +96,7 @@ def test_without_feedback_it_is_the_published_method(narrow: int) -> None:
             net.narrow.bias -= lr * net.narrow.bias.grad / (TOKENS * (1 + damping))
             for plain in (net.words.weight, net.places):  # looked up or added less than once a sample
                 plain -= lr * plain.grad / (1 + damping)
-    expected = torch.cat([p.detach().flatten() for p in net.parameters()])
+    expected = flat(net)
     torch.testing.assert_close(trained(feedback=False), expected, rtol=0, atol=1e-12)
 
 
@@ -122,7 +123,7 @@ def test_micro_batches_make_the_step_of_their_union(narrow: int) -> None:
             for own in zip(x.split(3), y.split(3), strict=True):
                 opt.accumulate(*own)
             opt.step()
-        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+        found.append(flat(net))
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
 
 

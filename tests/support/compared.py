@@ -17,7 +17,7 @@ from support.exported import largest, load_module, named, state_by_name
 from support.kronecker_reference import Reference
 from support.networks import Case
 
-STEPS, SIZE = 3, 5
+STEPS, SIZE = 2, 5
 LOSS, SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
 TORCH = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
          "adagrad": torch.optim.Adagrad}  # fmt: skip

@@ -34,6 +34,8 @@ class Primal:
         terminal: ``"gradient"``, ``(aim, own, half)`` of the geometric one, or ``"ggn"``.
         group: size of the groups; ``None``: the whole batch.
         total: the loss is summed over samples, not averaged.
+        reach: a group's metric is so much less that the mean of ``γ (b/B M)⁻¹ γᵀ`` has this share of the mean
+            reciprocal weight, but not less than by the numbers in ``y[0]``; without decay.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Primal:
     inertia: float = 0.0
     max_step: float | None = None
     total: bool = False
+    reach: float = 0.0
 
     def __post_init__(self) -> None:
         self.named = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -53,6 +56,7 @@ class Primal:
         self.last, self.first, self.second = (torch.zeros_like(self.u) for _ in range(3))
         self.factors: dict[str, list[Tensor]] = {}
         self.steps = self.taken = 0
+        self.counted: list[float] = []
 
     @property
     def mu(self) -> float:
@@ -152,22 +156,32 @@ class Primal:
         update = torch.zeros_like(self.u)
         for rows in torch.arange(batch).split(self.group or batch):
             share = len(rows) / batch
-            system = share * metric + start * self.model_hessian(rows, gamma, phi, inputs, y)
-            own = -torch.linalg.solve(system, start * gamma[rows].sum(0) + share * held)
+            weights, c = self.weights(phi), 1.0
+            if self.reach:
+                gram = gamma[rows] @ torch.linalg.solve(share * metric, gamma[rows].T)
+                c = max(1.0, float(self.reach * (1 / (start * weights[rows])).sum() / gram.trace()))
+                c = min(c, y[0].numel())
+                self.counted.append(c)
+            system = share / c * metric + start * self.model_hessian(rows, gamma, weights, inputs, y)
+            own = -torch.linalg.solve(system, start * gamma[rows].sum(0) + share / c * held)
             update += share * self.capped(own, metric, held)
         self.consume(metric, update - self.mu * self.last)
         self.taken += 1
 
-    def model_hessian(self, rows: Tensor, gamma: Tensor, phi: Tensor, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def weights(self, phi: Tensor) -> Tensor:
+        if not isinstance(self.terminal, tuple):
+            return torch.ones_like(phi)
+        aim, own, half = self.terminal
+        size = min(self.group or len(phi), len(phi))
+        assert (phi > 1e-4 * phi.mean()).all()  # below, the package holds it there
+        return 1 / (phi * (aim * size / (size + half) + own / size))
+
+    def model_hessian(
+        self, rows: Tensor, gamma: Tensor, weights: Tensor, inputs: tuple[Tensor, ...], y: Tensor
+    ) -> Tensor:
         if self.terminal == "ggn":
             return self.hessians(tuple(x[rows] for x in inputs), y[rows]).sum(0)
-        weight = torch.ones_like(phi)
-        if isinstance(self.terminal, tuple):
-            aim, own, half = self.terminal
-            size = min(self.group or len(phi), len(phi))
-            assert (phi > 1e-4 * phi.mean()).all()  # below, the package holds it there
-            weight = 1 / (phi * (aim * size / (size + half) + own / size))
-        return (gamma[rows].T * weight[rows]) @ gamma[rows]
+        return (gamma[rows].T * weights[rows]) @ gamma[rows]
 
     def capped(self, step: Tensor, metric: Tensor, held: Tensor) -> Tensor:
         """What the samples ask for, within the bound; what decay and inertia ask for, as it is."""

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gtddp_compile import CompileError, NonFiniteError, compile_optimizer
+from gtddp_compile import CompileError, GraphBatches, NonFiniteError, compile_optimizer
 from gtddp_compile.lowering.traffic import gram_way, traffic
 
 STEPS = 2
@@ -57,6 +57,27 @@ class Tokens(nn.Module):
         x = x.flatten(1, 2) + self.shift
         h = torch.softmax(self.q(x) @ self.k(x).mT / 6**0.5, -1) @ self.v(x)
         return self.head(self.out(torch.tanh(self.out(x + h))).mean(1))
+
+
+class Rings(nn.Module):
+    """A message along every edge, and pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor, num_graphs: int) -> Tensor:
+        h = torch.tanh(self.a(x))
+        h = torch.sin(h + torch.zeros_like(h).index_add(0, edge_index[1], h[edge_index[0]]))
+        return self.head(h.new_zeros(num_graphs, 4).index_add(0, batch, h))  # type: ignore[no-any-return]
+
+
+def rings(sizes: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
+    """Rings of so many nodes, and their classes; of one size they are alike."""
+    nodes = [torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in sizes]
+    edges = [torch.stack([torch.arange(n), torch.arange(n).roll(1)]) + sum(sizes[:i]) for i, n in enumerate(sizes)]
+    batch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return {"x": torch.cat(nodes), "edge_index": torch.cat(edges, 1), "batch": batch}, torch.tensor(sizes) % 3
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"conv": convolutional, "norms": normalised, "tokens": Tokens}
@@ -146,6 +167,19 @@ def counted(rank: int, cases: Mapping[str, Case]) -> dict[str, Any]:
     return found
 
 
+def of_graphs(rank: int, sizes: tuple[tuple[int, ...], ...]) -> float:
+    """How far steps on graphs, of which every rank has its own, are from one process."""
+    found = []
+    for own, group in ((sum(sizes, ()), None), (sizes[rank], "world")):
+        torch.manual_seed(0)
+        model = GraphBatches(Rings().double(), nodes=8, edges=12)
+        opt = compile_optimizer(model, loss=nn.CrossEntropyLoss(), process_group=group)
+        for _ in range(STEPS):
+            opt.step(*rings(own))
+        found.append([p.detach() for p in model.parameters()])
+    return furthest(*found)
+
+
 def wrapped(rank: int, case: Case) -> tuple[float, float]:
     """A model in DistributedDataParallel, whose own communication may not be asked for, against the bare one."""
     torch.manual_seed(0)
@@ -170,17 +204,21 @@ def refusals(rank: int, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str
             optimizer(Case("conv", options, ()), process_group="world")
         except CompileError as error:
             found[name] = str(error)
+    with pytest.raises(CompileError, match="Give GraphBatches nodes= and edges="):
+        compile_optimizer(GraphBatches(convolutional()), loss=nn.CrossEntropyLoss(), process_group="world")
     case = Case("conv", {"curvature": "sgd"}, (2, 2))
     model, opt = optimizer(case, process_group="world")
     x, y = batch(4, 0)
     for name, change in (("parameters", lambda: model[1].bias.data.add_(rank)),
-                         ("options", lambda: opt.param_groups[0].update(lr=0.1 * (1 + rank)))):  # fmt: skip
+                         ("options", lambda: opt.param_groups[0].update(lr=0.1 * (1 + rank))),
+                         ("program", lambda: model[1].bias.requires_grad_(rank == 0))):  # fmt: skip
         before = [p.clone() for p in model.parameters()]
         change()
         try:
             opt.step(x[:2], y[:2])
         except CompileError as error:
             found[name] = str(error)
+        model[1].bias.requires_grad_()
         for p, value in zip(model.parameters(), before, strict=True):
             p.data.copy_(value)
     opt.param_groups[0].update(lr=0.1)
@@ -194,8 +232,30 @@ def refusals(rank: int, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str
     with pytest.raises(NonFiniteError):
         opt.step(poisoned, y[:2])
     same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    _, other = optimizer(Case("tokens", {}, ()), process_group="world")
+    other.step(x[:2], y[:2])
+    try:
+        other.step(x[:2, :, rank:], y[:2])
+    except CompileError as error:
+        found["shapes"] = str(error)
     found["one rank's loss is not finite"] = f"skipped {opt.diagnostics['skipped']}, unchanged {same}"
     return found
+
+
+def late(rank: int, case: Case) -> str:
+    """The last rank does not come to the second step; what the others say when the group's time is out."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    model, opt = optimizer(case, process_group=group)
+    x, y = batch(2, rank)
+    opt.step(x, y)
+    before, said = [p.clone() for p in model.parameters()], "late"
+    if rank < dist.get_world_size() - 1:
+        try:
+            opt.step(x, y)
+        except RuntimeError as error:
+            said = str(error)
+    dist.barrier()
+    return f"{said}, unchanged {all(map(torch.equal, model.parameters(), before))}"
 
 
 def killed(rank: int, folder: Path) -> None:

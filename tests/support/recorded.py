@@ -62,4 +62,6 @@ def layer(
 ) -> kernels.Layer:
     """What the kernels of ``prefix`` are called with."""
     kinds: dict[str, Any] = {"conv": kernels.Geometry, "norm": kernels.Norm, "generic": kernels.Operation}
+    if prefix == "embedding" and options:
+        kinds[prefix] = kernels.Table
     return kernels.Layer(operands, g, params, wants, kinds[prefix](**options) if prefix in kinds else None)

@@ -9,7 +9,7 @@ from gtddp_compile.lowering.layers.conv import ConvRule
 from gtddp_compile.lowering.layers.generic import GenericRule
 from gtddp_compile.lowering.layers.linear import LinearRule
 from gtddp_compile.lowering.layers.norm import NormRule
-from gtddp_compile.lowering.layers.table import EmbeddingRule, ShiftRule
+from gtddp_compile.lowering.layers.table import EmbeddingRule, PaddedRule, ShiftRule
 from gtddp_compile.lowering.layers.transposed import TransposedRule
 
 RULES: tuple[Rule, ...] = (
@@ -18,6 +18,7 @@ RULES: tuple[Rule, ...] = (
     ConvRule(),
     NormRule(),
     EmbeddingRule(),
+    PaddedRule(),
     ShiftRule(),
     GenericRule(),
 )
@@ -62,6 +63,7 @@ __all__ = [
     "GenericRule",
     "LinearRule",
     "NormRule",
+    "PaddedRule",
     "Rule",
     "ShiftRule",
     "TransposedRule",

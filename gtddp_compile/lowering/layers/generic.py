@@ -35,7 +35,4 @@ class GenericRule(Rule):
 
     def options(self, op: Op) -> Mapping[str, Any]:
         """``mixes`` and ``batched`` (values are, buffers are not; the emitter may know better)."""
-        return {
-            "mixes": op.mixes_samples,
-            "batched": tuple(isinstance(leaf, Ref) for leaf in self.operands(op)),
-        }
+        return {"mixes": op.mixes_samples, "batched": tuple(isinstance(leaf, Ref) for leaf in self.operands(op))}

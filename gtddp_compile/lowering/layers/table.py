@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref
 from gtddp_compile.lowering.layers.base import Rule
 from gtddp_compile.lowering.layers.binding import bind, is_direct
@@ -18,11 +21,28 @@ class EmbeddingRule(Rule):
         bound = bind(op) if op.kind == "embedding" and not op.mixes_samples else None
         if bound is None or not is_direct(bound, ("input",)):
             return False
-        return bound["padding_idx"] is None and bound["max_norm"] is None and not bound["scale_grad_by_freq"]
+        padded = bound["padding_idx"] is not None
+        return padded == bool(self.how) and bound["max_norm"] is None and not bound["scale_grad_by_freq"]
 
     def roles(self, op: Op) -> tuple[ParamRef | BufferRef | None, ...]:
         """The table alone."""
         return ((bind(op) or {})["weight"],)
+
+
+class PaddedRule(EmbeddingRule):
+    """The same with ``padding_idx``: that row is read, and its look-ups have no gradient."""
+
+    name = "padded"
+    how = "Table"
+
+    @property
+    def prefix(self) -> str:
+        """The embedding's kernels."""
+        return "embedding"
+
+    def options(self, op: Op) -> Mapping[str, Any]:
+        """``padding_idx``, which may count from the end."""
+        return {"padding_idx": (bind(op) or {})["padding_idx"]}
 
 
 class ShiftRule(Rule):

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.instructions import Apply, Var
-from gtddp_compile.lowering.write.calls import (
-    drawn,
-    gram,
-    gram_diagonal,
-    kept,
-    layer,
-    observed_gram,
-    parts_of,
-)
+from gtddp_compile.lowering.write.calls import drawn, gram, gram_diagonal, kept, layer, observed_gram, parts_of
 from gtddp_compile.lowering.write.columns import sample_gram
 from gtddp_compile.lowering.write.statistics import Observed, sketch_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
-from gtddp_compile.methods.curvature.numbers import Scalar, scalar, statistics_gradient, zeros
+from gtddp_compile.methods.curvature.numbers import Scalar, counted, scalar, statistics_gradient, zeros
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Adagrad(Curvature):
     def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """Step count and sum of squares after ``Q_u``."""
         g = statistics_gradient("Adagrad", g_stat)
-        return {**state, "step": state["step"] + 1, "sum": torch.addcmul(state["sum"], g, g)}
+        return {**state, "step": counted(state["step"]), "sum": torch.addcmul(state["sum"], g, g)}
 
     def denominator(self, param: Tensor, state: State, group: Group) -> Tensor:
         """``(√s + eps) · r_t``, shape of the parameter: what slows the rate down is part of ``D``, ``lr`` is not."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
 from gtddp_compile.methods.curvature.numbers import (
     Scalar,
+    counted,
     number,
     out_of_range,
     scalar,
@@ -84,7 +85,7 @@ class Adam(Curvature):
         """Step count and second moment after ``Q_u``."""
         g, beta2 = statistics_gradient("Adam", g_stat), group["betas"][1]
         square = torch.mul(state["exp_avg_sq"], beta2).addcmul_(g, g, value=1 - beta2)
-        new = {**state, "step": state["step"] + 1, "exp_avg_sq": square}
+        new = {**state, "step": counted(state["step"]), "exp_avg_sq": square}
         if group["amsgrad"]:
             new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
         return new

@@ -85,6 +85,9 @@ def with_momentum(direction: Tensor, state: State, group: Group) -> Move:
 class Curvature(ABC):
     """A base method (docs/theory.md#curvatures; Table 1 of the paper).
 
+    A diagonal one of your own writes ``name``, ``init_state``, ``observe``, ``denominator`` and ``move``, as a frozen
+    dataclass of its options, and is given as an object. Exports but for ``.tex`` carry the package's own alone.
+
     Attributes:
         name: for the user.
         metric: shape of ``M``: of one parameter a multiple of the identity or diagonal, there or turned, or of players,

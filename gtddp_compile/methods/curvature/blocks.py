@@ -221,7 +221,7 @@ class BlockUpdates(ParameterUpdates):
         )
 
     def _of_bias(self, name: str, gradient: Tensor) -> Tensor:
-        found: Tensor = gradient * (self._inverse(name) / float(self._groups[name]["lr"]))
+        found: Tensor = gradient / self._kronecker.divisor(self.states[name], self._groups[name])
         return found
 
     def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> Parts:

@@ -26,16 +26,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.kronecker import (
-    Maps,
-    Metric,
-    Rows,
-    kronecker_factor_shapes,
-    kronecker_factors,
-)
+from gtddp_compile.kernels.kronecker import Maps, Metric, Rows, kronecker_factor_shapes, kronecker_factors
 from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State, with_momentum
 from gtddp_compile.methods.curvature.numbers import (
     Scalar,
+    counted,
     number,
     out_of_range,
     refuse_fractions,
@@ -159,10 +154,10 @@ class Kronecker(Curvature):
         if fresh:  # the first step, or a block that was put together differently when it was compiled again
             lead["averaged"] = lead["age"] = torch.zeros_like(lead["step"])
         age = int(lead["age"])
-        lead["age"] = lead["age"] + 1
+        lead["age"] = counted(lead["age"])
         early = age < group["early"] and age & (age - 1) == 0  # the first steps, ever further apart
         if early or age % group["stat_every"] == 0:
-            lead["averaged"] = lead["averaged"] + 1
+            lead["averaged"] = counted(lead["averaged"])
             lead.update(factors(None if fresh else lead, self._keep(lead["averaged"], group)))
         # load_state_dict casts a state to the parameter's own precision; factors are at least float32.
         lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
@@ -214,7 +209,7 @@ class Kronecker(Curvature):
         return 1.0, None
 
     def _stepped(self, state: State) -> dict[str, Any]:
-        return {**state, "step": state["step"] + 1}
+        return {**state, "step": counted(state["step"])}
 
     def _average(self, old: Tensor | None, new: Tensor, count: Tensor, group: Group) -> Tensor:
         """Martens and Grosse's running average: the old one counts ``min(1 - 1/k, stat_decay)`` at step k."""

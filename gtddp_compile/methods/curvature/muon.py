@@ -11,7 +11,7 @@ from torch import Tensor
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.adam import AdamW
 from gtddp_compile.methods.curvature.base import Group, Move, State
-from gtddp_compile.methods.curvature.numbers import number, out_of_range, scalar, statistics_gradient, zeros
+from gtddp_compile.methods.curvature.numbers import counted, number, out_of_range, scalar, statistics_gradient, zeros
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw")
 """torch.optim.Muon's ways to make the rate depend on a matrix's shape."""
@@ -96,7 +96,7 @@ class Muon(AdamW):
         averaged = _averaged(statistics_gradient("Muon", g_stat), new, "grad_avg", _of_metric(group), group)
         matrix = as_matrix(averaged)
         side, own = ("g", matrix) if matrix.shape[0] <= matrix.shape[1] else ("x", matrix.mT)
-        return {**new, "step": state["step"] + 1, f"map_{side}": polar_map(own, group["damping"])}
+        return {**new, "step": counted(state["step"]), f"map_{side}": polar_map(own, group["damping"])}
 
     def denominator(self, param: Tensor, state: State, group: Group) -> Tensor | None:  # type: ignore[override]
         """AdamW's over the ratio of the rates; ``None`` of a matrix."""

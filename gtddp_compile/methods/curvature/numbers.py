@@ -46,6 +46,15 @@ def scalar(value: Scalar, param: Tensor) -> Scalar:
     return value.to(param.dtype) if param.dim() == 0 else value
 
 
+def counted(count: Tensor) -> Tensor:
+    """A 0-d count and one more. Where reading it waits for no device it is made of the number: an addition of 0-d
+    tensors takes three times as long, and a step counts several times a parameter.
+    """
+    if torch.compiler.is_compiling() or count.device.type != "cpu":
+        return count + 1
+    return torch.full((), float(count) + 1, dtype=count.dtype, device=count.device)
+
+
 def zeros(param: Tensor, *keys: str) -> dict[str, Tensor]:
     """torch.optim's first state: ``"step"``, a 0-d float tensor on the CPU, and zeros like the parameter."""
     wide = torch.get_default_dtype() == torch.float64

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State
-from gtddp_compile.methods.curvature.numbers import Scalar, statistics_gradient, zeros
+from gtddp_compile.methods.curvature.numbers import Scalar, counted, statistics_gradient, zeros
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class RMSprop(Curvature):
     def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """Step count and moments after ``Q_u``."""
         g, alpha = statistics_gradient("RMSprop", g_stat), group["alpha"]
-        new = {**state, "step": state["step"] + 1}
+        new = {**state, "step": counted(state["step"])}
         new["square_avg"] = torch.mul(state["square_avg"], alpha).addcmul_(g, g, value=1 - alpha)
         if group["centered"]:
             new["grad_avg"] = torch.lerp(state["grad_avg"], g, 1 - alpha)

@@ -12,6 +12,7 @@ from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.base import Curvature, Group, Move, State, with_momentum
 from gtddp_compile.methods.curvature.numbers import (
     Scalar,
+    counted,
     number,
     out_of_range,
     refuse_fractions,
@@ -91,7 +92,7 @@ class Shampoo(Curvature):
     def observe(self, param: Tensor, g_stat: Tensor | None, state: State, group: Group) -> dict[str, Any]:
         """Step count, factors after ``Q_u`` and, when it is their turn, what is made of them."""
         g, keep = as_matrix(statistics_gradient("Shampoo", g_stat)), group["stat_decay"]
-        new, taken = {**state, "step": state["step"] + 1}, int(state["step"])
+        new, taken = {**state, "step": counted(state["step"])}, int(state["step"])
         sides = sides_of(g, state)
         for side, own in sides.items():
             new[f"factor_{side}"] = torch.addmm(state[f"factor_{side}"], own, own.mT, beta=keep, alpha=1 - keep or 1)

@@ -16,6 +16,7 @@ from gtddp_compile.kernels.bundle import Layer
 from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, weigh
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.base import Curvature, Move
+from gtddp_compile.methods.curvature.numbers import counted
 
 RAMP = 3.0
 """Steps after which inertia is half of what it tends to (but for its cap): the first steps are no average yet, and in
@@ -143,8 +144,10 @@ class ParameterUpdates:
         state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
         if "last_step" not in state or not mu:
             return None
-        ramp: Tensor = state["taken"] / (state["taken"] + RAMP)
-        return ramp.clamp_max(mu) if torch.compiler.is_compiling() else min(float(mu), float(ramp))
+        taken = state["taken"]
+        if torch.compiler.is_compiling():
+            return (taken / (taken + RAMP)).clamp_max(mu)
+        return min(float(mu), float(taken) / (float(taken) + RAMP))
 
     def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
         """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``."""
@@ -168,7 +171,7 @@ class ParameterUpdates:
         """``δu``, put down as the last step."""
         state = self.states[name]
         taken = state["taken"] if "taken" in state else torch.zeros((), dtype=torch.float64)
-        self.states[name] = {**state, "last_step": delta, "taken": taken + 1}
+        self.states[name] = {**state, "last_step": delta, "taken": counted(taken)}
         return delta
 
     def _move(self, name: str, delta: Tensor) -> None:

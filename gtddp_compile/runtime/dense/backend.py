@@ -9,17 +9,18 @@ for those the tests have other oracles. For networks of a few hundred activation
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from sympy import MatAdd, MatrixExpr, MatrixSymbol
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
-from gtddp_compile.methods.terminal import terminal_weight
+from gtddp_compile.methods.terminal import reach_of, terminal_weight
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.runtime.dense.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.dense.metric import DenseMetric, Seen
@@ -38,6 +39,16 @@ class Group:
     value_x: dict[str, Tensor]
     value_xx: dict[tuple[str, str], Tensor]
     width: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the whole batch gives for a stage: ``M``, the loss's Hessian at the cut before, ``γ`` ``(B, m)``."""
+
+    jacobians: StageJacobians
+    metric: DenseMetric
+    hessian: Pairs
+    gamma: Tensor
 
 
 class DenseBackend:
@@ -97,6 +108,7 @@ class Sweeps:
         self.factored = self.options.factored and bool(self.options.feedback)
         size = self.options.coupling if isinstance(self.options.coupling, int) else None
         self.phi, self.g = trajectory.terminal(m, targets)
+        self.most = max(1.0, sum(float(leaf[:1].numel()) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor)))
         _, self.aim, self.start = m.terminal(self.phi, *terminal_weight(self.options.terminal_kind), size)
         self.hessian = trajectory.terminal_hessian(m, targets) if self.factored else outer_products(self.g)
         batch = torch.arange(trajectory.batch)
@@ -129,25 +141,44 @@ class Sweeps:
 
     def backward(self) -> None:
         """Every stage's gains; nothing is written."""
-        for stage in reversed(self.stages):
-            self._sweep(stage)
+        reach = reach_of(self.options.terminal_kind) if self.linear else 0.0
+        seen = [self._statistics(stage) for stage in reversed(self.stages)] if reach else []
+        for group in self.groups if reach else ():
+            self._reach(group, reach, seen)
+        for n, stage in enumerate(reversed(self.stages)):
+            found = seen[n] if reach else self._statistics(stage)
+            self.gains.insert(0, [self._group_gains(stage, group, found) for group in self.groups])
+            self.hessian = found.hessian
+            self.measures.insert(0, self.hessian)
 
-    def _sweep(self, stage: DerivedStage) -> None:
-        """Statistics from all groups, then every group's gains and value recursion."""
+    def _reach(self, group: Group, reach: float, seen: Sequence[Statistics]) -> None:
+        """The loss of a group counts so often that ``Γ``'s diagonal is ``reach`` times ``P_T⁻¹``'s, each its mean."""
+        information = (self.aim[group.samples] / self.start).sum()
+        gram = sum(
+            torch.einsum("bm,mn,bn->", rows, torch.linalg.inv(group.share * found.metric.curvature), rows)
+            for found in seen
+            for rows in (found.gamma[group.samples],)
+        )
+        scale = float((reach * information / gram).clamp(1.0, self.most)) if gram > 0 else 1.0
+        group.value_x = {name: scale * value for name, value in group.value_x.items()}
+        group.value_xx = {pair: scale * block for pair, block in group.value_xx.items()}
+
+    def _statistics(self, stage: DerivedStage) -> Statistics:
+        """A stage's Jacobians, and its metric from all groups' statistics."""
         blocks = self.trajectory.blocks(stage.index)
         jacobians = self.trajectory.assemble(stage.index, blocks)
         after, self.g = self.g, jacobians.pull_back(self.g)
         if self.options.mixing == "block" and blocks.mixes:
             blocks = blocks.effective(after)
             jacobians = self.trajectory.assemble(stage.index, blocks)
-        whole = {name: torch.cat([group.value_x[name] for group in self.groups]) for name in self.groups[0].value_x}
         if self.linear:  # statistics of ordinary gradients
-            whole = {name: self.start * after[name].reshape(-1, 1) for name in whole}
+            whole = {name: self.start * g.reshape(-1, 1) for name, g in after.items()}
+        else:
+            whole = {name: torch.cat([group.value_x[name] for group in self.groups]) for name in self.groups[0].value_x}
         metric = DenseMetric(self.m, self.graph, stage.index, stage.blocks)
-        metric.observe(Seen(self.trajectory, blocks, jacobians, self.start), whole)
-        self.gains.insert(0, [self._group_gains(stage, group, jacobians, metric) for group in self.groups])
-        self.hessian = jacobians.pull_back_hessian(self.hessian) if self.factored else outer_products(self.g)
-        self.measures.insert(0, self.hessian)
+        metric.observe(seen := Seen(self.trajectory, blocks, jacobians, self.start), whole)
+        hessian = jacobians.pull_back_hessian(self.hessian) if self.factored else outer_products(self.g)
+        return Statistics(jacobians, metric, hessian, metric.rows(seen, after))
 
     def _environment(
         self, stage: DerivedStage, jacobians: StageJacobians, group: Group
@@ -172,10 +203,10 @@ class Sweeps:
                 size[d.q_u[u].symbol.shape[0]] = block.shape[1]
         return values, size
 
-    def _group_gains(self, stage: DerivedStage, group: Group, jacobians: StageJacobians, metric: DenseMetric) -> Gains:
+    def _group_gains(self, stage: DerivedStage, group: Group, found: Statistics) -> Gains:
         """Every equation of the derivation in turn; the group's own ``M`` and ``ℓ_u`` are its share of the batch's."""
-        d = stage.derivation
-        values, size = self._environment(stage, jacobians.rows(group.samples, self.trajectory.batch), group)
+        d, metric = stage.derivation, found.metric
+        values, size = self._environment(stage, found.jacobians.rows(group.samples, self.trajectory.batch), group)
         blocks = [row.split(metric.sizes, 1) for row in metric.curvature.split(metric.sizes)]
         for n, (letter, own) in enumerate(zip(stage.controls, metric.linear.split(metric.sizes), strict=True)):
             values[d.linear[letter]] = group.share * own

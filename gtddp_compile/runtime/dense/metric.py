@@ -84,6 +84,11 @@ class DenseMetric:
         self.curvature = torch.linalg.inv(self._inverse())
         self.linear = decay - self.curvature @ carried
 
+    def rows(self, seen: Seen, g: Mapping[str, Tensor]) -> Tensor:
+        """``γ``, every sample's gradient of its own loss ``(B, m)``, of the gradients ``g`` after the stage."""
+        flat = {name: value.reshape(-1, 1) for name, value in g.items()}
+        return torch.cat([self._rows(seen, flat, player) for player in self._players], 1)
+
     def _rows(self, seen: Seen, value_x: Mapping[str, Tensor], player: Player) -> Tensor:
         """``V_u = f_uᵀ V_x`` of every sample, ``(B, m)``."""
         found = [

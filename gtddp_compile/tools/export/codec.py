@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import BufferRef, Layout, Op, OpGraph, ParameterInfo, ParamRef, Ref
+from gtddp_compile.graph import BufferRef, Layout, Method, Op, OpGraph, ParameterInfo, ParamRef, Ref
 from gtddp_compile.methods.curvature import REGISTRY, Curvature
 from gtddp_compile.methods.setting import BufferInfo, Group
 from gtddp_compile.methods.terminal import Geometric, MonteCarlo
@@ -150,7 +150,8 @@ class Writer:
     def _target(self, value: Any, where: str) -> dict[str, str]:
         found = targets.name_of(value)
         if found is None:
-            shown = getattr(value, "__qualname__", None) or f"a {type(value).__name__}"
+            method = f"Tensor.{value.name}" if isinstance(value, Method) else None
+            shown = method or getattr(value, "__qualname__", None) or f"a {type(value).__name__}"
             raise CompileError(
                 f"it involves {shown}, which a stored program cannot name: it may name torch's operations alone",
                 "Write it in terms of torch's own functions, or export another format",

@@ -145,6 +145,11 @@ class _Module:
         called = {instruction.function for instruction in self.lowered.instructions}
         names = frozenset(name[2:] for name in called if name.startswith("m.")) - RUNTIME
         method, updates, luggage = type(self.setting.curvature), self._updates, self.luggage
+        if not method.__module__.startswith(luggage.package):
+            raise CompileError(
+                f"the base method {method.__name__} is none of the package's own, whose text alone a module carries",
+                "Train by compile_optimizer(…, curvature=…), or export as .tex",
+            )
         unknown = sorted(name for name in names if not hasattr(updates, name))
         if unknown:
             raise CompileError(

@@ -25,6 +25,13 @@ CREATION = (
 )
 """Functions of torch that make tensors; ``torch.overrides`` lists only those that take them."""
 
+METHODS = frozenset({"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "unflatten"})
+UNLISTED: Mapping[str, Callable[..., Any]] = {
+    "F.hardsigmoid": F.hardsigmoid, "F.hardswish": F.hardswish, "F.upsample": F.upsample,
+    "torch._weight_norm": torch._weight_norm,
+}  # fmt: skip
+"""Methods and functions of the kind that ``torch.overrides`` leaves out."""
+
 OPERATORS = (
     *("abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "inv", "invert", "le", "lt", "matmul", "mod"),
     *("mul", "ne", "neg", "not_", "or_", "pos", "pow", "sub", "truediv", "xor", "is_", "is_not", "contains"),
@@ -60,6 +67,7 @@ def functions() -> Mapping[str, Callable[..., Any]]:
             if not name.startswith("_") and id(getattr(module, name)) in takes_tensors:
                 found[f"{prefix}.{name}"] = getattr(module, name)
     found.update((f"torch.{name}", getattr(torch, name)) for name in CREATION)
+    found.update(UNLISTED)
     found.update(kernels.KERNELS)
     found.update(BUILTINS)
     return found
@@ -69,7 +77,8 @@ def functions() -> Mapping[str, Callable[..., Any]]:
 def methods() -> frozenset[str]:
     """Tensor methods that a program may call; in-place ones have been replaced by the normal form."""
     names = {f.__name__ for f in torch.overrides.get_overridable_functions()[torch.Tensor]}
-    return frozenset(name for name in names if name.isidentifier() and name[0] != "_" and name[-1] != "_") - SYSTEM
+    listed = {name for name in names if name.isidentifier() and name[0] != "_" and name[-1] != "_"}
+    return (METHODS | listed) - SYSTEM
 
 
 @cache

@@ -172,8 +172,8 @@ def _table(widths: Iterable[str], head: Iterable[str], rows: Sequence[Iterable[s
 def _pattern(stages: list[DerivedStage]) -> tuple[object, ...]:
     """Stages, their bundles, dynamics, expansion, joint decision, gains and value function of one pattern."""
     d = stages[0].derivation
-    symbols = [symbol for symbol, _ in _legend(stages[0])]
-    rows = [(str(stage.index), *(names(values) for _, values in _legend(stage))) for stage in stages]
+    symbols = [symbol_text(name) for name, _ in stages[0].legend]
+    rows = [(str(stage.index), *(names(values) for _, values in stage.legend)) for stage in stages]
     widths = [f"{(0.92 - 0.03 * len(symbols)) / len(symbols):.3f}"] * len(symbols)
     joint = [] if len(d.pattern.controls) == 1 else [d.joint_u, d.joint_uu, *d.joint_ux.values()]
     return (
@@ -184,12 +184,6 @@ def _pattern(stages: list[DerivedStage]) -> tuple[object, ...]:
         align(joint),
         align([d.k, *d.gains.values(), *d.new_value_x.values(), *d.new_value_xx.values()]),
     )
-
-
-def _legend(stage: DerivedStage) -> list[tuple[str, tuple[str, ...]]]:
-    rows = [(symbol_text(name), values) for name, values in stage.inputs.items()]
-    rows += [(symbol_text(f"{name}'"), values) for name, values in stage.outputs.items()]
-    return rows + [(symbol_text(name), (player,)) for name, player in stage.controls.items()]
 
 
 def _dynamics(d: StageDerivation) -> str:
