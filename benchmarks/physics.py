@@ -4,9 +4,11 @@ The problems are those of ``examples/pde``, with their settings. All methods of 
 weights, and all but L-BFGS, whose points stay, draw the same points anew for every step. Only steps are timed. Rates of
 Adam and SOAP are the best of three in shorter runs with a seed of their own. Where a problem's example averages
 networks, so does every method here. Every finished run is kept in ``physics.json`` and not run again; the tables go to
-docs/physics.md. One thread, float64. SOAP is of the extra ``rivals``.
+docs/physics.md, with what prototypes found (``physics_tried.csv``). One thread, float64. SOAP is of the extra
+``rivals``.
 
     python benchmarks/physics.py [--seeds 3] [--only heat,Adam]      what is missing, then the table
+    python benchmarks/physics.py --kept                              the tables alone
     python benchmarks/physics.py --quick                             a minute; nothing is kept or written
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -25,7 +28,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import DOCS, keep_heap, machine, markdown, measured, write_section
+from common import DOCS, csv_table, keep_heap, machine, markdown, measured, write_section
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
@@ -37,9 +40,9 @@ from solve import Problem
 
 from gtddp_compile import compile_optimizer
 
-RAW = Path(__file__).with_name("physics.json")
-BUDGET, SWEEP, SWEEP_SEED = 60.0, 10.0, 100
-"""Seconds of a run, of one that only tunes a rate, and the seed of the latter."""
+RAW, TRIED = (Path(__file__).with_name(name) for name in ("physics.json", "physics_tried.csv"))
+BUDGET, SWEEP, SWEEP_SEED, PAIRS = 60.0, 10.0, 100, 15
+"""Seconds of a run, of one that only tunes a rate, the seed of the latter, and pairs of steps that are compared."""
 TARGETS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 RATES = (1e-2, 3e-3, 1e-3)
 PROBLEMS: dict[str, Callable[[], Problem]] = {
@@ -159,7 +162,9 @@ class Run:
         reached: ``[target, seconds, steps]`` of each that was reached.
         ended: "budget", or "stalled".
         lifted: factors that were made of eigenvalues.
+        price: our step beside Adam's of the same model, in turns at the end; 0 where it was not measured.
         measured, machine: when, which commit, where.
+        load: processes on the machine, this one among them, in the mean of five minutes; 0 where it was not noted.
     """
 
     problem: str
@@ -173,8 +178,10 @@ class Run:
     reached: list[tuple[float, float, int]] = field(default_factory=list)
     ended: str = "budget"
     lifted: int = 0
+    price: float = 0.0
     measured: str = ""
     machine: str = ""
+    load: float = 0.0
 
     @property
     def key(self) -> tuple[str, str, float, int]:
@@ -206,6 +213,12 @@ def perform(run: Run, budget: float, say: Callable[[Run, float], None]) -> None:
         known = {target for target, *_ in run.reached}
         run.reached += [(t, run.seconds, run.steps) for t in TARGETS if error < t and t not in known]
         say(run, error)
+    if run.method.startswith("ours"):
+        adam, ratios = METHODS["Adam"](problem, drawn, 0.0), []
+        for _ in range(PAIRS):
+            ratios.append(step()[0] / adam()[0])
+            problem.terms.zero_grad()  # our step warns of gradients that it does not read
+        run.price = statistics.median(ratios)
 
 
 Runs = dict[tuple[str, str, float, int], Run]
@@ -235,38 +248,44 @@ def wanted(runs: Runs, problems: Sequence[str], methods: Sequence[str], seeds: i
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
+HEADER = ("problem", "method", "seeds", "load", "ms a step", "of Adam's step",
+          *(f"{target:.0e}: s (steps)" for target in TARGETS), "best error")  # fmt: skip
+
+
 def table(runs: Runs) -> str:
     """A row for a problem and method, medians over seeds; a target that half of the seeds did not reach has a dash."""
-    rows = []
+    rows: list[Sequence[str]] = []
     for problem in PROBLEMS:
         for method in [method for method in METHODS if asked(problem, method)]:
             found = [r for r in runs.values() if (r.problem, r.method) == (problem, method) and r.seed != SWEEP_SEED]
-            if not found:
-                rows.append((problem, method, "0", *[""] * (len(TARGETS) + 1), "not run"))
-                continue
-            rate = f" (rate {found[0].rate:g})" if found[0].rate else ""
-            counts = {
-                "stalled": sum(run.ended == "stalled" for run in found),
-                "lifted": sum(run.lifted for run in found),
-            }
-            said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-            rows.append((
-                problem, method + rate, str(len(found)),
-                f"{statistics.median(1e3 * run.seconds / run.steps for run in found):.0f}",
-                *(reached(found, target) for target in TARGETS),
-                f"{statistics.median(run.best for run in found):.1e}" + (f" ({said})" if said else ""),
-            ))  # fmt: skip
-    header = ("problem", "method", "seeds", "ms a step", *(f"{t:.0e}: s (steps)" for t in TARGETS), "best error")
+            rate = f" (rate {found[0].rate:g})" if found and found[0].rate else ""
+            left = ("0", *[""] * (len(HEADER) - 4), "not run")
+            rows.append((problem, method + rate, *(cells(found) if found else left)))
     kept = list(runs.values())
     compiling = statistics.median(run.compile_s for run in kept if run.method.startswith("ours"))
     said = (
         f"Relative L2 error; processor seconds of steps alone (making ours takes {compiling:.0f} s more, once), "
-        f"{BUDGET:.0f} s a run; medians of the seeds. Rates: of {', '.join(map(str, RATES))} the best after "
-        f"{SWEEP:.0f} s with another seed. Lifted: factors made of eigenvalues. L-BFGS: evaluations for "
-        "steps, on points that stay. "
+        f"{BUDGET:.0f} s a run; medians of the seeds. Load: processes on the machine during every run, where noted; "
+        "more than its cores lengthen each other's seconds. Of Adam's step: the two in turns, at the end of a run. "
+        f"Rates: of {', '.join(map(str, RATES))} the best after {SWEEP:.0f} s with another seed. Lifted: factors made "
+        "of eigenvalues. L-BFGS: evaluations for steps, on points that stay. "
         f"Written by `benchmarks/physics.py`; last run {kept[-1].measured}: {kept[-1].machine}."
     )
-    return f"{markdown(header, rows)}\n\n{said}"
+    return f"{markdown(HEADER, rows)}\n\n{said}"
+
+
+def cells(found: Sequence[Run]) -> tuple[str, ...]:
+    """What a row says of its runs."""
+    counts = {"stalled": sum(run.ended == "stalled" for run in found), "lifted": sum(run.lifted for run in found)}
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    prices = [run.price for run in found if run.price]
+    return (
+        str(len(found)), ", ".join(f"{run.load:.0f}" for run in found if run.load),
+        f"{statistics.median(1e3 * run.seconds / run.steps for run in found):.0f}",
+        f"{statistics.median(prices):.1f}" if prices else "",
+        *(reached(found, target) for target in TARGETS),
+        f"{statistics.median(run.best for run in found):.1e}" + (f" ({said})" if said else ""),
+    )  # fmt: skip
 
 
 def reached(found: Sequence[Run], target: float) -> str:
@@ -279,6 +298,7 @@ def reached(found: Sequence[Run], target: float) -> str:
 def main(
     only: Annotated[str, typer.Option(help="problems and methods, with commas; all where none is named")] = "",
     seeds: Annotated[int, typer.Option(min=1)] = 3,
+    kept: Annotated[bool, typer.Option(help="nothing is run; the tables of what is kept")] = False,
     quick: Annotated[bool, typer.Option(help="2 s a run, one seed; nothing is kept or written")] = False,
 ) -> None:
     """Measure what is missing; write the table."""
@@ -301,10 +321,10 @@ def main(
             text = f"{run.problem}, {run.method}, seed {run.seed}: {run.seconds:.0f} s, error {error:.1e}"
             progress.update(bar, description=text)
 
-        for run in wanted(runs, problems, methods, 1 if quick else seeds):
+        for run in () if kept else wanted(runs, problems, methods, 1 if quick else seeds):
             if run.key not in runs:
                 perform(run, 2.0 if quick else SWEEP if run.seed == SWEEP_SEED else BUDGET, say)
-                run.measured, run.machine = stamp
+                (run.measured, run.machine), run.load = stamp, round(os.getloadavg()[1], 1)
                 runs[run.key] = run
                 if not quick:
                     RAW.write_text(json.dumps([asdict(r) for r in runs.values()], indent=1), encoding="utf-8")
@@ -313,6 +333,7 @@ def main(
         print(table(runs))
     else:
         write_section("physics", table(runs), DOCS / "physics.md")
+        write_section("tried", csv_table(TRIED), DOCS / "physics.md")
 
 
 if __name__ == "__main__":

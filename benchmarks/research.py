@@ -6,11 +6,10 @@ The runs are rows of the study, measured by ``time_to_target.py --only "tanh-40-
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
-from common import DOCS, markdown, write_section
+from common import DOCS, csv_table, markdown, write_section
 from study_methods import DEFAULT, METHODS
 from study_runs import Runs, final, load, median, number
 from study_tasks import TASKS
@@ -55,13 +54,6 @@ def table(runs: Runs) -> str:
     return markdown(("hypothesis", "method", "default → with it"), rows)
 
 
-def prototypes() -> str:
-    """The rows of ``research.csv``: what is not in the package, or was looked at for some steps alone."""
-    with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
-    return markdown(header, rows)
-
-
 if __name__ == "__main__":
     write_section("tried", table(load()), PAGE)
-    write_section("prototypes", prototypes(), PAGE)
+    write_section("prototypes", csv_table(Path(__file__).with_suffix(".csv")), PAGE)

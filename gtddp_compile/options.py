@@ -60,7 +60,7 @@ class Nystrom:
         CompileError: not a positive number of columns, or no tolerance between 0 and 1.
     """
 
-    columns: int = 160
+    columns: int = 128
     tolerance: float = 3e-3
 
     def __post_init__(self) -> None:
