@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ DEPTHS = (2, 4, 6, 8, 12, 16, 24)
 SEEDS = range(3)
 STEPS, BATCH, WIDTH = 120, 64, 48
 SUGGESTION = SUGGESTED["foof"]["terminal"]
-AIMS: dict[str, Geometric | None] = {"default": None, "one aim": Geometric(SUGGESTION.aim, half=SUGGESTION.half)}
+AIMS: dict[str, Geometric | None] = {"default": None, "one aim": replace(SUGGESTION, deep=0.0)}
 RAW = Path(__file__).with_suffix(".csv")
 HEADER = ("layers", "aim", "seed", "train_loss", "accuracy", "measured", "machine")
 LOSS = nn.CrossEntropyLoss()

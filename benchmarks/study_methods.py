@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -182,6 +182,7 @@ RIVALS = (
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
+SUGGESTION: Geometric = SUGGESTED["foof"]["terminal"]
 LIKE_DEFAULT = {**SUGGESTED["foof"], "lr": FOOF().lr, "damping": FOOF().damping}
 """FOOF's settings, for K-FAC; refresh periods are the same anyway."""
 
@@ -208,6 +209,7 @@ METHODS = {
         Method("inertia, ramp 10", ramp=10.0),
         *(ours(f"aim {aim} flat", terminal=Geometric(aim)) for aim in (0.1, 0.3, 1.0, 2.0)),
         ours("aim 0.6 B/(B + 16)", terminal=Geometric(0.6, half=16.0)),
+        *(ours(f"reach {reach:g}", terminal=replace(SUGGESTION, reach=reach)) for reach in (0.0, 0.3)),
         ours("refresh 1", refresh=1, stat_every=1),
         ours("ekfac", curvature="ekfac", **LIKE_DEFAULT),
         ours("kfac damping 0.1", curvature="kfac", **LIKE_DEFAULT),

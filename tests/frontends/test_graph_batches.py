@@ -28,7 +28,7 @@ class Graphs(nn.Module):
 
     def passed(self, h: Tensor, edge_index: Tensor, weight: Tensor) -> Tensor:
         source, target = edge_index
-        degree = torch.ones_like(h[:, :1]).index_add(0, target, torch.ones_like(h[source, :1])).rsqrt()
+        degree = torch.ones_like(h[:, :1]).index_add(0, target, torch.ones_like(weight)).rsqrt()
         sent = (h * degree)[source] * torch.sigmoid(weight)
         return (h * degree + torch.zeros_like(h).index_add(0, target, sent)) * degree
 

@@ -290,8 +290,9 @@ class Trajectory:
 
     def _is_constant(self, name: str) -> bool:
         """Whether a value is no sample's own and never moves (a buffer's, a table's); every sample gets a copy."""
-        value = self.values[name]
-        return self.graph.value[name].fixed and (not value.dim() or value.shape[0] != self.batch)
+        if not self.graph.value[name].fixed:
+            return False
+        return not self.graph.op(name).samples.fits(tuple(self.values[name].shape), self.batch)
 
     def _layer(self, use: str, player: Player) -> Tensor:
         """``∂h/∂u`` of one use, parameters flat and side by side."""
