@@ -54,6 +54,7 @@ def train(path: Path, epochs: int = 4) -> list[float]:
             loss = optimizer.step(x.to(device), y.to(device))
         history.append(float(loss))
         save(path, model, optimizer)
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
     return history
 

@@ -283,10 +283,11 @@ def reached(grams: Blocks, information: Tensor, reach: float, targets: Any) -> t
     most, lowered = target_entries(targets), []
     for gram, own in zip(grams, information.split([gram.shape[0] for gram in grams]), strict=True):
         diagonal = gram.diagonal()
-        there = diagonal.sum()
-        c = torch.where(there > 0, reach * own.sum() / there, 1.0).clamp(1.0, most)
-        lowered.append(own / c)
-        diagonal.add_(lowered[-1])
+        if most > 1:
+            there = diagonal.sum()
+            own = own / torch.where(there > 0, reach * own.sum() / there, 1.0).clamp(1.0, most)
+        diagonal.add_(own)
+        lowered.append(own)
     return grams, lowered[0] if len(lowered) == 1 else torch.cat(lowered)
 
 

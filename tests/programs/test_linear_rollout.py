@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_compile import FOOF, CompileError, Geometric, compile_optimizer
+from gtddp_compile.lowering.write import adjoints
 from gtddp_compile.methods.terminal import Terminal
 from gtddp_compile.options import SUGGESTED, Options
 from support import networks, random_networks
@@ -365,3 +366,18 @@ def test_where_it_is_the_default() -> None:
     for other in ({"feedback": "open"}, {"feedback": False}, {"coupling": "block"}, {"rollout": "nonlinear"},
                   {"coupling": "block", "recursion": "printed"}):  # fmt: skip
         assert Options(**other).rollout_kind == "nonlinear"  # type: ignore[arg-type]
+
+
+def test_one_reverse_pass_of_several_stages_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that torch differentiates are one pass while what it leaves is small; else each has its own."""
+    trained, passes = [], []
+    for held in (adjoints.HELD, 0):
+        monkeypatch.setattr(adjoints, "HELD", held)
+        case = networks.conv_residual()
+        opt = compile_optimizer(case.model, case.batch(0, SIZE)[0], loss=LOSS)
+        for step in range(2):
+            opt.step(*case.batch(step, SIZE))
+        trained.append(flat(case.model))
+        passes.append(opt.program.code.count("= pull_back("))
+    assert 0 < passes[0] < passes[1]
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-12)

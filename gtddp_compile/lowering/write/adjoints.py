@@ -8,6 +8,7 @@ arithmetic; every other stage is differentiated by torch.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,16 +68,24 @@ def written_out(b: Builder, t: int) -> tuple[Op, ...]:
     return ops if follow and alone and inner and all(_adjoint(op) is not None for op in ops) else ()
 
 
+HELD = 2**22
+"""Elements of players' gradients that one reverse pass may leave, for the batch that was compiled for: past that memory
+counts, and how many passes there are does not."""
+
+
 def recorded_runs(b: Builder) -> dict[int, range]:
     """Stages in a row that torch differentiates, by each of them: as one where nobody reads ``g`` at the cuts between.
 
-    That is the joint step, its trajectory kept.
+    That is the joint step, its trajectory kept. A reverse pass gives the gradients of all its players at once: of large
+    values it has few.
     """
     count, plan = len(b.plan.stages), b.plan
     cut = plan.form.name != "joint" or b.factored or plan.segments is not None
-    first, found = 0, {}
+    first, held, found = 0, 0, {}
     for t in range(count):
-        first = t if cut or not t or written_out(b, t) or written_out(b, t - 1) else first
+        own = sum(math.prod(b.graph.op(tap).shape or ()) for tap in b.graph.uses_in(b.graph.stages[t].ops))
+        alone = cut or not t or written_out(b, t) or written_out(b, t - 1) or held + own > HELD
+        first, held = (t, own) if alone else (first, held + own)
         found.update(dict.fromkeys(range(first, t + 1), range(first, t + 1)))
     return found
 
