@@ -4,6 +4,7 @@ A B×B quantity is a tuple of square blocks along the diagonal; with full coupli
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -264,7 +265,7 @@ def _solve(block: Tensor, vector: Tensor) -> Tensor:
 def target_entries(targets: Any) -> float:
     """How many numbers a sample's target has; at least 1."""
     found = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.dim()]
-    return max(1.0, sum(leaf[:1].numel() for leaf in found))
+    return float(max(1, sum(math.prod(leaf.shape[1:]) for leaf in found)))
 
 
 def reached(grams: Blocks, information: Tensor, reach: float, targets: Any) -> tuple[Blocks, Tensor]:
