@@ -24,14 +24,7 @@ from torch.utils import _pytree as pytree
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.reference import leaves, start
 from gtddp_compile.frontends.tidied import tidied
-from gtddp_compile.frontends.traced import (
-    Traced,
-    Untraceable,
-    argument_names,
-    module_paths,
-    raised_at,
-    users_line,
-)
+from gtddp_compile.frontends.traced import Traced, Untraceable, argument_names, module_paths, raised_at, users_line
 from gtddp_compile.pde import Jet
 
 aten = torch.ops.aten

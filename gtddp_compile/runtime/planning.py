@@ -40,7 +40,7 @@ def plan_program(
         decay=decay,
         inertia=bool(options.inertia),
         max_step=options.max_step,
-        reach=reach_of(options.terminal_kind) if form.name == "joint" else 0.0,
+        reach=reach_of(options.terminal_kind),
         max_grad_norm=options.max_grad_norm,
         clip=options.feedback_clip,
         terminal=terminal_weight(options.terminal_kind),

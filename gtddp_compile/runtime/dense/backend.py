@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from sympy import MatAdd, MatrixExpr, MatrixSymbol
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
+from gtddp_compile.kernels import target_entries
 from gtddp_compile.methods.terminal import reach_of, terminal_weight
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.runtime.dense.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
@@ -108,7 +108,7 @@ class Sweeps:
         self.factored = self.options.factored and bool(self.options.feedback)
         size = self.options.coupling if isinstance(self.options.coupling, int) else None
         self.phi, self.g = trajectory.terminal(m, targets)
-        self.most = max(1.0, sum(float(leaf[:1].numel()) for leaf in tree_leaves(targets) if isinstance(leaf, Tensor)))
+        self.most = target_entries(targets)
         _, self.aim, self.start = m.terminal(self.phi, *terminal_weight(self.options.terminal_kind), size)
         self.hessian = trajectory.terminal_hessian(m, targets) if self.factored else outer_products(self.g)
         batch = torch.arange(trajectory.batch)
