@@ -34,6 +34,7 @@ def compile_optimizer(
     feedback: Feedback = True,
     rollout: Rollout | None = None,
     inertia: float | None = None,
+    lookahead: float | None = None,
     max_step: float | None = None,
     line_search: tuple[float, ...] | None = None,
     max_grad_norm: float | None = None,
@@ -76,6 +77,9 @@ def compile_optimizer(
             step instead of zero, so that what this batch determines is not overshot; ``k / (k + 3)`` after k steps
             while that is less. A base method's own momentum is refused beside it.
             ``None``: what the curvature suggests, 0 for the first-order methods.
+        lookahead: ``μ`` in inertia's place for samples whose targets have several numbers: the step before, times
+            ``μ``, is taken first, and the trajectory is run from there (Nesterov's place). The loss that a step returns
+            is of that place. ``None``: what the curvature suggests, 0 where inertia is given.
         max_step: cap on the norm in the metric ``M`` of what the batch adds to the step (with ``inertia`` 0: of the
             step); for rollout ``"linear"``.
         line_search: step lengths, tried by forward passes on the batch: the best is taken, and none that is worse than
@@ -144,8 +148,8 @@ def compile_optimizer(
     options = Options(
         feedback=feedback, feedback_clip=feedback_clip, schedule=schedule, coupling=coupling, recursion=recursion,
         terminal=terminal, backend=backend, mixing=mixing, cooperative=cooperative, gram=gram, memory=memory,
-        compile=compile, rollout=rollout, inertia=inertia, max_step=max_step, line_search=line_search,
-        max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, running_statistics=running_statistics,
+        compile=compile, rollout=rollout, inertia=inertia, lookahead=lookahead, max_step=max_step,
+        line_search=line_search, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, running_statistics=running_statistics,
     )  # fmt: skip
     model, ranks = of_processes(model, process_group)
     if ranks is not None and ranks.size == 1:

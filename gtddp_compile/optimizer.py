@@ -61,8 +61,8 @@ class CompiledOptimizer(Surface):
         self._current: UpdateProgram | None = None
         self._diagnostics, self._checked, self._skips = Diagnostics(), False, 0
         self._pending: Accumulated | None = None
-        inertia = {"inertia": options.inertia} if options.inertia else {}
-        super().__init__(self._view.groups(), curvature.defaults() | inertia)
+        carried = {name: value for name in ("inertia", "lookahead") if (value := getattr(options, name))}
+        super().__init__(self._view.groups(), curvature.defaults() | carried)
         if example_inputs is not None:
             self._specialise(self._batch(example_inputs, None, example=True)[0])
 

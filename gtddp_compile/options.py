@@ -104,6 +104,7 @@ class Options:
     compile: bool | Mapping[str, Any] = False
     rollout: Rollout | None = None
     inertia: float | None = None
+    lookahead: float | None = None
     max_step: float | None = None
     line_search: tuple[float, ...] | None = None
     max_grad_norm: float | None = None
@@ -123,7 +124,7 @@ class Options:
 
     def _values(self) -> Iterator[tuple[str, bool, str]]:
         """Options that are no words, whether their values are allowed, and which are."""
-        terminal, gram, inertia, grid = self.terminal, self.gram, self.inertia, self.line_search
+        terminal, gram, grid = self.terminal, self.gram, self.line_search
         group = not isinstance(self.coupling, bool) and isinstance(self.coupling, int) and self.coupling >= 1
         known = terminal in (None, "geometric", "gradient", "ggn") or isinstance(terminal, MonteCarlo | Geometric)
         made = gram in ("auto", "exact", "separable") or isinstance(gram, Sketch | Nystrom)
@@ -132,8 +133,10 @@ class Options:
         yield "terminal", known, "'geometric', Geometric(aim, own), 'gradient', 'ggn' or MonteCarlo(rank)"
         yield "compile", isinstance(self.compile, bool | Mapping), "True, False or a mapping of torch.compile's options"
         yield "gram", made, "'auto', 'exact', 'separable', Sketch(columns) or Nystrom(columns)"
-        fading = inertia is None or (_is_number(inertia) and 0 <= inertia < 1)
-        yield "inertia", fading, "a number that is at least 0 and less than 1, or None"
+        for option in ("inertia", "lookahead"):
+            value = getattr(self, option)
+            fading = value is None or (_is_number(value) and 0 <= value < 1)
+            yield option, fading, "a number that is at least 0 and less than 1, or None"
         for option in ("feedback_clip", "max_step", "max_grad_norm"):
             value = getattr(self, option)
             yield option, value is None or (_is_number(value) and value > 0), "a positive number or None"
@@ -242,6 +245,7 @@ class Options:
 SUGGESTED: Mapping[str, Mapping[str, Any]] = {
     "foof": {
         "inertia": 0.9,
+        "lookahead": 0.8,
         "terminal": Geometric(aim=0.75, half=24.0, reach=0.1, deep=4.0),
         "running_statistics": "corrected",
     }
@@ -250,10 +254,10 @@ SUGGESTED: Mapping[str, Mapping[str, Any]] = {
 
 
 def suggested(options: Options, curvature: Curvature) -> Options:
-    """The options with what the curvature suggests where nothing was said: inertia, aim, running statistics.
+    """The options with what the curvature suggests where nothing was said: inertia, look-ahead, aim, statistics.
 
     Raises:
-        CompileError: inertia beside a momentum of the base method.
+        CompileError: inertia beside a momentum of the base method, or look-ahead without inertia.
     """
     settings = curvature.defaults()
     moved = settings.get("momentum", 0) or settings.get("betas", (0,))[0]
@@ -264,12 +268,21 @@ def suggested(options: Options, curvature: Curvature) -> Options:
         )
     known = SUGGESTED.get(curvature.name, {}) if options.feedback is True and options._couples else {}
     inertia = options.inertia if options.inertia is not None else 0.0 if moved else known.get("inertia", 0.0)
+    lookahead = options.lookahead
+    if lookahead is None:
+        lookahead = known.get("lookahead", 0.0) if options.inertia is None and inertia else 0.0
+    if lookahead and not inertia:
+        raise CompileError(
+            f"lookahead={lookahead!r} without inertia: there is no step before that leads anywhere",
+            "Give inertia with it, or leave it out",
+        )
     terminal = known.get("terminal")
     if terminal is not None and options.rollout_kind != "linear":
         terminal = replace(terminal, reach=0.0)  # of the joint step
     return replace(
         options,
         inertia=inertia,
+        lookahead=lookahead,
         terminal=options.terminal or terminal,
         running_statistics=options.running_statistics or known.get("running_statistics"),
     )

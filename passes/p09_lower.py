@@ -99,6 +99,8 @@ def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
 
 
 def _inputs(b: Builder) -> None:
+    if b.plan.inertia:
+        b.emit("trajectory", -1, "p", "m.look_ahead", Var("p"), Var("targets"), note="u + mu v, or u")
     b.emit("trajectory", -1, tuple(b.name(name) for name in b.graph.ops.inputs), "=", Var("inputs"), note="x_0")
 
 

@@ -170,7 +170,7 @@ def _show_and_free(
             last[name] = id(instruction)
     free: dict[int, list[str]] = {}
     for name in dict.fromkeys(name for instruction in lowered.instructions for name in instruction.written):
-        if name not in ("phi", "inputs", "targets", "_"):
+        if name not in ("phi", "inputs", "targets", "p", "_"):  # parameters are read by the names of their own
             free.setdefault(last[name], []).append(name)
     for instruction in lowered.instructions:
         if "_" in instruction.written:

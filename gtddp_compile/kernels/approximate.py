@@ -125,41 +125,43 @@ def conv_sketch_gram(layer: Layer, metric: tuple[Any, ...], *, columns: int, see
 
 
 def conv_sketched(
-    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor, ...] | None
-) -> tuple[Tensor, Tensor | None]:
+    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor | None, ...] | None
+) -> tuple[Tensor, Tensor]:
     """A sketch ``(B, …)`` of a convolution's ``γ``, whose products are ``Γ``, and ``⟨γ_i, v⟩`` of a change.
 
     One convolution of the input makes both: its filters are the change of the weight and random ones
-    (projections of patches: nothing is unfolded). ``direction`` ``None``: the sketch alone.
+    (projections of patches: nothing is unfolded). ``direction`` ``None``, or of it: no change, the sketch alone.
     """
     (x, g), samples, how = _conv_images(layer), layer.g.shape[0], layer.how
     filters, convolve = filters.to(x.dtype), CONVOLUTIONS[x.dim()]
-    weights = [filters] if direction is None else [direction[0].to(x.dtype), filters]
+    change = None if direction is None else direction[0]
+    weights = [filters] if change is None else [change.to(x.dtype), filters]
     if how.groups > 1:
         seen = [convolve(x, weight, None, *how) for weight in weights]
     else:
-        whole = convolve(x, weights[0] if direction is None else torch.cat(weights), None, *how)
+        whole = convolve(x, weights[0] if change is None else torch.cat(weights), None, *how)
         seen = list(whole.split([len(weight) for weight in weights], 1))
     sketch = _conv_products(g, seen[-1], samples, how.groups) * metric[0] ** 0.5
     bias = _conv_bias(g, samples) if layer.wants[1] else None
     if bias is not None:
         sketch = torch.cat([sketch, bias * metric[-1] ** 0.5], 1)
-    if direction is None:
-        return sketch, None
-    change = _conv_samples((g * seen[0]).flatten(1).sum(1), samples)
-    return sketch, change if bias is None else change + bias @ direction[1]
+    if change is None:
+        return sketch, sketch.new_zeros(samples)
+    moved = _conv_samples((g * seen[0]).flatten(1).sum(1), samples)
+    return sketch, moved if bias is None else moved + bias @ direction[1]
 
 
 def linear_sketched(
-    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor, ...] | None
-) -> tuple[Tensor, Tensor | None]:
+    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor | None, ...] | None
+) -> tuple[Tensor, Tensor]:
     """As :func:`conv_sketched`, of a linear layer with positions; filters are ``(columns, n)``."""
     x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)
-    change = None if direction is None else (g @ direction[0]).mul_(x).flatten(1).sum(1)
+    change = None if direction is None else direction[0]
+    moved = g.new_zeros(len(g)) if change is None else (g @ change).mul_(x).flatten(1).sum(1)
     seen, bias = x @ (filters.to(x.dtype) * metric[0] ** 0.5).mT, layer.wants[1]
     sketch = (F.pad(seen, (0, int(bias)), value=1.0)).mT @ g  # (B, columns and the bias's, m)
-    if bias and change is not None and direction is not None:
-        change = change + sketch[:, -1] @ direction[1]
+    if bias and change is not None:
+        moved = moved + sketch[:, -1] @ direction[1]
     if bias:
         sketch[:, -1] *= metric[-1] ** 0.5
-    return sketch.flatten(1), change
+    return sketch.flatten(1), moved

@@ -88,7 +88,9 @@ def factor_gram(
 
 
 def factor_directional(directional: Kernel, layer: Layer, direction: tuple[Tensor, ...]) -> Tensor:
-    """``⟨ψ_ia, v⟩``, shape (B r,); one call of the layer's kernel a column."""
+    """``⟨ψ_ia, v⟩``, shape (B r,); one call of the layer's kernel a column (``None`` in ``v``: zero)."""
+    if direction[0] is None:
+        return layer.g.new_zeros((len(layer.g) - 1) * layer.g.shape[1])
     found = [directional(layer._replace(g=column), direction) for column in layer.g[1:]]
     return torch.stack(found, 1).flatten()
 

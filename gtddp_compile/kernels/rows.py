@@ -3,13 +3,13 @@ uses add up before the product.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import is_spherical, pieces, wide
+from gtddp_compile.kernels.bundle import Layer, is_spherical, pieces, wide
 from gtddp_compile.kernels.linear import linear_inputs
 from gtddp_compile.kernels.turned import turned_rows
 
@@ -55,6 +55,14 @@ def rows_directional(gradients: Gradients, direction: Gradients) -> Tensor:
     """``⟨γ_i, v⟩``, ``(B,)``."""
     pairs = zip(gradients, direction, strict=True)
     return functools.reduce(torch.add, (_rows_flat(gamma) @ change.flatten() for gamma, change in pairs))
+
+
+def along(directional: Callable[..., Tensor], taken: Layer | Gradients, direction: tuple[Tensor | None, ...]) -> Tensor:
+    """``⟨γ_i, v⟩``, ``(B,)``, by a kernel; ``None`` in ``v``: zero, nothing is left of the last step."""
+    if direction[0] is None:
+        g = taken.g if isinstance(taken, Layer) else taken[0]
+        return g.new_zeros(len(g))
+    return directional(taken, direction)
 
 
 def rows_gram_diagonal(gradients: Gradients, metric: tuple[Any, ...]) -> Tensor:

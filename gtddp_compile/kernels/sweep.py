@@ -262,10 +262,20 @@ def _solve(block: Tensor, vector: Tensor) -> Tensor:
     return torch.cholesky_solve(vector.unsqueeze(1), block, upper=True).squeeze(1)
 
 
+def _entries(targets: Any) -> list[int]:
+    """Numbers of a sample in every tensor of the targets."""
+    leaves = (leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.dim())
+    return [math.prod(leaf.shape[1:]) for leaf in leaves]
+
+
 def target_entries(targets: Any) -> float:
     """How many numbers a sample's target has; at least 1."""
-    found = [leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor) and leaf.dim()]
-    return float(max(1, sum(math.prod(leaf.shape[1:]) for leaf in found)))
+    return float(max(1, sum(_entries(targets))))
+
+
+def largest_entries(targets: Any) -> int:
+    """How many numbers a sample has in one tensor of the targets at most."""
+    return max(_entries(targets), default=1)
 
 
 def reached(grams: Blocks, information: Tensor, reach: float, targets: Any) -> tuple[Blocks, Tensor]:

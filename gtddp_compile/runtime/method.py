@@ -230,6 +230,19 @@ class BaseMethod(BlockUpdates):
         twin.figures, twin.loss, twin._random, twin._settled = {}, None, {}, None
         return twin
 
+    def look_like(self, micro: BaseMethod, *, known: bool) -> None:
+        """The update looks ahead where its micro-batches do (``known``: from others, already).
+
+        Raises:
+            CompileError: this one does not do as they do.
+        """
+        if known and self._ahead != micro._ahead:
+            raise CompileError(
+                "targets of one number a sample beside targets of several in one update, which look ahead",
+                "Accumulate them in updates of their own, or use lookahead=0",
+            )
+        self._ahead = micro._ahead
+
     # --- losses -------------------------------------------------------------------------------------------------------
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:

@@ -129,6 +129,7 @@ class Union:
         part = Part(method, run, draws=draws(self._backend.program.lowered))
         part.resume()
         assert part.request is not None and method.loss is not None
+        self.method.look_like(method, known=bool(self._parts))
         part.samples = len(part.request[1][0])  # m.terminal(phi, kind) comes first
         after = random_state()
         if self.method.reduction == "mean" or self._base:

@@ -229,17 +229,14 @@ def directional(
     b: Builder, phase: Phase, t: int, player: Player, direction: str, result: str, only: frozenset[str] | None = None
 ) -> list[Var]:
     """``⟨γ_i, v⟩`` of a player, a variable a use (``only`` of the named ones)."""
-    found = []
+    found, last = [], b.plan.inertia and not b.plan.decay  # the last step, which may be taken already
     for use in b.uses(player.name):
         if only is not None and use.op not in only:
             continue
-        change, name = parts_of(direction, player, use), f"{result}_{b.name(use.key)}"
-        if b.layer(player).gram.kept:
-            b.emit(phase, t, name, "rows_directional", Var(kept(b, t, player)), change)
-        else:
-            kernel = b.kernel(use, "directional")
-            call = ("factor_directional", Function(kernel)) if b.factored else (kernel,)
-            b.emit(phase, t, name, *call, layer(b, use), change)
+        change, name, rows = parts_of(direction, player, use), f"{result}_{b.name(use.key)}", b.layer(player).gram.kept
+        kernel, taken = ("rows_directional", Var(kept(b, t, player))) if rows else (b.kernel(use, "directional"), layer(b, use))
+        around = "factor_directional" if b.factored and not rows else "along" if last else None
+        b.emit(phase, t, name, *((around, Function(kernel)) if around else (kernel,)), taken, change)
         found.append(Var(name))
     return found
 

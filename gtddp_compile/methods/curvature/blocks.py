@@ -133,7 +133,7 @@ class BlockUpdates(ParameterUpdates):
         """As :meth:`apply_block` where nobody reads ``δu``: one pass over every new parameter."""
         if kind == "channels" and self._plain(names[0]) and gradients[0][0].dim() == 2 and not self._decays(names):
             (player,), (parts,) = names, gradients
-            (last, mu), inverse = self.last_step(player), self.states[player[0]]["inverse_x"]
+            (last, mu), inverse = self._carrying(player), self.states[player[0]]["inverse_x"]
             own = float(mu), float(self._groups[player[0]]["lr"])
             self._move(player[0], self._stepped(player[0], channel_carried(parts[0], inverse, last[0], *own)))
             for name, part in zip(player[1:], parts[1:], strict=True):
@@ -148,7 +148,7 @@ class BlockUpdates(ParameterUpdates):
         if not self._plain(player) or any(self._groups[name]["lr"] != rate for name in player):
             self.descend_steps("dual", names, (dual_step(coordinates, weights),))
             return
-        last, mu = self.last_step(player)
+        last, mu = self._carrying(player)
         found = dual_carried(coordinates, weights, last, float(mu), float(rate))
         for name, delta in zip(player, found, strict=True):
             self._move(name, self._stepped(name, delta))

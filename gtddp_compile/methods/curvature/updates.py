@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gtddp_compile.kernels.approximate import separated
 from gtddp_compile.kernels.bundle import Layer
-from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, weigh
+from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, largest_entries, weigh
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.base import Curvature, Move
 from gtddp_compile.methods.curvature.numbers import counted
@@ -45,6 +45,7 @@ class ParameterUpdates:
         self._curvature, self._params, self._new, self._groups = curvature, params, new, groups
         self.states: dict[str, Mapping[str, Any]] = dict(states)
         self._denominators: dict[str, Tensor] = {}
+        self._ahead = False
 
     def observe(self, names: tuple[str, ...], gradients: tuple[Tensor, ...] | None) -> None:
         """Statistics from ``Q_u = γᵀ α + ℓ_u`` (``gradients`` without ``ℓ_u``), and the step count."""
@@ -123,8 +124,27 @@ class ParameterUpdates:
             self._denominators[name] = own
         return own
 
-    def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor, ...], Tensor | float]:
-        """``v``, the last step's ``δu`` of each parameter (zero before the first), and ``μ``, one for all of them."""
+    def look_ahead(self, params: dict[str, Tensor], targets: Any) -> dict[str, Tensor]:
+        """``u + μ v`` of every parameter, where the trajectory is run; ``u`` where samples' targets have one number.
+
+        From then on nothing of the last step is left to be drawn to (docs/theory.md#look-ahead).
+        """
+        self._ahead = largest_entries(targets) > 1 and any(group.get("lookahead") for group in self._groups.values())
+        found = dict(params)
+        for name in self.states if self._ahead else ():
+            (last,), mu = self._carrying((name,))
+            found[name] = (params[name] + last * mu).to(params[name].dtype)
+        return found
+
+    def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor | None, ...], Tensor | float]:
+        """``v``, the last step's ``δu`` of each parameter (zero before the first), and ``μ``, one for all of them.
+
+        ``None`` and 0 where the trajectory is run ahead.
+        """
+        return ((None,) * len(names), 0.0) if self._ahead else self._carrying(names)
+
+    def _carrying(self, names: tuple[str, ...]) -> tuple[tuple[Tensor, ...], Tensor | float]:
+        """``v`` and ``μ`` of what the step adds."""
         mu = self._inertia(names[0])
         if mu is None:
             return tuple(torch.zeros_like(self._params[name]) for name in names), 0.0
@@ -141,7 +161,7 @@ class ParameterUpdates:
 
     def _inertia(self, name: str) -> Tensor | float | None:
         """``μ_k = min(μ, k / (k + RAMP))`` after k steps; ``None`` before the first."""
-        state, mu = self.states[name], self._groups[name].get("inertia", 0.0)
+        state, mu = self.states[name], self._groups[name].get("lookahead" if self._ahead else "inertia", 0.0)
         if "last_step" not in state or not mu:
             return None
         taken: Tensor = state["taken"]
@@ -150,8 +170,8 @@ class ParameterUpdates:
         return min(float(mu), float(taken) / (float(taken) + RAMP))
 
     def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
-        """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``."""
-        mu = self._inertia(name)
+        """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``; nothing less where it is run ahead."""
+        mu = None if self._ahead else self._inertia(name)
         if mu is None:
             return torch.zeros_like(self._params[name]) if direction is None else direction
         carried: Tensor = self.states[name]["last_step"] * mu

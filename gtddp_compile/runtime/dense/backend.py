@@ -88,7 +88,8 @@ class DenseBackend:
                 "Call it outside, or use backend='fast'",
             )
         m.samples = inputs[0].shape[0]
-        return Sweeps(self.program, m, Trajectory(self.program.graph, p, b, inputs), targets).run(q)
+        trajectory = Trajectory(self.program.graph, m.look_ahead(p, targets), b, inputs)
+        return Sweeps(self.program, m, trajectory, targets).run(q)
 
 
 class Sweeps:
