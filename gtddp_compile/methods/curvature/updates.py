@@ -170,7 +170,7 @@ class ParameterUpdates:
         return min(float(mu), float(taken) / (float(taken) + RAMP))
 
     def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
-        """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``; nothing less where it is run ahead."""
+        """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``; run ahead, nothing less."""
         mu = None if self._ahead else self._inertia(name)
         if mu is None:
             return torch.zeros_like(self._params[name]) if direction is None else direction
