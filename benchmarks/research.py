@@ -24,7 +24,7 @@ TRIED = {
         "kfac damping 0.1", "kfac, aim 0.1",
     ),
     "inertia carries early mistakes on": ("inertia 0",),
-    "taken: where a target has several numbers, the last step is taken before the batch is looked at": ("look-ahead 0",),
+    "taken: where a target has several numbers, the last step is taken before the look at the batch": ("look-ahead 0",),
     "taken: a loss that is a mean over many outputs makes every learning rate a small one": ("reach 0", "reach 0.3"),
 }  # fmt: skip
 """Hypotheses, in the order of the table, and methods that try them."""
