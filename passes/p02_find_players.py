@@ -194,20 +194,14 @@ def _owners(found: PlayerGraph) -> dict[str, Player]:
 
 def _check_single(op: Op, player: Player) -> None:
     if not op.is_tensor:
-        raise CompileError(
+        raise op.refusal(
             f"it reads the trained {', '.join(player.parameters)} and gives several values at once",
             "Freeze these parameters, or return one tensor from it",
-            module=op.module,
-            operation=op.kind,
-            source=op.source,
         )
 
 
 def _unowned(op: Op, parameter: str, why: str) -> CompileError:
-    return CompileError(
+    return op.refusal(
         f"parameter {parameter!r} is read here, but {why}",
         "Report the model: the compiler must own every use of a parameter",
-        module=op.module,
-        operation=op.kind,
-        source=op.source,
     )

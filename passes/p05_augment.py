@@ -89,12 +89,9 @@ def check_tuples(ops: OpGraph, stage_of: Mapping[str, int], lives: Lives, moved:
 
 
 def _packed(op: Op, *, returned: bool) -> CompileError:
-    return CompileError(
+    return op.refusal(
         f"it gives several tensors at once, which are {'returned' if returned else 'read by a later stage'}",
         "Unpack them where they are computed (a, b = ...) and use the parts",
-        module=op.module,
-        operation=op.kind,
-        source=op.source,
     )
 
 
@@ -111,12 +108,9 @@ def check_batch_axes(players: PlayerGraph, values: tuple[Value, ...]) -> None:
     for name in sorted({*players.player_using, *moving}, key=ops.position.__getitem__):
         op = ops.by_name[name]
         if op.shape == () and ops.batch:
-            raise CompileError(
+            raise op.refusal(
                 f"it makes a single number of the {ops.batch} samples, a loss inside the model perhaps",
                 "Let the model return what the loss is computed from, and give the loss to compile_optimizer",
-                module=op.module,
-                operation=op.kind,
-                source=op.source or None,
             )
         if not _has_samples(op, ops):
             raise _without_samples(op, ops)
@@ -149,7 +143,7 @@ def _without_samples(op: Op, ops: OpGraph) -> CompileError:
             op = before
             break
         pending += [ops.by_name[name] for name in before.operands if not _has_samples(ops.by_name[name], ops)]
-    return CompileError(why, remedy, module=op.module, operation=op.kind, source=op.source or None)
+    return op.refusal(why, remedy)
 
 
 # --- the rewrite ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gtddp_compile.errors import CompileError
 from gtddp_compile.graph.layouts import LEADING, Layout
 
 
@@ -137,6 +138,10 @@ class Op:
     def nbytes(self) -> int:
         """Bytes of the value; 0 where its shape is not known."""
         return math.prod(self.shape) * self.dtype.itemsize if self.shape is not None and self.dtype is not None else 0
+
+    def refusal(self, why: str, remedy: str) -> CompileError:
+        """The error that this operation cannot be compiled as it is."""
+        return CompileError(why, remedy, module=self.module, operation=self.kind, source=self.source or None)
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:

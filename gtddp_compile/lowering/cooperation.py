@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 from gtddp_compile.algebra.paths import plain_scales
-from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph, Player, Stage
 from gtddp_compile.lowering.plan import MetricBlock
 from gtddp_compile.lowering.uses import Use, arranged_shape, describe_use
@@ -144,12 +143,11 @@ def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], ru
     sizes = f"{inputs} x {inputs} and {outputs} x {outputs}"
     if max(inputs, outputs) > LARGEST_JOINT:
         op = graph.op(group[0].op)
-        raise CompileError(
+        raise op.refusal(
             f"the coalition of {', '.join(player.name for player in group)} has joint Kronecker factors of {sizes} "
             f"(Theorem 3), and {LARGEST_JOINT} is the longest side that is made",
             "Pass cooperative=False, with which every layer has factors of its own, or schedule='sequential'",
-            module=op.module, operation=op.kind, source=op.source or None,
-        )  # fmt: skip
+        )
     why = f"Theorem 3: cross terms A_uv, B_uv; joint factors {sizes}"
     return MetricBlock("kronecker", tuple(group), why)
 

@@ -70,12 +70,11 @@ def _check_own(derived: Derived) -> None:
     if coupled:
         (block, *_) = coupled
         op = derived.graph.op(block.players[0].op)
-        raise CompileError(
+        raise op.refusal(
             f"recursion='printed': the curvature couples {', '.join(player.name for player in block.players)}, and "
             "Eq. 23 as printed adds up the players' own",
             "Use recursion='substituted', or cooperative=False, with which every player has its own",
-            module=op.module, operation=op.kind, source=op.source or None,
-        )  # fmt: skip
+        )
 
 
 def _check_columns(graph: ControlGraph, options: Options) -> None:
@@ -87,12 +86,11 @@ def _check_columns(graph: ControlGraph, options: Options) -> None:
     for name in graph.ops.output_names:
         op = graph.op(name) if name in graph.ops.position else None
         if op is not None and op.samples != LEADING:
-            raise CompileError(
+            raise op.refusal(
                 f"terminal={options.terminal!r}: the output has its {op.samples}, and the factors of the loss's Hessian"
                 " are taken a sample at a time along the leading axis",
                 "Move the samples to the leading axis of the output, or take terminal='geometric'",
-                module=op.module, operation=op.kind, source=op.source or None,
-            )  # fmt: skip
+            )
 
 
 def metric_rules(options: Options, curvature: Curvature) -> MetricRules:

@@ -215,11 +215,10 @@ def check_shared_model(graph: ControlGraph, model: nn.Module) -> None:
         CompileError: naming the operation.
     """
     for op in graph.guards:
-        raise CompileError(
+        raise op.refusal(
             "the path through the model depends on values, and with process_group ranks could take different ones",
             "Replace the decision by torch.where",
-            module=op.module, operation=op.kind, source=op.source or None,
-        )  # fmt: skip
+        )
 
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
     if len(norms) != sum(bool(op.kwargs.get("sync")) for op in graph.ops.ops):

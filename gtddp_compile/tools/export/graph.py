@@ -95,12 +95,9 @@ def _refuse(program: UpdateProgram) -> None:
         )
     if draws(program.lowered):
         op = next(op for op in program.graph.ops.ops if op.random)
-        raise CompileError(
+        raise op.refusal(
             "a .pt2 graph cannot draw the same random numbers in both sweeps",
             f"{REMEDY}, or compile the model with this layer in evaluation mode",
-            module=op.module,
-            operation=op.kind,
-            source=op.source,
         )
 
 
