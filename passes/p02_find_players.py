@@ -159,9 +159,6 @@ def prove_owned(found: PlayerGraph) -> None:
 
     Follows each parameter through the graph by itself, without what the search found: to the operations that read it,
     and on through those that its owner calls expressions.
-
-    Raises:
-        CompileError: naming the operation and the parameter.
     """
     graph = found.ops
     owner = _owners(found)

@@ -225,9 +225,6 @@ def _padded(model: nn.Module) -> Iterator[None]:
 def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Reference) -> tuple[OpGraph, Reference]:
     """Run a recording the same way; the graph comes back with the shapes and dtypes of its values, and with every
     operation that draws random numbers known as one, whatever it is called.
-
-    Raises:
-        Untraceable: it raises.
     """
     params, buffers = leaves(model)
     values: dict[str, Any] = dict(zip(graph.inputs, copy.deepcopy(inputs), strict=True))
@@ -365,11 +362,7 @@ def _value(leaf: Any, values: Mapping[str, Any], params: Mapping[str, Tensor], b
 
 
 def evaluate(op: Op, values: Mapping[str, Any], params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
-    """The value of one operation.
-
-    Raises:
-        Untraceable: it raises.
-    """
+    """The value of one operation."""
     args, kwargs = map_leaves((op.args, dict(op.kwargs)), lambda leaf: _value(leaf, values, params, buffers))
     assert op.target is not None
     try:

@@ -126,11 +126,7 @@ def _uses_of_a_sample(graph: ControlGraph, player: Player) -> float:
 
 
 def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], rules: MetricRules) -> MetricBlock:
-    """A player alone, or several with cross terms.
-
-    Raises:
-        CompileError: a side of the several's factors is longer than :data:`LARGEST_JOINT`.
-    """
+    """A player alone, or several with cross terms, refused if a side of their factors is over :data:`LARGEST_JOINT`."""
     if len(group) == 1:
         use = uses[group[0].name]
         width = math.prod(graph.ops.parameter_info[use.names[0]].shape[1:]) + use.wants[1]

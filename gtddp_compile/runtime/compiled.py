@@ -83,11 +83,7 @@ def check_done(m: BaseMethod) -> None:
 
 
 def refuse_uncompilable(graph: ControlGraph, curvature: str, kronecker: bool, factored: bool) -> None:
-    """What ``torch.compile`` cannot take as one graph.
-
-    Raises:
-        CompileError: naming it.
-    """
+    """What ``torch.compile`` cannot take as one graph."""
     random = [op for op in graph.ops.ops if op.random]
     if random:
         raise random[0].refusal(

@@ -22,9 +22,6 @@ def check_fit(program: UpdateProgram, model: nn.Module) -> None:
     """The model has the program's parameters, operations and stages.
 
     It is traced with inputs of the shapes the program was compiled for; dtypes may differ.
-
-    Raises:
-        CompileError: naming the first parameter or operation that is another one.
     """
     _check_parameters(program.graph, model)
     inputs = _inputs(program.graph, next(model.parameters()))

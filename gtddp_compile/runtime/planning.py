@@ -61,11 +61,7 @@ def plan_program(
 
 
 def _check_own(derived: Derived) -> None:
-    """Eq. 23 as printed reads each player's own curvature, which a joint one does not have.
-
-    Raises:
-        CompileError: the curvature couples players.
-    """
+    """Eq. 23 as printed reads each player's own curvature, which a joint one does not have."""
     coupled = [block for stage in derived.stages for block in stage.blocks if len(block.players) > 1]
     if coupled:
         (block, *_) = coupled
@@ -78,11 +74,7 @@ def _check_own(derived: Derived) -> None:
 
 
 def _check_columns(graph: ControlGraph, options: Options) -> None:
-    """Outputs with several columns a sample have their samples leading: ``(r, B, …)``.
-
-    Raises:
-        CompileError: the samples of an output lie elsewhere.
-    """
+    """Outputs with several columns a sample have their samples leading: ``(r, B, …)``."""
     for name in graph.ops.output_names:
         op = graph.op(name) if name in graph.ops.position else None
         if op is not None and op.samples != LEADING:

@@ -209,11 +209,7 @@ ALIKE = (
 
 
 def check_shared_model(graph: ControlGraph, model: nn.Module) -> None:
-    """Refuse models that ranks could run through differently, and norms whose statistics would not be of all ranks.
-
-    Raises:
-        CompileError: naming the operation.
-    """
+    """Refuse models that ranks could run through differently, and norms whose statistics would not be of all ranks."""
     for op in graph.guards:
         raise op.refusal(
             "the path through the model depends on values, and with process_group ranks could take different ones",

@@ -60,11 +60,7 @@ class Surface(torch.optim.Optimizer):
         self._lock, self._committed = RLock(), []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after construction: the program was derived for the parameters the model had.
-
-        Raises:
-            CompileError: always, once the optimizer exists.
-        """
+        """Refused after construction: the program was derived for the parameters the model had."""
         if getattr(self, "_sealed", False):
             self._refuse_group()
         # torch compares a new group with all before it, quadratic in their number; ours are disjoint by construction.

@@ -21,11 +21,7 @@ from gtddp_compile.tools.page import page
 
 
 def html(graph: nx.MultiDiGraph[str], notes: Mapping[int, str] | None = None) -> str:
-    """The page; it loads nothing from the network, and forbids itself to. ``notes``: text for a stage by its index.
-
-    Raises:
-        CompileError: the layout engine is not installed, or it failed.
-    """
+    """The page; it loads nothing from the network, and forbids itself to. ``notes``: text for a stage by its index."""
     data = json.dumps(page_data(graph, notes or {}), ensure_ascii=False, separators=(",", ":"))
     return page(
         "draw/page.html.j2",

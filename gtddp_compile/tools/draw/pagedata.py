@@ -59,9 +59,6 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
     operation; ``stages``: hover text, cut and note of every stage; ``layouts``; ``blocks``, the network itself first;
     ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means; ``ring``:
     colour of a coalition's outline.
-
-    Raises:
-        CompileError: the layout engine is not installed, or it failed.
     """
     views, texts = Views(graph), Texts()
     blocks = list(views.root.blocks())

@@ -52,9 +52,6 @@ def svg(graph: nx.MultiDiGraph[str], boxes: int = BOXES) -> str:
     """The drawing, with hover texts; every text is escaped and nothing is loaded from elsewhere.
 
     A graph of more operations than ``boxes`` is folded into so many blocks (or as few as its outermost blocks are).
-
-    Raises:
-        CompileError: the layout engine is not installed, or it failed.
     """
     graph = Views(graph).folded(boxes) if len(graph) > boxes else graph
     found = picture(graph)
