@@ -88,7 +88,7 @@ class Loss:
             )
 
     def depend_on_outputs_alone(self, phi: Tensor, parameters: Mapping[int, str]) -> None:
-        """No trained parameter (name by ``data_ptr``) is read by the loss itself, where its gradient would be left out."""
+        """No trained parameter (name by ``data_ptr``) is read by the loss itself: its gradient would be left out."""
         found, seen, todo = set(), set(), [phi.grad_fn]
         while todo:
             node = todo.pop()
