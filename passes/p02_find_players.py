@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import Op, OpGraph, Player, PlayerGraph
+from gtddp_compile.graph import Op, OpGraph, Player, PlayerGraph, grouped
 
 Reads = dict[str, tuple[str, ...]]
 """Trained parameters by operation."""
@@ -86,9 +86,7 @@ def find_players(graph: OpGraph) -> PlayerGraph:
     for use, names in uses.items():
         for name in names:
             uses_of.setdefault(name, []).append(use)
-    owned: dict[str, list[str]] = {}
-    for name, where in uses_of.items():
-        owned.setdefault(where[0], []).append(name)
+    owned = grouped(uses_of, lambda name: uses_of[name][0])
     if not owned:
         raise CompileError(
             "no trained parameter has a differentiable path to the output",

@@ -37,7 +37,7 @@ from heapq import heapify, heappop, heappush
 
 import networkx as nx
 
-from gtddp_compile.graph import OpGraph, PlayerGraph, Shortcut, ShortcutGraph, ShortcutKind
+from gtddp_compile.graph import OpGraph, PlayerGraph, Shortcut, ShortcutGraph, ShortcutKind, grouped
 
 ROOT, EXIT = -1, -2
 MAIN = 1
@@ -249,9 +249,7 @@ def find_shortcuts(graph: PlayerGraph) -> ShortcutGraph:
     """The graph with every shortcut, sorted by the merge's position, at a merge in the order of its operands."""
     flow = find_flow(graph)
     tree = dominator_tree(_before(flow.entries), ROOT)
-    at_merge: dict[int, list[Candidate]] = {}
-    for candidate in find_candidates(graph, flow, tree):
-        at_merge.setdefault(candidate.merge, []).append(candidate)
+    at_merge = grouped(find_candidates(graph, flow, tree), lambda candidate: candidate.merge)
     regions: list[tuple[int, int, list[int]]] = []
     for merge, candidates in at_merge.items():
         branches = walk_back(candidates, flow)

@@ -33,6 +33,7 @@ from gtddp_compile.graph import (
     Schedule,
     Stage,
     Value,
+    grouped,
 )
 from gtddp_compile.passes.p03_find_shortcuts import carriers
 
@@ -212,12 +213,8 @@ def find_values(schedule: Schedule, lives: Lives, moved: frozenset[str]) -> tupl
 def make_stages(schedule: Schedule, values: tuple[Value, ...], ops_at: Mapping[int, list[str]]) -> tuple[Stage, ...]:
     """The stages with the values that wait before, enter, pass and leave each."""
     merges = {shortcut.merge for shortcut in schedule.base.shortcuts}
-    players_at: dict[int, list[str]] = {}
-    for player in schedule.players:
-        players_at.setdefault(player.stage, []).append(player.name)
-    born_at: dict[int, list[int]] = {}
-    for index, value in enumerate(values):
-        born_at.setdefault(value.born, []).append(index)
+    players_at = grouped(schedule.players, lambda player: player.stage)
+    born_at = grouped(range(len(values)), lambda index: values[index].born)
     reads = [frozenset(value.readers) for value in values]
     live = born_at.get(PROLOGUE, [])
     stages = []
@@ -227,7 +224,7 @@ def make_stages(schedule: Schedule, values: tuple[Value, ...], ops_at: Mapping[i
         stages.append(
             Stage(
                 index=t,
-                players=tuple(players_at[t]),
+                players=tuple(player.name for player in players_at[t]),
                 live=tuple(values[i].name for i in live),
                 consumed=tuple(values[i].name for i in live if t in reads[i]),
                 carried=tuple(values[i].name for i in carried),

@@ -160,10 +160,10 @@ class Recorder(TorchFunctionMode):
 
     def create_proxy(self, kind: str, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a function of ours and note it as one call, as the tracer of torch.fx does."""
-        noted = self.tree((args, kwargs))
+        positional, named = self.tree((args, kwargs))
         with torch._C.DisableTorchFunction():
             result = target(*args, **kwargs)
-        self._note(target, *noted, result)
+        self._note(target, positional, named, result)
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

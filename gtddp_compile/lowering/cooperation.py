@@ -8,11 +8,11 @@ the same input whose outputs are only added up have the same rows altogether (Fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from gtddp_compile.algebra.paths import plain_scales
-from gtddp_compile.graph import ControlGraph, Player, Stage
+from gtddp_compile.graph import ControlGraph, Player, Stage, grouped
 from gtddp_compile.lowering.plan import MetricBlock
 from gtddp_compile.lowering.uses import Use, arranged_shape, describe_use
 
@@ -64,14 +64,14 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
     blocks += [_alone(graph, player, rules) for player in players if player.name not in (*factored, *of_channels)]
     remaining = [player for player in players if player.name in factored]
     if rules.cooperative and rules.shares:
-        for group in _grouped(remaining, lambda p: _shared_key(graph, factored[p.name])):
+        for group in grouped(remaining, lambda p: _shared_key(graph, factored[p.name])).values():
             if len(group) > 1:
                 found = _sum_of(graph, factored[group[0].name].op)
                 assert found is not None  # alone otherwise
                 why = f"Corollary 7: the same input, outputs added up in {found[0]}"
                 blocks.append(MetricBlock("shared", tuple(group), why))
                 remaining = [player for player in remaining if player not in group]
-    for group in _grouped(remaining, lambda p: keys[p.name]):
+    for group in grouped(remaining, lambda p: keys[p.name]).values():
         blocks.append(_joint(graph, group, factored, rules))
     order = {player.name: index for index, player in enumerate(players)}
     return tuple(sorted(blocks, key=lambda block: order[block.players[0].name]))
@@ -146,13 +146,6 @@ def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], ru
         )
     why = f"Theorem 3: cross terms A_uv, B_uv; joint factors {sizes}"
     return MetricBlock("kronecker", tuple(group), why)
-
-
-def _grouped(players: Iterable[Player], key: Callable[[Player], Hashable]) -> list[list[Player]]:
-    groups: dict[Hashable, list[Player]] = {}
-    for player in players:
-        groups.setdefault(key(player), []).append(player)
-    return list(groups.values())
 
 
 def _joint_key(graph: ControlGraph, player: Player, use: Use, rules: MetricRules) -> Hashable:

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.attributes import OWN, Reader
 from gtddp_compile.frontends.keywords import by_name
+from gtddp_compile.graph import grouped
 from gtddp_compile.runtime.precision import Precision
 from gtddp_compile.terms import Terms
 
@@ -165,10 +166,8 @@ class ModelView:
 
         Frozen ones too, as torch.optim has them: they may be trained later.
         """
-        found: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in self.named.items():
-            found.setdefault(name.rpartition(".")[0], []).append(parameter)
-        return [{"params": params, "name": module} for module, params in found.items()]
+        modules = grouped(self.named, lambda name: name.rpartition(".")[0])
+        return [{"params": [self.named[name] for name in names], "name": path} for path, names in modules.items()]
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter, detached (it shares the model's memory)."""

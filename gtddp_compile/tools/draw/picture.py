@@ -8,6 +8,7 @@ from typing import Any
 
 import networkx as nx
 
+from gtddp_compile.graph import grouped
 from gtddp_compile.tools.draw import style
 from gtddp_compile.tools.draw.layout import Box, Layout, Link, Request, layered
 from gtddp_compile.wording import listed, plural
@@ -113,9 +114,7 @@ def sketch(graph: nx.MultiDiGraph[str]) -> Picture:
         lines += [_returned(graph, name) for name in data["outputs"]]
     rows, borders = _rows(graph, nodes)
     boxes = {node.name: _size(node) for node in nodes} | dict.fromkeys(joints, Box(0, 0, 2, 2))
-    aside: dict[int, list[str]] = {}
-    for name, stage in reversed(joints.items()):  # what waits longest outermost
-        aside.setdefault(borders[stage], []).append(name)
+    aside = grouped(reversed(joints), lambda name: borders[joints[name]])  # what waits longest outermost
     row = {name: index for index, names in (*enumerate(rows), *aside.items()) for name in names}
     links = [
         Link(line.source, line.target, _weight(line, row[line.target] - row[line.source], line.source in joints))
@@ -131,10 +130,8 @@ def bundled(
 
     What ``players`` read at the very next stage keeps a line of its own. Returns the strokes, and every joint's stage.
     """
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        if line.strong and line.crosses:
-            groups.setdefault((line.source, line.colour), []).append(line)
+    strong = (line for line in lines if line.strong and line.crosses)
+    groups = grouped(strong, lambda line: (line.source, line.colour))
     trunks = {key[0]: key for key, members in groups.items() if len({stage_of[line.target] for line in members}) > 1}
     found = []
     for line in lines:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import networkx as nx
 
+from gtddp_compile.graph import grouped
 from gtddp_compile.tools.draw import style
 from gtddp_compile.tools.draw.layout import Box, Point
 from gtddp_compile.tools.draw.picture import (
@@ -172,9 +173,7 @@ def _stack(box: Box, node: Node) -> str:
 def _edges(found: Picture, number: Mapping[str, int]) -> Iterator[str]:
     """Thin lines, then thick ones; the pieces of one value's trunk share a halo, so none cuts another."""
     routed = [pair for pair in zip(found.lines, found.layout.routes, strict=True) if len(pair[1]) >= 5]
-    groups: dict[tuple[bool, str, str], list[tuple[Line, Sequence[Point]]]] = {}
-    for line, route in routed:
-        groups.setdefault((line.strong, line.ops[0], line.colour), []).append((line, route))
+    groups = grouped(routed, lambda pair: (pair[0].strong, pair[0].ops[0], pair[0].colour))
     for key in sorted(groups, key=lambda key: key[0]):
         paths = [_path(found, line, route) for line, route in groups[key]]
         if key[0]:
