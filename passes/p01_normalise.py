@@ -73,8 +73,8 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
             # What the model draws and does not use moves what it draws after; beside values it may have decided on it.
             for draws in (False,) if front_end is trace_values else (False, True):
                 graph = masks_apart(_normal_form(traced, model, draws=draws))
-                graph, output = run(graph, model, inputs, reference)
-                if agrees(graph, output, reference):
+                graph, output = run(graph, model, inputs)
+                if agrees(output, reference):
                     with untouched(model):
                         if not reads_values(graph, model, inputs):
                             raise Untraceable(KEPT)
@@ -131,7 +131,7 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
     with untouched(model):
         reference = observe(model, inputs)
     try:
-        return agrees(graph, run(graph, model, inputs, reference)[1], reference)
+        return agrees(run(graph, model, inputs)[1], reference)
     except Untraceable:
         return False
 

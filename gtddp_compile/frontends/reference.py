@@ -222,7 +222,7 @@ def _padded(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Reference) -> tuple[OpGraph, Reference]:
+def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> tuple[OpGraph, Reference]:
     """Run a recording the same way; the graph comes back with the shapes and dtypes of its values, and with every
     operation that draws random numbers known as one, whatever it is called.
     """
@@ -252,7 +252,7 @@ def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Re
         return replace(graph, ops=tuple(ops)), Reference(outputs, gradients, buffers, drawn)
 
 
-def agrees(graph: OpGraph, found: Reference, expected: Reference) -> bool:
+def agrees(found: Reference, expected: Reference) -> bool:
     """Whether a recording computed the model's outputs, gradients and buffers, up to rounding."""
     if len(found.outputs) != len(expected.outputs) or not all(map(torch.equal, found.drawn, expected.drawn)):
         return False
