@@ -27,11 +27,8 @@ Reads = dict[str, tuple[str, ...]]
 
 def reaches_output(graph: OpGraph) -> frozenset[str]:
     """Operations from which a gradient can come back: on a differentiable path to an output."""
-    found = {name for name in graph.output_names if graph.by_name[name].carries_gradient}
-    for op in reversed(graph.ops):
-        if op.name in found:
-            found.update(name for name in op.operands if graph.by_name[name].carries_gradient)
-    return frozenset(found)
+    found = graph.upstream(graph.output_names, lambda op: op.carries_gradient)
+    return frozenset(name for name in found if graph.by_name[name].carries_gradient)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -76,20 +76,13 @@ class Candidate:
 
 def carriers(graph: OpGraph) -> frozenset[str]:
     """Operations whose values gradients can pass through: differentiable tensors, and tuples of tensors."""
-    found: set[str] = set()
-    for op in graph.ops:
-        if op.is_differentiable if op.is_tensor else not op.is_size and any(o in found for o in op.operands):
-            found.add(op.name)
-    return frozenset(found)
+    smooth = (op.name for op in graph.ops if op.is_tensor and op.is_differentiable)
+    return graph.downstream(smooth, lambda op: not op.is_tensor and not op.is_size)
 
 
 def depends_on_inputs(graph: OpGraph, carrying: frozenset[str]) -> frozenset[str]:
     """Operations that tensors reach from an input (a size of the input is not the input)."""
-    found = set(graph.inputs)
-    for op in graph.ops:
-        if any(o in found for o in op.operands) and (op.is_tensor or op.name in carrying):
-            found.add(op.name)
-    return frozenset(found)
+    return graph.downstream(graph.inputs, lambda op: op.is_tensor or op.name in carrying)
 
 
 def side_inputs(reads: Iterable[int], moved: set[int]) -> set[int]:

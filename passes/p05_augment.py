@@ -56,12 +56,12 @@ def moved_by_players(graph: PlayerGraph) -> frozenset[str]:
     What is kept for its random numbers or its buffers and does not lead to the output is none: nothing of it counts.
     Nor is what is made of parameters alone and detached: it is read as a constant.
     """
-    found = {name for player in graph.players for name in (*player.uses, *player.expressions)}
-    for op in graph.ops.ops:
-        constant = op.kind == DETACHED and op.name not in graph.ops.reached
-        if not op.reads_sizes and not constant and any(o in found for o in op.operands):
-            found.add(op.name)
-    return frozenset(found & graph.ops.returned)
+    own = (name for player in graph.players for name in (*player.uses, *player.expressions))
+
+    def passes(op: Op) -> bool:
+        return not op.reads_sizes and (op.kind != DETACHED or op.name in graph.ops.reached)
+
+    return graph.ops.downstream(own, passes) & graph.ops.returned
 
 
 def find_lives(schedule: Schedule) -> Lives:
