@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ def choose_length(
     assert m.loss is not None
     model, inputs = positional(view.model, inputs)
     after, best, least = random_state(), 0.0, float(m.loss)
+    if m.looks_ahead:  # its loss is of another place
+        grid, least = (0.0, *grid), math.inf
     for length in grid:
         restore_random_state(before)
         trial = {name: torch.lerp(old, new, length) for name, old, new in m.moved()}

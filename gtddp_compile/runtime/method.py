@@ -230,6 +230,11 @@ class BaseMethod(BlockUpdates):
         twin.figures, twin.loss, twin._random, twin._settled = {}, None, {}, None
         return twin
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the trajectory was run with other parameters than those before the step."""
+        return self._ahead
+
     def look_like(self, micro: BaseMethod, *, known: bool) -> None:
         """The update looks ahead where its micro-batches do (``known``: from others, already).
 

@@ -126,6 +126,19 @@ def test_the_loss_is_of_the_place_it_is_looked_at_from() -> None:
     assert found == pytest.approx(float(SQUARES(there(x), y).detach()), rel=1e-12)
 
 
+def test_a_step_s_length_is_compared_with_no_step() -> None:
+    """Not with the place that the batch was looked at from."""
+    case = regression("mlp")
+    x, y = case.batch(0, 6)
+    losses, chosen = [], []
+    model, opt = optimizer(case, curvature="sgd", lr=1.0, inertia=0.9, lookahead=0.95, line_search=(0.3, 1.0, 3.0))
+    for _ in range(12):
+        opt.step(x, y)
+        losses.append(float(SQUARES(model(x), y).detach()))
+        chosen.append(opt.diagnostics["step_length"])
+    assert losses == sorted(losses, reverse=True) and 0.0 in chosen
+
+
 def test_by_default_only_beside_the_suggested_inertia() -> None:
     case = regression("mlp")
 
