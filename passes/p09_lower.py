@@ -341,7 +341,7 @@ def _decide_together(b: Builder) -> None:
         if b.plan.gram == "nystrom":
             players = tuple(product_of(b, player) for player in b.graph.players)
             b.emit("joint", 0, ("w", "lifted_0", "products"), "solve_iteratively", Var("lambda_0"), Var("information"),
-                   _formula(b, 0, a.TARGET), Var("drawn"), players, b.plan.tolerance,
+                   _formula(b, 0, a.TARGET), Var("drawn"), players, b.plan.tolerance, b.plan.columns,
                    note=f"w ({equation.source}): of every stage")  # fmt: skip
             figures["products"] = Var("products")
         else:
