@@ -2,52 +2,32 @@
 (docs/theory.md#nystrom).
 
 ``(Λ_T + Γ) w = y`` needs products ``Γ v`` alone, each a weighted gradient and a directional derivative a layer. In
-units of ``Λ_T^{1/2}`` it is ``(I + Γ) w = y``. Of ``Γ`` the columns of some samples are made, a few at a time: what
-those so far leave over of ``Γ``'s diagonal is the probability of the next (randomly pivoted Cholesky: Chen, Epperly,
-Tropp and Webber 2025), until little is left. They are ``Γ ≈ F Fᵀ``, and the preconditioner is
-``(I + F Fᵀ)⁻¹ = I - F (I + FᵀF)⁻¹ Fᵀ`` (Frangella, Tropp and Udell 2021).
+units of ``Λ_T^{1/2}`` it is ``(I + Γ) w = y``. Of ``Γ`` the columns ``C`` of some samples ``J`` are made, with ``W``
+their own rows of it; then ``Γ ≈ C W⁻¹ Cᵀ = F Fᵀ`` with ``W = RᵀR``, ``F = C R⁻¹``, and the preconditioner is
+``(I + F Fᵀ)⁻¹ = I - F (I + FᵀF)⁻¹ Fᵀ`` (Frangella, Tropp and Udell 2021). ``J`` are the pivots of a random mixture of
+few entries of every ``γ``: Gauss' elimination takes the sample that those so far say the least about (Dong and
+Martinsson 2023), and its pivots' size tells how many are worth it.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Inverses, Layer, pieces, scaled, wide
-from gtddp_compile.kernels.linear import linear_gram_diagonal, linear_per_sample
-from gtddp_compile.kernels.rows import Gradients, gather, rows_gram_diagonal
+from gtddp_compile.kernels.rows import Gradients, gather
 from gtddp_compile.kernels.sweep import Blocks, factor, solve
 
 ROUND = 8
-"""Products ``Γ v`` after which there may be four times as many columns."""
+"""Products ``Γ v`` after which more columns are made, four times as many."""
 
-AT_ONCE = 16
-"""The share of the columns that are made together."""
-
-LEFT = 16.0
-"""``tr (Γ - F Fᵀ)``, beside ``I``, at which further columns cost more than the products that they spare."""
-
-FLOOR = 1e-30
-"""What a sample that was not taken leaves over at least: it may still be drawn."""
-
-SHARE = 1e-6
-"""Of a block's trace, what is no longer resolved."""
+ENOUGH = 2.0
+"""A pivot's square, beside ``I``, below which a column costs more than the products that it spares."""
 
 PRODUCT = 2**16
 """Elements of a product of positions: two of them and their sum stay in the cache."""
-
-
-def drawn_rows(phi: Tensor, columns: int) -> Tensor:
-    """The samples whose columns are made first, few of so many: at random, by torch's generator."""
-    return torch.randperm(phi.shape[0], device=phi.device)[: -(-columns // AT_ONCE)]
-
-
-def columns_diagonal(vector: Tensor, rows: Tensor) -> Blocks:
-    """Columns of ``diag(v)``, ``(B, k)``."""
-    found = vector.new_zeros(vector.shape[0], rows.shape[0])
-    return (found.index_put_((rows, torch.arange(rows.shape[0], device=rows.device)), vector[rows]),)
 
 
 def joint_columns(gradients: Gradients, metric: Inverses, rows: Tensor) -> Blocks:
@@ -58,14 +38,14 @@ def joint_columns(gradients: Gradients, metric: Inverses, rows: Tensor) -> Block
 
 
 def linear_columns(layer: Layer, metric: Inverses, rows: Tensor) -> Blocks:
-    """``γ M⁻¹ γ_Jᵀ``, ``(B, k)``, of a linear layer over positions, its metric spherical: by pairs of positions."""
-    return (_pairs(wide(layer.operands[0]), wide(layer.g), rows) * metric[0],)
-
-
-def _is_small(layer: Layer, columns: int) -> bool:
-    """Whether per-sample gradients, ``B k n m`` multiplications, are cheaper than pairs, ``B k T² (n + m)``."""
-    positions, inputs, outputs = (*layer.operands[0].shape[1:], layer.g.shape[-1])
-    return positions**2 * (inputs + outputs) > inputs * outputs * (1 + positions / columns)
+    """``γ M⁻¹ γ_Jᵀ``, ``(B, k)``, of a linear layer over positions, its metric spherical: by pairs of positions, ``B k
+    T² (n + m)`` multiplications, or from per-sample gradients, ``B k n m``.
+    """
+    x, g = wide(layer.operands[0]), wide(layer.g)
+    positions, size = x.shape[1], x.shape[-1] * g.shape[-1]
+    if positions**2 * (x.shape[-1] + g.shape[-1]) > size * (1 + positions / rows.shape[0]):
+        return joint_columns(((g.mT @ x),), metric[:1], rows)
+    return (_pairs(x, g, rows) * metric[0],)
 
 
 def _pairs(x: Tensor, g: Tensor, rows: Tensor) -> Tensor:
@@ -102,31 +82,28 @@ def gram_product(players: Players, vector: Tensor) -> Tensor:
 
 
 def solve_iteratively(
-    columns: Blocks, information: Tensor, target: Tensor, rows: Tensor, players: Players, tolerance: float, most: int
+    information: Tensor, target: Tensor, players: Players, columns: int, tolerance: float
 ) -> tuple[Tensor, tuple[Tensor, ...], int]:
     """``w``, ``(B,)``; of every factor whether Cholesky failed; how many products were made.
 
     Where ``ROUND`` of them do not do, there are more columns, in the end all of them.
 
     Args:
-        columns: of ``Λ``, ``(B, k)``, the first ones.
         information: the diagonal of ``Λ_T``, ``(B,)``.
         target: ``y``, ``(B,)``.
-        rows: whose columns those are.
         players: what ``Γ`` is made of.
+        columns: how many are made at first, at most.
         tolerance: of the residual beside the first one, in the norm of the preconditioner.
-        most: how many columns are made before the first product at most.
     """
-    root, count = information.sqrt(), 0
-    parts = [_columns(player, most) for player in players]
-    diagonal = functools.reduce(torch.add, (_diagonal(*taken) for _, *taken in parts)) / information
-    state = _State(root.new_empty(0, len(root)), diagonal, diagonal, ())
-    state = _taken(state, (columns[0] - columns_diagonal(information, rows)[0]) / root.unsqueeze(1) / root[rows], rows)
-    found, left, first, enough = torch.zeros_like(target), target / root, target / root, LEFT
+    failed: tuple[Tensor, ...] = ()
+    root, count, enough = information.sqrt(), 0, ENOUGH
+    found, first = torch.zeros_like(target), target / root
+    left = first
     while True:
-        state = _grown(state, parts, root, most, enough)
-        precondition, failures = _preconditioner(state.features)
-        state = state._replace(failed=(*state.failed, *failures))
+        rows = _chosen([parts for *_, parts in players], root, columns, enough)
+        gram = functools.reduce(torch.add, (kernel(*taken, rows)[0] for *_, (kernel, *taken) in players))
+        precondition, failures = _preconditioner(gram / root.unsqueeze(1) / root[rows], rows)
+        failed = (*failed, *failures)
         least, towards = tolerance**2 * (first @ precondition(first)), precondition(left)
         along, size = towards, left @ towards
         for _ in range(ROUND):
@@ -138,65 +115,55 @@ def solve_iteratively(
             towards = precondition(left)
             before, size = size, left @ towards
             along = towards + size / before * along
-        if not size > least or len(state.features) == len(target):
-            return found / root, state.failed, count
-        most, enough = 4 * len(state.features), 0.0
+        if not size > least or len(rows) == len(target):
+            return found / root, failed, count
+        columns, enough = 4 * len(rows), 0.0
 
 
-class _State(NamedTuple):
-    """``Fᵀ``, ``(k, B)``; of ``Γ`` and of ``Γ - F Fᵀ`` the diagonal, ``(B,)``; of factors whether Cholesky failed."""
-
-    features: Tensor
-    diagonal: Tensor
-    left: Tensor
-    failed: tuple[Tensor, ...]
-
-
-def _columns(player: tuple[Any, ...], most: int) -> Columns:
-    """How columns of a player are made, so many in all: of a small layer from per-sample gradients."""
-    kernel, taken, metric = player[-1]
-    if isinstance(taken, Layer) and _is_small(taken, most):
-        return joint_columns, linear_per_sample(taken), metric[:1]
-    return kernel, taken, metric
-
-
-def _diagonal(taken: Layer | Gradients, metric: Inverses) -> Tensor:
-    return wide((linear_gram_diagonal if isinstance(taken, Layer) else rows_gram_diagonal)(taken, metric))  # type: ignore[operator]
+def _chosen(parts: Sequence[Columns], root: Tensor, columns: int, enough: float) -> Tensor:
+    """``J``: of so many samples, by torch's random numbers, those whose pivots' squares are above ``enough``."""
+    if columns >= len(root):
+        return torch.arange(len(root), device=root.device)
+    mixed = root.new_zeros(len(root), columns)
+    for _, taken, metric in parts:
+        entries = _some(taken, metric, columns)
+        mixed.addmm_(entries, torch.randn(entries.shape[1], columns, dtype=root.dtype, device=root.device))
+    eliminated, swaps, _ = torch.linalg.lu_factor_ex(mixed / root.unsqueeze(1))
+    order = list(range(len(root)))
+    for place, other in enumerate(swaps.tolist()):
+        order[place], order[other - 1] = order[other - 1], order[place]
+    count = int((eliminated.diagonal().square() > enough).sum())
+    return torch.tensor(order[: max(1, count)], device=root.device)
 
 
-def _grown(state: _State, parts: Sequence[Columns], root: Tensor, most: int, enough: float) -> _State:
-    """With more columns, until there are so many or what they leave of the trace is no more than ``enough``."""
-    while (missing := min(most, len(root)) - len(state.features)) > 0 and state.left.sum() > enough:
-        rows = (state.left / torch.empty_like(root).exponential_()).topk(min(missing, -(-most // AT_ONCE))).indices
-        gram = functools.reduce(torch.add, (kernel(taken, metric, rows)[0] for kernel, taken, metric in parts))
-        state = _taken(state, gram / root.unsqueeze(1) / root[rows], rows)
-    return state
+def _some(taken: Layer | Gradients, metric: Inverses, count: int) -> Tensor:
+    """About so many entries of ``γ M^{-1/2}``, ``(B, ...)``, drawn at random and scaled up to stand for all."""
+    if isinstance(taken, Layer):
+        x = taken.operands[0]
+        drawn = torch.randperm(x.shape[-1], device=x.device)[: -(-count // taken.g.shape[-1])]
+        found = taken.g.mT @ x[..., drawn]
+        return wide(found).flatten(1) * (metric[0] * (x.shape[-1] / len(drawn))) ** 0.5
+    found = [wide(gamma * inverse**0.5).flatten(1) for gamma, inverse in zip(taken, metric, strict=True)]
+    rows = torch.cat(found, 1)
+    drawn = torch.randperm(rows.shape[1], device=rows.device)[:count]
+    return rows[:, drawn] * (rows.shape[1] / len(drawn)) ** 0.5
 
 
-def _taken(state: _State, gram: Tensor, rows: Tensor) -> _State:
-    """With some samples' columns of ``Γ``, ``(B, b)``: a block of Cholesky's factor."""
-    features, diagonal, left, failed = state
-    rest = gram.mT - features[:, rows].mT @ features
-    (upper,), failures = factor((_resolved(rest[:, rows], diagonal[rows].sum()),))
-    more = torch.linalg.solve_triangular(upper.mT, rest, upper=False)
-    left = torch.where(left > 0, (left - more.square().sum(0)).clamp_min(FLOOR), 0.0).index_fill(0, rows, 0.0)
-    return _State(torch.cat([features, more]), diagonal, left, (*failed, *failures))
-
-
-def _preconditioner(features: Tensor) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]:
-    """``v -> (I + F Fᵀ)⁻¹ v``, and of its factor whether Cholesky failed."""
-    inner = features @ features.mT
+def _preconditioner(gram: Tensor, rows: Tensor) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]:
+    """``v -> (I + F Fᵀ)⁻¹ v`` from columns of ``Γ``, and of both factors whether Cholesky failed."""
+    (upper,), failed = factor((_resolved(gram[rows]),))
+    features = torch.linalg.solve_triangular(upper, gram, upper=True, left=False)
+    inner = features.mT @ features
     inner.diagonal().add_(1.0)
-    factors, failed = factor((inner,))
-    return lambda v: v - solve(factors, features @ v) @ features, failed
+    factors, also = factor((inner,))
+    return lambda v: v - features @ solve(factors, features.mT @ v), (*failed, *also)
 
 
-def _resolved(own: Tensor, scale: Tensor) -> Tensor:
-    """A block of ``Γ - F Fᵀ``, with ``τ`` added to its diagonal where it is singular to that: ``F Fᵀ`` is less than
-    ``Γ`` by ``τ`` then in few directions. ``τ`` is ``(eps · scale)^⅔``, ``scale`` the trace of ``Γ``'s own block, and
-    ``SHARE`` of the block's trace at least: rows that are nearly the same would make rounding large everywhere else.
+def _resolved(own: Tensor) -> Tensor:
+    """``W``, with ``τ = (eps · trace)^⅔`` added to its diagonal where it is singular to that: beside ``I`` it is wrong
+    by ``τ`` then, and ``F`` by ``eps · trace / √τ`` at most.
     """
-    least = torch.maximum((torch.finfo(own.dtype).eps * scale) ** (2 / 3), SHARE * own.trace())
+    least = (torch.finfo(own.dtype).eps * own.trace()) ** (2 / 3)
     upper, failed = torch.linalg.cholesky_ex(own, upper=True)
     weak = (failed != 0) | (upper.diagonal().square().amin() < least)
     return own + torch.diag(torch.where(weak, least, 0.0).expand(len(own)))
