@@ -23,10 +23,10 @@ from gtddp_compile.kernels.sweep import Blocks, factor, solve
 ROUND = 8
 """Products ``Γ v`` after which more columns are made, four times as many."""
 
-ENOUGH = 2.0
+ENOUGH = 0.2
 """A pivot's square, beside ``I``, below which a column costs more than the products that it spares."""
 
-PRODUCT = 2**16
+PRODUCT = 3 * 2**14
 """Elements of a product of positions: two of them and their sum stay in the cache."""
 
 
@@ -51,15 +51,18 @@ def linear_columns(layer: Layer, metric: Inverses, rows: Tensor) -> Blocks:
 def _pairs(x: Tensor, g: Tensor, rows: Tensor) -> Tensor:
     """``Σ_st (x_is · x_jt)(g_is · g_jt)``, ``(B, k)``: of one position of some samples with all positions of ``J``."""
     samples, positions, _ = x.shape
-    chosen_x, chosen_g = (values[rows].transpose(0, 1).flatten(0, 1).mT for values in (x, g))
-    found = g.new_empty(samples, rows.shape[0])
-    for part in pieces(samples, max(16, PRODUCT // chosen_x.shape[1])):
+    chosen_x, chosen_g = (values[rows].permute(2, 1, 0).flatten(1) for values in (x, g))
+    found, step = g.new_empty(samples, rows.shape[0]), max(16, PRODUCT // chosen_x.shape[1])
+    space = g.new_empty(3, min(samples, step), chosen_x.shape[1])
+    for part in pieces(samples, step):
         own_x, own_g = x[part], g[part]
-        total = own_x[:, 0] @ chosen_x
-        total *= own_g[:, 0] @ chosen_g
-        for s in range(1, positions):
-            total.addcmul_(own_x[:, s] @ chosen_x, own_g[:, s] @ chosen_g)
-        found[part] = total.unflatten(1, (positions, -1)).sum(1)
+        total, inputs, outputs = space[:, : len(own_x)]
+        total.zero_()
+        for s in range(positions):
+            torch.mm(own_x[:, s], chosen_x, out=inputs)
+            torch.mm(own_g[:, s], chosen_g, out=outputs)
+            total.addcmul_(inputs, outputs)
+        torch.sum(total.unflatten(1, (positions, -1)), 1, out=found[part])
     return found
 
 
@@ -124,11 +127,9 @@ def _chosen(parts: Sequence[Columns], root: Tensor, columns: int, enough: float)
     """``J``: of so many samples, by torch's random numbers, those whose pivots' squares are above ``enough``."""
     if columns >= len(root):
         return torch.arange(len(root), device=root.device)
-    mixed = root.new_zeros(len(root), columns)
-    for _, taken, metric in parts:
-        entries = _some(taken, metric, columns)
-        mixed.addmm_(entries, torch.randn(entries.shape[1], columns, dtype=root.dtype, device=root.device))
-    eliminated, swaps, _ = torch.linalg.lu_factor_ex(mixed / root.unsqueeze(1))
+    entries = torch.cat([_some(taken, metric, -(-columns // len(parts))) for _, taken, metric in parts], 1)
+    mixed = (entries / root.unsqueeze(1)) @ torch.randn(entries.shape[1], columns, dtype=root.dtype, device=root.device)
+    eliminated, swaps, _ = torch.linalg.lu_factor_ex(mixed)
     order = list(range(len(root)))
     for place, other in enumerate(swaps.tolist()):
         order[place], order[other - 1] = order[other - 1], order[place]
