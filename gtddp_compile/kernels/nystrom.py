@@ -23,7 +23,7 @@ from gtddp_compile.kernels.sweep import Blocks, factor, solve
 ROUND = 8
 """Products ``Γ v`` after which more columns are made, four times as many."""
 
-ENOUGH = 0.2
+ENOUGH = 0.02
 """A pivot's square, beside ``I``, below which a column costs more than the products that it spares."""
 
 PRODUCT = 3 * 2**14
@@ -127,8 +127,9 @@ def _chosen(parts: Sequence[Columns], root: Tensor, columns: int, enough: float)
     """``J``: of so many samples, by torch's random numbers, those whose pivots' squares are above ``enough``."""
     if columns >= len(root):
         return torch.arange(len(root), device=root.device)
-    entries = torch.cat([_some(taken, metric, -(-columns // len(parts))) for _, taken, metric in parts], 1)
-    mixed = (entries / root.unsqueeze(1)) @ torch.randn(entries.shape[1], columns, dtype=root.dtype, device=root.device)
+    entries = torch.cat([_some(taken, metric, -(-2 * columns // len(parts))) for _, taken, metric in parts], 1)
+    mixture = torch.rand(entries.shape[1], columns, dtype=root.dtype, device=root.device).sub_(0.5).mul_(12**0.5)
+    mixed = (entries @ mixture).div_(root.unsqueeze(1))
     eliminated, swaps, _ = torch.linalg.lu_factor_ex(mixed)
     order = list(range(len(root)))
     for place, other in enumerate(swaps.tolist()):
@@ -139,15 +140,18 @@ def _chosen(parts: Sequence[Columns], root: Tensor, columns: int, enough: float)
 
 def _some(taken: Layer | Gradients, metric: Inverses, count: int) -> Tensor:
     """About so many entries of ``γ M^{-1/2}``, ``(B, ...)``, drawn at random and scaled up to stand for all."""
-    if isinstance(taken, Layer):
-        x = taken.operands[0]
-        drawn = torch.randperm(x.shape[-1], device=x.device)[: -(-count // taken.g.shape[-1])]
-        found = taken.g.mT @ x[..., drawn]
-        return wide(found).flatten(1) * (metric[0] * (x.shape[-1] / len(drawn))) ** 0.5
-    found = [wide(gamma * inverse**0.5).flatten(1) for gamma, inverse in zip(taken, metric, strict=True)]
-    rows = torch.cat(found, 1)
-    drawn = torch.randperm(rows.shape[1], device=rows.device)[:count]
-    return rows[:, drawn] * (rows.shape[1] / len(drawn)) ** 0.5
+    if isinstance(taken, Layer):  # whole rows or columns of a sample's matrix
+        one, whole = sorted((taken.operands[0], taken.g), key=lambda values: values.shape[-1])
+        size = one.shape[-1]
+        drawn = torch.randperm(size)[: -(-count // whole.shape[-1])].tolist()
+        found = torch.cat([wide(whole * one[..., i : i + 1]).sum(1) for i in drawn], 1) * metric[0] ** 0.5
+    else:
+        pairs = zip(taken, metric, strict=True)
+        rows = torch.cat([wide(gamma * inverse**0.5).flatten(1) for gamma, inverse in pairs], 1)
+        size = rows.shape[1]
+        drawn = torch.randperm(size)[:count].tolist()
+        found = rows[:, drawn]
+    return found * (size / len(drawn)) ** 0.5
 
 
 def _preconditioner(gram: Tensor, rows: Tensor) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]:
