@@ -134,7 +134,7 @@ def _chosen(parts: Sequence[Columns], root: Tensor, columns: int, enough: float)
     order = list(range(len(root)))
     for place, other in enumerate(swaps.tolist()):
         order[place], order[other - 1] = order[other - 1], order[place]
-    count = int((eliminated.diagonal().square() > enough).sum())
+    count = int((eliminated.diagonal().square() >= enough).sum())
     return torch.tensor(order[: max(1, count)], device=root.device)
 
 
@@ -147,11 +147,11 @@ def _some(taken: Layer | Gradients, metric: Inverses, count: int) -> Tensor:
         found = torch.cat([wide(whole * one[..., i : i + 1]).sum(1) for i in drawn], 1) * metric[0] ** 0.5
     else:
         pairs = zip(taken, metric, strict=True)
-        rows = torch.cat([wide(gamma * inverse**0.5).flatten(1) for gamma, inverse in pairs], 1)
-        size = rows.shape[1]
+        found = torch.cat([wide(gamma * inverse**0.5).flatten(1) for gamma, inverse in pairs], 1)
+        size = found.shape[1]
         drawn = torch.randperm(size)[:count].tolist()
-        found = rows[:, drawn]
-    return found * (size / len(drawn)) ** 0.5
+        found = found[:, drawn]
+    return found.mul_((size / len(drawn)) ** 0.5)
 
 
 def _preconditioner(gram: Tensor, rows: Tensor) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]:
