@@ -10,26 +10,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from gtddp_compile import FOOF, CompileError, Geometric, compile_optimizer
 from gtddp_compile.lowering.write import adjoints
 from gtddp_compile.methods.terminal import Terminal
 from gtddp_compile.options import SUGGESTED, Options
 from support import networks, random_networks
+from support.against_primal import SIZE, Regressed, assert_primal, classified, oracle, squares
 from support.cases import of_both, tied, two_outputs
 from support.compared import LOSS, SUM, assert_exported, flat, optimizer, train
-from support.networks import Case
-from support.primal import Primal
 from support.random_networks import Plan, loss, plans
-
-SIZE = 5
-
-
-def classified(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
-
 
 NETWORKS = {
     "chain": networks.mlp, "residual": networks.residual, "nested": networks.nested, "projection": networks.projection,
@@ -45,39 +36,6 @@ SETUPS: dict[str, dict[str, Any]] = {
     "ggn, groups": {"curvature": "sgd", "lr": 0.5, "terminal": "ggn", "coupling": 3, "inertia": 0.8},
     "capped": {"curvature": "rmsprop", "lr": 0.02, "max_step": 0.1, "inertia": 0.7, "weight_decay": 0.1, "coupling": 3},
 }  # fmt: skip
-
-
-def method(options: dict[str, Any]) -> dict[str, Any]:
-    """The base method's own options."""
-    return {key: value for key, value in options.items() if key in ("lr", "weight_decay", "damping", "betas", "alpha")}
-
-
-def oracle(model: nn.Module, loss: Any = classified, *, total: bool = False, **options: Any) -> Primal:
-    terminal, reach = options.get("terminal", "geometric"), 0.0
-    if terminal == "geometric":
-        terminal = Geometric()
-    if isinstance(terminal, Geometric):
-        terminal, reach = (terminal.aim, terminal.own, terminal.half), terminal.reach
-    coupling = options.get("coupling", "full")
-    return Primal(
-        model, loss, options["curvature"], method(options), terminal,
-        None if coupling == "full" else coupling, options.get("inertia", 0.0), options.get("max_step"), total, reach,
-    )  # fmt: skip
-
-
-class Regressed:
-    """A classification's data as a regression's of several numbers a sample."""
-
-    def __init__(self, case: Case) -> None:
-        self.model, self._case = case.model, case
-
-    def batch(self, step: int, size: int) -> tuple[Any, Tensor]:
-        x, y = self._case.batch(step, size)
-        return x, F.one_hot(y, self.model(x).shape[1]).double()
-
-
-def squares(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs - targets).square().mean(1)
 
 
 REACHES: dict[str, dict[str, Any]] = {
@@ -112,20 +70,6 @@ def test_reach_acts_where_it_should() -> None:
 
 def loss_of(network: str) -> Any:
     return of_both if network == "two outputs" else LOSS
-
-
-def assert_primal(
-    case: Case, loss: Any, steps: int, backend: Any, per_sample: Any = classified, **options: Any
-) -> None:
-    model = copy.deepcopy(case.model)
-    expected = oracle(case.model, per_sample, total=loss is SUM, **options)
-    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=loss, backend=backend, **options)
-    for step in range(steps):
-        x, y = case.batch(step, SIZE)
-        before = expected.u
-        opt.step(x, y), expected.step((x,), y)
-        assert (expected.u - before).abs().max() > 1e-3
-        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("setup", SETUPS)
