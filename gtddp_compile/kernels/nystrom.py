@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Inverses, Layer, pieces, scaled, wide
 from gtddp_compile.kernels.rows import Gradients, gather
-from gtddp_compile.kernels.sweep import Blocks, factor, solve
+from gtddp_compile.kernels.sweep import factor, solve
 
 ROUND = 8
 """Products ``Γ v`` after which more columns are made, four times as many."""
@@ -30,14 +30,14 @@ PRODUCT = 3 * 2**14
 """Elements of a product of positions: two of them and their sum stay in the cache."""
 
 
-def joint_columns(gradients: Gradients, metric: Inverses, rows: Tensor) -> Blocks:
+def joint_columns(gradients: Gradients, metric: Inverses, rows: Tensor) -> Tensor:
     """``γ M⁻¹ γ_Jᵀ``, ``(B, k)``, from per-sample gradients."""
     pairs = zip(gradients, metric, strict=True)
     parts = (wide(gamma.flatten(1)) @ wide(gamma[rows] * inverse).flatten(1).mT for gamma, inverse in pairs)
-    return (functools.reduce(torch.add, parts),)
+    return functools.reduce(torch.add, parts)
 
 
-def linear_columns(layer: Layer, metric: Inverses, rows: Tensor) -> Blocks:
+def linear_columns(layer: Layer, metric: Inverses, rows: Tensor) -> Tensor:
     """``γ M⁻¹ γ_Jᵀ``, ``(B, k)``, of a linear layer over positions, its metric spherical: by pairs of positions, ``B k
     T² (n + m)`` multiplications, or from per-sample gradients, ``B k n m``.
     """
@@ -45,7 +45,7 @@ def linear_columns(layer: Layer, metric: Inverses, rows: Tensor) -> Blocks:
     positions, size = x.shape[1], x.shape[-1] * g.shape[-1]
     if positions**2 * (x.shape[-1] + g.shape[-1]) > size * (1 + positions / rows.shape[0]):
         return joint_columns(((g.mT @ x),), metric[:1], rows)
-    return (_pairs(x, g, rows) * metric[0],)
+    return _pairs(x, g, rows) * metric[0]
 
 
 def _pairs(x: Tensor, g: Tensor, rows: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def _pairs(x: Tensor, g: Tensor, rows: Tensor) -> Tensor:
 
 Use = tuple[tuple[str, ...], Callable[..., Gradients], Callable[..., Tensor], Layer]
 """Names of its parameters, kernels of ``γᵀ v`` and of ``⟨γ_i, v⟩``, and the layer."""
-Columns = tuple[Callable[..., Blocks], Any, Inverses]
+Columns = tuple[Callable[..., Tensor], Any, Inverses]
 """The kernel of ``γ M⁻¹ γ_Jᵀ``, and what it takes before the rows."""
 Players = tuple[tuple[tuple[str, ...], Inverses, tuple[Use, ...], Columns], ...]
 """Of each its parameters, their ``M⁻¹``, the uses of them, and how its columns are made."""
@@ -104,7 +104,7 @@ def solve_iteratively(
     left = first
     while True:
         rows = _chosen([parts for *_, parts in players], root, columns, enough)
-        gram = functools.reduce(torch.add, (kernel(*taken, rows)[0] for *_, (kernel, *taken) in players))
+        gram = functools.reduce(torch.add, (kernel(*taken, rows) for *_, (kernel, *taken) in players))
         precondition, failures = _preconditioner(gram / root.unsqueeze(1) / root[rows], rows)
         failed = (*failed, *failures)
         least, towards = tolerance**2 * (first @ precondition(first)), precondition(left)
