@@ -1,10 +1,10 @@
-"""Where a sample's target has several numbers: the place that the batch is looked at from, on data that the study has not.
+"""Where a sample's target has several numbers: the place a batch is looked at from, on tasks that the study has not.
 
     python benchmarks/lookahead.py     what lookahead.csv has not, then the table in docs/research.md
 
 Small networks on scikit-learn's digits: an autoencoder; the lower halves from the upper ones, and eight means of their
-pixels; one-hot labels by squares; each pixel's grey level in five classes, of images with noise; and an LSTM on the study's
-characters. Validation loss (the same that is trained) after so many steps.
+pixels; one-hot labels by squares; each pixel's grey level in five classes, of images with noise; and an LSTM on the
+study's characters. Validation loss (the same that is trained) after so many steps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ from gtddp_compile.options import SUGGESTED
 
 SEEDS = range(3)
 SUGGESTION = SUGGESTED["foof"]["lookahead"]
-PLACES = {"inertia 0.9, no look-ahead": 0.0, "look-ahead 0.5": 0.5, f"default: {SUGGESTION}": None, "look-ahead 0.9": 0.9}
+PLACES = {"inertia 0.9, no look-ahead": 0.0, "look-ahead 0.5": 0.5, f"default: {SUGGESTION}": None,
+          "look-ahead 0.9": 0.9}  # fmt: skip
 RAW = Path(__file__).with_suffix(".csv")
 HEADER = ("task", "place", "seed", "valid_loss", "measured", "machine")
 Batch = tuple[Tensor, Tensor]
@@ -46,7 +48,7 @@ class Tagger(nn.Module):
 
 
 def dense(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    pairs = [layer for n, m in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(n, m), activation())]
+    pairs = [layer for n, m in pairwise(widths) for layer in (nn.Linear(n, m), activation())]
     return nn.Sequential(*pairs[:-1])
 
 
@@ -57,7 +59,9 @@ def segmenter() -> nn.Sequential:
 
 def classifier() -> nn.Sequential:
     strided = nn.Conv2d(16, 16, 3, padding=1, stride=2)
-    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), strided, nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), strided, nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)
+    )
 
 
 def noisy(x: Tensor, y: Tensor, g: torch.Generator) -> Batch:
