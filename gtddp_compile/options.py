@@ -46,14 +46,14 @@ class Sketch:
 class Nystrom:
     """The joint step without its Gram matrix: conjugate gradients, preconditioned by the columns of some samples.
 
-    Nyström's approximation, by samples drawn anew every step. The step is the exact one to the tolerance; its price
+    Nyström's approximation, by samples chosen anew every step. The step is the exact one to the tolerance; its price
     grows with samples times columns, and few products are needed where no more eigenvalues of the Gram matrix than
     columns are above the damping: least squares over many points in few dimensions (docs/physics.md). Do not use it
     where every sample says something of its own (classification, many dimensions): where eight do not do,
     four times as many columns are made, in the end all (``diagnostics["products"]``).
 
     Attributes:
-        columns: samples whose columns are made; all of a batch that has no more.
+        columns: samples whose columns are made, at most; all of a batch that has no more.
         tolerance: of the residual, beside that of no step.
 
     Raises:

@@ -170,14 +170,11 @@ def _terminal(b: Builder, end: int) -> None:
             if not b.plan.reach:
                 b.emit("loss", end, (), "m.keep", end, information=Var("information"))
         diagonal = Var("information") if form == "joint" else values["Lambda"]
-        kernel, rows = "blocks_diagonal", Var("rows")
-        if b.plan.gram == "nystrom":
-            kernel, rows = "columns_diagonal", Var("drawn")
-            b.emit("loss", end, "drawn", "drawn_rows", Var("phi"), b.plan.columns, note="J: whose columns are made")
         note = "Lambda_T = P_T^-1"
         if b.plan.reach:
             diagonal, note = Apply("*", (0.0, diagonal)), "Gamma alone: Lambda_T joins it when its scale is known"
-        b.emit("loss", end, f"lambda_{end}", kernel, diagonal, rows, note=note)
+        if b.plan.gram != "nystrom":
+            b.emit("loss", end, f"lambda_{end}", "blocks_diagonal", diagonal, Var("rows"), note=note)
     elif form != "base":
         b.emit("loss", end, f"rho_{end}", "=", values["rho"],
                note="rho_T: V_xx = V_x V_x^T (Prop. 5)" if papers else "rho_T: P_T = diag(rho_T)")  # fmt: skip
@@ -237,8 +234,9 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     for o in found:
         pair = pairs[o.block.players[0].name]
         gammas[", ".join(p.name for p in o.block.players)] = pair[0] if pair else grams.block_gram(b, t, o)
-    kept: dict[str, Any] = {"columns" if b.plan.gram == "nystrom" else "gammas": {n: Var(v) for n, v in gammas.items()}}
-    b.emit("backward", t, (), "m.keep", t, **kept)
+    if b.plan.gram == "nystrom":
+        return
+    b.emit("backward", t, (), "m.keep", t, gammas={name: Var(variable) for name, variable in gammas.items()})
     gamma = f"columns_{t}" if b.factored else f"gamma_{t}"
     add = "blocks_add" if len(gammas) > 1 else "="
     b.emit("backward", t, gamma, add, *map(Var, gammas.values()), note="Gamma = sum over the stage's players")
@@ -284,7 +282,8 @@ def _information(b: Builder, stage: StagePlan) -> None:
         return
     block, joint = b.plan.form.name == "block", b.plan.form.name == "joint"
     alpha = t > 0 and (block or b.plan.stages[t - 1].statistics)
-    wanted = {"alpha": alpha, "y": block or b.drifts, "rho": t > 0, "R": t > 0}
+    wanted = {"alpha": alpha, "y": block or b.drifts, "rho": t > 0, "R": t > 0,
+              "Lambda": b.plan.gram != "nystrom"}  # fmt: skip
     for symbol, variable in VARIABLES.items():
         equation = b.plan.form.backward.get(symbol)
         if equation is None or not wanted.get(symbol, True):
@@ -338,8 +337,8 @@ def _decide_together(b: Builder) -> None:
         equation = b.plan.form.forward["w"]
         if b.plan.gram == "nystrom":
             players = tuple(product_of(b, player) for player in b.graph.players)
-            b.emit("joint", 0, ("w", "lifted_0", "products"), "solve_iteratively", Var("lambda_0"), Var("information"),
-                   _formula(b, 0, a.TARGET), Var("drawn"), players, b.plan.tolerance,
+            b.emit("joint", 0, ("w", "lifted_0", "products"), "solve_iteratively", Var("information"),
+                   _formula(b, 0, a.TARGET), players, b.plan.columns, b.plan.tolerance,
                    note=f"w ({equation.source}): of every stage")  # fmt: skip
             figures["products"] = Var("products")
         else:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import hessian
 
 from gtddp_compile import CompileError, NonFiniteError, Nystrom, Terms, UpdateProgram, compile_optimizer, pde
+from gtddp_compile.kernels.nystrom import ENOUGH, _chosen, joint_columns
 from support.compared import flat
 from support.least_squares import gauss_newton
 
@@ -55,6 +56,15 @@ def test_few_products_are_needed_where_the_columns_say_it_all() -> None:
         opt.step(sets)
         found[columns] = opt.diagnostics["products"]
     assert found[60] <= 8 < found[2]  # which was given more columns
+
+
+def test_of_samples_that_say_the_same_one_is_chosen() -> None:
+    torch.manual_seed(0)
+    kinds, count = torch.randn(5, 40, dtype=torch.float64) * 1e3, 60
+    kind = torch.arange(count) % 5
+    chosen = _chosen([(joint_columns, (kinds[kind],), (1.0,))], torch.ones(count, dtype=torch.float64), 20, ENOUGH)
+    assert sorted(kind[chosen].tolist()) == [0, 1, 2, 3, 4]
+    assert len(_chosen([(joint_columns, (kinds[kind],), (1.0,))], kinds.new_ones(count), 20, 0.0).unique()) == 20
 
 
 def test_the_cap_is_a_norm_in_the_metric() -> None:

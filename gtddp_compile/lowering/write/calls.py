@@ -148,15 +148,12 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
             whole = f"all_{b.identity(player)}"
             b.emit("backward", t, (whole, "_"), "joined_uses", joined, Var(metric), note="positions of all uses",
                    uses=said)  # fmt: skip
-            b.emit("backward", t, result, "linear_columns", Var(whole), Var(metric), Var("drawn"), note=of_all)
-            return result
+            return whole
         b.emit("backward", t, result, "gram_blocks", Function("linear_uses_gram"), joined, Var(metric), Var(b.rows),
                note=of_all, uses=said)  # fmt: skip
         return result
     if b.plan.gram == "nystrom":
-        gamma = Var(per_sample(b, t, player))
-        b.emit("backward", t, result, "joint_columns", gamma, Var(metric), Var("drawn"), note=note)
-        return result
+        return per_sample(b, t, player)
     if chosen.form == "turned rows" and use is not None:
         more = {"separable": True} if chosen.approximate == "separable" else {}
         b.emit("backward", t, result, "turned_gram", Function(b.kernel(use, "rows")), layer(b, use), Var(metric),
