@@ -180,7 +180,8 @@ class CompiledOptimizer(Surface):
             closure: called before the step, whatever it returns: training loops (Lightning's) hang their hooks on it.
 
         Returns:
-            The loss before the update (mean or sum over all its samples, as the loss reduces), detached.
+            The loss before the update (mean or sum over all its samples, as the loss reduces), detached; under
+            look-ahead of the place that the batch was looked at from.
 
         Raises:
             CompileError: inputs or targets are malformed, or the model changed in a way that cannot be compiled. On any
