@@ -235,18 +235,19 @@ class BaseMethod(BlockUpdates):
         """Whether the trajectory was run with other parameters than those before the step."""
         return self._ahead
 
-    def look_like(self, micro: BaseMethod, *, known: bool) -> None:
-        """The update looks ahead where its micro-batches do (``known``: from others, already).
+    def look_alike(self, targets: Any, *, known: bool) -> None:
+        """A micro-batch looks from where those before it did (``known``: there are such).
 
         Raises:
             CompileError: this one does not do as they do.
         """
-        if known and self._ahead != micro._ahead:
+        ahead = self._leads(targets)
+        if known and self._ahead != ahead:
             raise CompileError(
                 "targets of one number a sample beside targets of several in one update, which look ahead",
                 "Accumulate them in updates of their own, or use lookahead=0",
             )
-        self._ahead = micro._ahead
+        self._ahead = ahead
 
     # --- losses -------------------------------------------------------------------------------------------------------
 

@@ -122,6 +122,7 @@ class Union:
         Raises:
             GivenUp: its loss is not finite. On any exception nothing of it was added.
         """
+        self.method.look_alike(targets, known=bool(self._parts))
         method = self.method.beside()
         # Of its own: what autograd holds of the micro-batches before must not be written to.
         buffers = {**self.buffers, **{name: value.clone() for name, value in self.advancing().items()}}
@@ -129,7 +130,6 @@ class Union:
         part = Part(method, run, draws=draws(self._backend.program.lowered))
         part.resume()
         assert part.request is not None and method.loss is not None
-        self.method.look_like(method, known=bool(self._parts))
         part.samples = len(part.request[1][0])  # m.terminal(phi, kind) comes first
         after = random_state()
         if self.method.reduction == "mean" or self._base:

@@ -84,12 +84,15 @@ class ParameterUpdates:
 
         From then on nothing of the last step is left to be drawn to (docs/theory.md#look-ahead).
         """
-        self._ahead = largest_entries(targets) > 1 and any(group.get("lookahead") for group in self._groups.values())
+        self._ahead = self._leads(targets)
         found = dict(params)
         for name in self.states if self._ahead else ():
             (last,), mu = self._carrying((name,))
             found[name] = _led(params[name], last, mu).to(params[name].dtype)
         return found
+
+    def _leads(self, targets: Any) -> bool:
+        return largest_entries(targets) > 1 and any(group.get("lookahead") for group in self._groups.values())
 
     def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor | None, ...], Tensor | float]:
         """``v``, the last step's ``δu`` of each parameter (zero before the first), and ``μ``, one for all of them.
