@@ -1,7 +1,5 @@
 """Coalitions: Theorem 3, Eq. 14, 15 and 40, Corollary 7, each against a computation of its own."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

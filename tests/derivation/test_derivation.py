@@ -1,7 +1,5 @@
 """The derived gains and recursions are the paper's: Eq. 9-12 and 26-31, proved by sympy on the pass's own output."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

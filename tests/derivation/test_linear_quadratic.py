@@ -4,8 +4,6 @@ The problem of a step is ``min J(u + δ) + ½ δᵀ M δ``. With dynamics linear
 problem in all controls; DDP with full coupling and the exact terminal Hessian has to find its solution in one step.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

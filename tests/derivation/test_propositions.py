@@ -4,8 +4,6 @@ Explicit matrices here are those of `oracle.jacobians`: ``torch.func.jacrev`` of
 equations 11 and 12, and Eq. 9 and 10 with them, are proved symbolically in test_derivation.py; here is their meaning.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

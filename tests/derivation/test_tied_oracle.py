@@ -4,8 +4,6 @@ The control of a weight that is used again waits in the state, as a vector besid
 the package's own but the update that is tested.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

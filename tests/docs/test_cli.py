@@ -1,7 +1,5 @@
 """The command line: what it prints, writes and refuses, on models in a user's own files."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -3,8 +3,6 @@
 Written by ``PYTHONPATH=tests python tests/docs/test_errors_page.py``.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import warnings

@@ -1,7 +1,5 @@
 """The layout rules: nothing imports upward, no cycles, no long files, and the pipeline is what ``ls passes/`` shows."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re

@@ -1,7 +1,5 @@
 """The loops in examples/loops: transformers' Trainer, and one of several processes, run as they stand."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

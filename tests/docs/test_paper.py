@@ -1,7 +1,5 @@
 """The paper's results: one tiny run of each part, loaders on small files, the page from the rows, and its oracles."""
 
-from __future__ import annotations
-
 import gzip
 import pickle
 import sys

@@ -1,7 +1,5 @@
 """The documents a new user reads are true: code runs, pictures are what the scripts draw, tables match the source."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import importlib.util

@@ -1,7 +1,5 @@
 """The recipes in examples/: what a user's own training loop does with a compiled optimizer, run as they stand."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from importlib import import_module

@@ -1,7 +1,5 @@
 """References to docs/theory.md resolve, its tables have every printed symbol, the glossary's files exist."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from functools import cache

@@ -1,7 +1,5 @@
 """Drawings of control graphs that are built by hand: the passes are not needed."""
 
-from __future__ import annotations
-
 import json
 import re
 import runpy

@@ -1,7 +1,5 @@
 """``.pt2``: the step as one graph of torch.export, loaded again and run."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """``.json``: a program read back is the program, and a file that is none is refused without running anything."""
 
-from __future__ import annotations
-
 import builtins
 import copy
 import hashlib

@@ -1,7 +1,5 @@
 """``program.export("step.py")``: the written module does what ``opt.step`` does, with torch and nothing else."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 import sys

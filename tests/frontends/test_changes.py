@@ -1,7 +1,5 @@
 """What changes in a model after it was compiled, and sizes that a recording has built in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

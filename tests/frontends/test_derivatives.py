@@ -1,7 +1,5 @@
 """Models that differentiate themselves: however a derivative is written, the same joint step, and the explicit one."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What malformed models and inputs are told, and that nothing has changed then."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Models that only torch.export can record: recurrent layers and attention whole, and what models return."""
 
-from __future__ import annotations
-
 import copy
 import gc
 from collections import namedtuple

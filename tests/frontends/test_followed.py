@@ -1,7 +1,5 @@
 """The front end that runs the model and notes what it calls: alone, it takes what the others do and more."""
 
-from __future__ import annotations
-
 import copy
 import random as random_numbers
 from collections.abc import Callable

@@ -4,8 +4,6 @@ A recording is evaluated here by `values`, a few lines that share nothing with t
 of another size than the one that was recorded.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Graphs of different sizes in one list: the step of the network as it is, by explicit per-graph gradients."""
 
-from __future__ import annotations
-
 import copy
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """In-place operations: the normal form has none and computes what the model computes, aliases and views included."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Inputs as tokenizers and collators return them: a dict by the names of forward's arguments, labels among them."""
 
-from __future__ import annotations
-
 import copy
 from collections import UserDict
 from typing import Any

@@ -1,7 +1,5 @@
 """Samples that do not lie along the leading axis: the same game as the network written so that they do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

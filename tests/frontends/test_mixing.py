@@ -1,7 +1,5 @@
 """Operations that mix samples: found whatever they are called, read sample by sample, and said to be."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Players: who owns which parameter, by which uses, and the proof that nothing was missed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What would be silently wrong is refused, and nothing has changed then: state, random numbers, values left behind."""
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Models that decide on values: the path of the example inputs is recorded, checked, and others compiled when met."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Batch-norm from moments that are found apart: torch's own values, buffers and derivatives."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Proposition 4 as a contract: with the gradient in both places, a curvature is torch.optim's own step."""
 
-from __future__ import annotations
-
 import itertools
 import pickle
 from collections.abc import Iterator

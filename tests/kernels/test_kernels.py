@@ -1,7 +1,5 @@
 """Layer kernels against per-sample gradients by plain autograd, one sample at a time, in double precision."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """``φ`` adds up to the user's own loss, gradient included, and does not mix samples."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,7 +1,5 @@
 """Taylor mode against torch.func, without the compiler."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Layer rules: which operation goes to which rule, and that what a rule names makes its kernels exact."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

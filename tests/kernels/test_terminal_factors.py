@@ -1,7 +1,5 @@
 """``H_i = S_i S_iᵀ`` against ``torch.func.hessian`` of the user's loss; unbiased sampling over every sign pattern."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """``opt.accumulate``: one update from the union of micro-batches, each of them a group of samples."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """``compile=True``: the generated step is one graph, for any batch size, and computes what it computes without."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

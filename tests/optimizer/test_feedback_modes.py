@@ -1,7 +1,5 @@
 """Feedback modes against the feedback matrix written out by automatic differentiation, sample by sample."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

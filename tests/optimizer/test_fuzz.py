@@ -1,7 +1,5 @@
 """A step of a random model with random options is right, or refused in words (``benchmarks/fuzz.py`` makes 2,000)."""
 
-from __future__ import annotations
-
 import pytest
 
 from gtddp_compile.runtime.method import BaseMethod

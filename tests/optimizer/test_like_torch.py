@@ -1,7 +1,5 @@
 """Each behaviour of torch.optim's that docs/torch_optim.md has, and the table itself."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

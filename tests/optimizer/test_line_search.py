@@ -1,7 +1,5 @@
 """The length of a step, chosen by forward passes on its own batch."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,8 +1,6 @@
 """Plausible models and loops that a compiler may get wrong in silence: as torch.optim without feedback, as the dense
 derivation with it. What was refused instead is in docs/errors.md."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable

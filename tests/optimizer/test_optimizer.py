@@ -1,7 +1,5 @@
 """A compiled optimizer behaves as a torch.optim.Optimizer, and a step is a transaction."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

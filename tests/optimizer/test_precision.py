@@ -1,7 +1,5 @@
 """Memory formats, autocast and low-precision models: what is added up over samples stays float32 or better."""
 
-from __future__ import annotations
-
 import copy
 import io
 from pathlib import Path

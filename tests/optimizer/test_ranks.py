@@ -1,7 +1,5 @@
 """Several processes make the update of one process with the joined batch; what they send is what the paper says."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

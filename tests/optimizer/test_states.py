@@ -1,7 +1,5 @@
 """A saved state and a model that has changed: renamed, reordered, with layers more or fewer; other ways to save it."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A loss of several terms over several sets of points: one step for all, against the explicit one; what is refused."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

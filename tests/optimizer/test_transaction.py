@@ -1,8 +1,6 @@
 """A step is a transaction: a fault at any line of the generated program, and numbers that are not finite, leave
 everything as it was, bit for bit."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections import Counter

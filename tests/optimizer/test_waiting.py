@@ -4,8 +4,6 @@ Tensors on torch's device ``meta`` have no values: whatever asks for one raises.
 no accelerator either.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

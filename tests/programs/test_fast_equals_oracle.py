@@ -1,7 +1,5 @@
 """The compiled optimizer against the oracle: five steps in float64, to 1e-9, over networks and options."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 

@@ -1,7 +1,5 @@
 """How Gram matrices are made: per-sample gradients kept or not, separable metrics, sketches, and what is refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """K-FAC and EK-FAC: Proposition 4 against the published algorithms, the generated program against the dense one."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One row a layer of torch: it compiles, feedback off is torch.optim (buffers too), and fast equals dense."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

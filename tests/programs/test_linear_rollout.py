@@ -1,7 +1,5 @@
 """The linear rollout: one joint step, equal to a dense solve over all parameters (`primal.py`) to 1e-9 in float64."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

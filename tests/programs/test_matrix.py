@@ -3,8 +3,6 @@
 The table and what it holds: tests/support/matrix.py. What is checked of a row: tests/support/compared.py.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

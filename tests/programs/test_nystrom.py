@@ -1,7 +1,5 @@
 """The joint step without a Gram matrix: the explicit one, and the one with it; what is refused."""
 
-from __future__ import annotations
-
 import copy
 import runpy
 from typing import Any

@@ -1,7 +1,5 @@
 """``memory="recompute"``: the same update, bit for bit where the kernels are the same, from less memory."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Richer terminal Hessians: the generated program equals the derivation executed with explicit ``H_i``, to 1e-9."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from typing import Any

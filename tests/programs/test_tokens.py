@@ -1,7 +1,5 @@
 """Layers of many positions under FOOF: by hand, against the dense backend; their sketches against exact matrices."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -4,8 +4,6 @@ The texts lie in tests/golden; ``PYTHONPATH=tests python tests/structure/test_ar
 to be reviewed as a diff.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Compiling takes work in proportion to the graph: counted in calls, not in seconds."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Callable

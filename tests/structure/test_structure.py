@@ -1,7 +1,5 @@
 """Shortcuts, schedules and cuts of named architectures."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Shortcuts, schedules and cuts of random graphs against brute force."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import networkx as nx

@@ -1,7 +1,5 @@
 """Architectures of every kind, as modules with inputs: what is compiled is checked against the module itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

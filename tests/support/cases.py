@@ -1,7 +1,5 @@
 """Small networks of every kind of layer and of coalition; those with stages by hand are in `networks`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A program trained, and compared: with the dense derivation, its base method, the module that it is exported to."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass

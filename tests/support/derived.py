@@ -1,7 +1,5 @@
 """Derivations of a residual block."""
 
-from __future__ import annotations
-
 import torch
 from sympy import MatrixExpr
 from torch import nn

@@ -1,7 +1,5 @@
 """Control graphs of named networks, operation by operation, for the tests of the drawings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

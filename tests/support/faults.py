@@ -1,7 +1,5 @@
 """Faults at the instructions of generated programs: an exception at any line, NaN in any value that one writes."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import sys

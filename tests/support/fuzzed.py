@@ -4,8 +4,6 @@ The model is a list of pieces on a value of shape ``(B, WIDTH)``; a piece may fo
 draw, normalise, mix samples, or do what is refused. ``outcome`` makes two steps and says what became of them.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 import warnings

@@ -1,8 +1,6 @@
 """K-FAC and EK-FAC as published, on a module: forward and backward hooks, per-sample gradients by `torch.func`, and an
 explicit matrix a layer. Shares nothing with the package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

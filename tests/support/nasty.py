@@ -1,7 +1,5 @@
 """Plausible models with something in their forward pass that a compiler may get wrong without a word."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

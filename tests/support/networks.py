@@ -5,8 +5,6 @@ depend on, a state holds the values already computed that are still needed. A ba
 its normalisation runs with its affine parameters, as the one operation that torch records.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """Settings, couplings and batches for the oracle and for the package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

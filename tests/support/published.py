@@ -6,8 +6,6 @@ were compared once with Shampoo and SOAP of pytorch-optimizer 4.1.0 over 20 step
 in float64 too and its first call repeated: they agree to 1e-14.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

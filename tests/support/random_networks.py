@@ -3,8 +3,6 @@
 A network is a list of steps over the values computed so far; every value is (B, WIDTH), so any two can be merged.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +33,7 @@ class Plan:
     outputs: tuple[int, ...]
     layers: int
 
-    def build(self) -> Network:
+    def build(self) -> "Network":
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return Network(self).double()

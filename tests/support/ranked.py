@@ -1,7 +1,5 @@
 """Steps of several gloo processes: what every rank runs, and the one-process steps they are compared with."""
 
-from __future__ import annotations
-
 import os
 import traceback
 from collections.abc import Callable, Mapping

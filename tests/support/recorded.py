@@ -1,7 +1,5 @@
 """Recordings of small models, and what a recording computes: in lines that share nothing with the compiler."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Models with something in their forward pass that a test puts there, and what a refusal must say."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
