@@ -1,6 +1,5 @@
 """The linear rollout: one joint step, equal to a dense solve over all parameters (`primal.py`) to 1e-9 in float64."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gtddp_compile import FOOF, CompileError, Geometric, compile_optimizer
+from gtddp_compile import FOOF, CompiledOptimizer, CompileError, Geometric, compile_optimizer
 from gtddp_compile.lowering.write import adjoints
 from gtddp_compile.methods.terminal import Terminal
 from gtddp_compile.options import SUGGESTED, Options
 from support import networks, random_networks
 from support.cases import of_both, tied, two_outputs
-from support.compared import LOSS, SUM, assert_exported, flat, optimizer, train
+from support.compared import LOSS, SUM, TORCH, assert_exported, flat, optimizer, train
 from support.networks import Case
 from support.primal import Primal
 from support.random_networks import Plan, loss, plans
@@ -63,15 +62,14 @@ def oracle(model: nn.Module, loss: Any = classified, *, total: bool = False, **o
     )  # fmt: skip
 
 
-class Regressed:
+def regressed() -> Case:
     """A classification's data as a regression's of several numbers a sample."""
 
-    def __init__(self, case: Case) -> None:
-        self.model, self._case = case.model, case
+    def draw(step: int, size: int) -> tuple[Any, Tensor]:
+        x, y = networks.projection().batch(step, size)
+        return x, F.one_hot(y, 3).double()
 
-    def batch(self, step: int, size: int) -> tuple[Any, Tensor]:
-        x, y = self._case.batch(step, size)
-        return x, F.one_hot(y, self.model(x).shape[1]).double()
+    return Case(networks.projection().model, draw=draw)
 
 
 def squares(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -91,16 +89,15 @@ REACHES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("setup", REACHES)
 def test_reach(setup: str, backend: Any) -> None:
     """A mean over several outputs is undone, as far as the target has any."""
-    assert_primal(Regressed(networks.projection()), nn.MSELoss(), 3, backend, squares, **REACHES[setup])
+    assert_primal(regressed(), nn.MSELoss(), 3, backend, squares, **REACHES[setup])
 
 
 def test_reach_acts_where_it_should() -> None:
     """The oracle of :func:`test_reach` itself: how often each of its losses counts in the first step."""
     found = {}
     for setup, options in REACHES.items():
-        case = Regressed(networks.projection())
-        expected = oracle(case.model, squares, **options)
-        x, y = case.batch(0, SIZE)
+        expected = oracle(regressed().model, squares, **options)
+        x, y = regressed().batch(0, SIZE)
         expected.step((x,), y)
         found[setup] = expected.counted
     most = y.shape[1]
@@ -113,17 +110,18 @@ def loss_of(network: str) -> Any:
 
 
 def assert_primal(
-    case: Case, loss: Any, steps: int, backend: Any, per_sample: Any = classified, **options: Any
-) -> None:
-    model = copy.deepcopy(case.model)
+    case: Case, loss: Any, steps: int, backend: Any, per_sample: Any = classified, said: Any = None, **options: Any
+) -> CompiledOptimizer:
+    """``said``: what the compiler is told in place of all options."""
     expected = oracle(case.model, per_sample, total=loss is SUM, **options)
-    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=loss, backend=backend, **options)
+    model, opt = optimizer(case, SIZE, loss=loss, backend=backend, **(options if said is None else said))
     for step in range(steps):
         x, y = case.batch(step, SIZE)
         before = expected.u
         opt.step(x, y), expected.step((x,), y)
         assert (expected.u - before).abs().max() > 1e-3
         torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+    return opt
 
 
 @pytest.mark.parametrize("setup", SETUPS)
@@ -135,9 +133,9 @@ def test_is_the_primal_step(network: str, setup: str) -> None:
 
 @pytest.mark.parametrize(
     ("network", "setup"),
-    [(network, "inertia, groups") for network in NETWORKS]
-    + [("projection", setup) for setup in SETUPS if setup != "inertia, groups"],
-)
+    [*((one, "inertia, groups") for one in NETWORKS),
+     *(("projection", one) for one in SETUPS if one != "inertia, groups")],
+)  # fmt: skip
 def test_the_rolled_out_policy_is_the_primal_step(network: str, setup: str) -> None:
     """The dense backend: gains stage by stage, the policy on the linearised dynamics, which the program never does."""
     per_sample = of_both if network == "two outputs" else classified
@@ -150,26 +148,14 @@ def test_kronecker_factors(curvature: str, backend: Any) -> None:
     """Explicit ``(A + π √λ I) ⊗ (B + √λ/π I)`` or ``(A + λ ā I) ⊗ I`` a layer, from the ordinary gradients."""
     options: dict[str, Any] = {"curvature": curvature, "lr": 0.1, "damping": 1e-2, "inertia": 0.9, "weight_decay": 0.05,
                                "terminal": "geometric"}  # fmt: skip
-    model = copy.deepcopy((case := networks.mlp()).model)
-    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS, backend=backend, refresh=1, coupling=3, **options)
-    expected = oracle(case.model, coupling=3, **options)
-    for step in range(3):
-        x, y = case.batch(step, SIZE)
-        opt.step(x, y), expected.step((x,), y)
-        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+    assert_primal(networks.mlp(), LOSS, 3, backend, refresh=1, coupling=3, **options)
 
 
 def test_the_defaults() -> None:
     """Nothing said: FOOF with the inertia and the aim that it suggests, coupled as a whole."""
-    model = copy.deepcopy((case := networks.nested()).model)
-    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS)
-    options = {"lr": FOOF.lr, "damping": FOOF.damping, **SUGGESTED["foof"]}
+    options = {"curvature": "foof", "lr": FOOF.lr, "damping": FOOF.damping, **SUGGESTED["foof"]}
     assert options["inertia"] > 0 and options["terminal"].half > 0
-    expected = oracle(case.model, curvature="foof", **options)
-    for step in range(3):  # statistics are taken in each; later only now and then
-        x, y = case.batch(step, SIZE)
-        opt.step(x, y), expected.step((x,), y)
-        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+    opt = assert_primal(networks.nested(), LOSS, 3, "fast", said={}, **options)  # statistics are taken in each step
     assert opt.program.form.name == "joint"
 
 
@@ -197,20 +183,18 @@ def test_random_networks(plan: random_networks.Plan, inertia: float, schedule: s
 # --- the base methods -------------------------------------------------------------------------------------------------
 
 
-BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
-    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
-}
+BASES: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}, "rmsprop": {"lr": 0.01, "momentum": 0.5},
+    "adam": {"lr": 0.01, "weight_decay": 0.1},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("bound", [0.2, 100.0])
 @pytest.mark.parametrize("name", BASES)
 def test_gradients_are_clipped_as_torch_clips_them(name: str, bound: float) -> None:
-    case, (base, options) = networks.projection(), BASES[name]
-    ours, opt = optimizer(case, curvature=name, feedback=False, max_grad_norm=bound, **options)
-    theirs = copy.deepcopy(case.model)
-    reference = base(theirs.parameters(), **options)
+    case, theirs = networks.projection(), networks.projection().model
+    ours, opt = optimizer(case, curvature=name, feedback=False, max_grad_norm=bound, **BASES[name])
+    reference = TORCH[name](theirs.parameters(), **BASES[name])
     clipped = []
     for step in range(3):
         x, y = case.batch(step, 6)
@@ -320,11 +304,9 @@ def test_diagnostics_mean_what_they_mean_in_the_nonlinear_rollout(options: dict[
         opt.step(*case.batch(0, 6))
         found.append(opt.diagnostics)
     linear, nonlinear = found
-    assert linear["open_norm"] == pytest.approx(nonlinear["open_norm"], rel=1e-9)
-    assert (
-        linear["predicted_decrease"] == pytest.approx(nonlinear["predicted_decrease"], rel=1e-9)
-        and linear["predicted_decrease"] > 0
-    )
+    for name in ("open_norm", "predicted_decrease"):
+        assert linear[name] == pytest.approx(nonlinear[name], rel=1e-9)
+    assert linear["predicted_decrease"] > 0
     assert linear["feedback_norm"].keys() == nonlinear["feedback_norm"].keys()
     assert linear["feedback_norm"]["stem"] < 1e-12 < 1e-4 < linear["feedback_norm"]["head"]
     assert linear["lifted_grams"] == 0 and linear["clipped_changes"] == 0
@@ -368,14 +350,10 @@ def test_where_it_is_the_default() -> None:
 
 def test_one_reverse_pass_of_several_stages_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that torch differentiates are one pass while what it leaves is small; else each has its own."""
-    trained, passes = [], []
+    runs = []
     for held in (adjoints.HELD, 0):
         monkeypatch.setattr(adjoints, "HELD", held)
-        case = networks.conv_residual()
-        opt = compile_optimizer(case.model, case.batch(0, SIZE)[0], loss=LOSS)
-        for step in range(2):
-            opt.step(*case.batch(step, SIZE))
-        trained.append(flat(case.model))
-        passes.append(opt.program.code.count("= pull_back("))
+        runs.append(train(networks.conv_residual()))
+    passes = [run.optimizer.program.code.count("= pull_back(") for run in runs]
     assert 0 < passes[0] < passes[1]
-    torch.testing.assert_close(*trained, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*(run.parameters for run in runs), rtol=0, atol=1e-12)
