@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gtddp_compile import compile_optimizer
-from support.compared import TORCH
+from support.compared import TORCH, torch_step
 from support.networks import CASES, Case, conv_residual, residual
 from support.oracle import Options, Stage, ddp_step, run
 from support.oracle_cases import (
@@ -88,9 +88,7 @@ def test_without_feedback_it_is_the_base_method(setting: str) -> None:
     name, keywords = SETTINGS[setting]
     optimizer = TORCH[name](theirs.parameters(), **keywords)
     for (x,), y in batches(case, 5):
-        optimizer.zero_grad()
-        F.cross_entropy(theirs(x), y).backward()
-        optimizer.step()
+        torch_step(optimizer, F.cross_entropy(theirs(x), y))
     assert distance(result, parameters(theirs)) < 1e-12
 
 
@@ -125,8 +123,7 @@ def test_linear_dynamics_give_the_minimum_of_the_quadratic_model(weight_decay: f
 def test_couplings_agree_where_they_must_and_differ_elsewhere() -> None:
     case = residual()
     results = {name: solve(case, "sgd", Options(coupling=name)) for name in ("full", 7, 9, 3, 1, "block")}
-    assert distance(results[7], results["full"]) < 1e-12
-    assert distance(results[9], results["full"]) < 1e-12
+    assert max(distance(results[size], results["full"]) for size in (7, 9)) < 1e-12
     for left, right in (("full", 3), ("full", 1), ("full", "block"), (3, 1), (1, "block")):
         assert distance(results[left], results[right]) > 1e-3
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, CompileError, UpdateProgram, compile_optimizer
 from support.architectures import Example
+from support.compared import LOSS
 from support.exported import load_module, named, targets_for
 from support.networks import Net, make
-
-LOSS = nn.CrossEntropyLoss()
 
 
 def deep(depth: int = 8) -> Example:
@@ -35,10 +34,8 @@ def deep(depth: int = 8) -> Example:
 
 
 def trained(example: Example, memory: str, steps: int = 3, **options: Any) -> tuple[list[Tensor], CompiledOptimizer]:
-    model = copy.deepcopy(example.model)
-    opt = compile_optimizer(
-        model, example.inputs, loss=LOSS, memory=memory, **{"curvature": "sgd", "lr": 0.1, **options}
-    )  # type: ignore[arg-type]
+    model, options = copy.deepcopy(example.model), {"curvature": "sgd", "lr": 0.1, **options}
+    opt = compile_optimizer(model, example.inputs, loss=LOSS, memory=memory, **options)
     torch.manual_seed(5)
     losses = [opt.step(example.inputs, targets_for(3, example.inputs[0].shape[0])) for _ in range(steps)]
     return [*losses, *model.state_dict().values(), torch.get_rng_state()], opt
