@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 from gtddp_compile import compile_optimizer
 from gtddp_compile.frontends import trace_followed
-from support.networks import make, seeded
+from support.compared import torch_step
+from support.networks import make
 from support.recorded import FRONT_ENDS, batch
 from support.refused import TARGETS, Layer, Model, compiled, everything, expect_the_base_methods_update, refused
 
@@ -171,12 +173,10 @@ def test_torchs_random_numbers_are_drawn_at_every_step(forward: Forward) -> None
     """The path is that of the step's own draw, found anew where it is another one."""
     net = holding(forward)
     plain = copy.deepcopy(net)
-    opt = compiled(net, lr=0.5, feedback=False)
+    opt, sgd = compiled(net, lr=0.5, feedback=False), torch.optim.SGD(plain.parameters(), lr=0.5)
     for seed in range(6):
         torch.manual_seed(seed)
-        F.cross_entropy(plain(batch(6, seed)), TARGETS).backward()
-        torch.optim.SGD(plain.parameters(), lr=0.5).step()
-        plain.zero_grad()
+        torch_step(sgd, F.cross_entropy(plain(batch(6, seed)), TARGETS))
         after = torch.get_rng_state()
         torch.manual_seed(seed)
         opt.step(batch(6, seed), TARGETS)
@@ -257,55 +257,39 @@ def test_what_the_pass_leaves_for_inspection_does_no_harm() -> None:
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-class Returning(nn.Module):
+def returning(which: Callable[[Any], Tensor]) -> Any:
     """Returns something beside its logits that no player makes."""
+    layers = {"a": (4, 3), "scale": lambda: nn.Parameter(torch.arange(1.0, 4)), "shift": lambda: torch.ones(3),
+              "frozen": lambda: nn.Parameter(torch.ones(3), requires_grad=False)}  # fmt: skip
+    net = make(lambda net, x: (net.a(x), which(net)), **layers)
+    net.plain = torch.ones(3)
+    return net
 
-    def __init__(self, which: str) -> None:
-        super().__init__()
-        self.a, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
-        self.register_buffer("shift", torch.ones(3))
-        self.frozen, self.plain = nn.Parameter(torch.ones(3), requires_grad=False), torch.ones(3)
-        self.which = which
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.which == "one a sample":
-            return self.a(x), self.scale.expand(len(x), *self.scale.shape)
-        return self.a(x), getattr(self, self.which)
+def of_product(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs[0] * outputs[1] * 2, targets, reduction="none")
+
+
+UNCHANGED: dict[str, Any] = {"loss": of_product, "curvature": "sgd", "lr": 0.5, "feedback": False}
 
 
 @pytest.mark.parametrize("front_end", [*FRONT_ENDS.values(), trace_followed])
 @pytest.mark.parametrize("which", ["shift", "frozen", "plain"])
 def test_constants_among_the_outputs(which: str, front_end: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gtddp_compile.passes.p01_normalise.normalise.__defaults__", ((front_end,),))
-    net, inputs = seeded(lambda: Returning(which)), batch(6)
-
-    def loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs[0] * outputs[1] * 2, targets, reduction="none")
-
-    plain = copy.deepcopy(net)
-    loss(plain(inputs), TARGETS).mean().backward()
-    torch.optim.SGD(plain.parameters(), lr=0.5).step()
-    compile_optimizer(net, inputs, loss=loss, curvature="sgd", lr=0.5, feedback=False).step(inputs, TARGETS)
-    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+    net = returning(attrgetter(which))
+    opt = compile_optimizer(net, batch(6), **UNCHANGED)
+    expect_the_base_methods_update(opt, net, batch(6), loss=of_product)
 
 
 def test_a_parameter_as_an_output() -> None:
     """The remedy works: what is returned once a sample."""
-
-    def loss(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs[0] * outputs[1], targets, reduction="none")
-
-    net = seeded(lambda: Returning("scale"))
-    options: dict[str, Any] = {"loss": loss, "curvature": "sgd", "lr": 0.5, "feedback": False}
-    refused(
-        lambda: compile_optimizer(net, batch(6), **options), "its parameter 'scale' as it is", "scale.expand(len(x)"
-    )
-    net.which = "one a sample"
-    plain = copy.deepcopy(net)
-    loss((plain.a(batch(6)), plain.scale), TARGETS).mean().backward()
-    torch.optim.SGD(plain.parameters(), lr=0.5).step()
-    compile_optimizer(net, batch(6), **options).step(batch(6), TARGETS)
-    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+    net = returning(attrgetter("scale"))
+    said = "its parameter 'scale' as it is", "scale.expand(len(x)"
+    refused(lambda: compile_optimizer(net, batch(6), **UNCHANGED), *said)
+    net = returning(lambda net: net.scale.expand(6, 3))
+    opt = compile_optimizer(net, batch(6), **UNCHANGED)
+    expect_the_base_methods_update(opt, net, batch(6), plain=lambda net, x: (net.a(x), net.scale), loss=of_product)
 
 
 @pytest.mark.parametrize("bag", [False, True])
@@ -319,12 +303,7 @@ def test_tables_with_sparse_gradients_have_dense_ones(bag: bool, by_name: bool) 
     net = make(forward, b=(4, 3))
     net.table = (nn.EmbeddingBag if bag else nn.Embedding)(9, 4, sparse=True).double()
     words = torch.arange(24).reshape(6, 4) % 9
-    plain = copy.deepcopy(net)
-    opt = compiled(net, words, lr=0.5, feedback=False)
-    F.cross_entropy(plain(words), TARGETS).backward()
-    torch.optim.SGD(plain.parameters(), lr=0.5).step()
-    opt.step(words, TARGETS)
-    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+    expect_the_base_methods_update(compiled(net, words, lr=0.5, feedback=False), net, words)
 
 
 # --- graphs -----------------------------------------------------------------------------------------------------------
@@ -375,7 +354,5 @@ def test_nodes_pooled_to_graphs(pool: Callable[[Tensor, Tensor], Tensor]) -> Non
     padded.load_state_dict(net.state_dict())
     x = nn.utils.rnn.pad_sequence(list(nodes.split(NODES)), batch_first=True)
     mask = (torch.arange(5) < torch.tensor(NODES)[:, None]).double()
-    F.cross_entropy(net(nodes, graph), TARGETS).backward()
-    torch.optim.SGD(net.parameters(), lr=0.5).step()
-    compiled(padded, (x, mask), lr=0.5, feedback=False).step((x, mask), TARGETS)
-    torch.testing.assert_close(padded.state_dict(), net.state_dict(), rtol=0, atol=1e-12)
+    opt = compiled(padded, (x, mask), lr=0.5, feedback=False)
+    expect_the_base_methods_update(opt, padded, (x, mask), plain=lambda own, *_: net.run(own, nodes, graph))
