@@ -338,12 +338,7 @@ def test_nodes_pooled_to_graphs(pool: Callable[[Tensor, Tensor], Tensor]) -> Non
     net = make(lambda net, x, graph: net.b(pool(torch.tanh(net.a(x)), graph)), a=(4, 5), b=(5, 3))
     graph = torch.repeat_interleave(torch.arange(6), torch.tensor(NODES))
     nodes = batch(sum(NODES))
-    said = (
-        "each of the 18 samples",
-        "leading axis of inputs_0, inputs_1",
-        "as nodes to graphs",
-        "(B, N, n), with a mask",
-    )
+    said = "each of the 18 samples", "axis of inputs_0, inputs_1", "as nodes to graphs", "(B, N, n), with a mask"
     refused(lambda: compiled(net, (nodes, graph)), *said)
 
     def pooled(net: Any, x: Tensor, mask: Tensor) -> Tensor:
