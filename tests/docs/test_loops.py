@@ -1,13 +1,12 @@
 """The loops in examples/loops: transformers' Trainer, and one of several processes, run as they stand."""
 
-import os
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import main as torchrun
 
 from gtddp_compile import compile_optimizer
 
@@ -46,13 +45,12 @@ def test_trainer_s_step_is_the_plain_step(tmp_path: Path) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
 
 
-def test_several_processes(tmp_path: Path) -> None:
+def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Under torchrun; the checkpoint is whole and there is no part of another."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    told = {**os.environ, "OMP_NUM_THREADS": "1", "CHECKPOINT": str(tmp_path / "run.pt")}
-    done = subprocess.run([*run, str(FOLDER / "several_processes.py")], env=told, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before, after = (float(word) for word in done.stdout.split() if word[0].isdigit())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "run.pt"))
+    torchrun(["--standalone", "--nproc-per-node=2", str(FOLDER / "several_processes.py")])
+    before, after = (float(word) for word in capfd.readouterr().out.split() if word[0].isdigit())
     assert after < before
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
     assert set(torch.load(tmp_path / "run.pt", weights_only=True)) == {"model", "optimizer"}

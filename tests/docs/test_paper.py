@@ -17,7 +17,7 @@ from gtddp_compile.runtime.dense.jacobians import Trajectory
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("table2", "fig1", "fig4", "fig6", "fig7", "fig8", "feedback")
-TINY = {"steps": "4", "width": "1", "trained": "2"}
+TINY = {"steps": "4", "width": "1", "trained": "2", "side": "closed", "batch": "1"}
 
 
 @pytest.fixture(scope="module", autouse=True)
