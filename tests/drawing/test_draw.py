@@ -164,7 +164,6 @@ def test_missing_engine_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @cache
-@cache
 def deep(blocks: int, width: int = 4) -> ControlGraph:
     """Residual blocks ``blocks.I`` of two layers, with a stem and a head."""
     lines: list[Line] = [("x", "input", (width,), "", None), ("stem", "linear", (width,), "x", (width, width))]
