@@ -184,9 +184,6 @@ def test_equal_as_polynomials_whatever_the_order_of_terms() -> None:
     assert is_equal(a * b * a, b, [((a, b, a), b)])
 
 
-# --- the equations that run are those that were proved: whatever is altered between the two fails the compilat ---
-
-
 # name, recursion, coupling, whether the factors are richer than gradients
 CASES: list[tuple[Any, Any, Any, bool]] = [
     ("base", "levenberg", "full", False),

@@ -62,9 +62,6 @@ def test_rows_are_kept_and_not_measured_again(tmp_path: Path) -> None:
     assert Store(tmp_path / "rows.csv").missing(keys) == keys[2:]
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
 def idx(values: np.ndarray) -> bytes:
     """As the files of MNIST have it: a head, then bytes."""
     return bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape) + values.tobytes()
@@ -115,9 +112,6 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["table2", "--datasets", "cifar10", "--data-root", str(tmp_path)], env={
         "MALLOC_TRIM_THRESHOLD_": "0"})  # fmt: skip
     assert said.exit_code == 1 and "cifar-10-batches-py/test_batch" in said.stderr and "put there" in said.stderr
-
-
-# --- oracles ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [False, True])

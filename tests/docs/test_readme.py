@@ -124,9 +124,6 @@ def test_the_options_in_the_usage_exist() -> None:
     assert named and named <= set(inspect.signature(compile_optimizer).parameters)
 
 
-# --- docs/derivations.md names tests that exist ---
-
-
 def test_every_test_named_there_exists() -> None:
     text = (ROOT / "docs" / "derivations.md").read_text(encoding="utf-8")
     sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}

@@ -31,8 +31,6 @@ def test_plain_loop() -> None:
     assert history[-1] < 0.6 * history[0] and recipe.accuracy(model, batches) > max(before, 0.8)
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
 CURVATURES: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "weight_decay": 0.01}, "rmsprop": {"momentum": 0.5, "centered": True},
     "adam": {"amsgrad": True}, "adamw": {}, "kfac": {"refresh": 2, "momentum": 0.5, "damping": 0.1},
@@ -75,9 +73,6 @@ def test_resuming_continues_bit_for_bit(curvature: str, way: str, tmp_path: Path
 def test_the_recipe_itself(capsys: pytest.CaptureFixture[str]) -> None:
     import_module("checkpoints").main()
     assert "three runs, one training" in capsys.readouterr().out
-
-
-# --- Lightning --------------------------------------------------------------------------------------------------------
 
 
 def test_lightning_trains_counts_and_resumes(tmp_path: Path) -> None:

@@ -80,9 +80,6 @@ def test_the_glossary_names_files_that_exist() -> None:
     assert len(named) > 20 and named <= sources | tests, named - sources - tests
 
 
-# --- symbols ----------------------------------------------------------------------------------------------------------
-
-
 def known_symbols() -> tuple[frozenset[str], list[str]]:
     """Those of the table of equations, and those of the table of programs."""
     equations, programs = (

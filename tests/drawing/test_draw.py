@@ -160,7 +160,7 @@ def test_missing_engine_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> Non
     layout._executable.cache_clear()
 
 
-# --- large networks drawn: what is folded, what the page holds, and that every form stays within its limits ---
+# --- large networks ---
 
 
 @cache
@@ -201,9 +201,6 @@ def said(data: dict[str, Any], numbers: list[int]) -> str:
     return "\n".join(data["lines"][number] for number in numbers)
 
 
-# --- repeats and blocks -----------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=60))
 def test_runs_are_periodic_and_apart(sequence: list[int]) -> None:
@@ -233,9 +230,6 @@ def test_blocks_are_intervals(make: Any) -> None:
     assert (root.start, root.stop) == (0, len(graph))
 
 
-# --- folded views -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("make", [resnet18, dense, lambda: deep(50), lambda: flat(80)])
 @pytest.mark.parametrize("boxes", [1, 12, 40])
 def test_views_are_acyclic_and_stages_run_down(make: Any, boxes: int) -> None:
@@ -251,9 +245,6 @@ def test_views_are_acyclic_and_stages_run_down(make: Any, boxes: int) -> None:
     spans = [(stage.get("first", stage["index"]), stage.get("last", stage["index"])) for stage in stages]
     covered = [at for first, last in spans for at in range(first, last + 1)]
     assert covered == sorted(set(covered)) and len(covered) <= len(whole.graph["stages"])
-
-
-# --- still pictures ---------------------------------------------------------------------------------------------------
 
 
 def test_mermaid_stays_within_its_limits() -> None:

@@ -30,9 +30,6 @@ def waves() -> nn.Module:
     return make(forward, frequencies=lambda: torch.randn(2, 3), a=(6, 5), b=(5, 5), c=(5, 1, False))
 
 
-# --- the Laplacian, in every way of writing it ------------------------------------------------------------------------
-
-
 def squared(outputs: Any, targets: Tensor) -> Tensor:
     return 0.5 * (outputs - targets) ** 2  # type: ignore[no-any-return]
 
@@ -84,9 +81,6 @@ def test_every_way_is_the_explicit_step(way: str) -> None:
     torch.testing.assert_close(flat(model) - before, expected, rtol=0, atol=1e-8 * float(expected.abs().max()))
     rules = {use.rule.name for layer in opt.program.lowered.plan.layers.values() for use in layer.uses}
     assert rules <= ({"linear", "shift"} if way == "by hand, stacked" else {"linear", "transposed"})
-
-
-# --- other equations --------------------------------------------------------------------------------------------------
 
 
 def heat(m: Model, x: Tensor) -> Tensor:
@@ -203,9 +197,6 @@ def test_zero_tangents_and_repeats_are_gone() -> None:
     # Value and two directions; in between, the second derivative of each as well; at the end those alone.
     assert [used.count(f"net.{i}.weight") for i in (0, 2, 4)] == [3, 5, 2]
     assert not any("zero" in str(call.target) for call in traced.calls)
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def inner_step(m: Model, x: Tensor) -> Any:

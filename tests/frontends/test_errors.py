@@ -20,9 +20,6 @@ def line(forward: Callable[..., Any], offset: int) -> str:
     return f"test_errors.py:{forward.__code__.co_firstlineno + offset}"
 
 
-# --- models that cannot be compiled -----------------------------------------------------------------------------------
-
-
 def branches_on_a_value(layer: Any, x: Tensor) -> Tensor:
     y = layer.fc(x)
     if y.sum() > 0:
@@ -94,8 +91,6 @@ def test_samples_that_no_axis_tells_apart(forward: Callable[..., Any], shape: tu
     error = refused(lambda: compiled(net, x), f"its value has shape {shape}", "of the 6 samples", "(B, T, n)")
     assert (error.module, error.operation) == ("a", "linear")
 
-
-# --- inputs -----------------------------------------------------------------------------------------------------------
 
 INPUTS: dict[str, tuple[Any, str]] = {
     "array": (np.zeros((6, 4)), "inputs must be tensors, got ndarray"),

@@ -85,8 +85,6 @@ def test_attention_modules(first: bool) -> None:
     assert_base_method_and_dense(case_of(attention(first)), "export")
 
 
-# --- what models return -----------------------------------------------------------------------------------------------
-
 Named = namedtuple("Named", ["logits", "hidden"])
 
 
@@ -125,9 +123,6 @@ def test_the_loss_says_which_outputs_matter(name: str, asks: bool) -> None:
         return ((main(outputs) - targets) ** 2 + 0.3 * side(outputs) ** 2).mean(1)
 
     assert_base_method_and_dense(case_of(auxiliary(pack, asks), loss), "export" if asks else "fx")
-
-
-# --- what torch does around layers ------------------------------------------------------------------------------------
 
 
 def autocast(net: Any, x: Tensor) -> Tensor:

@@ -64,9 +64,6 @@ def test_both_front_ends_give_the_same_normal_form(name: str) -> None:
     assert (first.players, first.unused) == (second.players, second.unused)
 
 
-# --- gradients, random numbers, buffers -------------------------------------------------------------------------------
-
-
 def stopped(net: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         target = torch.tanh(net.a(x))

@@ -154,8 +154,6 @@ def test_samples_with_different_numbers_of_rows_are_refused() -> None:
         kernels.order_of_rows(torch.tensor([0, 3, 1, 1]), 4, 2)
 
 
-# --- curvatures of players, other batches, other front ends -----------------------------------------------------------
-
 RECORDED = ("time first", "heads", "frames", "views")
 
 
@@ -218,9 +216,6 @@ def test_as_many_losses_as_samples(backend: Any) -> None:
     cases = (Case(model, loss=by_sample, draw=lambda seed, size: (x, y)) for model in (net, leading))
     found = (trained(case, curvature="sgd", lr=0.5, backend=backend) for case in cases)
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
-
-
-# --- masks -----
 
 
 def dropped(x: Tensor, training: bool, axis: int = 0) -> Tensor:

@@ -130,9 +130,6 @@ def test_one_parameter_under_two_names_is_one_player() -> None:
         assert (info.name, info.aliases) == ("encode.weight", ("decode.weight",))
 
 
-# --- the proof --------------------------------------------------------------------------------------------------------
-
-
 def found_in(name: str) -> PlayerGraph:
     return find_players(normalise(model_of(PLAYERS[name]), (inputs(6),)))
 

@@ -184,9 +184,6 @@ def test_torchs_random_numbers_are_drawn_at_every_step(forward: Forward) -> None
     torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
 
 
-# --- what a pass leaves for the loss ----------------------------------------------------------------------------------
-
-
 def left_as_a_number(layer: Any, x: Tensor) -> Tensor:
     y: Tensor = layer.fc(x)
     layer.state = y.square().mean()
@@ -254,9 +251,6 @@ def test_what_the_pass_leaves_for_inspection_does_no_harm() -> None:
     assert opt.program.code is code
 
 
-# --- outputs ----------------------------------------------------------------------------------------------------------
-
-
 def returning(which: Callable[[Any], Tensor]) -> Any:
     """Returns something beside its logits that no player makes."""
     layers = {"a": (4, 3), "scale": lambda: nn.Parameter(torch.arange(1.0, 4)), "shift": lambda: torch.ones(3),
@@ -305,8 +299,6 @@ def test_tables_with_sparse_gradients_have_dense_ones(bag: bool, by_name: bool) 
     words = torch.arange(24).reshape(6, 4) % 9
     expect_the_base_methods_update(compiled(net, words, lr=0.5, feedback=False), net, words)
 
-
-# --- graphs -----------------------------------------------------------------------------------------------------------
 
 NODES = [4, 1, 3, 5, 2, 3]
 """Of six graphs."""

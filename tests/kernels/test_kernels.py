@@ -388,9 +388,6 @@ def test_weighted_gradients_add_up_piece_by_piece(samples_a_piece: int, monkeypa
     close(found, [torch.tensordot(weights, rows, 1) for rows in gamma])
 
 
-# --- the trial that finds the generic kernels' faster ways: what it takes as an answer, and what is a defect ---
-
-
 @pytest.mark.parametrize("error", [ValueError, AssertionError, TypeError, AttributeError])
 def test_a_trial_takes_refusals_of_a_size_and_passes_defects_on(error: type[Exception]) -> None:
     def function(params: Params, x: Tensor) -> Tensor:

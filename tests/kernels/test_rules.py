@@ -147,9 +147,6 @@ def test_no_rule_is_an_error_that_says_where() -> None:
         choose(drawing, frozenset({"w"}))
 
 
-# --- factors of value functions stay definite against rounding, and a step on numbers that overflow changes no ---
-
-
 @pytest.mark.parametrize("noise", [1e-7, 3e-5])
 def test_rounding_does_not_make_it_indefinite(noise: float) -> None:
     """A rank-one Gram matrix in float32, and one with more noise than rounding of one sum explains."""

@@ -33,9 +33,6 @@ def test_a_function_as_loss_may_do_without_targets() -> None:
     assert opt.accumulate(x, None) == opt.step(x)
 
 
-# --- parameter groups and state: whose they are, and what happens when parameters are trained later or replace ---
-
-
 def test_layers_that_are_trained_later() -> None:
     """As in torch.optim, a frozen backbone has its options and its scheduler from the beginning."""
     case = networks.mlp()

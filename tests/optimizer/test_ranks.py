@@ -157,9 +157,6 @@ def test_a_killed_rank_ends_the_others(four: list[Any], folder: Path) -> None:
         assert said.endswith("unchanged True")
 
 
-# --- one process ------------------------------------------------------------------------------------------------------
-
-
 def test_without_processes() -> None:
     model, x = nn.Sequential(nn.Linear(2, 3)), torch.randn(4, 2)
     with pytest.raises(CompileError, match="a group a rank, and there is one process"):

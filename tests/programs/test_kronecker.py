@@ -15,8 +15,6 @@ from support.compared import LOSS, assert_equal, batches, flat, optimizer, train
 from support.networks import Case, conv, make
 from support.recorded import draw
 
-# --- kernels ----------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_in_pieces_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,9 +24,6 @@ def test_in_pieces_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("gtddp_compile.kernels.kronecker.CHUNK", chunk)
         found.append(trained(conv_mixed(), curvature=name, lr=0.1, damping=1e-2, refresh=1))
     torch.testing.assert_close(*found, rtol=0, atol=1e-10)
-
-
-# --- as an optimizer --------------------------------------------------------------------------------------------------
 
 
 def test_cholesky_failure_is_counted_and_survived() -> None:
@@ -109,12 +104,6 @@ def test_statistics_come_from_v_h() -> None:
     torch.testing.assert_close(found[2], found[1])
 
 
-# --- per-sample gradients in coordinates where a Kronecker metric is diagonal: kernels, choice, what is made o ---
-
-
-# --- kernels ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", ["rows", "samples"])
 @pytest.mark.parametrize(("samples", "positions"), [(5, 1), (40, 1), (5, 3)])
 @pytest.mark.parametrize("rescaled", [False, True])
@@ -174,9 +163,6 @@ def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) ->
     torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
 
 
-# --- in programs ------------------------------------------------------------------------------------------------------
-
-
 def test_a_bias_that_is_not_trained() -> None:
     """Rows have no ones, and coordinates no place for them."""
     for case in (wide(), lines()):
@@ -192,7 +178,7 @@ def test_coordinates_that_would_be_too_large_are_not_kept(monkeypatch: pytest.Mo
     assert_equal(case, steps=2, size=5, curvature="kfac", lr=0.2, damping=1e-2)
 
 
-# --- fOOF: the input factor's metric, against an independent computation and the dense backend ---
+# --- FOOF ---
 
 
 PAPER = {"coupling": "block", "recursion": "substituted"}

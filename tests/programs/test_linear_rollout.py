@@ -180,9 +180,6 @@ def test_random_networks(plan: random_networks.Plan, inertia: float, schedule: s
     assume((flat(model) - start).abs().max() > 1e-6)
 
 
-# --- the base methods -------------------------------------------------------------------------------------------------
-
-
 BASES: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}, "rmsprop": {"lr": 0.01, "momentum": 0.5},
     "adam": {"lr": 0.01, "weight_decay": 0.1},
@@ -235,7 +232,7 @@ def test_without_inertia_there_is_no_last_step() -> None:
     torch.testing.assert_close(last, flat(model) - before, rtol=0, atol=1e-15)
 
 
-# --- random networks: the generated program equals the dense derivation, to 1e-9 in float64, whatever the sche ---
+# --- random networks ---
 
 
 OPTIONS = (
@@ -336,9 +333,6 @@ def test_what_is_decided_for_all_stages_stands_at_the_first() -> None:
     _, opt = optimizer(networks.mlp(), curvature="sgd", lr=0.5, max_step=0.1)
     stages = {one.function: one.stage for one in opt.program.lowered.instructions if one.phase == "joint"}
     assert stages["factor"] == stages["cap_step"] == 0
-
-
-# --- options ----------------------------------------------------------------------------------------------------------
 
 
 def test_where_it_is_the_default() -> None:

@@ -202,9 +202,6 @@ def test_schedules_differ_where_they_do() -> None:
             assert ((found[i] - found[i - 1]).abs().max() > 1e-6) == (form == "nonlinear")
 
 
-# --- proposition 4: with feedback off every curvature is torch.optim's own optimizer ---
-
-
 def two_branches() -> Case:
     """The second branch draws after the first one but depends on no player of it, as a decoder does on its encoder."""
 

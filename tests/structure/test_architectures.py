@@ -36,9 +36,6 @@ def compiled(given: Example, **options: Any) -> Any:
     return compile_optimizer(given.model, given.inputs, loss=loss, **{"curvature": "sgd", "lr": 0.05, **options})
 
 
-# --- updates ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_without_feedback_a_step_is_torchs_and_with_it_another(name: str) -> None:
     given = EXAMPLES[name]()
@@ -46,9 +43,6 @@ def test_without_feedback_a_step_is_torchs_and_with_it_another(name: str) -> Non
     options = {"steps": 1, "curvature": "sgd", "lr": 0.05}
     base, found = assert_base(case, **options).parameters, trained(case, **options)
     assert torch.isfinite(found).all() and (found - base).abs().max() > 1e-6
-
-
-# --- graphs -----------------------------------------------------------------------------------------------------------
 
 
 def plain_network() -> Example:

@@ -10,8 +10,6 @@ from gtddp_compile.passes.p04_schedule import schedule
 from gtddp_compile.passes.p05_augment import augment
 from support.hand_built import SCHEDULES, X, build, control, cuts, layer, op, shortcuts
 
-# --- named architectures --------------------------------------------------------------------------
-
 
 def test_chain() -> None:
     graph = build(X, layer("a", "x"), op("relu", "relu", "a"), layer("b", "relu"))
@@ -52,9 +50,6 @@ def test_parameter_expressions_are_no_operands() -> None:
     found = control(graph)
     assert found.stage_of["scaled"] == 1 and found.stages[1].ops == ("scaled", "b", "c")
     assert cuts(found) == [("x",), ("a",)]
-
-
-# --- tied weights, auxiliary values ---------------------------------------------------------------
 
 
 def test_tied_weights() -> None:
@@ -121,9 +116,6 @@ def test_tuples_must_be_unpacked() -> None:
         control(build(*base))
     with pytest.raises(CompileError, match="read by a later stage"):
         control(build(*base, op("part", "getitem", "chunk"), layer("b", "part"), op("cat", "cat", "chunk b")))
-
-
-# --- stages by hand -------------------------------------------------------------------------------
 
 
 def diamond() -> PlayerGraph:

@@ -13,8 +13,6 @@ from gtddp_compile.passes.p04_schedule import schedule
 from gtddp_compile.passes.p05_augment import augment
 from support.hand_built import SCHEDULES, build, op
 
-# --- random graphs against brute force ------------------------------------------------------------
-
 
 @st.composite
 def graphs(draw: st.DrawFn) -> PlayerGraph:

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from support.networks import Case, conv, make
 
-# --- kinds of layers --------------------------------------------------------------------------------------------------
-
 
 def conv_mixed(seed: int = 0) -> Case:
     """Strides, dilation, groups, a layer without bias, a projection, a norm."""
@@ -125,9 +123,6 @@ def two_outputs() -> Case:
         return early, net.late(torch.tanh(net.a(x)) + early)
 
     return Case(make(forward, stem=(3, 2), early=(2, 3), a=(2, 3), late=(3, 2)), (3,), loss=of_both)
-
-
-# --- coalitions -------------------------------------------------------------------------------------------------------
 
 
 def gates(players: int = 3) -> Case:

@@ -30,9 +30,9 @@ def control_graph(lines: list[Line], name: str = "net", output: Any = None, tied
 def residual() -> ControlGraph:
     """Eight operations, a projection shortcut."""
     return control_graph([
-        ("x", "input", (16,), "", None), ("stem", "linear", (32,), "x", (32, 16)), ("relu", "relu", (32,), "stem", None),
-        ("block.fc1", "linear", (64,), "relu", (64, 32)), ("block.tanh", "tanh", (64,), "block.fc1", None),
-        ("block.fc2", "linear", (64,), "block.tanh", (64, 64)),
+        ("x", "input", (16,), "", None), ("stem", "linear", (32,), "x", (32, 16)),
+        ("relu", "relu", (32,), "stem", None), ("block.fc1", "linear", (64,), "relu", (64, 32)),
+        ("block.tanh", "tanh", (64,), "block.fc1", None), ("block.fc2", "linear", (64,), "block.tanh", (64, 64)),
         ("block.project", "linear", (64,), "relu", (64, 32)),
         ("block.add", "add", (64,), "block.fc2 block.project", None),
         ("head", "linear", (10,), "block.add", (10, 64)),

@@ -53,9 +53,6 @@ def fault_at(line: int, kind: type[BaseException] = Fault, where: str = GENERATE
         sys.settrace(before)
 
 
-# --- NaN --------------------------------------------------------------------------------------------------------------
-
-
 class Poison:
     """Makes NaN of one number of the ``at``-th value that the program writes, counted as it runs; 0: of none."""
 
@@ -96,9 +93,6 @@ def _poisoning(statement: ast.stmt) -> list[ast.stmt]:
         return []
     target = ast.unparse(statement.targets[0])
     return [] if "[" in target else ast.parse(f"{target} = poison({target})").body
-
-
-# --- programs ---------------------------------------------------------------------------------------------------------
 
 
 class Normed(nn.Module):

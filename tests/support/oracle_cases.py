@@ -65,9 +65,6 @@ def arguments(setting: str, options: Options) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --- base methods written a second time, for the oracle: flat controls, one state a stage ---
-
-
 @dataclass
 class Base:
     """A base method written a second time: flat controls, one memory a stage. ``metric`` is asked before ``update``."""

@@ -43,9 +43,6 @@ def net(forward: Callable[..., object]) -> nn.Module:
     return make(forward, a=(4, 5), b=(5, 3))
 
 
-# --- tensors for the tests of kernels ---
-
-
 Params = tuple[Tensor | None, ...]
 
 
