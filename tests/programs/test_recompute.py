@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gtddp_compile import CompiledOptimizer, CompileError, UpdateProgram, compile_optimizer
+from gtddp_compile import CompiledOptimizer, UpdateProgram, compile_optimizer
 from support.architectures import Example
 from support.compared import LOSS
 from support.exported import load_module, named, targets_for
@@ -112,10 +112,3 @@ def test_cost_says_what_is_held() -> None:
     assert "memory='recompute' would hold" in " ".join(opt.program.cost().split())
     tiny = compile_optimizer(nn.Linear(2, 3), torch.randn(4, 2), loss=LOSS, curvature="sgd", memory="recompute")
     assert "in one segment" in " ".join(tiny.program.cost().split())
-
-
-def test_refusals() -> None:
-    with pytest.raises(CompileError, match=r"memory=.recompute.*dense"):
-        compile_optimizer(nn.Linear(2, 3), loss=LOSS, curvature="sgd", memory="recompute", backend="dense")
-    with pytest.raises(CompileError, match="memory"):
-        compile_optimizer(nn.Linear(2, 3), loss=LOSS, curvature="sgd", memory="some")  # type: ignore[arg-type]

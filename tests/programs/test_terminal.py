@@ -172,7 +172,6 @@ def test_cost_and_diagnostics_say_what_runs() -> None:
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"terminal": "hessian"}, "terminal='hessian' is not known"),
     ({"terminal": "ggn", "loss": nn.L1Loss()}, "L1Loss is .piecewise. linear"),
     ({"terminal": MonteCarlo(1), "loss": nn.NLLLoss()}, "Use CrossEntropyLoss on the logits"),
     ({"terminal": "ggn", "coupling": "full", "recursion": "substituted"}, "has no meaning with coupling 'full'"),
