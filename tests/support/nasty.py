@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from support.networks import Case, Net, seeded
@@ -135,17 +134,10 @@ def hooked() -> nn.Module:
     return net
 
 
-def beside(**other: nn.Module) -> nn.Module:
-    return Net(lambda m, x: m.c(torch.tanh(m.a(x))), **layers() | other)
-
-
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "hooks that change values": hooked,
-    "spectral_norm in evaluation": lambda: beside(a=parametrizations.spectral_norm(nn.Linear(4, 5))).eval(),
-    "weight_norm": lambda: beside(a=parametrizations.weight_norm(nn.Linear(4, 5))),
-    "orthogonal": lambda: beside(a=parametrizations.orthogonal(nn.Linear(4, 5))),
-    "a compiled layer": lambda: beside(a=torch.compile(nn.Linear(4, 5), backend="eager")),
-    "batch-norm in evaluation": lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval(),
+    "a compiled layer": lambda: Net(
+        lambda m, x: m.c(torch.tanh(m.a(x))), **layers() | {"a": torch.compile(nn.Linear(4, 5), backend="eager")}),
     "one batch-norm, twice": lambda: Net(
         lambda m, x: m.c(torch.tanh(m.n(m.b(torch.tanh(m.n(m.a(x))))))), **layers(), n=nn.BatchNorm1d(5)),
     "lists of parameters": lambda: Net(
