@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
 from gtddp_compile.runtime import compiler as compiling
 from support.compared import assert_equal, torch_step
+from support.exported import load_module, named
 from support.networks import Case
 from support.recorded import batch, net
 
@@ -91,11 +92,9 @@ def test_an_exported_program_checks_its_path(tmp_path: Path) -> None:
     model, x = net(masked), batch(4)
     opt = compiled(model, (x, FULL))
     opt.program.export(tmp_path / "step.py")
-    written: dict[str, Any] = {}
-    exec(compile((tmp_path / "step.py").read_text(), "step.py", "exec"), written)
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    state, targets = written["init_state"](params), torch.zeros(4, 3).double()
-    found = written["step"](params, {}, state, (x, FULL), targets)[0]
+    written, (params, _) = load_module(tmp_path / "step.py"), named(model)
+    state, targets = written.init_state(params), torch.zeros(4, 3).double()
+    found = written.step(params, {}, state, (x, FULL), targets)[0]
     torch.testing.assert_close(stepped(opt, model, (x, FULL)), found, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="another path"):
-        written["step"](params, {}, state, (x, 0.5 * FULL), targets)
+        written.step(params, {}, state, (x, 0.5 * FULL), targets)

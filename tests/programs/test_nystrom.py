@@ -1,7 +1,6 @@
 """The joint step without a Gram matrix: the explicit one, and the one with it; what is refused."""
 
 import copy
-import runpy
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from torch.func import hessian
 
 from gtddp_compile import CompileError, NonFiniteError, Nystrom, Terms, UpdateProgram, compile_optimizer, pde
 from support.compared import flat, trained
+from support.exported import load_module, named
 from support.least_squares import gauss_newton
 from support.networks import Case, make
 
@@ -102,10 +102,9 @@ def test_it_is_stored_and_carried_with_the_program(tmp_path: Any) -> None:
         opt.program.export(tmp_path / f"step.{suffix}")
     loaded = UpdateProgram.load(tmp_path / "step.json")
     assert loaded.options.gram == given and loaded.code == opt.program.code
-    carried = runpy.run_path(str(tmp_path / "step.py"))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    carried, (before, _) = load_module(tmp_path / "step.py"), named(model)
     torch.manual_seed(1)
-    after, *_ = carried["step"](before, {}, carried["init_state"](before), (x,), y)
+    after, *_ = carried.step(before, {}, carried.init_state(before), (x,), y)
     torch.manual_seed(1)
     opt.step(x, y)
     torch.testing.assert_close(after, dict(model.named_parameters()), rtol=0, atol=1e-12)
