@@ -51,9 +51,6 @@ def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(float((left[n] - v).abs().max() / v.abs().max().clamp_min(1)) for n, v in right.items())
 
 
-REGIMES = ["full", "groups", "block", "substituted", "printed"]
-
-
 def arguments(setting: str, options: Options) -> dict[str, Any]:
     """The package's words for a setting and the oracle's options; the oracle rolls out on the network itself."""
     name, keywords = SETTINGS[setting]

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gtddp_compile import CompileError, GraphBatches, NonFiniteError, compile_optimizer
 from gtddp_compile.lowering.traffic import gram_way, traffic
+from support.networks import make
 
 STEPS = 2
 EXAMPLE = 4
@@ -44,18 +45,16 @@ def normalised() -> nn.Module:
     return nn.Sequential(first, second, nn.Linear(5, 3))
 
 
-class Tokens(nn.Module):
+def tokens() -> nn.Module:
     """Attention, whose projections decide together, a weight used twice and a bare parameter."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
-        self.shift, self.head = nn.Parameter(torch.randn(6) * 0.1), nn.Linear(6, 3)
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        x = x.flatten(1, 2) + net.shift
+        h = torch.softmax(net.q(x) @ net.k(x).mT / 6**0.5, -1) @ net.v(x)
+        return net.head(net.out(torch.tanh(net.out(x + h))).mean(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1, 2) + self.shift
-        h = torch.softmax(self.q(x) @ self.k(x).mT / 6**0.5, -1) @ self.v(x)
-        return self.head(self.out(torch.tanh(self.out(x + h))).mean(1))
+    layers = dict.fromkeys(("q", "k", "v", "out"), (6, 6))
+    return make(forward, **layers, shift=lambda: nn.Parameter(torch.randn(6) * 0.1), head=(6, 3))
 
 
 class Rings(nn.Module):
@@ -79,7 +78,7 @@ def rings(sizes: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
     return {"x": torch.cat(nodes), "edge_index": torch.cat(edges, 1), "batch": batch}, torch.tensor(sizes) % 3
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"conv": convolutional, "norms": normalised, "tokens": Tokens}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"conv": convolutional, "norms": normalised, "tokens": tokens}
 
 
 def batch(samples: int, step: int) -> tuple[Tensor, Tensor]:
