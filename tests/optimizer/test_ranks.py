@@ -43,18 +43,13 @@ PAIRS |= dict(
         case("conv", "rmsprop", "full", UNEVEN, loss=nn.CrossEntropyLoss(ignore_index=1), memory="recompute"),
     ]
 )
-FOURS = dict(
-    case("norms", name, coupling, FOUR if coupling == "full" else (4, 4, 4, 2), **STEADY.get(name, {}))
-    for name in REGISTRY
-    for coupling in ("full", "local")
-)
+TURNS = ("full", FOUR), ("local", (4, 4, 4, 2))
+FOURS = dict(case("norms", name, *TURNS[n % 2], **STEADY.get(name, {})) for n, name in enumerate(REGISTRY))
 FOURS |= dict([case("tokens", "ekfac", "full", FOUR), case("tokens", "foof", "local", (4, 4, 4, 2))])
-COUNTED = dict(
-    case(network, name, coupling, (4, 4))
-    for network, name, coupling in (
-        ("conv", "foof", "full"), ("conv", "soap", "full"), ("tokens", "kfac", "full"), ("conv", "adam", "local"),
-    )
-)  # fmt: skip
+COUNTED = dict([
+    case("conv", "foof", "full", (4, 4)), case("conv", "soap", "full", (4, 4)), case("tokens", "kfac", "full", (4, 4)),
+    case("conv", "adam", "local", (4, 4)),
+])  # fmt: skip
 COUNTED_FOUR = dict([case("conv", "ekfac", "full", (4,) * 4), case("conv", "sgd", "local", (4,) * 4)])
 REFUSED: Mapping[str, Mapping[str, Any]] = {
     "backend": {"backend": "dense"}, "rollout": {"rollout": "nonlinear"}, "feedback": {"feedback": "open"},
