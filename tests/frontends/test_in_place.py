@@ -132,5 +132,5 @@ def test_in_place_operations_through_export(forward: Callable[..., object], fron
 
 
 def test_a_training_step_with_in_place_operations_is_the_base_methods() -> None:
-    for forward in (alias_of_iadd, item_assignment, add_to_a_view, filled):
+    for forward in (alias_of_iadd, relu_underscore, item_assignment, add_to_a_view, filled):
         assert_base(Case(net(forward), (4,)), curvature="sgd", lr=0.1)
