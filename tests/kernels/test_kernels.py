@@ -141,8 +141,7 @@ def test_linear_any_shape(samples: int, positions: list[int], n: int, m: int, bi
 def convolution(stride: Any, padding: Any, dilation: Any, groups: int) -> Function:
     def function(params: Params, x: Tensor) -> Tensor:
         operation: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
-        result: Tensor = operation(x, *params, stride, padding, dilation, groups)
-        return result
+        return operation(x, *params, stride, padding, dilation, groups)
 
     return function
 
@@ -327,8 +326,7 @@ def test_generic_frozen_member() -> None:
 
 def test_generic_without_vmap_and_forward_mode() -> None:
     def function(params: Params, x: Tensor) -> Tensor:
-        result: Tensor = NoForward.apply(x, params[0])  # type: ignore[no-untyped-call]
-        return result
+        return NoForward.apply(x, params[0])  # type: ignore[no-untyped-call]
 
     x, w = draw(4, 3), draw(3)
     found: Any = kernels.generic_probe(layer("generic", (x,), draw(4, 3), (w,), (True,), function=function))

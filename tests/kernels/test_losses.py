@@ -121,8 +121,7 @@ def drawn(data: Callable[[], Data]) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
 
 def value(module: nn.Module, outputs: Any, targets: Tensor) -> Tensor:
     arguments = (outputs[0], targets, outputs[1]) if isinstance(outputs, tuple) else (outputs, targets)
-    found: Tensor = module(*arguments)
-    return found
+    return module(*arguments)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -91,8 +91,7 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
         given |= {role.name: member for role, member in zip(roles, members, strict=True) if role is not None}
         args, kwargs = map_leaves((operation.args, dict(operation.kwargs)), lambda leaf: given[leaf.name])
         assert operation.target is not None
-        result: Tensor = operation.target(*args, **kwargs)
-        return result
+        return operation.target(*args, **kwargs)
 
     assert function(params, *operands).shape == operation.shape
     g = torch.randn(operation.shape or (), dtype=torch.float64)

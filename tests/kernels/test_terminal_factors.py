@@ -55,8 +55,7 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Tensor, Tensor]]]] = {
 
 def users_value(loss: Any, outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean or sum as the user's loss says."""
-    found: Tensor = loss(outputs, targets) if isinstance(loss, nn.Module) else loss(outputs, targets).mean()
-    return found
+    return loss(outputs, targets) if isinstance(loss, nn.Module) else loss(outputs, targets).mean()
 
 
 def products(columns: Tensor) -> Tensor:

@@ -104,8 +104,7 @@ class Normed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.dropout(torch.relu(self.norm(self.a(x))), 0.4, self.training)
-        found: Tensor = self.c(h + torch.tanh(self.b(h)))
-        return found
+        return self.c(h + torch.tanh(self.b(h)))
 
 
 NETWORKS: dict[str, Callable[[], Case]] = {

@@ -56,8 +56,7 @@ class Reference:
         def one(p: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
             return F.cross_entropy(functional_call(self.model, (p, buffers), (a[None],)), b[None])
 
-        found: dict[str, Tensor] = vmap(grad(one), (None, 0, 0))(parameters, x, y)
-        return found
+        return vmap(grad(one), (None, 0, 0))(parameters, x, y)
 
     def _change(self, name: str, module: nn.Module, own: list[str], rows: Any, samples: dict[str, Tensor]) -> Any:
         o = self.options

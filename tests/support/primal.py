@@ -91,11 +91,9 @@ class Primal:
                 return self.loss(found if isinstance(outputs, tuple) else found[0], y[None])[0]
 
             jacobian = jacrev(lambda u: flat_outputs(self.outputs(u, *inputs)))(self.u)
-            product: Tensor = jacobian.T @ hessian(again)(flat_outputs(outputs)) @ jacobian
-            return product
+            return jacobian.T @ hessian(again)(flat_outputs(outputs)) @ jacobian
 
-        found: Tensor = vmap(each)(y, *inputs)
-        return found
+        return vmap(each)(y, *inputs)
 
     # --- the metric ---------------------------------------------------------------------------------------------------
 

@@ -57,8 +57,7 @@ class Shampoo(Published):
                 state["root" + side] = power(total + o["eps"] * torch.eye(len(own)).to(own), -0.5 if single else -0.25)
             direction = state["rootL"] @ direction if side == "L" else direction @ state["rootR"]
         state["b"] = o["momentum"] * state.get("b", 0 * g) + direction
-        moved: Tensor = -o["lr"] * state["b"]
-        return moved
+        return -o["lr"] * state["b"]
 
 
 class SOAP(Published):
@@ -99,5 +98,4 @@ class Muon(Published):
         scale = max(1.0, len(g) / g.shape[1]) ** 0.5
         if o.get("adjust_lr_fn") == "match_rms_adamw":
             scale = 0.2 * max(g.shape) ** 0.5
-        moved: Tensor = -o["lr"] * (scale * polar(mu * state["b"] + (1 - mu) * g) + o["weight_decay"] * u)
-        return moved
+        return -o["lr"] * (scale * polar(mu * state["b"] + (1 - mu) * g) + o["weight_decay"] * u)
