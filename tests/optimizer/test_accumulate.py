@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from gtddp_compile import CompiledOptimizer, CompileError, MonteCarlo, NonFiniteError, compile_optimizer
 from support.compared import TORCH
 from support.faults import Fault, fault_at
-from support.noisy import Noisy
+from support.networks import Case, seeded
+from support.noisy import LOSS, Noisy
 
-LOSS = nn.CrossEntropyLoss()
 SIZE = 4
 
 
@@ -62,14 +62,9 @@ def test_without_feedback_it_is_torch_after_accumulated_gradients(name: str, red
 
 
 def noisy(**options: Any) -> tuple[nn.Module, CompiledOptimizer, Callable[[int], tuple[Tensor, Tensor]]]:
+    case = Case(seeded(Noisy), (4,))
     torch.manual_seed(0)
-    model = Noisy().double()
-
-    def batch(seed: int) -> tuple[Tensor, Tensor]:
-        source = torch.Generator().manual_seed(seed)
-        return torch.randn(5, 4, generator=source).double(), torch.randint(3, (5,), generator=source)
-
-    return model, optimizer(model, batch(0)[0], **options), batch
+    return case.model, optimizer(case.model, case.batch(0, 5)[0], **options), lambda seed: case.batch(seed, 5)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gtddp_compile import CompileError, compile_optimizer
 from gtddp_compile.runtime import compiled
 from support.compared import LOSS
-from support.networks import conv, make
+from support.networks import Case, conv, make
 
 
 def residual() -> nn.Module:
@@ -24,9 +24,7 @@ def residual() -> nn.Module:
 
 
 def batch(samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 1, 3, 3, generator=generator, dtype=torch.float64)
-    return x, torch.arange(samples) % 3
+    return Case(nn.Identity(), (1, 3, 3)).batch(seed, samples)
 
 
 def pair(backend: Any, model: nn.Module, **options: Any) -> tuple[Any, Any, nn.Module, nn.Module]:
