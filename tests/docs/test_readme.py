@@ -138,13 +138,11 @@ def test_the_page_on_installing_says_what_was_tried() -> None:
     release = hidden("release")
     tried, project = json.loads(release.DATA.read_text(encoding="utf-8")), read("pyproject.toml")
     assert release.table() in read("docs/install.md"), "run .ci/release --page"
-    bounds = re.findall(
-        r'^  "([\w-]+)>=([\w.]+)",$', project.partition("dependencies")[2].partition("]")[0], re.MULTILINE
-    )
+    needed = project.partition("dependencies")[2].partition("]")[0]
+    bounds = re.findall(r'^  "([\w-]+)>=([\w.]+)",$', needed, re.MULTILINE)
     assert [f"{name}=={version}" for name, version in bounds] == tried["lowest"], "run .ci/release"
-    assert read("CHANGELOG.md").split("\n## ")[1].splitlines()[0] in re.findall(
-        r'^version = "(.*)"', project, re.MULTILINE
-    )
+    (version,) = re.findall(r'^version = "(.*)"', project, re.MULTILINE)
+    assert read("CHANGELOG.md").split("\n## ")[1].splitlines()[0] == version
 
 
 def test_the_api_page_has_every_public_name() -> None:

@@ -276,7 +276,7 @@ def test_the_picture_in_the_docs_is_what_the_script_makes(tmp_path: Path) -> Non
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", ALL, ids=[make.__name__ for make in ALL])
+@each
 def test_page_is_self_contained(make: Any) -> None:
     text, data = page(make(), {0: "k = -M⁻¹ Q_u </script><script>alert(1)</script>"})
     assert not re.search(r"""(?:src|href|url|@import)\s*[=(]\s*["']?\s*(?:https?:)?//""", text)

@@ -62,12 +62,9 @@ def cases() -> Iterator[Any]:
         return pytest.param(build, data, id=name)
 
     elementwise: dict[str, Build] = {
-        "l1": nn.L1Loss,
-        "mse": nn.MSELoss,
-        "smooth-l1": partial(nn.SmoothL1Loss, beta=0.4),
-        "huber": partial(nn.HuberLoss, delta=0.7),
-        "poisson": nn.PoissonNLLLoss,
-    }
+        "l1": nn.L1Loss, "mse": nn.MSELoss, "smooth-l1": partial(nn.SmoothL1Loss, beta=0.4),
+        "huber": partial(nn.HuberLoss, delta=0.7), "poisson": nn.PoissonNLLLoss,
+    }  # fmt: skip
     for (name, build), shape in itertools.product(elementwise.items(), [(B,), (B, C), (B, C, 2, 3)]):
         yield case(f"{name}-{len(shape)}d", build, partial(positive_pair, shape))
     yield case("mse-one-row", nn.MSELoss, lambda: (real(B, C, 3), real(B, 1, 3)))
@@ -149,9 +146,8 @@ def test_batchmean() -> None:
     loss = split(module)
     check(loss, outputs, targets)
     assert loss.reduction == "mean"
-    torch.testing.assert_close(
-        loss.total(loss.per_sample(outputs, targets)), module(outputs, targets), rtol=1e-12, atol=0
-    )
+    found = loss.total(loss.per_sample(outputs, targets))
+    torch.testing.assert_close(found, module(outputs, targets), rtol=1e-12, atol=0)
 
 
 class Focal(nn.CrossEntropyLoss):
