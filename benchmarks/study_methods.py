@@ -209,6 +209,7 @@ METHODS = {
         Method("inertia, ramp 10", ramp=10.0),
         *(ours(f"aim {aim} flat", terminal=Geometric(aim)) for aim in (0.1, 0.3, 1.0, 2.0)),
         ours("aim 0.6 B/(B + 16)", terminal=Geometric(0.6, half=16.0)),
+        ours("look-ahead 0", inertia=0.9, lookahead=0.0),
         *(ours(f"reach {reach:g}", terminal=replace(SUGGESTION, reach=reach)) for reach in (0.0, 0.3)),
         ours("refresh 1", refresh=1, stat_every=1),
         ours("ekfac", curvature="ekfac", **LIKE_DEFAULT),

@@ -149,7 +149,8 @@ def compile_optimizer(
         feedback=feedback, feedback_clip=feedback_clip, schedule=schedule, coupling=coupling, recursion=recursion,
         terminal=terminal, backend=backend, mixing=mixing, cooperative=cooperative, gram=gram, memory=memory,
         compile=compile, rollout=rollout, inertia=inertia, lookahead=lookahead, max_step=max_step,
-        line_search=line_search, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite, running_statistics=running_statistics,
+        line_search=line_search, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite,
+        running_statistics=running_statistics,
     )  # fmt: skip
     model, ranks = of_processes(model, process_group)
     if ranks is not None and ranks.size == 1:

@@ -227,10 +227,8 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     pairs = {o.block.players[0].name: grams.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
         left = tuple(player for player in stage.players if not pairs.get(player.name))
-        parts, drift = (
-            [pair[1] for pair in pairs.values() if pair and pair[1] is not None],
-            f"fall_{t}" if b.factored else f"s_{t}",
-        )
+        parts = [pair[1] for pair in pairs.values() if pair and pair[1] is not None]
+        drift = f"fall_{t}" if b.factored else f"s_{t}"
         for player in left:
             moved = directional(b, "backward", t, player, drifts[player.name], drift)
             parts += [drawn(b, player, part) for part in moved]

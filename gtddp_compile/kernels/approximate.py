@@ -125,7 +125,7 @@ def conv_sketch_gram(layer: Layer, metric: tuple[Any, ...], *, columns: int, see
 
 
 def conv_sketched(
-    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor | None, ...] | None
+    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Any, ...] | None
 ) -> tuple[Tensor, Tensor]:
     """A sketch ``(B, …)`` of a convolution's ``γ``, whose products are ``Γ``, and ``⟨γ_i, v⟩`` of a change.
 
@@ -134,7 +134,7 @@ def conv_sketched(
     """
     (x, g), samples, how = _conv_images(layer), layer.g.shape[0], layer.how
     filters, convolve = filters.to(x.dtype), CONVOLUTIONS[x.dim()]
-    change = None if direction is None else direction[0]
+    change, *rest = (None,) if direction is None else direction
     weights = [filters] if change is None else [change.to(x.dtype), filters]
     if how.groups > 1:
         seen = [convolve(x, weight, None, *how) for weight in weights]
@@ -148,20 +148,20 @@ def conv_sketched(
     if change is None:
         return sketch, sketch.new_zeros(samples)
     moved = _conv_samples((g * seen[0]).flatten(1).sum(1), samples)
-    return sketch, moved if bias is None else moved + bias @ direction[1]
+    return sketch, moved if bias is None else moved + bias @ rest[0]
 
 
 def linear_sketched(
-    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Tensor | None, ...] | None
+    layer: Layer, filters: Tensor, metric: tuple[Any, ...], direction: tuple[Any, ...] | None
 ) -> tuple[Tensor, Tensor]:
     """As :func:`conv_sketched`, of a linear layer with positions; filters are ``(columns, n)``."""
     x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)
-    change = None if direction is None else direction[0]
+    change, *rest = (None,) if direction is None else direction
     moved = g.new_zeros(len(g)) if change is None else (g @ change).mul_(x).flatten(1).sum(1)
     seen, bias = x @ (filters.to(x.dtype) * metric[0] ** 0.5).mT, layer.wants[1]
     sketch = (F.pad(seen, (0, int(bias)), value=1.0)).mT @ g  # (B, columns and the bias's, m)
     if bias and change is not None:
-        moved = moved + sketch[:, -1] @ direction[1]
+        moved = moved + sketch[:, -1] @ rest[0]
     if bias:
         sketch[:, -1] *= metric[-1] ** 0.5
     return sketch.flatten(1), moved

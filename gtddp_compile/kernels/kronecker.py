@@ -83,6 +83,14 @@ def _kronecker_rows(rows: Rows, part: slice) -> tuple[Tensor, Tensor]:
     return wide(x), wide(g)
 
 
+def _row_shapes(rows: Rows) -> tuple[torch.Size, torch.Size]:
+    """Of ``x`` and ``g`` but for the samples, which are asked for at every step: nothing is made that is not there."""
+    if rows.make is made_rows and rows.blocks == 1:
+        return rows.layer.operands[0].shape, rows.layer.g.shape
+    x, g = _kronecker_rows(rows, slice(0, 1))
+    return x.shape, g.shape
+
+
 def _kronecker_slices(layers: Sequence[Rows], span: slice | None = None) -> Iterator[slice]:
     """Pieces of a span of samples (``None``: of all) whose rows stay within the bound."""
     span = slice(0, len(layers[0].layer.g)) if span is None else span
@@ -103,7 +111,7 @@ def kronecker_widths(layers: Sequence[Rows]) -> tuple[tuple[int, int], ...]:
 
 def kronecker_factor_shapes(layers: Sequence[Rows]) -> dict[str, tuple[int, int, int]]:
     """Shapes of the factors of the layers' rows side by side, by what a state calls them."""
-    shapes = [(x.shape, g.shape) for x, g in (_kronecker_rows(layer, slice(0, 1)) for layer in layers)]
+    shapes = [_row_shapes(layer) for layer in layers]
     groups, wide_x, wide_g = shapes[0][0][1], sum(x[3] for x, _ in shapes), sum(g[3] for _, g in shapes)
     return {"factor_x": (groups, wide_x, wide_x), "factor_g": (groups, wide_g, wide_g)}
 

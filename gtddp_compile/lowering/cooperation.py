@@ -134,8 +134,11 @@ def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], ru
     """
     if len(group) == 1:
         use = uses[group[0].name]
-        width = math.prod(graph.ops.parameter_info[use.names[0]].shape[1:]) + use.wants[1]
-        blocks = -(-width // rules.widest) if rules.widest and use.rule.name == "linear" else 1
+        outputs, *inner = graph.ops.parameter_info[use.names[0]].shape
+        width, blocks = math.prod(inner), 1
+        if rules.widest and use.rule.name == "linear":  # as _of_channels, but for the few outputs of a classifier
+            narrow = -(-width // outputs) if outputs >= NARROW else 1
+            blocks = max(narrow, -(-(width + use.wants[1]) // rules.widest))
         why = f"inputs in {blocks} blocks" if blocks > 1 else ""
         return MetricBlock("kronecker", tuple(group), why, blocks=blocks)
     weights = [graph.ops.parameter_info[uses[player.name].names[0]].shape for player in group]

@@ -8,25 +8,16 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gtddp_compile import FOOF, CompiledOptimizer, CompileError, Geometric
+from gtddp_compile import FOOF, CompileError, Geometric
 from gtddp_compile.lowering.write import adjoints
 from gtddp_compile.methods.terminal import Terminal
 from gtddp_compile.options import SUGGESTED, Options
 from support import networks
+from support.against_primal import SIZE, assert_primal, classified, oracle, regression, squares
 from support.cases import of_both, tied, two_outputs
 from support.compared import LOSS, SUM, TORCH, assert_exported, flat, optimizer, train, trained
-from support.networks import Case
-from support.primal import Primal
 from support.random_networks import Plan, loss, plans
-
-SIZE = 5
-
-
-def classified(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
-
 
 NETWORKS = {
     "chain": networks.mlp, "residual": networks.residual, "nested": networks.nested, "projection": networks.projection,
@@ -44,38 +35,6 @@ SETUPS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def method(options: dict[str, Any]) -> dict[str, Any]:
-    """The base method's own options."""
-    return {key: value for key, value in options.items() if key in ("lr", "weight_decay", "damping", "betas", "alpha")}
-
-
-def oracle(model: nn.Module, loss: Any = classified, *, total: bool = False, **options: Any) -> Primal:
-    terminal, reach = options.get("terminal", "geometric"), 0.0
-    if terminal == "geometric":
-        terminal = Geometric()
-    if isinstance(terminal, Geometric):
-        terminal, reach = (terminal.aim, terminal.own, terminal.half), terminal.reach
-    coupling = options.get("coupling", "full")
-    return Primal(
-        model, loss, options["curvature"], method(options), terminal,
-        None if coupling == "full" else coupling, options.get("inertia", 0.0), options.get("max_step"), total, reach,
-    )  # fmt: skip
-
-
-def regressed() -> Case:
-    """A classification's data as a regression's of several numbers a sample."""
-
-    def draw(step: int, size: int) -> tuple[Any, Tensor]:
-        x, y = networks.projection().batch(step, size)
-        return x, F.one_hot(y, 3).double()
-
-    return Case(networks.projection().model, draw=draw)
-
-
-def squares(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs - targets).square().mean(1)
-
-
 REACHES: dict[str, dict[str, Any]] = {
     "in between": {"curvature": "sgd", "lr": 0.06, "terminal": Geometric(0.7, reach=0.2), "inertia": 0.9,
                    "max_step": 1.0},
@@ -89,15 +48,15 @@ REACHES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("setup", REACHES)
 def test_reach(setup: str, backend: Any) -> None:
     """A mean over several outputs is undone, as far as the target has any."""
-    assert_primal(regressed(), nn.MSELoss(), 3, backend, squares, **REACHES[setup])
+    assert_primal(regression("projection"), nn.MSELoss(), 3, backend, squares, **REACHES[setup])
 
 
 def test_reach_acts_where_it_should() -> None:
     """The oracle of :func:`test_reach` itself: how often each of its losses counts in the first step."""
     found = {}
     for setup, options in REACHES.items():
-        expected = oracle(regressed().model, squares, **options)
-        x, y = regressed().batch(0, SIZE)
+        expected = oracle(regression("projection").model, squares, **options)
+        x, y = regression("projection").batch(0, SIZE)
         expected.step((x,), y)
         found[setup] = expected.counted
     most = y.shape[1]
@@ -107,21 +66,6 @@ def test_reach_acts_where_it_should() -> None:
 
 def loss_of(network: str) -> Any:
     return of_both if network == "two outputs" else LOSS
-
-
-def assert_primal(
-    case: Case, loss: Any, steps: int, backend: Any, per_sample: Any = classified, said: Any = None, **options: Any
-) -> CompiledOptimizer:
-    """``said``: what the compiler is told in place of all options."""
-    expected = oracle(case.model, per_sample, total=loss is SUM, **options)
-    model, opt = optimizer(case, SIZE, loss=loss, backend=backend, **(options if said is None else said))
-    for step in range(steps):
-        x, y = case.batch(step, SIZE)
-        before = expected.u
-        opt.step(x, y), expected.step((x,), y)
-        assert (expected.u - before).abs().max() > 1e-3
-        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
-    return opt
 
 
 @pytest.mark.parametrize("setup", SETUPS)

@@ -34,6 +34,8 @@ class Primal:
         total: the loss is summed over samples, not averaged.
         reach: a group's metric is so much less that the mean of ``γ (b/B M)⁻¹ γᵀ`` has this share of the mean
             reciprocal weight, but not less than by the numbers in ``y[0]``; without decay.
+        lookahead: in inertia's place where ``y[0]`` has several numbers: the network is looked at in ``u + μ v``, and
+            ``δu - μ v`` is regularised to zero.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class Primal:
     max_step: float | None = None
     total: bool = False
     reach: float = 0.0
+    lookahead: float = 0.0
 
     def __post_init__(self) -> None:
         self.named = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -55,10 +58,11 @@ class Primal:
         self.factors: dict[str, list[Tensor]] = {}
         self.steps = self.taken = 0
         self.counted: list[float] = []
+        self.ahead = False
 
     @property
     def mu(self) -> float:
-        return min(self.inertia, self.taken / (self.taken + 3))
+        return min(self.lookahead if self.ahead else self.inertia, self.taken / (self.taken + 3))
 
     # --- the network --------------------------------------------------------------------------------------------------
 
@@ -143,12 +147,16 @@ class Primal:
     # --- the step -----------------------------------------------------------------------------------------------------
 
     def step(self, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        linear, before = self.options.get("weight_decay", 0.0) * self.u, self.u
+        self.ahead = bool(self.lookahead) and y[0].numel() > 1
+        if self.ahead:
+            self.u = self.u + self.mu * self.last
         gamma, phi = self.gradients(inputs, y)
         batch = len(phi)
         start = 1.0 if self.total else 1.0 / batch
-        linear = self.options.get("weight_decay", 0.0) * self.u
         metric = self.metric(gamma, start * gamma.sum(0) + linear, inputs)
-        held = linear - self.mu * metric @ self.last
+        drawn = 0.0 if self.ahead else self.mu
+        held = linear - drawn * metric @ self.last
         update = torch.zeros_like(self.u)
         for rows in torch.arange(batch).split(self.group or batch):
             share = len(rows) / batch
@@ -161,7 +169,8 @@ class Primal:
             system = share / c * metric + start * self.model_hessian(rows, gamma, weights, inputs, y)
             own = -torch.linalg.solve(system, start * gamma[rows].sum(0) + share / c * held)
             update += share * self.capped(own, metric, held)
-        self.consume(metric, update - self.mu * self.last)
+        self.consume(metric, update - drawn * self.last)
+        self.u = before + self.last
         self.taken += 1
 
     def weights(self, phi: Tensor) -> Tensor:
@@ -194,4 +203,3 @@ class Primal:
             self.first = beta * self.first - (1 - beta) * metric @ step
             step = -torch.linalg.solve(metric, self.first) / (1 - beta**self.steps)
         self.last = step + self.mu * self.last
-        self.u = self.u + self.last

@@ -234,7 +234,9 @@ def directional(
         if only is not None and use.op not in only:
             continue
         change, name, rows = parts_of(direction, player, use), f"{result}_{b.name(use.key)}", b.layer(player).gram.kept
-        kernel, taken = ("rows_directional", Var(kept(b, t, player))) if rows else (b.kernel(use, "directional"), layer(b, use))
+        kernel, taken = (
+            ("rows_directional", Var(kept(b, t, player))) if rows else (b.kernel(use, "directional"), layer(b, use))
+        )
         around = "factor_directional" if b.factored and not rows else "along" if last else None
         b.emit(phase, t, name, *((around, Function(kernel)) if around else (kernel,)), taken, change)
         found.append(Var(name))

@@ -47,8 +47,8 @@ class FOOF(Kronecker):
         stat_every: steps between two updates of the average.
         early: in so many first steps both are made more often, at steps 1, 2, 3, 5, 9, …
         widest: inputs of a linear layer up to which ``A`` is one matrix; a wider layer's is block-diagonal, in as many
-            equal blocks as are needed. An inversion takes the cube of the width. At many positions blocks are no wider
-            than the layer has outputs either, from 128 inputs on.
+            equal blocks as are needed. An inversion takes the cube of the width. Blocks are no wider than the layer
+            has outputs either, from 128 outputs on, and at many positions from 128 inputs on.
         momentum: as torch.optim.SGD's, of the preconditioned gradient; not beside ``inertia``.
         weight_decay: coupled decay ``λ u``, part of the gradient.
         maximize: not available: negate the loss.

@@ -133,7 +133,7 @@ class ParameterUpdates:
         found = dict(params)
         for name in self.states if self._ahead else ():
             (last,), mu = self._carrying((name,))
-            found[name] = (params[name] + last * mu).to(params[name].dtype)
+            found[name] = _led(params[name], last, mu).to(params[name].dtype)
         return found
 
     def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor | None, ...], Tensor | float]:
@@ -170,7 +170,7 @@ class ParameterUpdates:
         return min(float(mu), float(taken) / (float(taken) + RAMP))
 
     def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
-        """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``; nothing less where it is run ahead."""
+        """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``; run ahead, nothing less."""
         mu = None if self._ahead else self._inertia(name)
         if mu is None:
             return torch.zeros_like(self._params[name]) if direction is None else direction
@@ -182,10 +182,7 @@ class ParameterUpdates:
         if "inertia" not in self._groups[name]:
             return delta
         mu = self._inertia(name)
-        if mu is not None:
-            last = self.states[name]["last_step"]
-            delta = delta + last * mu.to(last) if isinstance(mu, Tensor) else torch.add(delta, last, alpha=mu)
-        return self._stepped(name, delta)
+        return self._stepped(name, delta if mu is None else _led(delta, self.states[name]["last_step"], mu))
 
     def _stepped(self, name: str, delta: Tensor) -> Tensor:
         """``δu``, put down as the last step."""
@@ -307,3 +304,8 @@ class ParameterUpdates:
         """One player's flat column as tensors of its parameters' shapes."""
         pieces = vector.flatten().split([self._params[name].numel() for name in names])
         return tuple(piece.reshape(self._params[name].shape) for name, piece in zip(names, pieces, strict=True))
+
+
+def _led(value: Tensor, last: Tensor, mu: Tensor | float) -> Tensor:
+    """``value + μ v``, in one pass where ``μ`` is a number."""
+    return value + last * mu.to(last) if isinstance(mu, Tensor) else torch.add(value, last, alpha=mu)

@@ -1,0 +1,133 @@
+"""Look-ahead: of samples with several numbers the step before is taken first, and the batch is looked at from there."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtddp_compile import CompileError, Geometric, compile_optimizer
+from gtddp_compile.options import SUGGESTED
+from support import networks
+from support.against_primal import assert_primal, regression, squares
+from support.compared import assert_equal, assert_exported, flat, optimizer, train
+
+SQUARES = nn.MSELoss()
+SETUPS: dict[str, dict[str, Any]] = {
+    "sgd": {"curvature": "sgd", "lr": 0.3},
+    "decay, groups": {"curvature": "sgd", "lr": 0.3, "weight_decay": 0.05, "coupling": 2, "terminal": Geometric(0.3)},
+    "ggn": {"curvature": "sgd", "lr": 0.3, "terminal": "ggn"},
+    "rmsprop, capped": {"curvature": "rmsprop", "lr": 0.02, "max_step": 0.1},
+    "reach": {"curvature": "sgd", "lr": 0.06, "terminal": Geometric(0.7, reach=0.2)},
+}
+AHEAD = {"inertia": 0.9, "lookahead": 0.7}
+CURVATURES: dict[str, dict[str, Any]] = {
+    "foof": {"curvature": "foof"},
+    "kfac": {"curvature": "kfac", "lr": 0.1, "damping": 1e-2},
+    "ekfac, block by block": {"curvature": "ekfac", "lr": 0.05, "damping": 5e-2, "refresh": 1, "weight_decay": 0.1},
+    "adam, nonlinear": {"curvature": "adam", "lr": 0.01, "betas": (0.0, 0.999), "rollout": "nonlinear"},
+    "recomputed": {"curvature": "sgd", "lr": 0.1, "memory": "recompute"},
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+def test_is_the_primal_step_from_there(setup: str, backend: Any) -> None:
+    assert_primal(regression("projection"), SQUARES, 3, backend, squares, **SETUPS[setup], **AHEAD)
+
+
+@pytest.mark.parametrize("setup", CURVATURES)
+def test_fast_equals_dense(setup: str, tmp_path: Path) -> None:
+    case, options = regression("residual"), CURVATURES[setup] | AHEAD
+    if options.pop("memory", None):
+        kept, again = (train(case, 3, memory=memory, **options) for memory in ("keep", "recompute"))
+        torch.testing.assert_close(again.parameters, kept.parameters, rtol=0, atol=1e-12)
+        return
+    run = assert_equal(case, steps=3, **options)
+    assert_exported(case, run, tmp_path)
+
+
+def test_a_convolution_s_sketch_and_kept_rows() -> None:
+    """Kernels that make a layer's Γ and its drift at once have no drift to make."""
+    case = regression("conv_residual")
+    at_rest = train(case, 3, curvature="foof", inertia=0.9, lookahead=0.0)
+    ahead = assert_equal(case, steps=3, curvature="foof", gram="auto", **AHEAD)
+    assert (at_rest.parameters - ahead.parameters).abs().max() > 1e-4
+
+
+def test_one_number_a_sample_stays_where_it_is() -> None:
+    case = networks.mlp()
+    found = [train(case, 3, curvature="sgd", lr=0.3, inertia=0.9, lookahead=ahead).parameters for ahead in (0.0, 0.7)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("options", [{"curvature": "sgd", "lr": 0.3, **AHEAD}, {}])
+def test_micro_batches_are_groups(options: dict[str, Any]) -> None:
+    case = regression("mlp")
+    (whole, at_once), (parts, by_parts) = (optimizer(case, coupling=c, **options) for c in (3, "full"))
+    for step in range(3):
+        x, y = case.batch(step, 6)
+        expected = at_once.step(x, y)
+        by_parts.accumulate(x[:3], y[:3])
+        torch.testing.assert_close(by_parts.step(x[3:], y[3:]), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(flat(parts), flat(whole), rtol=0, atol=1e-9)
+
+
+def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets.reshape(len(targets), -1)).square().mean(1)
+
+
+def test_micro_batches_look_from_one_place() -> None:
+    case = regression("mlp")
+    model, opt = optimizer(case, loss=per_sample, curvature="sgd", lr=0.3, **AHEAD)
+    x, y = case.batch(0, 6)
+    opt.step(x, y)
+    opt.accumulate(x, y)
+    before = flat(model)
+    with pytest.raises(CompileError, match="targets of one number a sample beside targets of several"):
+        opt.accumulate(x, y[:, 0])
+    opt.step(x, y)  # what was accumulated before is still there
+    assert (flat(model) - before).abs().max() > 1e-4
+
+
+def test_a_step_that_fails_leaves_the_parameters_where_they_were() -> None:
+    case = regression("mlp")
+    model, opt = optimizer(case, curvature="sgd", lr=0.3, on_nonfinite="skip", **AHEAD)
+    x, y = case.batch(0, 6)
+    opt.step(x, y)
+    before, state = flat(model), copy.deepcopy(opt.state_dict())
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.step(x, y * float("nan"))
+    assert torch.equal(flat(model), before)
+    torch.testing.assert_close(opt.state_dict()["state"], state["state"], rtol=0, atol=0)
+
+
+def test_the_loss_is_of_the_place_it_is_looked_at_from() -> None:
+    case = regression("mlp")
+    model, opt = optimizer(case, curvature="sgd", lr=0.3, **AHEAD)
+    x, y = case.batch(0, 6)
+    first = float(opt.step(x, y))
+    assert first == pytest.approx(float(SQUARES(case.model(x), y).detach()), rel=1e-12)
+    last = {p: opt.state[p]["last_step"].clone() for p in model.parameters()}
+    found, there = float(opt.step(x, y)), copy.deepcopy(case.model)
+    model_again, again = optimizer(case, curvature="sgd", lr=0.3, **AHEAD)
+    again.step(x, y)
+    with torch.no_grad():
+        for p, own, step in zip(there.parameters(), model_again.parameters(), last.values(), strict=True):
+            p.copy_(own + 0.25 * step)  # 1 / (1 + 3), of 0.7 at most
+    assert found == pytest.approx(float(SQUARES(there(x), y).detach()), rel=1e-12)
+
+
+def test_by_default_only_beside_the_suggested_inertia() -> None:
+    case = regression("mlp")
+
+    def groups(**options: Any) -> dict[str, Any]:
+        return compile_optimizer(case.model, case.batch(0, 4)[0], loss=SQUARES, **options).param_groups[0]
+
+    assert groups()["lookahead"] == SUGGESTED["foof"]["lookahead"] > 0
+    assert "lookahead" not in groups(inertia=0.5) and "lookahead" not in groups(curvature="sgd", inertia=0.9)
+    assert groups(inertia=0.5, lookahead=0.3)["lookahead"] == 0.3
+    with pytest.raises(CompileError, match=r"lookahead=0.5 without inertia"):
+        groups(curvature="sgd", lookahead=0.5)
