@@ -1,6 +1,8 @@
 """The recipes in examples/ and the loops in examples/loops, run as they stand: a user's own training loop,
 checkpoints, Lightning, transformers' Trainer, and several processes."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -10,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.run import main as torchrun
 
 from gtddp_compile import CompiledOptimizer, compile_optimizer
 from support.architectures import EXAMPLES
@@ -141,12 +142,13 @@ def test_trainer_s_step_is_the_plain_step(tmp_path: Path) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
 
 
-def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_several_processes(tmp_path: Path) -> None:
     """Under torchrun; the checkpoint is whole and there is no part of another."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CHECKPOINT", str(tmp_path / "run.pt"))
-    torchrun(["--standalone", "--nproc-per-node=2", str(FOLDER / "several_processes.py")])
-    before, after = (float(word) for word in capfd.readouterr().out.split() if word[0].isdigit())
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    told = {**os.environ, "OMP_NUM_THREADS": "1", "CHECKPOINT": str(tmp_path / "run.pt")}
+    done = subprocess.run([*run, str(FOLDER / "several_processes.py")], env=told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = (float(word) for word in done.stdout.split() if word[0].isdigit())
     assert after < before
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
     assert set(torch.load(tmp_path / "run.pt", weights_only=True)) == {"model", "optimizer"}
