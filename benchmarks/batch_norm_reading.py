@@ -12,6 +12,7 @@ import copy
 from pathlib import Path
 
 import torch
+from common import markdown
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -86,15 +87,14 @@ def main() -> None:
         f"Written by `benchmarks/batch_norm_reading.py` (torch {torch.__version__}): dense backend, sgd, terminal",
         f"gradient, {options.steps} steps, mean of {options.seeds} seeds. Differences of parameter changes relative to",
         "the exact ones; losses are means over the second half of the steps.\n",
-        "| batch-norm | batch | lr | first update | all steps | loss, block | loss, exact |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    header, found = ("batch-norm", "batch", "lr", "first update", "all steps", "loss, block", "loss, exact"), []
     for size, training, lr in CASES:
         rows = [compare(size, options.steps, seed, lr, training) for seed in range(options.seeds)]
         first, last, block, exact = (sum(column) / len(column) for column in zip(*rows, strict=True))
         kind = "training" if training else "running statistics"
-        lines.append(f"| {kind} | {size} | {lr} | {first:.3f} | {last:.3f} | {block:.4f} | {exact:.4f} |")
-    options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        found.append((kind, f"{size}", f"{lr}", f"{first:.3f}", f"{last:.3f}", f"{block:.4f}", f"{exact:.4f}"))
+    options.out.write_text("\n".join([*lines, markdown(header, found)]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

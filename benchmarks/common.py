@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -112,7 +113,18 @@ def keep_heap() -> None:
     """
     kept = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
     if not kept.keys() & os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **kept})
+        start_again(kept)
+
+
+def start_again(settings: Mapping[str, str]) -> None:
+    """This script in place of itself, with further environment variables."""
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """Slope of the regression line through the logarithms."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(max(y, 1e-12)) for _, y in points]
+    return statistics.linear_regression(xs, ys).slope
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -151,6 +163,17 @@ def in_process(script: str, *arguments: str) -> Mapping[str, float]:
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file by the names of its columns; none where there is no file yet."""
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A CSV file."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,8 +6,6 @@ on one thread; each network is compiled in a process of its own, after a small o
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ import pool
 import torch
 import typer
 import zoo
-from common import DOCS, markdown
+from common import DOCS, exponent, markdown
 from coverage import environment, warm
 from rich.console import Console
 from torch import Tensor, nn
@@ -68,10 +66,9 @@ def _measure(family: str, size: Any, send: Callable[[Row], None], repeats: int) 
     send({**counts, "seconds": min(seconds), "step": min(stepping)})
 
 
-def exponent(rows: list[Row]) -> float:
-    """Of seconds over operations: the slope of the regression line in logarithms."""
-    operations, seconds = ([math.log(row[key]) for row in rows] for key in ("operations", "seconds"))
-    return statistics.linear_regression(operations, seconds).slope
+def grows(rows: list[Row]) -> str:
+    """Exponent of seconds over operations."""
+    return f"{exponent([(row['operations'], row['seconds']) for row in rows]):.2f}"
 
 
 def page(rows: list[Row]) -> str:
@@ -84,14 +81,14 @@ def page(rows: list[Row]) -> str:
             continue
         counts = [str(row[name]) for name in ("operations", "players", "stages")]
         related = before.get("family") == row["family"] and not before["problem"]
-        grown = f"{exponent([before, row]):.2f}" if related else ""
+        grown = grows([before, row]) if related else ""
         lines.append([row["name"], *counts, f"{row['seconds']:.2f}", grown, f"{row['step']:.3f}"])
     header = ("network", "operations", "players", "stages", "compile s", "exponent from the row above", "one step s")
     families: dict[str, list[Row]] = {}
     for row in rows:
         if not row["problem"]:
             families.setdefault(row["family"], []).append(row)
-    fits = [f"Exponent, {family}: {exponent(own):.2f}." for family, own in families.items() if len(own) > 1]
+    fits = [f"Exponent, {family}: {grows(own)}." for family, own in families.items() if len(own) > 1]
     return f"""# Compile time over depth
 
 Written by `python benchmarks/compile_time.py`; nothing here is typed in by hand.

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from common import DOCS, markdown
 from digit_images import CACHE
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 
 from gtddp_compile import EKFAC, SGD, Curvature, compile_optimizer
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "cooperation.md"
 BATCH = 12
 RATES, DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.01, 0.1, 1.0)
 SCREENED, TUNED, KEPT = 100, (101, 102), 4
@@ -174,10 +174,6 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
-def table(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
-
-
 def report(runs: Runs, seeds: int) -> str:
     found, rows = {}, []
     for name, method in track(METHODS.items(), description="methods"):
@@ -194,7 +190,7 @@ def report(runs: Runs, seeds: int) -> str:
     made = {
         "{made}": f"Written by benchmarks/cooperation.py in one run: batches of {BATCH}, {runs.steps} steps, {seeds} "
         f"seeds, mean ± standard deviation, torch {torch.__version__}, one thread.",
-        "{table}": table([heading, *rows]),
+        "{table}": markdown(heading, rows),
         "{verdicts}": "\n".join(f"- {verdict(found, base, other)}" for base, other in PAIRS),
         "{ahead}": ahead(runs),
         "{grids}": "\n\n".join(grid(runs, name) for name in METHODS),
@@ -230,12 +226,12 @@ def ahead(runs: Runs) -> str:
 def grid(runs: Runs, name: str) -> str:
     """Mean of the four losses over the grid, on the seed that screens."""
     method = METHODS[name]
-    rows = [[f"{name}: damping", *(f"lr {rate:g}" for rate in method.rates)]]
+    rows = []
     for damping in method.dampings:
         values = [runs.speed(name, (rate, damping), SCREENED) for rate in method.rates]
         shown = f"{damping:g}" if len(method.dampings) > 1 else "-"
         rows.append([shown, *(f"{value:.3f}" for value in values)])
-    return table(rows)
+    return markdown([f"{name}: damping", *(f"lr {rate:g}" for rate in method.rates)], rows)
 
 
 def main(
@@ -243,7 +239,7 @@ def main(
     steps: Annotated[int, typer.Option(min=4, help="A multiple of 4.")] = 240,
     raw: Annotated[Path, typer.Option(dir_okay=False, help="Raw results, kept and resumed.")] = CACHE
     / "cooperation.json",
-    out: Annotated[Path, typer.Option(dir_okay=False)] = OUT,
+    out: Annotated[Path, typer.Option(dir_okay=False)] = DOCS / "cooperation.md",
 ) -> None:
     """Compare methods; write docs/cooperation.md."""
     torch.set_num_threads(1)

@@ -8,13 +8,12 @@ accuracy at the end.
 
 from __future__ import annotations
 
-import csv
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import DOCS, machine, markdown, measured, write_section
+from common import DOCS, machine, markdown, measured, read_rows, write_rows, write_section
 from digit_images import digits
 from networks import tanh_mlp
 from torch import nn
@@ -49,7 +48,7 @@ def run(layers: int, terminal: Geometric | None, seed: int) -> tuple[float, floa
 def main() -> None:
     """Measure what is missing; write the table."""
     torch.set_num_threads(1)
-    rows = list(csv.reader(RAW.open(encoding="utf-8")))[1:] if RAW.exists() else []
+    rows = [list(row.values()) for row in read_rows(RAW)]
     known = {tuple(row[:3]) for row in rows}
     for layers in DEPTHS:
         for name, terminal in AIMS.items():
@@ -57,8 +56,7 @@ def main() -> None:
                 if (f"{layers}", name, f"{seed}") not in known:
                     found = (f"{value:.4g}" for value in run(layers, terminal, seed))
                     rows.append([f"{layers}", name, f"{seed}", *found, measured(), machine(1)])
-                    with RAW.open("w", encoding="utf-8", newline="") as file:
-                        csv.writer(file, lineterminator="\n").writerows([HEADER, *rows])
+                    write_rows(RAW, HEADER, rows)
 
     def cell(layers: int, name: str) -> str:
         own = [row for row in rows if row[:2] == [f"{layers}", name]]

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from gtddp_compile import CompileError, Geometric, Nystrom, compile_optimizer, kernels
 from gtddp_compile.frontends import Untraceable, trace_derivatives, trace_export, trace_symbolically
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(DOCS.parent / "tests"))
 from support.laplacians import WAYS, Model
 
 POINTS, WIDTHS = 900, (64, 64, 48, 48)

@@ -6,7 +6,6 @@ python benchmarks/faults.py   writes benchmarks/faults.csv and the section of do
 
 from __future__ import annotations
 
-import csv
 import sys
 import warnings
 from collections import Counter
@@ -14,10 +13,10 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from common import DOCS, markdown, write_section
+from common import DOCS, markdown, read_rows, write_rows, write_section
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(DOCS.parent / "tests"))
 from support.faults import CURVATURES, ELSE, KINDS, NETWORKS, NOTHING, PACKAGE, ROLLOUTS, WHOLE, Faults
 
 FOUND, PAGE = Path(__file__).with_suffix(".csv"), DOCS / "trust.md"
@@ -37,17 +36,15 @@ def main() -> int:
         given |= {ANYWHERE: program.exceptions("interrupt", EVERY, PACKAGE), NAN: program.not_a_number(SPARSE)}
         for kind, outcomes in given.items():
             found.update((*names, kind, outcome) for outcome in list(outcomes)[:-1])  # the last is of a step without
-    with FOUND.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("network", "curvature", "rollout", "fault", "outcome", "faults"))
-        rows.writerows((*key, count) for key, count in found.items())
+    header = ("network", "curvature", "rollout", "fault", "outcome", "faults")
+    write_rows(FOUND, header, [(*key, count) for key, count in found.items()])
     page()
     return int(any(ELSE in outcome for *_, outcome in found))
 
 
 def page() -> None:
     """The section of the page, from the file."""
-    rows = list(csv.DictReader(FOUND.open(encoding="utf-8")))
+    rows = read_rows(FOUND)
     count: Counter[tuple[str, str]] = Counter()
     for row in rows:
         count[row["fault"], row["outcome"]] += int(row["faults"])

@@ -7,17 +7,16 @@ python benchmarks/fuzz.py [cases]   writes benchmarks/fuzz.csv and the section o
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
-from common import DOCS, markdown, write_section
+from common import DOCS, markdown, read_rows, write_rows, write_section
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(DOCS.parent / "tests"))
 from support.fuzzed import FAILED, outcome
 
 CASES = 2000
@@ -47,7 +46,7 @@ def main(cases: int) -> int:
 
 def again() -> int:
     """The cases that failed, after a mend."""
-    rows = [(row["outcome"], row["said"], int(row["cases"])) for row in csv.DictReader(FOUND.open(encoding="utf-8"))]
+    rows = [(row["outcome"], row["said"], int(row["cases"])) for row in read_rows(FOUND)]
     found = Counter({(kind, said): count for kind, said, count in rows if kind not in FAILED})
     for kind, said, _ in rows:
         if kind in FAILED:
@@ -59,17 +58,14 @@ def again() -> int:
 
 
 def write(found: Counter[tuple[str, str]]) -> None:
-    with FOUND.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("outcome", "said", "cases"))
-        counted = sorted(found.items(), key=lambda item: (item[0][0], -item[1]))
-        rows.writerows((kind, said, count) for (kind, said), count in counted)
+    counted = sorted(found.items(), key=lambda item: (item[0][0], -item[1]))
+    write_rows(FOUND, ("outcome", "said", "cases"), [(*key, count) for key, count in counted])
 
 
 def page() -> None:
     """The section of the page, from the file."""
     kinds: Counter[str] = Counter()
-    for row in csv.DictReader(FOUND.open(encoding="utf-8")):
+    for row in read_rows(FOUND):
         kinds[row["outcome"]] += int(row["cases"])
     table = markdown(("outcome", "cases"), [(kind, f"{count:,}") for kind, count in kinds.most_common()])
     write_section("fuzz", f"{sum(kinds.values()):,} cases.\n\n{table}", DOCS / "trust.md")

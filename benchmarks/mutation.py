@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import csv
 import os
 import random
 import shutil
@@ -18,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+
+from common import markdown, read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = Path(__file__).with_suffix(".csv")
@@ -166,9 +167,8 @@ class Row:
 
 def page(rows: list[Row], count: int, seed: int) -> str:
     caught = sum(row.verdict.startswith("caught") for row in rows)
-    table = "\n".join(
-        f"| `{r.place}` | `{r.before}` | `{r.after}` | {r.verdict.replace('tests/', '')} | {r.commit} |" for r in rows
-    )
+    cells = [(f"`{r.place}`", f"`{r.before}`", f"`{r.after}`", r.verdict.replace("tests/", ""), r.commit) for r in rows]
+    table = markdown(("place", "is", "was made", "", "at"), cells)
     return f"""# Mutation check
 
 {caught} of {len(rows)} changes of one operator are caught. Written by
@@ -177,29 +177,14 @@ what it changes, and which tests it runs for a file, is in the script.
 "Caught" names a test that fails; it passes without the change. The last column is the commit that was changed. A
 verdict in bold was looked at by hand.
 
-| place | is | was made | | at |
-| --- | --- | --- | --- | --- |
 {table}
 """
 
 
 def write(rows: list[Row], count: int, seed: int) -> None:
-    with KEPT.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, [*Row.__annotations__], lineterminator="\n")
-        table.writeheader()
-        table.writerows(asdict(row) for row in rows)
+    write_rows(KEPT, [*Row.__annotations__], map(astuple, rows))
     said = page([row for row in rows if row.seed == seed], count, seed)
     (ROOT / "docs" / "mutation.md").write_text(said, encoding="utf-8")
-
-
-def read() -> list[Row]:
-    if not KEPT.exists():
-        return []
-    with KEPT.open(encoding="utf-8", newline="") as file:
-        return [
-            Row(int(r["seed"]), int(r["number"]), r["place"], r["before"], r["after"], r["verdict"], r["commit"])
-            for r in csv.DictReader(file)
-        ]
 
 
 def main() -> None:
@@ -210,7 +195,8 @@ def main() -> None:
     given = parser.parse_args()
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    rows, seen = read(), set[str]()
+    rows = [Row(**{**r, "seed": int(r["seed"]), "number": int(r["number"])}) for r in read_rows(KEPT)]
+    seen = set[str]()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
         for name in ("gtddp_compile", "passes", "tests", "examples", "docs", "benchmarks"):

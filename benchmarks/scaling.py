@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
+import pool
 import torch
 import typer
-from common import DOCS, machine, markdown, peak, reset_peak, resident, torch_step
+from common import DOCS, exponent, machine, markdown, peak, reset_peak, resident, start_again, torch_step
 from digit_images import CACHE
 from matplotlib.figure import Figure
 from networks import DigitsNet, ResidualMLP
@@ -160,26 +159,11 @@ def warm_up() -> None:
         step_of(Case("mlp", 2, 2, 1, side=side))[1]()
 
 
-def apart(case: Case) -> dict[str, float]:
-    """Measure in a process of its own, forked from this one after the warm-up."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=lambda: theirs.send(measure(case)))
-    process.start()
-    theirs.close()
-    try:
-        found: dict[str, float] = ours.recv()
-    except EOFError as error:
-        raise RuntimeError(f"{case} ended without a result: out of memory?") from error
-    process.join()
-    return found
-
-
 def with_allocator() -> None:
     """Start again with an allocator that gives memory back, if this is not one."""
     settings = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     if any(os.environ.get(key) != value for key, value in settings.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+        start_again(settings)
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -207,12 +191,6 @@ def check(sweep: Sweep, raw: dict[str, dict[str, float]]) -> None:
             tolerance = (1e-8 if case.double else 1e-4) * max(1.0, abs(theirs))
             if abs(ours - theirs) > tolerance:
                 raise RuntimeError(f"{sweep.title}: at {getattr(case, sweep.varied)} the two updates differ")
-
-
-def exponent(points: Sequence[tuple[int, float]]) -> float:
-    """Slope of the regression line through the logarithms."""
-    xs, ys = [math.log(x) for x, _ in points], [math.log(max(y, 1e-12)) for _, y in points]
-    return statistics.linear_regression(xs, ys).slope
 
 
 def series(sweep: Sweep, raw: dict[str, dict[str, float]], side: str, quantity: str) -> list[tuple[int, float]]:
@@ -295,11 +273,15 @@ def main(
     sweeps = [sweep for sweep in SWEEPS if only in sweep.title]
     cases = list(dict.fromkeys(c for sweep in sweeps for c in wanted(sweep) if again or c.key not in raw))
     console = Console()
-    for one in track(cases, description="scaling", console=console):
-        raw[one.key] = apart(one)
+    jobs = [(case, lambda send, case=case: send(measure(case))) for case in cases]
+    outcomes = pool.run(jobs, workers=1, seconds=math.inf, gigabytes=math.inf, tick=lambda keys: None)
+    for outcome in track(outcomes, description="scaling", total=len(jobs), console=console):
+        one, found = outcome.key, outcome.found
+        if outcome.problem:
+            raise RuntimeError(f"{one}: {outcome.problem}")
+        raw[one.key] = found
         RAW.parent.mkdir(exist_ok=True)
         RAW.write_text(json.dumps(raw, indent=1))
-        found = raw[one.key]
         size = f"batch {one.batch}, width {one.width}, depth {one.depth}, shortcuts {one.shortcuts}"
         console.print(f"{one.network} {one.side}: {size}: {seconds(found['seconds'])}, {found['peak']:.0f} MiB")
     for sweep in sweeps:

@@ -133,11 +133,7 @@ class GraphBatches(nn.Module):
         return {**found, "num_graphs": int(batch.max()) + 1 if count is None else count}
 
     def _try(self, inputs: tuple[Tensor, ...], given: dict[str, Any]) -> None:
-        """Other padding gives the same outputs; and so do the graphs as they are, in evaluation mode.
-
-        Raises:
-            CompileError: one does not.
-        """
+        """Other padding gives the same outputs; and so do the graphs as they are, in evaluation mode."""
         own, ends, *values = inputs
         is_edge, twin = own.gather(1, ends[:, 1]), copy.deepcopy(self)
         masks = (is_edge if name.startswith("edge_") else own for name in self.values)

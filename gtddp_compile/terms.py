@@ -92,11 +92,7 @@ class Terms(nn.Module):
         return right
 
     def refuse_points(self, sets: Sets) -> None:
-        """Name the points at which a term has no value, after a step that was given up.
-
-        Raises:
-            CompileError: there are some.
-        """
+        """Name the points at which a term has no value, after a step that was given up."""
         for name, term in self.terms.items():
             for where, (points, _) in sets.items():
                 if bad := _not_finite(term(self.net, points.clone()).reshape(len(points), -1)):

@@ -73,8 +73,8 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
             # What the model draws and does not use moves what it draws after; beside values it may have decided on it.
             for draws in (False,) if front_end is trace_values else (False, True):
                 graph = masks_apart(_normal_form(traced, model, draws=draws))
-                graph, output = run(graph, model, inputs, reference)
-                if agrees(graph, output, reference):
+                graph, output = run(graph, model, inputs)
+                if agrees(output, reference):
                     with untouched(model):
                         if not reads_values(graph, model, inputs):
                             raise Untraceable(KEPT)
@@ -131,7 +131,7 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
     with untouched(model):
         reference = observe(model, inputs)
     try:
-        return agrees(graph, run(graph, model, inputs, reference)[1], reference)
+        return agrees(run(graph, model, inputs)[1], reference)
     except Untraceable:
         return False
 
@@ -197,11 +197,7 @@ def _normal_form(traced: Traced, model: nn.Module, *, draws: bool) -> OpGraph:
 
 
 def _constant(leaf: Any, model: nn.Module, names: _Names, ops: list[Op]) -> Any:
-    """What is returned; a buffer, a frozen parameter or a constant as an operation of its own.
-
-    Raises:
-        CompileError: it is a trained parameter, which the loss would have to read once a sample.
-    """
+    """What is returned; a buffer, a frozen parameter or a constant as an operation of its own."""
     if not isinstance(leaf, ParamRef | BufferRef | torch.Tensor):
         return leaf
     if isinstance(leaf, ParamRef) and model.get_parameter(leaf.name).requires_grad:
@@ -227,11 +223,7 @@ def _operation(clean: Clean, names: _Names, layers: set[str]) -> Op:
 
 
 def _refuse_table(clean: Clean) -> None:
-    """Embedding options that are no function of a sample: they rewrite the table, or depend on the whole batch.
-
-    Raises:
-        CompileError: ``max_norm`` or ``scale_grad_by_freq`` is set.
-    """
+    """Embedding options that are no function of a sample: they rewrite the table, or depend on the whole batch."""
     form = clean.form
     if form.kind not in ("embedding", "embedding_bag"):
         return

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import Op, OpGraph, Player, PlayerGraph
+from gtddp_compile.graph import Op, OpGraph, Player, PlayerGraph, grouped
 
 Reads = dict[str, tuple[str, ...]]
 """Trained parameters by operation."""
@@ -27,11 +27,8 @@ Reads = dict[str, tuple[str, ...]]
 
 def reaches_output(graph: OpGraph) -> frozenset[str]:
     """Operations from which a gradient can come back: on a differentiable path to an output."""
-    found = {name for name in graph.output_names if graph.by_name[name].carries_gradient}
-    for op in reversed(graph.ops):
-        if op.name in found:
-            found.update(name for name in op.operands if graph.by_name[name].carries_gradient)
-    return frozenset(found)
+    found = graph.upstream(graph.output_names, lambda op: op.carries_gradient)
+    return frozenset(name for name in found if graph.by_name[name].carries_gradient)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -86,9 +83,7 @@ def find_players(graph: OpGraph) -> PlayerGraph:
     for use, names in uses.items():
         for name in names:
             uses_of.setdefault(name, []).append(use)
-    owned: dict[str, list[str]] = {}
-    for name, where in uses_of.items():
-        owned.setdefault(where[0], []).append(name)
+    owned = grouped(uses_of, lambda name: uses_of[name][0])
     if not owned:
         raise CompileError(
             "no trained parameter has a differentiable path to the output",
@@ -159,9 +154,6 @@ def prove_owned(found: PlayerGraph) -> None:
 
     Follows each parameter through the graph by itself, without what the search found: to the operations that read it,
     and on through those that its owner calls expressions.
-
-    Raises:
-        CompileError: naming the operation and the parameter.
     """
     graph = found.ops
     owner = _owners(found)
@@ -194,20 +186,14 @@ def _owners(found: PlayerGraph) -> dict[str, Player]:
 
 def _check_single(op: Op, player: Player) -> None:
     if not op.is_tensor:
-        raise CompileError(
+        raise op.refusal(
             f"it reads the trained {', '.join(player.parameters)} and gives several values at once",
             "Freeze these parameters, or return one tensor from it",
-            module=op.module,
-            operation=op.kind,
-            source=op.source,
         )
 
 
 def _unowned(op: Op, parameter: str, why: str) -> CompileError:
-    return CompileError(
+    return op.refusal(
         f"parameter {parameter!r} is read here, but {why}",
         "Report the model: the compiler must own every use of a parameter",
-        module=op.module,
-        operation=op.kind,
-        source=op.source,
     )

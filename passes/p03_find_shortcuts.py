@@ -37,7 +37,7 @@ from heapq import heapify, heappop, heappush
 
 import networkx as nx
 
-from gtddp_compile.graph import OpGraph, PlayerGraph, Shortcut, ShortcutGraph, ShortcutKind
+from gtddp_compile.graph import OpGraph, PlayerGraph, Shortcut, ShortcutGraph, ShortcutKind, grouped
 
 ROOT, EXIT = -1, -2
 MAIN = 1
@@ -76,20 +76,13 @@ class Candidate:
 
 def carriers(graph: OpGraph) -> frozenset[str]:
     """Operations whose values gradients can pass through: differentiable tensors, and tuples of tensors."""
-    found: set[str] = set()
-    for op in graph.ops:
-        if op.is_differentiable if op.is_tensor else not op.is_size and any(o in found for o in op.operands):
-            found.add(op.name)
-    return frozenset(found)
+    smooth = (op.name for op in graph.ops if op.is_tensor and op.is_differentiable)
+    return graph.downstream(smooth, lambda op: not op.is_tensor and not op.is_size)
 
 
 def depends_on_inputs(graph: OpGraph, carrying: frozenset[str]) -> frozenset[str]:
     """Operations that tensors reach from an input (a size of the input is not the input)."""
-    found = set(graph.inputs)
-    for op in graph.ops:
-        if any(o in found for o in op.operands) and (op.is_tensor or op.name in carrying):
-            found.add(op.name)
-    return frozenset(found)
+    return graph.downstream(graph.inputs, lambda op: op.is_tensor or op.name in carrying)
 
 
 def side_inputs(reads: Iterable[int], moved: set[int]) -> set[int]:
@@ -249,9 +242,7 @@ def find_shortcuts(graph: PlayerGraph) -> ShortcutGraph:
     """The graph with every shortcut, sorted by the merge's position, at a merge in the order of its operands."""
     flow = find_flow(graph)
     tree = dominator_tree(_before(flow.entries), ROOT)
-    at_merge: dict[int, list[Candidate]] = {}
-    for candidate in find_candidates(graph, flow, tree):
-        at_merge.setdefault(candidate.merge, []).append(candidate)
+    at_merge = grouped(find_candidates(graph, flow, tree), lambda candidate: candidate.merge)
     regions: list[tuple[int, int, list[int]]] = []
     for merge, candidates in at_merge.items():
         branches = walk_back(candidates, flow)

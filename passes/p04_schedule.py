@@ -25,6 +25,7 @@ from itertools import pairwise
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import PROLOGUE, Player, PlayerGraph, Schedule, ShortcutGraph
+from gtddp_compile.graph.structure import players_by
 
 Stages = dict[str, int]
 """Stage by player name."""
@@ -35,10 +36,7 @@ Stages = dict[str, int]
 
 def deciding(graph: PlayerGraph) -> dict[str, tuple[Player, ...]]:
     """Players by the operation at which they decide."""
-    found: dict[str, tuple[Player, ...]] = {}
-    for player in graph.players:
-        found[player.op] = (*found.get(player.op, ()), player)
-    return found
+    return players_by((player, (player.op,)) for player in graph.players)
 
 
 def predecessors(graph: PlayerGraph) -> dict[str, tuple[str, ...]]:
@@ -186,22 +184,16 @@ def place(graph: PlayerGraph, stages: Stages, given: Mapping[str, int]) -> dict[
 
 def _too_early(graph: PlayerGraph, player: Player, needed: Player, given: Mapping[str, int]) -> CompileError:
     op = graph.ops.by_name[player.op]
-    return CompileError(
+    return op.refusal(
         f"player {player.name!r} at stage {given[player.name]} depends on player {needed.name!r} at stage "
         f"{given[needed.name]} (by its input, tied weights or the order of random draws)",
         f"Give {player.name!r} a later stage than {needed.name!r}, or use schedule='asap'",
-        module=op.module,
-        operation=op.kind,
-        source=op.source,
     )
 
 
 def _apart(graph: PlayerGraph, one: Player, other: Player) -> CompileError:
     op = graph.ops.by_name[one.op]
-    return CompileError(
+    return op.refusal(
         f"players {one.name!r} and {other.name!r} decide at the same operation but at different stages",
         "Give both the same stage",
-        module=op.module,
-        operation=op.kind,
-        source=op.source,
     )

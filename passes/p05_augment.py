@@ -33,6 +33,7 @@ from gtddp_compile.graph import (
     Schedule,
     Stage,
     Value,
+    grouped,
 )
 from gtddp_compile.passes.p03_find_shortcuts import carriers
 
@@ -55,12 +56,12 @@ def moved_by_players(graph: PlayerGraph) -> frozenset[str]:
     What is kept for its random numbers or its buffers and does not lead to the output is none: nothing of it counts.
     Nor is what is made of parameters alone and detached: it is read as a constant.
     """
-    found = {name for player in graph.players for name in (*player.uses, *player.expressions)}
-    for op in graph.ops.ops:
-        constant = op.kind == DETACHED and op.name not in graph.ops.reached
-        if not op.reads_sizes and not constant and any(o in found for o in op.operands):
-            found.add(op.name)
-    return frozenset(found & graph.ops.returned)
+    own = (name for player in graph.players for name in (*player.uses, *player.expressions))
+
+    def passes(op: Op) -> bool:
+        return not op.reads_sizes and (op.kind != DETACHED or op.name in graph.ops.reached)
+
+    return graph.ops.downstream(own, passes) & graph.ops.returned
 
 
 def find_lives(schedule: Schedule) -> Lives:
@@ -89,12 +90,9 @@ def check_tuples(ops: OpGraph, stage_of: Mapping[str, int], lives: Lives, moved:
 
 
 def _packed(op: Op, *, returned: bool) -> CompileError:
-    return CompileError(
+    return op.refusal(
         f"it gives several tensors at once, which are {'returned' if returned else 'read by a later stage'}",
         "Unpack them where they are computed (a, b = ...) and use the parts",
-        module=op.module,
-        operation=op.kind,
-        source=op.source,
     )
 
 
@@ -111,12 +109,9 @@ def check_batch_axes(players: PlayerGraph, values: tuple[Value, ...]) -> None:
     for name in sorted({*players.player_using, *moving}, key=ops.position.__getitem__):
         op = ops.by_name[name]
         if op.shape == () and ops.batch:
-            raise CompileError(
+            raise op.refusal(
                 f"it makes a single number of the {ops.batch} samples, a loss inside the model perhaps",
                 "Let the model return what the loss is computed from, and give the loss to compile_optimizer",
-                module=op.module,
-                operation=op.kind,
-                source=op.source or None,
             )
         if not _has_samples(op, ops):
             raise _without_samples(op, ops)
@@ -149,7 +144,7 @@ def _without_samples(op: Op, ops: OpGraph) -> CompileError:
             op = before
             break
         pending += [ops.by_name[name] for name in before.operands if not _has_samples(ops.by_name[name], ops)]
-    return CompileError(why, remedy, module=op.module, operation=op.kind, source=op.source or None)
+    return op.refusal(why, remedy)
 
 
 # --- the rewrite ----------------------------------------------------------------------------------
@@ -218,12 +213,8 @@ def find_values(schedule: Schedule, lives: Lives, moved: frozenset[str]) -> tupl
 def make_stages(schedule: Schedule, values: tuple[Value, ...], ops_at: Mapping[int, list[str]]) -> tuple[Stage, ...]:
     """The stages with the values that wait before, enter, pass and leave each."""
     merges = {shortcut.merge for shortcut in schedule.base.shortcuts}
-    players_at: dict[int, list[str]] = {}
-    for player in schedule.players:
-        players_at.setdefault(player.stage, []).append(player.name)
-    born_at: dict[int, list[int]] = {}
-    for index, value in enumerate(values):
-        born_at.setdefault(value.born, []).append(index)
+    players_at = grouped(schedule.players, lambda player: player.stage)
+    born_at = grouped(range(len(values)), lambda index: values[index].born)
     reads = [frozenset(value.readers) for value in values]
     live = born_at.get(PROLOGUE, [])
     stages = []
@@ -233,7 +224,7 @@ def make_stages(schedule: Schedule, values: tuple[Value, ...], ops_at: Mapping[i
         stages.append(
             Stage(
                 index=t,
-                players=tuple(players_at[t]),
+                players=tuple(player.name for player in players_at[t]),
                 live=tuple(values[i].name for i in live),
                 consumed=tuple(values[i].name for i in live if t in reads[i]),
                 carried=tuple(values[i].name for i in carried),

@@ -11,7 +11,7 @@ a DenseNet stage with 40 waiting values has the pattern, and the derivation, of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from gtddp_compile.algebra.derivation import Equation, Recursion, StageDerivatio
 from gtddp_compile.algebra.paths import StageEntries, stage_entries
 from gtddp_compile.algebra.pattern import IDENTITY, Entry, StagePattern
 from gtddp_compile.algebra.symbols import SymmetricSymbol, block_product
-from gtddp_compile.graph import ControlGraph, Stage
+from gtddp_compile.graph import ControlGraph, Stage, grouped
 from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules, metric_blocks
 from gtddp_compile.lowering.plan import MetricBlock
 
@@ -103,14 +103,6 @@ def cut_after(graph: ControlGraph, stage: Stage) -> tuple[str, ...]:
     return tuple(value.name for value in graph.values if value.dies == len(graph.stages))
 
 
-def _bundle(names: Iterable[str], signature: Callable[[str], Hashable]) -> list[tuple[str, ...]]:
-    """Group names by signature, in order of first appearance."""
-    groups: dict[Hashable, list[str]] = {}
-    for name in names:
-        groups.setdefault(signature(name), []).append(name)
-    return [tuple(group) for group in groups.values()]
-
-
 def _bundles(
     stage: Stage, entries: StageEntries, live_after: tuple[str, ...]
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
@@ -121,10 +113,9 @@ def _bundles(
     (all features of a dense block, however many). One that reaches a new value by an identity block is alone.
     """
     on = {v for v in stage.live if entries.state.get(v) == {v: IDENTITY} and not entries.control[v]}
-    new = _bundle(
-        (o for o in live_after if o not in on),
-        lambda o: (tuple(entries.state[o].items()), tuple(entries.control[o].items())),
-    )
+    fresh = (o for o in live_after if o not in on)
+    alike = grouped(fresh, lambda o: (tuple(entries.state[o].items()), tuple(entries.control[o].items())))
+    new = [tuple(names) for names in alike.values()]
     readers = [(n, o) for n, bundle in enumerate(new) for o in bundle]
 
     def role(name: str) -> Hashable:
@@ -132,7 +123,7 @@ def _bundles(
         alone = name if any(entry.identity for _, entry in column) else ""
         return (name in on, name in entries.read_by_players, column, alone)
 
-    inputs = _bundle(stage.live, role)
+    inputs = [tuple(names) for names in grouped(stage.live, role).values()]
     first = {bundle[0]: bundle for bundle in (*new, *(bundle for bundle in inputs if bundle[0] in on))}
     return inputs, [first[name] for name in live_after if name in first]
 

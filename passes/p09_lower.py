@@ -215,7 +215,7 @@ def _gains(b: Builder, stage: StagePlan) -> None:
     opens: dict[str, str] = {}
     paper = form.name not in a.LEVENBERG
     for player in [player for block in stage.blocks if paper or block.kind == "parameters" for player in block.players]:
-        if stage.statistics and not b.layer(player).observed:
+        if stage.statistics:
             opens[player.name] = weighted(b, "backward", t, player, alpha, "qu", "Q_u = f_u^T V_x")
     found = [observe(b, t, block, alpha if stage.statistics else None, opens) for block in stage.blocks]
     if paper:

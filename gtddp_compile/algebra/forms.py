@@ -116,9 +116,6 @@ def build(
     """Equations of the backward and of the forward sweep, and what was proved of them.
 
     ``s`` is among them where it is ``factored``: else it is the weight decay's alone, the same in a group as outside.
-
-    Raises:
-        CompileError: the equations are not the law, which is an error of this package.
     """
     form, claims = form_of(name, factored=factored), []
     update = law.update

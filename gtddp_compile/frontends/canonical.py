@@ -27,14 +27,25 @@ KINDS = {
     "conv1d": "conv", "conv2d": "conv", "conv3d": "conv",
     "conv_transpose1d": "conv_transpose", "conv_transpose2d": "conv_transpose", "conv_transpose3d": "conv_transpose",
     "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "negative": "neg",
-    "concat": "cat", "concatenate": "cat", "sym_size": "sym_size",
+    "concat": "cat", "concatenate": "cat",
     "numpy_T": "T",
     **dict.fromkeys(
         ("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
          "upsample_bicubic2d", "upsample_trilinear3d"), "interpolate"),
     "and_": "and", "or_": "or", "not_": "not", "select_copy": "select",
 }  # fmt: skip
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV = "input weight bias stride padding dilation groups"
+ATEN: Mapping[str, tuple[Callable[..., Any], str]] = {
+    "linear": (F.linear, "input weight bias"),
+    "conv1d": (F.conv1d, CONV), "conv2d": (F.conv2d, CONV), "conv3d": (F.conv3d, CONV),
+    "layer_norm": (F.layer_norm, "input normalized_shape weight bias eps"),
+    "rms_norm": (F.rms_norm, "input normalized_shape weight eps"),
+    "group_norm": (F.group_norm, "input num_groups weight bias eps"),
+    "instance_norm": (F.instance_norm, "input running_mean running_var weight bias use_input_stats momentum eps"),
+    "embedding": (F.embedding, "indices weight"),
+    "copy": (kernels.copy_like_first, "self src"),
+}  # fmt: skip
+"""aten operators that have a form of torch.nn.functional which a rule knows, and which of their arguments it takes."""
 RANDOM = frozenset(
     {
         "bernoulli", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal",
@@ -172,8 +183,10 @@ def bound(target: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 def _of_aten(target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Canonical:
     name = target._schema.name.split("::")[-1]
     if name in ATEN:
-        function, arguments, options = ATEN[name](bound(target, args, kwargs))
-        return Canonical(kind_of(name), function, arguments, options)
+        (function, names), given = ATEN[name], bound(target, args, kwargs)
+        padding = given.get("padding_idx") if function is F.embedding else None
+        options = {} if padding in (None, -1) else {"padding_idx": padding}
+        return Canonical(kind_of(name), function, tuple(given[each] for each in names.split()), options)
     if target._schema.is_mutable and name.endswith("_"):
         plain = name[:-1]
         if plain in ("copy", "zero", "fill", "bernoulli", "uniform", "normal"):
@@ -182,50 +195,3 @@ def _of_aten(target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         overload = target._overloadname if target._overloadname in packet.overloads() else packet.overloads()[0]
         return Canonical(kind_of(plain), getattr(packet, overload), args, kwargs, True)
     return Canonical(kind_of(name), target, args, kwargs)
-
-
-Arguments = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-
-
-def _linear(a: dict[str, Any]) -> Arguments:
-    return F.linear, (a["input"], a["weight"], a["bias"]), {}
-
-
-def _conv(axes: int) -> Callable[[dict[str, Any]], Arguments]:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    return lambda a: (CONVOLUTIONS[axes], tuple(a[name] for name in names), {})
-
-
-def _layer_norm(a: dict[str, Any]) -> Arguments:
-    return F.layer_norm, (a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"]), {}
-
-
-def _rms_norm(a: dict[str, Any]) -> Arguments:
-    return F.rms_norm, (a["input"], a["normalized_shape"], a["weight"], a["eps"]), {}
-
-
-def _group_norm(a: dict[str, Any]) -> Arguments:
-    return F.group_norm, (a["input"], a["num_groups"], a["weight"], a["bias"], a["eps"]), {}
-
-
-def _instance_norm(a: dict[str, Any]) -> Arguments:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
-    return F.instance_norm, tuple(a[name] for name in names), {}
-
-
-def _embedding(a: dict[str, Any]) -> Arguments:
-    padding = a["padding_idx"]
-    options = {} if padding in (None, -1) else {"padding_idx": padding}
-    return F.embedding, (a["indices"], a["weight"]), options
-
-
-def _copy(a: dict[str, Any]) -> Arguments:
-    return kernels.copy_like_first, (a["self"], a["src"]), {}
-
-
-ATEN: Mapping[str, Callable[[dict[str, Any]], Arguments]] = {
-    "linear": _linear, "conv1d": _conv(1), "conv2d": _conv(2), "conv3d": _conv(3), "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm, "group_norm": _group_norm, "instance_norm": _instance_norm, "embedding": _embedding,
-    "copy": _copy,
-}  # fmt: skip
-"""aten operators that have a torch.nn.functional form which a rule knows."""

@@ -8,7 +8,7 @@ import logging
 import operator
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from gtddp_compile import kernels
 from gtddp_compile.frontends.canonical import bound
 from gtddp_compile.frontends.recurrent import MODES, recurrent_graph
 from gtddp_compile.frontends.reference import start
-from gtddp_compile.frontends.traced import Call, Traced, Untraceable, is_users, raised_at
+from gtddp_compile.frontends.traced import Call, Traced, Untraceable, is_users, named, raised_at
 from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
 
 BATCH_NORMS = ("aten::batch_norm", "aten::_native_batch_norm_legit_functional")
@@ -36,11 +36,7 @@ FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def trace_export(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
-    """Record a model by ``torch.export``, operators as the model called them.
-
-    Raises:
-        Untraceable: torch.export refuses the model.
-    """
+    """Record a model by ``torch.export``, operators as the model called them."""
     return _read(_export(model, inputs), model)
 
 
@@ -158,7 +154,7 @@ class _Reader:
         (last,) = (node for node in self.program.graph.nodes if node.op == "output")
         kinds = torch.export.graph_signature.OutputKind
         values = [
-            self._tree(value, self.leaves)
+            named(value, self.leaves)
             for value, spec in zip(last.args[0], signature.output_specs, strict=True)
             if spec.kind == kinds.USER_OUTPUT
         ]
@@ -182,21 +178,8 @@ class _Reader:
             raise Untraceable("the model uses objects that are no tensors in its graph")
         return None
 
-    def _tree(self, value: Any, leaves: Mapping[str, Any]) -> Any:
-        if isinstance(value, fx.Node):
-            return leaves[value.name] if value.name in leaves else Ref(value.name)
-        if isinstance(value, tuple | list):
-            return type(value)(self._tree(item, leaves) for item in value) if type(value) is tuple else [
-                self._tree(item, leaves) for item in value
-            ]  # fmt: skip
-        if isinstance(value, Mapping):
-            return {key: self._tree(item, leaves) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(*(self._tree(part, leaves) for part in (value.start, value.stop, value.step)))
-        return value
-
     def _call(self, node: fx.Node, leaves: dict[str, Any], prefix: str, *, grad: bool) -> None:
-        target, args = node.target, self._tree(node.args, leaves)
+        target, args = node.target, named(node.args, leaves)
         if isinstance(target, HigherOrderOperator):
             self._inline(node, args, leaves, prefix)
             return
@@ -206,7 +189,7 @@ class _Reader:
         if prefix:
             leaves[node.name] = Ref(name)
         module, source = _where(node)
-        kwargs = self._tree(dict(node.kwargs), leaves)
+        kwargs = named(dict(node.kwargs), leaves)
         if isinstance(target, OpOverload) and str(target) in RECURRENT:
             self._recurrent(node, bound(target, args, kwargs), leaves, prefix)
             return
@@ -232,11 +215,11 @@ class _Reader:
             if child.op == "placeholder":
                 inner[child.name] = next(given)
             elif child.op == "output":
-                self._bind_output(node, self._tree(child.args[0], inner), leaves)
+                self._bind_output(node, named(child.args[0], inner), leaves)
             else:
                 name = f"{prefix}{node.name}_{child.name}"
                 target: Any = Method(str(child.target)) if child.op == "call_method" else child.target
-                args, kwargs = self._tree(child.args, inner), self._tree(dict(child.kwargs), inner)
+                args, kwargs = named(child.args, inner), named(dict(child.kwargs), inner)
                 self.calls.append(Call(name, target, args, kwargs, module, source))
                 inner[child.name] = Ref(name)
 
@@ -270,7 +253,7 @@ class _Reader:
             elif child.op == "call_function":
                 self._call(child, inner, f"{prefix}{node.name}_", grad=bool(enabled))
             elif child.op == "output":
-                self._bind_output(node, self._tree(child.args[0], inner), leaves)
+                self._bind_output(node, named(child.args[0], inner), leaves)
 
     def _bind_output(self, node: fx.Node, outputs: Any, leaves: dict[str, Any]) -> None:
         for user in node.users:

@@ -36,7 +36,7 @@ from gtddp_compile.frontends.traced import (
     raised_at,
     users_line,
 )
-from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref, iter_leaves
+from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref, iter_leaves, map_leaves
 
 PLAIN = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift", "and", "or", "xor")
 KEYWORDS = {"and": "and_", "or": "or_", "div": "truediv"}
@@ -160,10 +160,10 @@ class Recorder(TorchFunctionMode):
 
     def create_proxy(self, kind: str, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a function of ours and note it as one call, as the tracer of torch.fx does."""
-        noted = self._arguments(args, kwargs)
+        positional, named = self.tree((args, kwargs))
         with torch._C.DisableTorchFunction():
             result = target(*args, **kwargs)
-        self._note(target, *noted, result)
+        self._note(target, positional, named, result)
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,7 +184,7 @@ class Recorder(TorchFunctionMode):
             if not isinstance(result, Tensor) or (name in METADATA and result is args[0]):
                 return result
         args, kwargs = _in_place_by_name(func, args, kwargs)
-        noted = self._arguments(args, kwargs)
+        noted = self.tree((args, kwargs))
         result = func(*args, **kwargs)
         if func in (F.batch_norm, torch.batch_norm):
             self._batch_norm(args, kwargs, result)
@@ -253,7 +253,7 @@ class Recorder(TorchFunctionMode):
     def _number(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A number read from values: every step has to read the same."""
         result = func(*args, **kwargs)
-        noted = self._arguments(args, kwargs)
+        noted = self.tree((args, kwargs))
         if all(isinstance(leaf, Ref) and leaf.name not in self._moving for leaf in iter_leaves(noted)):
             return result
         if any(isinstance(number, float | complex) for number in pytree.tree_leaves(result)):
@@ -290,7 +290,7 @@ class Recorder(TorchFunctionMode):
     def _batch_norm(self, args: Any, kwargs: Any, result: Tensor) -> None:
         signature = inspect.signature(F.batch_norm).bind(*args[:8], **kwargs)
         signature.apply_defaults()
-        a = {key: self.tree(value) for key, value in signature.arguments.items()}
+        a = self.tree(signature.arguments)
         mean = a["running_mean"]
         counter = self._counters.get(mean.name.rpartition(".")[0]) if isinstance(mean, BufferRef) else None
         arguments = (a["input"], mean, a["running_var"], counter, a["weight"], a["bias"])
@@ -299,24 +299,13 @@ class Recorder(TorchFunctionMode):
 
     # --- operands ------------------------------------------------------------------------------------------------
 
-    def _arguments(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(self.tree(value) for value in args), {key: self.tree(value) for key, value in kwargs.items()}
-
     def tree(self, value: Any) -> Any:
         """Arguments with references in place of tensors."""
-        if isinstance(value, Tensor):
-            return self._leaf(value)
-        if isinstance(value, slice):
-            return slice(self.tree(value.start), self.tree(value.stop), self.tree(value.step))
-        if isinstance(value, torch.Size):
-            return tuple(value)
-        if type(value) in (tuple, list):
-            return type(value)(self.tree(item) for item in value)
-        if isinstance(value, Mapping):
-            return {key: self.tree(item) for key, item in value.items()}
-        return value
+        return map_leaves(value, lambda leaf: leaf, self._leaf)
 
-    def _leaf(self, value: Tensor) -> Any:
+    def _leaf(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
         known = self._known.get(id(value))
         if known is not None:
             return known[1]

@@ -22,11 +22,7 @@ class Named(tuple[Any, ...]):
 
 
 def by_name(given: Mapping[str, Any], model: nn.Module) -> tuple[Any, ...]:
-    """Inputs in the order of the model's arguments; without names where they are its first ones.
-
-    Raises:
-        CompileError: the model takes no argument of a name.
-    """
+    """Inputs in the order of the model's arguments; without names where they are its first ones."""
     parameters = inspect.signature(model.forward).parameters
     kinds = {parameter.kind for parameter in parameters.values()}
     unknown = [name for name in given if name not in parameters]

@@ -39,11 +39,10 @@ def masks_apart(graph: OpGraph) -> OpGraph:
 
 def _expressions(graph: OpGraph) -> frozenset[str]:
     """Operations on parameters, and on what is made of them alone."""
-    made: set[str] = set()
-    for op in graph.ops:
-        if op.name not in graph.reached and (op.parameters or any(name in made for name in op.operands)):
-            made.add(op.name)
-    return frozenset(made)
+    apart = {op.name for op in graph.ops} - graph.reached
+    return graph.downstream(
+        (op.name for op in graph.ops if op.parameters and op.name in apart), lambda op: op.name in apart
+    )
 
 
 def _attention_apart(graph: OpGraph) -> OpGraph:

@@ -105,9 +105,11 @@ class _Trial:
         trained = {info.name for info in graph.parameters if info.trainable}
         self._params = {name: _parameter(p, away=away and name in trained) for name, p in params.items()}
         self._deciding = {op.name for op in graph.ops if trained.intersection(op.parameters)}
-        self._moved = _moved(graph, self._deciding)
+        self._moved = graph.downstream(self._deciding, lambda op: not op.reads_sizes)
+        """Operations whose value changes in a step, not through sizes alone."""
         self._read = {name for op in graph.ops if op.name in self._deciding for name in op.operands}
-        self._followed = _followed(graph)
+        self._followed = graph.upstream(graph.output_names, lambda op: op.kind != DETACHED and not op.reads_sizes)
+        """Operations that the loss's derivative passes through."""
         self._orders = {op.layout.order for op in graph.ops if op.layout is not None}
         self._values: dict[str, _Value] = {}
         self._drawn = torch.empty(0)
@@ -214,21 +216,3 @@ def _parameter(value: Tensor, *, away: bool) -> Tensor:
         return value
     drawn = torch.rand(count, generator=torch.Generator().manual_seed(SEED), dtype=torch.float32)
     return value.masked_scatter(zero, (drawn / AWAY).to(value.device, value.dtype))
-
-
-def _moved(graph: OpGraph, deciding: set[str]) -> set[str]:
-    """Operations whose value changes in a step, not through sizes alone."""
-    found = set(deciding)
-    for op in graph.ops:
-        if not op.reads_sizes and any(name in found for name in op.operands):
-            found.add(op.name)
-    return found
-
-
-def _followed(graph: OpGraph) -> set[str]:
-    """Operations that the loss's derivative passes through."""
-    found = set(graph.output_names)
-    for op in reversed(graph.ops):
-        if op.name in found and op.kind != DETACHED and not op.reads_sizes:
-            found.update(op.operands)
-    return found

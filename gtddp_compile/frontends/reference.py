@@ -222,12 +222,9 @@ def _padded(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Reference) -> tuple[OpGraph, Reference]:
+def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> tuple[OpGraph, Reference]:
     """Run a recording the same way; the graph comes back with the shapes and dtypes of its values, and with every
     operation that draws random numbers known as one, whatever it is called.
-
-    Raises:
-        Untraceable: it raises.
     """
     params, buffers = leaves(model)
     values: dict[str, Any] = dict(zip(graph.inputs, copy.deepcopy(inputs), strict=True))
@@ -255,7 +252,7 @@ def run(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...], reference: Re
         return replace(graph, ops=tuple(ops)), Reference(outputs, gradients, buffers, drawn)
 
 
-def agrees(graph: OpGraph, found: Reference, expected: Reference) -> bool:
+def agrees(found: Reference, expected: Reference) -> bool:
     """Whether a recording computed the model's outputs, gradients and buffers, up to rounding."""
     if len(found.outputs) != len(expected.outputs) or not all(map(torch.equal, found.drawn, expected.drawn)):
         return False
@@ -365,11 +362,7 @@ def _value(leaf: Any, values: Mapping[str, Any], params: Mapping[str, Tensor], b
 
 
 def evaluate(op: Op, values: Mapping[str, Any], params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
-    """The value of one operation.
-
-    Raises:
-        Untraceable: it raises.
-    """
+    """The value of one operation."""
     args, kwargs = map_leaves((op.args, dict(op.kwargs)), lambda leaf: _value(leaf, values, params, buffers))
     assert op.target is not None
     try:

@@ -225,11 +225,7 @@ def _put_back(value: Any, source: Any) -> Any:
 def _evaluate(
     op: Op, values: dict[str, Any], params: dict[str, Tensor], buffers: dict[str, Tensor], *, example: bool
 ) -> Any:
-    """``example``: the inputs are the example inputs, which every operation lets through.
-
-    Raises:
-        Untraceable: it raises on those.
-    """
+    """``example``: the inputs are the example inputs, which every operation lets through."""
     if is_stopped(values[name] for name in op.operands):
         return FAILED
     if op.kind == GUARD:  # the operations that were recorded are asked, not whether a step would take them

@@ -8,7 +8,7 @@ found by identity in constant time; a model is never changed by being traced.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from gtddp_compile.frontends.canonical import base_name
 from gtddp_compile.frontends.layers import FUNCTIONS, LAYERS
-from gtddp_compile.frontends.traced import Call, Traced, Untraceable, argument_names, raised_at, users_line
-from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
+from gtddp_compile.frontends.traced import Call, Traced, Untraceable, argument_names, named, raised_at, users_line
+from gtddp_compile.graph import BufferRef, Method, ParamRef
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
 
@@ -170,11 +170,7 @@ def _functions_of_the_users_own() -> Iterator[None]:
 
 
 def trace_symbolically(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
-    """Record a model by torch.fx; of its inputs only their number matters.
-
-    Raises:
-        Untraceable: whatever the model did that torch.fx cannot record.
-    """
+    """Record a model by torch.fx; of its inputs only their number matters."""
     names = argument_names(model, len(inputs))
     tracer = Tracer(model, names)
     cast = torch.is_autocast_enabled("cpu")
@@ -207,15 +203,6 @@ def _collect(graph: fx.Graph, tracer: Tracer, count: int) -> Traced:
     inputs, calls, output = [], [], None
     leaves: dict[str, Any] = {}
 
-    def tree(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return leaves.get(value.name, Ref(value.name))
-        if isinstance(value, slice):
-            return slice(tree(value.start), tree(value.stop), tree(value.step))
-        if isinstance(value, tuple | list):
-            return type(value)(map(tree, value)) if type(value) in (tuple, list) else [tree(v) for v in value]
-        return {key: tree(item) for key, item in value.items()} if isinstance(value, Mapping) else value
-
     for node in graph.nodes:
         module, source, grad = node.meta["where"]
         if node.op == "placeholder":
@@ -227,8 +214,9 @@ def _collect(graph: fx.Graph, tracer: Tracer, count: int) -> Traced:
                 leaves[node.name] = ParamRef(node.target) if node.target in parameters else BufferRef(node.target)
         elif node.op == "output":
             assert tracer.returns is not None
-            output = pytree.tree_unflatten(tree(node.args[0]), tracer.returns)
+            output = pytree.tree_unflatten(named(node.args[0], leaves), tracer.returns)
         else:
             target = Method(node.target) if node.op == "call_method" else node.target
-            calls.append(Call(node.name, target, tree(node.args), tree(node.kwargs), module, source, grad))
+            args, kwargs = named(node.args, leaves), named(node.kwargs, leaves)
+            calls.append(Call(node.name, target, args, kwargs, module, source, grad))
     return Traced(tuple(inputs[:count]), tuple(calls), output, "fx")

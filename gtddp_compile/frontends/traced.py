@@ -14,10 +14,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from gtddp_compile.graph import ParameterInfo
+from gtddp_compile.graph import ParameterInfo, Ref, map_leaves
 
 PACKAGE, TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 OURS = tuple(f"{folder}{os.sep}" for folder in (PACKAGE, PACKAGE.parent / "passes", TORCH))
@@ -84,6 +84,15 @@ class Traced:
     output: Any
     frontend: str
     specialised: bool = False
+
+
+def named(value: Any, leaves: Mapping[str, Any]) -> Any:
+    """Arguments of an fx node with references, or the leaves that are known by name, in place of nodes."""
+
+    def reference(item: Any) -> Any:
+        return leaves.get(item.name, Ref(item.name)) if isinstance(item, fx.Node) else item
+
+    return map_leaves(value, lambda leaf: leaf, reference)
 
 
 def parameter_infos(model: nn.Module) -> tuple[ParameterInfo, ...]:

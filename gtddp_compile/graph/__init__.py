@@ -26,10 +26,11 @@ from gtddp_compile.graph.structure import (
     ShortcutKind,
     Stage,
     Value,
+    grouped,
 )
 
 __all__ = [
     "DETACHED", "GUARD", "LEADING", "PROLOGUE", "UNKNOWN", "BufferRef", "ControlGraph", "Layout", "Leaf", "Method",
     "Op", "OpGraph", "ParamRef", "ParameterInfo", "Player", "PlayerGraph", "Ref", "Schedule", "Shortcut",
-    "ShortcutGraph", "ShortcutKind", "Stage", "Value", "iter_leaves", "map_leaves", "to_networkx", "tool",
+    "ShortcutGraph", "ShortcutKind", "Stage", "Value", "grouped", "iter_leaves", "map_leaves", "to_networkx", "tool",
 ]  # fmt: skip

@@ -192,9 +192,9 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
         name=graph.name,
         schedule=graph.schedule,
         players=[_player(player, shapes) for player in graph.players],
-        stages=[_stage(stage) for stage in graph.stages],
-        shortcuts=[_shortcut(shortcut) for shortcut in graph.shortcuts],
-        values=[_value(value) for value in graph.values],
+        stages=[_plain(stage) for stage in graph.stages],
+        shortcuts=[_plain(shortcut) for shortcut in graph.shortcuts],
+        values=[_plain(value) for value in graph.values],
         unused=list(graph.unused),
         mixing=list(graph.ops.mixing),
         prologue=list(graph.prologue),
@@ -220,7 +220,7 @@ def to_networkx(graph: ControlGraph) -> nx.MultiDiGraph[str]:
             merge=op.name in merges,
             input=op.name in graph.ops.inputs,
             output=op.name in outputs,
-            live=None if value is None else {k: v for k, v in _value(value).items() if k in _LIVE},
+            live=None if value is None else {k: v for k, v in _plain(value).items() if k in _LIVE},
         )
     _add_edges(found, graph)
     return found
@@ -270,23 +270,6 @@ def _player(player: Player, shapes: dict[str, list[int]]) -> dict[str, Any]:
     }
 
 
-def _stage(stage: Stage) -> dict[str, Any]:
-    return {
-        "index": stage.index, "players": list(stage.players), "live": list(stage.live),
-        "consumed": list(stage.consumed), "carried": list(stage.carried), "produced": list(stage.produced),
-        "ops": list(stage.ops), "merges": list(stage.merges),
-    }  # fmt: skip
-
-
-def _shortcut(shortcut: Shortcut) -> dict[str, Any]:
-    return {
-        "fork": shortcut.fork, "merge": shortcut.merge, "kind": shortcut.kind, "players": list(shortcut.players),
-        "ops": list(shortcut.ops), "regular": shortcut.regular,
-    }  # fmt: skip
-
-
-def _value(value: Value) -> dict[str, Any]:
-    return {
-        "name": value.name, "shape": [int(size) for size in value.shape], "born": value.born, "dies": value.dies,
-        "readers": list(value.readers), "fixed": value.fixed, "control": value.control,
-    }  # fmt: skip
+def _plain(record: Stage | Shortcut | Value) -> dict[str, Any]:
+    """Its fields, tuples as lists."""
+    return {name: list(held) if isinstance(held, tuple) else held for name, held in vars(record).items()}

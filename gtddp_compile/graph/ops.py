@@ -8,7 +8,7 @@ is a plain function of values, parameters, buffers and literals: a ``torch.nn.Li
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gtddp_compile.errors import CompileError
 from gtddp_compile.graph.layouts import LEADING, Layout
 
 
@@ -138,6 +139,10 @@ class Op:
         """Bytes of the value; 0 where its shape is not known."""
         return math.prod(self.shape) * self.dtype.itemsize if self.shape is not None and self.dtype is not None else 0
 
+    def refusal(self, why: str, remedy: str) -> CompileError:
+        """The error that this operation cannot be compiled as it is."""
+        return CompileError(why, remedy, module=self.module, operation=self.kind, source=self.source or None)
+
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
         """Every reference in the arguments, in order, repeats kept."""
@@ -239,14 +244,26 @@ class OpGraph:
                 found[reader].append(name)
         return {name: tuple(values) for name, values in found.items()}
 
+    def downstream(self, start: Iterable[str], passes: Callable[[Op], bool] = lambda op: True) -> frozenset[str]:
+        """Some operations, and those that read them or what came of them: all on the way are such that ``passes``."""
+        found = set(start)
+        for op in self.ops:
+            if any(name in found for name in op.operands) and passes(op):
+                found.add(op.name)
+        return frozenset(found)
+
+    def upstream(self, start: Iterable[str], passes: Callable[[Op], bool] = lambda op: True) -> frozenset[str]:
+        """Some operations, and those that they read, of those that pass, and so on."""
+        found = set(start)
+        for op in reversed(self.ops):
+            if op.name in found and passes(op):
+                found.update(op.operands)
+        return frozenset(found)
+
     @cached_property
     def reached(self) -> frozenset[str]:
         """Operations that an input's tensor reaches (its size alone does not count)."""
-        found = set(self.inputs)
-        for op in self.ops:
-            if not op.is_size and any(name in found for name in op.operands):
-                found.add(op.name)
-        return frozenset(found)
+        return self.downstream(self.inputs, lambda op: not op.is_size)
 
     @cached_property
     def read_apart(self) -> frozenset[str]:
@@ -262,30 +279,21 @@ class OpGraph:
     @cached_property
     def fed(self) -> frozenset[str]:
         """Operations that depend on the inputs, be it on their sizes alone: what others compute is no sample's own."""
-        found = set(self.inputs)
-        for op in self.ops:
-            if any(name in found for name in op.operands):
-                found.add(op.name)
-        return frozenset(found)
+        return self.downstream(self.inputs)
 
     @cached_property
     def smooth(self) -> frozenset[str]:
         """Operations that derivatives of inputs or parameters lead to: not whole numbers, nor what is made of them."""
-        found: set[str] = set()
-        for op in self.ops:
-            made = bool(op.parameters) or op.kind == "input" or any(name in found for name in op.operands)
-            if made and not op.is_size and (op.is_differentiable or not op.is_tensor):
-                found.add(op.name)
-        return frozenset(found)
+
+        def passes(op: Op) -> bool:
+            return not op.is_size and (op.is_differentiable or not op.is_tensor)
+
+        return self.downstream((o.name for o in self.ops if (o.parameters or o.kind == "input") and passes(o)), passes)
 
     @cached_property
     def returned(self) -> frozenset[str]:
         """Operations that the output depends on, be it without derivatives."""
-        found = set(self.output_names)
-        for op in reversed(self.ops):
-            if op.name in found:
-                found.update(op.operands)
-        return frozenset(found)
+        return self.upstream(self.output_names)
 
     @cached_property
     def mixing(self) -> tuple[str, ...]:

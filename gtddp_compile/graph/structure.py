@@ -8,10 +8,10 @@ still needed: the augmented state of the paper's Eq. 8, 13 and 26 for any acycli
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 from gtddp_compile.graph.ops import OpGraph
 
@@ -19,6 +19,16 @@ ShortcutKind = Literal["identity", "parametric", "parameter_free"]
 UNSCHEDULED = -1
 PROLOGUE = -1
 """Stage of what runs before the first player: constant through the step."""
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by what they have in common, in the order in which they come."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,6 @@ class OtherPath(ValueError):
 
 
 def guard(holds: Any, module: str, source: str) -> None:
-    """Nothing, where the recorded decision holds.
-
-    Raises:
-        OtherPath: it does not.
-    """
+    """Nothing where the recorded decision holds, else ``OtherPath``."""
     if not holds:
         raise OtherPath(module, source)

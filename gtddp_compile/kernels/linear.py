@@ -7,7 +7,6 @@ all. Then ``γ_i = (Σ_t g_it x_itᵀ, Σ_t g_it)``, and for a spherical metric 
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -211,16 +210,6 @@ def linear_per_sample(layer: Layer) -> tuple[Tensor, ...]:
     x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)
     weight = (g.mT * x if x.shape[1] == 1 else g.mT @ x,) if layer.wants[0] else ()
     return (*weight, g.sum(1)) if layer.wants[1] else weight
-
-
-def linear_pieces(layer: Layer) -> Iterator[tuple[int, Any, Tensor]]:
-    """``γ`` a piece at a time: which of the wanted parameters, which of its rows, ``(B, rows, …)``."""
-    x, g = _linear_rows(layer.operands[0]), _linear_rows(layer.g)
-    if layer.wants[0]:
-        for rows, block in _linear_blocks(x, g):
-            yield 0, rows, block
-    if layer.wants[1]:
-        yield int(layer.wants[0]), ..., g.sum(1)
 
 
 def linear_rows(layer: Layer) -> tuple[Tensor, Tensor]:

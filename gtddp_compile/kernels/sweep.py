@@ -152,13 +152,6 @@ def gram_blocks(
     return tuple(wide(kernel(part_of(layer, row), metric, **options)) for row in rows)
 
 
-def add_gram(grams: Blocks, gamma: Tensor, inverse: Tensor, rows: Sequence[slice]) -> None:
-    """``Γ += γ M⁻¹ γᵀ``, group by group, of some rows of a parameter under a diagonal metric; ``γ`` is overwritten."""
-    flat = wide(gamma.mul_(inverse.sqrt())).flatten(1)
-    for gram, row in zip(grams, rows, strict=True):
-        gram.addmm_(flat[row], flat[row].mT)
-
-
 def blocks_diagonal(vector: Tensor, rows: Sequence[slice] = (slice(None),)) -> Blocks:
     """``diag(v)``, a block a group."""
     return tuple(torch.diag(vector[row]) for row in rows)

@@ -8,12 +8,11 @@ the same input whose outputs are only added up have the same rows altogether (Fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from gtddp_compile.algebra.paths import plain_scales
-from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import ControlGraph, Player, Stage
+from gtddp_compile.graph import ControlGraph, Player, Stage, grouped
 from gtddp_compile.lowering.plan import MetricBlock
 from gtddp_compile.lowering.uses import Use, arranged_shape, describe_use
 
@@ -65,14 +64,14 @@ def metric_blocks(graph: ControlGraph, stage: Stage, rules: MetricRules) -> tupl
     blocks += [_alone(graph, player, rules) for player in players if player.name not in (*factored, *of_channels)]
     remaining = [player for player in players if player.name in factored]
     if rules.cooperative and rules.shares:
-        for group in _grouped(remaining, lambda p: _shared_key(graph, factored[p.name])):
+        for group in grouped(remaining, lambda p: _shared_key(graph, factored[p.name])).values():
             if len(group) > 1:
                 found = _sum_of(graph, factored[group[0].name].op)
                 assert found is not None  # alone otherwise
                 why = f"Corollary 7: the same input, outputs added up in {found[0]}"
                 blocks.append(MetricBlock("shared", tuple(group), why))
                 remaining = [player for player in remaining if player not in group]
-    for group in _grouped(remaining, lambda p: keys[p.name]):
+    for group in grouped(remaining, lambda p: keys[p.name]).values():
         blocks.append(_joint(graph, group, factored, rules))
     order = {player.name: index for index, player in enumerate(players)}
     return tuple(sorted(blocks, key=lambda block: order[block.players[0].name]))
@@ -127,11 +126,7 @@ def _uses_of_a_sample(graph: ControlGraph, player: Player) -> float:
 
 
 def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], rules: MetricRules) -> MetricBlock:
-    """A player alone, or several with cross terms.
-
-    Raises:
-        CompileError: a side of the several's factors is longer than :data:`LARGEST_JOINT`.
-    """
+    """A player alone, or several with cross terms, refused if a side of their factors is over :data:`LARGEST_JOINT`."""
     if len(group) == 1:
         use = uses[group[0].name]
         outputs, *inner = graph.ops.parameter_info[use.names[0]].shape
@@ -147,21 +142,13 @@ def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], ru
     sizes = f"{inputs} x {inputs} and {outputs} x {outputs}"
     if max(inputs, outputs) > LARGEST_JOINT:
         op = graph.op(group[0].op)
-        raise CompileError(
+        raise op.refusal(
             f"the coalition of {', '.join(player.name for player in group)} has joint Kronecker factors of {sizes} "
             f"(Theorem 3), and {LARGEST_JOINT} is the longest side that is made",
             "Pass cooperative=False, with which every layer has factors of its own, or schedule='sequential'",
-            module=op.module, operation=op.kind, source=op.source or None,
-        )  # fmt: skip
+        )
     why = f"Theorem 3: cross terms A_uv, B_uv; joint factors {sizes}"
     return MetricBlock("kronecker", tuple(group), why)
-
-
-def _grouped(players: Iterable[Player], key: Callable[[Player], Hashable]) -> list[list[Player]]:
-    groups: dict[Hashable, list[Player]] = {}
-    for player in players:
-        groups.setdefault(key(player), []).append(player)
-    return list(groups.values())
 
 
 def _joint_key(graph: ControlGraph, player: Player, use: Use, rules: MetricRules) -> Hashable:

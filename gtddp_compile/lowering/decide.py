@@ -46,12 +46,10 @@ def _layer(plan: Plan, player: Player, block: MetricBlock, watched: bool) -> Lay
         found, gram=replace(gram, kept=kept), coordinates=_coordinates(plan, block, use),
         lines=_lines(plan, block, use, shape),
     )  # fmt: skip
-    if form.name not in COUPLED or form.factored or plan.metric != "diagonal" or not use.wants[0] or kept:
-        return replace(found, in_place=_in_place(plan, found))
-    exact = gram.approximate == "exact"
-    pieces = shape is not None and shape.positions > 1 and use.rule.pieces and gram.form == "per-sample"
-    groups = None if exact else int(use.options.get("groups", 1))
-    return replace(found, observed=exact and pieces and not plan.linear, groups=groups)
+    separated = form.name in COUPLED and not form.factored and plan.metric == "diagonal" and use.wants[0] and not kept
+    if separated and gram.approximate != "exact":
+        return replace(found, groups=int(use.options.get("groups", 1)))
+    return replace(found, in_place=_in_place(plan, found))
 
 
 def _in_place(plan: Plan, layer: LayerPlan) -> bool:

@@ -44,9 +44,6 @@ def formula(
         factors: variable of the Cholesky factors of every matrix whose inverse may occur.
         samples: variable of every matrix that is held as one block a sample, shape (B, r, r).
         last: a matrix that nobody reads again: what is added to it is added in place.
-
-    Raises:
-        CompileError: the formula has no instruction.
     """
     found = _Formula(names, factors or {}, samples or {}, last)
     if not isinstance(expression, MatrixExpr):
@@ -137,11 +134,7 @@ class _Formula:
 
 
 def check_update(form: CollapsedForm, *, linear: bool) -> None:
-    """The instructions for ``δu`` and ``k`` are right only if they are ``-M⁻¹ (C w + ℓ)`` and ``-M⁻¹ (C α' + ℓ)``.
-
-    Raises:
-        CompileError: they are not; nothing else computes them.
-    """
+    """The instructions for ``δu`` and ``k`` are right only if they are ``-M⁻¹ (C w + ℓ)`` and ``-M⁻¹ (C α' + ℓ)``."""
     outside = (a.DECAY if linear else 0 * a.DECAY) + (a.BASE if form.factored else 0 * a.BASE)
     for equation in (*form.backward.values(), *form.forward.values()):
         weights = {a.UPDATE: a.WEIGHTS, a.OPEN_GAIN: a.ALPHA_NEXT}.get(equation.symbol)

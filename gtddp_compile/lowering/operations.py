@@ -58,7 +58,6 @@ METHODS: dict[str, Method] = {
     "observe_channels": _method("names layer positions sketch blocks", shared=True),
     "observe_factors": _method("stage kind names layers start", shared=True),
     "observe_coordinates": _method("names moment", shared=True),
-    "observe_gram": _method("names weighted gram pieces layer alpha rows"),
     # the metric
     "metric": _method("names"),
     "separated_metric": _method("names groups"),

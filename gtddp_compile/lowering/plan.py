@@ -101,7 +101,6 @@ class LayerPlan:
         block: the metric that it is in.
         uses: how each use of its parameters is differentiated.
         gram: how its ``Γ`` is made; ``gram.kept``: ``γ`` is built once and serves for the step too.
-        observed: statistics and ``Γ`` are made from the same pieces of ``γ``.
         coordinates: in which form the rows of a Kronecker-factored layer are kept where its metric is diagonal
             (:mod:`gtddp_compile.kernels.coordinates`); ``""``: they are not.
         lines: the sum of a convolution's ``x xᵀ`` is made of lines of pixels that its patches share.
@@ -114,7 +113,6 @@ class LayerPlan:
     block: MetricBlock
     uses: tuple[Use, ...]
     gram: GramChoice
-    observed: bool = False
     coordinates: str = ""
     lines: bool = False
     groups: int | None = None

@@ -19,11 +19,6 @@ def divided(one: Instruction) -> tuple[Instruction, ...]:
     if one.function == "m.descend_dual":
         step = _called(one, Function("dual_step"), "coordinates", "weights")
         return (_asking(one, "m.descend_steps", "dual", given["names"], (step,)),)
-    if one.function == "m.observe_gram":  # statistics are of all parts, the Gram matrix is each one's own
-        weigh = _called(one, Function("weigh"), "weighted", "layer", "alpha")
-        gram = (given["gram"], given["layer"], Apply("m.metric", (given["names"],)), given["rows"])
-        asked = replace(_asking(one, "m.observe", given["names"], weigh), writes=())
-        return asked, replace(one, function="gram_blocks", args=gram)
     return (one,)
 
 

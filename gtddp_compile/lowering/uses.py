@@ -128,13 +128,8 @@ def use_key(graph: ControlGraph, player: Player, op: str) -> str:
 
 def _feeding(graph: ControlGraph, player: Player, op: Op) -> tuple[str, ...]:
     """The player's parameter expressions that the operation reads, directly or through others, in order."""
-    pending, found = [op.name], set()
-    while pending:
-        for name in graph.op(pending.pop()).operands:
-            if name in player.expressions and name not in found:
-                found.add(name)
-                pending.append(name)
-    return tuple(name for name in player.expressions if name in found)
+    needed = graph.with_expressions((op.name,))
+    return tuple(name for name in needed if name in player.expressions and name != op.name)
 
 
 def _generic_use(graph: ControlGraph, player: Player, op: Op, through: tuple[str, ...]) -> Use:

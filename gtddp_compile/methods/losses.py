@@ -78,11 +78,7 @@ class Loss:
         return replace(self, per_sample=samples)
 
     def count(self, phi: Tensor, outputs: Any, samples: int) -> None:
-        """There is one loss a sample.
-
-        Raises:
-            CompileError: there are more or fewer: the outputs do not have their samples along the leading axis.
-        """
+        """There is one loss a sample."""
         if phi.shape[0] != samples:
             shapes = ", ".join(_shape(value) for value in _tensors(outputs))
             raise CompileError(
@@ -92,11 +88,7 @@ class Loss:
             )
 
     def depend_on_outputs_alone(self, phi: Tensor, parameters: Mapping[int, str]) -> None:
-        """No trained parameter (name by ``data_ptr``) is read by the loss itself: its gradient there would be left out.
-
-        Raises:
-            CompileError: one is.
-        """
+        """No trained parameter (name by ``data_ptr``) is read by the loss itself: its gradient would be left out."""
         found, seen, todo = set(), set(), [phi.grad_fn]
         while todo:
             node = todo.pop()

@@ -138,11 +138,7 @@ def terminal_weight(terminal: Terminal) -> tuple[str, float, float, float]:
 
 
 def check_terminal(loss: Loss, terminal: Terminal) -> None:
-    """Refuse at once, by name, the losses that have no curvature.
-
-    Raises:
-        CompileError: the loss is piecewise linear and ``terminal`` asks for its Hessian.
-    """
+    """Refuse at once, by name, the losses that have no curvature."""
     module = loss.module
     margin = module is not None and is_kind(module, nn.MultiMarginLoss) and module.p == 1
     if not is_rank_one(terminal) and module is not None and (is_kind(module, *_PIECEWISE_LINEAR) or margin):
@@ -205,11 +201,7 @@ def explicit_hessian(loss: Loss, outputs: Any, targets: Any, leaves: tuple[Tenso
 
 
 def refuse_negative(loss: Loss, values: Tensor) -> None:
-    """The Hessian's eigenvalues (or what has their signs) must not be negative, but for rounding.
-
-    Raises:
-        CompileError: one of them is.
-    """
+    """The Hessian's eigenvalues (or what has their signs) must not be negative, but for rounding."""
     lowest = clearly_negative(values)
     if lowest is not None:
         raise CompileError(

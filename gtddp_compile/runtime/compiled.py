@@ -83,19 +83,14 @@ def check_done(m: BaseMethod) -> None:
 
 
 def refuse_uncompilable(graph: ControlGraph, curvature: str, kronecker: bool, factored: bool) -> None:
-    """What ``torch.compile`` cannot take as one graph.
-
-    Raises:
-        CompileError: naming it.
-    """
+    """What ``torch.compile`` cannot take as one graph."""
     random = [op for op in graph.ops.ops if op.random]
     if random:
-        raise CompileError(
+        raise random[0].refusal(
             "compile=True: the network draws random numbers, which both sweeps have to share, and the state of the "
             "generator cannot be set inside a graph",
             "Leave compile out, or take the random layers out",
-            module=random[0].module, operation=random[0].kind, source=random[0].source,
-        )  # fmt: skip
+        )
     if kronecker:
         raise CompileError(
             f"compile=True: {curvature} decomposes matrices, and decides from its step count when",

@@ -22,9 +22,6 @@ def check_fit(program: UpdateProgram, model: nn.Module) -> None:
     """The model has the program's parameters, operations and stages.
 
     It is traced with inputs of the shapes the program was compiled for; dtypes may differ.
-
-    Raises:
-        CompileError: naming the first parameter or operation that is another one.
     """
     _check_parameters(program.graph, model)
     inputs = _inputs(program.graph, next(model.parameters()))
@@ -77,19 +74,15 @@ def _check_operation(theirs: Op | None, ours: Op | None) -> None:
         op = theirs or ours
         assert op is not None
         who = ("the program", "the model") if theirs is not None else ("the model", "the program")
-        raise CompileError(
-            f"{who[0]} goes on with it where {who[1]} ends", REMEDY,
-            module=op.module, operation=op.kind, source=op.source,
-        )  # fmt: skip
-    where: dict[str, Any] = {"module": ours.module, "operation": ours.kind, "source": ours.source}
+        raise op.refusal(f"{who[0]} goes on with it where {who[1]} ends", REMEDY)
     if (theirs.kind, theirs.name) != (ours.kind, ours.name):
-        raise CompileError(f"the program has {theirs.kind} ({theirs.name}) here", REMEDY, **where)
+        raise ours.refusal(f"the program has {theirs.kind} ({theirs.name}) here", REMEDY)
     if theirs.target is not ours.target and theirs.target != ours.target:
-        raise CompileError("the program computes it by another function", REMEDY, **where)
+        raise ours.refusal("the program computes it by another function", REMEDY)
     if not _same(theirs.args, ours.args) or not _same(dict(theirs.kwargs), dict(ours.kwargs)):
-        raise CompileError(f"the program has it {_arguments(theirs)}, the model {_arguments(ours)}", REMEDY, **where)
+        raise ours.refusal(f"the program has it {_arguments(theirs)}, the model {_arguments(ours)}", REMEDY)
     if theirs.shape != ours.shape:
-        raise CompileError(f"its value has shape {theirs.shape} in the program, {ours.shape} here", REMEDY, **where)
+        raise ours.refusal(f"its value has shape {theirs.shape} in the program, {ours.shape} here", REMEDY)
 
 
 def _arguments(op: Op) -> str:

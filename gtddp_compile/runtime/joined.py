@@ -18,11 +18,7 @@ from gtddp_compile.terms import Terms
 
 
 def check_shared(options: Options, model: nn.Module, ranks: Ranks | None) -> None:
-    """Refuse what is not made over ranks.
-
-    Raises:
-        CompileError: naming the option.
-    """
+    """Refuse what is not made over ranks."""
     if ranks is None:
         if options.coupling == "local":
             raise CompileError("coupling='local' is a group a rank, and there is one process",
@@ -141,11 +137,7 @@ class JoinedMethod(BaseMethod):
         return (like.new_zeros(self.samples_all, self.samples_all),)
 
     def agree(self, weights: Tensor) -> None:
-        """No parameter has moved yet: whether every rank's ``w`` is finite.
-
-        Raises:
-            GivenUp: of some rank it is not; on every rank.
-        """
+        """No parameter has moved yet: whether every rank's ``w`` is finite."""
         failed = (~weights.isfinite().all()).to(torch.float32).reshape(1)
         if float(self.ranks.all_reduce(failed)):
             assert self.loss is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.attributes import OWN, Reader
 from gtddp_compile.frontends.keywords import by_name
+from gtddp_compile.graph import grouped
 from gtddp_compile.runtime.precision import Precision
 from gtddp_compile.terms import Terms
 
@@ -100,6 +101,17 @@ REFUSED: dict[type[nn.Module], str] = {
     DistributedDataParallel: "Compile its .module",
 }
 """Wrappers whose forward pass no front end can follow, with what to do."""
+UNUSABLE: tuple[tuple[Callable[[Tensor], bool], str, str], ...] = (
+    (lambda p: p.layout != torch.strided, "is a sparse tensor",
+     "Keep its values as a dense parameter and its places as a buffer"),
+    (torch.is_complex, "is complex",
+     "Keep its real and imaginary parts as two real parameters, and join them by torch.complex in forward"),
+    (lambda p: 0 in p.stride() and p.numel() > 1, "is expanded: its entries are one number in memory",
+     "Make the parameter as large as what it holds, and expand it in forward"),
+    (lambda p: p.is_meta, "is on the meta device, without values",
+     "Give it memory and values first: model.to_empty(device=...), then load or initialise them"),
+)  # fmt: skip
+"""Parameters that no step can move, in the order in which they are asked about, with what to do."""
 
 
 class ModelView:
@@ -131,35 +143,10 @@ class ModelView:
         self.named: dict[str, nn.Parameter] = dict(model.named_parameters())
         if not any(p.requires_grad for p in self.named.values()):
             raise CompileError("the model has no trainable parameters", "Set requires_grad on those to train")
-        odd = next((name for name, value in self.named.items() if value.is_complex()), None)
-        sparse = next((name for name, value in self.named.items() if value.layout != torch.strided), None)
-        if sparse is not None:
-            raise CompileError(
-                f"parameter {sparse!r} is a sparse tensor",
-                "Keep its values as a dense parameter and its places as a buffer",
-                module=sparse.rpartition(".")[0],
-            )
-        if odd is not None:
-            raise CompileError(
-                f"parameter {odd!r} is complex",
-                "Keep its real and imaginary parts as two real parameters, and join them by torch.complex in forward",
-                module=odd.rpartition(".")[0],
-            )
-        shared = next((n for n, p in self.named.items() if 0 in p.stride() and p.numel() > 1), None)
-        if shared is not None:
-            raise CompileError(
-                f"parameter {shared!r} is expanded: its entries are one number in memory",
-                "Make the parameter as large as what it holds, and expand it in forward",
-                module=shared.rpartition(".")[0],
-            )
+        for unusable, what, remedy in UNUSABLE:
+            for name in (name for name, value in self.named.items() if unusable(value)):
+                raise CompileError(f"parameter {name!r} {what}", remedy, module=name.rpartition(".")[0])
         self._placed = _placed(_modules(model))
-        empty = next((name for name, value in self.named.items() if value.is_meta), None)
-        if empty is not None:
-            raise CompileError(
-                f"parameter {empty!r} is on the meta device, without values",
-                "Give it memory and values first: model.to_empty(device=...), then load or initialise them",
-                module=empty.rpartition(".")[0],
-            )
         _say_unheard(self.named, model)
         self._said = False
 
@@ -179,10 +166,8 @@ class ModelView:
 
         Frozen ones too, as torch.optim has them: they may be trained later.
         """
-        found: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in self.named.items():
-            found.setdefault(name.rpartition(".")[0], []).append(parameter)
-        return [{"params": params, "name": module} for module, params in found.items()]
+        modules = grouped(self.named, lambda name: name.rpartition(".")[0])
+        return [{"params": [self.named[name] for name in names], "name": path} for path, names in modules.items()]
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter, detached (it shares the model's memory)."""

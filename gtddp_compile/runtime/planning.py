@@ -61,38 +61,28 @@ def plan_program(
 
 
 def _check_own(derived: Derived) -> None:
-    """Eq. 23 as printed reads each player's own curvature, which a joint one does not have.
-
-    Raises:
-        CompileError: the curvature couples players.
-    """
+    """Eq. 23 as printed reads each player's own curvature, which a joint one does not have."""
     coupled = [block for stage in derived.stages for block in stage.blocks if len(block.players) > 1]
     if coupled:
         (block, *_) = coupled
         op = derived.graph.op(block.players[0].op)
-        raise CompileError(
+        raise op.refusal(
             f"recursion='printed': the curvature couples {', '.join(player.name for player in block.players)}, and "
             "Eq. 23 as printed adds up the players' own",
             "Use recursion='substituted', or cooperative=False, with which every player has its own",
-            module=op.module, operation=op.kind, source=op.source or None,
-        )  # fmt: skip
+        )
 
 
 def _check_columns(graph: ControlGraph, options: Options) -> None:
-    """Outputs with several columns a sample have their samples leading: ``(r, B, …)``.
-
-    Raises:
-        CompileError: the samples of an output lie elsewhere.
-    """
+    """Outputs with several columns a sample have their samples leading: ``(r, B, …)``."""
     for name in graph.ops.output_names:
         op = graph.op(name) if name in graph.ops.position else None
         if op is not None and op.samples != LEADING:
-            raise CompileError(
+            raise op.refusal(
                 f"terminal={options.terminal!r}: the output has its {op.samples}, and the factors of the loss's Hessian"
                 " are taken a sample at a time along the leading axis",
                 "Move the samples to the leading axis of the output, or take terminal='geometric'",
-                module=op.module, operation=op.kind, source=op.source or None,
-            )  # fmt: skip
+            )
 
 
 def metric_rules(options: Options, curvature: Curvature) -> MetricRules:

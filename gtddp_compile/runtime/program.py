@@ -261,8 +261,6 @@ class UpdateProgram:
         if layer.block.kind != "parameters":
             together = ", ".join(other.name for other in layer.block.players if other != layer.player)
             yield f"{layer.block.kind} metric" + (f" with {together} ({layer.block.why})" if together else "")
-        if layer.observed:
-            yield "statistics from the same gamma"
 
 
 class StageNotes(Mapping[int, str]):

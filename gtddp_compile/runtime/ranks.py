@@ -209,17 +209,12 @@ ALIKE = (
 
 
 def check_shared_model(graph: ControlGraph, model: nn.Module) -> None:
-    """Refuse models that ranks could run through differently, and norms whose statistics would not be of all ranks.
-
-    Raises:
-        CompileError: naming the operation.
-    """
+    """Refuse models that ranks could run through differently, and norms whose statistics would not be of all ranks."""
     for op in graph.guards:
-        raise CompileError(
+        raise op.refusal(
             "the path through the model depends on values, and with process_group ranks could take different ones",
             "Replace the decision by torch.where",
-            module=op.module, operation=op.kind, source=op.source or None,
-        )  # fmt: skip
+        )
 
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
     if len(norms) != sum(bool(op.kwargs.get("sync")) for op in graph.ops.ops):

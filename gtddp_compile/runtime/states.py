@@ -25,7 +25,7 @@ def check_used(
     for group in groups:
         curvature.check(group)
         for parameter in group["params"]:
-            _check_whole(states.get(parameter, {}), parameter, group, curvature)
+            _check_state(states.get(parameter, {}), parameter, group, curvature)
     for parameter, state in states.items():
         wanted = (parameter.device, lift(parameter.detach()).dtype)
         for value in state.values():
@@ -166,7 +166,7 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
     for theirs, group in zip(stored, groups, strict=True):
         _check_method(theirs, curvature)
         for index, parameter in zip(theirs["params"], group["params"], strict=True):
-            _check_shapes(state_dict["state"].get(index, {}), parameter, group, curvature)
+            _check_state(state_dict["state"].get(index, {}), parameter, group, curvature, shapes=True)
 
 
 def _check_method(group: Mapping[str, Any], curvature: Curvature) -> None:
@@ -178,26 +178,23 @@ def _check_method(group: Mapping[str, Any], curvature: Curvature) -> None:
         )
 
 
-def _check_shapes(state: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any], curvature: Curvature) -> None:
-    _check_whole(state, parameter, group, curvature)
+def _check_state(
+    state: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any], curvature: Curvature, *, shapes: bool = False
+) -> None:
+    """A parameter's state is whole, and of its shapes."""
     expected = curvature.init_state(lift(parameter.detach()), dict(group)) if state else {}
     for key, value in expected.items():
         own = state.get(key)
-        if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape != value.shape:
-            raise CompileError(
-                f"the state's {key} has shape {tuple(own.shape)} where the parameter has {tuple(parameter.shape)}",
-                "Leave out of state_dict()['state'] what belongs to parameters that were replaced",
-                module=group.get("name"),
-            )
-
-
-def _check_whole(state: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any], curvature: Curvature) -> None:
-    expected = curvature.init_state(lift(parameter.detach()), dict(group)) if state else {}
-    for key, value in expected.items():
-        if isinstance(value, Tensor) and not isinstance(state.get(key), Tensor | float | int):
+        if isinstance(value, Tensor) and not isinstance(own, Tensor | float | int):
             raise CompileError(
                 f"the state of a parameter {tuple(parameter.shape)} has no {key}, which {curvature.name} keeps",
                 "Load what the same base method saved, or leave this parameter's state out",
+                module=group.get("name"),
+            )
+        if shapes and isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape != value.shape:
+            raise CompileError(
+                f"the state's {key} has shape {tuple(own.shape)} where the parameter has {tuple(parameter.shape)}",
+                "Leave out of state_dict()['state'] what belongs to parameters that were replaced",
                 module=group.get("name"),
             )
 

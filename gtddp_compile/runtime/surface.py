@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from inspect import unwrap
 from threading import RLock
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -60,25 +60,18 @@ class Surface(torch.optim.Optimizer):
         self._lock, self._committed = RLock(), []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after construction: the program was derived for the parameters the model had.
-
-        Raises:
-            CompileError: always, once the optimizer exists.
-        """
+        """Refused after construction: the program was derived for the parameters the model had."""
         if getattr(self, "_sealed", False):
-            self._refuse_group()
+            raise CompileError(
+                "a parameter group cannot be added: the update program was derived for the network as it was compiled",
+                "Change the model first, then call compile_optimizer again; load_state_dict carries state over",
+            )
         # torch compares a new group with all before it, quadratic in their number; ours are disjoint by construction.
         before, self.param_groups = self.param_groups, []
         # Unwrapped: torch's wrapper hides it from torch.compile, and for that imports torch._dynamo, a second's work.
         unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
         before += self.param_groups
         self.param_groups = before
-
-    def _refuse_group(self) -> NoReturn:
-        raise CompileError(
-            "a parameter group cannot be added: the update program was derived for the network as it was compiled",
-            "Change the model first, then call compile_optimizer again; load_state_dict carries state over",
-        )
 
     def feedback_modes(self, player: str, inputs: Any, targets: Any, k: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
         """What a player answers to most: leading singular values and state directions of its feedback matrix.

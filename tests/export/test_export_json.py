@@ -20,10 +20,10 @@ from gtddp_compile.passes.p12_emit import Emitted, emit
 from gtddp_compile.runtime import compiler
 from gtddp_compile.tools.export import document, targets
 from gtddp_compile.tools.export.document import FORMAT, from_json
-from gtddp_compile.tools.export.schema import schema
 from support.architectures import EXAMPLES, Example
 from support.exported import largest, named, targets_for
 from support.networks import make
+from support.schema import schema
 from support.stored import SETTINGS, compiled, small
 
 MUTANTS = 400

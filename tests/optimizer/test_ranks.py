@@ -37,7 +37,9 @@ PAIRS |= dict(
         case("conv", "sgd", "full", UNEVEN, max_step=0.01, weight_decay=0.1),
         case("conv", "foof", "local", UNEVEN, max_step=0.01, max_grad_norm=0.01),
         case("conv", "sgd", "full", UNEVEN, loss=nn.CrossEntropyLoss(reduction="sum"), momentum=0.9),
-        case("conv", "sgd", "full", UNEVEN, loss=nn.MSELoss(), terminal=Geometric(reach=1.0)),
+        case(
+            "conv", "sgd", "full", UNEVEN, loss=nn.MSELoss(), terminal=Geometric(reach=1.0), inertia=0.9, lookahead=0.7
+        ),
         case("conv", "adam", "local", UNEVEN, loss=nn.MSELoss(), terminal=Geometric(reach=1.0), max_step=1.0),
         case("conv", "sgd", "local", UNEVEN, loss=nn.CrossEntropyLoss(torch.tensor([0.2, 1.0, 3.0]).double())),
         case("conv", "rmsprop", "full", UNEVEN, loss=nn.CrossEntropyLoss(ignore_index=1), memory="recompute"),

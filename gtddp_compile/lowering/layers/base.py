@@ -44,9 +44,6 @@ gradients ``(B, G, T, m)``, what Kronecker factors are made of (``kernels/kronec
 Where :attr:`Rule.subtracts` is set there is also ``PREFIX_subtract(layer, targets, rates)``: ``target -= rate · γᵀ 1``
 of every wanted parameter, in place.
 
-Where :attr:`Rule.pieces` is set there is also ``PREFIX_pieces(layer)``, an iterator of ``(index, part, gamma)``: ``γ``
-``(B, rows, …)`` of the rows ``part`` of the wanted parameter ``index``, to be overwritten by the caller if it likes.
-
 Where :attr:`Rule.prepare` is set, ``operands = PREFIX_prepare(operands, how)`` comes first, once a
 stage and on the whole batch; all the kernels above take the prepared operands (a normalisation's ``x̂``). Beside it
 there is ``PREFIX_gamma``, which is ``PREFIX_per_sample`` of the whole batch from operands that are not prepared.
@@ -86,14 +83,13 @@ class Rule(ABC):
         prepare: whether there is a kernel ``PREFIX_prepare``.
         rows: whether there is a kernel ``PREFIX_rows``: the layer is a sum of outer products ``g xᵀ`` over positions.
         subtracts: whether there is a kernel ``PREFIX_subtract``: the weighted gradient's product can write a parameter.
-        pieces: whether there is a kernel ``PREFIX_pieces``: per-sample gradients a piece at a time.
         files: modules of ``gtddp_compile.kernels`` whose functions read values of the layer or gradients of them.
         channels_first: kinds of operations whose parameters lie along axis 1.
     """
 
     name: str
     how = ""
-    prepare = rows = subtracts = pieces = False
+    prepare = rows = subtracts = False
     files: tuple[str, ...] = ()
     channels_first: frozenset[str] = frozenset()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from gtddp_compile.graph.ops import BufferRef, Op, ParamRef, Ref, iter_leaves
 
-REQUIRED: Any = object()
+REQUIRED: Any = inspect.Parameter.empty
 """Default of an argument without one."""
 
 BATCH_NORM = "gtddp_compile.kernels.batch_norm.batch_norm"
@@ -22,22 +23,11 @@ _CONV: dict[str, Any] = {
 
 SIGNATURES: dict[Callable[..., Any] | str, dict[str, Any]] = {
     F.linear: {"input": REQUIRED, "weight": REQUIRED, "bias": None},
-    F.embedding: {
-        "input": REQUIRED, "weight": REQUIRED, "padding_idx": None, "max_norm": None, "norm_type": 2.0,
-        "scale_grad_by_freq": False, "sparse": False,
-    },
     F.conv1d: _CONV,
     F.conv2d: _CONV,
     F.conv3d: _CONV,
-    F.layer_norm: {
-        "input": REQUIRED, "normalized_shape": REQUIRED, "weight": None, "bias": None, "eps": 1e-5,
-    },
-    F.rms_norm: {"input": REQUIRED, "normalized_shape": REQUIRED, "weight": None, "eps": None},
-    F.group_norm: {"input": REQUIRED, "num_groups": REQUIRED, "weight": None, "bias": None, "eps": 1e-5},
-    F.instance_norm: {
-        "input": REQUIRED, "running_mean": None, "running_var": None, "weight": None, "bias": None,
-        "use_input_stats": True, "momentum": 0.1, "eps": 1e-5,
-    },
+    **{function: {p.name: p.default for p in inspect.signature(function).parameters.values()}
+       for function in (F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.instance_norm)},
     BATCH_NORM: {
         "x": REQUIRED, "running_mean": REQUIRED, "running_var": REQUIRED, "num_batches_tracked": REQUIRED,
         "weight": REQUIRED, "bias": REQUIRED, "training": False, "momentum": 0.1, "eps": 1e-5, "corrected": False,

@@ -12,7 +12,7 @@ class LinearRule(Rule):
 
     name = "linear"
     files = ("linear", "channels", "approximate")
-    rows = subtracts = pieces = True
+    rows = subtracts = True
 
     def handles(self, op: Op, trainable: frozenset[str]) -> bool:
         """``F.linear`` of a value with a batch axis, its weight and bias parameters themselves."""

@@ -189,17 +189,6 @@ def product_of(b: Builder, player: Player) -> tuple[Any, ...]:
     return names, metric, uses, (Function("joint_columns"), Var(f"gamma_{b.identity(player)}_total"), metric)
 
 
-def observed_gram(b: Builder, t: int, player: Player) -> str | None:
-    """Statistics and ``Γ`` of one player from the same per-sample gradients, where that is cheaper."""
-    if not b.layer(player).observed:
-        return None
-    (use,), result = b.uses(player.name), f"gamma_{t}_{b.identity(player)}"
-    functions = [Function(b.kernel(use, name)) for name in ("weighted", "gram", "pieces")]
-    b.emit("backward", t, result, "m.observe_gram", use.names, *functions, layer(b, use), Var(b.alpha(t)),
-           Var(b.rows), note="Q_u, M^-1, gamma M^-1 gamma^T")  # fmt: skip
-    return result
-
-
 def per_sample(b: Builder, t: int, player: Player, weights: str | None = None) -> str:
     """``γ`` of one player, its uses added up (over all columns, where there are several); returns the variable.
 

@@ -86,11 +86,7 @@ def shrink(b: Builder, t: int, grams: list[str]) -> None:
 
 
 def radicand_sign(expression: MatrixExpr) -> int:
-    """1 or -1 if the derived block is ``root (I ∓ rootᵀ Γ_ii root) rootᵀ`` with ``P' = root rootᵀ``.
-
-    Raises:
-        CompileError: no instruction computes it.
-    """
+    """1 or -1 if the derived block is ``root (I ∓ rootᵀ Γ_ii root) rootᵀ`` with ``P' = root rootᵀ``."""
     own = a.OWN_NEXT * HadamardProduct(a.GRAM, a.SAMPLES) * a.OWN_NEXT
     for sign in (1, -1):
         if (expression - a.OWN_NEXT + sign * own).doit() == 0 * a.OWN:

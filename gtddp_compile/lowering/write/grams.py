@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.instructions import Apply, Var
-from gtddp_compile.lowering.write.calls import drawn, gram, gram_diagonal, kept, layer, observed_gram, parts_of
+from gtddp_compile.lowering.write.calls import drawn, gram, gram_diagonal, kept, layer, parts_of
 from gtddp_compile.lowering.write.columns import sample_gram
 from gtddp_compile.lowering.write.statistics import Observed, sketch_of
 
@@ -62,7 +62,7 @@ def block_gram(b: Builder, t: int, found: Observed) -> str:
     """``Γ`` of a block."""
     if not found.of_players:
         (player,) = found.block.players
-        return observed_gram(b, t, player) or gram(b, t, player, found.metric, _whitened(b, t, found))
+        return gram(b, t, player, found.metric, _whitened(b, t, found))
     result = f"gamma_{t}_{b.name_of(found.block)}"
     grams = [b.layer(player).gram.approximate for player in found.block.players]
     separable = not b.factored and found.block.kind != "exact" and "separable" in grams

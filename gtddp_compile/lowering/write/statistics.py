@@ -38,8 +38,6 @@ class Observed:
 
 def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str]) -> Observed:
     """Statistics (``opens``: ``Q_u`` of each player, where it is known) and the metric."""
-    if block.kind == "parameters" and b.first(block).observed:  # with its Γ
-        return Observed(block, "", ())
     layers = statistics(b, t, block, alpha, opens)
     coordinates = _kept(b, t, block, alpha) if b.first(block).coordinates else ""
     metric = f"metric_{b.name_of(block)}"

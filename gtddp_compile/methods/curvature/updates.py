@@ -5,7 +5,7 @@ Exported programs carry this text with them (``gtddp_compile.tools.export``), so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gtddp_compile.kernels.approximate import separated
 from gtddp_compile.kernels.bundle import Layer
-from gtddp_compile.kernels.sweep import Blocks, add_gram, blocks_diagonal, gram_blocks, largest_entries, weigh
+from gtddp_compile.kernels.sweep import largest_entries
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.base import Curvature, Move
 from gtddp_compile.methods.curvature.numbers import counted
@@ -52,51 +52,6 @@ class ParameterUpdates:
         for index, name in enumerate(names):
             g = None if gradients is None else self._with_decay(name, gradients[index])
             self.states[name] = self._curvature.observe(self._params[name], g, self.states[name], self._groups[name])
-
-    def observe_gram(
-        self,
-        names: tuple[str, ...],
-        weighted: Callable[..., tuple[Tensor, ...]],
-        gram: Callable[..., Tensor],
-        pieces: Callable[..., Iterable[tuple[int, Any, Tensor]]],
-        layer: Layer,
-        alpha: Tensor,
-        rows: Sequence[slice],
-    ) -> Blocks:
-        """:meth:`observe` and ``Γ = γ M⁻¹ γᵀ`` of a layer whose metric is diagonal, from ``γ`` that is made once.
-
-        A piece of ``γ`` at a time: it gives ``Q_u = γᵀ α`` of its rows, that their statistics and metric, and that
-        their part of ``Γ``, while the piece is in the cache.
-        """
-        if torch.compiler.is_compiling():
-            self.observe(names, weigh(weighted, layer, alpha))
-            return gram_blocks(gram, layer, self.metric(names), rows)
-        grams = tuple(torch.zeros_like(block) for block in blocks_diagonal(alpha, rows))
-        found: dict[str, dict[str, Any]] = {name: {} for name in names}
-        for index, part, gamma in pieces(layer):
-            q_u = (alpha.to(gamma.dtype) @ gamma.flatten(1)).reshape(gamma.shape[1:])
-            inverse = self._observe_rows(names[index], part, q_u, found[names[index]])
-            add_gram(grams, gamma, inverse, rows)
-        for name, new in found.items():
-            self._denominators[name] = new.pop("denominator")
-            self.states[name] = new
-        return grams
-
-    def _observe_rows(self, name: str, part: Any, g: Tensor, whole: dict[str, Any]) -> Tensor:
-        """``M⁻¹`` of some rows of a parameter; into ``whole`` what they have of its new state and of ``D``."""
-        state, group, param = self.states[name], self._groups[name], self._params[name]
-        own = {key: value[part] if isinstance(value, Tensor) and value.dim() else value for key, value in state.items()}
-        new = self._curvature.observe(param[part], g, own, group)
-        denominator = self._curvature.denominator(param[part], new, group)
-        assert denominator is not None  # a diagonal metric's
-        for key, value in {**new, "denominator": denominator}.items():
-            if key in own and value is own[key]:
-                whole[key] = state[key]
-            elif value.dim():
-                whole.setdefault(key, torch.empty_like(param, dtype=value.dtype))[part] = value
-            else:
-                whole[key] = value
-        return self._curvature.inverse_of(denominator, group)
 
     def metric(self, names: tuple[str, ...]) -> tuple[Any, ...]:
         """``M⁻¹`` of each parameter."""

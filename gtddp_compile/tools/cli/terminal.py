@@ -85,11 +85,7 @@ def warn(text: str) -> None:
 
 
 def save(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file and say where it is, and how large.
-
-    Raises:
-        CompileError: the file cannot be written.
-    """
+    """Write a file and say where it is, and how large."""
     with working(f"writing {path}"):
         try:
             write(path)

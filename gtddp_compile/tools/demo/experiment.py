@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from gtddp_compile.graph import grouped
+
 TARGET = 0.05
 """The train loss that a user waits for."""
 GUESSING = math.log(10)
@@ -149,17 +151,12 @@ class Experiment:
 
     def summaries(self, scale: Scale) -> list[Summary]:
         """Every row of the table of one batch size."""
-        rows: dict[tuple[Method, float], list[Run]] = {}
-        for run in self.runs:
-            if run.scale == scale:
-                rows.setdefault((run.method, run.rate), []).append(run)
+        rows = grouped((run for run in self.runs if run.scale == scale), lambda run: (run.method, run.rate))
         return [Summary(method, scale, tuple(runs)) for (method, _), runs in rows.items()]
 
     def swept(self) -> list[list[Tried]]:
         """The sweeps as rows of a table, one list a batch size and method, by learning rate."""
-        groups: dict[tuple[Scale, Method], list[Run]] = {}
-        for run in sorted(self.sweep, key=lambda run: run.rate):
-            groups.setdefault((run.scale, run.method), []).append(run)
+        groups = grouped(sorted(self.sweep, key=lambda run: run.rate), lambda run: (run.scale, run.method))
         order = [(scale, method) for scale in self.scales for method in self.methods if (scale, method) in groups]
         return [[_tried(run, chosen(groups[key])) for run in groups[key]] for key in order]
 

@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 from itertools import groupby
 
 from gtddp_compile.algebra.derivation import equation_text
-from gtddp_compile.graph import ControlGraph, Op, Player, Stage
+from gtddp_compile.graph import ControlGraph, Op, Player, Stage, grouped
 from gtddp_compile.lowering.instructions import Instruction, render_instruction
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.runtime.program import UpdateProgram
@@ -224,9 +224,7 @@ def _instructions(alignment: Alignment) -> Section:
 
 
 def _blocks(program: UpdateProgram) -> dict[Key, tuple[Instruction, ...]]:
-    found: dict[Key, list[Instruction]] = {}
-    for instruction in program.lowered.instructions:
-        found.setdefault((instruction.phase, instruction.stage), []).append(instruction)
+    found = grouped(program.lowered.instructions, lambda instruction: (instruction.phase, instruction.stage))
     return {key: tuple(block) for key, block in found.items()}
 
 

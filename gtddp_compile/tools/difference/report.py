@@ -114,11 +114,7 @@ class ProgramDiff:
         return any(self.sections)
 
     def __getitem__(self, title: str) -> Section:
-        """A section by the first word of its title: ``diff["players"]``.
-
-        Raises:
-            KeyError: there is no such section.
-        """
+        """A section by the first word of its title: ``diff["players"]``."""
         return self._by_word[title]
 
     @cached_property

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import networkx as nx
 
-from gtddp_compile.tools.draw.style import (
-    BLOCK,
-    COALITION_COLOUR,
-    FAMILIES,
-    FREE,
-    SHORTCUT_COLOURS,
-    TIED_COLOUR,
-    block_text,
-    family,
-    shape_text,
-    stage_title,
-)
+from gtddp_compile.tools.draw import style
 from gtddp_compile.tools.draw.views import Views
 from gtddp_compile.wording import listed
 
@@ -47,7 +36,7 @@ def flowchart(graph: nx.MultiDiGraph[str]) -> str:
     staged = {name for stage in graph.graph["stages"] for name in stage["ops"]}
     lines += [_node(graph, name, short[name], "  ") for name in graph if name not in staged]
     for stage in graph.graph["stages"]:
-        title = f"{stage_title(stage)} · cut: {listed(stage['live'], 6) or 'empty'}"
+        title = f"{style.stage_title(stage)} · cut: {listed(stage['live'], 6) or 'empty'}"
         lines.append(f'  subgraph stage{stage["index"]}["{escaped(title)}"]')
         lines += [_node(graph, name, short[name], "    ") for name in stage["ops"]]
         lines.append("  end")
@@ -55,10 +44,10 @@ def flowchart(graph: nx.MultiDiGraph[str]) -> str:
     for index, (source, target, data) in enumerate(graph.edges(data=True)):
         arrow = "-.->" if data["control"] else "==>" if data["shortcut"] else "-->"
         lines.append(f"  {short[source]} {arrow} {short[target]}")
-        colour = TIED_COLOUR if data["control"] else SHORTCUT_COLOURS.get(data["shortcut"])
+        colour = style.TIED_COLOUR if data["control"] else style.SHORTCUT_COLOURS.get(data["shortcut"])
         if colour:
             styles.setdefault(colour, []).append(str(index))
-    for index, colours in enumerate((*FAMILIES, FREE, BLOCK)):
+    for index, colours in enumerate((*style.FAMILIES, style.FREE, style.BLOCK)):
         lines.append(f"  classDef f{index} fill:{colours.fill},stroke:{colours.line},color:{colours.text}")
         members = [short[name] for name in graph if _family(graph, name) is colours]
         if members:
@@ -66,7 +55,7 @@ def flowchart(graph: nx.MultiDiGraph[str]) -> str:
     together = [short[name] for name, data in graph.nodes(data=True) if data.get("coalition")]
     if together:
         lines += [
-            f"  classDef coalition stroke:{COALITION_COLOUR},stroke-width:3px",
+            f"  classDef coalition stroke:{style.COALITION_COLOUR},stroke-width:3px",
             f"  class {','.join(together)} coalition",
         ]
     lines += [f"  linkStyle {','.join(edges)} stroke:{colour}" for colour, edges in styles.items()]
@@ -82,14 +71,14 @@ def escaped(text: str) -> str:
 def _family(graph: nx.MultiDiGraph[str], name: str) -> object:
     data = graph.nodes[name]
     if "block" in data:
-        return BLOCK
-    return family(data["kind"]) if data["player"] else FREE
+        return style.BLOCK
+    return style.family(data["kind"]) if data["player"] else style.FREE
 
 
 def _node(graph: nx.MultiDiGraph[str], name: str, short: str, indent: str) -> str:
     data = graph.nodes[name]
     if "block" in data:
-        return f'{indent}{short}[["{escaped(name)}<br/>{escaped(block_text(data["block"]))}"]]'
-    label = f"{escaped(data['player'] or name)}<br/>{escaped(data['kind'])} {shape_text(data['shape'])}"
+        return f'{indent}{short}[["{escaped(name)}<br/>{escaped(style.block_text(data["block"]))}"]]'
+    label = f"{escaped(data['player'] or name)}<br/>{escaped(data['kind'])} {style.shape_text(data['shape'])}"
     left, right = ("[", "]") if data["player"] else ("([", "])")
     return f'{indent}{short}{left}"{label}"{right}'

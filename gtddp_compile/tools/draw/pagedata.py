@@ -13,27 +13,17 @@ from typing import Any
 
 import networkx as nx
 
+from gtddp_compile.tools.draw import style
 from gtddp_compile.tools.draw.blocks import Block, Item
 from gtddp_compile.tools.draw.layout import Point, layered
 from gtddp_compile.tools.draw.picture import OUTPUT, Line, Node, Picture, sketch, tip
-from gtddp_compile.tools.draw.style import (
-    BLOCK,
-    COALITION_COLOUR,
-    FAMILIES,
-    FREE,
-    SHORTCUT_COLOURS,
-    SHORTCUT_WORDS,
-    TIED_COLOUR,
-    block_text,
-    shape_text,
-)
 from gtddp_compile.tools.draw.svg import endpoints
 from gtddp_compile.tools.draw.views import Views
 
 SMALL, FIRST = 60, 40
 """A network of at most ``SMALL`` operations opens whole; of others, outer blocks up to ``FIRST`` boxes."""
 STRONG, DASHED, ARROW = 1, 2, 4
-COLOURS = (*FAMILIES, FREE, BLOCK)
+COLOURS = (*style.FAMILIES, style.FREE, style.BLOCK)
 
 
 class Texts:
@@ -59,9 +49,6 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
     operation; ``stages``: hover text, cut and note of every stage; ``layouts``; ``blocks``, the network itself first;
     ``open``: blocks open at first; ``colours`` of the boxes; ``kinds``: what a line's colour means; ``ring``:
     colour of a coalition's outline.
-
-    Raises:
-        CompileError: the layout engine is not installed, or it failed.
     """
     views, texts = Views(graph), Texts()
     blocks = list(views.root.blocks())
@@ -83,9 +70,9 @@ def page_data(graph: nx.MultiDiGraph[str], notes: Mapping[int, str]) -> dict[str
         "blocks": entries,
         "open": _opened(blocks, number, len(graph)),
         "colours": [[found.fill, found.line, found.text, found.detail] for found in COLOURS],
-        "kinds": {SHORTCUT_COLOURS[kind]: words for kind, words in SHORTCUT_WORDS.items()}
-        | {TIED_COLOUR: "tied weights"},
-        "ring": COALITION_COLOUR,
+        "kinds": {style.SHORTCUT_COLOURS[kind]: words for kind, words in style.SHORTCUT_WORDS.items()}
+        | {style.TIED_COLOUR: "tied weights"},
+        "ring": style.COALITION_COLOUR,
         "lines": texts.lines,
     }
 
@@ -147,7 +134,7 @@ def _block(
         if node.form == "end" and node.name != OUTPUT:
             words[at] = [node.lines[0], texts.numbers(node.tip)]
         elif isinstance(item, Block):
-            words[at] = [block_text(view.nodes[node.name]["block"]), texts.numbers(node.tip)]
+            words[at] = [style.block_text(view.nodes[node.name]["block"]), texts.numbers(node.tip)]
     return {"kids": kids, "words": words, "bands": [[stage["first"], stage["last"]] for stage in view.graph["stages"]]}
 
 
@@ -164,7 +151,7 @@ def _ops(graph: nx.MultiDiGraph[str], blocks: Sequence[Block], texts: Texts) -> 
 
 def _stages(graph: nx.MultiDiGraph[str], notes: Mapping[int, str], texts: Texts) -> list[dict[str, list[int]]]:
     """``says``: a stage's players and merges; ``cut``: live values with shapes; ``names``: without; ``note``."""
-    shapes = {value["name"]: shape_text(value["shape"]) for value in graph.graph["values"]}
+    shapes = {value["name"]: style.shape_text(value["shape"]) for value in graph.graph["values"]}
     found = []
     for stage in graph.graph["stages"]:
         says = [f"players: {', '.join(stage['players'])}"] if stage["players"] else []

@@ -8,21 +8,9 @@ from typing import Any
 
 import networkx as nx
 
+from gtddp_compile.graph import grouped
+from gtddp_compile.tools.draw import style
 from gtddp_compile.tools.draw.layout import Box, Layout, Link, Request, layered
-from gtddp_compile.tools.draw.style import (
-    BLOCK,
-    FREE,
-    SHORTCUT_COLOURS,
-    TIED_COLOUR,
-    Family,
-    block_text,
-    family,
-    shape_text,
-    shortened,
-    stage_title,
-    stages_text,
-    text_width,
-)
 from gtddp_compile.wording import listed, plural
 
 NAME_SIZE, DETAIL_SIZE, FREE_SIZE = 12.0, 10.0, 11.0
@@ -38,7 +26,7 @@ class Node:
 
     name: str
     lines: tuple[str, ...]
-    colours: Family
+    colours: style.Family
     form: str
     """``"player"``, ``"free"``, ``"merge"``, ``"sign"`` (a merge drawn as ⊕) or ``"end"`` (inputs and output)."""
     accent: str
@@ -122,13 +110,11 @@ def sketch(graph: nx.MultiDiGraph[str]) -> Picture:
     lines, joints = bundled([_line(graph, *edge) for edge in graph.edges(data=True)], stage_of, players)
     if data["outputs"]:
         last = len(data["stages"])
-        nodes.append(Node(OUTPUT, ("output",), FREE, "end", FREE.line, "what the model returns", last))
+        nodes.append(Node(OUTPUT, ("output",), style.FREE, "end", style.FREE.line, "what the model returns", last))
         lines += [_returned(graph, name) for name in data["outputs"]]
     rows, borders = _rows(graph, nodes)
     boxes = {node.name: _size(node) for node in nodes} | dict.fromkeys(joints, Box(0, 0, 2, 2))
-    aside: dict[int, list[str]] = {}
-    for name, stage in reversed(joints.items()):  # what waits longest outermost
-        aside.setdefault(borders[stage], []).append(name)
+    aside = grouped(reversed(joints), lambda name: borders[joints[name]])  # what waits longest outermost
     row = {name: index for index, names in (*enumerate(rows), *aside.items()) for name in names}
     links = [
         Link(line.source, line.target, _weight(line, row[line.target] - row[line.source], line.source in joints))
@@ -144,10 +130,8 @@ def bundled(
 
     What ``players`` read at the very next stage keeps a line of its own. Returns the strokes, and every joint's stage.
     """
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        if line.strong and line.crosses:
-            groups.setdefault((line.source, line.colour), []).append(line)
+    strong = (line for line in lines if line.strong and line.crosses)
+    groups = grouped(strong, lambda line: (line.source, line.colour))
     trunks = {key[0]: key for key, members in groups.items() if len({stage_of[line.target] for line in members}) > 1}
     found = []
     for line in lines:
@@ -213,8 +197,10 @@ def _bands(graph: nx.MultiDiGraph[str], layout: Layout, borders: Sequence[int]) 
     found = []
     for position, stage in enumerate(graph.graph["stages"]):
         top, bottom = (layout.rows[index] for index in borders[position : position + 2])
-        live = [f"{name}  {shape_text(values[name]['shape'])}" if name in values else name for name in stage["live"]]
-        title = stage_title(stage)
+        live = [
+            f"{name}  {style.shape_text(values[name]['shape'])}" if name in values else name for name in stage["live"]
+        ]
+        title = style.stage_title(stage)
         tip = [f"{title}: {listed(stage['players'])}", "in the cut before it:"]
         tip += [f"  {text}" for text in live or ["nothing"]]
         if stage["merges"]:
@@ -227,9 +213,9 @@ def _size(node: Node) -> Box:
     if node.form == "sign":
         return Box(0, 0, 24, 24, 12)
     if node.form in ("player", "block"):
-        name, detail = text_width(node.lines[0], NAME_SIZE) * 1.07, text_width(node.lines[1], DETAIL_SIZE)
+        name, detail = style.text_width(node.lines[0], NAME_SIZE) * 1.07, style.text_width(node.lines[1], DETAIL_SIZE)
         return Box(0, 0, max(name, detail, 60) + 20, 36, 8)
-    return Box(0, 0, max(text_width(node.lines[0], FREE_SIZE) + 22, 44), 22, 11)
+    return Box(0, 0, max(style.text_width(node.lines[0], FREE_SIZE) + 22, 44), 22, 11)
 
 
 def _nodes(graph: nx.MultiDiGraph[str]) -> list[Node]:
@@ -241,7 +227,7 @@ def _nodes(graph: nx.MultiDiGraph[str]) -> list[Node]:
 
     def sample_shape(shape: list[int] | None) -> str:
         """Without the batch axis, if the first size is the inputs' first size."""
-        return shape_text(shape[1:] if shape and {shape[0]} == batches else shape)
+        return style.shape_text(shape[1:] if shape and {shape[0]} == batches else shape)
 
     return [
         _node(name, data, sample_shape(data["shape"]), merged.get(name), tip(name, data, players.get(data["player"])))
@@ -250,23 +236,23 @@ def _nodes(graph: nx.MultiDiGraph[str]) -> list[Node]:
 
 
 def _node(name: str, data: dict[str, Any], shape: str, merged: str | None, words: str) -> Node:
-    colours, accent, kind = FREE, FREE.line, data["kind"]
+    colours, accent, kind = style.FREE, style.FREE.line, data["kind"]
     lines: tuple[str, ...]
     if merged:
-        accent = SHORTCUT_COLOURS[merged]
+        accent = style.SHORTCUT_COLOURS[merged]
     if "block" in data:
-        colours, form, accent = BLOCK, "block", BLOCK.line
-        lines = (shortened(data["label"], 40), block_text(data["block"]))
+        colours, form, accent = style.BLOCK, "block", style.BLOCK.line
+        lines = (style.shortened(data["label"], 40), style.block_text(data["block"]))
     elif data["player"]:
-        colours, form = family(kind), "player"
+        colours, form = style.family(kind), "player"
         accent = colours.line
-        lines = (shortened(data.get("label", data["player"]), 34), f"{kind} · {shape}" if shape else kind)
+        lines = (style.shortened(data.get("label", data["player"]), 34), f"{kind} · {shape}" if shape else kind)
     elif data["input"]:
-        form, lines = "end", (" · ".join(filter(None, (shortened(data.get("label", name), 30), shape))),)
+        form, lines = "end", (" · ".join(filter(None, (style.shortened(data.get("label", name), 30), shape))),)
     elif kind in GLYPHS and data["merge"]:
         form, lines = "sign", (GLYPHS[kind],)
     else:
-        form, lines = "merge" if data["merge"] else "free", (shortened(kind, 30),)
+        form, lines = "merge" if data["merge"] else "free", (style.shortened(kind, 30),)
     return Node(name, lines, colours, form, accent, words, data["stage"], bool(data.get("coalition")))
 
 
@@ -278,10 +264,10 @@ def tip(name: str, data: dict[str, Any], player: dict[str, Any] | None) -> str:
         return f"{listed(data['enters'])}: from outside{_shape_line(data)}"
     lines = [f"{name}: {data['kind']}"]
     if data["shape"] is not None:
-        lines.append(f"shape {shape_text(data['shape'])}")
+        lines.append(f"shape {style.shape_text(data['shape'])}")
     if player:
         lines.append(f"player {player['name']}, {player['size']:,} parameters")
-        lines += [f"  {parameter}  {shape_text(shape)}" for parameter, shape in player["parameters"]]
+        lines += [f"  {parameter}  {style.shape_text(shape)}" for parameter, shape in player["parameters"]]
     stage = data.get("true_stage", data["stage"])
     if stage >= 0:
         lines.append(f"stage {stage}")
@@ -301,12 +287,12 @@ def _block_tip(data: dict[str, Any]) -> str:
     lines = [block["title"], f"{plural(block['operations'], 'operation')}, {plural(block['players'], 'player')}"]
     lines += [f"{block['repeats']} times the same structure"] if block["repeats"] > 1 else []
     lines += [f"{block['size']:,} parameters"] if block["size"] else []
-    lines += [stages_text(block["stages"])] if block["stages"] else []
+    lines += [style.stages_text(block["stages"])] if block["stages"] else []
     return "\n".join(lines) + _shape_line(data, "gives ")
 
 
 def _shape_line(data: dict[str, Any], word: str = "shape ") -> str:
-    return f"\n{word}{shape_text(data['shape'])}" if data["shape"] is not None else ""
+    return f"\n{word}{style.shape_text(data['shape'])}" if data["shape"] is not None else ""
 
 
 def _line(graph: nx.MultiDiGraph[str], source: str, target: str, data: dict[str, Any]) -> Line:
@@ -314,10 +300,10 @@ def _line(graph: nx.MultiDiGraph[str], source: str, target: str, data: dict[str,
     tip = [f"{listed(data.get('values') or [source])} → {target}"]
     colour, strong = LINE_COLOUR, False
     if data["control"]:
-        colour = TIED_COLOUR
+        colour = style.TIED_COLOUR
         tip.append(f"tied weights of {data['control']}")
     elif data["shortcut"]:
-        colour, strong = SHORTCUT_COLOURS[data["shortcut"]], True
+        colour, strong = style.SHORTCUT_COLOURS[data["shortcut"]], True
         tip.append(f"{data['shortcut'].replace('_', ' ')} shortcut")
     elif len(crosses) > 1:
         colour, strong = WAIT_COLOUR, True

@@ -76,11 +76,6 @@ def block_text(block: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def value_text(value: dict[str, Any]) -> str:
-    """Name and per-sample shape of a live value."""
-    return f"{value['name']} {shape_text(value['shape'])}"
-
-
 def widest_cut(graph: nx.MultiDiGraph[str]) -> tuple[int, int]:
     """Number of values in the widest cut and the first stage that has it; ``(0, 0)`` without stages."""
     widths: Sequence[tuple[int, int]] = [(len(stage["live"]), -stage["index"]) for stage in graph.graph["stages"]]

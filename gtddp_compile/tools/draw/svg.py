@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import networkx as nx
 
+from gtddp_compile.graph import grouped
+from gtddp_compile.tools.draw import style
 from gtddp_compile.tools.draw.layout import Box, Point
 from gtddp_compile.tools.draw.picture import (
     DETAIL_SIZE,
@@ -20,21 +22,6 @@ from gtddp_compile.tools.draw.picture import (
     Node,
     Picture,
     picture,
-)
-from gtddp_compile.tools.draw.style import (
-    BLOCK,
-    COALITION_COLOUR,
-    COALITION_WORDS,
-    FAMILIES,
-    FREE,
-    SHORTCUT_COLOURS,
-    SHORTCUT_WORDS,
-    TIED_COLOUR,
-    Family,
-    escape,
-    shortened,
-    summary,
-    text_width,
 )
 from gtddp_compile.tools.draw.views import Views
 
@@ -52,17 +39,14 @@ def svg(graph: nx.MultiDiGraph[str], boxes: int = BOXES) -> str:
     """The drawing, with hover texts; every text is escaped and nothing is loaded from elsewhere.
 
     A graph of more operations than ``boxes`` is folded into so many blocks (or as few as its outermost blocks are).
-
-    Raises:
-        CompileError: the layout engine is not installed, or it failed.
     """
     graph = Views(graph).folded(boxes) if len(graph) > boxes else graph
     found = picture(graph)
     labels = _label_width(found)
-    total = summary(graph)
+    total = style.summary(graph)
     title = f"{graph.graph['name']}"
     left = MARGIN + labels + 16
-    inner = max(labels + 16 + found.layout.width + 16, text_width(title, 18) * 1.1, 520.0)
+    inner = max(labels + 16 + found.layout.width + 16, style.text_width(title, 18) * 1.1, 520.0)
     left += (inner - (labels + 16 + found.layout.width + 16)) / 2
     top = MARGIN + HEAD
     legend, legend_height = _legend(found, MARGIN, top + found.layout.height + 26, inner)
@@ -77,7 +61,7 @@ def svg(graph: nx.MultiDiGraph[str], boxes: int = BOXES) -> str:
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
             f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="{FONT}" role="img" '
-            f'aria-label="{escape(title)}: {escape(total)}">',
+            f'aria-label="{style.escape(title)}: {style.escape(total)}">',
             f'<rect width="{width:.0f}" height="{height:.0f}" fill="#ffffff"/>',
             _text(MARGIN, MARGIN + 15, title, 18, "#1f2733", weight=700),
             *(
@@ -97,18 +81,18 @@ def svg(graph: nx.MultiDiGraph[str], boxes: int = BOXES) -> str:
 def _text(x: float, y: float, text: str, size: float, fill: str, weight: int = 400, anchor: str = "start") -> str:
     bold = f' font-weight="{weight}"' if weight != 400 else ""
     middle = f' text-anchor="{anchor}"' if anchor != "start" else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}"{bold}{middle}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}"{bold}{middle}>{style.escape(text)}</text>'
 
 
 def _wrapped(words: Sequence[str], width: float, size: float, limit: int) -> list[str]:
     """Words with commas between, at most ``limit`` lines; what does not fit is counted at the end."""
     lines: list[str] = []
     for index, word in enumerate(words):
-        while text_width(word, size) > width and len(word) > 6:
-            word = shortened(word, len(word) - 2)
+        while style.text_width(word, size) > width and len(word) > 6:
+            word = style.shortened(word, len(word) - 2)
         joined = f"{lines[-1]}, {word}" if lines else word
         rest = len(words) - index
-        if lines and text_width(joined, size) <= width - (34 if len(lines) == limit and rest > 1 else 0):
+        if lines and style.text_width(joined, size) <= width - (34 if len(lines) == limit and rest > 1 else 0):
             lines[-1] = joined
         elif len(lines) < limit:
             if lines:
@@ -121,8 +105,8 @@ def _wrapped(words: Sequence[str], width: float, size: float, limit: int) -> lis
 
 
 def _label_width(found: Picture) -> float:
-    wanted = [text_width("stage 999", STAGE_SIZE)]
-    wanted += [text_width(", ".join(band.live), CUT_SIZE) + 30 for band in found.bands]
+    wanted = [style.text_width("stage 999", STAGE_SIZE)]
+    wanted += [style.text_width(", ".join(band.live), CUT_SIZE) + 30 for band in found.bands]
     return min(max(wanted), LABELS)
 
 
@@ -131,7 +115,7 @@ def _band(band: Band, offset: float, x: float, width: float, labels: float) -> s
     room = max(1, int((bottom - top - 28) / 13))
     cut = _wrapped(band.live, labels - 24, CUT_SIZE, room) if band.live else ["empty"]
     lines = [
-        f'<g class="stage" data-stage="{band.index}"><title>{escape(band.tip)}</title>',
+        f'<g class="stage" data-stage="{band.index}"><title>{style.escape(band.tip)}</title>',
         f'<rect x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" height="{bottom - top:.1f}" '
         f'fill="{BANDS[band.index % 2]}"/>',
         f'<path d="M{x:.1f} {top:.1f}h{width:.1f}" stroke="#d5dbe3" stroke-dasharray="2 3"/>',
@@ -149,7 +133,7 @@ def _node(node: Node, box: Box, number: int | None) -> str:
     thick = 1.8 if node.form in ("sign", "merge") else 1.2
     op = "" if number is None else f' data-op="{number}"'
     parts = [
-        f'<g class="op {node.form}"{op}><title>{escape(node.tip)}</title>',
+        f'<g class="op {node.form}"{op}><title>{style.escape(node.tip)}</title>',
         f'<rect x="{left:.1f}" y="{top:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" '
         f'rx="{box.radius:g}" fill="{fill}" stroke="{stroke}" stroke-width="{thick}"/>',
     ]
@@ -173,7 +157,7 @@ def _ring(left: float, top: float, width: float, height: float, radius: float) -
     """The inner outline of a player that decides together with others."""
     return (
         f'<rect x="{left + 3:.1f}" y="{top + 3:.1f}" width="{width - 6:.1f}" height="{height - 6:.1f}" '
-        f'rx="{radius - 3:g}" fill="none" stroke="{COALITION_COLOUR}" stroke-width="1.2"/>'
+        f'rx="{radius - 3:g}" fill="none" stroke="{style.COALITION_COLOUR}" stroke-width="1.2"/>'
     )
 
 
@@ -189,9 +173,7 @@ def _stack(box: Box, node: Node) -> str:
 def _edges(found: Picture, number: Mapping[str, int]) -> Iterator[str]:
     """Thin lines, then thick ones; the pieces of one value's trunk share a halo, so none cuts another."""
     routed = [pair for pair in zip(found.lines, found.layout.routes, strict=True) if len(pair[1]) >= 5]
-    groups: dict[tuple[bool, str, str], list[tuple[Line, Sequence[Point]]]] = {}
-    for line, route in routed:
-        groups.setdefault((line.strong, line.ops[0], line.colour), []).append((line, route))
+    groups = grouped(routed, lambda pair: (pair[0].strong, pair[0].ops[0], pair[0].colour))
     for key in sorted(groups, key=lambda key: key[0]):
         paths = [_path(found, line, route) for line, route in groups[key]]
         if key[0]:
@@ -201,7 +183,7 @@ def _edges(found: Picture, number: Mapping[str, int]) -> Iterator[str]:
             ops = " ".join(str(number[name]) for name in line.ops if name in number)
             dash = ' stroke-dasharray="5 4"' if line.dashed else ""
             yield (
-                f'<g class="edge" fill="none" data-ops="{ops}"><title>{escape(line.tip)}</title>'
+                f'<g class="edge" fill="none" data-ops="{ops}"><title>{style.escape(line.tip)}</title>'
                 f'<path d="{path}" stroke="{line.colour}" stroke-width="{2.2 if line.strong else 1.4}" '
                 f'stroke-linejoin="round" stroke-linecap="{"butt" if line.arrow else "round"}"{dash}/>{head}</g>'
             )
@@ -282,24 +264,24 @@ def _legend(found: Picture, x: float, y: float, width: float) -> tuple[str, floa
     """What the colours mean, those that occur; and the height it takes."""
     forms = {node.form for node in found.nodes}
     used = {node.colours.name for node in found.nodes if node.form == "player"}
-    boxes = [(colours, colours.name) for colours in FAMILIES if colours.name in used]
-    boxes += [(BLOCK, "folded block")] if "block" in forms else []
+    boxes = [(colours, colours.name) for colours in style.FAMILIES if colours.name in used]
+    boxes += [(style.BLOCK, "folded block")] if "block" in forms else []
     entries = [(_swatch(paint, 3.5), word) for paint, word in boxes]
     if any(node.coalition for node in found.nodes):
-        outer = f'<rect y="-10" width="18" height="13" rx="4" fill="none" stroke="{COALITION_COLOUR}"/>'
-        entries.append((outer + _ring(0, -10, 18, 13, 4), COALITION_WORDS))
+        outer = f'<rect y="-10" width="18" height="13" rx="4" fill="none" stroke="{style.COALITION_COLOUR}"/>'
+        entries.append((outer + _ring(0, -10, 18, 13, 4), style.COALITION_WORDS))
     if "free" in forms:
-        entries.append((_swatch(FREE, 5.5), FREE.name))
-    words = {colour: SHORTCUT_WORDS[kind] for kind, colour in SHORTCUT_COLOURS.items()}
-    words |= {WAIT_COLOUR: "value that waits", TIED_COLOUR: "tied weights"}
+        entries.append((_swatch(style.FREE, 5.5), style.FREE.name))
+    words = {colour: style.SHORTCUT_WORDS[kind] for kind, colour in style.SHORTCUT_COLOURS.items()}
+    words |= {WAIT_COLOUR: "value that waits", style.TIED_COLOUR: "tied weights"}
     drawn = {line.colour for line in found.lines}
     for colour in (colour for colour in words if colour in drawn):
-        dash = ' stroke-dasharray="5 4"' if colour == TIED_COLOUR else ""
+        dash = ' stroke-dasharray="5 4"' if colour == style.TIED_COLOUR else ""
         entries.append((f'<path d="M0 -3.5h18" stroke="{colour}" stroke-width="2.2"{dash}/>', words[colour]))
     entries.append((_crossed("8", "-3.5", LINE_COLOUR), "crosses a cut"))
     parts, at, row = [], 0.0, 0
     for mark, word in entries:
-        step = 24 + text_width(word, LEGEND_SIZE) + 18
+        step = 24 + style.text_width(word, LEGEND_SIZE) + 18
         if at and at + step > width:
             at, row = 0.0, row + 1
         text = _text(24, 0.5, word, LEGEND_SIZE, "#4a5566")
@@ -308,7 +290,7 @@ def _legend(found: Picture, x: float, y: float, width: float) -> tuple[str, floa
     return "".join(parts), 19.0 * (row + 1)
 
 
-def _swatch(paint: Family, radius: float) -> str:
+def _swatch(paint: style.Family, radius: float) -> str:
     return f'<rect y="-9" width="16" height="11" rx="{radius}" fill="{paint.fill}" stroke="{paint.line}"/>'
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import networkx as nx
 
+from gtddp_compile.graph import grouped
 from gtddp_compile.tools.draw.blocks import Block, Item, signatures, start_of, stop_of, tree
 from gtddp_compile.tools.draw.style import stages_text, summary
 from gtddp_compile.wording import plural
@@ -39,9 +40,7 @@ class Views:
         self._position = {name: index for index, name in enumerate(self.names)}
         self._player = {player["name"]: player for player in graph.graph["players"]}
         self._value = {value["name"]: value for value in graph.graph["values"]}
-        self._merged: dict[str, list[dict[str, Any]]] = {}
-        for shortcut in graph.graph["shortcuts"]:
-            self._merged.setdefault(shortcut["merge"], []).append(shortcut)
+        self._merged = grouped(graph.graph["shortcuts"], lambda shortcut: shortcut["merge"])
         self._summary = summary(graph)
 
     def folded(self, boxes: int) -> nx.MultiDiGraph[str]:

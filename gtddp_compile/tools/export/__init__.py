@@ -20,11 +20,7 @@ FORMATS = (*TEXTS, ".pt2")
 
 
 def write(program: UpdateProgram, path: Path, targets: Any = None) -> None:
-    """Write the program in the format of the path's suffix; it is complete before the file is opened.
-
-    Raises:
-        CompileError: no such format, or the program holds what the format cannot.
-    """
+    """Write the program in the format of the path's suffix; it is complete before the file is opened."""
     if path.suffix not in FORMATS:
         raise CompileError(f"there is no export format {path.suffix!r}", f"Choose one of {', '.join(FORMATS)}")
     if program.lowered.plan.ranks > 1 and path.suffix != ".tex":

@@ -181,11 +181,7 @@ class Luggage:
 
 
 def carry_function(function: object, luggage: Luggage) -> str:
-    """Carry a user's own function: a ``def`` at the top of a module that names torch and other such functions alone.
-
-    Raises:
-        CompileError: it is something else, or it names what cannot be carried.
-    """
+    """Carry a user's own function: a ``def`` at the top of a module that names torch and other such functions alone."""
     name = getattr(function, "__name__", type(function).__name__)
     module = inspect.getmodule(function)
     if not inspect.isfunction(function) or name == "<lambda>" or not isinstance(module, ModuleType):

@@ -99,11 +99,7 @@ class Writer:
         self.tensors: list[Tensor] = []
 
     def record(self, record: Any) -> dict[str, Any]:
-        """A record's fields.
-
-        Raises:
-            CompileError: it holds what a file cannot.
-        """
+        """A record's fields."""
         where = str(getattr(record, "name", type(record).__name__))
         found = {}
         kind: Any = type(record)

@@ -95,12 +95,9 @@ def _refuse(program: UpdateProgram) -> None:
         )
     if draws(program.lowered):
         op = next(op for op in program.graph.ops.ops if op.random)
-        raise CompileError(
+        raise op.refusal(
             "a .pt2 graph cannot draw the same random numbers in both sweeps",
             f"{REMEDY}, or compile the model with this layer in evaluation mode",
-            module=op.module,
-            operation=op.kind,
-            source=op.source,
         )
 
 
@@ -161,9 +158,6 @@ def _state(program: UpdateProgram, module: ModuleType, params: dict[str, Tensor]
 
     A momentum buffer or a last step of zeros is what none is, unless the first gradient is not
     dampened as the others are.
-
-    Raises:
-        CompileError: SGD with dampening.
     """
     state = {name: dict(entry) for name, entry in module.init_state(params).items()}
     for name, options in module.options_by_parameter().items():
@@ -185,11 +179,7 @@ def _zeros(program: UpdateProgram, name: str) -> Tensor:
 
 
 def _targets(program: UpdateProgram) -> Tensor:
-    """Targets that the loss takes: class indices, or values like the outputs.
-
-    Raises:
-        CompileError: it is no loss of torch with one output.
-    """
+    """Targets that the loss takes: class indices, or values like the outputs."""
     names, loss = program.graph.ops.output_names, program.compiled_for.loss
     module = loss.module
     if module is not None and len(names) == 1:

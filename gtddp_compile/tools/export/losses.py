@@ -22,11 +22,7 @@ OUTER = "OUTPUT_"
 
 
 def loss_text(program: UpdateProgram, luggage: Luggage) -> str:
-    """``losses(outputs, targets)``, where it is asked for ``factors``, and named tuples that the model returns.
-
-    Raises:
-        CompileError: the loss, or the class of the model's output, cannot be written down.
-    """
+    """``losses(outputs, targets)``, where it is asked for ``factors``, and named tuples that the model returns."""
     found = [*_named_tuples(program.graph.ops.output, luggage), _losses(program.compiled_for.loss, luggage)]
     for instruction in program.lowered.instructions:
         if instruction.function == "m.factors":
@@ -89,11 +85,7 @@ def _exported_name(kind: type) -> str:
 
 
 def named_classes(output: Any) -> list[Any]:
-    """Classes of named tuples in an output, from outside in.
-
-    Raises:
-        CompileError: the output has a class that is no plain tuple, list or dict, nor a named tuple.
-    """
+    """Classes of named tuples in an output, from outside in."""
     if isinstance(output, Mapping):
         if type(output) is not dict:
             raise _no_class(output)

@@ -12,7 +12,7 @@ from sympy import Identity, MatAdd, MatrixExpr, MatrixSymbol, ZeroMatrix
 from sympy.printing.latex import LatexPrinter
 
 from gtddp_compile.algebra.derivation import Equation, StageDerivation
-from gtddp_compile.algebra.pattern import StagePattern
+from gtddp_compile.graph import grouped
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.runtime.program import VERSION, UpdateProgram
 from gtddp_compile.tools.page import page
@@ -30,9 +30,7 @@ SHORT = 15
 def to_tex(program: UpdateProgram) -> str:
     """The document's source."""
     graph = program.graph
-    groups: dict[StagePattern, list[DerivedStage]] = {}
-    for stage in program.derived.stages:
-        groups.setdefault(stage.derivation.pattern, []).append(stage)
+    groups = grouped(program.derived.stages, lambda stage: stage.derivation.pattern)
     cuts = [(str(s.index), names(s.players), names(s.live), names(s.merges)) for s in graph.stages]
     shortcuts = [(names([s.fork]), names([s.merge]), escape(s.kind.replace("_", " ")), names(s.players))
                  for s in graph.shortcuts]  # fmt: skip

@@ -19,11 +19,7 @@ INLINE = 64
 
 
 def value_text(value: Any) -> str:
-    """A literal; a tensor of one element (a learning rate) as its number.
-
-    Raises:
-        CompileError: there is no text for it.
-    """
+    """A literal; a tensor of one element (a learning rate) as its number."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value_text(value.item())
     if isinstance(value, Tensor):
@@ -82,11 +78,7 @@ def loss_arguments(loss: Loss) -> tuple[str, dict[str, Any]] | None:
 
 
 def make_loss(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """One of torch's own losses from its class and arguments.
-
-    Raises:
-        CompileError: torch has no such loss, or the arguments are not its own.
-    """
+    """One of torch's own losses from its class and arguments."""
     kind = getattr(torch_losses, name, None) if name in torch_losses.__all__ else None
     if kind is None:
         raise CompileError(f"torch has no loss {name!r}", "Give the loss to compile_optimizer(..., loss=...)")
