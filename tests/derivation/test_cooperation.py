@@ -1,7 +1,5 @@
 """Coalitions: Theorem 3, Eq. 14, 15 and 40, Corollary 7, each against a computation of its own."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +20,7 @@ from gtddp_compile.passes.p01_normalise import FRONT_ENDS, normalise
 from gtddp_compile.passes.p06_derive import derive
 from gtddp_compile.runtime.compiler import build_graph
 from support.cases import gates, sums
-from support.compared import KRONECKER, LOSS, trained
+from support.compared import KRONECKER, LOSS, optimizer, trained
 from support.networks import Case, make
 
 
@@ -254,12 +252,6 @@ def test_the_compiler_recognises_corollary_7() -> None:
 # --- what is not allowed ----------------------------------------------------------------------------------------------
 
 
-def test_cooperative_is_true_false_or_by_default() -> None:
-    case = gates(2)
-    with pytest.raises(CompileError, match="cooperative"):
-        compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="sgd", cooperative="yes")  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "foof"])
 @pytest.mark.parametrize("backend", ["fast", "dense"])
 def test_equation_23_as_printed_has_no_cross_terms(backend: str, curvature: str) -> None:
@@ -301,19 +293,22 @@ SUMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+def added(add: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Case:
+    """Three layers of one input."""
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        x = torch.tanh(net.stem(x))
+        return net.head(torch.tanh(add(net.p0(x), net.p1(x), net.p2(x))))
+
+    return Case(make(forward, stem=(4, 3), head=(4, 3), **{f"p{k}": (3, 4) for k in range(3)}), (4,))
+
+
 @pytest.mark.parametrize("spelling", SUMS)
 def test_corollary_7_whatever_the_sum_is_written_as(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def case(add: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Case:
-        def forward(net: nn.Module, x: Tensor) -> Tensor:
-            x = torch.tanh(net.stem(x))
-            return net.head(torch.tanh(add(net.p0(x), net.p1(x), net.p2(x))))
-
-        return Case(make(forward, stem=(4, 3), head=(4, 3), **{f"p{k}": (3, 4) for k in range(3)}), (4,), {})
-
-    expected = trained(case(lambda a, b, c: a + b + c), steps=2, **KRONECKER["ekfac"])
+    expected = trained(added(lambda a, b, c: a + b + c), steps=2, **KRONECKER["ekfac"])
     for front_end in FRONT_ENDS[:2]:
         monkeypatch.setattr(normalise, "__defaults__", ((front_end,),))
-        found = trained(case(SUMS[spelling]), steps=2, **KRONECKER["ekfac"])
+        found = trained(added(SUMS[spelling]), steps=2, **KRONECKER["ekfac"])
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -323,11 +318,6 @@ def test_no_corollary_7_for_other_derivatives_or_readers() -> None:
         lambda a, b, c: a + b - c, lambda a, b, c: a + b + c + c, lambda a, b, c: (a + b + c) * c,
     ]  # fmt: skip
     for add in others:
-
-        def forward(net: nn.Module, x: Tensor, add: Any = add) -> Tensor:
-            return net.head(torch.tanh(add(net.p0(x), net.p1(x), net.p2(x))))
-
-        case = Case(make(forward, head=(4, 3), **{f"p{k}": (4, 4) for k in range(3)}), (4,), {})
-        opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, curvature="ekfac")
-        kinds = [(block.kind, len(block.players)) for block in opt.program.derived.stages[0].blocks]
+        _, opt = optimizer(added(add), curvature="ekfac")
+        kinds = [(block.kind, len(block.players)) for block in opt.program.derived.stages[1].blocks]
         assert kinds == [("shared", 2), ("kronecker", 1)]

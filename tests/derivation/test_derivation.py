@@ -1,7 +1,5 @@
 """The derived gains and recursions are the paper's: Eq. 9-12 and 26-31, proved by sympy on the pass's own output."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -26,7 +24,7 @@ from gtddp_compile.passes.p06_derive import DerivedStage, derive
 from gtddp_compile.passes.p07_collapse import collapse, form_equations, prove_law, prove_span
 from gtddp_compile.runtime.compiler import build_graph
 from support import networks
-from support.derived import Residual, opened, residual_stages
+from support.derived import opened, residual, residual_stages
 
 N, M = Symbol("n", integer=True, positive=True), Symbol("m", integer=True, positive=True)
 
@@ -140,8 +138,7 @@ def _along_the_shortcut(stages: list[DerivedStage]) -> tuple[MatrixExpr, MatrixE
 @pytest.mark.parametrize("recursion", ["levenberg", "substituted", "printed"])
 def test_collapse_is_proved_on_every_pattern(recursion: str) -> None:
     """Each claim is an exact identity; a wrong one must not pass."""
-    graph = build_graph(Residual(3), (torch.zeros(2, 3),), Options())
-    derived = derive(graph, recursion)  # type: ignore[arg-type]
+    derived = derive(residual(3), recursion)  # type: ignore[arg-type]
     form = collapse(derived, "full" if recursion == "levenberg" else "block")
     assert all(is_equal(c.left, c.right, c.rules) for c in form.claims)
     assert not is_equal(form.claims[0].left, 2 * form.claims[0].right)
@@ -171,9 +168,8 @@ def test_the_law_holds_for_numbers(recursion: Any, factored: bool) -> None:
 
 def test_printed_recursion_of_one_player() -> None:
     """Eq. 21-23's plus with the one ``Q_uu`` there is (``K = -Q_uu⁻¹ Q_ux``)."""
-    graph = build_graph(Residual(2), (torch.zeros(2, 3),), Options(coupling="block", recursion="printed"))
-    stages = [stage.derivation for stage in derive(graph, "printed").stages]
-    last = stages[-1].new_value_xx["x", "x"]
+    graph = residual(2, coupling="block", recursion="printed")
+    last = derive(graph, "printed").stages[-1].derivation.new_value_xx["x", "x"]
     assert (equation_text(last), last.source) == ("V_xx = Q_xx - Q_ux.T*K", "21-23, sign as printed")
 
 
@@ -184,9 +180,6 @@ def test_equal_as_polynomials_whatever_the_order_of_terms() -> None:
     assert not is_equal(a * b, b * a)
     assert not is_equal(2 * a * b, a * b)
     assert is_equal(a * b * a, b, [((a, b, a), b)])
-
-
-# --- the equations that run are those that were proved: whatever is altered between the two fails the compilat ---
 
 
 # name, recursion, coupling, whether the factors are richer than gradients

@@ -4,8 +4,6 @@ The problem of a step is ``min J(u + δ) + ½ δᵀ M δ``. With dynamics linear
 problem in all controls; DDP with full coupling and the exact terminal Hessian has to find its solution in one step.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -25,19 +23,17 @@ def only_biases(model: nn.Module) -> nn.Module:
 
 def chain() -> nn.Module:
     """``x_{t+1} = A_t x_t + u_t``, four stages of different widths."""
-    return only_biases(
-        networks.make(lambda net, x: net.d(net.c(net.b(net.a(x)))), a=(4, 3), b=(3, 5), c=(5, 4), d=(4, 2))
-    )
+    layers = {"a": (4, 3), "b": (3, 5), "c": (5, 4), "d": (4, 2)}
+    return only_biases(networks.make(lambda net, x: net.d(net.c(net.b(net.a(x)))), **layers))
 
 
 def shortcut() -> nn.Module:
     """The same with a waiting state and a coalition: ``A_4 (A_2 A_1 x + A_3 x)`` and their controls."""
-    return only_biases(
-        networks.make(
-            lambda net, x: net.head(net.b(net.a(net.stem(x))) + net.short(net.stem(x)) + net.stem(x)),
-            stem=(4, 3), a=(3, 4), b=(4, 3), short=(3, 3), head=(3, 2),
-        )
-    )  # fmt: skip
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        return net.head(net.b(net.a(net.stem(x))) + net.short(net.stem(x)) + net.stem(x))
+
+    return only_biases(networks.make(forward, stem=(4, 3), a=(3, 4), b=(4, 3), short=(3, 3), head=(3, 2)))
 
 
 def single() -> nn.Module:

@@ -4,9 +4,6 @@ Explicit matrices here are those of `oracle.jacobians`: ``torch.func.jacrev`` of
 equations 11 and 12, and Eq. 9 and 10 with them, are proved symbolically in test_derivation.py; here is their meaning.
 """
 
-from __future__ import annotations
-
-import copy
 from typing import Any
 
 import pytest
@@ -14,13 +11,14 @@ import torch
 from sympy import Identity, Inverse, MatrixSymbol, ZeroMatrix
 from torch import Tensor, nn
 
-from gtddp_compile import compile_optimizer
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.algebra.symbols import is_equal
 from support import networks
+from support.compared import optimizer
 from support.derived import opened, residual_stages
 from support.networks import Case
 from support.oracle import Stage, State, flat, jacobians, pack, trajectory, unpack
+from support.oracle_cases import parameters
 
 Params = dict[str, Tensor]
 
@@ -28,7 +26,7 @@ Params = dict[str, Tensor]
 def one_sample(case: Case) -> tuple[list[Stage], Params, Tensor, Tensor]:
     """Stages, parameters and a batch of one: the propositions are about one trajectory."""
     x, y = case.batch(2, 1)
-    return case.stages["asap"], {n: p.detach().clone() for n, p in case.model.named_parameters()}, x, y
+    return case.stages["asap"], parameters(case.model), x, y
 
 
 def gradient_at_the_end(states: list[State], y: Tensor) -> Tensor:
@@ -37,16 +35,10 @@ def gradient_at_the_end(states: list[State], y: Tensor) -> Tensor:
 
 def compiled(case: Case, x: Tensor, y: Tensor, **options: Any) -> Params:
     """Parameters after one step of the compiled optimizer."""
-    model = copy.deepcopy(case.model)
-    opt = compile_optimizer(
-        model,
-        x,
-        loss=nn.CrossEntropyLoss(),
-        feedback_clip=None,
-        **{"curvature": "sgd", "rollout": "nonlinear", **options},
-    )
+    options = {"curvature": "sgd", "rollout": "nonlinear", "feedback_clip": None, **options}
+    model, opt = optimizer(case, len(x), **options)
     opt.step(x, y)
-    return {name: p.detach() for name, p in model.named_parameters()}
+    return parameters(model)
 
 
 def ddp(
@@ -103,10 +95,12 @@ def test_proposition_1_is_gradient_descent() -> None:
     """``Q_uu = I/η``, ``Q_ux = 0``: the update is ``-η ∂J/∂u`` by ``torch.func.grad`` on the module itself."""
     case = networks.mlp()
     x, y = case.batch(0)
-    u = {name: p.detach().clone() for name, p in case.model.named_parameters()}
-    gradient = torch.func.grad(
-        lambda u: nn.functional.cross_entropy(torch.func.functional_call(case.model, u, (x,)), y)
-    )(u)
+    u = parameters(case.model)
+
+    def loss(u: Params) -> Tensor:
+        return nn.functional.cross_entropy(torch.func.functional_call(case.model, u, (x,)), y)
+
+    gradient = torch.func.grad(loss)(u)
     found = compiled(case, x, y, curvature="sgd", lr=0.3, feedback=False)
     assert_same(found, {name: u[name] - 0.3 * gradient[name] for name in u})
 
@@ -343,10 +337,8 @@ def test_theorem_3_needs_the_minus_sign() -> None:
         return m.T.reshape(-1)
 
     own_v = torch.linalg.solve(torch.kron(a[v, v], b[v, v]), vec(q_v))
-    found = [
-        -torch.kron(a_i[u, u], b_i[u, u]) @ (vec(q_u) - sign * torch.kron(a[u, v], b[u, v]) @ own_v)
-        for sign in (-1.0, 1.0)
-    ]
+    found = [-torch.kron(a_i[u, u], b_i[u, u]) @ (vec(q_u) - sign * torch.kron(a[u, v], b[u, v]) @ own_v)
+             for sign in (-1.0, 1.0)]  # fmt: skip
     torch.testing.assert_close(found[0], vec(from_52), rtol=0, atol=1e-10)
     assert (found[1] - vec(from_52)).abs().max() > 1e-2
 

@@ -4,8 +4,6 @@ The control of a weight that is used again waits in the state, as a vector besid
 the package's own but the update that is tested.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch.autograd.functional import jacobian
 from torch.func import grad
 
 from gtddp_compile import compile_optimizer
-from support.networks import CASES
+from support.networks import CASES, make
 from support.oracle import Params, State, flat, jacobians, pack, trajectory, unpack
 
 SAMPLES, WIDTH, CLASSES, LR = 3, 3, 2, 0.5
@@ -48,17 +46,9 @@ def solve(
     return found
 
 
-class Reused(nn.Module):
+def network(net: nn.Module, x: Tensor) -> Tensor:
     """A matrix that comes back after another layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.c = nn.Linear(WIDTH, CLASSES, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.b(torch.tanh(self.a(x))))
-        return self.c(torch.tanh(self.a(h)))
+    return net.c(torch.tanh(net.a(torch.tanh(net.b(torch.tanh(net.a(x)))))))
 
 
 def reused(x: Tensor, targets: Tensor) -> tuple[list[Stage], Tensor, Callable[[Tensor], Tensor]]:
@@ -84,18 +74,14 @@ def mean_square(outputs: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", ["fast", "dense"])
 def test_tied_weights_against_explicit_matrices(backend: str) -> None:
     torch.manual_seed(0)
-    model, x, y = Reused().double(), torch.randn(SAMPLES, WIDTH).double(), torch.randn(SAMPLES, CLASSES).double()
+    model = make(network, a=(WIDTH, WIDTH, False), b=(WIDTH, WIDTH, False), c=(WIDTH, CLASSES, False))
+    x, y = torch.randn(SAMPLES, WIDTH).double(), torch.randn(SAMPLES, CLASSES).double()
     parameters = list(model.parameters())
     stages, start, losses = reused(x, y)
     before = [p.detach().clone() for p in parameters]
     expected = solve(stages, start, [p.flatten() for p in before], losses)
-    options: dict[str, Any] = {
-        "terminal": "gradient",
-        "feedback_clip": None,
-        "rollout": "nonlinear",
-        "backend": backend,
-    }
-    opt = compile_optimizer(model, x, loss=mean_square, curvature="sgd", lr=LR, **options)
+    options: dict[str, Any] = {"terminal": "gradient", "feedback_clip": None, "rollout": "nonlinear"}
+    opt = compile_optimizer(model, x, loss=mean_square, curvature="sgd", lr=LR, backend=backend, **options)
     assert len(opt.graph.players[0].uses) == 2, "one player, two uses"
     opt.step(x, y)
     for p, old, new in zip(parameters, before, expected, strict=True):

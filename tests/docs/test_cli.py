@@ -1,13 +1,10 @@
 """The command line: what it prints, writes and refuses, on models in a user's own files."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.tools.cli import app, loading, terminal
+from support.exported import load_module, named
 
 USER_FILE = """\
 import torch
@@ -136,19 +134,14 @@ def test_options_reach_the_derivation(here: Path) -> None:
 
 
 def test_export_writes_a_module_that_runs(here: Path) -> None:
-    words = (
-        "user_net.py:Net",
-        *["-i", "2,4", "--loss", "mse", "--curvature", "adam", "--lr", "0.01", "--set", "eps=1e-6"],
-    )
-    done = run("export", *words, "--dtype", "float64", "--out", "step.py")
+    words = "-i 2,4 --loss mse --curvature adam --lr 0.01 --set eps=1e-6 --dtype float64 --out step.py"
+    done = run("export", "user_net.py:Net", *words.split())
     assert done.exit_code == 0 and done.stdout == "", done.stderr
     assert "wrote step.py" in done.stderr
-    module: dict[str, Any] = {}
-    exec(compile((here / "step.py").read_text(encoding="utf-8"), "step.py", "exec"), module)
-    model = loading.load_model("user_net.py:Net", [], "float64")
-    params = {name: value.detach() for name, value in model.named_parameters()}
+    module, model = load_module(here / "step.py"), loading.load_model("user_net.py:Net", [], "float64")
+    params, _ = named(model)
     x, y = torch.ones(2, 4, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
-    after, _, _, loss = module["step"](params, {}, module["init_state"](params), (x,), y)
+    after, _, _, loss = module.step(params, {}, module.init_state(params), (x,), y)
     assert torch.allclose(loss, torch.nn.functional.mse_loss(model(x), y))
     assert all((after[name] - params[name]).abs().max() > 1e-4 for name in params)
 

@@ -1,7 +1,5 @@
 """The demo runs, with very few steps, and its report is complete and stands alone."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

@@ -3,8 +3,6 @@
 Written by ``PYTHONPATH=tests python tests/docs/test_errors_page.py``.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import warnings
@@ -102,6 +100,11 @@ def of_later(change: bad.Act | None, act: bad.Act) -> Wrong:
     return found._replace(act=partial(act, found.opt, found.net))
 
 
+def of_options(options: dict[str, Any]) -> Wrong:
+    net = model()
+    return Wrong(net, None, partial(compiled, net, **options))
+
+
 def shown(options: dict[str, Any]) -> str:
     text = ", ".join(f"{name}={value!r}" for name, value in options.items())
     return re.sub(r"<class '[\w.]+\.(\w+)'>", r"\1", re.sub(r"SGD\(lr=1.0.*?\)", "SGD(lr=1.0)", text))
@@ -123,12 +126,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Wrong]]]:
         yield "The loss is", title, partial(of_loss, loss)
     yield "The loss is", "one that reads what forward leaves in an attribute", of_penalty
     for options in bad.OPTIONS:
-        net = partial(model)
-        yield (
-            "Options",
-            f"`{shown(options)}`",
-            lambda o=options, net=net: Wrong(n := net(), None, partial(compiled, n, **o)),
-        )  # type: ignore[misc]
+        yield "Options", f"`{shown(options)}`", partial(of_options, options)
     for title, build in bad.OBJECTS.items():
         yield "Options", f"`{title}`", lambda build=build: Wrong(None, None, build)  # type: ignore[misc]
     for title, (change, act) in bad.LATER.items():
@@ -141,11 +139,8 @@ CASES = {f"{section}: {title}": (section, title, build) for section, title, buil
 def everything(wrong: Wrong) -> str:
     """Values of whatever a step or a compilation might write."""
     drawn = torch.get_rng_state().sum(), hash(random.getstate()), str(np.random.get_state())
-    values = (
-        dict(wrong.net.state_dict())
-        if isinstance(wrong.net, nn.Module) and "lazy" not in str(wrong.net).lower()
-        else {}
-    )
+    written = isinstance(wrong.net, nn.Module) and "lazy" not in str(wrong.net).lower()
+    values = dict(wrong.net.state_dict()) if written else {}
     states = {} if wrong.opt is None else wrong.opt.state
     return f"{drawn} {values} {states} {wrong.opt and wrong.opt.param_groups}"
 

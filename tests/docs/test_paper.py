@@ -1,7 +1,5 @@
 """The paper's results: one tiny run of each part, loaders on small files, the page from the rows, and its oracles."""
 
-from __future__ import annotations
-
 import gzip
 import pickle
 import sys
@@ -19,7 +17,7 @@ from gtddp_compile.runtime.dense.jacobians import Trajectory
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("table2", "fig1", "fig4", "fig6", "fig7", "fig8", "feedback")
-TINY = {"steps": "4", "width": "1", "trained": "2"}
+TINY = {"steps": "4", "width": "1", "trained": "2", "side": "closed", "batch": "1"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,9 +60,6 @@ def test_rows_are_kept_and_not_measured_again(tmp_path: Path) -> None:
     again = Store(tmp_path / "rows.csv")
     again.keep({**keys[0], "loss": "0.1"})
     assert Store(tmp_path / "rows.csv").missing(keys) == keys[2:]
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -117,9 +112,6 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["table2", "--datasets", "cifar10", "--data-root", str(tmp_path)], env={
         "MALLOC_TRIM_THRESHOLD_": "0"})  # fmt: skip
     assert said.exit_code == 1 and "cifar-10-batches-py/test_batch" in said.stderr and "put there" in said.stderr
-
-
-# --- oracles ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [False, True])

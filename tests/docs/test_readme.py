@@ -1,7 +1,5 @@
 """The documents a new user reads are true: code runs, pictures are what the scripts draw, tables match the source."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import importlib.util
@@ -126,9 +124,6 @@ def test_the_options_in_the_usage_exist() -> None:
     assert named and named <= set(inspect.signature(compile_optimizer).parameters)
 
 
-# --- docs/derivations.md names tests that exist ---
-
-
 def test_every_test_named_there_exists() -> None:
     text = (ROOT / "docs" / "derivations.md").read_text(encoding="utf-8")
     sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
@@ -143,13 +138,11 @@ def test_the_page_on_installing_says_what_was_tried() -> None:
     release = hidden("release")
     tried, project = json.loads(release.DATA.read_text(encoding="utf-8")), read("pyproject.toml")
     assert release.table() in read("docs/install.md"), "run .ci/release --page"
-    bounds = re.findall(
-        r'^  "([\w-]+)>=([\w.]+)",$', project.partition("dependencies")[2].partition("]")[0], re.MULTILINE
-    )
+    needed = project.partition("dependencies")[2].partition("]")[0]
+    bounds = re.findall(r'^  "([\w-]+)>=([\w.]+)",$', needed, re.MULTILINE)
     assert [f"{name}=={version}" for name, version in bounds] == tried["lowest"], "run .ci/release"
-    assert read("CHANGELOG.md").split("\n## ")[1].splitlines()[0] in re.findall(
-        r'^version = "(.*)"', project, re.MULTILINE
-    )
+    (version,) = re.findall(r'^version = "(.*)"', project, re.MULTILINE)
+    assert read("CHANGELOG.md").split("\n## ")[1].splitlines()[0] == version
 
 
 def test_the_api_page_has_every_public_name() -> None:

@@ -1,7 +1,5 @@
 """References to docs/theory.md resolve, its tables have every printed symbol, the glossary's files exist."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -80,9 +78,6 @@ def test_the_glossary_names_files_that_exist() -> None:
     named = set(re.findall(r"`(\w+\.py)`", read("docs/glossary.md") + read("docs/theory.md")))
     tests = {path.name for path in (ROOT / "tests").rglob("*.py")}
     assert len(named) > 20 and named <= sources | tests, named - sources - tests
-
-
-# --- symbols ----------------------------------------------------------------------------------------------------------
 
 
 def known_symbols() -> tuple[frozenset[str], list[str]]:

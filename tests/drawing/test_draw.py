@@ -1,7 +1,5 @@
 """Drawings of control graphs that are built by hand: the passes are not needed."""
 
-from __future__ import annotations
-
 import json
 import re
 import runpy
@@ -162,10 +160,9 @@ def test_missing_engine_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> Non
     layout._executable.cache_clear()
 
 
-# --- large networks drawn: what is folded, what the page holds, and that every form stays within its limits ---
+# --- large networks ---
 
 
-@cache
 @cache
 def deep(blocks: int, width: int = 4) -> ControlGraph:
     """Residual blocks ``blocks.I`` of two layers, with a stem and a head."""
@@ -204,9 +201,6 @@ def said(data: dict[str, Any], numbers: list[int]) -> str:
     return "\n".join(data["lines"][number] for number in numbers)
 
 
-# --- repeats and blocks -----------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=60))
 def test_runs_are_periodic_and_apart(sequence: list[int]) -> None:
@@ -236,9 +230,6 @@ def test_blocks_are_intervals(make: Any) -> None:
     assert (root.start, root.stop) == (0, len(graph))
 
 
-# --- folded views -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("make", [resnet18, dense, lambda: deep(50), lambda: flat(80)])
 @pytest.mark.parametrize("boxes", [1, 12, 40])
 def test_views_are_acyclic_and_stages_run_down(make: Any, boxes: int) -> None:
@@ -254,9 +245,6 @@ def test_views_are_acyclic_and_stages_run_down(make: Any, boxes: int) -> None:
     spans = [(stage.get("first", stage["index"]), stage.get("last", stage["index"])) for stage in stages]
     covered = [at for first, last in spans for at in range(first, last + 1)]
     assert covered == sorted(set(covered)) and len(covered) <= len(whole.graph["stages"])
-
-
-# --- still pictures ---------------------------------------------------------------------------------------------------
 
 
 def test_mermaid_stays_within_its_limits() -> None:
@@ -288,7 +276,7 @@ def test_the_picture_in_the_docs_is_what_the_script_makes(tmp_path: Path) -> Non
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", ALL, ids=[make.__name__ for make in ALL])
+@each
 def test_page_is_self_contained(make: Any) -> None:
     text, data = page(make(), {0: "k = -M⁻¹ Q_u </script><script>alert(1)</script>"})
     assert not re.search(r"""(?:src|href|url|@import)\s*[=(]\s*["']?\s*(?:https?:)?//""", text)

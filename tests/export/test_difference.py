@@ -1,7 +1,5 @@
 """``program.diff(other)``: what one more shortcut, another option or another layer changes, and nothing else."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``.pt2``: the step as one graph of torch.export, loaded again and run."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess
@@ -18,26 +16,22 @@ from gtddp_compile.tools.export.tex import symbol_text
 from support import networks
 from support.architectures import EXAMPLES, Example
 from support.exported import compiled, largest, named, pseudo_huber, run_alone, state_by_name, targets_for, torch_only
-from support.networks import make, mlp
+from support.networks import make
+from support.stored import small
 
 
-def residual() -> Example:
-    """A convolution and a batch-norm with running statistics beside a strided projection."""
+def normed() -> Example:
+    """A strided convolution, a batch-norm with running statistics, a shortcut."""
 
     def forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return net.head(torch.relu(net.norm(net.a(x)) + net.short(x)).flatten(1))
+        return net.head(torch.relu(net.norm(net.a(x)) + x[..., ::2, ::2]).flatten(1))
 
-    layers = {"a": lambda: nn.Conv2d(1, 2, 3, 2, 1, bias=False), "norm": lambda: nn.BatchNorm2d(2),
-              "short": lambda: nn.Conv2d(1, 2, 1, 2), "head": (8, 3)}  # fmt: skip
+    layers = {"a": lambda: nn.Conv2d(1, 2, 3, 2, 1), "norm": lambda: nn.BatchNorm2d(2), "head": (8, 3)}
     return Example(make(forward, **layers), (torch.randn(4, 1, 4, 4, dtype=torch.float64),))
 
 
-def small() -> Example:
-    return Example(mlp().model, (mlp().batch(0)[0],))
-
-
 CASES: dict[str, tuple[Callable[[], Example], dict[str, Any]]] = {
-    "sgd": (residual, {"curvature": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    "sgd": (normed, {"curvature": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
     "adam": (small, {"curvature": "adam", "amsgrad": True, "weight_decay": 0.1, "coupling": "block"}),
 }
 SCRIPT = """

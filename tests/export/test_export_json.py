@@ -1,7 +1,5 @@
 """``.json``: a program read back is the program, and a file that is none is refused without running anything."""
 
-from __future__ import annotations
-
 import builtins
 import copy
 import hashlib
@@ -63,9 +61,6 @@ def test_what_torch_does_not_list_as_an_operation(tmp_path: Path) -> None:
 
 def summed(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs["logits"], targets, reduction="none") + outputs["value"].square().sum(1)
-
-
-# --- training by a loaded program -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["densenet_like", "attention_block", "dropout_mlp"])
@@ -342,9 +337,6 @@ def test_functions_that_are_not_torchs_are_refused_when_written(tmp_path: Path) 
     with pytest.raises(CompileError, match=r"which a stored program cannot name"):
         program.export(tmp_path / "program.json")
     assert not (tmp_path / "program.json").exists()
-
-
-# --- docs/program-schema.json is the schema that the code has, and what is exported is valid by it ---
 
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "program-schema.json"

@@ -1,7 +1,5 @@
 """``program.export("step.py")``: the written module does what ``opt.step`` does, with torch and nothing else."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 import sys
@@ -17,20 +15,13 @@ from torch.utils import _pytree as pytree
 
 from gtddp_compile import SGD, CompiledOptimizer, CompileError, MonteCarlo, compile_optimizer
 from support.architectures import EXAMPLES, Example
-from support.exported import (
-    compiled,
-    largest,
-    load_module,
-    named,
-    pseudo_huber,
-    run_alone,
-    state_by_name,
-    targets_for,
-    torch_only,
-)
+from support.exported import compiled, largest, load_module, named, pseudo_huber, run_alone, targets_for, torch_only
+from support.exported import state_by_name as states
 from support.networks import conv, make, mlp
+from support.stored import small
 
 STEPS = 4
+TARGETS = mlp().batch(0)[1]
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 SCRIPT = """
@@ -99,9 +90,8 @@ def test_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name, (opt, model, bound) in optimizers.items():
         params, buffers, state = torch.load(tmp_path / f"{name}.pt")
         assert worst[name] <= bound
-        assert largest(params, named(model)[0]) <= bound
-        assert largest(buffers, named(model)[1]) <= bound
-        assert largest(state, state_by_name(opt, model)) <= bound
+        assert all(largest(*pair) <= bound for pair in zip((params, buffers), named(model), strict=True))
+        assert largest(state, states(opt, model)) <= bound
 
 
 def follow(opt: CompiledOptimizer, example: Example, path: Path, targets: Tensor, steps: int = 3) -> None:
@@ -119,9 +109,8 @@ def follow(opt: CompiledOptimizer, example: Example, path: Path, targets: Tensor
         params, buffers, state, loss = module.step(params, buffers, state, example.inputs, targets)
         assert torch.equal(after, torch.get_rng_state())
         assert abs(float(loss) - float(wanted)) <= 1e-12
-    assert largest(params, named(example.model)[0]) <= 1e-12
-    assert largest(buffers, named(example.model)[1]) <= 1e-12
-    assert largest(state, state_by_name(opt, example.model)) <= 1e-12
+    assert all(largest(*pair) <= 1e-12 for pair in zip((params, buffers), named(example.model), strict=True))
+    assert largest(state, states(opt, example.model)) <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["dropout_mlp", "siamese", "two_inputs", "frozen"])
@@ -130,21 +119,12 @@ def test_every_kind_of_network(name: str, tmp_path: Path) -> None:
     follow(compiled(example), example, tmp_path / "step.py", targets_for(3, 4))
 
 
-class Scaled(nn.Module):
-    """Constant tensors: a plain attribute, and one made while tracing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 3).double()
-        self.scale = torch.tensor([0.5, 1.0, 2.0, -1.0]).double()
-        self.register_buffer("shift", torch.ones(4).double(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x * self.scale + self.shift + torch.arange(4))
-
-
 def test_constants_travel(tmp_path: Path) -> None:
-    example = Example(Scaled(), (torch.randn(4, 4, dtype=torch.float64),))
+    """Constant tensors: a plain attribute, a buffer that is not saved, and one made while tracing."""
+    model = make(lambda net, x: net.a(x * net.scale + net.shift + torch.arange(4)), a=(4, 3))
+    model.scale = torch.tensor([0.5, 1.0, 2.0, -1.0]).double()
+    model.register_buffer("shift", torch.ones(4).double(), persistent=False)
+    example = Example(model, (torch.randn(4, 4, dtype=torch.float64),))
     follow(compiled(example, lr=0.01), example, tmp_path / "step.py", targets_for(3, 4))
 
 
@@ -162,28 +142,24 @@ def test_a_loss_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_options_are_those_of_the_groups_now_and_can_be_edited(tmp_path: Path) -> None:
-    case = mlp()
-    (x, y), example = case.batch(0), Example(case.model, (case.batch(0)[0],))
+    example, y = small(), TARGETS
     opt = compiled(example, lr=0.5)
     opt.param_groups[1]["lr"] = 0.125
     follow(opt, example, tmp_path / "step.py", y)
     module = load_module(tmp_path / "step.py")
     module.OPTIONS["lr"] = 0.0
     module.GROUPS.update({name: (names, {"lr": 0.0}) for name, (names, _) in module.GROUPS.items()})
-    params, buffers = named(case.model)
-    assert largest(module.step(params, buffers, module.init_state(params), x, y)[0], params) == 0
+    params, buffers = named(example.model)
+    assert largest(module.step(params, buffers, module.init_state(params), example.inputs, y)[0], params) == 0
 
 
 def test_a_loss_of_ones_own_travels_as_text(tmp_path: Path) -> None:
-    case = mlp()
-    example = Example(case.model, (case.batch(0)[0],))
+    example = small()
     follow(compiled(example, loss=pseudo_huber), example, tmp_path / "step.py", torch.zeros(7, 3).double())
 
 
 def test_a_loss_that_needs_more_than_torch_is_refused(tmp_path: Path) -> None:
-    case = mlp()
-    example = Example(case.model, (case.batch(0)[0],))
-    opt = compiled(example, loss=lambda outputs, targets: (outputs - targets).square().mean(1))
+    opt = compiled(small(), loss=lambda outputs, targets: (outputs - targets).square().mean(1))
     with pytest.raises(CompileError, match=r"<lambda> cannot be written .* Define it with def"):
         opt.program.export(tmp_path / "step.py")
     assert not (tmp_path / "step.py").exists()
@@ -211,11 +187,7 @@ FACTORS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_terminal_factors(name: str, tmp_path: Path) -> None:
-    case = mlp()
-    example = Example(case.model, (case.batch(0)[0],))
-    targets = case.batch(0)[1]
-    if name == "elementwise":
-        targets = F.one_hot(targets, 3).double()
+    example, targets = small(), F.one_hot(TARGETS, 3).double() if name == "elementwise" else TARGETS
     follow(compiled(example, **FACTORS[name]), example, tmp_path / "step.py", targets)
 
 
@@ -230,14 +202,12 @@ def test_named_tuples_reach_the_loss(terminal: Any, tmp_path: Path) -> None:
 
 
 def test_a_concave_loss_is_refused_by_the_module_too(tmp_path: Path) -> None:
-    case = mlp()
-    x, y = case.batch(0)
-    opt = compiled(Example(case.model, (x,)), loss=concave, terminal="ggn")
-    opt.program.export(tmp_path / "step.py")
+    example = small()
+    compiled(example, loss=concave, terminal="ggn").program.export(tmp_path / "step.py")
     module = load_module(tmp_path / "step.py")
-    params, buffers = named(case.model)
+    params, buffers = named(example.model)
     with pytest.raises(ValueError, match="not convex in the network's outputs here: eigenvalue -2"):
-        module.step(params, buffers, module.init_state(params), x, y)
+        module.step(params, buffers, module.init_state(params), example.inputs, TARGETS)
 
 
 def concave(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -266,8 +236,7 @@ class OwnSGD(SGD):
 
 @pytest.mark.parametrize("suffix", ["py", "pt2", "json"])
 def test_a_base_method_of_ones_own_is_refused(suffix: str, tmp_path: Path) -> None:
-    case = mlp()
-    opt = compile_optimizer(case.model, case.batch(0)[0], loss=case.loss, curvature=OwnSGD(lr=0.1))
+    opt = compile_optimizer(small().model, small().inputs, loss=nn.CrossEntropyLoss(), curvature=OwnSGD(lr=0.1))
     with pytest.raises(CompileError, match="the base method OwnSGD is none of the package's own"):
         opt.program.export(tmp_path / f"step.{suffix}")
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,5 @@
 """What changes in a model after it was compiled, and sizes that a recording has built in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +10,6 @@ from torch import Tensor, nn
 from support.networks import make
 from support.recorded import batch
 from support.refused import TARGETS, Layer, Options, compiled, expect_the_base_methods_update, model
-
-# --- changes after compilation ----------------------------------------------------------------------------------------
 
 
 def reads_attributes(layer: Any, x: Tensor) -> Tensor:
@@ -66,9 +62,6 @@ def test_a_model_that_keeps_changing_is_pointed_out() -> None:
             net.block[0].scale = float(index)
             opt.step(batch(6), TARGETS)
     expect_the_base_methods_update(opt, net, batch(6))
-
-
-# --- sizes that a recording has built in ------------------------------------------------------------------------------
 
 
 def as_often_as_samples(net: Any, x: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Models that differentiate themselves: however a derivative is written, the same joint step, and the explicit one."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
@@ -16,25 +14,20 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from gtddp_compile import Geometric, compile_optimizer, pde
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends import trace_derivatives
-from support.compared import flat
+from support.compared import assert_equal, flat
 from support.laplacians import WAYS, Equation, Model, forward_twice, tanh_net
+from support.networks import Case, make
 
 
-class Waves(nn.Module):
+def waves() -> nn.Module:
     """Fourier features from a buffer, a shortcut, no last bias."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", torch.randn(2, 3))
-        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 1, bias=False)
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        z = x @ net.frequencies
+        h = F.silu(net.a(torch.cat([torch.sin(z), torch.cos(z)], -1)))
+        return net.c(h + torch.sin(net.b(h)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = x @ self.frequencies
-        h = F.silu(self.a(torch.cat([torch.sin(z), torch.cos(z)], -1)))
-        return self.c(h + torch.sin(self.b(h)))  # type: ignore[no-any-return]
-
-
-# --- the Laplacian, in every way of writing it ------------------------------------------------------------------------
+    return make(forward, frequencies=lambda: torch.randn(2, 3), a=(6, 5), b=(5, 5), c=(5, 1, False))
 
 
 def squared(outputs: Any, targets: Tensor) -> Tensor:
@@ -90,9 +83,6 @@ def test_every_way_is_the_explicit_step(way: str) -> None:
     assert rules <= ({"linear", "shift"} if way == "by hand, stacked" else {"linear", "transposed"})
 
 
-# --- other equations --------------------------------------------------------------------------------------------------
-
-
 def heat(m: Model, x: Tensor) -> Tensor:
     x = x.clone().requires_grad_(True)
     value = m.net(x)
@@ -137,22 +127,20 @@ def detached(m: Model, x: Tensor) -> Tensor:
 
 
 def matrices() -> dict[str, nn.Parameter]:
-    return {
-        "w1": nn.Parameter(torch.randn(4, 2)),
-        "w2": nn.Parameter(torch.randn(3, 4)),
-        "b1": nn.Parameter(torch.randn(4)),
-    }
+    return {name: nn.Parameter(torch.randn(shape)) for name, shape in (("w1", (4, 2)), ("w2", (3, 4)), ("b1", (4,)))}
+
+
+def normed(act: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 6), nn.LayerNorm(6), act, nn.Linear(6, 1))
 
 
 EQUATIONS: dict[str, Callable[[], Model]] = {
     "heat": lambda: Model(heat),
     "heat, forward": lambda: Model(heat_forward),
-    "heat of waves": lambda: Model(heat, Waves()),
-    "laplacian of waves": lambda: Model(WAYS["pde.laplacian"], Waves()),
+    "heat of waves": lambda: Model(heat, waves()),
+    "laplacian of waves": lambda: Model(WAYS["pde.laplacian"], waves()),
     "coefficient": lambda: Model(lambda m, x: pde.laplacian(m.u)(x) + m.k * m.u(x), k=nn.Parameter(torch.tensor(2.0))),
-    "layer norm": lambda: Model(
-        WAYS["pde.laplacian"], nn.Sequential(nn.Linear(2, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 1))
-    ),
+    "layer norm": lambda: Model(WAYS["pde.laplacian"], normed(nn.GELU())),
     "third": lambda: Model(third),
     "vjp": lambda: Model(pulled),
     "vmap": lambda: Model(lambda m, x: vmap(m.u)(x)),
@@ -185,15 +173,9 @@ def test_equations_are_the_explicit_step(name: str) -> None:
     ("torch.autograd.grad", {"curvature": "kfac", "lr": 0.1, "rollout": "nonlinear"}),
 ])  # fmt: skip
 def test_fast_equals_dense(way: str, options: dict[str, Any]) -> None:
-    x, y, found = torch.rand(7, 2), torch.rand(7), []
-    for backend in ("fast", "dense"):
-        torch.manual_seed(1)
-        model = Model(WAYS[way])
-        opt = compile_optimizer(model, x, loss=squared, gram="exact", backend=backend, **options)
-        for _ in range(2):
-            opt.step(x, y)
-        found.append(flat(model))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+    x, y = torch.rand(7, 2), torch.rand(7)
+    case = Case(Model(WAYS[way]), loss=squared, draw=lambda seed, size: (x, y))
+    assert_equal(case, gram="exact", **options)
 
 
 def test_another_number_of_points() -> None:
@@ -215,9 +197,6 @@ def test_zero_tangents_and_repeats_are_gone() -> None:
     # Value and two directions; in between, the second derivative of each as well; at the end those alone.
     assert [used.count(f"net.{i}.weight") for i in (0, 2, 4)] == [3, 5, 2]
     assert not any("zero" in str(call.target) for call in traced.calls)
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def inner_step(m: Model, x: Tensor) -> Any:
@@ -254,20 +233,15 @@ def writing(m: Any, x: Tensor) -> Any:
     return vmap(grad(m.u))(x)[:, 0]
 
 
-def fused_third(m: Model, x: Tensor) -> Any:
-    """torch's own gradient of a second derivative through layer_norm is wrong."""
-    return heat(m, x)
-
-
-NORMED = (nn.Linear(2, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 1))
 REFUSED: dict[str, tuple[Equation, Callable[[], nn.Module], str]] = {
     "inner step": (inner_step, tanh_net, r"grad, at test_derivatives.*parameter 'net.0.weight' \(meta-learning\)"),
     "inner gradient": (inner_gradient, tanh_net, r"parameter 'net.0.weight' \(meta-learning\)"),
     "inner direction": (inner_direction, tanh_net, r"parameter 'net.0.weight' \(meta-learning\)"),
     "cut off": (cut_off, tanh_net, "without create_graph=True.*Pass create_graph=True"),
     "deciding": (deciding, tanh_net, "the path through the model depends on values"),
-    "writing": (writing, Waves, "writes the buffer 'net.frequencies'"),
-    "fused": (fused_third, lambda: nn.Sequential(*NORMED).double(), "third derivatives of a fused operation"),
+    "writing": (writing, waves, "writes the buffer 'net.frequencies'"),
+    # torch's own gradient of a second derivative through layer_norm is wrong
+    "fused": (heat, lambda: normed(nn.Tanh()), "third derivatives of a fused operation"),
 }
 
 

@@ -1,7 +1,5 @@
 """What malformed models and inputs are told, and that nothing has changed then."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable
@@ -20,9 +18,6 @@ from support.refused import compiled, model, refused
 
 def line(forward: Callable[..., Any], offset: int) -> str:
     return f"test_errors.py:{forward.__code__.co_firstlineno + offset}"
-
-
-# --- models that cannot be compiled -----------------------------------------------------------------------------------
 
 
 def branches_on_a_value(layer: Any, x: Tensor) -> Tensor:
@@ -96,8 +91,6 @@ def test_samples_that_no_axis_tells_apart(forward: Callable[..., Any], shape: tu
     error = refused(lambda: compiled(net, x), f"its value has shape {shape}", "of the 6 samples", "(B, T, n)")
     assert (error.module, error.operation) == ("a", "linear")
 
-
-# --- inputs -----------------------------------------------------------------------------------------------------------
 
 INPUTS: dict[str, tuple[Any, str]] = {
     "array": (np.zeros((6, 4)), "inputs must be tensors, got ndarray"),

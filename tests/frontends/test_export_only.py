@@ -1,7 +1,5 @@
 """Models that only torch.export can record: recurrent layers and attention whole, and what models return."""
 
-from __future__ import annotations
-
 import copy
 import gc
 from collections import namedtuple
@@ -14,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, compile_optimizer
-from support.compared import assert_base, assert_equal
-from support.networks import Case
+from support.compared import assert_base, assert_equal, torch_step
+from support.networks import Case, make
 
 LR, SAMPLES, STEPS, WIDTH, CLASSES = 0.1, 3, 3, 4, 2
 RECURRENT: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
@@ -25,39 +23,34 @@ RECURRENT: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
 }
 
 
-class Recurrent(nn.Module):
+def recurrent(kind: type[nn.RNNBase], options: dict[str, Any]) -> nn.Module:
     """A recurrent module read in every way, behind a question on the number of steps that torch.fx cannot answer."""
 
-    def __init__(self, kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
-        super().__init__()
-        self.first, self.layer = options.get("batch_first", False), kind(3, WIDTH, **options)
-        self.out = nn.LazyLinear(CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(net: Any, x: Tensor) -> Tensor:
         if x.shape[1] < 2:
             return x
-        y, states = self.layer(x if self.first else x.transpose(0, 1))
-        y = y if self.first else y.transpose(0, 1)
+        first = options.get("batch_first", False)
+        y, states = net.layer(x if first else x.transpose(0, 1))
+        y = y if first else y.transpose(0, 1)
         states = states if isinstance(states, tuple) else (states,)
         ends = [state.transpose(0, 1).flatten(1) for state in states]
-        return self.out(torch.cat([y.mean(1), *ends], 1))
+        return net.out(torch.cat([y.mean(1), *ends], 1))
+
+    return make(forward, layer=lambda: kind(3, WIDTH, **options), out=lambda: nn.LazyLinear(CLASSES))
 
 
-class Attention(nn.Module):
+def attention(first: bool) -> nn.Module:
     """torch's attention module, where torch.fx gives up."""
 
-    def __init__(self, first: bool) -> None:
-        super().__init__()
-        self.first = first
-        self.attention, self.out = nn.MultiheadAttention(4, 2, batch_first=first), nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(net: Any, x: Tensor) -> Tensor:
         x = F.pad(x, (0, 1))
         if x.shape[1] < 2:
             return x
-        h = x if self.first else x.transpose(0, 1)
-        y = self.attention(h, h, h)[0]
-        return self.out((y if self.first else y.transpose(0, 1)).mean(1))
+        h = x if first else x.transpose(0, 1)
+        y = net.attention(h, h, h)[0]
+        return net.out((y if first else y.transpose(0, 1)).mean(1))
+
+    return make(forward, attention=lambda: nn.MultiheadAttention(4, 2, batch_first=first), out=(4, CLASSES))
 
 
 def data(seed: int = 2, size: int = SAMPLES) -> tuple[Tensor, Tensor]:
@@ -67,9 +60,7 @@ def data(seed: int = 2, size: int = SAMPLES) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def case_of(build: Any, loss: Any = None) -> Case:
-    torch.manual_seed(0)
-    model: nn.Module = build().double()
+def case_of(model: nn.Module, loss: Any = None) -> Case:
     model(data()[0])
     return Case(model, loss=loss or nn.MSELoss(), draw=data)
 
@@ -84,17 +75,15 @@ def assert_base_method_and_dense(case: Case, frontend: str) -> CompiledOptimizer
 
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrent_modules(name: str) -> None:
-    opt = assert_base_method_and_dense(case_of(lambda: Recurrent(*RECURRENT[name])), "export")
+    opt = assert_base_method_and_dense(case_of(recurrent(*RECURRENT[name])), "export")
     layers = RECURRENT[name][1].get("num_layers", 1)
     assert [p.kind for p in opt.graph.players] == ["recurrent"] * layers + ["linear"]
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_attention_modules(first: bool) -> None:
-    assert_base_method_and_dense(case_of(lambda: Attention(first)), "export")
+    assert_base_method_and_dense(case_of(attention(first)), "export")
 
-
-# --- what models return -----------------------------------------------------------------------------------------------
 
 Named = namedtuple("Named", ["logits", "hidden"])
 
@@ -105,19 +94,16 @@ class Output:
     hidden: tuple[Tensor, ...]
 
 
-class Auxiliary(nn.Module):
+def auxiliary(pack: Any, asks: bool) -> nn.Module:
     """Two heads behind one layer, returned as asked."""
 
-    def __init__(self, pack: Any, asks: bool) -> None:
-        super().__init__()
-        self.pack, self.asks = pack, asks
-        self.trunk, self.main, self.side = nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Any:
-        if self.asks and x.shape[1] < 2:
+    def forward(net: Any, x: Tensor) -> Any:
+        if asks and x.shape[1] < 2:
             return x
-        h = torch.tanh(self.trunk(x.mean(1)))
-        return self.pack(self.main(h), self.side(h))
+        h = torch.tanh(net.trunk(x.mean(1)))
+        return pack(net.main(h), net.side(h))
+
+    return make(forward, trunk=(3, WIDTH), main=(WIDTH, CLASSES), side=(WIDTH, CLASSES))
 
 
 PACKED: dict[str, tuple[Any, Any, Any]] = {
@@ -136,33 +122,21 @@ def test_the_loss_says_which_outputs_matter(name: str, asks: bool) -> None:
     def loss(outputs: Any, targets: Tensor) -> Tensor:
         return ((main(outputs) - targets) ** 2 + 0.3 * side(outputs) ** 2).mean(1)
 
-    assert_base_method_and_dense(case_of(lambda: Auxiliary(pack, asks), loss), "export" if asks else "fx")
+    assert_base_method_and_dense(case_of(auxiliary(pack, asks), loss), "export" if asks else "fx")
 
 
-# --- what torch does around layers ------------------------------------------------------------------------------------
-
-
-class Autocast(nn.Module):
+def autocast(net: Any, x: Tensor) -> Tensor:
     """A region of the forward pass in lower precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            h = torch.tanh(self.a(x.mean(1)))
-        return self.b(h.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = torch.tanh(net.a(x.mean(1)))
+    return net.b(h.float())
 
 
 def test_an_autocast_region_is_in_lower_precision() -> None:
-    torch.manual_seed(0)
-    model = Autocast()
+    model = make(autocast, a=(3, WIDTH), b=(WIDTH, CLASSES)).float()
     x, y = (value.float() for value in data())
-    own = copy.deepcopy(model)
-    F.mse_loss(own(x), y).backward()
-    torch.optim.SGD(own.parameters(), lr=LR).step()
-    before = copy.deepcopy(model)
+    own, before = copy.deepcopy(model), copy.deepcopy(model)
+    torch_step(torch.optim.SGD(own.parameters(), lr=LR), F.mse_loss(own(x), y))
     opt = compile_optimizer(model, x, loss=nn.MSELoss(), curvature="sgd", lr=LR, feedback=False)
     (cast,) = (op for op in opt.graph.ops.ops if op.name == opt.graph.players[0].op)
     assert cast.dtype == torch.bfloat16
@@ -172,21 +146,14 @@ def test_an_autocast_region_is_in_lower_precision() -> None:
         assert (value - expected).abs().max() <= 2e-2 * (expected - start).abs().max(), "a bfloat16 has 8 bits"
 
 
-class Moved(nn.Module):
+def moved(net: Any, x: Tensor) -> Tensor:
     """CTRL: a table that its owner sends to where the input is, which it is already."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(3, CLASSES)
-        self.register_buffer("table", torch.randn(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.table = self.table.to(device=x.device, dtype=x.dtype)
-        return self.a(torch.tanh(x.mean(1) * self.table))
+    net.table = net.table.to(device=x.device, dtype=x.dtype)
+    return net.a(torch.tanh(x.mean(1) * net.table))
 
 
 def test_a_buffer_assigned_to_itself_is_not_written() -> None:
-    case = case_of(Moved)
+    case = case_of(make(moved, a=(3, CLASSES), table=lambda: torch.randn(3)))
     table = case.model.table
     assert_base_method_and_dense(case, "fx")
     assert case.model.table is table and isinstance(table, Tensor)
@@ -197,16 +164,9 @@ def test_what_a_refusal_saw_is_let_go_of() -> None:
     without waiting for the garbage collector.
     """
 
-    class Model(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.inner, self.width = nn.Linear(width, 41), width
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) if x.shape[1] == self.width else x
-
     def compiled(width: int) -> CompiledOptimizer:
-        return compile_optimizer(Model(width), torch.randn(3, width), loss=nn.CrossEntropyLoss())
+        model = make(lambda net, x: net.a(x) if x.shape[1] == width else x, a=(width, 41))
+        return compile_optimizer(model, torch.randn(3, width).double(), loss=nn.CrossEntropyLoss())
 
     compiled(2)  # what torch.export imports at its first call keeps the frames that called it
     gc.collect()

@@ -1,7 +1,5 @@
 """The front end that runs the model and notes what it calls: alone, it takes what the others do and more."""
 
-from __future__ import annotations
-
 import copy
 import random as random_numbers
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from gtddp_compile import CompileError
 from gtddp_compile.frontends import trace_followed
 from gtddp_compile.passes import p01_normalise as normalisation
 from support.compared import assert_base, assert_equal, train, trained
-from support.networks import Case, seeded
+from support.networks import Case, make, seeded
 from support.recorded import batch, net
 
 LR = 0.1
@@ -179,67 +177,57 @@ def builds_in(m: Any, x: Tensor) -> Tensor:
     return m.b(m.a(x)) * x.sum().item()
 
 
-@pytest.mark.parametrize(
-    ("forward", "why"),
-    [
-        (custom, "computes something else"),
-        (leaves_torch, "out of torch"),
-        (draws_elsewhere, "draws random numbers from random"),
-        (builds_in, "read from values is built in"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
+@pytest.mark.parametrize(("forward", "why"), [
+    (custom, "computes something else"), (leaves_torch, "out of torch"),
+    (draws_elsewhere, "draws random numbers from random"), (builds_in, "read from values is built in"),
+], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_refused(forward: Forward, why: str, alone: None) -> None:
     with pytest.raises(CompileError, match=why):
         train(case_of(net(forward)), **OPTIONS)
 
 
-class Biased(nn.Module):
-    """T5: a trained bias of positions is added to the scores of every layer, and weights are dropped."""
+QKV: dict[str, Any] = {"q": (4, 4), "k": (4, 4), "v": (4, 4)}
 
-    def __init__(self, scale: float | None) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
-        self.positions, self.scale = nn.Embedding(5, 2), scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (2, 2)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        distance = (torch.arange(5)[:, None] - torch.arange(5)).abs()
-        bias = self.positions(distance).permute(2, 0, 1)[None]
-        for _ in range(2):
-            q = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=0.4, scale=self.scale)
-        return q.transpose(1, 2).flatten(2).mean(1)
+def queries_keys_values(net: Any, x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part(x).unflatten(-1, (2, 2)).transpose(1, 2) for part in (net.q, net.k, net.v))
 
 
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_attention_that_adds_a_trained_bias_and_drops(scale: float | None) -> None:
-    case = case_of(seeded(lambda: Biased(scale)).double(), 3, 5, 4)
+    """T5: a trained bias of positions is added to the scores of every layer, and weights are dropped."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        q, k, v = queries_keys_values(net, x)
+        distance = (torch.arange(5)[:, None] - torch.arange(5)).abs()
+        bias = net.positions(distance).permute(2, 0, 1)[None]
+        for _ in range(2):
+            q = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=0.4, scale=scale)
+        return q.transpose(1, 2).flatten(2).mean(1)
+
+    case = case_of(make(forward, **QKV, positions=lambda: nn.Embedding(5, 2)), 3, 5, 4)
     assert assert_base(case, **OPTIONS).optimizer.graph.ops.frontend == "fx"
     assert_equal(case, **OPTIONS)
 
 
-class Learned(nn.Module):
+def learned(reads: str, **given: Any) -> nn.Module:
     """Attention that drops weights and reads a trained table: as queries, keys, or as all three (DETR's decoder)."""
 
-    def __init__(self, reads: str, **options: Any) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
-        self.table, self.reads, self.options = nn.Parameter(torch.randn(1, 2, 5, 2)), reads, options
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (2, 2)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        options = {"dropout_p": 0.4, **self.options}
-        if self.reads == "all":
-            table = torch.tanh(self.table)
+    def forward(net: Any, x: Tensor) -> Tensor:
+        (q, k, v), options = queries_keys_values(net, x), {"dropout_p": 0.4, **given}
+        if reads == "all":
+            table = torch.tanh(net.table)
             q = q * F.scaled_dot_product_attention(table, table, table, **options)
-        elif self.reads == "keys":
-            k = self.table.expand(x.shape[0], -1, -1, -1)
+        elif reads == "keys":
+            k = net.table.expand(x.shape[0], -1, -1, -1)
         else:
-            q, k, v = self.table, k[:, :1], v[:, :1]  # one head for two
+            q, k, v = net.table, k[:, :1], v[:, :1]  # one head for two
             options["enable_gqa"] = True
-        if self.reads != "all":
+        if reads != "all":
             q = F.scaled_dot_product_attention(q, k, v, **options)
         return q.transpose(1, 2).flatten(2).mean(1)
+
+    return make(forward, **QKV, table=lambda: nn.Parameter(torch.randn(1, 2, 5, 2)))
 
 
 ROWS = torch.ones(5, 5, dtype=torch.bool).tril() & (torch.arange(5) != 1)[:, None]
@@ -251,6 +239,6 @@ ROWS = torch.ones(5, 5, dtype=torch.bool).tril() & (torch.arange(5) != 1)[:, Non
 )
 @pytest.mark.parametrize("reads", ["queries", "keys", "all"])
 def test_attention_that_reads_parameters_and_drops(reads: str, options: dict[str, Any]) -> None:
-    case = case_of(seeded(lambda: Learned(reads, **options)).double(), 3, 5, 4)
+    case = case_of(learned(reads, **options), 3, 5, 4)
     assert_base(case, **OPTIONS)
     assert_equal(case, **OPTIONS)

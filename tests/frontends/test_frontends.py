@@ -4,8 +4,6 @@ A recording is evaluated here by `values`, a few lines that share nothing with t
 of another size than the one that was recorded.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +18,10 @@ from gtddp_compile.frontends import traced
 from gtddp_compile.graph import OpGraph
 from gtddp_compile.passes import find_players, normalise
 from support.architectures import EXAMPLES
-from support.networks import CASES, conv_residual, seeded
+from support.networks import CASES, Net, conv_residual, make, seeded
 from support.recorded import FRONT_ENDS, assert_same, batch, net, values
+
+both = pytest.mark.parametrize("front_end", ["fx", "export"])
 
 
 def shapes(graph: OpGraph) -> list[tuple[Any, ...]]:
@@ -37,10 +37,8 @@ def test_whose_a_line_is(installed: bool, monkeypatch: pytest.MonkeyPatch) -> No
     """Installed, this package lies beside torch and the model libraries."""
     if installed:
         monkeypatch.setattr(traced, "OURS", (f"{traced.SITE}/gtddp_compile/", traced.OURS[-1]))
-    ours = (
-        [f"{traced.SITE}/gtddp_compile/api.py"] if installed else [traced.__file__, find_players.__code__.co_filename]
-    )
-    for name in (*ours, nn.__file__, copy.__file__, "<string>"):
+    apart = traced.__file__, find_players.__code__.co_filename
+    for name in (*([f"{traced.SITE}/gtddp_compile/api.py"] if installed else apart), nn.__file__, "<string>"):
         assert not traced.is_users(name), name
     for name in (__file__, f"{traced.SITE}/torchvision/models/resnet.py"):
         assert traced.is_users(name), name
@@ -66,16 +64,13 @@ def test_both_front_ends_give_the_same_normal_form(name: str) -> None:
     assert (first.players, first.unused) == (second.players, second.unused)
 
 
-# --- gradients, random numbers, buffers -------------------------------------------------------------------------------
-
-
 def stopped(net: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         target = torch.tanh(net.a(x))
     return net.b(target) + net.b(torch.tanh(x @ net.a.weight.T))
 
 
-@pytest.mark.parametrize("front_end", ["fx", "export"])
+@both
 def test_no_grad_stops_gradients(front_end: str) -> None:
     model = net(stopped)
     graph = normalise(model, (batch(4),), (FRONT_ENDS[front_end],))
@@ -97,7 +92,7 @@ def noisy_by_size(net: Any, x: Tensor) -> Tensor:
     return net.b(net.a(x) * torch.rand(x.shape[0], 1))
 
 
-@pytest.mark.parametrize("front_end", ["fx", "export"])
+@both
 def test_random_numbers_are_drawn_as_the_model_draws_them(front_end: str) -> None:
     model = net(noisy)
     graph = normalise(model, (batch(4),), (FRONT_ENDS[front_end],))
@@ -113,23 +108,16 @@ def test_random_numbers_of_a_size_are_left_to_export() -> None:
     assert_same_numbers(graph, model)
 
 
-class Wasteful(nn.Module):
+def wasteful(net: Any, x: Tensor) -> Tensor:
     """Draws a mask that nothing reads before one that it uses: without the first, the second is another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.side, self.b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        F.dropout(self.side(h), 0.3)
-        return self.b(F.dropout(h, 0.3))
+    h = net.a(x)
+    F.dropout(net.side(h), 0.3)
+    return net.b(F.dropout(h, 0.3))
 
 
-@pytest.mark.parametrize("front_end", ["fx", "export"])
+@both
 def test_random_numbers_that_nothing_reads_are_drawn_too(front_end: str) -> None:
-    torch.manual_seed(0)
-    model = Wasteful().double()
+    model = make(wasteful, a=(4, 4), side=(4, 4), b=(4, 3))
     graph = normalise(model, (batch(4),), (FRONT_ENDS[front_end],))
     assert [op.kind for op in graph.ops if op.random] == ["dropout", "dropout"]
     assert_same_numbers(graph, model)
@@ -142,20 +130,11 @@ def assert_same_numbers(graph: OpGraph, model: nn.Module) -> None:
     assert_same(values(graph, model, batch(6)), expected)
 
 
-class Buffered(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
-        self.register_buffer("shift", torch.arange(3.0))
-        self.constant = torch.tensor(2.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.fc(x) * self.constant) + self.shift
-
-
-@pytest.mark.parametrize("front_end", ["fx", "export"])
+@both
 def test_buffers_are_read_and_statistics_advance(front_end: str) -> None:
-    model = seeded(Buffered)
+    layers = {"fc": (4, 3), "norm": lambda: nn.BatchNorm1d(3), "shift": lambda: torch.arange(3.0)}
+    model = make(lambda net, x: net.norm(net.fc(x) * net.constant) + net.shift, **layers)
+    model.constant = torch.tensor(2.0)
     graph = normalise(model, (batch(4),), (FRONT_ENDS[front_end],))
     (norm,) = (op for op in graph.ops if op.kind == "batch_norm")
     assert norm.advances == ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
@@ -171,75 +150,62 @@ def test_buffers_are_read_and_statistics_advance(front_end: str) -> None:
 # --- names, arguments, outputs ----------------------------------------------------------------------------------------
 
 
-class Inner(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.act = nn.Linear(4, 4), nn.Tanh()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.fc(x)) + x
+def inner() -> nn.Module:
+    return Net(lambda net, x: net.act(net.fc(x)) + x, fc=nn.Linear(4, 4), act=nn.Tanh())
 
 
-@pytest.mark.parametrize("front_end", ["fx", "export"])
+@both
 def test_operations_are_named_after_their_modules(front_end: str) -> None:
-    model = seeded(lambda: nn.Sequential(Inner(), nn.Sequential(Inner(), nn.Linear(4, 3))))
+    model = seeded(lambda: nn.Sequential(inner(), nn.Sequential(inner(), nn.Linear(4, 3))))
     graph = normalise(model, (batch(4),), (FRONT_ENDS[front_end],))
     names = ["input", "0.fc", "0.act", "0.add", "1.0.fc", "1.0.act", "1.0.add", "1.1"]
     assert [op.name for op in graph.ops] == names
     assert [op.module for op in graph.ops][1:4] == ["0.fc", "0.act", "0"]
 
 
-class Lines(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 3)
-
+class Lines(Net):
     def forward(self, x: Tensor) -> Tensor:
         x = x + x.sum(1, keepdim=True)
         return torch.tanh(self.fc(x))
 
 
-@pytest.mark.parametrize("front_end", ["fx", "export"])
+@both
 def test_operations_know_the_users_line(front_end: str) -> None:
-    graph = normalise(seeded(Lines), (batch(4),), (FRONT_ENDS[front_end],))
+    graph = normalise(with_layer(Lines), (batch(4),), (FRONT_ENDS[front_end],))
     first = Lines.forward.__code__.co_firstlineno
     lines = {op.kind: op.source for op in graph.ops if op.kind != "input"}
     after = {"sum": 1, "add": 1, "linear": 2, "tanh": 2}
     assert lines == {kind: f"test_frontends.py:{first + line}" for kind, line in after.items()}
 
 
-class Arguments(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 3)
-
+class Arguments(Net):
     def forward(self, x: Tensor, y: Tensor, *rest: Tensor, scale: float = 2.0) -> Tensor:
         return self.fc(x + scale * y + sum(rest))
 
 
-@pytest.mark.parametrize("front_end", ["fx", "export"])
+class Defaults(Net):
+    def forward(self, x: Tensor, mask: Tensor | None = None, power: int = 2) -> Tensor:
+        y = self.fc(x) ** power
+        return y if mask is None else y * mask
+
+
+def with_layer(kind: type[Net]) -> nn.Module:
+    return seeded(lambda: kind(lambda: None, fc=nn.Linear(4, 3)))
+
+
+@both
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_variable_arguments(front_end: str, count: int) -> None:
-    model, given = seeded(Arguments), tuple(batch(4, seed) for seed in range(count))
+    model, given = with_layer(Arguments), tuple(batch(4, seed) for seed in range(count))
     graph = normalise(model, given, (FRONT_ENDS[front_end],))
     rest = {2: (), 3: ("rest",), 4: ("rest_0", "rest_1")}[count]
     assert graph.inputs == ("x", "y", *rest)
     assert_same(values(graph, model, *given), model(*given))
 
 
-class Defaults(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, power: int = 2) -> Tensor:
-        y = self.fc(x) ** power
-        return y if mask is None else y * mask
-
-
-@pytest.mark.parametrize("front_end", ["fx", "export"])
+@both
 def test_arguments_that_are_not_given_keep_their_defaults(front_end: str) -> None:
-    model = seeded(Defaults)
+    model = with_layer(Defaults)
     for given in ((batch(4),), (batch(4), batch(4, 1)[:, :3])):
         graph = normalise(model, given, (FRONT_ENDS[front_end],))
         assert graph.inputs == ("x", "mask")[: len(given)]

@@ -1,7 +1,5 @@
 """Graphs of different sizes in one list: the step of the network as it is, by explicit per-graph gradients."""
 
-from __future__ import annotations
-
 import copy
 from types import SimpleNamespace
 from typing import Any
@@ -36,15 +34,14 @@ class Graphs(nn.Module):
         weight = self.edge(edge_attr)
         h = self.norm(torch.tanh(self.passed(self.a(self.table(x)), edge_index, weight)))
         h = torch.tanh(self.passed(self.b(h), edge_index, weight))
+        start = h.new_zeros(num_graphs, h.shape[1])
         if self.pool == "max":
             index = batch[:, None].expand(-1, h.shape[1])
-            return self.head(
-                h.new_zeros(num_graphs, h.shape[1]).scatter_reduce(0, index, h, "amax", include_self=False)
-            )
-        pooled = h.new_zeros(num_graphs, h.shape[1]).index_add(0, batch, h)
+            return self.head(start.scatter_reduce(0, index, h, "amax", include_self=False))
+        pooled = start.index_add(0, batch, h)
         if self.pool == "mean":
-            pooled = pooled / h.new_zeros(num_graphs, 1).index_add(0, batch, torch.ones_like(h[:, :1]))
-        return self.head(pooled)  # type: ignore[no-any-return]
+            pooled = pooled / start[:, :1].index_add(0, batch, torch.ones_like(h[:, :1]))
+        return self.head(pooled)
 
 
 def graphs(sizes: tuple[int, ...], seed: int, words: bool = False) -> tuple[dict[str, Any], Tensor]:

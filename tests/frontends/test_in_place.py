@@ -1,7 +1,5 @@
 """In-place operations: the normal form has none and computes what the model computes, aliases and views included."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -134,5 +132,5 @@ def test_in_place_operations_through_export(forward: Callable[..., object], fron
 
 
 def test_a_training_step_with_in_place_operations_is_the_base_methods() -> None:
-    for forward in (alias_of_iadd, item_assignment, add_to_a_view, filled):
+    for forward in (alias_of_iadd, relu_underscore, item_assignment, add_to_a_view, filled):
         assert_base(Case(net(forward), (4,)), curvature="sgd", lr=0.1)

@@ -1,7 +1,5 @@
 """Inputs as tokenizers and collators return them: a dict by the names of forward's arguments, labels among them."""
 
-from __future__ import annotations
-
 import copy
 from collections import UserDict
 from typing import Any
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_compile import compile_optimizer
+from support.compared import torch_step
 from support.refused import refused
 
 LABELS = torch.arange(6) % 3
@@ -60,9 +59,7 @@ def test_a_step_by_name(names: tuple[str, ...], labels_inside: bool) -> None:
     code = opt.program.code
     for seed in range(3):
         inputs = given(*names, seed=seed)
-        sgd.zero_grad()
-        loss(plain(**inputs), LABELS).mean().backward()
-        sgd.step()
+        torch_step(sgd, loss(plain(**inputs), LABELS).mean())
         if labels_inside:
             opt.step(UserDict({**inputs, "labels": LABELS, "missing": None}))
         else:

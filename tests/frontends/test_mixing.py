@@ -1,7 +1,5 @@
 """Operations that mix samples: found whatever they are called, read sample by sample, and said to be."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, compile_optimizer
-from support.compared import flat
+from support.compared import flat, torch_step
+from support.networks import make
 
 WIDTH = 6
 MIXING: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
@@ -28,15 +27,13 @@ MIXING: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
 """What is done to ``(B, n)``, and the operations that mix."""
 
 
-class Net(nn.Module):
-    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Linear(5, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
-        self.between = between
+LAYERS: dict[str, Any] = {"a": (5, WIDTH), "b": (WIDTH, WIDTH), "c": (WIDTH, 3)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(torch.tanh(self.b(self.between(torch.tanh(self.a(x))))))  # type: ignore[no-any-return]
+
+def network(between: Callable[[Tensor], Tensor]) -> nn.Module:
+    net = make(lambda net, x: net.c(torch.tanh(net.b(net.between(torch.tanh(net.a(x)))))), **LAYERS)
+    net.between = between.double() if isinstance(between, nn.Module) else between
+    return net
 
 
 def data(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -45,7 +42,7 @@ def data(size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def trained(model: nn.Module, example: int = 4, size: int = 4, **options: Any) -> tuple[Tensor, Any]:
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model)
     opt = compile_optimizer(model, data(example)[0], loss=nn.CrossEntropyLoss(), curvature="sgd", lr=1.0, **options)
     for step in range(2):
         opt.step(*data(size, step))
@@ -56,7 +53,7 @@ def trained(model: nn.Module, example: int = 4, size: int = 4, **options: Any) -
 def test_read_sample_by_sample(name: str) -> None:
     """As the dense backend reads them, which differs from what they are; and the program says so."""
     between, ops = MIXING[name]
-    model = Net(between)
+    model = network(between)
     found, opt = trained(model)
     assert opt.graph.ops.mixing == ops
     for said in (str(opt.graph), opt.program.cost()):
@@ -71,7 +68,7 @@ def test_read_sample_by_sample(name: str) -> None:
 @pytest.mark.parametrize("name", ["centred", "attending"])
 def test_the_size_of_the_example_does_not_matter(name: str, example: int, size: int) -> None:
     """One sample has none to mix with, and ``WIDTH`` samples make the batch's mean look like one entry a sample."""
-    model = Net(MIXING[name][0])
+    model = network(MIXING[name][0])
     found, opt = trained(model, example, size)
     assert opt.graph.ops.mixing == MIXING[name][1]
     torch.testing.assert_close(found, trained(model, size, size, backend="dense")[0], rtol=0, atol=1e-9)
@@ -84,7 +81,7 @@ def test_the_size_of_the_example_does_not_matter(name: str, example: int, size: 
 ])  # fmt: skip
 def test_what_does_not_mix(between: Callable[[Tensor], Tensor]) -> None:
     """A sample's own mean, a constant, and rows that come back in order: derivatives go to their own sample alone."""
-    opt = trained(Net(between))[1]
+    opt = trained(network(between))[1]
     assert opt.graph.ops.mixing == ()
     assert "mix" not in str(opt.graph) + opt.program.cost()
 
@@ -93,74 +90,56 @@ def test_a_scale_that_is_zero_for_now() -> None:
     """The last batch-norm of a block begins at zero, where its derivatives vanish."""
     norm = nn.BatchNorm1d(WIDTH)
     nn.init.zeros_(norm.weight)
-    assert trained(Net(norm))[1].graph.ops.mixing == ("between",)
-    assert trained(Net(norm.eval()).eval())[1].graph.ops.mixing == ()
-
-
-class Shuffled(nn.Module):
-    """Rows that go to another sample, or to all of them, beyond the next layer."""
-
-    def __init__(self, away: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.a, self.b, self.away = nn.Linear(5, WIDTH), nn.Linear(WIDTH, WIDTH), away
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.a(x))
-        return h + self.away(self.b(self.away(h)))  # type: ignore[no-any-return]
+    assert trained(network(norm))[1].graph.ops.mixing == ("between",)
+    assert trained(network(norm.eval()).eval())[1].graph.ops.mixing == ()
 
 
 @pytest.mark.parametrize("example", [4, WIDTH])
 @pytest.mark.parametrize("away", [lambda h: h.flip(0), lambda h: h.mean(0)])
 def test_a_layer_that_belongs_to_no_sample_is_refused(away: Callable[[Tensor], Tensor], example: int) -> None:
+    """Rows go to another sample, or to all of them, beyond the next layer."""
+    net = make(lambda net, x: net.c((h := torch.tanh(net.a(x))) + away(net.b(away(h)))), **LAYERS)
     with pytest.raises(CompileError, match=f"of the {example} samples") as caught:
-        compile_optimizer(Shuffled(away).double(), data(example)[0], loss=nn.CrossEntropyLoss(), curvature="sgd")
+        compile_optimizer(net, data(example)[0], loss=nn.CrossEntropyLoss(), curvature="sgd")
     assert caught.value.source and "test_mixing.py" in caught.value.source
     assert "whole batch" in str(caught.value)
 
 
-class Masked(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.b(self.between(torch.tanh(self.a(x))))
-        return self.c(torch.tanh(h * (x[:, :1] > 0)))  # type: ignore[no-any-return]
+def masked(net: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    return net.c(torch.tanh(net.b(h - h.mean(0)) * (x[:, :1] > 0)))
 
 
 def test_a_sample_that_nothing_but_others_reads() -> None:
     """Its own gradient is zero where others' go to it: no block of its own has them. The fast program has."""
-    model, (x, y) = Masked(MIXING["centred"][0]).double(), data(4)
+    model, plain, (x, y) = make(masked, **LAYERS), make(masked, **LAYERS), data(4)
     with pytest.raises(CompileError, match=r"operation sub, .* \(sample \d\) is zero"):
         trained(model, backend="dense")
-    plain = copy.deepcopy(model)
-    nn.functional.cross_entropy(plain(x), y).backward()
-    torch.optim.SGD(plain.parameters(), lr=1.0).step()
+    torch_step(torch.optim.SGD(plain.parameters(), lr=1.0), nn.functional.cross_entropy(plain(x), y))
     compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=1.0, feedback=False).step(x, y)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
 
 
-class Twice(nn.Module):
+def twice(of: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
     """A value computed beside the first layer is read before the second and before the last."""
 
-    def __init__(self, of: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
-        self.of = of
+    def forward(net: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x))
+        read = of(x, h)
+        return net.c(torch.tanh(net.b(h + read)) + read)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.a(x))
-        read = self.of(x, h)
-        h = torch.tanh(self.b(h + read))
-        return self.c(h + read)  # type: ignore[no-any-return]
+    return make(forward, a=(5, 5), b=(5, 5), c=(5, 3))
 
 
 def test_only_what_moves_is_one_a_sample() -> None:
     """A mean over the batch crosses stages where no layer moves it, and is refused where one does."""
-    found, _ = trained(Twice(lambda x, h: x.mean(0)))
-    torch.testing.assert_close(found, trained(Twice(lambda x, h: x.mean(0)), backend="dense")[0], rtol=0, atol=1e-9)
+    model = twice(lambda x, h: x.mean(0))
+    torch.testing.assert_close(trained(model)[0], trained(model, backend="dense")[0], rtol=0, atol=1e-9)
     with pytest.raises(CompileError, match="no matter of axes"):
-        trained(Twice(lambda x, h: h.mean(0)))
+        trained(twice(lambda x, h: h.mean(0)))
 
 
 def test_the_gain_is_dead_where_nothing_before_has_moved() -> None:
     """The first layer reads data alone; every other reads what an earlier one moved."""
-    _, opt = trained(Twice(lambda x, h: h), rollout="nonlinear")
+    _, opt = trained(twice(lambda x, h: h), rollout="nonlinear")
     assert "feedback gain dead at stage 0: nothing before it has moved" in opt.program.lowered.plan.removed

@@ -1,7 +1,5 @@
 """Players: who owns which parameter, by which uses, and the proof that nothing was missed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_compile import CompileError
-from gtddp_compile.graph import OpGraph, Player, PlayerGraph
+from gtddp_compile.graph import Player, PlayerGraph
 from gtddp_compile.passes import find_players, normalise
 from gtddp_compile.passes.p02_find_players import prove_owned
 from support.architectures import EXAMPLES
 from support.compared import assert_base, assert_equal
-from support.networks import Case, Net, seeded
+from support.networks import Case, make
 from support.recorded import FRONT_ENDS
 
 
@@ -34,17 +32,12 @@ class Expected:
     frozen: tuple[str, ...] = ()
 
 
-class WithBare(Net):
-    def __init__(self, expected: Expected) -> None:
-        super().__init__(expected.forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
-        for name, shape in expected.bare.items():
-            setattr(self, name, nn.Parameter(torch.rand(shape)))
-        for name in expected.frozen:
-            self.get_parameter(name).requires_grad_(False)
-
-
 def model_of(expected: Expected) -> nn.Module:
-    return seeded(lambda: WithBare(expected))
+    bare = {name: lambda shape=shape: nn.Parameter(torch.rand(shape)) for name, shape in expected.bare.items()}
+    model = make(expected.forward, a=(4, 5), b=(5, 3), **bare)
+    for name in expected.frozen:
+        model.get_parameter(name).requires_grad_(False)
+    return model
 
 
 A, B = ("a.weight", "a.bias"), ("b.weight", "b.bias")
@@ -70,43 +63,27 @@ PLAYERS: dict[str, Expected] = {
     "frozen layer": Expected(head_on_three, {"b": B}, frozen=A),
     "frozen weight": Expected(head_on_three, {"a": ("a.bias",), "b": B}, frozen=("a.weight",)),
     "unused": Expected(
-        lambda net, x: net.b(x @ net.a.weight.T),
-        {"a": ("a.weight",), "b": B},
-        expressions={"a": ("T",)},
-        unused=("a.bias",),
-    ),
+        lambda net, x: net.b(x @ net.a.weight.T), {"a": ("a.weight",), "b": B}, expressions={"a": ("T",)},
+        unused=("a.bias",)),
     "without gradient": Expected(stopped, {"b": B}, unused=A),
     "used twice": Expected(
-        lambda net, x: net.b(torch.tanh(net.a(x)) + net.a(x**2)), {"a": A, "b": B}, uses={"a": ("a", "a_1")}
-    ),
+        lambda net, x: net.b(torch.tanh(net.a(x)) + net.a(x**2)), {"a": A, "b": B}, uses={"a": ("a", "a_1")}),
     "used again later": Expected(
-        lambda net, x: net.b(net.a(torch.tanh(net.a(x))[:, :4])), {"a": A, "b": B}, uses={"a": ("a", "a_1")}
-    ),
+        lambda net, x: net.b(net.a(torch.tanh(net.a(x))[:, :4])), {"a": A, "b": B}, uses={"a": ("a", "a_1")}),
     "tied to a later layer": Expected(
-        lambda net, x: net.b(torch.tanh(F.linear(net.b(torch.tanh(net.a(x))), net.b.weight.T))),
-        {"a": A, "b": B},
-        uses={"b": ("b", "linear", "b_1")},
-        expressions={"b": ("T",)},
-    ),
+        lambda net, x: net.b(torch.tanh(F.linear(net.b(torch.tanh(net.a(x))), net.b.weight.T))), {"a": A, "b": B},
+        uses={"b": ("b", "linear", "b_1")}, expressions={"b": ("T",)}),
     "scaled weight": Expected(
         lambda net, x: net.b(torch.tanh(F.linear(x, net.a.weight * net.scale, net.a.bias))),
-        {"linear": ("a.bias", "a.weight", "scale"), "b": B},
-        bare={"scale": (5, 1)},
-        expressions={"linear": ("mul",)},
-    ),
+        {"linear": ("a.bias", "a.weight", "scale"), "b": B}, bare={"scale": (5, 1)}, expressions={"linear": ("mul",)}),
     "tokens and positions": Expected(
-        token,
-        {"cls_token": ("cls_token",), "position": ("position",), "a": A, "b": B},
-        bare={"cls_token": (1, 1, 4), "position": (2, 4)},
-        expressions={"cls_token": ("expand",)},
-    ),
+        token, {"cls_token": ("cls_token",), "position": ("position",), "a": A, "b": B},
+        bare={"cls_token": (1, 1, 4), "position": (2, 4)}, expressions={"cls_token": ("expand",)}),
     "bare shift": Expected(
         lambda net, x: net.b(torch.tanh(net.a(x)) + net.shift), {"a": A, "shift": ("shift",), "b": B},
-        bare={"shift": (5,)},
-    ),
+        bare={"shift": (5,)}),
     "bare gain at the output": Expected(
-        lambda net, x: net.gain * net.b(torch.tanh(net.a(x))), {"a": A, "b": B, "gain": ("gain",)}, bare={"gain": ()}
-    ),
+        lambda net, x: net.gain * net.b(torch.tanh(net.a(x))), {"a": A, "b": B, "gain": ("gain",)}, bare={"gain": ()}),
 }  # fmt: skip
 
 
@@ -138,17 +115,11 @@ def test_updates(name: str) -> None:
 
 
 def test_one_parameter_under_two_names_is_one_player() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encode, self.decode, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-            self.decode.weight = self.encode.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.decode(torch.tanh(self.encode(x))))
-
+    layers = {"encode": (4, 4), "decode": (4, 4), "head": (4, 3)}
+    tied = make(lambda net, x: net.head(net.decode(torch.tanh(net.encode(x)))), **layers)
+    tied.decode.weight = tied.encode.weight
     for front_end in (FRONT_ENDS["fx"], FRONT_ENDS["export"]):
-        found = find_players(normalise(seeded(Tied), (inputs(6),), (front_end,)))
+        found = find_players(normalise(tied, (inputs(6),), (front_end,)))
         players = {player.name: (player.parameters, player.uses) for player in found.players}
         assert players == {
             "encode": (("encode.weight", "encode.bias"), ("encode", "decode")),
@@ -157,9 +128,6 @@ def test_one_parameter_under_two_names_is_one_player() -> None:
         }
         (info,) = (info for info in found.ops.parameters if info.aliases)
         assert (info.name, info.aliases) == ("encode.weight", ("decode.weight",))
-
-
-# --- the proof --------------------------------------------------------------------------------------------------------
 
 
 def found_in(name: str) -> PlayerGraph:
@@ -204,10 +172,9 @@ def test_the_proof_sees_two_owners() -> None:
 
 def test_the_proof_sees_an_operation_added_after_the_search() -> None:
     found = found_in("plain")
-    ops = found.ops.ops
-    copied = replace(ops[1], name="again")
-    last = replace(ops[-1], args=(replace(ops[-1].args[0], name="again"), *ops[-1].args[1:]))
-    doctored = OpGraph((*ops[:-1], copied, last), found.ops.inputs, found.ops.output, found.ops.parameters)
+    *ops, last = found.ops.ops
+    last = replace(last, args=(replace(last.args[0], name="again"), *last.args[1:]))
+    doctored = replace(found.ops, ops=(*ops, replace(ops[1], name="again"), last))
     with pytest.raises(CompileError, match="its player does not know this use"):
         prove_owned(PlayerGraph(doctored, found.players, found.unused))
 

@@ -1,7 +1,5 @@
 """What lies between the layers: tuples of tensors, broadcasting sums, and buffers that a player's function reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Models that decide on values: the path of the example inputs is recorded, checked, and others compiled when met."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -12,24 +10,20 @@ from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
 from gtddp_compile.runtime import compiler as compiling
-from support.networks import seeded
+from support.compared import assert_equal, torch_step
+from support.exported import load_module, named
+from support.networks import Case
 from support.recorded import batch, net
 
-LR = 0.1
+LR, FULL = 0.1, torch.ones(4).double()
 
 
-class Masked(nn.Module):
+def masked(m: Any, x: Tensor, mask: Tensor) -> Tensor:
     """transformers: where nothing is masked, no mask is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        h = torch.tanh(self.a(x))
-        if bool((mask == 1).all()):
-            return self.b(h)
-        return self.b(h * mask[:, None])
+    h = torch.tanh(m.a(x))
+    if bool((mask == 1).all()):
+        return m.b(h)
+    return m.b(h * mask[:, None])
 
 
 def clamps_what_is_not_finite(m: Any, x: Tensor) -> Tensor:
@@ -55,10 +49,7 @@ def compiled(model: nn.Module, inputs: Any, **options: Any) -> CompiledOptimizer
 def sgd(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
     """torch's own step."""
     model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    loss = model(*inputs).square().mean()
-    loss.backward()
-    optimizer.step()
+    torch_step(torch.optim.SGD(model.parameters(), lr=LR), model(*inputs).square().mean())
     return dict(model.state_dict())
 
 
@@ -68,27 +59,22 @@ def stepped(opt: CompiledOptimizer, model: nn.Module, inputs: Any) -> dict[str, 
 
 
 def test_each_path_is_the_models_own() -> None:
-    model = seeded(Masked)
-    x, full, half = batch(4), torch.ones(4).double(), torch.tensor([1, 0.5, 1, 0]).double()
-    opt = compiled(model, (x, full), feedback=False)
+    model, x, half = net(masked), batch(4), torch.tensor([1, 0.5, 1, 0]).double()
+    opt = compiled(model, (x, FULL), feedback=False)
     (guard,) = opt.graph.guards
-    assert guard.source == f"test_value_paths.py:{Masked.forward.__code__.co_firstlineno + 2}"
-    for mask in (full, half, full, half):
+    assert guard.source == f"test_value_paths.py:{masked.__code__.co_firstlineno + 3}"
+    for mask in (FULL, half, FULL, half):
         expected = sgd(model, x, mask)
         torch.testing.assert_close(stepped(opt, model, (x, mask)), expected, rtol=0, atol=1e-12)
     assert len(opt._specialisations._programs) == 2, "each path is compiled once"
 
 
-@pytest.mark.parametrize("model_of", [Masked, clamps_what_is_not_finite, halves_until_small])
-def test_fast_equals_dense(model_of: Any) -> None:
-    inputs: Any = (batch(4), torch.ones(4).double()) if model_of is Masked else batch(4)
-    found = []
-    for backend in ("fast", "dense"):
-        model = seeded(Masked) if model_of is Masked else net(model_of)
-        opt = compiled(model, inputs, backend=backend)
-        stepped(opt, model, inputs)
-        found.append(stepped(opt, model, inputs))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+@pytest.mark.filterwarnings("ignore:.*depends on values")
+@pytest.mark.parametrize("forward", [masked, clamps_what_is_not_finite, halves_until_small])
+def test_fast_equals_dense(forward: Any) -> None:
+    batch_of: Any = ((batch(4), FULL) if forward is masked else batch(4)), torch.zeros(4, 3).double()
+    case = Case(net(forward), loss=nn.MSELoss(), draw=lambda seed, size: batch_of)
+    assert_equal(case, curvature="sgd", lr=LR)
 
 
 def test_too_many_paths_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,15 +89,12 @@ def test_too_many_paths_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_exported_program_checks_its_path(tmp_path: Path) -> None:
-    model = seeded(Masked)
-    x, full = batch(4), torch.ones(4).double()
-    opt = compiled(model, (x, full))
+    model, x = net(masked), batch(4)
+    opt = compiled(model, (x, FULL))
     opt.program.export(tmp_path / "step.py")
-    written: dict[str, Any] = {}
-    exec(compile((tmp_path / "step.py").read_text(), "step.py", "exec"), written)
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    state, targets = written["init_state"](params), torch.zeros(4, 3).double()
-    found = written["step"](params, {}, state, (x, full), targets)[0]
-    torch.testing.assert_close(stepped(opt, model, (x, full)), found, rtol=0, atol=1e-12)
+    written, (params, _) = load_module(tmp_path / "step.py"), named(model)
+    state, targets = written.init_state(params), torch.zeros(4, 3).double()
+    found = written.step(params, {}, state, (x, FULL), targets)[0]
+    torch.testing.assert_close(stepped(opt, model, (x, FULL)), found, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="another path"):
-        written["step"](params, {}, state, (x, 0.5 * full), targets)
+        written.step(params, {}, state, (x, 0.5 * FULL), targets)

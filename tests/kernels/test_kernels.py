@@ -1,7 +1,5 @@
 """Layer kernels against per-sample gradients by plain autograd, one sample at a time, in double precision."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -120,11 +118,14 @@ def linear(params: Params, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("shape", [(5, 4), (1, 4), (4, 3, 4), (1, 2, 3, 4), (3, 1, 4), (3, 20, 4), (3, 12)])
 def test_linear(shape: tuple[int, ...], metric: str, chunk: int) -> None:
-    weight, bias = draw(3, shape[-1]), draw(3)
-    check("linear", linear, (draw(*shape),), (weight, bias), metric=metric)
-    check("linear", linear, (draw(*shape),), (weight, None), metric=metric)
-    check("linear", linear, (draw(*shape),), (weight, bias), (True, False), metric=metric)
-    check("linear", linear, (draw(*shape),), (weight, bias), (False, True), metric=metric)
+    check_members("linear", linear, (draw(*shape),), draw(3, shape[-1]), draw(3), metric=metric)
+
+
+def check_members(prefix: str, function: Function, operands: Any, weight: Tensor, bias: Tensor, **options: Any) -> None:
+    """With and without a bias, and with either of them frozen."""
+    check(prefix, function, operands, (weight, None), **options)
+    for wants in ((True, True), (True, False), (False, True)):
+        check(prefix, function, operands, (weight, bias), wants, **options)
 
 
 @settings(deadline=None, max_examples=60)
@@ -140,8 +141,7 @@ def test_linear_any_shape(samples: int, positions: list[int], n: int, m: int, bi
 def convolution(stride: Any, padding: Any, dilation: Any, groups: int) -> Function:
     def function(params: Params, x: Tensor) -> Tensor:
         operation: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
-        result: Tensor = operation(x, *params, stride, padding, dilation, groups)
-        return result
+        return operation(x, *params, stride, padding, dilation, groups)
 
     return function
 
@@ -167,10 +167,7 @@ def test_conv(case: str, metric: str, chunk: int) -> None:
     shape, weight, stride, padding, dilation, groups = CONVOLUTIONS[case]
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     function, params = convolution(**options), (draw(*weight), draw(weight[0]))
-    check("conv", function, (draw(*shape),), params, metric=metric, **options)
-    check("conv", function, (draw(*shape),), (params[0], None), metric=metric, **options)
-    check("conv", function, (draw(*shape),), params, (True, False), metric=metric, **options)
-    check("conv", function, (draw(*shape),), params, (False, True), metric=metric, **options)
+    check_members("conv", function, (draw(*shape),), *params, metric=metric, **options)
 
 
 @settings(deadline=None, max_examples=60)
@@ -229,11 +226,7 @@ def test_norm(case: str, metric: str) -> None:
     operands: tuple[Tensor, ...] = (draw(*shape) * 2 + 1,)
     if options.get("training") is False:
         operands = (*operands, draw(*size), draw(*size).abs() + 0.5)
-    params = (draw(*size), draw(*size))
-    check("norm", function, operands, params, metric=metric, **options)
-    check("norm", function, operands, params, (True, False), metric=metric, **options)
-    check("norm", function, operands, params, (False, True), metric=metric, **options)
-    check("norm", function, operands, (params[0], None), metric=metric, **options)
+    check_members("norm", function, operands, draw(*size), draw(*size), metric=metric, **options)
 
 
 @pytest.mark.parametrize("eps", [None, 0.1])
@@ -333,8 +326,7 @@ def test_generic_frozen_member() -> None:
 
 def test_generic_without_vmap_and_forward_mode() -> None:
     def function(params: Params, x: Tensor) -> Tensor:
-        result: Tensor = NoForward.apply(x, params[0])  # type: ignore[no-untyped-call]
-        return result
+        return NoForward.apply(x, params[0])  # type: ignore[no-untyped-call]
 
     x, w = draw(4, 3), draw(3)
     found: Any = kernels.generic_probe(layer("generic", (x,), draw(4, 3), (w,), (True,), function=function))
@@ -388,9 +380,6 @@ def test_weighted_gradients_add_up_piece_by_piece(samples_a_piece: int, monkeypa
     found = kernels.weigh(kernels.conv_weighted, own, weights)
     gamma = kernels.conv_per_sample(own)
     close(found, [torch.tensordot(weights, rows, 1) for rows in gamma])
-
-
-# --- the trial that finds the generic kernels' faster ways: what it takes as an answer, and what is a defect ---
 
 
 @pytest.mark.parametrize("error", [ValueError, AssertionError, TypeError, AttributeError])

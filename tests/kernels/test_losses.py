@@ -1,7 +1,5 @@
 """``φ`` adds up to the user's own loss, gradient included, and does not mix samples."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -64,12 +62,9 @@ def cases() -> Iterator[Any]:
         return pytest.param(build, data, id=name)
 
     elementwise: dict[str, Build] = {
-        "l1": nn.L1Loss,
-        "mse": nn.MSELoss,
-        "smooth-l1": partial(nn.SmoothL1Loss, beta=0.4),
-        "huber": partial(nn.HuberLoss, delta=0.7),
-        "poisson": nn.PoissonNLLLoss,
-    }
+        "l1": nn.L1Loss, "mse": nn.MSELoss, "smooth-l1": partial(nn.SmoothL1Loss, beta=0.4),
+        "huber": partial(nn.HuberLoss, delta=0.7), "poisson": nn.PoissonNLLLoss,
+    }  # fmt: skip
     for (name, build), shape in itertools.product(elementwise.items(), [(B,), (B, C), (B, C, 2, 3)]):
         yield case(f"{name}-{len(shape)}d", build, partial(positive_pair, shape))
     yield case("mse-one-row", nn.MSELoss, lambda: (real(B, C, 3), real(B, 1, 3)))
@@ -123,8 +118,7 @@ def drawn(data: Callable[[], Data]) -> tuple[Any, Tensor, tuple[Tensor, ...]]:
 
 def value(module: nn.Module, outputs: Any, targets: Tensor) -> Tensor:
     arguments = (outputs[0], targets, outputs[1]) if isinstance(outputs, tuple) else (outputs, targets)
-    found: Tensor = module(*arguments)
-    return found
+    return module(*arguments)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -152,9 +146,8 @@ def test_batchmean() -> None:
     loss = split(module)
     check(loss, outputs, targets)
     assert loss.reduction == "mean"
-    torch.testing.assert_close(
-        loss.total(loss.per_sample(outputs, targets)), module(outputs, targets), rtol=1e-12, atol=0
-    )
+    found = loss.total(loss.per_sample(outputs, targets))
+    torch.testing.assert_close(found, module(outputs, targets), rtol=1e-12, atol=0)
 
 
 class Focal(nn.CrossEntropyLoss):

@@ -1,7 +1,5 @@
 """Taylor mode against torch.func, without the compiler."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -12,24 +10,28 @@ from torch import Tensor, nn
 from torch.func import hessian, jacrev, vmap
 
 from gtddp_compile import pde
+from support.networks import make
 
 WEIGHT = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 
 
-class Mixed(nn.Module):
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def mixed() -> nn.Module:
     """Shortcuts, products of values, quotients, a normalisation, bare parameters."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.n, self.c = nn.Linear(3, 7), nn.Linear(7, 7), nn.LayerNorm(7), nn.Linear(8, 2)
-        self.w = nn.Parameter(torch.rand(7, 7))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.sin(self.a(x))
-        h = self.n(h + 0.5 * F.gelu(self.b(h)) * h) @ self.w / 2.0
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        h = torch.sin(net.a(x))
+        h = net.n(h + 0.5 * F.gelu(net.b(h)) * h) @ net.w / 2.0
         h = h / (1 + h**2)
         h = torch.cat([h, x[..., :1] * x[..., 1:2] - 3], -1)
-        return self.c(h.softmax(-1) + h.exp() * 0.1)  # type: ignore[no-any-return]
+        return net.c(h.softmax(-1) + h.exp() * 0.1)
+
+    bare = {"n": lambda: nn.LayerNorm(7), "w": lambda: nn.Parameter(torch.rand(7, 7))}
+    return make(forward, a=(3, 7), b=(7, 7), **bare, c=(8, 2))
 
 
 FIELDS: dict[str, Callable[[Any], Any]] = {
@@ -76,24 +78,20 @@ def check(f: Callable[[Any], Any], x: Tensor) -> None:
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_operations(name: str) -> None:
-    torch.manual_seed(0)
     check(FIELDS[name], torch.randn(4, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 3), (2, 4, 3)])
 def test_a_network_at_points_along_any_axes(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    check(Mixed().double(), torch.randn(shape, dtype=torch.float64))
+    check(mixed(), torch.randn(shape, dtype=torch.float64))
 
 
 def test_under_vmap() -> None:
-    torch.manual_seed(0)
-    net, x = Mixed().double(), torch.randn(5, 3, dtype=torch.float64)
+    net, x = mixed(), torch.randn(5, 3, dtype=torch.float64)
     torch.testing.assert_close(vmap(pde.laplacian(net))(x), pde.laplacian(net)(x), rtol=0, atol=1e-12)
 
 
 def test_parameters_get_the_gradient_of_the_derivatives() -> None:
-    torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double(), torch.randn(4, 3, dtype=torch.float64)
     found = torch.autograd.grad(pde.laplacian(net)(x).square().sum(), list(net.parameters())[:3])
     other = torch.stack([hessian(lambda q: net(q)[0])(p).trace() for p in x])
@@ -102,7 +100,6 @@ def test_parameters_get_the_gradient_of_the_derivatives() -> None:
 
 
 def test_divergence() -> None:
-    torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double(), torch.randn(4, 3, dtype=torch.float64)
     expected = torch.stack([jacrev(net)(p).trace() for p in x])
     torch.testing.assert_close(pde.divergence(net)(x), expected, rtol=0, atol=1e-12)

@@ -1,7 +1,5 @@
 """Layer rules: which operation goes to which rule, and that what a rule names makes its kernels exact."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any
@@ -93,8 +91,7 @@ def test_rule_is_chosen_and_exact(case: int) -> None:
         given |= {role.name: member for role, member in zip(roles, members, strict=True) if role is not None}
         args, kwargs = map_leaves((operation.args, dict(operation.kwargs)), lambda leaf: given[leaf.name])
         assert operation.target is not None
-        result: Tensor = operation.target(*args, **kwargs)
-        return result
+        return operation.target(*args, **kwargs)
 
     assert function(params, *operands).shape == operation.shape
     g = torch.randn(operation.shape or (), dtype=torch.float64)
@@ -147,9 +144,6 @@ def test_no_rule_is_an_error_that_says_where() -> None:
     drawing = Op("h", "noise", torch.mul, (X, W), shape=(4, 2), dtype=torch.float32, random=True, module="a.b")
     with pytest.raises(CompileError, match=r"a\.b.*random"):
         choose(drawing, frozenset({"w"}))
-
-
-# --- factors of value functions stay definite against rounding, and a step on numbers that overflow changes no ---
 
 
 @pytest.mark.parametrize("noise", [1e-7, 3e-5])

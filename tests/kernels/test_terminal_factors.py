@@ -1,7 +1,5 @@
 """``H_i = S_i S_iᵀ`` against ``torch.func.hessian`` of the user's loss; unbiased sampling over every sign pattern."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -35,14 +33,10 @@ def quartic(outputs: Tensor, targets: Tensor) -> Tensor:
 
 CASES: dict[str, tuple[Any, Callable[[], tuple[Tensor, Tensor]]]] = {
     "entropy": (nn.CrossEntropyLoss(), lambda: (real(B, C), torch.tensor([0, 2, 1]))),
-    "entropy-options": (
-        nn.CrossEntropyLoss(WEIGHT, ignore_index=1, label_smoothing=0.2),
-        lambda: (real(B, C, 2), torch.tensor([[0, 1], [2, 0], [1, 1]])),
-    ),
-    "entropy-probabilities": (
-        nn.CrossEntropyLoss(WEIGHT, reduction="sum", label_smoothing=0.1),
-        lambda: (real(B, C, 2, 1), unit(B, C, 2, 1)),
-    ),
+    "entropy-options": (nn.CrossEntropyLoss(WEIGHT, ignore_index=1, label_smoothing=0.2),
+                        lambda: (real(B, C, 2), torch.tensor([[0, 1], [2, 0], [1, 1]]))),
+    "entropy-probabilities": (nn.CrossEntropyLoss(WEIGHT, reduction="sum", label_smoothing=0.1),
+                              lambda: (real(B, C, 2, 1), unit(B, C, 2, 1))),
     "one-class": (nn.CrossEntropyLoss(), lambda: (real(B, 1), torch.zeros(B, dtype=torch.int64))),
     "squared": (nn.MSELoss(), lambda: (real(B, C), real(B, C))),
     "squared-flat": (nn.MSELoss(reduction="sum"), lambda: (real(B), real(B))),
@@ -52,13 +46,20 @@ CASES: dict[str, tuple[Any, Callable[[], tuple[Tensor, Tensor]]]] = {
     "poisson": (nn.PoissonNLLLoss(), lambda: (real(B, C), real(B, C).abs())),
     "soft-margin": (nn.MultiLabelSoftMarginLoss(WEIGHT), lambda: (real(B, C), unit(B, C).round())),
     "own": (quartic, lambda: (real(B, C), real(B, C))),
-}
+}  # fmt: skip
+
+
+def drawn_of(name: str) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """A loss, outputs, targets, and outputs that require a gradient."""
+    torch.manual_seed(3)
+    loss, data = CASES[name]
+    outputs, targets = data()
+    return loss, outputs, targets, outputs.clone().requires_grad_()
 
 
 def users_value(loss: Any, outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean or sum as the user's loss says."""
-    found: Tensor = loss(outputs, targets) if isinstance(loss, nn.Module) else loss(outputs, targets).mean()
-    return found
+    return loss(outputs, targets) if isinstance(loss, nn.Module) else loss(outputs, targets).mean()
 
 
 def products(columns: Tensor) -> Tensor:
@@ -76,10 +77,7 @@ def expected(loss: Any, outputs: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_factor_is_the_exact_hessian(name: str) -> None:
-    torch.manual_seed(3)
-    loss, data = CASES[name]
-    outputs, targets = data()
-    leaf = outputs.clone().requires_grad_()
+    loss, outputs, targets, leaf = drawn_of(name)
     (columns,) = terminal_factors(split(loss), leaf, targets, (leaf,), "ggn")
     torch.testing.assert_close(products(columns), expected(loss, outputs, targets), rtol=0, atol=1e-12)
 
@@ -87,10 +85,7 @@ def test_the_factor_is_the_exact_hessian(name: str) -> None:
 @pytest.mark.parametrize("name", ["entropy", "logits", "own"])
 def test_sampling_is_unbiased(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean of ``S Sᵀ`` over every pattern of signs a sample, which are equally likely, is ``H``."""
-    torch.manual_seed(3)
-    loss, data = CASES[name]
-    outputs, targets = data()
-    leaf = outputs.clone().requires_grad_()
+    loss, outputs, targets, leaf = drawn_of(name)
     total = torch.zeros(B, C, C, dtype=torch.float64)
     patterns = list(itertools.product((-1.0, 1.0), repeat=2 * C))
     for pattern in patterns:
@@ -146,15 +141,10 @@ def test_saturated_samples_are_not_refused() -> None:
         assert columns.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("loss", "targets"),
-    [
-        (nn.CrossEntropyLoss(torch.tensor([1.0, -3.0, 1.0]).double()), torch.tensor([0, 1, 2])),
-        (lambda o, t: -(o.square().sum(1)), torch.zeros(3)),
-        (lambda o, t: o.sum(1), torch.zeros(3)),
-    ],
-    ids=["negative-weight", "concave", "linear"],
-)
+@pytest.mark.parametrize(("loss", "targets"), [
+    (nn.CrossEntropyLoss(torch.tensor([1.0, -3.0, 1.0]).double()), torch.tensor([0, 1, 2])),
+    (lambda o, t: -(o.square().sum(1)), torch.zeros(3)), (lambda o, t: o.sum(1), torch.zeros(3)),
+], ids=["negative-weight", "concave", "linear"])  # fmt: skip
 def test_refused_at_the_step(loss: Any, targets: Tensor) -> None:
     leaf = real(B, C).requires_grad_()
     with pytest.raises(CompileError, match=r"not convex in the network's outputs|its Hessian is zero"):

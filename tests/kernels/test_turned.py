@@ -1,7 +1,5 @@
 """Metrics of matrices: the Gram matrix of a layer's rows, of ``γ``, and the product, against explicit matrices."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

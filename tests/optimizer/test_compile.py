@@ -1,9 +1,6 @@
 """``compile=True``: the generated step is one graph, for any batch size, and computes what it computes without."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,70 +9,62 @@ from torch import Tensor, nn
 
 from gtddp_compile import CompileError, compile_optimizer
 from gtddp_compile.runtime import compiled
+from support.compared import LOSS
+from support.networks import Case, conv, make
 
-LOSS = nn.CrossEntropyLoss()
 
-
-class Residual(nn.Module):
+def residual() -> nn.Module:
     """A convolution, a normalisation, a shortcut and a head."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)
-        self.mix, self.head = nn.Linear(18, 18), nn.Linear(18, 3)
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(net.norm(net.conv(x))).flatten(1)
+        return net.head(h + torch.tanh(net.mix(h)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.norm(self.conv(x))).flatten(1)
-        return self.head(h + torch.tanh(self.mix(h)))
+    return make(forward, conv=conv(1, 2), norm=lambda: nn.BatchNorm2d(2), mix=(18, 18), head=(18, 3))
 
 
 def batch(samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 1, 3, 3, generator=generator, dtype=torch.float64)
-    return x, torch.arange(samples) % 3
+    return Case(nn.Identity(), (1, 3, 3)).batch(seed, samples)
 
 
-def pair(
-    backend: Any,
-    network: Callable[[], nn.Module] = lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 3)),
-    **options: Any,
-) -> tuple[Any, Any, nn.Module, nn.Module]:
+def pair(backend: Any, model: nn.Module, **options: Any) -> tuple[Any, Any, nn.Module, nn.Module]:
     """Without and with torch.compile, on the same weights; tracing takes a second a layer."""
-    torch.manual_seed(0)
-    plain = network().double()
-    other = copy.deepcopy(plain)
-    x, _ = batch(6, 0)
-    return (
-        compile_optimizer(plain, x, loss=LOSS, **{"curvature": "sgd", **options}),
-        compile_optimizer(other, x, loss=LOSS, compile={"backend": backend}, **{"curvature": "sgd", **options}),
-        plain,
-        other,
-    )
+    models, x = (model, copy.deepcopy(model)), batch(6, 0)[0]
+    torch._dynamo.reset()
+    given: list[dict[str, Any]] = [{}, {"compile": {"backend": backend}}]
+    ours, theirs = (compile_optimizer(m, x, loss=LOSS, **how, **options) for m, how in zip(models, given, strict=True))
+    return ours, theirs, *models
 
 
-@pytest.mark.parametrize(
-    "options", [{"curvature": "sgd", "lr": 0.3, "momentum": 0.9, "weight_decay": 0.01}, {"curvature": "rmsprop"}]
-)
-def test_one_graph_for_every_batch_size(options: dict[str, Any]) -> None:
+def assert_alike(model: nn.Module, other: nn.Module) -> None:
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-12)
+
+
+def linear() -> nn.Module:
+    return make(lambda net, x: net.a(x.flatten(1)), a=(9, 3))
+
+
+@pytest.mark.parametrize(("network", "options"), [
+    (residual, {"curvature": "sgd", "lr": 0.3, "momentum": 0.9, "weight_decay": 0.01}),
+    (linear, {"curvature": "rmsprop"}),
+])  # fmt: skip
+def test_one_graph_for_every_batch_size(network: Any, options: dict[str, Any]) -> None:
     graphs = []
 
     def counting(graph: torch.fx.GraphModule, example: list[Any]) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()
-    ours, theirs, plain, other = pair(counting, Residual, **options)
+    ours, theirs, plain, other = pair(counting, network(), **options)
     for step, samples in enumerate((6, 6, 8, 10)):
         x, y = batch(samples, step)
         torch.testing.assert_close(theirs.step(x, y), ours.step(x, y), rtol=1e-9, atol=1e-12)
-    for (name, a), b in zip(plain.state_dict().items(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12, msg=name)
+    assert_alike(plain, other)
     assert 1 <= len(graphs) <= 2  # momentum and moments have no buffer before the first step
 
 
 def test_a_factor_that_fails_is_made_again_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    ours, theirs, plain, other = pair("eager", curvature="sgd", lr=0.3)
+    ours, theirs, plain, other = pair("eager", linear(), curvature="sgd", lr=0.3)
     original, calls = compiled.CompiledStep.__call__, []
 
     def failing(self: compiled.CompiledStep, m: Any, *arguments: Any) -> Tensor:
@@ -88,8 +77,7 @@ def test_a_factor_that_fails_is_made_again_without_a_graph(monkeypatch: pytest.M
         x, y = batch(6, step)
         ours.step(x, y), theirs.step(x, y)
     assert len(calls) == 1 and calls[0] > 0
-    for (name, a), b in zip(plain.state_dict().items(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12, msg=name)
+    assert_alike(plain, other)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +87,7 @@ def test_a_factor_that_fails_is_made_again_without_a_graph(monkeypatch: pytest.M
 )  # fmt: skip
 def test_what_is_no_graph_is_refused(options: dict[str, Any], word: str) -> None:
     with pytest.raises(CompileError, match=word):
-        compile_optimizer(
-            Residual().double(), batch(6, 0)[0], loss=LOSS, compile=True, **{"curvature": "sgd", **options}
-        )
+        compile_optimizer(residual(), batch(6, 0)[0], loss=LOSS, compile=True, **{"curvature": "sgd", **options})
 
 
 def test_random_layers_are_refused_by_name() -> None:

@@ -1,33 +1,25 @@
 """Feedback modes against the feedback matrix written out by automatic differentiation, sample by sample."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, compile_optimizer
+from support.compared import LOSS as CE
+from support.networks import make
+from support.recorded import batch as drawn
 
 LR, B = 0.3, 5
-CE = nn.CrossEntropyLoss()
 
 
-class Small(nn.Module):
-    """Two layers with a shortcut around the second, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x))
-        return self.head(h + torch.tanh(self.second(h)))
+def shortcut(net: nn.Module, x: Tensor) -> Tensor:
+    h = torch.tanh(net.first(x))
+    return net.head(h + torch.tanh(net.second(h)))
 
 
 @pytest.fixture
 def batch() -> tuple[nn.Module, Tensor, Tensor]:
-    torch.manual_seed(0)
-    return Small().double(), torch.randn(B, 4).double(), torch.arange(B) % 3
+    return make(shortcut, first=(4, 3), second=(3, 3), head=(3, 3)), drawn(B), torch.arange(B) % 3
 
 
 def written_out(model: nn.Module, x: Tensor, y: Tensor, block: bool) -> Tensor:

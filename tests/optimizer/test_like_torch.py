@@ -1,7 +1,5 @@
 """Each behaviour of torch.optim's that docs/torch_optim.md has, and the table itself."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -18,6 +16,7 @@ from torch.optim import lr_scheduler, optimizer, swa_utils
 
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
 from support import networks
+from support.compared import torch_step
 from support.noisy import LOSS, Noisy, batch
 
 PAGE = Path(__file__).parents[2] / "docs" / "torch_optim.md"
@@ -137,9 +136,7 @@ def test_schedulers(name: str) -> None:
     schedulers = [SCHEDULERS[name](one) for one in (opt, adam)]
     for step in range(5):
         x, y = case.batch(step)
-        adam.zero_grad()
-        LOSS(plain(x), y).backward()
-        adam.step()
+        torch_step(adam, LOSS(plain(x), y))
         opt.step(x, y)
         for scheduler in schedulers:
             scheduler.step(1.0) if name == "plateau" else scheduler.step()
@@ -228,13 +225,25 @@ def test_differentiable() -> None:
         made(differentiable=True)
 
 
-def test_state() -> None:
-    model, opt = made()
+STATES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "adam": ({"amsgrad": True}, {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
+    "rmsprop": ({"centered": True, "momentum": 0.5}, {"step", "square_avg", "grad_avg", "momentum_buffer"}),
+    "sgd": ({"momentum": 0.9}, {"momentum_buffer"}),
+}
+
+
+@pytest.mark.parametrize("curvature", STATES)
+def test_state(curvature: str) -> None:
+    """Who holds a state's tensor sees what it is after every step; a copy stays what it was."""
+    options, keys = STATES[curvature]
+    model, opt = made(curvature=curvature, **options)
     trained(model, opt)
-    states = {id(value): value for state in opt.state.values() for value in state.values() if value.dim()}
-    assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in opt.state.values())
-    opt.step(*batch())
-    assert states.keys() == {id(value) for state in opt.state.values() for value in state.values() if value.dim()}
+    assert all(set(state) == keys for state in opt.state.values())
+    held = [(state, key, value) for state in opt.state.values() for key, value in state.items() if value.dim()]
+    copies = [value.clone() for *_, value in held]
+    opt.step(*batch(2))
+    assert held and all(state[key] is value for state, key, value in held)
+    assert not any(torch.equal(value, copy) for (*_, value), copy in zip(held, copies, strict=True))
 
 
 def test_state_dicts() -> None:
@@ -343,9 +352,7 @@ def test_without_gradient() -> None:
         torch.manual_seed(step)
         opt.step(*batch(step))
         torch.manual_seed(step)
-        LOSS(models[1](batch(step)[0]), batch(step)[1]).backward()
-        theirs.step()
-        theirs.zero_grad()
+        torch_step(theirs, LOSS(models[1](batch(step)[0]), batch(step)[1]))
     torch.testing.assert_close(model.state_dict(), models[1].state_dict())
     assert {id(p) for p in model.parameters()} - {id(p) for p in opt.state} == {
         id(p) for p in (model.fc.bias, *model.unused.parameters())

@@ -1,8 +1,6 @@
 """Plausible models and loops that a compiler may get wrong in silence: as torch.optim without feedback, as the dense
 derivation with it. What was refused instead is in docs/errors.md."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 
 from gtddp_compile import CompileError, compile_optimizer
 from support import nasty
-from support.compared import assert_base, assert_equal
+from support.compared import assert_base, assert_equal, torch_step
 from support.networks import make
 from support.recorded import batch
 from support.refused import refused
@@ -51,9 +49,7 @@ def follow(net: Any, opt: Any, loss: Any, between: Callable[[Any], Any], steps: 
     for step in range(steps):
         x = X if inputs is None else inputs(step)
         opt.step(x, Y[: len(x)])
-        theirs.zero_grad()
-        loss(plain(x), Y[: len(x)]).backward()
-        theirs.step()
+        torch_step(theirs, loss(plain(x), Y[: len(x)]))
         torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
         between(net), between(plain)
 
@@ -107,9 +103,7 @@ def test_steps_of_several_threads_are_made_one_after_the_other() -> None:
         thread.join()
     theirs = torch.optim.SGD(plain.parameters(), lr=0.1)
     for _ in range(24):
-        theirs.zero_grad()
-        F.cross_entropy(plain(X), Y).backward()
-        theirs.step()
+        torch_step(theirs, F.cross_entropy(plain(X), Y))
     torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
 
 

@@ -1,7 +1,5 @@
 """The problems of examples/pde: their joint step is Gauss-Newton's, and each runs."""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from pathlib import Path

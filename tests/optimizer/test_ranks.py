@@ -1,7 +1,5 @@
 """Several processes make the update of one process with the joined batch; what they send is what the paper says."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,18 +45,13 @@ PAIRS |= dict(
         case("conv", "rmsprop", "full", UNEVEN, loss=nn.CrossEntropyLoss(ignore_index=1), memory="recompute"),
     ]
 )
-FOURS = dict(
-    case("norms", name, coupling, FOUR if coupling == "full" else (4, 4, 4, 2), **STEADY.get(name, {}))
-    for name in REGISTRY
-    for coupling in ("full", "local")
-)
+TURNS = ("full", FOUR), ("local", (4, 4, 4, 2))
+FOURS = dict(case("norms", name, *TURNS[n % 2], **STEADY.get(name, {})) for n, name in enumerate(REGISTRY))
 FOURS |= dict([case("tokens", "ekfac", "full", FOUR), case("tokens", "foof", "local", (4, 4, 4, 2))])
-COUNTED = dict(
-    case(network, name, coupling, (4, 4))
-    for network, name, coupling in (
-        ("conv", "foof", "full"), ("conv", "soap", "full"), ("tokens", "kfac", "full"), ("conv", "adam", "local"),
-    )
-)  # fmt: skip
+COUNTED = dict([
+    case("conv", "foof", "full", (4, 4)), case("conv", "soap", "full", (4, 4)), case("tokens", "kfac", "full", (4, 4)),
+    case("conv", "adam", "local", (4, 4)),
+])  # fmt: skip
 COUNTED_FOUR = dict([case("conv", "ekfac", "full", (4,) * 4), case("conv", "sgd", "local", (4,) * 4)])
 REFUSED: Mapping[str, Mapping[str, Any]] = {
     "backend": {"backend": "dense"}, "rollout": {"rollout": "nonlinear"}, "feedback": {"feedback": "open"},
@@ -159,9 +152,6 @@ def test_a_killed_rank_ends_the_others(four: list[Any], folder: Path) -> None:
         said = (folder / f"{rank}").read_text()
         assert said.startswith(f"rank {rank} of 4: ") and "another process ended" in said
         assert said.endswith("unchanged True")
-
-
-# --- one process ------------------------------------------------------------------------------------------------------
 
 
 def test_without_processes() -> None:

@@ -7,23 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import UpdateProgram, compile_optimizer, kernels
+from support.compared import LOSS
+from support.networks import make
 
-LOSS = nn.CrossEntropyLoss()
 STEPS = 13
 
 
-class Normed(nn.Module):
+def normed(tracked: int = 0, by_size: bool = False) -> nn.Module:
     """``shape`` makes torch.fx hand it on to torch.export."""
 
-    def __init__(self, tracked: int = 0, by_size: bool = False) -> None:
-        super().__init__()
-        self.conv, self.norm, self.out = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(8, 3)
-        self.norm.num_batches_tracked += tracked
-        self.by_size = by_size
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(net.norm(net.conv(x))).flatten(1)
+        return net.out(h / 2 if by_size and h.shape[0] > 3 else h)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.norm(self.conv(x))).flatten(1)
-        return self.out(h / 2 if self.by_size and h.shape[0] > 3 else h)
+    model = make(forward, conv=lambda: nn.Conv2d(1, 2, 3), norm=lambda: nn.BatchNorm2d(2), out=(8, 3))
+    model.norm.num_batches_tracked += tracked
+    return model
 
 
 def batch(step: int, size: int = 5) -> tuple[Tensor, Tensor]:
@@ -59,34 +58,26 @@ def assert_averaged(model: nn.Module, tracked: int, **options: object) -> None:
                 "running_statistics": "corrected"}], ids=["default", "recompute", "dense", "sgd"],
 )  # fmt: skip
 def test_nothing_is_left_of_the_beginning(options: dict[str, object], by_size: bool) -> None:
-    torch.manual_seed(0)
-    model = Normed(by_size=by_size).double()
+    model = normed(by_size=by_size)
     assert_averaged(model, 0, **options)
     assert model.norm.num_batches_tracked == STEPS
 
 
 @pytest.mark.parametrize("tracked, options", [(50, {}), (0, {"running_statistics": "model"})])
 def test_torch_s_own_where_asked_for_and_after_many_batches(tracked: int, options: dict[str, object]) -> None:
-    torch.manual_seed(0)
-    model = Normed(tracked).double()
-    assert_averaged(model, 50, **options)
+    assert_averaged(normed(tracked), 50, **options)
 
 
 def test_updates_do_not_depend_on_it() -> None:
-    torch.manual_seed(0)
-    models = [Normed().double()]
-    models.append(copy.deepcopy(models[0]))
+    models = normed(), normed()
     for model, how in zip(models, ("corrected", "model"), strict=True):
         train(model, running_statistics=how)
-    for one, other in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
     assert not torch.allclose(models[0].norm.running_mean, models[1].norm.running_mean)
 
 
 def test_a_saved_program_has_it(tmp_path) -> None:
-    torch.manual_seed(0)
-    model = Normed().double()
-    twin = copy.deepcopy(model)
+    model, twin = normed(), normed()
     optimizer = compile_optimizer(model, batch(0)[0], loss=LOSS)
     optimizer.program.export(tmp_path / "program.json")
     loaded = compile_optimizer(twin, program=UpdateProgram.load(tmp_path / "program.json"))

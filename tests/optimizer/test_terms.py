@@ -1,7 +1,5 @@
 """A loss of several terms over several sets of points: one step for all, against the explicit one; what is refused."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -13,18 +11,13 @@ from torch.func import hessian, jacrev
 from gtddp_compile import CompileError, Terms, compile_optimizer, pde
 from support.compared import flat
 from support.least_squares import gauss_newton
+from support.networks import make
 
 
-class Net(nn.Module):
-    """A field of two components and a coefficient of the equation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2)).double()
-        self.k = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.f(x)  # type: ignore[no-any-return]
+def field() -> nn.Module:
+    """Of two components, and a coefficient of the equation."""
+    layers = {"a": (2, 6), "b": (6, 2), "k": lambda: nn.Parameter(torch.tensor(1.5))}
+    return make(lambda net, x: net.b(torch.tanh(net.a(x))), **layers)
 
 
 def equations(net: Any, x: Tensor) -> Tensor:
@@ -37,8 +30,7 @@ def boundary(net: Any, x: Tensor) -> Tensor:
 
 
 def terms(**weights: float) -> Terms:
-    torch.manual_seed(0)
-    return Terms(Net(), {"inside": equations, "boundary": boundary}, weights)
+    return Terms(field(), {"inside": equations, "boundary": boundary}, weights)
 
 
 def sets(inside: int = 7, edge: int = 4) -> dict[str, Any]:
@@ -106,9 +98,8 @@ def test_refusals_change_nothing_and_name_the_set() -> None:
 
 def test_points_at_which_a_term_has_no_value_are_named_and_nothing_changes() -> None:
     """One of its own set, in two ways, and one of another's."""
-    torch.manual_seed(0)
     inside = {"inside": lambda net, x: net(x)[:, 0] / x[:, 0], "boundary": lambda net, x: net(x)[:, 1] * x[:, 1].log()}
-    model = Terms(Net(), inside)
+    model = Terms(field(), inside)
     good = {name: (x, 0.5) for name, (x, _) in sets().items()}
     opt = compile_optimizer(model, good, curvature="sgd", lr=1.0, inertia=0.9)
     opt.step(good)
@@ -146,7 +137,7 @@ def test_a_term_may_take_derivatives_by_autograd() -> None:
         return found
 
     torch.manual_seed(0)
-    model, given = Terms(Net(), {"slope": slope}), {"slope": (torch.rand(5, 2).double(), 1.0)}
+    model, given = Terms(field(), {"slope": slope}), {"slope": (torch.rand(5, 2).double(), 1.0)}
     expected, before = gauss_newton(model, {"slope": lambda u, p, x: jacrev(u)(x)[0]}, given, 0.1), flat(model)
     compile_optimizer(model, given, curvature="sgd", lr=10.0).step(given)
     torch.testing.assert_close(flat(model) - before, expected, rtol=0, atol=1e-9)

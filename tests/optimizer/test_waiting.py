@@ -4,21 +4,18 @@ Tensors on torch's device ``meta`` have no values: whatever asks for one raises.
 no accelerator either.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gtddp_compile import compile_optimizer
 from gtddp_compile.runtime import fast
 from gtddp_compile.runtime.method import BaseMethod
 from support import networks
-from support.compared import flat
+from support.compared import LOSS, flat
 
-LOSS = nn.CrossEntropyLoss()
 OPTIONS: list[dict[str, Any]] = [
     {"curvature": "sgd"}, {"curvature": "sgd", "momentum": 0.9, "weight_decay": 0.1},
     {"curvature": "rmsprop", "gram": "separable"}, {"curvature": "adam", "coupling": 3},
@@ -47,10 +44,8 @@ def test_nothing_is_read_before_the_step_is_done(
     looked: list[BaseMethod] = []
     monkeypatch.setattr(fast, "check_done", looked.append)
     buffers = on_meta(dict(case.model.named_buffers()))
-    backend, arguments = (
-        fast.FastBackend(opt.program),
-        (dict(params), buffers, dict(params), (x.to("meta"),), y.to("meta")),
-    )
+    backend = fast.FastBackend(opt.program)
+    arguments = dict(params), buffers, dict(params), (x.to("meta"),), y.to("meta")
     phi = backend.run(m, *arguments)
     assert phi.shape == (5,) and phi.device.type == "meta" and looked == [m]
     with pytest.raises(RuntimeError, match="meta"):
@@ -68,9 +63,7 @@ def test_a_factor_that_fails_is_taken_back_and_looked_at(monkeypatch: pytest.Mon
             once = iter([True])
             original = fast.FastBackend.run
 
-            def run(
-                self: Any, m: BaseMethod, *arguments: Any, original: Any = original, once: Any = once, **how: Any
-            ) -> Any:
+            def run(self: Any, m: Any, *arguments: Any, original: Any = original, once: Any = once, **how: Any) -> Any:
                 phi = original(self, m, *arguments, **how)
                 if next(once, False):
                     m.figures[0]["weights"] = m.figures[0]["weights"] * float("nan")

@@ -1,32 +1,17 @@
-"""The compiled optimizer against the oracle: five steps in float64, to 1e-9, over networks and options."""
+"""The compiled optimizer against the oracle: three steps in float64, to 1e-9, over networks and options."""
 
-from __future__ import annotations
-
-import copy
 import itertools
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gtddp_compile import compile_optimizer
-from support.compared import TORCH
 from support.networks import CASES, Case, conv_residual, residual
-from support.oracle import Options, Stage, ddp_step, run
-from support.oracle_cases import (
-    BASES,
-    COUPLINGS,
-    REGIMES,
-    SETTINGS,
-    arguments,
-    batches,
-    cross_entropy,
-    distance,
-    parameters,
-)
+from support.oracle import Options, run
+from support.oracle_cases import BASES, COUPLINGS, SETTINGS, arguments, batches, cross_entropy, distance, parameters
 
-STEPS, TOLERANCE = 5, 1e-9
+STEPS, TOLERANCE = 3, 1e-9
 
 
 def check(
@@ -53,7 +38,7 @@ def test_curvature_by_coupling(number: int, setting: str, regime: str) -> None:
     check(CASES[("mlp", "residual", "projection")[number % 3]](), setting, COUPLINGS[regime])
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", ["full", "groups", "block", "substituted", "printed"])
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_every_network_and_schedule(name: str, regime: str) -> None:
     """Each distinct schedule of the network: coalitions, mappings early and late, one player a stage."""
@@ -83,52 +68,10 @@ def solve(case: Case, setting: str, options: Options, steps: int = 3) -> dict[st
     return run(case.stages["asap"], parameters(case.model), data, cross_entropy, BASES[name](**keywords), options)[0]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_without_feedback_it_is_the_base_method(setting: str) -> None:
-    case = residual()
-    result, theirs = solve(case, setting, Options(feedback=False), 5), copy.deepcopy(case.model)
-    name, keywords = SETTINGS[setting]
-    optimizer = TORCH[name](theirs.parameters(), **keywords)
-    for (x,), y in batches(case, 5):
-        optimizer.zero_grad()
-        F.cross_entropy(theirs(x), y).backward()
-        optimizer.step()
-    assert distance(result, parameters(theirs)) < 1e-12
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_linear_dynamics_give_the_minimum_of_the_quadratic_model(weight_decay: float) -> None:
-    """x' = A x + B u: the sweep minimises mean(g δx + (g δx)²/2) + ℓ_u δu + |δu|²/(2 lr) over all u."""
-    torch.manual_seed(0)
-    batch, lr = 3, 2.0
-    maps = [(torch.randn(2, 2).double(), torch.randn(2, 2).double()) for _ in range(3)]
-    stages = [
-        Stage((f"u{t}",), lambda s, p, t=t, B=B: (s[0] * 0 + p[f"u{t}"] @ B,), lambda s, h, A=A: (s[0] @ A + h[0],))
-        for t, (A, B) in enumerate(maps)
-    ]
-    params = {f"u{t}": torch.randn(2).double() for t in range(3)}
-    x, goal = torch.randn(batch, 2).double(), torch.randn(batch, 2).double()
-
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        return ((outputs - targets) ** 2).sum(1)
-
-    base = BASES["sgd"](lr=lr, weight_decay=weight_decay)
-    new, _ = ddp_step(stages, params, (x,), goal, loss, base, Options(clip=None))
-
-    u, state, response = torch.cat(list(params.values())), x, torch.zeros(0, 2).double()
-    for t, (A, B) in enumerate(maps):
-        state, response = state @ A + params[f"u{t}"] @ B, torch.cat([response @ A, B])
-    rows = 2 * (state - goal) @ response.T  # gradient of each sample's loss in all controls
-    hessian = rows.T @ rows / batch + torch.eye(6).double() / lr
-    best = u - torch.linalg.solve(hessian, rows.mean(0) + weight_decay * u)
-    torch.testing.assert_close(torch.cat(list(new.values())), best, rtol=1e-12, atol=1e-12)
-
-
 def test_couplings_agree_where_they_must_and_differ_elsewhere() -> None:
     case = residual()
     results = {name: solve(case, "sgd", Options(coupling=name)) for name in ("full", 7, 9, 3, 1, "block")}
-    assert distance(results[7], results["full"]) < 1e-12
-    assert distance(results[9], results["full"]) < 1e-12
+    assert max(distance(results[size], results["full"]) for size in (7, 9)) < 1e-12
     for left, right in (("full", 3), ("full", 1), ("full", "block"), (3, 1), (1, "block")):
         assert distance(results[left], results[right]) > 1e-3
 

@@ -1,7 +1,5 @@
 """K-FAC and EK-FAC: Proposition 4 against the published algorithms, the generated program against the dense one."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -13,38 +11,26 @@ from torch import Tensor, nn
 from gtddp_compile import EKFAC, FOOF, KFAC, CompileError, compile_optimizer, kernels
 from support import networks
 from support.cases import conv_mixed, convolutional, lines, wide
-from support.compared import LOSS, assert_equal, flat, train
+from support.compared import LOSS, assert_equal, batches, flat, optimizer, train, trained
+from support.networks import Case, conv, make
 from support.recorded import draw
-
-# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_in_pieces_it_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches whose unfolded inputs do not fit: the chunked forms of factors, moments and Gram matrices."""
-    case, found = conv_mixed(), []
+    found = []
     for chunk in (2**24, 64):
         monkeypatch.setattr("gtddp_compile.kernels.kronecker.CHUNK", chunk)
-        model = copy.deepcopy(case.model)
-        opt = compile_optimizer(model, loss=LOSS, curvature=name, lr=0.1, damping=1e-2, refresh=1)
-        for step in range(2):
-            opt.step(*case.batch(step))
-        found.append(flat(model))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-10)
-
-
-# --- as an optimizer --------------------------------------------------------------------------------------------------
+        found.append(trained(conv_mixed(), curvature=name, lr=0.1, damping=1e-2, refresh=1))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
 
 
 def test_cholesky_failure_is_counted_and_survived() -> None:
     """Fewer samples than inputs and no damping: the factors are singular."""
-    case = networks.residual()
-    opt = compile_optimizer(copy.deepcopy(case.model), loss=LOSS, curvature="kfac", damping=0.0, refresh=1, lr=1e-6)
-    assert torch.isfinite(opt.step(*case.batch(0, 2)))
-    assert opt.diagnostics["solve_fallbacks"] > 0
-    opt = compile_optimizer(copy.deepcopy(case.model), loss=LOSS, curvature="kfac")
-    opt.step(*case.batch(0))
-    assert opt.diagnostics["solve_fallbacks"] == 0
+    run = train(networks.residual(), 1, 2, curvature="kfac", damping=0.0, refresh=1, lr=1e-6)
+    assert run.parameters.isfinite().all() and run.optimizer.diagnostics["solve_fallbacks"] > 0
+    assert train(networks.residual(), curvature="kfac").optimizer.diagnostics["solve_fallbacks"] == 0
 
 
 def turned(values: Tensor, vectors: Tensor) -> Tensor:
@@ -72,11 +58,7 @@ def test_the_choice_of_a_basis_of_a_null_space_does_not_matter(feedback: bool, m
 
     for eigh in (true_eigh, other_eigh):
         monkeypatch.setattr("torch.linalg.eigh", eigh)
-        model = copy.deepcopy(case.model)
-        opt = compile_optimizer(model, loss=LOSS, curvature=EKFAC(lr=0.1, damping=1e-2, refresh=3), feedback=feedback)
-        for step in range(3):
-            opt.step(*case.batch(step, 3))
-        found.append(flat(model))
+        found.append(trained(case, 3, 3, curvature=EKFAC(lr=0.1, damping=1e-2, refresh=3), feedback=feedback))
     assert seen and (found[0] - flat(case.model)).abs().max() > 1e-2
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
 
@@ -84,8 +66,7 @@ def test_the_choice_of_a_basis_of_a_null_space_does_not_matter(feedback: bool, m
 def test_learning_rates_by_group() -> None:
     """A player whose learning rate is 0 stays, its companion in the coalition moves."""
     case = networks.projection()
-    model = copy.deepcopy(case.model)
-    opt = compile_optimizer(model, case.batch(0)[0], loss=LOSS, curvature="kfac", lr=0.1)
+    model, opt = optimizer(case, curvature="kfac", lr=0.1)
     assert any(set(stage.players) == {"a", "short"} for stage in opt.graph.stages)
     next(group for group in opt.param_groups if group["name"] == "a")["lr"] = 0.0
     opt.step(*case.batch(0))
@@ -115,19 +96,12 @@ def test_statistics_come_from_v_h() -> None:
     """
     case, found = networks.mlp(), []
     for options in ({"rollout": "nonlinear"}, {"feedback": False}, {"rollout": "linear"}):
-        model = copy.deepcopy(case.model)
-        opt = compile_optimizer(model, loss=LOSS, curvature="kfac", lr=0.5, **options)  # type: ignore[arg-type]
+        model, opt = optimizer(case, curvature="kfac", lr=0.5, **options)
         opt.step(*case.batch(0))
         found.append({name: opt.state[p]["factor_g"] for name, p in model.named_parameters() if "weight" in name})
     torch.testing.assert_close(found[0]["c.weight"], found[1]["c.weight"])  # α_T = 1/B
     assert (found[0]["a.weight"] - found[1]["a.weight"]).abs().max() > 1e-6
     torch.testing.assert_close(found[2], found[1])
-
-
-# --- per-sample gradients in coordinates where a Kronecker metric is diagonal: kernels, choice, what is made o ---
-
-
-# --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["rows", "samples"])
@@ -189,9 +163,6 @@ def test_moments_of_patches_from_lines_that_they_share(name: str, bias: bool) ->
     torch.testing.assert_close(found, (patches @ patches.T)[None], rtol=1e-12, atol=1e-12)
 
 
-# --- in programs ------------------------------------------------------------------------------------------------------
-
-
 def test_a_bias_that_is_not_trained() -> None:
     """Rows have no ones, and coordinates no place for them."""
     for case in (wide(), lines()):
@@ -207,46 +178,29 @@ def test_coordinates_that_would_be_too_large_are_not_kept(monkeypatch: pytest.Mo
     assert_equal(case, steps=2, size=5, curvature="kfac", lr=0.2, damping=1e-2)
 
 
-# --- fOOF: the input factor's metric, against an independent computation and the dense backend ---
+# --- FOOF ---
 
 
 PAPER = {"coupling": "block", "recursion": "substituted"}
 
 
-class Layers(nn.Module):
+def normed() -> Case:
     """A convolution, a normalisation and a linear layer."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 3, 3, padding=1)
-        self.norm = nn.GroupNorm(1, 3)
-        self.fc = nn.Linear(48, 4)
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        return net.fc(torch.tanh(net.norm(net.conv(x))).flatten(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.fc(torch.tanh(self.norm(self.conv(x))).flatten(1))
-        return scores
+    return Case(make(forward, conv=conv(2, 3), norm=lambda: nn.GroupNorm(1, 3), fc=(48, 4)), (2, 4, 4))
 
 
-def network() -> Layers:
-    torch.manual_seed(0)
-    return Layers().double()
-
-
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (torch.randn(6, 2, 4, 4, generator=generator).double(), torch.randint(0, 4, (6,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def published(model: Layers, steps: int, lr: float, damping: float, decay: float) -> None:
+def published(case: Case, steps: int, lr: float, damping: float, decay: float) -> Tensor:
     """``δW = -lr G (A + λ ā I)⁻¹`` by hand: homogeneous inputs of the linear layer, channels of the convolution."""
     running: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
+    model = case.model
     for name in ("conv", "fc"):
         getattr(model, name).register_forward_hook(lambda _, x, __, name=name: seen.__setitem__(name, x[0].detach()))
-    for step, (x, y) in enumerate(batches(steps), start=1):
+    for step, (x, y) in enumerate(batches(case, steps, 6), start=1):
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
         pixels = seen["conv"].movedim(1, -1).reshape(-1, 2)
@@ -254,10 +208,8 @@ def published(model: Layers, steps: int, lr: float, damping: float, decay: float
         keep = min(1 - 1 / step, decay)
         for name, factor in (("conv", pixels.T @ pixels / len(x)), ("fc", rows.T @ rows / len(x))):
             running[name] = keep * running[name] + (1 - keep) * factor if name in running else factor
-        inverse = {
-            name: torch.linalg.inv(a + damping * a.trace() / len(a) * torch.eye(len(a)).double())
-            for name, a in running.items()
-        }
+        inverse = {name: torch.linalg.inv(a + damping * a.trace() / len(a) * torch.eye(len(a)).double())
+                   for name, a in running.items()}  # fmt: skip
         with torch.no_grad():
             both = torch.cat([model.fc.weight.grad, model.fc.bias.grad[:, None]], 1) @ inverse["fc"]
             model.fc.weight -= lr * both[:, :-1]
@@ -265,42 +217,27 @@ def published(model: Layers, steps: int, lr: float, damping: float, decay: float
             model.conv.weight -= lr * torch.einsum("mckl,cd->mdkl", model.conv.weight.grad, inverse["conv"])
             for plain in (model.conv.bias, model.norm.weight, model.norm.bias):  # 16 positions, input 1
                 plain -= lr * plain.grad / (16 * (1 + damping))
+    return flat(model)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_without_feedback_it_is_the_published_method(steps: int) -> None:
-    ours, theirs = network(), network()
-    options = {"lr": 0.05, "damping": 0.1, "stat_decay": 0.5, "refresh": 1, "stat_every": 1}
-    opt = compile_optimizer(
-        ours, batches(1)[0][0], loss=nn.CrossEntropyLoss(), curvature=FOOF(**options), feedback=False
-    )
-    for x, y in batches(steps):
-        opt.step(x, y)
-    published(theirs, steps, 0.05, 0.1, 0.5)
-    torch.testing.assert_close(flat(ours), flat(theirs), rtol=0, atol=1e-12)
+    curvature = FOOF(lr=0.05, damping=0.1, stat_decay=0.5, refresh=1, stat_every=1)
+    found = trained(normed(), steps, 6, curvature=curvature, feedback=False)
+    torch.testing.assert_close(found, published(normed(), steps, 0.05, 0.1, 0.5), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"coupling": 4}, {"rollout": "nonlinear"}, {"feedback": False}, PAPER])
 def test_a_wide_layer_has_a_factor_of_every_block_of_its_inputs(options: dict[str, Any]) -> None:
-    found = []
-    for backend in ("fast", "dense"):
-        model = network()
-        curvature = FOOF(widest=20, lr=0.1)  # 49 homogeneous inputs: three blocks of 17, two zeros behind the last
-        opt = compile_optimizer(
-            model, batches(1)[0][0], loss=nn.CrossEntropyLoss(), curvature=curvature, backend=backend, **options
-        )
-        for x, y in batches(2):
-            opt.step(x, y)
-        assert opt.state[model.fc.weight]["factor_x"].shape == (3, 17, 17)
-        found.append(flat(model))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+    """49 homogeneous inputs: three blocks of 17, two zeros behind the last."""
+    run = assert_equal(normed(), size=6, curvature=FOOF(widest=20, lr=0.1), **options)
+    assert run.optimizer.state[run.model.fc.weight]["factor_x"].shape == (3, 17, 17)
 
 
 def test_factors_are_made_more_often_at_the_beginning() -> None:
-    model = network()
-    opt = compile_optimizer(model, batches(1)[0][0], loss=nn.CrossEntropyLoss(), lr=1e-9)
+    model, opt = optimizer(normed(), lr=1e-9)
     changed, before = [], None
-    for step, (x, y) in enumerate(batches(22)):
+    for step, (x, y) in enumerate(batches(normed(), 22, 6)):
         opt.step(x, y)
         now = opt.state[model.conv.weight]["map_x"].clone()
         if before is None or not torch.equal(now, before):
@@ -311,7 +248,7 @@ def test_factors_are_made_more_often_at_the_beginning() -> None:
 
 def sketched(seed: int, columns: int, **options: Any) -> tuple[Tensor, Tensor]:
     """A sketch of ``Γ`` with its change, of one convolution."""
-    (x, _), weight = batches(1)[0], network().conv.weight.detach()
+    x, weight = normed().batch(0, 6)[0], normed().model.conv.weight.detach()
     shape, generator = (2, 3, 3), torch.Generator().manual_seed(1)
     maps = torch.linalg.cholesky(torch.tensor([[[2.0, 0.5], [0.5, 1.0]]]).double())
     g = torch.randn(6, 3, 4, 4, generator=generator).double()

@@ -1,8 +1,5 @@
 """The linear rollout: one joint step, equal to a dense solve over all parameters (`primal.py`) to 1e-9 in float64."""
 
-from __future__ import annotations
-
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +7,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from gtddp_compile import FOOF, CompileError, Geometric, compile_optimizer
+from gtddp_compile import FOOF, CompileError, Geometric
 from gtddp_compile.lowering.write import adjoints
 from gtddp_compile.methods.terminal import Terminal
 from gtddp_compile.options import SUGGESTED, Options
-from support import networks, random_networks
-from support.against_primal import SIZE, Regressed, assert_primal, classified, oracle, squares
+from support import networks
+from support.against_primal import SIZE, assert_primal, classified, oracle, regression, squares
 from support.cases import of_both, tied, two_outputs
-from support.compared import LOSS, SUM, assert_exported, flat, optimizer, train
+from support.compared import LOSS, SUM, TORCH, assert_exported, flat, optimizer, train, trained
 from support.random_networks import Plan, loss, plans
 
 NETWORKS = {
@@ -51,16 +48,15 @@ REACHES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("setup", REACHES)
 def test_reach(setup: str, backend: Any) -> None:
     """A mean over several outputs is undone, as far as the target has any."""
-    assert_primal(Regressed(networks.projection()), nn.MSELoss(), 3, backend, squares, **REACHES[setup])
+    assert_primal(regression("projection"), nn.MSELoss(), 3, backend, squares, **REACHES[setup])
 
 
 def test_reach_acts_where_it_should() -> None:
     """The oracle of :func:`test_reach` itself: how often each of its losses counts in the first step."""
     found = {}
     for setup, options in REACHES.items():
-        case = Regressed(networks.projection())
-        expected = oracle(case.model, squares, **options)
-        x, y = case.batch(0, SIZE)
+        expected = oracle(regression("projection").model, squares, **options)
+        x, y = regression("projection").batch(0, SIZE)
         expected.step((x,), y)
         found[setup] = expected.counted
     most = y.shape[1]
@@ -81,9 +77,9 @@ def test_is_the_primal_step(network: str, setup: str) -> None:
 
 @pytest.mark.parametrize(
     ("network", "setup"),
-    [(network, "inertia, groups") for network in NETWORKS]
-    + [("projection", setup) for setup in SETUPS if setup != "inertia, groups"],
-)
+    [*((one, "inertia, groups") for one in NETWORKS),
+     *(("projection", one) for one in SETUPS if one != "inertia, groups")],
+)  # fmt: skip
 def test_the_rolled_out_policy_is_the_primal_step(network: str, setup: str) -> None:
     """The dense backend: gains stage by stage, the policy on the linearised dynamics, which the program never does."""
     per_sample = of_both if network == "two outputs" else classified
@@ -96,26 +92,14 @@ def test_kronecker_factors(curvature: str, backend: Any) -> None:
     """Explicit ``(A + π √λ I) ⊗ (B + √λ/π I)`` or ``(A + λ ā I) ⊗ I`` a layer, from the ordinary gradients."""
     options: dict[str, Any] = {"curvature": curvature, "lr": 0.1, "damping": 1e-2, "inertia": 0.9, "weight_decay": 0.05,
                                "terminal": "geometric"}  # fmt: skip
-    model = copy.deepcopy((case := networks.mlp()).model)
-    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS, backend=backend, refresh=1, coupling=3, **options)
-    expected = oracle(case.model, coupling=3, **options)
-    for step in range(3):
-        x, y = case.batch(step, SIZE)
-        opt.step(x, y), expected.step((x,), y)
-        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+    assert_primal(networks.mlp(), LOSS, 3, backend, refresh=1, coupling=3, **options)
 
 
 def test_the_defaults() -> None:
     """Nothing said: FOOF with the inertia and the aim that it suggests, coupled as a whole."""
-    model = copy.deepcopy((case := networks.nested()).model)
-    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=LOSS)
-    options = {"lr": FOOF.lr, "damping": FOOF.damping, **SUGGESTED["foof"]}
+    options = {"curvature": "foof", "lr": FOOF.lr, "damping": FOOF.damping, **SUGGESTED["foof"]}
     assert options["inertia"] > 0 and options["terminal"].half > 0
-    expected = oracle(case.model, curvature="foof", **options)
-    for step in range(3):  # statistics are taken in each; later only now and then
-        x, y = case.batch(step, SIZE)
-        opt.step(x, y), expected.step((x,), y)
-        torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+    opt = assert_primal(networks.nested(), LOSS, 3, "fast", said={}, **options)  # statistics are taken in each step
     assert opt.program.form.name == "joint"
 
 
@@ -124,39 +108,38 @@ def test_a_loss_that_is_a_sum(terminal: str) -> None:
     assert_primal(networks.residual(), SUM, 2, "fast", terminal=terminal, curvature="sgd", lr=0.1, coupling=2)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(plan=random_networks.plans(), inertia=st.sampled_from([0.0, 0.9]), schedule=st.sampled_from(["asap", "alap"]))
-def test_random_networks(plan: random_networks.Plan, inertia: float, schedule: str) -> None:
+few = settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+
+
+@few
+@given(plan=plans(), inertia=st.sampled_from([0.0, 0.9]), schedule=st.sampled_from(["asap", "alap"]))
+def test_random_networks(plan: Plan, inertia: float, schedule: str) -> None:
     options = {"curvature": "sgd", "lr": 0.1, "inertia": inertia, "terminal": "gradient"}
-    model = plan.build()
-    start = flat(model)
-    expected = oracle(plan.build(), random_networks.loss, **options)
-    opt = compile_optimizer(model, plan.batch(0)[0], loss=random_networks.loss, schedule=schedule, **options)
+    expected = oracle(plan.case().model, loss, **options)
     for step in range(2):
-        inputs, targets = plan.batch(step)
-        opt.step(inputs, targets), expected.step(inputs, targets)
-    scale = max(1.0, float(expected.u.abs().max()))
-    torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9 * scale)
-    assume((flat(model) - start).abs().max() > 1e-6)
+        expected.step(*plan.batch(step))
+    assert_near(plan, trained(plan.case(), schedule=schedule, **options), expected.u)
 
 
-# --- the base methods -------------------------------------------------------------------------------------------------
+def assert_near(plan: Plan, found: Tensor, expected: Tensor) -> None:
+    """``x - x`` teaches nothing; too many such examples fail the test."""
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * scale)
+    assume((found - flat(plan.case().model)).abs().max() > 1e-6)
 
 
-BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
-    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.1}),
-}
+BASES: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}, "rmsprop": {"lr": 0.01, "momentum": 0.5},
+    "adam": {"lr": 0.01, "weight_decay": 0.1},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("bound", [0.2, 100.0])
 @pytest.mark.parametrize("name", BASES)
 def test_gradients_are_clipped_as_torch_clips_them(name: str, bound: float) -> None:
-    case, (base, options) = networks.projection(), BASES[name]
-    ours, opt = optimizer(case, curvature=name, feedback=False, max_grad_norm=bound, **options)
-    theirs = copy.deepcopy(case.model)
-    reference = base(theirs.parameters(), **options)
+    case, theirs = networks.projection(), networks.projection().model
+    ours, opt = optimizer(case, curvature=name, feedback=False, max_grad_norm=bound, **BASES[name])
+    reference = TORCH[name](theirs.parameters(), **BASES[name])
     clipped = []
     for step in range(3):
         x, y = case.batch(step, 6)
@@ -197,7 +180,7 @@ def test_without_inertia_there_is_no_last_step() -> None:
     torch.testing.assert_close(last, flat(model) - before, rtol=0, atol=1e-15)
 
 
-# --- random networks: the generated program equals the dense derivation, to 1e-9 in float64, whatever the sche ---
+# --- random networks ---
 
 
 OPTIONS = (
@@ -208,26 +191,13 @@ OPTIONS = (
     {"curvature": "sgd", "lr": 0.05, "coupling": "block"},
     {"curvature": "adam", "lr": 1e-2, "coupling": "block", "recursion": "substituted"},
 )
-STEPS = 2
 
 
-def trained(plan: Plan, **options: object) -> torch.Tensor:
-    model = plan.build()
-    opt = compile_optimizer(model, plan.batch(0)[0], loss=loss, **options)  # type: ignore[arg-type]
-    for step in range(STEPS):
-        opt.step(*plan.batch(step))
-    return flat(model)
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@few
 @given(plan=plans(), options=st.sampled_from(OPTIONS), schedule=st.sampled_from(["asap", "alap", "sequential"]))
 def test_fast_equals_dense(plan: Plan, options: dict[str, object], schedule: str) -> None:
-    fast = trained(plan, schedule=schedule, **options)
-    dense = trained(plan, schedule=schedule, backend="dense", **options)
-    scale = max(1.0, float(dense.abs().max()))
-    torch.testing.assert_close(fast, dense, rtol=0, atol=1e-9 * scale)
-    start = flat(plan.build())
-    assume((fast - start).abs().max() > 1e-6)  # x - x teaches nothing; too many such examples fail the test
+    found = (trained(plan.case(), schedule=schedule, backend=backend, **options) for backend in ("fast", "dense"))
+    assert_near(plan, *found)
 
 
 # --- the program of the linear rollout: the theorem it rests on, its files, micro-batches, figures and options ---
@@ -266,11 +236,9 @@ def test_diagnostics_mean_what_they_mean_in_the_nonlinear_rollout(options: dict[
         opt.step(*case.batch(0, 6))
         found.append(opt.diagnostics)
     linear, nonlinear = found
-    assert linear["open_norm"] == pytest.approx(nonlinear["open_norm"], rel=1e-9)
-    assert (
-        linear["predicted_decrease"] == pytest.approx(nonlinear["predicted_decrease"], rel=1e-9)
-        and linear["predicted_decrease"] > 0
-    )
+    for name in ("open_norm", "predicted_decrease"):
+        assert linear[name] == pytest.approx(nonlinear[name], rel=1e-9)
+    assert linear["predicted_decrease"] > 0
     assert linear["feedback_norm"].keys() == nonlinear["feedback_norm"].keys()
     assert linear["feedback_norm"]["stem"] < 1e-12 < 1e-4 < linear["feedback_norm"]["head"]
     assert linear["lifted_grams"] == 0 and linear["clipped_changes"] == 0
@@ -302,9 +270,6 @@ def test_what_is_decided_for_all_stages_stands_at_the_first() -> None:
     assert stages["factor"] == stages["cap_step"] == 0
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
 def test_where_it_is_the_default() -> None:
     assert Options().rollout_kind == Options(coupling=4).rollout_kind == "linear"
     for other in ({"feedback": "open"}, {"feedback": False}, {"coupling": "block"}, {"rollout": "nonlinear"},
@@ -314,14 +279,10 @@ def test_where_it_is_the_default() -> None:
 
 def test_one_reverse_pass_of_several_stages_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that torch differentiates are one pass while what it leaves is small; else each has its own."""
-    trained, passes = [], []
+    runs = []
     for held in (adjoints.HELD, 0):
         monkeypatch.setattr(adjoints, "HELD", held)
-        case = networks.conv_residual()
-        opt = compile_optimizer(case.model, case.batch(0, SIZE)[0], loss=LOSS)
-        for step in range(2):
-            opt.step(*case.batch(step, SIZE))
-        trained.append(flat(case.model))
-        passes.append(opt.program.code.count("= pull_back("))
+        runs.append(train(networks.conv_residual()))
+    passes = [run.optimizer.program.code.count("= pull_back(") for run in runs]
     assert 0 < passes[0] < passes[1]
-    torch.testing.assert_close(*trained, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*(run.parameters for run in runs), rtol=0, atol=1e-12)

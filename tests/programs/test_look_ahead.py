@@ -1,7 +1,5 @@
 """Look-ahead: of samples with several numbers the step before is taken first, and the batch is looked at from there."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from gtddp_compile import CompileError, Geometric, compile_optimizer
 from gtddp_compile.options import SUGGESTED
 from support import networks
-from support.against_primal import Regressed, assert_primal, squares
+from support.against_primal import assert_primal, regression, squares
 from support.compared import assert_equal, assert_exported, flat, optimizer, train
 
 SQUARES = nn.MSELoss()
@@ -34,14 +32,10 @@ CURVATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def regression(name: str) -> Regressed:
-    return Regressed(getattr(networks, name)())
-
-
 @pytest.mark.parametrize("setup", SETUPS)
 @pytest.mark.parametrize("backend", ["fast", "dense"])
 def test_is_the_primal_step_from_there(setup: str, backend: Any) -> None:
-    assert_primal(Regressed(networks.projection()), SQUARES, 3, backend, squares, **SETUPS[setup], **AHEAD)
+    assert_primal(regression("projection"), SQUARES, 3, backend, squares, **SETUPS[setup], **AHEAD)
 
 
 @pytest.mark.parametrize("setup", CURVATURES)

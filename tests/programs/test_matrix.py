@@ -3,8 +3,6 @@
 The table and what it holds: tests/support/matrix.py. What is checked of a row: tests/support/compared.py.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile import CompileError
 from support import cases, published
 from support.compared import SIZE, STEPS, assert_base, assert_equal, assert_exported, batches, flat, optimizer, train
 from support.matrix import CURVATURES, FORMS, GROUP, NETWORKS, Row, compiled, meeting, table
-from support.networks import Case
+from support.networks import Case, make
 
 TABLE = table()
 
@@ -117,8 +115,12 @@ PUBLISHED: list[dict[str, Any]] = [
 FACTORED = ("mlp", "projection", "attention", "conv_mixed", "evaluated", "embedded", "wide", "lines", "convolutional")
 
 
-@pytest.mark.parametrize("options", BASES, ids=lambda options: "-".join(map(str, options.values())))
-@pytest.mark.parametrize("network", ["projection", "conv_residual", "embedded", "tied", "two_outputs"])
+PLAIN = ("projection", "conv_residual", "embedded", "tied", "two_outputs")
+TURNS = [(PLAIN[(n + k) % 5], options) for n, options in enumerate(BASES) for k in (0, 2)]
+"""Every network in turn, twice for all options of a method."""
+
+
+@pytest.mark.parametrize(("network", "options"), TURNS, ids=str)
 def test_proposition_4(network: str, options: dict[str, Any]) -> None:
     """Mixed derivatives off, layers uncorrelated: torch.optim's own update."""
     assert_base(NETWORKS[network](), steps=10, **options)
@@ -163,18 +165,17 @@ def test_muon_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices, vectors = ([p for p in theirs.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
     optimizers = torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(vectors, lr=0.02, weight_decay=0.1)
     for x, y in batches(case, 20, 16):
-        theirs.zero_grad()
         F.cross_entropy(theirs(x), y).backward()
         for one in optimizers:
             one.step()
+            one.zero_grad()
     torch.testing.assert_close(run.model.state_dict(), theirs.state_dict(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("network", "kind", "options"),
-    [every for n, every in enumerate(itertools.product(FACTORED, ("kfac", "ekfac"), PUBLISHED)) if n % 2],
-    ids=str,
-)
+EVERY_OTHER = list(itertools.product(FACTORED, ("kfac", "ekfac"), PUBLISHED))[1::2]
+
+
+@pytest.mark.parametrize(("network", "kind", "options"), EVERY_OTHER, ids=str)
 def test_proposition_4_with_kronecker_factors(network: str, kind: str, options: dict[str, Any]) -> None:
     """The published algorithms, from few rows (a batch narrower than a layer) and from many. Every two of them meet."""
     size = 3 if network in ("wide", "lines") and kind == "kfac" else 12
@@ -205,20 +206,14 @@ def test_schedules_differ_where_they_do() -> None:
             assert ((found[i] - found[i - 1]).abs().max() > 1e-6) == (form == "nonlinear")
 
 
-# --- proposition 4: with feedback off every curvature is torch.optim's own optimizer ---
-
-
-class TwoBranches(nn.Module):
+def two_branches() -> Case:
     """The second branch draws after the first one but depends on no player of it, as a decoder does on its encoder."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.other, self.head = (nn.Linear(3, 3) for _ in range(4))
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        encoded = F.dropout(net.second(F.dropout(torch.tanh(net.first(x)), 0.4)), 0.3)
+        return net.head(F.dropout(torch.tanh(net.other(F.dropout(x, 0.5))) + encoded, 0.2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Sum of the branches, (batch, 3)."""
-        encoded = F.dropout(self.second(F.dropout(torch.tanh(self.first(x)), 0.4)), 0.3)
-        return self.head(F.dropout(torch.tanh(self.other(F.dropout(x, 0.5))) + encoded, 0.2))
+    return Case(make(forward, first=(3, 3), second=(3, 3), other=(3, 3), head=(3, 3)), (3,))
 
 
 BY_HAND = {"first": 0, "second": 1, "other": 3, "head": 5}
@@ -227,8 +222,7 @@ BY_HAND = {"first": 0, "second": 1, "other": 3, "head": 5}
 @pytest.mark.parametrize("schedule", ["asap", "alap", "sequential", BY_HAND], ids=str)
 def test_random_numbers_are_drawn_in_the_model_s_order(schedule: Any) -> None:
     """A dropout of the input runs beside a player: its value never moves, whichever stage computes it."""
-    torch.manual_seed(0)
-    case = Case(TwoBranches().double().train(), (3,))
+    case = two_branches()
     opt = assert_base(case, curvature="sgd", lr=0.1, schedule=schedule).optimizer
     draws = [opt.graph.stage_of[op.name] for op in opt.graph.ops.ops if op.random]
     assert len(draws) == 4 and draws == sorted(draws)
@@ -239,9 +233,7 @@ def test_random_numbers_are_drawn_in_the_model_s_order(schedule: Any) -> None:
 def test_a_schedule_against_the_model_s_draws_is_refused() -> None:
     together = {"first": 0, "second": 1, "other": 1, "head": 2}
     with pytest.raises(CompileError, match="order of random draws"):
-        compile_optimizer(
-            TwoBranches().train(), torch.randn(5, 3), loss=nn.CrossEntropyLoss(), curvature="sgd", schedule=together
-        )
+        optimizer(two_branches(), curvature="sgd", schedule=together)
 
 
 def test_exact_reading_of_batch_norm_differs_in_training_only() -> None:
@@ -260,13 +252,9 @@ def test_without_feedback_the_derivation_is_the_base_method_too(curvature: str) 
 
 def test_micro_batches_by_default() -> None:
     """FOOF with the inertia and the aim that it suggests."""
-    case, found = NETWORKS["projection"](), []
-    for coupling in ("full", 4):
-        model, opt = optimizer(case, 8, coupling=coupling)
-        for step in range(3):
-            x, y = case.batch(step, 8)
-            if coupling == "full":
-                opt.accumulate(x[:4], y[:4])
-            opt.step(*((x[4:], y[4:]) if coupling == "full" else (x, y)))
-        found.append(flat(model))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+    case = NETWORKS["projection"]()
+    model, opt = optimizer(case, 8)
+    for x, y in batches(case, 3, 8):
+        opt.accumulate(x[:4], y[:4])
+        opt.step(x[4:], y[4:])
+    torch.testing.assert_close(flat(model), train(case, 3, 8, coupling=4).parameters, rtol=0, atol=1e-9)

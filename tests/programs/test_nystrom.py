@@ -1,9 +1,6 @@
 """The joint step without a Gram matrix: the explicit one, and the one with it; what is refused."""
 
-from __future__ import annotations
-
 import copy
-import runpy
 from typing import Any
 
 import pytest
@@ -13,8 +10,10 @@ from torch.func import hessian
 
 from gtddp_compile import CompileError, NonFiniteError, Nystrom, Terms, UpdateProgram, compile_optimizer, pde
 from gtddp_compile.kernels.nystrom import ENOUGH, _chosen, joint_columns
-from support.compared import flat
+from support.compared import flat, trained
+from support.exported import load_module, named
 from support.least_squares import gauss_newton
+from support.networks import Case, make
 
 CLOSE = 1e-11
 EQUATIONS: dict[str, Any] = {
@@ -74,33 +73,20 @@ def test_the_cap_is_a_norm_in_the_metric() -> None:
     assert float((flat(model) - before).norm()) == pytest.approx(0.1, rel=1e-7)
 
 
-class Uses(nn.Module):
+def uses(net: Any, x: Tensor) -> Tensor:
     """A convolution, a norm, a weight that is used twice and once transposed, positions, and a bare parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3)
-        self.shared, self.out, self.gain = nn.Linear(4, 4), nn.Linear(12, 3), nn.Parameter(torch.rand(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.norm(self.conv(x))).flatten(2)
-        h = torch.tanh(self.shared(torch.tanh(self.shared(h)))) @ self.shared.weight
-        return self.out(h.flatten(1)) * self.gain  # type: ignore[no-any-return]
+    h = torch.tanh(net.norm(net.conv(x))).flatten(2)
+    h = torch.tanh(net.shared(torch.tanh(net.shared(h)))) @ net.shared.weight
+    return net.out(h.flatten(1)) * net.gain
 
 
 @pytest.mark.parametrize("columns", [3, 7])
 @pytest.mark.parametrize("curvature", ["sgd", "rmsprop", "adam"])
 def test_it_is_the_step_of_the_gram_matrix_whatever_the_layers(curvature: str, columns: int) -> None:
-    torch.manual_seed(0)
-    model = Uses().double()
-    x, y = torch.randn(7, 1, 4, 4, dtype=torch.float64), torch.randint(3, (7,))
-    found = []
-    for gram in ("exact", Nystrom(columns, CLOSE)):
-        own = copy.deepcopy(model)
-        opt = compile_optimizer(own, x, loss=nn.CrossEntropyLoss(), curvature=curvature, lr=1e-2, gram=gram)
-        for _ in range(2):
-            opt.step(x, y)
-        found.append(flat(own))
+    layers = {"conv": lambda: nn.Conv2d(1, 3, 3), "norm": lambda: nn.GroupNorm(1, 3), "shared": (4, 4), "out": (12, 3),
+              "gain": lambda: nn.Parameter(torch.rand(3))}  # fmt: skip
+    case, options = Case(make(uses, **layers), (1, 4, 4)), {"size": 7, "curvature": curvature, "lr": 1e-2}
+    found = (trained(case, gram=gram, **options) for gram in ("exact", Nystrom(columns, CLOSE)))
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
 
 
@@ -126,10 +112,9 @@ def test_it_is_stored_and_carried_with_the_program(tmp_path: Any) -> None:
         opt.program.export(tmp_path / f"step.{suffix}")
     loaded = UpdateProgram.load(tmp_path / "step.json")
     assert loaded.options.gram == given and loaded.code == opt.program.code
-    carried = runpy.run_path(str(tmp_path / "step.py"))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    carried, (before, _) = load_module(tmp_path / "step.py"), named(model)
     torch.manual_seed(1)
-    after, *_ = carried["step"](before, {}, carried["init_state"](before), (x,), y)
+    after, *_ = carried.step(before, {}, carried.init_state(before), (x,), y)
     torch.manual_seed(1)
     opt.step(x, y)
     torch.testing.assert_close(after, dict(model.named_parameters()), rtol=0, atol=1e-12)

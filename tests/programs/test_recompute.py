@@ -1,7 +1,5 @@
 """``memory="recompute"``: the same update, bit for bit where the kernels are the same, from less memory."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from itertools import pairwise
@@ -12,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gtddp_compile import CompiledOptimizer, CompileError, UpdateProgram, compile_optimizer
+from gtddp_compile import CompiledOptimizer, UpdateProgram, compile_optimizer
 from support.architectures import Example
+from support.compared import LOSS
 from support.exported import load_module, named, targets_for
 from support.networks import Net, make
-
-LOSS = nn.CrossEntropyLoss()
 
 
 def deep(depth: int = 8) -> Example:
@@ -37,10 +34,8 @@ def deep(depth: int = 8) -> Example:
 
 
 def trained(example: Example, memory: str, steps: int = 3, **options: Any) -> tuple[list[Tensor], CompiledOptimizer]:
-    model = copy.deepcopy(example.model)
-    opt = compile_optimizer(
-        model, example.inputs, loss=LOSS, memory=memory, **{"curvature": "sgd", "lr": 0.1, **options}
-    )  # type: ignore[arg-type]
+    model, options = copy.deepcopy(example.model), {"curvature": "sgd", "lr": 0.1, **options}
+    opt = compile_optimizer(model, example.inputs, loss=LOSS, memory=memory, **options)
     torch.manual_seed(5)
     losses = [opt.step(example.inputs, targets_for(3, example.inputs[0].shape[0])) for _ in range(steps)]
     return [*losses, *model.state_dict().values(), torch.get_rng_state()], opt
@@ -117,10 +112,3 @@ def test_cost_says_what_is_held() -> None:
     assert "memory='recompute' would hold" in " ".join(opt.program.cost().split())
     tiny = compile_optimizer(nn.Linear(2, 3), torch.randn(4, 2), loss=LOSS, curvature="sgd", memory="recompute")
     assert "in one segment" in " ".join(tiny.program.cost().split())
-
-
-def test_refusals() -> None:
-    with pytest.raises(CompileError, match=r"memory=.recompute.*dense"):
-        compile_optimizer(nn.Linear(2, 3), loss=LOSS, curvature="sgd", memory="recompute", backend="dense")
-    with pytest.raises(CompileError, match="memory"):
-        compile_optimizer(nn.Linear(2, 3), loss=LOSS, curvature="sgd", memory="some")  # type: ignore[arg-type]

@@ -1,7 +1,5 @@
 """Layers of many positions under FOOF: by hand, against the dense backend; their sketches against exact matrices."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -9,48 +7,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import FOOF, compile_optimizer, kernels
+from gtddp_compile import FOOF, kernels
 from gtddp_compile.lowering.cooperation import even_blocks
-from support.compared import flat
+from support.compared import assert_equal, batches, flat, optimizer, trained
+from support.networks import Case, make
 from support.recorded import draw
 
 TOKENS, WIDTH, ROWS = 5, 6, 7
+OPTIONS: dict[str, Any] = {"steps": 3, "size": 6, "curvature": FOOF(lr=0.3, stat_decay=0.5, refresh=1, stat_every=1)}
 
 
-class Tokens(nn.Module):
+def tokens() -> Case:
     """Words and their places, a layer to fewer outputs than inputs, one without a bias, a head on the mean."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(ROWS, WIDTH), nn.Parameter(torch.randn(1, TOKENS, WIDTH))
-        self.narrow, self.plain, self.head = nn.Linear(WIDTH, 2), nn.Linear(2, 3, bias=False), nn.Linear(3, 4)
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        hidden = torch.tanh(net.narrow(torch.tanh(net.words(x) + net.places)))
+        return net.head(torch.tanh(net.plain(hidden)).mean(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh(self.narrow(torch.tanh(self.words(x) + self.places)))
-        scores: Tensor = self.head(torch.tanh(self.plain(hidden)).mean(1))
-        return scores
+    def drawn(seed: int, size: int) -> tuple[Tensor, Tensor]:
+        source = torch.Generator().manual_seed(seed)
+        return torch.randint(ROWS, (size, TOKENS), generator=source), torch.randint(4, (size,), generator=source)
 
-
-def model() -> Tokens:
-    torch.manual_seed(0)
-    return Tokens().double()
-
-
-def batches(count: int, size: int = 6) -> list[tuple[Tensor, Tensor]]:
-    drawn = torch.Generator().manual_seed(3)
-    return [
-        (torch.randint(0, ROWS, (size, TOKENS), generator=drawn), torch.randint(0, 4, (size,), generator=drawn))
-        for _ in range(count)
-    ]
-
-
-def trained(steps: int = 3, **options: Any) -> Tensor:
-    net = model()
-    curvature = FOOF(lr=0.3, stat_decay=0.5, refresh=1, stat_every=1)
-    opt = compile_optimizer(net, batches(1)[0][0], loss=nn.CrossEntropyLoss(), **{"curvature": curvature, **options})
-    for x, y in batches(steps):
-        opt.step(x, y)
-    return flat(net)
+    tables = {"words": lambda: nn.Embedding(ROWS, WIDTH), "places": lambda: nn.Parameter(torch.randn(1, TOKENS, WIDTH))}
+    return Case(make(forward, **tables, narrow=(WIDTH, 2), plain=(2, 3, False), head=(3, 4)), draw=drawn)
 
 
 @pytest.fixture(params=[128, 2])
@@ -70,12 +49,12 @@ def test_blocks_divide_the_inputs_and_are_not_slivers(width: int, wanted: int, w
 
 
 def test_without_feedback_it_is_the_published_method(narrow: int) -> None:
-    net, lr, damping, seen = model(), 0.3, 0.1, {}
+    net, lr, damping, seen = tokens().model, 0.3, 0.1, {}
     blocks = {"narrow": 3 if narrow == 2 else 1, "plain": 1, "head": 1}
     for name in blocks:
         getattr(net, name).register_forward_hook(lambda _, x, __, name=name: seen.__setitem__(name, x[0].detach()))
     running: dict[str, Tensor] = {}
-    for step, (x, y) in enumerate(batches(3), start=1):
+    for step, (x, y) in enumerate(batches(tokens(), 3, 6), start=1):
         net.zero_grad()
         F.cross_entropy(net(x), y).backward()
         with torch.no_grad():
@@ -96,35 +75,25 @@ def test_without_feedback_it_is_the_published_method(narrow: int) -> None:
             net.narrow.bias -= lr * net.narrow.bias.grad / (TOKENS * (1 + damping))
             for plain in (net.words.weight, net.places):  # looked up or added less than once a sample
                 plain -= lr * plain.grad / (1 + damping)
-    expected = flat(net)
-    torch.testing.assert_close(trained(feedback=False), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(trained(tokens(), feedback=False, **OPTIONS), flat(net), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"coupling": 3}, {"inertia": 0.0, "weight_decay": 0.1}, {"rollout": "nonlinear"}, {"terminal": "ggn"},
+    [{}, {"coupling": 3}, {"curvature": FOOF(lr=0.3, weight_decay=0.1), "inertia": 0.0}, {"rollout": "nonlinear"},
+     {"terminal": "ggn"},
      {"coupling": "block", "recursion": "substituted"}, {"curvature": "adam", "lr": 0.01}],
 )  # fmt: skip
 def test_it_is_what_explicit_matrices_give(options: dict[str, Any], narrow: int) -> None:
-    if "weight_decay" in options:
-        options = {"curvature": FOOF(lr=0.3, weight_decay=0.1), "inertia": 0.0}
-    dense = trained(backend="dense", **options)
-    torch.testing.assert_close(trained(**options), dense, rtol=0, atol=1e-9)
+    assert_equal(tokens(), **{**OPTIONS, **options})
 
 
 def test_micro_batches_make_the_step_of_their_union(narrow: int) -> None:
-    found = []
-    for parts in (1, 2):
-        net, (x, y) = model(), batches(1)[0]
-        opt = compile_optimizer(net, x, loss=nn.CrossEntropyLoss(), coupling=3)  # a group a micro-batch
-        if parts == 1:
-            opt.step(x, y)
-        else:
-            for own in zip(x.split(3), y.split(3), strict=True):
-                opt.accumulate(*own)
-            opt.step()
-        found.append(flat(net))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+    net, opt = optimizer(tokens(), coupling=3)  # a group a micro-batch
+    for own in zip(*(part.split(3) for part in tokens().batch(0, 6)), strict=True):
+        opt.accumulate(*own)
+    opt.step()
+    torch.testing.assert_close(flat(net), trained(tokens(), 1, 6, coupling=3), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
@@ -159,9 +128,9 @@ def test_the_step_of_a_token_layer_is_one_product(blocks: int) -> None:
 
 def test_a_large_layer_is_sketched_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gtddp_compile.lowering.costs.NEGLIGIBLE", 0.0)
-    net, (x, y) = model(), batches(1, 30)[0]
-    net.narrow, net.plain = nn.Linear(WIDTH, 40).double(), nn.Linear(40, 3, bias=False).double()
-    opt = compile_optimizer(net, x, loss=nn.CrossEntropyLoss())
+    case = tokens()
+    case.model.narrow, case.model.plain = nn.Linear(WIDTH, 40).double(), nn.Linear(40, 3, bias=False).double()
+    _, opt = optimizer(case, 30)
     assert "linear_sketched" in opt.program.code
-    losses = [float(opt.step(x, y)) for _ in range(20)]
+    losses = [float(opt.step(*case.batch(0, 30))) for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]

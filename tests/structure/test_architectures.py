@@ -4,8 +4,6 @@ The texts lie in tests/golden; ``PYTHONPATH=tests python tests/structure/test_ar
 to be reviewed as a diff.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,9 +36,6 @@ def compiled(given: Example, **options: Any) -> Any:
     return compile_optimizer(given.model, given.inputs, loss=loss, **{"curvature": "sgd", "lr": 0.05, **options})
 
 
-# --- updates ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_without_feedback_a_step_is_torchs_and_with_it_another(name: str) -> None:
     given = EXAMPLES[name]()
@@ -48,9 +43,6 @@ def test_without_feedback_a_step_is_torchs_and_with_it_another(name: str) -> Non
     options = {"steps": 1, "curvature": "sgd", "lr": 0.05}
     base, found = assert_base(case, **options).parameters, trained(case, **options)
     assert torch.isfinite(found).all() and (found - base).abs().max() > 1e-6
-
-
-# --- graphs -----------------------------------------------------------------------------------------------------------
 
 
 def plain_network() -> Example:

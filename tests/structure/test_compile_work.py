@@ -1,10 +1,8 @@
 """Compiling takes work in proportion to the graph: counted in calls, not in seconds."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -14,42 +12,36 @@ from torch import Tensor, nn
 
 import gtddp_compile
 from gtddp_compile import compile_optimizer
+from support.networks import make
 
 OURS = gtddp_compile.__path__[0]
 SHALLOW = 4
 
 
-class Residual(nn.Module):
+def residual(net: nn.Module, x: Tensor) -> Tensor:
     """Blocks of one hidden layer around an identity shortcut."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)) for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + block(x)
-        return x
+    for a, b in batched(net.children(), 2):
+        x = x + b(torch.tanh(a(x)))
+    return x
 
 
-class Branches(nn.Module):
+def branches(net: nn.Module, x: Tensor) -> Tensor:
     """Two branches and a gate a block, concatenated and mapped back."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(3, 3) for _ in range(3)]) for _ in range(depth))
-        self.maps = nn.ModuleList(nn.Linear(6, 3) for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for (a, b, gate), back in zip(self.blocks, self.maps, strict=True):
-            x = torch.tanh(back(torch.cat([a(x) * torch.sigmoid(gate(x)), b(x)], 1)))
-        return x
+    for a, b, gate, back in batched(net.children(), 4):
+        x = torch.tanh(back(torch.cat([a(x) * torch.sigmoid(gate(x)), b(x)], 1)))
+    return x
 
 
-def compiled(build: Callable[[int], nn.Module], depth: int) -> tuple[Any, Counter[str]]:
+LAYERS: dict[Any, list[tuple[int, int]]] = {residual: [(3, 3)] * 2, branches: [(3, 3)] * 3 + [(6, 3)]}
+
+
+def batched(layers: Iterable[nn.Module], size: int) -> Iterable[tuple[nn.Module, ...]]:
+    return zip(*[iter(layers)] * size, strict=True)
+
+
+def compiled(forward: Any, depth: int) -> tuple[Any, Counter[str]]:
     """The optimizer, and how often each function of the package was called to make it."""
-    torch.manual_seed(0)
-    model = build(depth)
+    model = make(forward, **{f"l{k}": sizes for k, sizes in enumerate(LAYERS[forward] * depth)})
     calls: Counter[str] = Counter()
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
@@ -59,16 +51,16 @@ def compiled(build: Callable[[int], nn.Module], depth: int) -> tuple[Any, Counte
     before = sys.getprofile()
     sys.setprofile(count)
     try:
-        opt = compile_optimizer(model, torch.randn(3, 3), loss=nn.MSELoss(), curvature="sgd", lr=0.1)
+        opt = compile_optimizer(model, torch.randn(3, 3).double(), loss=nn.MSELoss(), curvature="sgd", lr=0.1)
     finally:
         sys.setprofile(before)
     return opt, calls
 
 
-@pytest.mark.parametrize("build", [Residual, Branches])
-def test_work_doubles_with_depth(build: Callable[[int], nn.Module]) -> None:
-    compiled(build, 1)  # caches of torch, sympy and ours
-    found = [compiled(build, SHALLOW * factor) for factor in (1, 2, 4)]
+@pytest.mark.parametrize("forward", LAYERS)
+def test_work_doubles_with_depth(forward: Any) -> None:
+    compiled(forward, 1)  # caches of torch, sympy and ours
+    found = [compiled(forward, SHALLOW * factor) for factor in (1, 2, 4)]
     ops = [len(opt.graph.ops.ops) for opt, _ in found]
     assert ops[2] - ops[1] == 2 * (ops[1] - ops[0])
     patterns = [len(opt.program.derived.patterns) for opt, _ in found]

@@ -1,7 +1,5 @@
 """Shortcuts, schedules and cuts of named architectures."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -12,8 +10,6 @@ from gtddp_compile.passes.p04_schedule import schedule
 from gtddp_compile.passes.p05_augment import augment
 from support.hand_built import SCHEDULES, X, build, control, cuts, layer, op, shortcuts
 
-# --- named architectures --------------------------------------------------------------------------
-
 
 def test_chain() -> None:
     graph = build(X, layer("a", "x"), op("relu", "relu", "a"), layer("b", "relu"))
@@ -21,16 +17,12 @@ def test_chain() -> None:
     found = control(graph)
     assert cuts(found) == [("x",), ("relu",)]
     assert [stage.ops for stage in found.stages] == [("a", "relu"), ("b",)]
-    assert [(v.name, v.born, v.dies, v.fixed) for v in found.values] == [
-        ("x", -1, 0, True),
-        ("relu", 0, 1, False),
-        ("b", 1, 2, False),
-    ]
+    lives = [(v.name, v.born, v.dies, v.fixed) for v in found.values]
+    assert lives == [("x", -1, 0, True), ("relu", 0, 1, False), ("b", 1, 2, False)]
     assert found.values[0].shape == (3,)
     assert found.prologue == ("x",)
-    assert (
-        found.stages[1].consumed == ("relu",) and found.stages[1].carried == () and found.stages[1].produced == ("b",)
-    )
+    last = found.stages[1]
+    assert (last.consumed, last.carried, last.produced) == (("relu",), (), ("b",))
 
 
 def test_identity_shortcut_is_equation_8() -> None:
@@ -48,23 +40,16 @@ def test_identity_shortcut_is_equation_8() -> None:
 
 def test_parameter_expressions_are_no_operands() -> None:
     """``linear(x, weight * scale)``: a merge of nothing; decided where it is used."""
-    ops = (
-        X,
-        layer("a", "x"),
-        op("scaled", "mul", "", ("w", "s")),
-        op("b", "linear", "a scaled"),
+    base = build(
+        X, layer("a", "x"), op("scaled", "mul", "", ("w", "s")), op("b", "linear", "a scaled"),
         op("c", "linear", "b scaled"),
-    )
-    base = build(*ops)
+    )  # fmt: skip
     tied = Player("w", "linear", ("w", "s"), "b", ("b", "c"), ("scaled",))
     graph = PlayerGraph(base.ops, (base.players[0], tied))
     assert shortcuts(graph) == []
     found = control(graph)
     assert found.stage_of["scaled"] == 1 and found.stages[1].ops == ("scaled", "b", "c")
     assert cuts(found) == [("x",), ("a",)]
-
-
-# --- tied weights, auxiliary values ---------------------------------------------------------------
 
 
 def test_tied_weights() -> None:
@@ -131,9 +116,6 @@ def test_tuples_must_be_unpacked() -> None:
         control(build(*base))
     with pytest.raises(CompileError, match="read by a later stage"):
         control(build(*base, op("part", "getitem", "chunk"), layer("b", "part"), op("cat", "cat", "chunk b")))
-
-
-# --- stages by hand -------------------------------------------------------------------------------
 
 
 def diamond() -> PlayerGraph:

@@ -1,7 +1,5 @@
 """Shortcuts, schedules and cuts of random graphs against brute force."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import networkx as nx
@@ -14,8 +12,6 @@ from gtddp_compile.passes.p03_find_shortcuts import find_shortcuts
 from gtddp_compile.passes.p04_schedule import schedule
 from gtddp_compile.passes.p05_augment import augment
 from support.hand_built import SCHEDULES, build, op
-
-# --- random graphs against brute force ------------------------------------------------------------
 
 
 @st.composite

@@ -1,16 +1,14 @@
 """Steps of the joint rollout against `support.primal`'s, of classifications and of regressions."""
 
-from __future__ import annotations
-
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gtddp_compile import Geometric, compile_optimizer
-from support.compared import SUM, flat
+from gtddp_compile import CompiledOptimizer, Geometric
+from support import networks
+from support.compared import SUM, flat, optimizer
 from support.networks import Case
 from support.primal import Primal
 
@@ -40,15 +38,15 @@ def oracle(model: nn.Module, loss: Any = classified, *, total: bool = False, **o
     )  # fmt: skip
 
 
-class Regressed:
-    """A classification's data as a regression's of several numbers a sample."""
+def regression(name: str) -> Case:
+    """A network's classification as a regression of several numbers a sample."""
+    case = getattr(networks, name)()
 
-    def __init__(self, case: Case) -> None:
-        self.model, self.loss, self._case = case.model, nn.MSELoss(), case
+    def draw(step: int, size: int) -> tuple[Any, Tensor]:
+        x, y = case.batch(step, size)
+        return x, F.one_hot(y, 3).double()
 
-    def batch(self, step: int, size: int) -> tuple[Any, Tensor]:
-        x, y = self._case.batch(step, size)
-        return x, F.one_hot(y, self.model(x).shape[1]).double()
+    return Case(case.model, loss=nn.MSELoss(), draw=draw)
 
 
 def squares(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -56,14 +54,15 @@ def squares(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def assert_primal(
-    case: Case | Regressed, loss: Any, steps: int, backend: Any, per_sample: Any = classified, **options: Any
-) -> None:
-    model = copy.deepcopy(case.model)
+    case: Case, loss: Any, steps: int, backend: Any, per_sample: Any = classified, said: Any = None, **options: Any
+) -> CompiledOptimizer:
+    """``said``: what the compiler is told in place of all options."""
     expected = oracle(case.model, per_sample, total=loss is SUM, **options)
-    opt = compile_optimizer(model, case.batch(0, SIZE)[0], loss=loss, backend=backend, **options)
+    model, opt = optimizer(case, SIZE, loss=loss, backend=backend, **(options if said is None else said))
     for step in range(steps):
         x, y = case.batch(step, SIZE)
         before = expected.u
         opt.step(x, y), expected.step((x,), y)
         assert (expected.u - before).abs().max() > 1e-3
         torch.testing.assert_close(flat(model), expected.u, rtol=0, atol=1e-9)
+    return opt

@@ -1,10 +1,9 @@
 """Architectures of every kind, as modules with inputs: what is compiled is checked against the module itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,10 @@ class Example:
 def example(model: nn.Module, *shapes: tuple[int, ...], batch: int = 4) -> Example:
     source = torch.Generator().manual_seed(1)
     return Example(model, tuple(torch.randn(batch, *s, generator=source).double() for s in shapes))
+
+
+def small(forward: Callable[..., object], *shapes: tuple[int, ...], **layers: Any) -> Example:
+    return example(make(forward, **layers), *shapes)
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -46,9 +49,8 @@ def resnet18_like(width: int = 2) -> Example:
         blocks = []
         for now in (width, 2 * width, 4 * width, 8 * width):
             blocks += [BasicBlock(max(now // 2, width), now, 1 + (now > width)), BasicBlock(now, now, 1)]
-        return nn.Sequential(
-            conv_norm(3, width), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Linear(8 * width, 3)
-        )
+        ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), Linear(8 * width, 3)
+        return nn.Sequential(conv_norm(3, width), nn.ReLU(), *blocks, *ends)
 
     return example(seeded(build), (3, 8, 8))
 
@@ -60,7 +62,7 @@ def densenet_like(growth: int = 2, layers: int = 3) -> Example:
         return net.head(x.mean((2, 3)))
 
     convolutions = {f"l{i}": conv(2 + i * growth, growth) for i in range(layers)}
-    return example(make(forward, **convolutions, head=(2 + layers * growth, 3)), (2, 4, 4))
+    return small(forward, (2, 4, 4), **convolutions, head=(2 + layers * growth, 3))
 
 
 def unet_like() -> Example:
@@ -70,7 +72,7 @@ def unet_like() -> Example:
         joined = torch.cat([F.interpolate(low, scale_factor=2, mode="nearest"), top], 1)
         return net.head(torch.relu(net.up(joined)).flatten(1))
 
-    return example(make(forward, down=conv(1, 2), bottom=conv(2, 3), up=conv(5, 2), head=(32, 3)), (1, 4, 4))
+    return small(forward, (1, 4, 4), down=conv(1, 2), bottom=conv(2, 3), up=conv(5, 2), head=(32, 3))
 
 
 def inception_like() -> Example:
@@ -79,12 +81,8 @@ def inception_like() -> Example:
         x = torch.cat([net.a(x), net.c(torch.relu(net.b(x))), pooled], 1)
         return net.head(torch.relu(x).mean((2, 3)))
 
-    return example(
-        make(
-            forward, a=conv(2, 2, kernel=1), b=conv(2, 3, kernel=1), c=conv(3, 2), p=conv(2, 2, kernel=1), head=(6, 3)
-        ),
-        (2, 4, 4),
-    )
+    pointwise = {"a": conv(2, 2, kernel=1), "b": conv(2, 3, kernel=1), "p": conv(2, 2, kernel=1)}
+    return small(forward, (2, 4, 4), **pointwise, c=conv(3, 2), head=(6, 3))
 
 
 def attention_block() -> Example:
@@ -94,59 +92,39 @@ def attention_block() -> Example:
         x = x + net.m2(F.gelu(net.m1(net.n2(x))))
         return net.head(x.mean(1))
 
-    return example(
-        make(
-            forward, n1=partial(nn.LayerNorm, 4), q=(4, 4), k=(4, 4), v=(4, 4), out=(4, 4), n2=partial(nn.LayerNorm, 4),
-            m1=(4, 6), m2=(6, 4), head=(4, 3),
-        ),
-        (3, 4),
-    )  # fmt: skip
+    norm = partial(nn.LayerNorm, 4)
+    return small(forward, (3, 4), n1=norm, q=(4, 4), k=(4, 4), v=(4, 4), out=(4, 4), n2=norm, m1=(4, 6), m2=(6, 4),
+                 head=(4, 3))  # fmt: skip
 
 
 def siamese() -> Example:
-    return example(
-        make(lambda net, x, y: net.head(torch.tanh(net.a(x)) * torch.tanh(net.a(y))), a=(4, 5), head=(5, 3)), (4,), (4,)
-    )
+    def forward(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return net.head(torch.tanh(net.a(x)) * torch.tanh(net.a(y)))
+
+    return small(forward, (4,), (4,), a=(4, 5), head=(5, 3))
 
 
 def tied() -> Example:
-    return example(
-        make(lambda net, x: net.head(F.linear(torch.tanh(net.a(x)), net.a.weight.T)), a=(4, 5), head=(4, 3)), (4,)
-    )
+    return small(lambda net, x: net.head(F.linear(torch.tanh(net.a(x)), net.a.weight.T)), (4,), a=(4, 5), head=(4, 3))
 
 
 def two_inputs() -> Example:
-    return example(
-        make(
-            lambda net, x, y: net.head(torch.tanh(torch.cat([net.a(x), net.b(y)], 1))), a=(4, 3), b=(2, 3), head=(6, 3)
-        ),
-        (4,),
-        (2,),
-    )
+    def forward(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return net.head(torch.tanh(torch.cat([net.a(x), net.b(y)], 1)))
+
+    return small(forward, (4,), (2,), a=(4, 3), b=(2, 3), head=(6, 3))
 
 
 def dict_output() -> Example:
-    return example(
-        make(
-            lambda net, x: {"logits": net.head(torch.tanh(net.a(x))), "value": net.value(x)},
-            a=(4, 5),
-            head=(5, 3),
-            value=(4, 1),
-        ),
-        (4,),
-    )
+    def forward(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": net.head(torch.tanh(net.a(x))), "value": net.value(x)}
+
+    return small(forward, (4,), a=(4, 5), head=(5, 3), value=(4, 1))
 
 
 def dropout_mlp() -> Example:
-    return example(
-        make(
-            lambda net, x: net.head(net.mask(torch.tanh(net.a(x)))),
-            a=(4, 6),
-            mask=partial(nn.Dropout, 0.5),
-            head=(6, 3),
-        ),
-        (4,),
-    )
+    mask = partial(nn.Dropout, 0.5)
+    return small(lambda net, x: net.head(net.mask(torch.tanh(net.a(x)))), (4,), a=(4, 6), mask=mask, head=(6, 3))
 
 
 def frozen() -> Example:
@@ -156,9 +134,8 @@ def frozen() -> Example:
 
 
 def embedding_mlp() -> Example:
-    model = make(
-        lambda net, words: net.head(torch.tanh(net.table(words)).mean(1)), table=lambda: nn.Embedding(6, 4), head=(4, 3)
-    )
+    table = partial(nn.Embedding, 6, 4)
+    model = make(lambda net, words: net.head(torch.tanh(net.table(words)).mean(1)), table=table, head=(4, 3))
     return Example(model, (torch.arange(12).reshape(4, 3) % 6,))
 
 

@@ -1,7 +1,5 @@
 """Networks whose samples do not lie along the leading axis, each with the same network written so that they do."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 ``docs/errors.md`` is written from these tables.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable

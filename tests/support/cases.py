@@ -1,7 +1,5 @@
 """Small networks of every kind of layer and of coalition; those with stages by hand are in `networks`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,8 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from support.networks import Case, conv, make
-
-# --- kinds of layers --------------------------------------------------------------------------------------------------
 
 
 def conv_mixed(seed: int = 0) -> Case:
@@ -127,9 +123,6 @@ def two_outputs() -> Case:
         return early, net.late(torch.tanh(net.a(x)) + early)
 
     return Case(make(forward, stem=(3, 2), early=(2, 3), a=(2, 3), late=(3, 2)), (3,), loss=of_both)
-
-
-# --- coalitions -------------------------------------------------------------------------------------------------------
 
 
 def gates(players: int = 3) -> Case:

@@ -1,7 +1,5 @@
 """A program trained, and compared: with the dense derivation, its base method, the module that it is exported to."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,6 +67,13 @@ def trained(case: Case, steps: int = STEPS, size: int = SIZE, **options: Any) ->
     return train(case, steps, size, **options).parameters
 
 
+def torch_step(optimizer: torch.optim.Optimizer, value: Tensor) -> None:
+    """One step of torch.optim's own."""
+    optimizer.zero_grad()
+    value.backward()
+    optimizer.step()
+
+
 def assert_equal(case: Case, run: Run | None = None, steps: int = STEPS, size: int = SIZE, **options: Any) -> Run:
     """The generated program is the derivation executed with explicit matrices, and does something."""
     run = run or train(case, steps, size, **options)
@@ -95,10 +100,7 @@ def assert_base(case: Case, steps: int = STEPS, size: int = SIZE, tolerance: flo
         if curvature not in optimizers:
             reference.step(x, y)
             continue
-        reference.zero_grad()
-        value = loss(theirs(*x) if isinstance(x, tuple) else theirs(x), y).mean()
-        value.backward()
-        reference.step()
+        torch_step(reference, value := loss(theirs(*x) if isinstance(x, tuple) else theirs(x), y).mean())
         torch.testing.assert_close(found, float(value.detach()), rtol=10 * tolerance, atol=10 * tolerance)
     assert (flat(theirs) - flat(case.model)).abs().max() > 1e-4
     torch.testing.assert_close(run.model.state_dict(), theirs.state_dict(), rtol=0, atol=tolerance)

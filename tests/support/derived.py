@@ -1,40 +1,35 @@
 """Derivations of a residual block."""
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 from sympy import MatrixExpr
 from torch import nn
 
 from gtddp_compile.algebra.derivation import StageDerivation
+from gtddp_compile.graph import ControlGraph
 from gtddp_compile.options import Options
 from gtddp_compile.passes.p06_derive import DerivedStage, derive
 from gtddp_compile.runtime.compiler import build_graph
+from support.networks import make
 
 
-class Residual(nn.Module):
-    """``x + W_tf tanh(… tanh(W_ts x))`` with ``depth`` layers beside the shortcut, one layer before and one
-    after it.
-    """
+def residual(depth: int, **options: Any) -> ControlGraph:
+    """Of ``x + W_tf tanh(… tanh(W_ts x))``: ``depth`` layers beside the shortcut, one before and one after it."""
 
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.before = nn.Linear(3, 4)
-        self.branch = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
-        self.after = nn.Linear(4, 2)
+    def forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = h = torch.tanh(net.before(x))
+        for k in range(depth - 1):
+            h = torch.tanh(getattr(net, f"l{k}")(h))
+        return net.after(x + getattr(net, f"l{depth - 1}")(h))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.before(x))
-        h = x
-        for layer in self.branch[:-1]:
-            h = torch.tanh(layer(h))
-        return self.after(x + self.branch[-1](h))
+    model = make(forward, before=(3, 4), **{f"l{k}": (4, 4) for k in range(depth)}, after=(4, 2))
+    return build_graph(model, (torch.zeros(2, 3).double(),), Options(**options))
 
 
 def residual_stages(depth: int) -> list[DerivedStage]:
     """Derivations of the stages ts … tf."""
-    graph = build_graph(Residual(depth), (torch.zeros(2, 3),), Options())
-    return list(derive(graph).stages[1 : depth + 1])
+    return list(derive(residual(depth)).stages[1 : depth + 1])
 
 
 def opened(d: StageDerivation, e: MatrixExpr) -> MatrixExpr:

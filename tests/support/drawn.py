@@ -1,7 +1,5 @@
 """Control graphs of named networks, operation by operation, for the tests of the drawings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -31,20 +29,14 @@ def control_graph(lines: list[Line], name: str = "net", output: Any = None, tied
 
 def residual() -> ControlGraph:
     """Eight operations, a projection shortcut."""
-    return control_graph(
-        [
-            ("x", "input", (16,), "", None),
-            ("stem", "linear", (32,), "x", (32, 16)),
-            ("relu", "relu", (32,), "stem", None),
-            ("block.fc1", "linear", (64,), "relu", (64, 32)),
-            ("block.tanh", "tanh", (64,), "block.fc1", None),
-            ("block.fc2", "linear", (64,), "block.tanh", (64, 64)),
-            ("block.project", "linear", (64,), "relu", (64, 32)),
-            ("block.add", "add", (64,), "block.fc2 block.project", None),
-            ("head", "linear", (10,), "block.add", (10, 64)),
-        ],
-        "residual",
-    )
+    return control_graph([
+        ("x", "input", (16,), "", None), ("stem", "linear", (32,), "x", (32, 16)),
+        ("relu", "relu", (32,), "stem", None), ("block.fc1", "linear", (64,), "relu", (64, 32)),
+        ("block.tanh", "tanh", (64,), "block.fc1", None), ("block.fc2", "linear", (64,), "block.tanh", (64, 64)),
+        ("block.project", "linear", (64,), "relu", (64, 32)),
+        ("block.add", "add", (64,), "block.fc2 block.project", None),
+        ("head", "linear", (10,), "block.add", (10, 64)),
+    ], "residual")  # fmt: skip
 
 
 def resnet18() -> ControlGraph:
@@ -75,23 +67,17 @@ def resnet18() -> ControlGraph:
     lines += [
         ("avgpool", "adaptive_avg_pool", (512, 1, 1), last, None),
         ("flatten", "flatten", (512,), "avgpool", None),
-        ("fc", "linear", (1000,), "flatten", (1000, 512)),
     ]
+    lines += [("fc", "linear", (1000,), "flatten", (1000, 512))]
     return control_graph(lines, "ResNet-18")
 
 
 def tied() -> ControlGraph:
     """An embedding whose weights are read again by the head: its control waits."""
-    return control_graph(
-        [
-            ("tokens", "input", (5,), "", None),
-            ("embed", "embedding", (5, 8), "tokens", (20, 8)),
-            ("body", "linear", (5, 8), "embed", (8, 8)),
-            ("head", "matmul", (5, 20), "body", None),
-        ],
-        "tied",
-        tied="embed",
-    )
+    return control_graph([
+        ("tokens", "input", (5,), "", None), ("embed", "embedding", (5, 8), "tokens", (20, 8)),
+        ("body", "linear", (5, 8), "embed", (8, 8)), ("head", "matmul", (5, 20), "body", None),
+    ], "tied", tied="embed")  # fmt: skip
 
 
 def dense() -> ControlGraph:
@@ -115,9 +101,5 @@ def two_outputs() -> ControlGraph:
 def hostile() -> ControlGraph:
     """Names that mean something in every output language."""
     first, second, third = 'x"<script>alert(1)</script>', "a&b;\\n\x01`#[](){}|", "重み" * 30
-    lines: list[Line] = [
-        (first, "input", (3,), "", None),
-        (second, "linear", (3,), first, (3, 3)),
-        (third, "}{kind|", (3,), second, None),
-    ]
-    return control_graph(lines, name='<b>&"name')
+    lines: list[Line] = [(first, "input", (3,), "", None), (second, "linear", (3,), first, (3, 3))]
+    return control_graph([*lines, (third, "}{kind|", (3,), second, None)], name='<b>&"name')

@@ -1,7 +1,5 @@
 """Exported modules in tests: loaded from their file, and run where there is torch and nothing else."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Faults at the instructions of generated programs: an exception at any line, NaN in any value that one writes."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import sys
@@ -55,9 +53,6 @@ def fault_at(line: int, kind: type[BaseException] = Fault, where: str = GENERATE
         sys.settrace(before)
 
 
-# --- NaN --------------------------------------------------------------------------------------------------------------
-
-
 class Poison:
     """Makes NaN of one number of the ``at``-th value that the program writes, counted as it runs; 0: of none."""
 
@@ -100,9 +95,6 @@ def _poisoning(statement: ast.stmt) -> list[ast.stmt]:
     return [] if "[" in target else ast.parse(f"{target} = poison({target})").body
 
 
-# --- programs ---------------------------------------------------------------------------------------------------------
-
-
 class Normed(nn.Module):
     """Statistics that advance, masks that are drawn, a shortcut."""
 
@@ -112,8 +104,7 @@ class Normed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.dropout(torch.relu(self.norm(self.a(x))), 0.4, self.training)
-        found: Tensor = self.c(h + torch.tanh(self.b(h)))
-        return found
+        return self.c(h + torch.tanh(self.b(h)))
 
 
 NETWORKS: dict[str, Callable[[], Case]] = {

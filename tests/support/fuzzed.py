@@ -4,8 +4,6 @@ The model is a list of pieces on a value of shape ``(B, WIDTH)``; a piece may fo
 draw, normalise, mix samples, or do what is refused. ``outcome`` makes two steps and says what became of them.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 import warnings
@@ -250,7 +248,8 @@ def _outcome(case: Case) -> Outcome:
     if losses[-1] > DIVERGED * (1 + losses[0]):  # of large numbers rounding alone is left
         return _outcome(replace(case, steps=1))
     options = {**case.options, "memory": "keep"}
-    own = {name: value for name, value in options.items() if name not in CHOICES or name == "weight_decay"}
+    ours = CHOICES.keys() - {"weight_decay"} | {"lookahead"}
+    own = {name: value for name, value in options.items() if name not in ours}
     method = own.pop("curvature")
     if case.options["feedback"] is False and method in TORCH and not case.options["cooperative"]:
         if case.options["line_search"] is not None:

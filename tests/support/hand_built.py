@@ -1,7 +1,5 @@
 """Player graphs built by hand, operation by operation, and what the structural passes make of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

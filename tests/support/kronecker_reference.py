@@ -1,8 +1,6 @@
 """K-FAC and EK-FAC as published, on a module: forward and backward hooks, per-sample gradients by `torch.func`, and an
 explicit matrix a layer. Shares nothing with the package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +56,7 @@ class Reference:
         def one(p: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
             return F.cross_entropy(functional_call(self.model, (p, buffers), (a[None],)), b[None])
 
-        found: dict[str, Tensor] = vmap(grad(one), (None, 0, 0))(parameters, x, y)
-        return found
+        return vmap(grad(one), (None, 0, 0))(parameters, x, y)
 
     def _change(self, name: str, module: nn.Module, own: list[str], rows: Any, samples: dict[str, Tensor]) -> Any:
         o = self.options

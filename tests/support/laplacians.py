@@ -1,7 +1,5 @@
 """A network and an equation of it, and the Laplacian in every way of writing it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

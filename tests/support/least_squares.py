@@ -1,7 +1,5 @@
 """The Gauss-Newton step of several sets of residuals, written down by torch.func: an oracle for the joint step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -6,8 +6,6 @@ one metric share its meetings with networks. A program is compiled once a sessio
 share it.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable

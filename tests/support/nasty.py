@@ -1,14 +1,11 @@
 """Plausible models with something in their forward pass that a compiler may get wrong without a word."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from support.networks import Case, Net, seeded
@@ -42,12 +39,6 @@ def autocast_off(net: Any, x: Tensor) -> Tensor:
     return net.c(h)  # type: ignore[no-any-return]
 
 
-def half_without_gradient(net: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        h = net.b(act(net, x))
-    return net.c(act(net, x) + h)  # type: ignore[no-any-return]
-
-
 def norm_of_all_parameters(net: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         n = torch.sqrt(sum(p.square().sum() for p in net.parameters()))
@@ -57,18 +48,6 @@ def norm_of_all_parameters(net: Any, x: Tensor) -> Tensor:
 def detached_norm(net: Any, x: Tensor) -> Tensor:
     n = net.b.weight.norm().detach()
     return net.c(torch.tanh(net.b(act(net, x)) / n) / n)  # type: ignore[no-any-return]
-
-
-def added_in_place(net: Any, x: Tensor) -> Tensor:
-    h = net.a(x)
-    same = h
-    h += torch.sin(x.sum(1, True))
-    return net.c(torch.tanh(h) + same)  # type: ignore[no-any-return]
-
-
-def relu_in_place(net: Any, x: Tensor) -> Tensor:
-    h = net.a(x)
-    return net.c(h + F.relu(h, inplace=True))  # type: ignore[no-any-return]
 
 
 def straight_through(net: Any, x: Tensor) -> Tensor:
@@ -97,7 +76,6 @@ RUN: dict[str, Forward] = {
     "checkpoint of dropout": lambda m, x: m.c(
         checkpoint(lambda h: F.dropout(torch.tanh(m.b(h)), 0.5, m.training), act(m, x), use_reentrant=False)),
     "autocast switched off": autocast_off,
-    "half of it without gradient": half_without_gradient,
     "a mask for all": lambda m, x: m.c(act(m, x) * torch.bernoulli(torch.full((5,), 0.5, dtype=x.dtype))),
     "a mask for each": lambda m, x: m.c(act(m, x) * (torch.rand_like(act(m, x)) > 0.5)),
     "dropout of nothing": lambda m, x: m.c(F.dropout(act(m, x), 0.0, True)),
@@ -113,8 +91,6 @@ RUN: dict[str, Forward] = {
     "a decision on a parameter": lambda m, x: m.c(act(m, x)) if m.b.weight.sum() > -100 else m.c(m.b(m.a(x))),
     "clamped weights": lambda m, x: m.c(torch.tanh(F.linear(x, m.a.weight.clamp(-0.1, 0.1), m.a.bias))),
     "standardised weights": standardised_weight,
-    "the same tensor, added to in place": added_in_place,
-    "relu in place of what is read again": relu_in_place,
     "straight through": straight_through,
     "samples last": lambda m, x: m.c(torch.tanh(torch.einsum("oi,bi->ob", m.a.weight, x)).T),
     "a spectrum": lambda m, x: m.c(torch.fft.rfft(act(m, x)).abs().repeat(1, 2)[:, :5]),
@@ -137,17 +113,10 @@ def hooked() -> nn.Module:
     return net
 
 
-def beside(**other: nn.Module) -> nn.Module:
-    return Net(lambda m, x: m.c(torch.tanh(m.a(x))), **layers() | other)
-
-
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "hooks that change values": hooked,
-    "spectral_norm in evaluation": lambda: beside(a=parametrizations.spectral_norm(nn.Linear(4, 5))).eval(),
-    "weight_norm": lambda: beside(a=parametrizations.weight_norm(nn.Linear(4, 5))),
-    "orthogonal": lambda: beside(a=parametrizations.orthogonal(nn.Linear(4, 5))),
-    "a compiled layer": lambda: beside(a=torch.compile(nn.Linear(4, 5), backend="eager")),
-    "batch-norm in evaluation": lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).eval(),
+    "a compiled layer": lambda: Net(
+        lambda m, x: m.c(torch.tanh(m.a(x))), **layers() | {"a": torch.compile(nn.Linear(4, 5), backend="eager")}),
     "one batch-norm, twice": lambda: Net(
         lambda m, x: m.c(torch.tanh(m.n(m.b(torch.tanh(m.n(m.a(x))))))), **layers(), n=nn.BatchNorm1d(5)),
     "lists of parameters": lambda: Net(

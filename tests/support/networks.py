@@ -5,8 +5,6 @@ depend on, a state holds the values already computed that are still needed. A ba
 its normalisation runs with its affine parameters, as the one operation that torch records.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,12 +108,12 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def make(run: Callable[..., object], seed: int = 0, **layers: Any) -> Net:
     """A `Net` of layers, each a constructor or the arguments of a linear layer."""
-    return seeded(
-        lambda: Net(
-            run, **{name: Linear(*spec) if isinstance(spec, tuple) else spec() for name, spec in layers.items()}
-        ),
-        seed,
-    )
+
+    def build() -> Net:
+        made = {name: Linear(*spec) if isinstance(spec, tuple) else spec() for name, spec in layers.items()}
+        return Net(run, **made)
+
+    return seeded(build, seed)
 
 
 def conv(*sizes: int, kernel: int = 3, bias: bool = True) -> Callable[[], nn.Module]:
@@ -127,11 +125,8 @@ def conv(*sizes: int, kernel: int = 3, bias: bool = True) -> Callable[[], nn.Mod
 
 def mlp(seed: int = 0) -> Case:
     model = make(lambda net, x: net.c(torch.tanh(net.b(torch.tanh(net.a(x))))), seed, a=(4, 5), b=(5, 4), c=(4, 3))
-    return Case(
-        model,
-        (4,),
-        everywhere([stage("a", layer("a"), squash), stage("b", layer("b"), squash), stage("c", layer("c"))]),
-    )
+    stages = [stage("a", layer("a"), squash), stage("b", layer("b"), squash), stage("c", layer("c"))]
+    return Case(model, (4,), everywhere(stages))
 
 
 def residual(seed: int = 0, act: Callable[[Tensor], Tensor] = torch.tanh) -> Case:
@@ -140,18 +135,8 @@ def residual(seed: int = 0, act: Callable[[Tensor], Tensor] = torch.tanh) -> Cas
         return net.head(act(x + net.b(torch.tanh(net.a(x)))))
 
     model = make(forward, seed, stem=(4, 5), a=(5, 4), b=(4, 5), head=(5, 3))
-    return Case(
-        model,
-        (4,),
-        everywhere(
-            [
-                STEM,
-                stage("a", layer("a"), squash_and_keep),
-                stage("b", layer("b"), lambda state, h: (act(state[1] + h[0]),)),
-                HEAD,
-            ]
-        ),
-    )
+    beside = stage("a", layer("a"), squash_and_keep), stage("b", layer("b"), lambda state, h: (act(state[1] + h[0]),))
+    return Case(model, (4,), everywhere([STEM, *beside, HEAD]))
 
 
 def nested(seed: int = 0) -> Case:
@@ -182,35 +167,20 @@ def projection(seed: int = 0) -> Case:
 
     model = make(forward, seed, stem=(4, 4), a=(4, 3), b=(3, 5), short=(4, 5), head=(5, 3))
     wait = stage("a", layer("a"), squash_and_keep)
-    return Case(
-        model,
-        (4,),
-        {
-            "asap": [
-                STEM,
-                stage("a short", readers("a", "short"), lambda state, h: (torch.tanh(h[0]), h[1])),
-                stage("b", layer("b"), lambda state, h: (torch.tanh(h[0] + state[1]),)),
-                HEAD,
-            ],
-            "alap": [
-                STEM,
-                wait,
-                stage(
-                    "b short",
-                    lambda s, p: (linear("b", s[0], p), linear("short", s[1], p)),
-                    lambda state, h: (torch.tanh(h[0] + h[1]),),
-                ),
-                HEAD,
-            ],
-            "sequential": [
-                STEM,
-                wait,
-                stage("b", layer("b"), lambda state, h: (h[0], state[1])),
-                stage("short", layer("short", 1), lambda state, h: (torch.tanh(state[0] + h[0]),)),
-                HEAD,
-            ],
-        },
-    )
+    return Case(model, (4,), {
+        "asap": [
+            STEM, stage("a short", readers("a", "short"), lambda state, h: (torch.tanh(h[0]), h[1])),
+            stage("b", layer("b"), lambda state, h: (torch.tanh(h[0] + state[1]),)), HEAD,
+        ],
+        "alap": [
+            STEM, wait, stage("b short", lambda s, p: (linear("b", s[0], p), linear("short", s[1], p)),
+                              lambda state, h: (torch.tanh(h[0] + h[1]),)), HEAD,
+        ],
+        "sequential": [
+            STEM, wait, stage("b", layer("b"), lambda state, h: (h[0], state[1])),
+            stage("short", layer("short", 1), lambda state, h: (torch.tanh(state[0] + h[0]),)), HEAD,
+        ],
+    })  # fmt: skip
 
 
 def gated(seed: int = 0) -> Case:
@@ -232,11 +202,7 @@ def gated(seed: int = 0) -> Case:
         stage("gate", layer("gate"), lambda state, h: (torch.sigmoid(h[0]), state[0])),
         stage("value", layer("value", 1), lambda state, h: join(state[0], h[0], state[1])),
     ]
-    return Case(
-        model,
-        (4,),
-        {"asap": [STEM, both, mix, HEAD], "alap": [STEM, both, mix, HEAD], "sequential": [STEM, *apart, mix, HEAD]},
-    )
+    return Case(model, (4,), everywhere([STEM, both, mix, HEAD]) | {"sequential": [STEM, *apart, mix, HEAD]})
 
 
 def attention(seed: int = 0) -> Case:
@@ -259,11 +225,7 @@ def attention(seed: int = 0) -> Case:
         stage("k-", layer("k", 1), lambda state, h: (scores(state[0], h[0]), state[1])),
         stage("v", layer("v", 1), lambda state, h: (state[0] @ h[0], state[1])),
     ]
-    return Case(
-        model,
-        (3, 2),
-        {"asap": [STEM, together, *rest], "alap": [STEM, together, *rest], "sequential": [STEM, *apart, *rest]},
-    )
+    return Case(model, (3, 2), everywhere([STEM, together, *rest]) | {"sequential": [STEM, *apart, *rest]})
 
 
 def conv_residual(seed: int = 0, training: bool = True) -> Case:
@@ -296,21 +258,13 @@ def conv_residual(seed: int = 0, training: bool = True) -> Case:
     def carry(state: State, h: State) -> State:
         return h[0], state[-1]
 
-    return Case(
-        model,
-        (1, 4, 4),
-        everywhere(
-            [
-                stage("c0-", weights("c0")),
-                stage("n0", normalise("n0"), lambda state, h: (torch.relu(h[0]),)),
-                stage("c1-", weights("c1"), carry),
-                stage("n1", normalise("n1"), lambda state, h: (torch.relu(h[0]), state[-1])),
-                stage("c2-", weights("c2"), carry),
-                stage("n2", normalise("n2"), lambda state, h: (torch.relu(state[-1] + h[0]).mean((2, 3)),)),
-                HEAD,
-            ]
-        ),
-    )
+    return Case(model, (1, 4, 4), everywhere([
+        stage("c0-", weights("c0")), stage("n0", normalise("n0"), lambda state, h: (torch.relu(h[0]),)),
+        stage("c1-", weights("c1"), carry),
+        stage("n1", normalise("n1"), lambda state, h: (torch.relu(h[0]), state[-1])),
+        stage("c2-", weights("c2"), carry),
+        stage("n2", normalise("n2"), lambda state, h: (torch.relu(state[-1] + h[0]).mean((2, 3)),)), HEAD,
+    ]))  # fmt: skip
 
 
 CASES: dict[str, Callable[[], Case]] = {"residual_relu": lambda: residual(act=torch.relu)} | {

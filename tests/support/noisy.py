@@ -1,7 +1,5 @@
 """A network with buffers and random numbers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -25,8 +25,6 @@ until |c| <= clip. Base method: statistics see `Q_u` (V_x of the recursion, at t
 consumes `ĝ = -M δu*`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial

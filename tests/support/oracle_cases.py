@@ -1,7 +1,5 @@
 """Settings, couplings and batches for the oracle and for the package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,9 +51,6 @@ def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max(float((left[n] - v).abs().max() / v.abs().max().clamp_min(1)) for n, v in right.items())
 
 
-REGIMES = ["full", "groups", "block", "substituted", "printed"]
-
-
 def arguments(setting: str, options: Options) -> dict[str, Any]:
     """The package's words for a setting and the oracle's options; the oracle rolls out on the network itself."""
     name, keywords = SETTINGS[setting]
@@ -65,9 +60,6 @@ def arguments(setting: str, options: Options) -> dict[str, Any]:
         "feedback": options.feedback, "feedback_clip": options.clip, "terminal": options.terminal,
         "rollout": "nonlinear", **keywords,
     }  # fmt: skip
-
-
-# --- base methods written a second time, for the oracle: flat controls, one state a stage ---
 
 
 @dataclass

@@ -5,8 +5,6 @@
 nothing with the package, base methods included.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,11 +95,9 @@ class Primal:
                 return self.loss(found if isinstance(outputs, tuple) else found[0], y[None])[0]
 
             jacobian = jacrev(lambda u: flat_outputs(self.outputs(u, *inputs)))(self.u)
-            product: Tensor = jacobian.T @ hessian(again)(flat_outputs(outputs)) @ jacobian
-            return product
+            return jacobian.T @ hessian(again)(flat_outputs(outputs)) @ jacobian
 
-        found: Tensor = vmap(each)(y, *inputs)
-        return found
+        return vmap(each)(y, *inputs)
 
     # --- the metric ---------------------------------------------------------------------------------------------------
 

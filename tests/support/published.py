@@ -6,8 +6,6 @@ were compared once with Shampoo and SOAP of pytorch-optimizer 4.1.0 over 20 step
 in float64 too and its first call repeated: they agree to 1e-14.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -59,8 +57,7 @@ class Shampoo(Published):
                 state["root" + side] = power(total + o["eps"] * torch.eye(len(own)).to(own), -0.5 if single else -0.25)
             direction = state["rootL"] @ direction if side == "L" else direction @ state["rootR"]
         state["b"] = o["momentum"] * state.get("b", 0 * g) + direction
-        moved: Tensor = -o["lr"] * state["b"]
-        return moved
+        return -o["lr"] * state["b"]
 
 
 class SOAP(Published):
@@ -101,5 +98,4 @@ class Muon(Published):
         scale = max(1.0, len(g) / g.shape[1]) ** 0.5
         if o.get("adjust_lr_fn") == "match_rms_adamw":
             scale = 0.2 * max(g.shape) ** 0.5
-        moved: Tensor = -o["lr"] * (scale * polar(mu * state["b"] + (1 - mu) * g) + o["weight_decay"] * u)
-        return moved
+        return -o["lr"] * (scale * polar(mu * state["b"] + (1 - mu) * g) + o["weight_decay"] * u)

@@ -3,8 +3,6 @@
 A network is a list of steps over the values computed so far; every value is (B, WIDTH), so any two can be merged.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from support.networks import Case, seeded
 
 BATCH, WIDTH = 3, 2
 ACTIVATIONS = {"tanh": torch.tanh, "sin": torch.sin, "sigmoid": torch.sigmoid, "neg": torch.neg, "same": torch.clone}
@@ -35,10 +35,8 @@ class Plan:
     outputs: tuple[int, ...]
     layers: int
 
-    def build(self) -> Network:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return Network(self).double()
+    def case(self) -> Case:
+        return Case(seeded(lambda: Network(self)), loss=loss, draw=lambda seed, size: self.batch(seed))
 
     def batch(self, seed: int) -> tuple[tuple[Tensor, ...], Tensor]:
         source = torch.Generator().manual_seed(seed)

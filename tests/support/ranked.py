@@ -1,7 +1,5 @@
 """Steps of several gloo processes: what every rank runs, and the one-process steps they are compared with."""
 
-from __future__ import annotations
-
 import os
 import traceback
 from collections.abc import Callable, Mapping
@@ -19,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gtddp_compile import CompileError, GraphBatches, NonFiniteError, compile_optimizer
 from gtddp_compile.lowering.traffic import gram_way, traffic
+from support.networks import make
 
 STEPS = 2
 EXAMPLE = 4
@@ -46,18 +45,16 @@ def normalised() -> nn.Module:
     return nn.Sequential(first, second, nn.Linear(5, 3))
 
 
-class Tokens(nn.Module):
+def tokens() -> nn.Module:
     """Attention, whose projections decide together, a weight used twice and a bare parameter."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
-        self.shift, self.head = nn.Parameter(torch.randn(6) * 0.1), nn.Linear(6, 3)
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        x = x.flatten(1, 2) + net.shift
+        h = torch.softmax(net.q(x) @ net.k(x).mT / 6**0.5, -1) @ net.v(x)
+        return net.head(net.out(torch.tanh(net.out(x + h))).mean(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1, 2) + self.shift
-        h = torch.softmax(self.q(x) @ self.k(x).mT / 6**0.5, -1) @ self.v(x)
-        return self.head(self.out(torch.tanh(self.out(x + h))).mean(1))
+    layers = dict.fromkeys(("q", "k", "v", "out"), (6, 6))
+    return make(forward, **layers, shift=lambda: nn.Parameter(torch.randn(6) * 0.1), head=(6, 3))
 
 
 class Rings(nn.Module):
@@ -81,7 +78,7 @@ def rings(sizes: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
     return {"x": torch.cat(nodes), "edge_index": torch.cat(edges, 1), "batch": batch}, torch.tensor(sizes) % 3
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"conv": convolutional, "norms": normalised, "tokens": Tokens}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"conv": convolutional, "norms": normalised, "tokens": tokens}
 
 
 def batch(samples: int, step: int) -> tuple[Tensor, Tensor]:
@@ -199,14 +196,17 @@ def wrapped(rank: int, case: Case) -> tuple[float, float]:
     return furthest(list(model.parameters()), list(bare.parameters())), float(opt.diagnostics["loss"])
 
 
+def said(call: Callable[[], Any], kind: type[Exception] = CompileError) -> str:
+    """What the error says that a call ends with."""
+    with pytest.raises(kind) as caught:
+        call()
+    return str(caught.value)
+
+
 def refusals(rank: int, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """What is said to options that are not for several ranks, and to ranks that are not alike."""
-    found = {}
-    for name, options in cases.items():
-        try:
-            optimizer(Case("conv", options, ()), process_group="world")
-        except CompileError as error:
-            found[name] = str(error)
+    found = {name: said(lambda: optimizer(Case("conv", options, ()), process_group="world"))  # noqa: B023
+             for name, options in cases.items()}  # fmt: skip
     with pytest.raises(CompileError, match="Give GraphBatches nodes= and edges="):
         compile_optimizer(GraphBatches(convolutional()), loss=nn.CrossEntropyLoss(), process_group="world")
     case = Case("conv", {"curvature": "sgd"}, (2, 2))
@@ -217,30 +217,20 @@ def refusals(rank: int, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str
                          ("program", lambda: model[1].bias.requires_grad_(rank == 0))):  # fmt: skip
         before = [p.clone() for p in model.parameters()]
         change()
-        try:
-            opt.step(x[:2], y[:2])
-        except CompileError as error:
-            found[name] = str(error)
+        found[name] = said(lambda: opt.step(x[:2], y[:2]))
         model[1].bias.requires_grad_()
         for p, value in zip(model.parameters(), before, strict=True):
             p.data.copy_(value)
     opt.param_groups[0].update(lr=0.1)
-    for name, call in (("accumulate", lambda: opt.accumulate(x, y)), ("export", lambda: opt.program.export("a.py"))):
-        try:
-            call()
-        except CompileError as error:
-            found[name] = str(error)
+    found["accumulate"] = said(lambda: opt.accumulate(x, y))
+    found["export"] = said(lambda: opt.program.export("a.py"))
     poisoned = x[:2] * (float("nan") if rank else 1.0)
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(NonFiniteError):
-        opt.step(poisoned, y[:2])
-    same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    said(lambda: opt.step(poisoned, y[:2]), NonFiniteError)
+    same = all(map(torch.equal, model.parameters(), before))
     _, other = optimizer(Case("tokens", {}, ()), process_group="world")
     other.step(x[:2], y[:2])
-    try:
-        other.step(x[:2, :, rank:], y[:2])
-    except CompileError as error:
-        found["shapes"] = str(error)
+    found["shapes"] = said(lambda: other.step(x[:2, :, rank:], y[:2]))
     found["one rank's loss is not finite"] = f"skipped {opt.diagnostics['skipped']}, unchanged {same}"
     return found
 
@@ -251,14 +241,11 @@ def late(rank: int, case: Case) -> str:
     model, opt = optimizer(case, process_group=group)
     x, y = batch(2, rank)
     opt.step(x, y)
-    before, said = [p.clone() for p in model.parameters()], "late"
+    before, told = [p.clone() for p in model.parameters()], "late"
     if rank < dist.get_world_size() - 1:
-        try:
-            opt.step(x, y)
-        except RuntimeError as error:
-            said = str(error)
+        told = said(lambda: opt.step(x, y), RuntimeError)
     dist.barrier()
-    return f"{said}, unchanged {all(map(torch.equal, model.parameters(), before))}"
+    return f"{told}, unchanged {all(map(torch.equal, model.parameters(), before))}"
 
 
 def killed(rank: int, folder: Path) -> None:
@@ -270,11 +257,8 @@ def killed(rank: int, folder: Path) -> None:
     if rank == dist.get_world_size() - 1:
         os._exit(1)
     before = [p.clone() for p in model.parameters()]
-    try:
-        opt.step(x, y)
-    except RuntimeError as error:
-        same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-        (folder / f"{rank}").write_text(f"{error}\nunchanged {same}")
+    told = said(lambda: opt.step(x, y), RuntimeError)
+    (folder / f"{rank}").write_text(f"{told}\nunchanged {all(map(torch.equal, model.parameters(), before))}")
 
 
 def _rank(rank: int, size: int, port: int, jobs: Mapping[str, tuple[Any, Any]], results: Any, folder: Path) -> None:

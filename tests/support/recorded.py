@@ -1,7 +1,5 @@
 """Recordings of small models, and what a recording computes: in lines that share nothing with the compiler."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -43,9 +41,6 @@ def assert_same(found: Any, expected: Any) -> None:
 
 def net(forward: Callable[..., object]) -> nn.Module:
     return make(forward, a=(4, 5), b=(5, 3))
-
-
-# --- tensors for the tests of kernels ---
 
 
 Params = tuple[Tensor | None, ...]

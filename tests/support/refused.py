@@ -1,7 +1,5 @@
 """Models with something in their forward pass that a test puts there, and what a refusal must say."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
+from support.compared import torch_step
 from support.networks import seeded
 from support.recorded import batch
 
@@ -76,10 +75,13 @@ def refused(call: Callable[[], Any], *said: str) -> CompileError:
     return caught.value
 
 
-def expect_the_base_methods_update(opt: CompiledOptimizer, net: nn.Module, inputs: Any, size: int = 6) -> None:
-    plain = copy.deepcopy(net)
+def expect_the_base_methods_update(
+    opt: CompiledOptimizer, net: nn.Module, inputs: Any, size: int = 6, plain: Any = None, loss: Any = F.cross_entropy
+) -> None:
+    """``plain(*inputs)``: what the model computes, of its own parameters, where it is not asked itself."""
+    twin = copy.deepcopy(net)
     given = inputs if isinstance(inputs, tuple) else (inputs,)
-    F.cross_entropy(plain(*given), TARGETS[:size]).backward()
-    torch.optim.SGD(plain.parameters(), lr=0.5).step()
+    outputs = twin(*given) if plain is None else plain(twin, *given)
+    torch_step(torch.optim.SGD(twin.parameters(), lr=0.5), loss(outputs, TARGETS[:size]).mean())
     opt.step(inputs, TARGETS[:size])
-    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=0, atol=1e-12)

@@ -1,7 +1,5 @@
 """Programs that are written to ``.json``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
