@@ -88,6 +88,7 @@ def test_micro_batches_look_from_one_place() -> None:
     before = flat(model)
     with pytest.raises(CompileError, match="targets of one number a sample beside targets of several"):
         opt.accumulate(x, y[:, 0])
+    assert torch.is_grad_enabled()
     opt.step(x, y)  # what was accumulated before is still there
     assert (flat(model) - before).abs().max() > 1e-4
 
