@@ -99,6 +99,8 @@ class Style:
     mark: tuple[str, ...] = ("m.mark()",)
     rewind: tuple[str, ...] = ("m.rewind()",)
     settle: tuple[str, ...] = ("m.settle()",)
+    left: bool = False
+    """Whether the program may be left standing, and never go on: it then has nothing to put back, and so no ``with``."""
 
 
 def draws(lowered: Lowered) -> bool:
@@ -126,8 +128,10 @@ def body(lowered: Lowered, style: Style) -> list[str]:
         lines += style.rewind if again else ()
         inner = list(_lines(group, style, mark=random and phase == "trajectory"))
         if phase in ("trajectory", "loss", "recompute"):
-            lines.append("with torch.enable_grad():")
-            inner = [f"    {line}" if line else "" for line in inner]
+            if style.left:
+                inner = ["torch.set_grad_enabled(True)", *inner, "torch.set_grad_enabled(False)"]
+            else:
+                inner = ["with torch.enable_grad():", *(f"    {line}" if line else "" for line in inner)]
         lines += inner + list(style.settle if again else ())
     return lines
 
@@ -145,7 +149,7 @@ def emit_micro(lowered: Lowered) -> str:
     What belongs to the whole update is asked for by ``yield name, arguments``, the method of ``m`` and what this
     micro-batch would call it with; the answer comes back by ``send``.
     """
-    text = "\n    ".join([*body(lowered, Style(_show_and_free(lowered, _asked), _heading)), "return phi"])
+    text = "\n    ".join([*body(lowered, Style(_show_and_free(lowered, _asked), _heading, left=True)), "return phi"])
     doc = '"""One micro-batch of a step."""'
     return f"def micro_step(m, p, b, q, b_again, inputs, targets):\n    {doc}\n    {text}\n"
 

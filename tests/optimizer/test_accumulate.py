@@ -1,6 +1,7 @@
 """``opt.accumulate``: one update from the union of micro-batches, each of them a group of samples."""
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -141,6 +142,20 @@ def test_a_step_whose_loss_is_not_finite_drops_the_accumulated() -> None:
     assert_equal(before, everything(model, opt))
     with pytest.raises(CompileError, match="batch itself"):
         opt.step()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_what_is_dropped_leaves_autograd_on(reduction: str) -> None:
+    """Micro-batches wait for others in the middle of their programs; who lets go of them ends them there."""
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(reduction=reduction), on_nonfinite="skip")
+    opt.accumulate(x, y)
+    with pytest.warns(UserWarning, match="not finite"):
+        opt.step(x / 0, y)
+    opt.accumulate(x, y)
+    del opt
+    gc.collect()
+    assert torch.is_grad_enabled()
 
 
 def test_options_and_state_are_those_of_the_step() -> None:
