@@ -100,7 +100,7 @@ class Style:
     rewind: tuple[str, ...] = ("m.rewind()",)
     settle: tuple[str, ...] = ("m.settle()",)
     left: bool = False
-    """Whether the program may be left standing, and never go on: it then has nothing to put back, and so no ``with``."""
+    """Whether the program may be left standing for good: it has nothing to put back then, and so no ``with``."""
 
 
 def draws(lowered: Lowered) -> bool:
