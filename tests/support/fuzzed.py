@@ -277,12 +277,16 @@ def _total(case: Case, outputs: Tensor, targets: Tensor) -> Tensor:
     return case.loss(outputs, targets).mean()  # type: ignore[no-any-return]
 
 
-def _follow(plain: nn.Module, case: Case) -> Callable[[nn.Module, int], tuple[Tensor, Tensor]]:
-    """The model's own pass before a step: loss, random state after it; buffers are left in ``plain``."""
+def _follow(plain: nn.Module, case: Case) -> Callable[[CompiledOptimizer, nn.Module, int], tuple[Tensor, Tensor]]:
+    """The model's own pass before a step: loss, random state after it; buffers are left in ``plain``. Targets of
+    several numbers are looked at from where look-ahead leads.
+    """
 
-    def passed(model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
+    def passed(opt: CompiledOptimizer, model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
         plain.load_state_dict(model.state_dict())
         x, y = case.batch(step)
+        if not case.classes:
+            _lead(opt, model, plain)
         torch.manual_seed(step)
         with torch.no_grad():
             value = _total(case, plain(x), y)
@@ -291,10 +295,18 @@ def _follow(plain: nn.Module, case: Case) -> Callable[[nn.Module, int], tuple[Te
     return passed
 
 
+def _lead(opt: CompiledOptimizer, model: nn.Module, plain: nn.Module) -> None:
+    (mu,) = {group.get("lookahead", 0.0) for group in opt.param_groups}
+    for known, other in zip(model.parameters(), plain.parameters(), strict=True):
+        state = opt.state.get(known, {})
+        if mu and "last_step" in state:
+            other.data += min(mu, float(state["taken"]) / (float(state["taken"]) + 3)) * state["last_step"]
+
+
 def _steps(opt: CompiledOptimizer, model: nn.Module, case: Case, watched: list[Any]) -> list[float]:
     losses = []
     for step in range(case.steps):
-        found = [follow(model, step) for follow in watched]
+        found = [follow(opt, model, step) for follow in watched]
         torch.manual_seed(step)
         loss = opt.step(*case.batch(step))
         for value, state in found:
