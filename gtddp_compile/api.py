@@ -145,6 +145,7 @@ def compile_optimizer(
     if isinstance(model, Terms) and program is None:
         example_inputs, loss = _of_terms(model, example_inputs, loss)
         gram, terminal = "exact" if gram == "auto" else gram, terminal or Geometric(aim=2.0)
+        lookahead = lookahead or 0.0  # a sample is one equation
     options = Options(
         feedback=feedback, feedback_clip=feedback_clip, schedule=schedule, coupling=coupling, recursion=recursion,
         terminal=terminal, backend=backend, mixing=mixing, cooperative=cooperative, gram=gram, memory=memory,

@@ -266,9 +266,9 @@ def target_entries(targets: Any) -> float:
     return float(max(1, sum(_entries(targets))))
 
 
-def largest_entries(targets: Any) -> int:
-    """How many numbers a sample has in one tensor of the targets at most."""
-    return max(_entries(targets), default=1)
+def several_entries(targets: Any) -> bool:
+    """Whether a sample has several numbers in one tensor of the targets."""
+    return any(count > 1 for count in _entries(targets))
 
 
 def reached(grams: Blocks, information: Tensor, reach: float, targets: Any) -> tuple[Blocks, Tensor]:

@@ -128,6 +128,7 @@ class BaseMethod(BlockUpdates):
         self._settled: list[Tensor] | None = None
         self._written: dict[str, tuple[Tensor, Tensor]] = {}  # with the old values
         self._steps: dict[str, Tensor] = {}
+        self._place: dict[str, Tensor] | None = None
         self.committed: list[Any] = []
 
     # --- parameters ---------------------------------------------------------------------------------------------------
@@ -230,24 +231,30 @@ class BaseMethod(BlockUpdates):
         twin.figures, twin.loss, twin._random, twin._settled = {}, None, {}, None
         return twin
 
+    def look_ahead(self, params: dict[str, Tensor], targets: Any) -> dict[str, Tensor]:
+        """As for one step; all micro-batches of an update share what the first one made."""
+        if self._place is None:
+            self._place = super().look_ahead(params, targets)
+        return self._place
+
     @property
     def looks_ahead(self) -> bool:
         """Whether the trajectory was run with other parameters than those before the step."""
         return self._ahead
 
-    def look_alike(self, targets: Any, *, known: bool) -> None:
-        """A micro-batch looks from where those before it did (``known``: there are such).
+    def look_alike(self, targets: Any) -> None:
+        """A micro-batch looks from where those before it did.
 
         Raises:
             CompileError: this one does not do as they do.
         """
-        ahead = self._leads(targets)
-        if known and self._ahead != ahead:
+        if self._place is None:
+            self.look_ahead(self._params, targets)
+        elif self._ahead != self._leads(targets):
             raise CompileError(
                 "targets of one number a sample beside targets of several in one update, which look ahead",
                 "Accumulate them in updates of their own, or use lookahead=0",
             )
-        self._ahead = ahead
 
     # --- losses -------------------------------------------------------------------------------------------------------
 

@@ -122,7 +122,7 @@ class Union:
         Raises:
             GivenUp: its loss is not finite. On any exception nothing of it was added.
         """
-        self.method.look_alike(targets, known=bool(self._parts))
+        self.method.look_alike(targets)
         method = self.method.beside()
         # Of its own: what autograd holds of the micro-batches before must not be written to.
         buffers = {**self.buffers, **{name: value.clone() for name, value in self.advancing().items()}}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gtddp_compile import CompileError, Geometric, compile_optimizer
+from gtddp_compile import CompileError, Geometric, Terms, compile_optimizer
 from gtddp_compile.options import SUGGESTED
 from support import networks
 from support.against_primal import assert_primal, regression, squares
@@ -77,6 +77,58 @@ def test_micro_batches_are_groups(options: dict[str, Any]) -> None:
 
 def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets.reshape(len(targets), -1)).square().mean(1)
+
+
+class Tied(nn.Module):
+    """One weight at both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.randn(4, 6).double() * 0.4), nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(torch.tanh(x @ self.weight.T))) @ self.weight
+
+
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+def test_by_hand(rollout: Any, backend: Any) -> None:
+    """Parameters moved to ``u + μ v``, a step without inertia there, and all of it is the step; of tied ones too."""
+    torch.manual_seed(0)
+    x, model = torch.randn(7, 6).double(), Tied()
+    twin, given = copy.deepcopy(model), {"loss": SQUARES, "curvature": "sgd", "lr": 0.3, "rollout": rollout}
+    opt = compile_optimizer(model, x, backend=backend, **given, **AHEAD)
+    plain = compile_optimizer(twin, x, backend=backend, **given, inertia=0.0)
+    last = torch.zeros_like(flat(twin))
+    for step in range(3):
+        before, mu = flat(twin), min(0.7, step / (step + 3))
+        nn.utils.vector_to_parameters(before + mu * last, twin.parameters())
+        opt.step(x, x), plain.step(x, x)
+        last = flat(twin) - before
+        torch.testing.assert_close(flat(model), flat(twin), rtol=0, atol=1e-12)
+
+
+def test_through_torch_compile() -> None:
+    case = regression("mlp")
+    found = [train(case, 3, curvature="sgd", lr=0.3, compile=how, **AHEAD) for how in (False, {"backend": "eager"})]
+    torch.testing.assert_close(found[1].parameters, found[0].parameters, rtol=0, atol=1e-12)
+
+
+def test_terms_are_equations_of_one_number() -> None:
+    terms = Terms(nn.Linear(2, 1).double(), {"inside": lambda net, x: net(x).squeeze(1)})
+    points = {"inside": (torch.randn(5, 2).double(), 1.0)}
+    assert "lookahead" not in compile_optimizer(terms, points, curvature="foof").param_groups[0]
+
+
+@pytest.mark.parametrize(("bias", "said"), [(0.1, "inertia, lookahead of 0's parameters differ"), (1.5, "below 1")])
+def test_groups_of_one_layer_carry_on_alike(bias: float, said: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    opt = compile_optimizer(model, x, loss=SQUARES)
+    (group,) = opt.param_groups
+    opt.param_groups.append({**group, "name": "bias", "params": [model[0].bias], "lookahead": bias})
+    group["params"] = [model[0].weight]
+    with pytest.raises(CompileError, match=said):
+        opt.step(x, torch.randn(5, 3))
 
 
 def test_micro_batches_look_from_one_place() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gtddp_compile.kernels.approximate import separated
 from gtddp_compile.kernels.bundle import Layer
-from gtddp_compile.kernels.sweep import largest_entries
+from gtddp_compile.kernels.sweep import several_entries
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.base import Curvature, Move
 from gtddp_compile.methods.curvature.numbers import counted
@@ -92,7 +92,7 @@ class ParameterUpdates:
         return found
 
     def _leads(self, targets: Any) -> bool:
-        return largest_entries(targets) > 1 and any(group.get("lookahead") for group in self._groups.values())
+        return any(group.get("lookahead") for group in self._groups.values()) and several_entries(targets)
 
     def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor | None, ...], Tensor | float]:
         """``v``, the last step's ``δu`` of each parameter (zero before the first), and ``μ``, one for all of them.
@@ -160,7 +160,7 @@ class ParameterUpdates:
         return tuple(-inverse_times(inverse, self._with_decay(name, gradient)) for name, gradient, inverse in pairs)
 
     def apply(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Consume ``ĝ = γᵀ w + ℓ_u``: new parameters and states are kept aside; returns ``δu``."""
+        """Consume ``ĝ = γᵀ w + ℓ_u``: new parameters and states are kept aside; ``δu``, run ahead less ``μ v``."""
         return tuple(self._applied(*pair) for pair in zip(names, self._moves(names, gradients), strict=True))
 
     def descend(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> None:
@@ -174,11 +174,12 @@ class ParameterUpdates:
             yield self._curvature.move(self._params[name], g_hat, self.states[name], self._groups[name], known)
 
     def _applied(self, name: str, move: Move) -> Tensor:
-        """A parameter's ``δu``; its new value and state are kept aside."""
+        """A parameter's change from where the trajectory was run; its new value and state are kept aside."""
         param, self.states[name] = self._params[name], move.state
-        delta = self._carried(name, move.change(param))
+        own = move.change(param)
+        delta = self._carried(name, own)
         self._new[name] = (param + delta).to(param.dtype)
-        return delta
+        return own if self._ahead else delta
 
     def _descended(self, name: str, move: Move) -> None:
         """The same where nobody reads ``δu``."""
