@@ -34,7 +34,7 @@ from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_ba
 from gtddp_compile.runtime.precision import GradientScale, lift
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
-from gtddp_compile.runtime.states import check_carried, check_loaded, check_used, regrouped, unround
+from gtddp_compile.runtime.states import check_loaded, check_used, regrouped, unround
 from gtddp_compile.runtime.surface import Surface, one_at_a_time
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.terms import Terms
@@ -391,7 +391,6 @@ class CompiledOptimizer(Surface):
             groups[name] = group_of[id(owner[name])]
             first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
             states[name] = self.state[owner[name]] if first is None else first
-        check_carried(program.graph.players, groups)
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))

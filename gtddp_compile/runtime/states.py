@@ -9,33 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.graph import Player
 from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.runtime.precision import LOW, lift
-
-
-def check_carried(players: Sequence[Player], groups: Mapping[str, Mapping[str, Any]]) -> None:
-    """What of the last step is carried on is in range, and one for all of a player's parameters.
-
-    Args:
-        players: of the program.
-        groups: options by the parameter's name.
-
-    Raises:
-        CompileError: it is not.
-    """
-    found = {name: (group.get("inertia", 0.0), group.get("lookahead", 0.0)) for name, group in groups.items()}
-    values = set(found.values())
-    if not all(0 <= value < 1 for pair in values for value in pair):
-        raise CompileError(f"inertia, lookahead of a group: {sorted(values)}", "Give numbers from 0 to below 1")
-    for player in players if len(values) > 1 else ():
-        own = {found[name] for name in player.parameters}
-        if len(own) > 1:
-            raise CompileError(
-                f"inertia, lookahead of {player.name}'s parameters differ: {sorted(own)}",
-                "Give the parameters of a layer the same, in one group or in several",
-                module=player.parameters[0].rpartition(".")[0],
-            )
 
 
 def check_used(

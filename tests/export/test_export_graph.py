@@ -71,17 +71,19 @@ def test_three_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_loss_of_ones_own_needs_example_targets(tmp_path: Path) -> None:
+    """Targets of several numbers, so that the step looks ahead."""
     example = Example(make(lambda net, x: net.a(x), a=(4, 3)), (torch.randn(7, 4, dtype=torch.float64),))
-    opt = compiled(example, loss=pseudo_huber)
+    opt = compiled(example, loss=pseudo_huber, inertia=0.9, lookahead=0.7)
     with pytest.raises(CompileError, match=r"what targets the loss pseudo_huber takes is not known.*targets="):
         opt.program.export(tmp_path / "step.pt2")
     targets = torch.zeros(7, 3, dtype=torch.float64)
     opt.program.export(tmp_path / "step.pt2", targets=targets)
     loaded = torch.export.load(tmp_path / "step.pt2")
-    params, buffers = named(example.model)
-    after = loaded.module()(params, buffers, loaded.example_inputs[0][2], example.inputs, targets)
-    opt.step(example.inputs, targets)
-    assert largest(after[0], named(example.model)[0]) <= 1e-12
+    (params, buffers), state = named(example.model), loaded.example_inputs[0][2]
+    for _ in range(3):
+        params, buffers, state, _ = loaded.module()(params, buffers, state, example.inputs, targets)
+        opt.step(example.inputs, targets)
+        assert largest(params, named(example.model)[0]) <= 1e-12
 
 
 REFUSED: dict[str, tuple[Callable[[], Example], dict[str, Any], str]] = {

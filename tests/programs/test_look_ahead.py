@@ -108,6 +108,20 @@ def test_by_hand(rollout: Any, backend: Any) -> None:
         torch.testing.assert_close(flat(model), flat(twin), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("lookahead", [0.0, 0.7])
+def test_a_bias_that_is_trained_later(lookahead: float) -> None:
+    """It has no last step yet, and its layer's weight has."""
+    case, found = regression("mlp"), []
+    for backend in ("fast", "dense"):
+        model, opt = optimizer(case, curvature="foof", inertia=0.9, lookahead=lookahead, backend=backend)
+        bias = next(p for p in model.parameters() if p.dim() == 1).requires_grad_(False)
+        for step in range(4):
+            bias.requires_grad_(step >= 2)
+            opt.step(*case.batch(step, 6))
+        found.append(flat(model))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+
+
 def test_through_torch_compile() -> None:
     case = regression("mlp")
     found = [train(case, 3, curvature="sgd", lr=0.3, compile=how, **AHEAD) for how in (False, {"backend": "eager"})]
@@ -120,15 +134,20 @@ def test_terms_are_equations_of_one_number() -> None:
     assert "lookahead" not in compile_optimizer(terms, points, curvature="foof").param_groups[0]
 
 
-@pytest.mark.parametrize(("bias", "said"), [(0.1, "inertia, lookahead of 0's parameters differ"), (1.5, "below 1")])
-def test_groups_of_one_layer_carry_on_alike(bias: float, said: str) -> None:
-    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
-    opt = compile_optimizer(model, x, loss=SQUARES)
-    (group,) = opt.param_groups
-    opt.param_groups.append({**group, "name": "bias", "params": [model[0].bias], "lookahead": bias})
-    group["params"] = [model[0].weight]
-    with pytest.raises(CompileError, match=said):
-        opt.step(x, torch.randn(5, 3))
+@pytest.mark.parametrize("curvature", ["foof", "kfac", "sgd"])
+def test_a_layer_s_parameters_in_groups_of_their_own(curvature: str) -> None:
+    """Each carries on what its own group says."""
+    case, found = regression("mlp"), []
+    for backend in ("fast", "dense"):
+        model, opt = optimizer(case, curvature=curvature, lr=0.1, backend=backend, **AHEAD)
+        groups = [{**g, "params": [p], "name": f"{g['name']} {p.dim()}", "lookahead": 0.35 * p.dim()}
+                  for g in opt.param_groups for p in g["params"]]  # fmt: skip
+        opt.param_groups[:] = groups
+        for step in range(4):
+            opt.step(*case.batch(step, 6))
+        found.append(flat(model))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+    assert (found[0] - train(case, 4, 6, curvature=curvature, lr=0.1, **AHEAD).parameters).abs().max() > 1e-4
 
 
 def test_micro_batches_look_from_one_place() -> None:

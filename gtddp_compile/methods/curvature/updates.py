@@ -102,11 +102,17 @@ class ParameterUpdates:
         return ((None,) * len(names), 0.0) if self._ahead else self._carrying(names)
 
     def _carrying(self, names: tuple[str, ...]) -> tuple[tuple[Tensor, ...], Tensor | float]:
-        """``v`` and ``μ`` of what the step adds."""
-        mu = self._inertia(names[0])
-        if mu is None:
-            return tuple(torch.zeros_like(self._params[name]) for name in names), 0.0
-        return tuple(self.states[name]["last_step"] for name in names), mu
+        """``v`` and ``μ`` of what the step adds; parameters with a ``μ`` of their own have it in their ``v``."""
+        first, *others = found = [self._inertia(name) for name in names]
+        if any(isinstance(mu, Tensor) or mu != first for mu in others):
+            parts = ((self._last(name), mu) for name, mu in zip(names, found, strict=True))
+            return tuple(torch.zeros_like(last) if mu is None else last * mu for last, mu in parts), 1.0
+        return tuple(self._last(name) for name in names), 0.0 if first is None else first
+
+    def _last(self, name: str) -> Tensor:
+        """``v``; zero of a parameter that has made no step."""
+        last = self.states[name].get("last_step")
+        return torch.zeros_like(self._params[name]) if last is None else last
 
     def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of each parameter."""
@@ -123,7 +129,7 @@ class ParameterUpdates:
         if "last_step" not in state or not mu:
             return None
         taken: Tensor = state["taken"]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(taken) is not Tensor:  # as in `counted`
             return (taken / (taken + RAMP)).clamp_max(mu)
         return min(float(mu), float(taken) / (float(taken) + RAMP))
 
