@@ -220,11 +220,14 @@ def directional(
         if only is not None and use.op not in only:
             continue
         change, name, rows = parts_of(direction, player, use), f"{result}_{b.name(use.key)}", b.layer(player).gram.kept
-        kernel, taken = (
-            ("rows_directional", Var(kept(b, t, player))) if rows else (b.kernel(use, "directional"), layer(b, use))
-        )
-        around = "factor_directional" if b.factored and not rows else "along" if last else None
-        b.emit(phase, t, name, *((around, Function(kernel)) if around else (kernel,)), taken, change)
+        call = "rows_directional" if rows else b.kernel(use, "directional")
+        taken = Var(kept(b, t, player)) if rows else layer(b, use)
+        if b.factored and not rows:
+            b.emit(phase, t, name, "factor_directional", Function(call), taken, change)
+        elif last:
+            b.emit(phase, t, name, "along", Function(call), taken, change)
+        else:
+            b.emit(phase, t, name, call, taken, change)
         found.append(Var(name))
     return found
 
