@@ -34,7 +34,7 @@ from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_ba
 from gtddp_compile.runtime.precision import GradientScale, lift
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
-from gtddp_compile.runtime.states import check_loaded, check_used, regrouped, unround
+from gtddp_compile.runtime.states import check_inertia, check_loaded, check_used, regrouped, unround
 from gtddp_compile.runtime.surface import Surface, one_at_a_time
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.terms import Terms
@@ -375,6 +375,7 @@ class CompiledOptimizer(Surface):
             self._pending.again()
 
     def _base_method(self, program: UpdateProgram, params: dict[str, Tensor], new: dict[str, Tensor]) -> BaseMethod:
+        check_inertia(self.param_groups, self._curvature)
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         trained = [name for player in program.graph.players for name in player.parameters]
         owner = self._view.named

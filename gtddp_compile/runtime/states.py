@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature
+from gtddp_compile.methods.curvature.numbers import out_of_range
 from gtddp_compile.runtime.precision import LOW, lift
 
 
@@ -35,6 +36,19 @@ def check_used(
                     f" them is {value.dtype} on {value.device}",
                     "Take the state along when the model is moved: opt.load_state_dict(opt.state_dict())",
                 )
+
+
+def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature) -> None:
+    """What is carried on shrinks: a step with another number would not fail, and never settle.
+
+    Raises:
+        CompileError: a group's ``inertia`` or ``lookahead`` is not a number from 0 to below 1.
+    """
+    for group in groups:
+        for option in ("inertia", "lookahead"):
+            value = group.get(option, 0.0)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise out_of_range(curvature.name, option, value, "a number that is at least 0 and less than 1")
 
 
 def regrouped(

@@ -358,6 +358,8 @@ LATER: dict[str, tuple[Act | None, Act]] = {
     "group['lr'] = 1e308": group("lr", 1e308),
     "group['betas'] = (2, 2)": group("betas", (2.0, 2.0)),
     "group['eps'] = 'small'": group("eps", "small"),
+    "group['inertia'] = 1.5": group("inertia", 1.5),
+    "group['lookahead'] = 'far'": group("lookahead", "far"),
     "group['maximize'] = True": group("maximize", True),
     "a group is taken away": (lambda opt, net: opt.param_groups.pop(), one),
     "an option is deleted": (lambda opt, net: opt.param_groups[0].pop("lr"), one),
