@@ -34,6 +34,7 @@ from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_ba
 from gtddp_compile.runtime.precision import GradientScale, lift
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
+from gtddp_compile.runtime.shards import divided, is_shard
 from gtddp_compile.runtime.states import check_loaded, check_used, regrouped, unround
 from gtddp_compile.runtime.surface import Surface, one_at_a_time
 from gtddp_compile.runtime.union import Union, check_form
@@ -55,7 +56,7 @@ class CompiledOptimizer(Surface):
         self, model: nn.Module, example_inputs: Any, *, loss: Loss, curvature: Curvature, options: Options,
         scale: GradientScale, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
-        self._view, self._ranks = ModelView(model), ranks
+        self._view, self._ranks = ModelView(model, None if ranks is None else ranks.whole), ranks
         self._loss, self._curvature, self._options, self._scale = loss, curvature, options, scale
         self._specialisations = Specialisations(self._view, options, curvature, ranks)
         self._current: UpdateProgram | None = None
@@ -64,8 +65,10 @@ class CompiledOptimizer(Surface):
         carried = {name: value for name in ("inertia", "lookahead") if (value := getattr(options, name))}
         super().__init__(self._view.groups(), curvature.defaults() | carried)
         if example_inputs is not None:
-            self._specialise(self._batch(example_inputs, None, example=True)[0])
+            with self._view.shards.together():
+                self._specialise(self._batch(example_inputs, None, example=True)[0])
 
+    @one_at_a_time
     def adopt(self, program: UpdateProgram, example_inputs: Any = None) -> None:
         """Train by a program that was made elsewhere, with its options by parameter.
 
@@ -371,6 +374,8 @@ class CompiledOptimizer(Surface):
         self._checked = False
         super().load_state_dict(state_dict)
         unround(self.state, state_dict, self.param_groups)
+        for parameter in filter(is_shard, self.state):
+            self.state[parameter] = divided(parameter, self.state[parameter], {}, {}, [])
         if self._pending is not None:
             self._pending.again()
 
@@ -390,7 +395,7 @@ class CompiledOptimizer(Surface):
             known = owner[name] in self.state
             groups[name] = group_of[id(owner[name])]
             first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
-            states[name] = self.state[owner[name]] if first is None else first
+            states[name] = self._view.shards.whole(self.state[owner[name]]) if first is None else first
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))

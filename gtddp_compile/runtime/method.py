@@ -26,6 +26,7 @@ from gtddp_compile.methods.curvature.kronecker import BlockKind
 from gtddp_compile.methods.losses import Loss, check
 from gtddp_compile.methods.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 from gtddp_compile.runtime.precision import Precision, lift
+from gtddp_compile.runtime.shards import divided, is_shard, own_part
 
 
 class GivenUp(Exception):
@@ -187,20 +188,27 @@ class BaseMethod(BlockUpdates):
         Args:
             originals: parameters before the step.
             buffers: those that advance, and their new values.
-            owner: the model's parameter of every name.
+            owner: the model's parameter of every name; of one that is divided among ranks, only its shard is written.
             kept: the optimizer's states.
         """
         apart = [name for name in self.states if name not in self._written and self._new[name] is not originals[name]]
         copies = [(originals[name], self._new[name]) for name in apart] + list(buffers)
         moves = [(originals[name], step) for name, step in self._steps.items()]
         states, exchanged = dict[Tensor, Any](), list[tuple[Tensor, str, Tensor]]()
+        parts = list[tuple[Tensor, Tensor]]()
         for name in self.states:
-            states[owner[name]] = self._settled_state(name, exchanged)
+            own = owner[name]
+            if is_shard(own):
+                parts.append((own.detach().to_local(), own_part(own, originals[name])))
+                states[own] = divided(own, self.states[name], self._before[name], kept.get(own, {}), parts)
+            else:
+                states[own] = self._settled_state(name, exchanged)
         with torch.no_grad():
             self.committed.extend(
                 chain(
                     starmap(torch._foreach_add_, _by_column(moves)),
                     starmap(torch._foreach_copy_, _by_column(copies)),
+                    starmap(torch._foreach_copy_, _by_column(parts)),
                     starmap(setattr, exchanged),
                     map(kept.update, [states]),
                 )

@@ -20,17 +20,18 @@ from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.ranks import Ranks
+from gtddp_compile.runtime.shards import divided, is_shard
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-Step = TypeVar("Step", bound=Callable[..., Tensor])
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def one_at_a_time(method: Step) -> Step:
-    """Threads wait for each other: what one has put aside is no state for another to begin with. An interrupt of an
-    inner ``no_grad`` as it ends leaves gradients off: they are as before.
+def one_at_a_time(method: Method) -> Method:
+    """Threads wait for each other: what one has put aside is no state for another to begin with. Meanwhile the model
+    has whole parameters. An interrupt of an inner ``no_grad`` as it ends leaves gradients off: they are as before.
     """
 
     @wraps(method)
@@ -38,12 +39,15 @@ def one_at_a_time(method: Step) -> Step:
         enabled = torch.is_grad_enabled()
         try:
             with self._lock:
-                return method(self, *args, **kwargs)
+                if self._ranks is not None:
+                    self._ranks.sent = {}
+                with self._view.shards.together():
+                    return method(self, *args, **kwargs)
         except BaseException:
             torch.set_grad_enabled(enabled)
             raise
 
-    return cast(Step, alone)
+    return cast(Method, alone)
 
 
 class Surface(torch.optim.Optimizer):
@@ -104,7 +108,9 @@ class Surface(torch.optim.Optimizer):
         if self.state or not trained or any(p.grad is None or bool(p.grad.any()) for p, _ in trained):
             return False
         for p, group in trained:
-            self.state[p] = self._curvature.init_state(lift(p.detach()), group)
+            like = p.new_zeros(p.shape) if is_shard(p) else p.detach()
+            state = self._curvature.init_state(lift(like), group)
+            self.state[p] = divided(p, state, {}, {}, []) if is_shard(p) else state
         return True
 
     def seal(self) -> Self:
