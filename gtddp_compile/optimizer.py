@@ -31,10 +31,10 @@ from gtddp_compile.runtime.joined import JoinedMethod
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import MATRIX, BaseMethod, GivenUp
 from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
-from gtddp_compile.runtime.precision import GradientScale, lift
+from gtddp_compile.runtime.precision import GradientScale
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
-from gtddp_compile.runtime.shards import divided, is_shard
+from gtddp_compile.runtime.shards import divided
 from gtddp_compile.runtime.states import check_loaded, check_used, regrouped, unround
 from gtddp_compile.runtime.surface import Surface, one_at_a_time
 from gtddp_compile.runtime.union import Union, check_form
@@ -374,8 +374,8 @@ class CompiledOptimizer(Surface):
         self._checked = False
         super().load_state_dict(state_dict)
         unround(self.state, state_dict, self.param_groups)
-        for parameter in filter(is_shard, self.state):
-            self.state[parameter] = divided(parameter, self.state[parameter], {}, {}, [])
+        for parameter, state in self.state.items():
+            state.update(divided(parameter, state))
         if self._pending is not None:
             self._pending.again()
 
@@ -392,15 +392,15 @@ class CompiledOptimizer(Surface):
             )
         states, groups = {}, {}
         for name in trained:
-            known = owner[name] in self.state
             groups[name] = group_of[id(owner[name])]
-            first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
-            states[name] = self._view.shards.whole(self.state[owner[name]]) if first is None else first
+            known = owner[name] in self.state
+            states[name] = self.state[owner[name]] if known else self.first_state(owner[name], groups[name])
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))
         taken = (self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
         m = BaseMethod(*taken) if self._ranks is None else JoinedMethod(*taken).among(self._ranks)
+        m.states = self._view.shards.states(m.states, owner)
         m.first, m.scale, m.apart = not self._checked, self._scale.value, ops.read_apart
         m.together = program.form.name == "joint" and self._options.line_search is None
         return m

@@ -26,7 +26,7 @@ from gtddp_compile.methods.curvature.kronecker import BlockKind
 from gtddp_compile.methods.losses import Loss, check
 from gtddp_compile.methods.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 from gtddp_compile.runtime.precision import Precision, lift
-from gtddp_compile.runtime.shards import divided, is_shard, own_part
+from gtddp_compile.runtime.shards import is_shard, own_part
 
 
 class GivenUp(Exception):
@@ -70,7 +70,8 @@ def _take_over(loss: Loss) -> None:
 
 def _alike(left: Tensor, right: Tensor) -> bool:
     """Whether one can be in the other's place."""
-    return left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+    same = left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+    return same and is_shard(left) == is_shard(right)
 
 
 MATRIX = "a matrix of gradients (a Gram matrix or a curvature's factor)"
@@ -198,11 +199,9 @@ class BaseMethod(BlockUpdates):
         parts = list[tuple[Tensor, Tensor]]()
         for name in self.states:
             own = owner[name]
+            states[own] = self._settled_state(name, exchanged, parts)
             if is_shard(own):
                 parts.append((own.detach().to_local(), own_part(own, originals[name])))
-                states[own] = divided(own, self.states[name], self._before[name], kept.get(own, {}), parts)
-            else:
-                states[own] = self._settled_state(name, exchanged)
         with torch.no_grad():
             self.committed.extend(
                 chain(
@@ -214,17 +213,23 @@ class BaseMethod(BlockUpdates):
                 )
             )
 
-    def _settled_state(self, name: str, exchanged: list[tuple[Tensor, str, Tensor]]) -> dict[str, Any]:
+    def _settled_state(
+        self, name: str, exchanged: list[tuple[Tensor, str, Tensor]], parts: list[tuple[Tensor, Tensor]]
+    ) -> dict[str, Any]:
         """The state after the step, in the tensors of the state before it where they have its shape: as torch.optim,
-        whoever holds one sees what it is. Which are to take another's memory is added to ``exchanged``.
+        whoever holds one sees what it is. Which are to take another's memory is added to ``exchanged``, which shards take
+        whose values to ``parts``.
         """
-        found, known = dict(self.states[name]), self._before[name]
+        found, known = dict(dict.__getitem__(self.states, name)), self._before[name]  # as they lie
         for key, value in found.items():
             before = known.get(key)
             if before is value or not isinstance(value, Tensor) or not value.dim():
                 continue
             if isinstance(before, Tensor) and _alike(before, value):
-                exchanged.append((before, "data", value.data))
+                if is_shard(value):
+                    parts.append((before.to_local(), value.to_local()))  # type: ignore[attr-defined]
+                else:
+                    exchanged.append((before, "data", value.data))
                 found[key] = before
         return found
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, starmap
 from operator import methodcaller
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gtddp_compile.errors import CompileError
@@ -31,7 +30,7 @@ def is_shard(value: Any) -> bool:
 
 
 def _fsdp() -> Any:
-    """torch's FSDP2, if anybody has imported it: half a second's work."""
+    """Torch's FSDP2, if anybody has imported it: half a second's work."""
     return sys.modules.get("torch.distributed.fsdp")
 
 
@@ -49,21 +48,18 @@ def mesh_of(model: nn.Module) -> Any:
     Raises:
         CompileError: they are divided in a way that a step cannot gather or write.
     """
-    ours: dict[int, Any] = {}
-    for module in divided_modules(model):
-        for group in module._get_fsdp_state()._fsdp_param_groups:
-            ours |= {id(own.sharded_param): (group, own) for own in group.fsdp_params}
-    first: dict[Any, str] = {}
-    mesh = None
+    groups = [group for module in divided_modules(model) for group in module._get_fsdp_state()._fsdp_param_groups]
+    ours = {id(own.sharded_param): (group, own) for group in groups for own in group.fsdp_params}
+    mesh, first = None, dict[Any, str]()
     for name, parameter in model.named_parameters():
+        group, own = ours.get(id(parameter), (None, None))
         if is_shard(parameter):
-            _check(name, parameter, *ours.get(id(parameter), (None, None)))
+            _check(name, parameter, group, own)
             mesh = mesh or parameter.device_mesh
             if parameter.device_mesh != mesh:
                 raise _refused(name, "is on another mesh than the parameters before it", "Give all units one mesh=")
-        origin = getattr(ours[id(parameter)][1] if id(parameter) in ours else parameter,
-                         "_orig_param_uid" if id(parameter) in ours else "_fsdp_orig_uid", None)  # fmt: skip
-        if origin is not None and first.setdefault(origin, name) != name:
+        origin = own._orig_param_uid if own else getattr(parameter, "_fsdp_orig_uid", name)
+        if first.setdefault(origin, name) != name:
             raise _refused(name, f"was shared with {first[origin]!r}, and fully_shard has parted them",
                            "Give both modules to one call: fully_shard([module_a, module_b])")  # fmt: skip
     return mesh
@@ -99,35 +95,64 @@ def own_part(shard: Any, whole: Tensor) -> Tensor:
     return parts[place] if place < len(parts) else whole.narrow(axis, 0, 0)
 
 
-def divided(
-    parameter: Any, state: Mapping[str, Any], before: Mapping[str, Any], held: Mapping[str, Any],
-    copies: list[tuple[Tensor, Tensor]],
-) -> dict[str, Any]:  # fmt: skip
-    """A parameter's state between steps: what has its shape as shards, all else whole on every rank.
+def divided(parameter: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state between steps: of a shard, what has the parameter's shape is divided like it."""
+    if not is_shard(parameter):
+        return dict(state)
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != parameter.shape or is_shard(value):
+            return value
+        mesh, part = parameter.device_mesh, own_part(parameter, value).clone()
+        return type(parameter).from_local(part, mesh, parameter.placements, run_check=False, shape=value.shape,
+                                          stride=value.stride())  # fmt: skip
+
+    return {key: own(value) for key, value in state.items()}
+
+
+class GatheredStates(dict[str, Mapping[str, Any]]):
+    """States of one step by parameter: those of the module that is asked for are whole, all others lie divided.
+
+    A program asks for a module's states once a sweep, on every rank in the same order.
 
     Args:
-        parameter: a shard.
-        state: after the step, whole.
-        before: whole, as the step read it.
-        held: as it lies; its shards take the new values.
-        copies: gets the shards to be written, and with what.
+        states: as they lie.
+        owner: the parameter of every name.
+        gather: from a shard to the whole tensor.
     """
-    found: dict[str, Any] = {}
-    for key, value in state.items():
-        known = held.get(key)
-        if known is not None and value is before.get(key):
-            found[key] = known
-        elif not isinstance(value, Tensor) or value.shape != parameter.shape or is_shard(value):
-            found[key] = value
-        elif is_shard(known) and known.dtype == value.dtype:
-            copies.append((known.to_local(), own_part(parameter, value)))
-            found[key] = known
-        else:
-            found[key] = type(parameter.detach()).from_local(
-                own_part(parameter, value).clone(), parameter.device_mesh, parameter.placements, run_check=False,
-                shape=value.shape, stride=value.stride(),
-            )  # fmt: skip
-    return found
+
+    def __init__(
+        self, states: Mapping[str, Mapping[str, Any]], owner: Mapping[str, Tensor], gather: Callable[[Any], Tensor]
+    ) -> None:
+        super().__init__(states)
+        self._owner, self._gather, self._module = owner, gather, ""
+        self._whole: dict[str, Mapping[str, Any]] = {}
+
+    def _enter(self, name: str) -> None:
+        if self._module != (module := name.rpartition(".")[0]):
+            self._module = module
+            self._whole.clear()
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        self._enter(name)
+        if name not in self._whole:
+            found = super().__getitem__(name).items()
+            self._whole[name] = {key: self._gather(value) if is_shard(value) else value for key, value in found}
+        return self._whole[name]
+
+    def __setitem__(self, name: str, state: Mapping[str, Any]) -> None:
+        self._enter(name)
+        self._whole[name] = state
+        super().__setitem__(name, divided(self._owner[name], state))
+
+    def update(self, pairs: Any) -> None:  # type: ignore[override]
+        """As of any dictionary."""
+        for name, state in dict(pairs).items():
+            self[name] = state
+
+    def values(self) -> Any:
+        """Whole, one after the other."""
+        return (self[name] for name in self)
 
 
 class Shards:
@@ -148,13 +173,13 @@ class Shards:
         self.working: dict[str, nn.Parameter] = {
             name: nn.Parameter(p.to_local().detach().new_empty(0)) if is_shard(p) else p for name, p in named.items()
         }
-        self._whole = {id(named[name]): (named[name], own) for name, own in self.working.items() if own is not named[name]}
+        self._whole = {
+            id(named[name]): (named[name], own) for name, own in self.working.items() if own is not named[name]
+        }
 
-    def whole(self, state: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        """A parameter's state with its shards gathered."""
-        if not self._whole:
-            return state
-        return {key: self._gather(value) if is_shard(value) else value for key, value in state.items()}
+    def states(self, states: dict[str, Mapping[str, Any]], owner: Mapping[str, Tensor]) -> dict[str, Mapping[str, Any]]:
+        """States by parameter's name as a step reads and writes them."""
+        return GatheredStates(states, owner, self._gather) if self._whole else states
 
     @contextmanager
     def together(self) -> Iterator[None]:

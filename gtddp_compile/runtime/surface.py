@@ -108,10 +108,13 @@ class Surface(torch.optim.Optimizer):
         if self.state or not trained or any(p.grad is None or bool(p.grad.any()) for p, _ in trained):
             return False
         for p, group in trained:
-            like = p.new_zeros(p.shape) if is_shard(p) else p.detach()
-            state = self._curvature.init_state(lift(like), group)
-            self.state[p] = divided(p, state, {}, {}, []) if is_shard(p) else state
+            self.state[p] = self.first_state(p, group)
         return True
+
+    def first_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state before its first step."""
+        like = torch.zeros(p.shape, dtype=p.dtype, device=p.device) if is_shard(p) else p.detach()
+        return divided(p, self._curvature.init_state(lift(like), group))
 
     def seal(self) -> Self:
         """No more groups from here on."""
