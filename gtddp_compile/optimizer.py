@@ -34,7 +34,6 @@ from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_ba
 from gtddp_compile.runtime.precision import GradientScale
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
-from gtddp_compile.runtime.shards import divided
 from gtddp_compile.runtime.states import check_loaded, check_used, regrouped, unround
 from gtddp_compile.runtime.surface import Surface, one_at_a_time
 from gtddp_compile.runtime.union import Union, check_form
@@ -374,8 +373,6 @@ class CompiledOptimizer(Surface):
         self._checked = False
         super().load_state_dict(state_dict)
         unround(self.state, state_dict, self.param_groups)
-        for parameter, state in self.state.items():
-            state.update(divided(parameter, state))
         if self._pending is not None:
             self._pending.again()
 

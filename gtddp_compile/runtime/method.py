@@ -26,7 +26,7 @@ from gtddp_compile.methods.curvature.kronecker import BlockKind
 from gtddp_compile.methods.losses import Loss, check
 from gtddp_compile.methods.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 from gtddp_compile.runtime.precision import Precision, lift
-from gtddp_compile.runtime.shards import is_shard, own_part
+from gtddp_compile.runtime.shards import is_shard, lying, own_part, shard_of
 
 
 class GivenUp(Exception):
@@ -201,7 +201,7 @@ class BaseMethod(BlockUpdates):
             own = owner[name]
             states[own] = self._settled_state(name, exchanged, parts)
             if is_shard(own):
-                parts.append((own.detach().to_local(), own_part(own, originals[name])))
+                parts.append((shard_of(own), own_part(own, originals[name])))
         with torch.no_grad():
             self.committed.extend(
                 chain(
@@ -217,17 +217,17 @@ class BaseMethod(BlockUpdates):
         self, name: str, exchanged: list[tuple[Tensor, str, Tensor]], parts: list[tuple[Tensor, Tensor]]
     ) -> dict[str, Any]:
         """The state after the step, in the tensors of the state before it where they have its shape: as torch.optim,
-        whoever holds one sees what it is. Which are to take another's memory is added to ``exchanged``, which shards take
+        whoever holds one sees what it is. Which are to take another's memory is added to ``exchanged``, which shard takes
         whose values to ``parts``.
         """
-        found, known = dict(dict.__getitem__(self.states, name)), self._before[name]  # as they lie
+        found, known = dict(lying(self.states, name)), self._before[name]
         for key, value in found.items():
             before = known.get(key)
             if before is value or not isinstance(value, Tensor) or not value.dim():
                 continue
             if isinstance(before, Tensor) and _alike(before, value):
                 if is_shard(value):
-                    parts.append((before.to_local(), value.to_local()))  # type: ignore[attr-defined]
+                    parts.append((shard_of(before), shard_of(value)))
                 else:
                     exchanged.append((before, "data", value.data))
                 found[key] = before

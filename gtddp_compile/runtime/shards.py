@@ -14,6 +14,7 @@ from itertools import chain, starmap
 from operator import methodcaller
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gtddp_compile.errors import CompileError
@@ -48,10 +49,15 @@ def mesh_of(model: nn.Module) -> Any:
     Raises:
         CompileError: they are divided in a way that a step cannot gather or write.
     """
-    groups = [group for module in divided_modules(model) for group in module._get_fsdp_state()._fsdp_param_groups]
+    states = [module._get_fsdp_state() for module in divided_modules(model)]
+    if not all(hasattr(state, "_fsdp_param_groups") for state in states):
+        raise CompileError(f"fully_shard is read as torch 2.13 has it, and this is torch {torch.__version__}",
+                           "Use torch 2.13, or process_group='world' without fully_shard")  # fmt: skip
+    groups = [group for state in states for group in state._fsdp_param_groups]
     ours = {id(own.sharded_param): (group, own) for group in groups for own in group.fsdp_params}
     mesh, first = None, dict[Any, str]()
-    for name, parameter in model.named_parameters():
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name, parameter in parameters.items():
         group, own = ours.get(id(parameter), (None, None))
         if is_shard(parameter):
             _check(name, parameter, group, own)
@@ -85,6 +91,12 @@ def _refused(name: str, why: str, remedy: str) -> CompileError:
 
 
 # --- parts of tensors -------------------------------------------------------------------------------------------------
+
+
+def shard_of(value: Any) -> Tensor:
+    """What a rank has of a divided tensor: its memory."""
+    found: Tensor = value.detach().to_local()
+    return found
 
 
 def own_part(shard: Any, whole: Tensor) -> Tensor:
@@ -155,6 +167,11 @@ class GatheredStates(dict[str, Mapping[str, Any]]):
         return (self[name] for name in self)
 
 
+def lying(states: dict[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """A state as it lies, of which nothing is gathered."""
+    return super(GatheredStates, states).__getitem__(name) if isinstance(states, GatheredStates) else states[name]
+
+
 class Shards:
     """A model's parameters as they lie and as a step has them.
 
@@ -163,15 +180,16 @@ class Shards:
         gather: from a shard to the whole tensor, on every rank; ``None``: torch's own.
 
     Attributes:
+        divided: the modules that ``fully_shard`` was called with.
         working: the parameters that stand in the model during a step, by name: of shards, others.
     """
 
     def __init__(self, model: nn.Module, gather: Callable[[Any], Tensor] | None = None) -> None:
-        self._model, self._divided = model, divided_modules(model)
+        self._model, self.divided = model, divided_modules(model)
         self._gather = gather or methodcaller("full_tensor")
         named = dict(model.named_parameters())
         self.working: dict[str, nn.Parameter] = {
-            name: nn.Parameter(p.to_local().detach().new_empty(0)) if is_shard(p) else p for name, p in named.items()
+            name: nn.Parameter(shard_of(p).new_empty(0)) if is_shard(p) else p for name, p in named.items()
         }
         self._whole = {
             id(named[name]): (named[name], own) for name, own in self.working.items() if own is not named[name]
@@ -189,7 +207,7 @@ class Shards:
             return
         divided_modules(self._model)
         swaps = [swap for module in self._model.modules() for swap in self._swaps(module)]
-        classes = [(module, "__class__", type(module)) for module in self._divided]
+        classes = [(module, "__class__", type(module)) for module in self.divided]
         back = chain(
             starmap(dict.update, [(where, outside) for where, _, outside in swaps]),
             starmap(object.__setattr__, classes),
