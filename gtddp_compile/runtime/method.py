@@ -217,8 +217,8 @@ class BaseMethod(BlockUpdates):
         self, name: str, exchanged: list[tuple[Tensor, str, Tensor]], parts: list[tuple[Tensor, Tensor]]
     ) -> dict[str, Any]:
         """The state after the step, in the tensors of the state before it where they have its shape: as torch.optim,
-        whoever holds one sees what it is. Which are to take another's memory is added to ``exchanged``, which shard takes
-        whose values to ``parts``.
+        whoever holds one sees what it is. ``exchanged`` gets those that take another's memory, ``parts`` shards and
+        their new values.
         """
         found, known = dict(lying(self.states, name)), self._before[name]
         for key, value in found.items():

@@ -154,8 +154,10 @@ class GatheredStates(dict[str, Mapping[str, Any]]):
 
     def __setitem__(self, name: str, state: Mapping[str, Any]) -> None:
         self._enter(name)
+        lies, known = super().__getitem__(name), self._whole.get(name, {})
+        same = {key: lies[key] for key, value in state.items() if key in lies and value is known.get(key)}
         self._whole[name] = state
-        super().__setitem__(name, divided(self._owner[name], state))
+        super().__setitem__(name, divided(self._owner[name], {**state, **same}))
 
     def update(self, pairs: Any) -> None:  # type: ignore[override]
         """As of any dictionary."""

@@ -77,6 +77,7 @@ class Surface(torch.optim.Optimizer):
         before += self.param_groups
         self.param_groups = before
 
+    @one_at_a_time
     def feedback_modes(self, player: str, inputs: Any, targets: Any, k: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
         """What a player answers to most: leading singular values and state directions of its feedback matrix.
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from gtddp_compile import CompileError, Geometric, Nystrom, compile_optimizer
 from gtddp_compile.methods.curvature import REGISTRY
-from support.ranked import Case, counted, differences, late, of_graphs, on_ranks, refusals, wrapped
+from support.ranked import Case, counted, differences, late, of_graphs, on_ranks, refusals, whole, wrapped
 from support.sharded import REFUSED_SHARDS, RESUMED, apart, between_steps, refused_shards, resumed
 
 UNEVEN, FOUR = (5, 3), (3, 2, 2, 4)  # groups in one process are of one size but for the last
@@ -179,10 +180,17 @@ def test_a_group_of_one_is_one_process() -> None:
     x, y, models = torch.randn(6, 2), torch.tensor([0, 1, 2] * 2), []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        for options in ({}, {"process_group": "world", "coupling": "local"}):
+        for options in ({}, {"process_group": "world", "coupling": "local"}, {"curvature": "foof"}):
             torch.manual_seed(0)
             models.append(nn.Sequential(nn.Linear(2, 3)))
-            compile_optimizer(models[-1], x, loss=nn.CrossEntropyLoss(), **options).step(x, y)
+            if "curvature" in options:
+                fully_shard(models[-1])
+            opt = compile_optimizer(models[-1], x, loss=nn.CrossEntropyLoss(), **options)
+            opt.step(x, y)
+            opt.step(x, y)
+        with pytest.raises(CompileError, match="in one process"):
+            opt.feedback_modes("0", x, y)
+        assert torch.equal(models[0][0].weight, whole([models[2][0].weight])[0])
     finally:
         dist.destroy_process_group()
     assert torch.equal(models[0][0].weight, models[1][0].weight)
