@@ -203,15 +203,14 @@ class BaseMethod(BlockUpdates):
             if is_shard(own):
                 parts.append((shard_of(own), own_part(own, originals[name])))
         with torch.no_grad():
-            self.committed.extend(
-                chain(
-                    starmap(torch._foreach_add_, _by_column(moves)),
-                    starmap(torch._foreach_copy_, _by_column(copies)),
-                    starmap(torch._foreach_copy_, _by_column(parts)),
-                    starmap(setattr, exchanged),
-                    map(kept.update, [states]),
-                )
+            done = chain(
+                starmap(torch._foreach_add_, _by_column(moves)),
+                starmap(torch._foreach_copy_, _by_column(copies)),
+                starmap(torch._foreach_copy_, _by_column(parts)),
+                starmap(setattr, exchanged),
+                map(kept.update, [states]),
             )
+            self.committed.extend(map(type, done))  # not what they return: of shards, whole parameters
 
     def _settled_state(
         self, name: str, exchanged: list[tuple[Tensor, str, Tensor]], parts: list[tuple[Tensor, Tensor]]

@@ -64,7 +64,8 @@ def between_steps(rank: int, _: None) -> dict[str, bool]:
         "the last step is a shard": isinstance(last["last_step"], DTensor),
         "a failed step changes nothing": all(map(torch.equal, (p.to_local() for p in model.parameters()), before)),
         "modules are divided": all(isinstance(m, FSDPModule) for m in model.children()),
-        "nothing whole is left": not any(p.numel() for p in opt._view.shards.working.values()),
+        "nothing whole is left": not any(p.numel() for p in opt._view.shards.working.values())
+        and all(isinstance(kind, type) for kind in opt._committed),
     }
     step(model, opt, rank, 4)
     found["what was sent"] = opt.diagnostics["sent"]["all_gather of shards"] == (3 * len(held), 3 * size)
