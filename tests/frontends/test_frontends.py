@@ -19,7 +19,7 @@ from gtddp_compile.graph import OpGraph
 from gtddp_compile.passes import find_players, normalise
 from support.architectures import EXAMPLES
 from support.networks import CASES, Net, conv_residual, make, seeded
-from support.recorded import FRONT_ENDS, assert_same, batch, net, values
+from support.recorded import FRONT_ENDS, assert_recorded_by, assert_same, batch, net, values
 
 both = pytest.mark.parametrize("front_end", ["fx", "export"])
 
@@ -263,7 +263,7 @@ def test_the_model_is_not_changed_by_compiling(kind: type[Remembering], training
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(x, kept) and torch.is_grad_enabled()
     assert model(x).shape == (4, 3)
-    assert opt.graph.ops.frontend == ("fx" if kind is Remembering else "export")
+    assert_recorded_by(opt.graph.ops, "fx" if kind is Remembering else "export")
 
 
 def test_the_model_is_not_changed_by_a_refusal() -> None:
