@@ -218,4 +218,4 @@ def test_shards_resume_bit_for_bit(two: list[Any], name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED_SHARDS)
 def test_shards_that_no_step_takes_are_refused_by_name(two: list[Any], name: str) -> None:
-    assert all(REFUSED_SHARDS[name] in said and "parameter '" in said for said in of(two, "shards", name))
+    assert all(REFUSED_SHARDS[name] in said for said in of(two, "shards", name))

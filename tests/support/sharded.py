@@ -11,12 +11,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gtddp_compile import NonFiniteError, compile_optimizer
-from support.ranked import EXAMPLE, Case, batch, convolutional, differences, furthest, optimizer, said, shard, whole
+from support.ranked import Case, batch, convolutional, differences, furthest, optimizer, said, shard, whole
 
 FULL = StateDictOptions(full_state_dict=True)
 CASE = Case("conv", {"curvature": "foof"}, (5, 3))
@@ -76,6 +76,7 @@ def between_steps(rank: int, _: None) -> dict[str, bool]:
 
 
 def _by_whole_states(saved: Any, twin: Any, folder: Path) -> None:
+    step(*twin, dist.get_rank(), 5)  # a state has its entries from the first step on
     states = get_state_dict(*saved, options=FULL)
     set_state_dict(*twin, model_state_dict=states[0], optim_state_dict=states[1], options=FULL)
 
@@ -87,7 +88,7 @@ def _by_shards(saved: Any, twin: Any, folder: Path) -> None:
 
 def _by_files(saved: Any, twin: Any, folder: Path) -> None:
     dcp.save(dict(zip("mo", get_state_dict(*saved), strict=True)), checkpoint_id=folder)
-    step(*twin, dist.get_rank(), 5)  # a state has its entries from the first step on
+    step(*twin, dist.get_rank(), 5)
     found = dict(zip("mo", get_state_dict(*twin), strict=True))
     dcp.load(found, checkpoint_id=folder)
     set_state_dict(*twin, model_state_dict=found["m"], optim_state_dict=found["o"])
@@ -113,7 +114,7 @@ def resumed(rank: int, folder: Path) -> dict[str, float]:
     """How far going on from a checkpoint is from going on."""
     found = {}
     for name, way in RESUMED.items():
-        case = Case("conv", {"curvature": "adam" if name == "whole" else "foof"}, CASE.shards)
+        case = Case("conv", {"curvature": "adam" if name == "shards" else "foof"}, CASE.shards)
         saved, twin = optimizer(case, by_layers), optimizer(case, by_layers)
         step(*saved, rank, 0)
         way(saved, twin, folder)
@@ -138,17 +139,19 @@ def _tensor_parallel(model: Any) -> None:
     model[1].weight = nn.Parameter(distribute_tensor(model[1].weight.detach(), init_device_mesh("cpu", (2,))))
 
 
-def _unlike(model: Any) -> None:
-    fully_shard(model[1], mesh=init_device_mesh("cpu", (2,)))
-    fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b")))
+def _two_meshes(model: Any) -> None:
+    fully_shard(model[1], mesh=DeviceMesh("cpu", [1, 0]))
+    fully_shard(model)
 
 
 REFUSED_SHARDS = {
-    "mixed precision": "MixedPrecisionPolicy(param_dtype=torch.bfloat16",
-    "offload": "offload_policy",
-    "tied": "was shared with '3.weight', and fully_shard has parted them",
-    "tensor parallel": "that fully_shard did not make",
-    "two dimensions": "over 2 dimensions of ranks",
+    "mixed precision": "parameter '0.0.weight' is divided with MixedPrecisionPolicy(param_dtype=torch.bfloat16",
+    "offload": "parameter '0.0.weight' is divided with an offload_policy",
+    "tied": "parameter '4.weight' was shared with '3.weight', and fully_shard has parted them",
+    "tensor parallel": "parameter '1.weight' is a DTensor that fully_shard did not make",
+    "two dimensions": "parameter '0.0.weight' lies as (Replicate(), Shard(dim=0)) over 2 dimensions of ranks",
+    "two meshes": "parameter '1.weight' is on another mesh",
+    "other ranks": "process_group has other ranks than fully_shard's mesh, [0, 1]",
 }
 """What is said of shards that no step takes."""
 WAYS = {
@@ -156,15 +159,17 @@ WAYS = {
     "offload": lambda m: fully_shard(m, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "tied": _tied,
     "tensor parallel": _tensor_parallel,
-    "two dimensions": _unlike,
+    "two dimensions": lambda m: fully_shard(m, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))),
+    "two meshes": _two_meshes,
+    "other ranks": fully_shard,
 }
 
 
 def refused_shards(rank: int, _: None) -> dict[str, str]:
     """What is said to models that are divided otherwise."""
-    found = {}
+    found, alone = {}, [dist.new_group([one]) for one in range(dist.get_world_size())][rank]
     for name, divide in WAYS.items():
-        model = convolutional()
+        model, group = convolutional(), alone if name == "other ranks" else None
         divide(model)
-        found[name] = said(lambda: compile_optimizer(model, batch(EXAMPLE, 0)[0], loss=nn.CrossEntropyLoss()))  # noqa: B023
+        found[name] = said(lambda: compile_optimizer(model, loss=nn.CrossEntropyLoss(), process_group=group))  # noqa: B023
     return found
