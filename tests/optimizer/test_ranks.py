@@ -55,11 +55,10 @@ COUNTED = dict([
     case("conv", "adam", "local", (4, 4)),
 ])  # fmt: skip
 COUNTED_FOUR = dict([case("conv", "ekfac", "full", (4,) * 4), case("conv", "sgd", "local", (4,) * 4)])
-DIVIDED = dict(
-    case("conv", name, coupling, UNEVEN) for name in ("sgd", "adam", "kfac", "foof") for coupling in ("full", "local")
-)
-DIVIDED |= dict([case("tokens", "foof", "full", UNEVEN), case("norms", "muon", "full", UNEVEN)])
-DIVIDED_FOUR = dict([case("conv", "foof", "full", FOUR), case("conv", "adam", "local", (4, 4, 4, 2))])
+DIVIDED = dict(case("conv", name, "full", UNEVEN) for name in ("sgd", "adam", "kfac", "foof"))
+DIVIDED |= dict([case("conv", "adam", "local", UNEVEN), case("conv", "foof", "local", UNEVEN)])
+DIVIDED |= dict([case("tokens", "foof", "full", UNEVEN)])
+DIVIDED_FOUR = dict([case("conv", "foof", "full", FOUR)])
 REFUSED: Mapping[str, Mapping[str, Any]] = {
     "backend": {"backend": "dense"}, "rollout": {"rollout": "nonlinear"}, "feedback": {"feedback": "open"},
     "coupling": {"coupling": 3}, "terminal": {"terminal": "ggn"}, "compile": {"compile": True},

@@ -284,9 +284,8 @@ def _rank(rank: int, size: int, port: int, jobs: Mapping[str, tuple[Any, Any]], 
 def on_ranks(size: int, jobs: Mapping[str, tuple[Any, Any]], folder: Path) -> list[Any]:
     """What jobs return on every rank of new gloo processes, an error as text; then the last one is killed."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "gtddp_compile", "torch.distributed.checkpoint.state_dict"]
-    )  # imported once for all
+    once = ["gtddp_compile", "torch._dynamo", "torch.distributed.checkpoint.state_dict"]
+    context.set_forkserver_preload(once)  # imported once for all
     results, port = context.Queue(), 20000 + os.getpid() % 20000 + size
     given = (size, port, jobs, results, folder)
     processes = [context.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(size)]

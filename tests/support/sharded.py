@@ -20,6 +20,7 @@ from support.ranked import Case, batch, convolutional, differences, furthest, op
 
 FULL = StateDictOptions(full_state_dict=True)
 CASE = Case("conv", {"curvature": "foof"}, (5, 3))
+SAVED = Case("conv", {"curvature": "soap", "eps": 1e-2}, (5, 3))
 
 
 def by_layers(model: nn.Module) -> None:
@@ -77,7 +78,7 @@ def between_steps(rank: int, _: None) -> dict[str, bool]:
 
 def _by_whole_states(saved: Any, twin: Any, folder: Path) -> None:
     step(*twin, dist.get_rank(), 5)  # a state has its entries from the first step on
-    states = get_state_dict(*saved, options=FULL)
+    states = copy.deepcopy(get_state_dict(*saved, options=FULL))
     set_state_dict(*twin, model_state_dict=states[0], optim_state_dict=states[1], options=FULL)
 
 
@@ -95,7 +96,7 @@ def _by_files(saved: Any, twin: Any, folder: Path) -> None:
 
 
 def _from_one_process(saved: Any, twin: Any, folder: Path) -> None:
-    _, opt = optimizer(CASE)
+    _, opt = optimizer(SAVED)
     opt.load_state_dict(copy.deepcopy(get_full(saved)))
     twin[0].load_state_dict(saved[0].state_dict())
     twin[1].load_state_dict(opt.state_dict())
@@ -111,19 +112,17 @@ RESUMED = {"whole": _by_whole_states, "shards": _by_shards, "files": _by_files, 
 
 
 def resumed(rank: int, folder: Path) -> dict[str, float]:
-    """How far going on from a checkpoint is from going on."""
-    found = {}
+    """How far going on from a checkpoint is from going on: moments in shards, factors whole."""
+    saved = optimizer(SAVED, by_layers)
+    step(*saved, rank, 0)
+    twins = {name: optimizer(SAVED, by_layers) for name in RESUMED}
     for name, way in RESUMED.items():
-        case = Case("conv", {"curvature": "adam" if name == "shards" else "foof"}, CASE.shards)
-        saved, twin = optimizer(case, by_layers), optimizer(case, by_layers)
-        step(*saved, rank, 0)
-        way(saved, twin, folder)
-        for number in (1, 2):
-            step(*saved, rank, number)
-            step(*twin, rank, number)
-        one, other = (model.state_dict() for model, _ in (saved, twin))
-        found[name] = furthest(whole(one.values()), whole(other.values()))
-    return found
+        way(saved, twins[name], folder)
+    step(*saved, rank, 1)
+    for twin in twins.values():
+        step(*twin, rank, 1)
+    wanted = whole(saved[0].state_dict().values())
+    return {name: furthest(whole(model.state_dict().values()), wanted) for name, (model, _) in twins.items()}
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
