@@ -12,9 +12,10 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from common import DOCS, machine, markdown, measured, write_section
@@ -28,11 +29,12 @@ from gtddp_compile.options import SUGGESTED
 
 SEEDS = range(3)
 SUGGESTION = SUGGESTED["foof"]["lookahead"]
-PLACES: dict[str, dict[str, float]] = {
+PLACES: dict[str, dict[str, Any]] = {
     "inertia 0": {"inertia": 0.0},
     "inertia 0.9, no look-ahead": {"inertia": 0.9, "lookahead": 0.0},
     "look-ahead 0.5": {"inertia": 0.9, "lookahead": 0.5},
     f"default: {SUGGESTION}": {},
+    "default, early 0": {"terminal": replace(SUGGESTED["foof"]["terminal"], early=0.0)},
     "look-ahead 0.9": {"inertia": 0.9, "lookahead": 0.9},
 }
 RAW = Path(__file__).with_suffix(".csv")

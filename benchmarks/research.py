@@ -26,9 +26,12 @@ TRIED = {
     "inertia carries early mistakes on": ("inertia 0",),
     "taken: where a target has several numbers, the last step is taken before the look at the batch": ("look-ahead 0",),
     "taken: a loss that is a mean over many outputs makes every learning rate a small one": ("reach 0", "reach 0.3"),
+    "taken: the first steps have nothing behind them that they could spoil: a greater aim and reach": ("early 0",),
+    "taken: of many layers that nothing normalises the aim is less, over shortcuts too": ("deep 0",),
 }  # fmt: skip
 """Hypotheses, in the order of the table, and methods that try them."""
-TRIED_ON = ("tanh-40-64", "autoencoder-128", "characters-16", "denoise-64", "diabetes-32", "digits-128", "digits-32")
+TRIED_ON = ("tanh-40-64", "autoencoder-128", "characters-16", "denoise-64", "diabetes-32", "digits-128", "digits-32",
+            "digits-8", "residual-mlp-64", "mnist-plain-64")  # fmt: skip
 
 
 def cell(runs: Runs, task: str, method: str) -> str:

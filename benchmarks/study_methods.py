@@ -211,6 +211,8 @@ METHODS = {
         ours("aim 0.6 B/(B + 16)", terminal=Geometric(0.6, half=16.0)),
         ours("look-ahead 0", inertia=0.9, lookahead=0.0),
         *(ours(f"reach {reach:g}", terminal=replace(SUGGESTION, reach=reach)) for reach in (0.0, 0.3)),
+        ours("early 0", terminal=replace(SUGGESTION, early=0.0)),
+        ours("deep 0", terminal=replace(SUGGESTION, deep=0.0)),
         ours("refresh 1", refresh=1, stat_every=1),
         ours("ekfac", curvature="ekfac", **LIKE_DEFAULT),
         ours("kfac damping 0.1", curvature="kfac", **LIKE_DEFAULT),

@@ -10,7 +10,7 @@ from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.algebra.forms import Rollout
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature
-from gtddp_compile.methods.terminal import Geometric, MonteCarlo, Terminal, is_rank_one, reach_of
+from gtddp_compile.methods.terminal import Geometric, MonteCarlo, Terminal, early_of, is_rank_one, reach_of
 
 Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
@@ -185,6 +185,9 @@ class Options:
                f"terminal={self.terminal!r}: its reach is of the joint step's whole Gram matrix, which this program "
                "does not make",
                "Use it with rollout='linear', feedback=True and without Nystrom, or leave reach out")  # fmt: skip
+        yield (bool(early_of(self.terminal_kind)) and self.inertia is not None and not self.inertia,
+               f"terminal={self.terminal!r}: early counts the steps that inertia counts, and there is none",
+               "Give inertia with it, or leave early out")  # fmt: skip
         yield (self.max_step is not None and self.factored,
                f"max_step={self.max_step!r} shortens the weights of samples, and with terminal={self.terminal!r} the "
                "gradient is kept apart from them",
@@ -246,7 +249,7 @@ SUGGESTED: Mapping[str, Mapping[str, Any]] = {
     "foof": {
         "inertia": 0.9,
         "lookahead": 0.8,
-        "terminal": Geometric(aim=0.75, half=24.0, reach=0.1, deep=4.0),
+        "terminal": Geometric(aim=0.75, half=24.0, reach=0.1, deep=4.0, early=1.0),
         "running_statistics": "corrected",
     }
 }
@@ -279,6 +282,8 @@ def suggested(options: Options, curvature: Curvature) -> Options:
     terminal = known.get("terminal")
     if terminal is not None and options.rollout_kind != "linear":
         terminal = replace(terminal, reach=0.0)  # of the joint step
+    if terminal is not None and not inertia:
+        terminal = replace(terminal, early=0.0)  # nothing counts steps
     return replace(
         options,
         inertia=inertia,

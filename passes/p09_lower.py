@@ -145,8 +145,12 @@ def _loss(b: Builder) -> None:
     kind, *weight = b.plan.terminal
     group = b.plan.coupling if isinstance(b.plan.coupling, int) else None
     more = () if weight == [1.0, 0.0, 0.0] else (*weight, group)
-    b.emit("loss", end, ("ones", "aim", "start"), "m.terminal", Var("phi"), kind, *more,
+    aim = "late_aim" if b.plan.early else "aim"
+    b.emit("loss", end, ("ones", aim, "start"), "m.terminal", Var("phi"), kind, *more,
            note="V_x = start g; start = 1/B or 1; where a sample's loss is to fall: by the aim")  # fmt: skip
+    if b.plan.early:
+        b.emit("loss", end, "early", "m.early", b.plan.early, note="in the k-th step 1/k of it")
+        b.emit("loss", end, "aim", "=", Apply("*", (Apply("+", (1.0, Var("early"))), Var(aim))))
     (terminal_columns if b.factored else _terminal)(b, end)
 
 
@@ -230,10 +234,8 @@ def _gains(b: Builder, stage: StagePlan) -> None:
             moved = directional(b, "backward", t, player, drifts[player.name], drift)
             parts += [drawn(b, player, part) for part in moved]
         b.emit("backward", t, drift, "=", total(parts), note="gamma M^-1 l")
-    gammas = {}
-    for o in found:
-        pair = pairs[o.block.players[0].name]
-        gammas[", ".join(p.name for p in o.block.players)] = pair[0] if pair else grams.block_gram(b, t, o)
+    gammas = {", ".join(p.name for p in o.block.players): pair[0] if pair else grams.block_gram(b, t, o)
+              for o, pair in zip(found, pairs.values(), strict=True)}  # fmt: skip
     if b.plan.gram == "nystrom":
         return
     b.emit("backward", t, (), "m.keep", t, gammas={name: Var(variable) for name, variable in gammas.items()})
@@ -246,11 +248,10 @@ def _gains(b: Builder, stage: StagePlan) -> None:
 
 def _environment(b: Builder) -> dict[MatrixExpr, Var]:
     """Variables of the derived symbols; ``{t}`` and ``{after}`` stand for the stage and the next."""
-    end = len(b.plan.stages)
-    drifts = b.drifts
+    last, drifts = f"y_{len(b.plan.stages)}", b.drifts
     names = {
-        a.TARGET_NEXT: "y_{after}" if drifts else f"y_{end}",
-        a.TARGET: "y_{t}" if drifts or b.plan.form.name == "block" else f"y_{end}",
+        a.TARGET_NEXT: "y_{after}" if drifts else last,
+        a.TARGET: "y_{t}" if drifts or b.plan.form.name == "block" else last,
         a.DRIFT: "s_{t}",
         a.INFORMATION_NEXT: "lambda_{after}",
         a.GRAM: "gamma_{t}",
@@ -281,9 +282,8 @@ def _information(b: Builder, stage: StagePlan) -> None:
     if b.plan.form.name not in a.LEVENBERG:
         return
     block, joint = b.plan.form.name == "block", b.plan.form.name == "joint"
-    alpha = t > 0 and (block or b.plan.stages[t - 1].statistics)
-    wanted = {"alpha": alpha, "y": block or b.drifts, "rho": t > 0, "R": t > 0,
-              "Lambda": b.plan.gram != "nystrom"}  # fmt: skip
+    wanted = {"alpha": t > 0 and (block or b.plan.stages[t - 1].statistics), "y": block or b.drifts, "rho": t > 0,
+              "R": t > 0, "Lambda": b.plan.gram != "nystrom"}  # fmt: skip
     for symbol, variable in VARIABLES.items():
         equation = b.plan.form.backward.get(symbol)
         if equation is None or not wanted.get(symbol, True):
@@ -345,8 +345,9 @@ def _decide_together(b: Builder) -> None:
             system = "lambda_0"
             if b.plan.reach:
                 system, information = "lambda_reached", Var("information_reached")
+                reach = Apply("+", (b.plan.reach, Var("early"))) if b.plan.early else b.plan.reach
                 b.emit("joint", 0, (system, information.name), "reached", Var("lambda_0"), Var("information"),
-                       b.plan.reach, Var("targets"), note="Lambda_0 = Lambda_T / c + Gamma")  # fmt: skip
+                       reach, Var("targets"), note="Lambda_0 = Lambda_T / c + Gamma")  # fmt: skip
                 b.emit("joint", 0, (), "m.keep", len(b.plan.stages), information=information)
             scale = () if b.factored else (information,)
             b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var(system), *scale,

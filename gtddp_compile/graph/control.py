@@ -104,6 +104,15 @@ class ControlGraph:
         return max(row.values(), default=0)
 
     @cached_property
+    def depth(self) -> int:
+        """Most players on a way without a normalisation, over merges too; each at its first use alone."""
+        first, deepest = {player.op for player in self.players}, dict[str, int]()
+        for op in self.ops.ops:
+            before = max((deepest.get(name, 0) for name in op.operands), default=0)
+            deepest[op.name] = 0 if op.kind in NORMALISATIONS else before + (op.name in first)
+        return max(deepest.values(), default=0)
+
+    @cached_property
     def tried(self) -> dict[str, Mapping[str, Any]]:
         """What trials of operations have found, by use: several passes ask, one trial is enough."""
         return {}

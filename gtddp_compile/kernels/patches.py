@@ -136,9 +136,9 @@ def _conv_bias(g: Tensor, samples: int) -> Tensor:
 
 
 def _conv_products(g: Tensor, seen: Tensor, samples: int, groups: int) -> Tensor:
-    """``Σ_t g_it seen_itᵀ``, group by group, ``(B, …)``; both image by image."""
+    """``Σ_t seen_it g_itᵀ``, group by group, ``(B, …)``; both image by image."""
     rows, others = (value.reshape(len(value), groups, -1, value[0, 0].numel()) for value in (g, seen))
-    return _conv_samples((rows @ others.mT).flatten(1), samples)
+    return _conv_samples((others @ rows.mT).flatten(1), samples)  # few rows first: half of what the other order takes
 
 
 def _conv_beside(rows: Tensor, samples: int) -> Tensor:

@@ -35,7 +35,7 @@ RESERVED = frozenset(
     | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
     | {"factors", "refuse_negative", "BlockUpdates", "LOSS", "RANK"}
     | {"ranks", "samples", "information_own", "y_all", "w_all", "w_capped_all", "lambda_all"}
-    | {"lambda_reached", "information_reached"}
+    | {"lambda_reached", "information_reached", "early", "late_aim"}
 )
 PREFIXES = ("stage_", "player_", "prologue", "layer_")
 """Of the program's own functions and layers."""

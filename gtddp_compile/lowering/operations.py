@@ -67,6 +67,7 @@ METHODS: dict[str, Method] = {
     "block_inverses": _method("names"),
     "rate": _method("names"),
     "look_ahead": _method("params targets"),
+    "early": _method("amount"),
     "last_step": _method("names"),
     "drift": _method("names"),
     "drift_block": _method("kind names"),

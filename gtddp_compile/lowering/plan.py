@@ -167,6 +167,7 @@ class Asked:
         inertia: whether the metric regularises towards the last step.
         max_step: cap on the joint step's norm in the metric; ``None`` for none.
         reach: least ratio of ``Γ``'s diagonal to ``P_T⁻¹``'s in the joint step; 0 for none.
+        early: how much greater aim and reach are in the first step (:class:`Geometric`).
         max_grad_norm: cap on the norm of the weighted gradient; ``None`` for none.
         clip: bound on ``c``, in units of the aim; ``None`` for none.
         terminal: how the loss is expanded in the outputs: kind, aim and what of it counts one over the batch.
@@ -182,6 +183,7 @@ class Asked:
     inertia: bool
     max_step: float | None
     reach: float
+    early: float
     max_grad_norm: float | None
     clip: float | None
     terminal: tuple[str, float, float, float]

@@ -84,11 +84,14 @@ class Geometric:
             missing, at most as often as a sample's target has numbers, which is the learning rate raised by as much;
             never lowered, and not beside coupled weight decay, which would be left behind.
         deep: layers in a row, with neither a normalisation nor a shortcut between them, from which on the aim falls as
-            one over their number (0: never): what all of them change together is further from linear. A compiled
-            program has the aim that comes of it, and ``deep`` 0.
+            one over their number (0: never): what all of them change together is further from linear. On a way over
+            shortcuts, as one over the root of their number. A compiled program has the aim that comes of it, and
+            ``deep`` 0.
+        early: in the k-th step κ is ``1 + early / k`` times as great, and the reach ``early / k`` more: the first steps
+            have no steps before them to take further, nor a batch that they could forget. Counted with inertia.
 
     Raises:
-        CompileError: the aim is not positive, or ``own``, ``half``, ``reach`` or ``deep`` is negative.
+        CompileError: the aim is not positive, or ``own``, ``half``, ``reach``, ``deep`` or ``early`` is negative.
     """
 
     aim: float = 1.0
@@ -96,6 +99,7 @@ class Geometric:
     half: float = 0.0
     reach: float = 0.0
     deep: float = 0.0
+    early: float = 0.0
 
     def __post_init__(self) -> None:
         options = (
@@ -104,6 +108,7 @@ class Geometric:
             ("half", self.half, self.half >= 0),
             ("reach", self.reach, self.reach >= 0),
             ("deep", self.deep, self.deep >= 0),
+            ("early", self.early, self.early >= 0),
         )
         for option, value, ok in options:
             if isinstance(value, bool) or not ok or math.isinf(value):
@@ -113,11 +118,12 @@ class Geometric:
 Terminal = Literal["geometric", "gradient", "ggn"] | MonteCarlo | Geometric
 
 
-def at_depth(terminal: Terminal | None, layers: int) -> Terminal | None:
-    """The same with the aim that it has where so many layers follow each other unbroken."""
+def at_depth(terminal: Terminal | None, unbroken: int, depth: int) -> Terminal | None:
+    """The same with the aim that it has where so many layers follow each other, without shortcuts and with them."""
     if not isinstance(terminal, Geometric) or not terminal.deep:
         return terminal
-    return replace(terminal, aim=terminal.aim * min(1.0, terminal.deep / max(1, layers)), deep=0.0)
+    share = min(1.0, terminal.deep / max(1, unbroken), (terminal.deep / max(1, depth)) ** 0.5)
+    return replace(terminal, aim=terminal.aim * share, deep=0.0)
 
 
 def is_rank_one(terminal: Terminal) -> bool:
@@ -128,6 +134,11 @@ def is_rank_one(terminal: Terminal) -> bool:
 def reach_of(terminal: Terminal) -> float:
     """``reach`` of :class:`Geometric`; 0 where it is another."""
     return terminal.reach if isinstance(terminal, Geometric) else 0.0
+
+
+def early_of(terminal: Terminal) -> float:
+    """``early`` of :class:`Geometric`; 0 where it is another."""
+    return terminal.early if isinstance(terminal, Geometric) else 0.0
 
 
 def terminal_weight(terminal: Terminal) -> tuple[str, float, float, float]:

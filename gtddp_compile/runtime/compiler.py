@@ -70,7 +70,7 @@ def build_program(
     ranks: int = 1,
 ) -> UpdateProgram:  # fmt: skip
     """Passes 6 to 12: derivation to code. ``decay``: whether any group has coupled weight decay."""
-    options = replace(options, terminal=at_depth(options.terminal, graph.unbroken))
+    options = replace(options, terminal=at_depth(options.terminal, graph.unbroken, graph.depth))
     derived, plan = plan_program(graph, options, curvature, decay=decay, ranks=ranks)
     lowered = distribute(recompute(lower(plan)))
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name, setting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,13 +102,16 @@ class Diagnostics:
     def _decrease(self) -> float:
         """``½ Σ_t Q_uᵀ Q_uu⁻¹ Q_u`` without the decay's own part: as ``α = α' + P' Cᵀ k``, ``½ (P'⁻¹ α')ᵀ (α' - α)``.
 
-        Of a term that is kept apart, ``(b + l)ᵀ Q_uu⁻¹ Q_u`` beside it.
+        Of a term that is kept apart, ``(b + l)ᵀ Q_uu⁻¹ Q_u`` beside it. Where the loss counts ``c`` times
+        (``kernels.reached``), of the loss itself.
         """
-        total, start = 0.0, self._start
-        for index, stage, own in self._factored:
+        total, start, counted = 0.0, self._start, torch.ones(())
+        for index, stage, own in sorted(self._factored, key=operator.itemgetter(0), reverse=True):
             pulled, after = stage["target"] + stage.get("drift", 0), self._stages[index + 1]
             before = after["alpha"] if "alpha" in after else kernels.solve(after["factor"], after["target"])
-            total += 0.5 * float(pulled @ (before - own))
+            if "information" in after:
+                before, counted = pulled / after["information"], pulled / after["information"] / before
+            total += 0.5 * float((pulled / counted) @ (before - own))
             for gamma in stage["gammas"].values() if start is not None else ():
                 left, right = (self._whole(columns, start) for columns in (0 * own, own))
                 total += 0.5 * _product(gamma, left, right, scaled=True)

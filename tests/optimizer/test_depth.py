@@ -18,6 +18,20 @@ def shortcuts(net: nn.Module, x: Tensor) -> Tensor:
 RESIDUAL = make(shortcuts, **{f"l{k}": (4, 4) for k in range(10)}, last=(4, 3)).float()
 
 
+class Tied(nn.Module):
+    """A recurrent network: its layers count once, however often they are used."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps, self.read, self.keep, self.head = steps, nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros_like(x)
+        for _ in range(self.steps):
+            h = torch.tanh(self.read(x) + self.keep(h))
+        return self.head(h)
+
+
 def chain(layers: int, norm: bool = False) -> nn.Module:
     parts: list[nn.Module] = []
     for _ in range(layers):
@@ -26,14 +40,15 @@ def chain(layers: int, norm: bool = False) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "model, row, aim",
-    [(chain(1), 2, 0.75), (chain(3), 4, 0.75), (chain(11), 12, 0.25), (chain(11, norm=True), 1, 0.75),
-     (RESIDUAL, 2, 0.75)], ids=["two", "four", "twelve", "normalised", "shortcuts"],
+    "model, row, depth, aim",
+    [(chain(1), 2, 2, 0.75), (chain(3), 4, 4, 0.75), (chain(11), 12, 12, 0.25), (chain(11, norm=True), 1, 1, 0.75),
+     (RESIDUAL, 2, 11, 0.75 * (4 / 11) ** 0.5), (Tied(9), 1, 2, 0.75)],
+    ids=["two", "four", "twelve", "normalised", "shortcuts", "tied"],
 )  # fmt: skip
-def test_the_aim_falls_with_layers_in_a_row(model: nn.Module, row: int, aim: float) -> None:
+def test_the_aim_falls_with_layers_in_a_row(model: nn.Module, row: int, depth: int, aim: float) -> None:
     optimizer = compile_optimizer(model, torch.zeros(2, 4), loss=LOSS)
     terminal = optimizer.program.options.terminal
-    assert optimizer.graph.unbroken == row
+    assert (optimizer.graph.unbroken, optimizer.graph.depth) == (row, depth)
     assert isinstance(terminal, Geometric) and terminal.deep == 0 and terminal.aim == pytest.approx(aim)
 
 

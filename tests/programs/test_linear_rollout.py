@@ -1,5 +1,6 @@
 """The linear rollout: one joint step, equal to a dense solve over all parameters (`primal.py`) to 1e-9 in float64."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ NETWORKS = {
 SETUPS: dict[str, dict[str, Any]] = {
     "sgd": {"curvature": "sgd", "lr": 0.5},
     "inertia, groups": {"curvature": "sgd", "lr": 0.3, "weight_decay": 0.05, "inertia": 0.9, "coupling": 2,
-                        "terminal": Geometric(0.3, own=2.0)},
+                        "terminal": Geometric(0.3, own=2.0, early=0.5)},
     "rmsprop": {"curvature": "rmsprop", "lr": 0.02, "terminal": "gradient", "inertia": 0.5},
     "adam, ggn": {"curvature": "adam", "lr": 0.02, "terminal": "ggn", "weight_decay": 0.1},
     "ggn, groups": {"curvature": "sgd", "lr": 0.5, "terminal": "ggn", "coupling": 3, "inertia": 0.8},
@@ -38,6 +39,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 REACHES: dict[str, dict[str, Any]] = {
     "in between": {"curvature": "sgd", "lr": 0.06, "terminal": Geometric(0.7, reach=0.2), "inertia": 0.9,
                    "max_step": 1.0},
+    "first steps": {"curvature": "sgd", "lr": 0.06, "terminal": Geometric(0.7, reach=0.1, early=0.3), "inertia": 0.9},
     "groups": {"curvature": "adam", "lr": 5e-4, "terminal": Geometric(0.5, reach=0.1), "coupling": 3},
     "as many as there are": {"curvature": "sgd", "lr": 1e-3, "terminal": Geometric(reach=1.0)},
     "far enough": {"curvature": "sgd", "lr": 100.0, "terminal": Geometric(reach=1e-6)},
@@ -99,6 +101,8 @@ def test_the_defaults() -> None:
     """Nothing said: FOOF with the inertia and the aim that it suggests, coupled as a whole."""
     options = {"curvature": "foof", "lr": FOOF.lr, "damping": FOOF.damping, **SUGGESTED["foof"]}
     assert options["inertia"] > 0 and options["terminal"].half > 0
+    aim = SUGGESTED["foof"]["terminal"].aim * (4 / 6) ** 0.5  # six layers in a row, over shortcuts
+    options["terminal"] = replace(options["terminal"], aim=aim)
     opt = assert_primal(networks.nested(), LOSS, 3, "fast", said={}, **options)  # statistics are taken in each step
     assert opt.program.form.name == "joint"
 
@@ -106,6 +110,17 @@ def test_the_defaults() -> None:
 @pytest.mark.parametrize("terminal", ["geometric", "ggn"])
 def test_a_loss_that_is_a_sum(terminal: str) -> None:
     assert_primal(networks.residual(), SUM, 2, "fast", terminal=terminal, curvature="sgd", lr=0.1, coupling=2)
+
+
+def test_the_predicted_decrease_is_of_the_loss_itself() -> None:
+    """However often it counts (``reach``): of a short step half of what the loss falls by."""
+    case, lr = regression("projection"), 1e-5
+    x, y = case.batch(0, 6)
+    terminal = Geometric(reach=1.0)
+    model, opt = optimizer(case, loss=nn.MSELoss(), curvature="sgd", lr=lr, terminal=terminal)
+    before = float(opt.step(x, y))
+    after = float(nn.functional.mse_loss(model(x), y).detach())
+    assert opt.diagnostics["predicted_decrease"] * 2 == pytest.approx(before - after, rel=100 * lr)
 
 
 few = settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)

@@ -25,16 +25,17 @@ def method(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def oracle(model: nn.Module, loss: Any = classified, *, total: bool = False, **options: Any) -> Primal:
-    terminal, reach = options.get("terminal", "geometric"), 0.0
+    terminal, reach, early = options.get("terminal", "geometric"), 0.0, 0.0
     if terminal == "geometric":
         terminal = Geometric()
     if isinstance(terminal, Geometric):
-        terminal, reach = (terminal.aim, terminal.own, terminal.half), terminal.reach
+        reach, early = terminal.reach, terminal.early
+        terminal = (terminal.aim, terminal.own, terminal.half)
     coupling = options.get("coupling", "full")
     return Primal(
         model, loss, options["curvature"], method(options), terminal,
         None if coupling == "full" else coupling, options.get("inertia", 0.0), options.get("max_step"), total, reach,
-        options.get("lookahead", 0.0),
+        options.get("lookahead", 0.0), early,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ class Primal:
         total: the loss is summed over samples, not averaged.
         reach: a group's metric is so much less that the mean of ``γ (b/B M)⁻¹ γᵀ`` has this share of the mean
             reciprocal weight, but not less than by the numbers in ``y[0]``; without decay.
+        early: of the first step's weights and reach, on top; of the k-th one 1/k of it.
         lookahead: in inertia's place where ``y[0]`` has several numbers: the network is looked at in ``u + μ v``, and
             ``δu - μ v`` is regularised to zero.
     """
@@ -49,6 +50,7 @@ class Primal:
     total: bool = False
     reach: float = 0.0
     lookahead: float = 0.0
+    early: float = 0.0
 
     def __post_init__(self) -> None:
         self.named = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -63,6 +65,10 @@ class Primal:
     @property
     def mu(self) -> float:
         return min(self.lookahead if self.ahead else self.inertia, self.taken / (self.taken + 3))
+
+    @property
+    def more(self) -> float:
+        return self.early / (self.taken + 1)
 
     # --- the network --------------------------------------------------------------------------------------------------
 
@@ -163,7 +169,7 @@ class Primal:
             weights, c = self.weights(phi), 1.0
             if self.reach:
                 gram = gamma[rows] @ torch.linalg.solve(share * metric, gamma[rows].T)
-                c = max(1.0, float(self.reach * (1 / (start * weights[rows])).sum() / gram.trace()))
+                c = max(1.0, float((self.reach + self.more) * (1 / (start * weights[rows])).sum() / gram.trace()))
                 c = min(c, y[0].numel())
                 self.counted.append(c)
             system = share / c * metric + start * self.model_hessian(rows, gamma, weights, inputs, y)
@@ -179,7 +185,7 @@ class Primal:
         aim, own, half = self.terminal
         size = min(self.group or len(phi), len(phi))
         assert (phi > 1e-4 * phi.mean()).all()  # below, the package holds it there
-        return 1 / (phi * (aim * size / (size + half) + own / size))
+        return 1 / (phi * (aim * size / (size + half) + own / size) * (1 + self.more))
 
     def model_hessian(
         self, rows: Tensor, gamma: Tensor, weights: Tensor, inputs: tuple[Tensor, ...], y: Tensor

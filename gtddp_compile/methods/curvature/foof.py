@@ -45,7 +45,7 @@ class FOOF(Kronecker):
         stat_decay: weight of the past in the running average of ``A``.
         refresh: steps between two inversions.
         stat_every: steps between two updates of the average.
-        early: in so many first steps both are made more often, at steps 1, 2, 3, 5, 9, …
+        early: in so many first steps both are made more often, at steps 1, 2, 3, 5, …
         widest: inputs of a linear layer up to which ``A`` is one matrix; a wider layer's is block-diagonal, in as many
             equal blocks as are needed. An inversion takes the cube of the width. Blocks are no wider than the layer
             has outputs either, from 128 outputs on, and at many positions from 128 inputs on.
@@ -59,6 +59,7 @@ class FOOF(Kronecker):
 
     lr: Scalar = 3.0
     damping: float = 0.1
+    early: int = 5
     widest: int = 1024
 
     name = "foof"

@@ -94,6 +94,13 @@ class ParameterUpdates:
     def _leads(self, targets: Any) -> bool:
         return any(group.get("lookahead") for group in self._groups.values()) and several_entries(targets)
 
+    def early(self, amount: float) -> Any:
+        """``amount / k`` in the k-th step, by the parameter that has made most of them."""
+        counts = [state["taken"] for state in self.states.values() if "taken" in state]
+        if torch.compiler.is_compiling() or any(type(count) is not Tensor for count in counts):  # as in `counted`
+            return amount / (1.0 + torch.stack(counts).amax())
+        return amount / (1.0 + max(map(float, counts), default=0.0))
+
     def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor | None, ...], Tensor | float]:
         """``v``, the last step's ``δu`` of each parameter (zero before the first), and ``μ``, one for all of them.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import target_entries
-from gtddp_compile.methods.terminal import reach_of, terminal_weight
+from gtddp_compile.methods.terminal import early_of, reach_of, terminal_weight
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.runtime.dense.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.dense.metric import DenseMetric, Seen
@@ -110,7 +110,10 @@ class Sweeps:
         size = self.options.coupling if isinstance(self.options.coupling, int) else None
         self.phi, self.g = trajectory.terminal(m, targets)
         self.most = target_entries(targets)
-        _, self.aim, self.start = m.terminal(self.phi, *terminal_weight(self.options.terminal_kind), size)
+        _, aim, self.start = m.terminal(self.phi, *terminal_weight(self.options.terminal_kind), size)
+        early = early_of(self.options.terminal_kind)
+        self.early = m.early(early) if early else 0.0
+        self.aim = aim * (1.0 + self.early)
         self.hessian = trajectory.terminal_hessian(m, targets) if self.factored else outer_products(self.g)
         batch = torch.arange(trajectory.batch)
         self.groups = [self._terminal(samples) for samples in batch.split(size or len(batch))]
@@ -145,7 +148,7 @@ class Sweeps:
         reach = reach_of(self.options.terminal_kind) if self.linear else 0.0
         seen = [self._statistics(stage) for stage in reversed(self.stages)] if reach else []
         for group in self.groups if reach else ():
-            self._reach(group, reach, seen)
+            self._reach(group, reach + self.early, seen)
         for n, stage in enumerate(reversed(self.stages)):
             found = seen[n] if reach else self._statistics(stage)
             self.gains.insert(0, [self._group_gains(stage, group, found) for group in self.groups])
