@@ -185,7 +185,7 @@ class Ranks:
         device = next(iter(params.values())).device
         if self._differ(ALIKE[:2], (number, shapes, known is None or m.first), device):
             sent = dict(self.sent)
-            states = (fingerprint(*chain(*sorted(state.items()))) for state in m.states.values())
+            states = (fingerprint(*chain(*sorted(m.states[name].items()))) for name in m.states)
             values = [*params.values(), *buffers.values()]
             self._differ(ALIKE[2:], (fingerprint(*values), fingerprint(m.options, *states), 0), device)
             if known is None:

@@ -125,7 +125,7 @@ def divided(parameter: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 class GatheredStates(dict[str, Mapping[str, Any]]):
     """States of one step by parameter: those of the module that is asked for are whole, all others lie divided.
 
-    A program asks for a module's states once a sweep, on every rank in the same order.
+    A program asks for a module's states once a sweep, on every rank in the same order; ``values()`` are as they lie.
 
     Args:
         states: as they lie.
@@ -163,10 +163,6 @@ class GatheredStates(dict[str, Mapping[str, Any]]):
         """As of any dictionary."""
         for name, state in dict(pairs).items():
             self[name] = state
-
-    def values(self) -> Any:
-        """Whole, one after the other."""
-        return (self[name] for name in self)
 
 
 def lying(states: dict[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:
