@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gtddp_compile import compile_optimizer
 
-RANKS, WIDTH, DEPTH, BATCH, STEPS, MIB = 4, 1024, 8, 8, 3, 2**20
+RANKS, WIDTH, DEPTH, BATCH, STEPS, MIB = 4, 1024, 8, 8, 4, 2**20
 SIDES = (("AdamW", False), ("AdamW", True), ("adam", False), ("adam", True), ("foof", False), ("foof", True))
 """A base method (AdamW: torch's own), and whether the model is in shards."""
 SENT = {"all_gather of shards": RANKS - 1, "all_gather": RANKS - 1, "all_reduce": 2 * (RANKS - 1) / RANKS}
@@ -87,7 +87,8 @@ def text() -> str:
     return (
         f"Written by `benchmarks/shards.py --write`. {machine(1)}. {DEPTH} layers of width {WIDTH} in float32, P ="
         f" {size:.0f} MiB, {RANKS} gloo processes, {BATCH} samples each, divided layer by layer; resident memory of a"
-        " rank above its beginning; what rings send of the bytes that a rank hands in (of AdamW on paper).\n\n"
+        f" rank above its beginning; the last of {STEPS} steps, in which FOOF takes no statistics; what rings send of the"
+        " bytes that a rank hands in (of AdamW on paper).\n\n"
         + markdown(("optimizer", "model", "between steps", "peak of a step", "sent in a step"), rows)
     )
 
