@@ -87,8 +87,8 @@ def text() -> str:
     return (
         f"Written by `benchmarks/shards.py --write`. {machine(1)}. {DEPTH} layers of width {WIDTH} in float32, P ="
         f" {size:.0f} MiB, {RANKS} gloo processes, {BATCH} samples each, divided layer by layer; resident memory of a"
-        f" rank above its beginning; the last of {STEPS} steps, in which FOOF takes no statistics; what rings send of the"
-        " bytes that a rank hands in (of AdamW on paper).\n\n"
+        f" rank above its beginning; the last of {STEPS} steps, in which FOOF takes no statistics; what rings send of"
+        " the bytes that a rank hands in (of AdamW on paper).\n\n"
         + markdown(("optimizer", "model", "between steps", "peak of a step", "sent in a step"), rows)
     )
 
