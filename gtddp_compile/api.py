@@ -133,7 +133,7 @@ def compile_optimizer(
             is a function has to be given again).
         process_group: ``"world"`` or a group of torch.distributed: every rank calls ``step`` with its shard, and all
             make the update of the joined batch (docs/several-processes.md). A model wrapped by
-            DistributedDataParallel brings its group.
+            DistributedDataParallel or divided by ``fully_shard`` brings its group.
         **curvature_options: options of the named curvature.
 
     Returns:

@@ -31,7 +31,7 @@ from gtddp_compile.runtime.joined import JoinedMethod
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import MATRIX, BaseMethod, GivenUp
 from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
-from gtddp_compile.runtime.precision import GradientScale, lift
+from gtddp_compile.runtime.precision import GradientScale
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.runtime.states import check_inertia, check_loaded, check_used, regrouped, unround
@@ -55,7 +55,7 @@ class CompiledOptimizer(Surface):
         self, model: nn.Module, example_inputs: Any, *, loss: Loss, curvature: Curvature, options: Options,
         scale: GradientScale, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
-        self._view, self._ranks = ModelView(model), ranks
+        self._view, self._ranks = ModelView(model, None if ranks is None else ranks.whole), ranks
         self._loss, self._curvature, self._options, self._scale = loss, curvature, options, scale
         self._specialisations = Specialisations(self._view, options, curvature, ranks)
         self._current: UpdateProgram | None = None
@@ -64,8 +64,10 @@ class CompiledOptimizer(Surface):
         carried = {name: value for name in ("inertia", "lookahead") if (value := getattr(options, name))}
         super().__init__(self._view.groups(), curvature.defaults() | carried)
         if example_inputs is not None:
-            self._specialise(self._batch(example_inputs, None, example=True)[0])
+            with self._view.shards.together():
+                self._specialise(self._batch(example_inputs, None, example=True)[0])
 
+    @one_at_a_time
     def adopt(self, program: UpdateProgram, example_inputs: Any = None) -> None:
         """Train by a program that was made elsewhere, with its options by parameter.
 
@@ -388,15 +390,15 @@ class CompiledOptimizer(Surface):
             )
         states, groups = {}, {}
         for name in trained:
-            known = owner[name] in self.state
             groups[name] = group_of[id(owner[name])]
-            first = None if known else self._curvature.init_state(lift(params[name]), groups[name])
-            states[name] = self.state[owner[name]] if first is None else first
+            known = owner[name] in self.state
+            states[name] = self.state[owner[name]] if known else self.first_state(owner[name], groups[name])
         ops, loss = program.graph.ops, self._loss.after(program.graph.ops.as_returned)
         if ops.kept and loss.function is not None and not self._options.compile:
             loss = loss.within(lambda: withheld(self._view.model, ops.kept))
         taken = (self._curvature, params, new, states, groups, loss, self._options.terminal_kind)
         m = BaseMethod(*taken) if self._ranks is None else JoinedMethod(*taken).among(self._ranks)
+        m.states = self._view.shards.states(m.states, owner)
         m.first, m.scale, m.apart = not self._checked, self._scale.value, ops.read_apart
         m.together = program.form.name == "joint" and self._options.line_search is None
         return m

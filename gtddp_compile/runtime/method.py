@@ -26,6 +26,7 @@ from gtddp_compile.methods.curvature.kronecker import BlockKind
 from gtddp_compile.methods.losses import Loss, check
 from gtddp_compile.methods.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 from gtddp_compile.runtime.precision import Precision, lift
+from gtddp_compile.runtime.shards import is_shard, lying, own_part, shard_of
 
 
 class GivenUp(Exception):
@@ -69,7 +70,8 @@ def _take_over(loss: Loss) -> None:
 
 def _alike(left: Tensor, right: Tensor) -> bool:
     """Whether one can be in the other's place."""
-    return left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+    same = left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+    return same and is_shard(left) == is_shard(right)
 
 
 MATRIX = "a matrix of gradients (a Gram matrix or a curvature's factor)"
@@ -187,36 +189,46 @@ class BaseMethod(BlockUpdates):
         Args:
             originals: parameters before the step.
             buffers: those that advance, and their new values.
-            owner: the model's parameter of every name.
+            owner: the model's parameter of every name; of one that is divided among ranks, only its shard is written.
             kept: the optimizer's states.
         """
         apart = [name for name in self.states if name not in self._written and self._new[name] is not originals[name]]
         copies = [(originals[name], self._new[name]) for name in apart] + list(buffers)
         moves = [(originals[name], step) for name, step in self._steps.items()]
         states, exchanged = dict[Tensor, Any](), list[tuple[Tensor, str, Tensor]]()
+        parts = list[tuple[Tensor, Tensor]]()
         for name in self.states:
-            states[owner[name]] = self._settled_state(name, exchanged)
+            own = owner[name]
+            states[own] = self._settled_state(name, exchanged, parts)
+            if is_shard(own):
+                parts.append((shard_of(own), own_part(own, originals[name])))
         with torch.no_grad():
-            self.committed.extend(
-                chain(
-                    starmap(torch._foreach_add_, _by_column(moves)),
-                    starmap(torch._foreach_copy_, _by_column(copies)),
-                    starmap(setattr, exchanged),
-                    map(kept.update, [states]),
-                )
+            done = chain(
+                starmap(torch._foreach_add_, _by_column(moves)),
+                starmap(torch._foreach_copy_, _by_column(copies)),
+                starmap(torch._foreach_copy_, _by_column(parts)),
+                starmap(setattr, exchanged),
+                map(kept.update, [states]),
             )
+            self.committed.extend(map(type, done))  # not what they return: of shards, whole parameters
 
-    def _settled_state(self, name: str, exchanged: list[tuple[Tensor, str, Tensor]]) -> dict[str, Any]:
+    def _settled_state(
+        self, name: str, exchanged: list[tuple[Tensor, str, Tensor]], parts: list[tuple[Tensor, Tensor]]
+    ) -> dict[str, Any]:
         """The state after the step, in the tensors of the state before it where they have its shape: as torch.optim,
-        whoever holds one sees what it is. Which are to take another's memory is added to ``exchanged``.
+        whoever holds one sees what it is. ``exchanged`` gets those that take another's memory, ``parts`` shards and
+        their new values.
         """
-        found, known = dict(self.states[name]), self._before[name]
+        found, known = dict(lying(self.states, name)), self._before[name]
         for key, value in found.items():
             before = known.get(key)
             if before is value or not isinstance(value, Tensor) or not value.dim():
                 continue
             if isinstance(before, Tensor) and _alike(before, value):
-                exchanged.append((before, "data", value.data))
+                if is_shard(value):
+                    parts.append((shard_of(before), shard_of(value)))
+                else:
+                    exchanged.append((before, "data", value.data))
                 found[key] = before
         return found
 

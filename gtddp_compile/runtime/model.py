@@ -17,6 +17,7 @@ from gtddp_compile.frontends.attributes import OWN, Reader
 from gtddp_compile.frontends.keywords import by_name
 from gtddp_compile.graph import grouped
 from gtddp_compile.runtime.precision import Precision
+from gtddp_compile.runtime.shards import HOOKS, Shards
 from gtddp_compile.terms import Terms
 
 
@@ -93,8 +94,6 @@ def check_batch(inputs: tuple[Any, ...], targets: Any) -> tuple[Any, ...]:
     return inputs
 
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-
 REFUSED: dict[type[nn.Module], str] = {
     torch.jit.ScriptModule: "Compile the module it was made from",
     nn.DataParallel: "Compile its .module",
@@ -117,11 +116,15 @@ UNUSABLE: tuple[tuple[Callable[[Tensor], bool], str, str], ...] = (
 class ModelView:
     """Parameters and buffers by canonical name, without copying them.
 
+    Args:
+        model: a module.
+        gather: from a parameter that ``fully_shard`` divided to the whole of it; ``None``: torch's own.
+
     Raises:
         CompileError: the model is not a module, or trains nothing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, gather: Callable[[Any], Tensor] | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise CompileError(f"a {type(model).__name__} is not a torch.nn.Module", "Pass the module itself")
         for kind, remedy in REFUSED.items():
@@ -139,14 +142,15 @@ class ModelView:
                 "Run the model on one batch first",
                 module=lazy[0].rpartition(".")[0],
             )
-        self.model = model
+        self.model, self.shards = model, Shards(model, gather)
         self.named: dict[str, nn.Parameter] = dict(model.named_parameters())
         if not any(p.requires_grad for p in self.named.values()):
             raise CompileError("the model has no trainable parameters", "Set requires_grad on those to train")
         for unusable, what, remedy in UNUSABLE:
             for name in (name for name, value in self.named.items() if unusable(value)):
                 raise CompileError(f"parameter {name!r} {what}", remedy, module=name.rpartition(".")[0])
-        self._placed = _placed(_modules(model))
+        with self.shards.together():
+            self._placed = _placed(_modules(model))
         _say_unheard(self.named, model)
         self._said = False
 
@@ -171,7 +175,7 @@ class ModelView:
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter, detached (it shares the model's memory)."""
-        return {name: parameter.detach() for name, parameter in self.named.items()}
+        return {name: parameter.detach() for name, parameter in self.shards.working.items()}
 
     def buffers(self) -> dict[str, Tensor]:
         """Buffers and constant tensor attributes by qualified name."""
@@ -225,8 +229,9 @@ class ModelView:
 
     def _check_parameters(self) -> None:
         current = dict(self.model.named_parameters())
-        for name in {**current, **self.named}:
-            if current.get(name) is not self.named.get(name):
+        wanted = self.shards.working
+        for name in {**current, **wanted}:
+            if current.get(name) is not wanted.get(name):
                 raise CompileError(
                     f"parameter {name!r} was added, removed or replaced after compilation",
                     "Call compile_optimizer again; load_state_dict carries the state over",

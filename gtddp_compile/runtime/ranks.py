@@ -21,6 +21,7 @@ from gtddp_compile.graph import ControlGraph
 from gtddp_compile.kernels import Layer, Operation, Rows
 from gtddp_compile.lowering.lowered import Lowered
 from gtddp_compile.runtime.method import BaseMethod
+from gtddp_compile.runtime.shards import mesh_of
 
 
 class Ranks:
@@ -140,6 +141,12 @@ class Ranks:
         found: Tensor = whole.split(list(self.sizes))[self.rank]
         return found
 
+    def whole(self, shard: Any) -> Tensor:
+        """A tensor of which every rank has a part that torch divided (``fully_shard``)."""
+        found: list[Tensor] = []
+        self._call("all_gather of shards", shard.to_local(), lambda: found.append(shard.full_tensor()))
+        return found[0]
+
     def _call(self, name: str, value: Tensor, run: Callable[[], Any]) -> None:
         calls, size = self.sent.get(name, (0, 0))
         self.sent[name] = calls + 1, size + value.numel() * value.element_size()
@@ -171,7 +178,6 @@ class Ranks:
         Raises:
             CompileError: something differs; on every rank.
         """
-        self.sent = {}
         known = next((number for one, number in self.agreed if one is lowered), None)
         number = fingerprint(*lowered.instructions) if known is None else known
         joint = lowered.plan.gathers and lowered.plan.form.name == "joint"
@@ -179,9 +185,9 @@ class Ranks:
         device = next(iter(params.values())).device
         if self._differ(ALIKE[:2], (number, shapes, known is None or m.first), device):
             sent = dict(self.sent)
-            states = chain(*(sorted(state.items()) for state in m.states.values()))
+            states = (fingerprint(*chain(*sorted(m.states[name].items()))) for name in m.states)
             values = [*params.values(), *buffers.values()]
-            self._differ(ALIKE[2:], (fingerprint(*values), fingerprint(m.options, *chain(*states)), 0), device)
+            self._differ(ALIKE[2:], (fingerprint(*values), fingerprint(m.options, *states), 0), device)
             if known is None:
                 self.agreed.append((lowered, number))
             self.sent = sent
@@ -229,22 +235,22 @@ def of_processes(model: Any, group: Any) -> tuple[Any, Ranks | None]:
     """The module that is trained, and the ranks that share its batches (``None``: there is one process).
 
     Args:
-        model: a module, or one wrapped by DistributedDataParallel, whose group is taken where none is given.
+        model: a module, or one wrapped by DistributedDataParallel or divided by ``fully_shard``, whose group is taken
+            where none is given.
         group: ``"world"``, a process group, or ``None``.
 
     Raises:
-        CompileError: parameters are sharded; the group is none.
+        CompileError: parameters are divided as a step cannot take them, or over other ranks; the group is none.
     """
     if isinstance(model, DistributedDataParallel):  # its hooks are on backward(), which a step does not call
         model, group = model.module, model.process_group if group is None else group
     if isinstance(model, nn.Module):
-        sharded = next((name for name, value in model.named_parameters() if hasattr(value, "device_mesh")), None)
-        if sharded is not None:
-            raise CompileError(
-                f"parameter {sharded!r} is a DTensor (fully_shard, tensor parallelism): a step reads whole parameters",
-                'Leave fully_shard out and pass process_group="world"; every rank then holds the model',
-                module=sharded.rpartition(".")[0],
-            )
+        mesh = mesh_of(model)
+        if mesh is not None:
+            own = dist.get_process_group_ranks(mesh.get_group())
+            if group is not None and own != dist.get_process_group_ranks(None if group == "world" else group):
+                raise CompileError(f"process_group has other ranks than fully_shard's mesh, {own}", "Leave it out")
+            group = mesh.get_group()
     if group is None:
         return model, None
     if group != "world" and not isinstance(group, dist.ProcessGroup):

@@ -12,6 +12,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.methods.curvature.numbers import out_of_range
 from gtddp_compile.runtime.precision import LOW, lift
+from gtddp_compile.runtime.shards import divided
 
 
 def check_used(
@@ -216,7 +217,8 @@ def _check_state(
 def unround(
     states: MutableMapping[Tensor, Any], loaded: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """States as they were saved where torch has rounded them: numbers, and all of bfloat16 and half parameters.
+    """States as they were saved where torch has rounded them: numbers, and all of bfloat16 and half parameters. Of
+    parameters in shards they are divided.
 
     Args:
         states: of the optimizer, after loading.
@@ -229,3 +231,5 @@ def unround(
         for key, value in loaded["state"].get(index, {}).items():
             if isinstance(value, Tensor) and (not value.dim() or parameter.dtype in LOW):
                 states[parameter][key] = value.to(parameter.device) if value.dim() else value
+        if parameter in states:
+            states[parameter].update(divided(parameter, states[parameter]))

@@ -20,17 +20,18 @@ from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.ranks import Ranks
+from gtddp_compile.runtime.shards import divided, is_shard
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-Step = TypeVar("Step", bound=Callable[..., Tensor])
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def one_at_a_time(method: Step) -> Step:
-    """Threads wait for each other: what one has put aside is no state for another to begin with. An interrupt of an
-    inner ``no_grad`` as it ends leaves gradients off: they are as before.
+def one_at_a_time(method: Method) -> Method:
+    """Threads wait for each other: what one has put aside is no state for another to begin with. Meanwhile the model
+    has whole parameters. An interrupt of an inner ``no_grad`` as it ends leaves gradients off: they are as before.
     """
 
     @wraps(method)
@@ -38,12 +39,15 @@ def one_at_a_time(method: Step) -> Step:
         enabled = torch.is_grad_enabled()
         try:
             with self._lock:
-                return method(self, *args, **kwargs)
+                if self._ranks is not None:
+                    self._ranks.sent = {}
+                with self._view.shards.together():
+                    return method(self, *args, **kwargs)
         except BaseException:
             torch.set_grad_enabled(enabled)
             raise
 
-    return cast(Step, alone)
+    return cast(Method, alone)
 
 
 class Surface(torch.optim.Optimizer):
@@ -73,6 +77,7 @@ class Surface(torch.optim.Optimizer):
         before += self.param_groups
         self.param_groups = before
 
+    @one_at_a_time
     def feedback_modes(self, player: str, inputs: Any, targets: Any, k: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
         """What a player answers to most: leading singular values and state directions of its feedback matrix.
 
@@ -104,8 +109,13 @@ class Surface(torch.optim.Optimizer):
         if self.state or not trained or any(p.grad is None or bool(p.grad.any()) for p, _ in trained):
             return False
         for p, group in trained:
-            self.state[p] = self._curvature.init_state(lift(p.detach()), group)
+            self.state[p] = self.first_state(p, group)
         return True
+
+    def first_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state before its first step."""
+        like = torch.zeros(p.shape, dtype=p.dtype, device=p.device) if is_shard(p) else p.detach()
+        return divided(p, self._curvature.init_state(lift(like), group))
 
     def seal(self) -> Self:
         """No more groups from here on."""

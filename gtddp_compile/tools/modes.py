@@ -23,7 +23,7 @@ def feedback_modes(
     batch, targets = optimizer._batch(inputs, targets)
     program, _ = optimizer._specialise(batch)
     graph, options = program.graph, replace(program.options, backend="dense")
-    wrong = options.feedback is not True or optimizer._ranks is not None
+    wrong = options.feedback is not True or optimizer._ranks is not None or optimizer._view.shards.divided
     if wrong or player not in graph.player or k < 1:
         raise CompileError(
             f"there are no {k} feedback modes of {player!r}",

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from gtddp_compile import CompileError, Geometric, Nystrom, compile_optimizer
 from gtddp_compile.methods.curvature import REGISTRY
-from support.ranked import Case, counted, differences, late, of_graphs, on_ranks, refusals, wrapped
+from support.ranked import Case, counted, differences, late, of_graphs, on_ranks, refusals, whole, wrapped
+from support.sharded import REFUSED_SHARDS, RESUMED, apart, between_steps, refused_shards, resumed
 
 UNEVEN, FOUR = (5, 3), (3, 2, 2, 4)  # groups in one process are of one size but for the last
 
@@ -53,6 +55,10 @@ COUNTED = dict([
     case("conv", "adam", "local", (4, 4)),
 ])  # fmt: skip
 COUNTED_FOUR = dict([case("conv", "ekfac", "full", (4,) * 4), case("conv", "sgd", "local", (4,) * 4)])
+DIVIDED = dict(case("conv", name, "full", UNEVEN) for name in ("sgd", "adam", "kfac", "foof"))
+DIVIDED |= dict([case("conv", "adam", "local", UNEVEN), case("conv", "foof", "local", UNEVEN)])
+DIVIDED |= dict([case("tokens", "foof", "full", UNEVEN)])
+DIVIDED_FOUR = dict([case("conv", "foof", "full", FOUR)])
 REFUSED: Mapping[str, Mapping[str, Any]] = {
     "backend": {"backend": "dense"}, "rollout": {"rollout": "nonlinear"}, "feedback": {"feedback": "open"},
     "coupling": {"coupling": 3}, "terminal": {"terminal": "ggn"}, "compile": {"compile": True},
@@ -64,7 +70,9 @@ WRAPPED = Case("conv", {"curvature": "foof"}, (2, 2))
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     jobs = {"differences": (differences, PAIRS), "counted": (counted, COUNTED), "wrapped": (wrapped, WRAPPED),
-            "refusals": (refusals, REFUSED), "graphs": (of_graphs, ((3, 5, 2), (7, 4)))}  # fmt: skip
+            "refusals": (refusals, REFUSED), "graphs": (of_graphs, ((3, 5, 2), (7, 4))),
+            "apart": (apart, DIVIDED), "between": (between_steps, None),
+            "resumed": (resumed, tmp_path_factory.mktemp("resumed")), "shards": (refused_shards, None)}  # fmt: skip
     return on_ranks(2, jobs, tmp_path_factory.mktemp("two"))
 
 
@@ -75,7 +83,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def four(folder: Path) -> list[Any]:
-    jobs = {"differences": (differences, FOURS), "counted": (counted, COUNTED_FOUR), "late": (late, WRAPPED)}
+    jobs = {
+        "differences": (differences, FOURS),
+        "apart": (apart, DIVIDED_FOUR),
+        "counted": (counted, COUNTED_FOUR),
+        "late": (late, WRAPPED),
+    }
     return on_ranks(4, jobs, folder)
 
 
@@ -166,20 +179,42 @@ def test_a_group_of_one_is_one_process() -> None:
     x, y, models = torch.randn(6, 2), torch.tensor([0, 1, 2] * 2), []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        for options in ({}, {"process_group": "world", "coupling": "local"}):
+        for options in ({}, {"process_group": "world", "coupling": "local"}, {"curvature": "foof"}):
             torch.manual_seed(0)
             models.append(nn.Sequential(nn.Linear(2, 3)))
-            compile_optimizer(models[-1], x, loss=nn.CrossEntropyLoss(), **options).step(x, y)
+            if "curvature" in options:
+                fully_shard(models[-1])
+            opt = compile_optimizer(models[-1], x, loss=nn.CrossEntropyLoss(), **options)
+            opt.step(x, y)
+            opt.step(x, y)
+        with pytest.raises(CompileError, match="in one process"):
+            opt.feedback_modes("0", x, y)
+        assert torch.equal(models[0][0].weight, whole([models[2][0].weight])[0])
     finally:
         dist.destroy_process_group()
     assert torch.equal(models[0][0].weight, models[1][0].weight)
 
 
-def test_sharded_parameters_are_refused_by_name() -> None:
-    class Sharded(nn.Parameter):
-        device_mesh = "cpu"
+@pytest.mark.parametrize("name", DIVIDED)
+def test_two_ranks_train_a_model_in_shards(two: list[Any], name: str) -> None:
+    assert max(of(two, "apart", name)) < 1e-9
 
-    model = nn.Sequential(nn.Linear(2, 3))
-    model[0].weight = Sharded(torch.randn(3, 2))
-    with pytest.raises(CompileError, match=r"'0\.weight' is a DTensor"):
-        compile_optimizer(model, torch.randn(4, 2), loss=nn.CrossEntropyLoss())
+
+@pytest.mark.parametrize("name", DIVIDED_FOUR)
+def test_four_ranks_train_a_model_in_shards(four: list[Any], name: str) -> None:
+    assert max(of(four, "apart", name)) < 1e-9
+
+
+def test_shards_between_steps(two: list[Any]) -> None:
+    for found in two:
+        assert found["between"] == dict.fromkeys(found["between"], True)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_shards_resume_bit_for_bit(two: list[Any], name: str) -> None:
+    assert of(two, "resumed", name) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", REFUSED_SHARDS)
+def test_shards_that_no_step_takes_are_refused_by_name(two: list[Any], name: str) -> None:
+    assert all(REFUSED_SHARDS[name] in said for said in of(two, "shards", name))

@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,10 +93,12 @@ def shard(shards: tuple[int, ...], rank: int) -> slice:
     return slice(sum(shards[:rank]), sum(shards[: rank + 1]))
 
 
-def optimizer(case: Case, **options: Any) -> tuple[nn.Module, Any]:
-    """A model and its optimizer."""
+def optimizer(case: Case, divide: Any = None, **options: Any) -> tuple[nn.Module, Any]:
+    """A model, which may be divided among ranks (``support.sharded``), and its optimizer."""
     torch.manual_seed(0)
     model, given = NETWORKS[case.network]().double(), {"loss": nn.CrossEntropyLoss(), **case.options, **options}
+    if divide is not None:
+        divide(model)
     return model, compile_optimizer(model, batch(EXAMPLE, 0)[0], **given)
 
 
@@ -113,7 +115,12 @@ def trained(case: Case, own: slice, **options: Any) -> list[Tensor]:
     derived = {"map_x", "map_g", "inverse_x", "inverse_g"}  # forms of the same factors
     states = [opt.state[p] for p in model.parameters()]
     found += [s[k] for s in states for k in sorted(s) if isinstance(s[k], Tensor) and k not in derived]
-    return [value.detach() for value in found]
+    return whole(value.detach() for value in found)
+
+
+def whole(values: Iterable[Any]) -> list[Any]:
+    """Tensors, gathered where ranks have shards of them."""
+    return [value.full_tensor() if hasattr(value, "full_tensor") else value for value in values]
 
 
 def alone(case: Case) -> list[Tensor]:
@@ -131,7 +138,7 @@ def furthest(found: list[Tensor], wanted: list[Tensor]) -> float:
 # --- jobs of a rank ---------------------------------------------------------------------------------------------------
 
 
-def differences(rank: int, cases: Mapping[str, Case]) -> dict[str, float]:
+def differences(rank: int, cases: Mapping[str, Case], divide: Any = None) -> dict[str, float]:
     """How far every case is from one process; the ranks share out what one process does."""
     size, own = dist.get_world_size(), {}
     for index, (name, case) in enumerate(cases.items()):
@@ -141,7 +148,7 @@ def differences(rank: int, cases: Mapping[str, Case]) -> dict[str, float]:
     dist.all_gather_object(every, own)
     wanted = {name: found for part in every for name, found in part.items()}
     return {
-        name: furthest(trained(case, shard(case.shards, rank), process_group="world"), wanted[name])
+        name: furthest(trained(case, shard(case.shards, rank), divide=divide, process_group="world"), wanted[name])
         for name, case in cases.items()
     }
 
@@ -277,7 +284,8 @@ def _rank(rank: int, size: int, port: int, jobs: Mapping[str, tuple[Any, Any]], 
 def on_ranks(size: int, jobs: Mapping[str, tuple[Any, Any]], folder: Path) -> list[Any]:
     """What jobs return on every rank of new gloo processes, an error as text; then the last one is killed."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "gtddp_compile"])  # imported once for all
+    once = ["gtddp_compile", "torch._dynamo", "torch.distributed.checkpoint.state_dict"]
+    context.set_forkserver_preload(once)  # imported once for all
     results, port = context.Queue(), 20000 + os.getpid() % 20000 + size
     given = (size, port, jobs, results, folder)
     processes = [context.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(size)]
