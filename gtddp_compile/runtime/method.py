@@ -354,7 +354,8 @@ class BaseMethod(BlockUpdates):
         first = names[0][0]
         before = self.states[first].get("fallbacks", 0)
         super().observe_block(stage, kind, names, layers, start, moments=moments)
-        self.keep(stage, **{f"fallbacks {first}": self.states[first].get("fallbacks", 0) - before})
+        after = self.states[first].get("fallbacks", 0)
+        self.keep(stage, **{f"fallbacks {first}": 0 if after is before else after - before})
 
     def overflowed(self) -> bool:
         """Whether a step whose loss is finite may succeed with a smaller scale."""

@@ -193,8 +193,7 @@ class ModelView:
         return found
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for path, module in self.model.named_modules():
-            prefix = f"{path}." if path else ""
+        for prefix, module in _walk(self.model, "", {}).values():
             for name, value in module._buffers.items():
                 if value is not None:
                     yield f"{prefix}{name}", value
@@ -239,15 +238,20 @@ class ModelView:
                 )
 
 
+def _walk(module: nn.Module, prefix: str, found: dict[int, tuple[str, nn.Module]]) -> dict[int, tuple[str, nn.Module]]:
+    """The module and everything below it, each once, with what its names begin with: ``named_modules`` in a fraction of
+    the time, every step.
+    """
+    if id(module) not in found:
+        found[id(module)] = prefix, module
+        for name, child in module._modules.items():
+            if child is not None:
+                _walk(child, f"{prefix}{name}.", found)
+    return found
+
+
 def _modules(root: nn.Module) -> list[nn.Module]:
-    """The module and everything below it, each once: ``root.modules()`` in a tenth of the time, every step."""
-    found, pending = {id(root): root}, [root]
-    while pending:
-        for child in pending.pop()._modules.values():
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
-                pending.append(child)
-    return list(found.values())
+    return [module for _, module in _walk(root, "", {}).values()]
 
 
 def _placed(modules: list[nn.Module]) -> list[tuple[object, ...]]:
