@@ -95,11 +95,15 @@ class ParameterUpdates:
         return any(group.get("lookahead") for group in self._groups.values()) and several_entries(targets)
 
     def early(self, amount: float) -> Any:
-        """``amount / k`` in the k-th step, by the parameter that has made most of them."""
+        """``amount / k`` in the k-th step, by the parameter that has made most of them; 0 where no group counts them."""
+        if not any("inertia" in group for group in self._groups.values()):
+            return 0.0
         counts = [state["taken"] for state in self.states.values() if "taken" in state]
+        if not counts:
+            return amount
         if torch.compiler.is_compiling() or any(type(count) is not Tensor for count in counts):  # as in `counted`
             return amount / (1.0 + torch.stack(counts).amax())
-        return amount / (1.0 + max(map(float, counts), default=0.0))
+        return amount / (1.0 + max(map(float, counts)))
 
     def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor | None, ...], Tensor | float]:
         """``v``, the last step's ``δu`` of each parameter (zero before the first), and ``μ``, one for all of them.
