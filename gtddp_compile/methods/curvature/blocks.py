@@ -227,7 +227,7 @@ class BlockUpdates(ParameterUpdates):
     def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> Parts:
         """``M⁻¹ (C w + ℓ) / η`` parameter by parameter, from ``M⁻¹ C w / η``."""
         found = tuple(self._unfold(kind, player, step) for player, step in zip(names, steps, strict=True))
-        found = _each(lambda name, part: part.to(self._params[name].dtype), names, found)
+        found = _each(lambda name, part: part.to(torch.promote_types(self._params[name].dtype, torch.float32)), names, found)
         if not self._decays(names):
             return found
         decays = self._directions(kind, names, self._zeros(names))

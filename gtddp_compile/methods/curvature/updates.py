@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import separated
-from gtddp_compile.kernels.bundle import Layer
+from gtddp_compile.kernels.bundle import Layer, wide
 from gtddp_compile.kernels.sweep import several_entries
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.base import Curvature, Move
@@ -123,7 +123,7 @@ class ParameterUpdates:
     def _last(self, name: str) -> Tensor:
         """``v``; zero of a parameter that has made no step."""
         last = self.states[name].get("last_step")
-        return torch.zeros_like(self._params[name]) if last is None else last
+        return torch.zeros_like(wide(self._params[name])) if last is None else last
 
     def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of each parameter."""
@@ -148,7 +148,7 @@ class ParameterUpdates:
         """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``; run ahead, nothing less."""
         mu = None if self._ahead else self._inertia(name)
         if mu is None:
-            return torch.zeros_like(self._params[name]) if direction is None else direction
+            return torch.zeros_like(wide(self._params[name])) if direction is None else direction
         carried: Tensor = self.states[name]["last_step"] * mu
         return -carried if direction is None else direction - carried
 
