@@ -40,7 +40,7 @@ def check_used(
 
 
 def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, carries: bool) -> None:
-    """What is carried on shrinks, and the program knows of it: another step would not fail, and be none of the theory's.
+    """What is carried on shrinks, and is in the program's model: another step would not fail, and be none of it.
 
     Args:
         groups: of the optimizer.
@@ -48,7 +48,7 @@ def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, car
         carries: whether the program was compiled with inertia.
 
     Raises:
-        CompileError: a group's ``inertia`` or ``lookahead`` is not a number from 0 to below 1, or the other is not there.
+        CompileError: a group's ``inertia`` or ``lookahead`` is no number from 0 to below 1, or inertia is not there.
     """
     for group in groups:
         for option in ("inertia", "lookahead"):

@@ -109,7 +109,8 @@ DEFAULT: dict[str, Any] = {"curvature": "foof", "lr": 3.0}
 
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [*zip(LOW * 4, OPTIONS, strict=True), (LOW[1], OPTIONS[0]), *((low, DEFAULT) for low in LOW)], ids=str,
+    [*zip(LOW * 4, OPTIONS, strict=True), (LOW[1], OPTIONS[0]), *((low, DEFAULT) for low in LOW)],
+    ids=str,
 )
 def test_models_of_low_precision(dtype: torch.dtype, options: dict[str, Any]) -> None:
     one = example("attention_block", dtype)

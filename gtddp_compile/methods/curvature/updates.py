@@ -95,7 +95,7 @@ class ParameterUpdates:
         return any(group.get("lookahead") for group in self._groups.values()) and several_entries(targets)
 
     def early(self, amount: float) -> Any:
-        """``amount / k`` in the k-th step, by the parameter that has made most of them; 0 where no group counts them."""
+        """``amount / k`` in the k-th step, of the parameter that has made most; 0 where no group counts them."""
         if not any("inertia" in group for group in self._groups.values()):
             return 0.0
         counts = [state["taken"] for state in self.states.values() if "taken" in state]
