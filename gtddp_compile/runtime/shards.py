@@ -49,6 +49,9 @@ def mesh_of(model: nn.Module) -> Any:
     Raises:
         CompileError: they are divided in a way that a step cannot gather or write.
     """
+    if _fsdp() and any(isinstance(module, _fsdp().FullyShardedDataParallel) for module in model.modules()):
+        raise CompileError("the model is wrapped by FullyShardedDataParallel, whose ranks would wait for each other",
+                           "Divide it by fully_shard")  # fmt: skip
     states = [module._get_fsdp_state() for module in divided_modules(model)]
     if not all(hasattr(state, "_fsdp_param_groups") for state in states):
         raise CompileError(f"fully_shard is read as torch 2.13 has it, and this is torch {torch.__version__}",
@@ -192,6 +195,10 @@ class Shards:
         self._whole = {
             id(named[name]): (named[name], own) for name, own in self.working.items() if own is not named[name]
         }
+
+    def inside(self, parameter: Tensor) -> Tensor:
+        """What stands in a parameter's place during a step."""
+        return self._whole[id(parameter)][1] if id(parameter) in self._whole else parameter
 
     def states(self, states: dict[str, Mapping[str, Any]], owner: Mapping[str, Tensor]) -> dict[str, Mapping[str, Any]]:
         """States by parameter's name as a step reads and writes them."""
