@@ -207,7 +207,8 @@ class Shards:
     @contextmanager
     def together(self) -> Iterator[None]:
         """With whole parameters in the model, and without what fully_shard hung on its modules."""
-        if not self._whole:
+        empty = [(own, "data", own.data) for _, own in self._whole.values() if not own.numel()]
+        if not empty:  # nothing is divided, or a step within a step
             yield
             return
         divided_modules(self._model)
@@ -216,6 +217,7 @@ class Shards:
         back = chain(
             starmap(dict.update, [(where, outside) for where, _, outside in swaps]),
             starmap(object.__setattr__, classes),
+            starmap(setattr, empty),
         )
         try:
             for shard, own in self._whole.values():
@@ -230,8 +232,6 @@ class Shards:
             yield
         finally:
             list(back)  # calls of C alone: no interrupt leaves it half done
-            for _, own in self._whole.values():
-                own.data = own.data.new_empty(0)
 
     def _swaps(self, module: nn.Module) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
         """Dictionaries of a module, with the entries that a step has there and those between steps."""

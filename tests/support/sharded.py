@@ -60,11 +60,20 @@ def anchored(rank: int) -> bool:
     return all(map(torch.equal, whole(opt.state[p]["anchor"] for p in model.parameters()), before))
 
 
+def within(opt: Any, rank: int) -> None:
+    """A step within a step."""
+    x, y = (value[shard(CASE.shards, rank)] for value in batch(sum(CASE.shards), 0))
+    opt.step(x, y, closure=lambda: opt.step(x, y))
+
+
 def between_steps(rank: int, _: None) -> dict[str, bool]:
     """What lies on a rank between steps, and after one that fails."""
     plain, other = optimizer(CASE, process_group="world")
     model, opt = optimizer(CASE, by_layers)
     outputs = [(step(model, opt, rank, n), step(plain, other, rank, n)) for n in range(2)]
+    for one in (opt, other):
+        within(one, rank)
+    outputs.append((step(model, opt, rank, 2), step(plain, other, rank, 2)))
     held, last = dict(model.named_parameters()), dict(opt.state[model[1].weight])
     step(model, opt, rank, 2)
     model.reshard()
