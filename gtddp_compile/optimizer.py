@@ -377,7 +377,7 @@ class CompiledOptimizer(Surface):
             self._pending.again()
 
     def _base_method(self, program: UpdateProgram, params: dict[str, Tensor], new: dict[str, Tensor]) -> BaseMethod:
-        check_inertia(self.param_groups, self._curvature)
+        check_inertia(self.param_groups, self._curvature, bool(self._options.inertia))
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         trained = [name for player in program.graph.players for name in player.parameters]
         owner = self._view.named

@@ -88,7 +88,8 @@ class Geometric:
             shortcuts, as one over the root of their number. A compiled program has the aim that comes of it, and
             ``deep`` 0.
         early: in the k-th step κ is ``1 + early / k`` times as great, and the reach ``early / k`` more: the first steps
-            have no steps before them to take further, nor a batch that they could forget. Counted with inertia.
+            have no steps before them to take further, nor a batch that they could forget. Counted with inertia; 0 where
+            no parameter group has any.
 
     Raises:
         CompileError: the aim is not positive, or ``own``, ``half``, ``reach``, ``deep`` or ``early`` is negative.

@@ -49,6 +49,9 @@ def mesh_of(model: nn.Module) -> Any:
     Raises:
         CompileError: they are divided in a way that a step cannot gather or write.
     """
+    if _fsdp() and any(isinstance(module, _fsdp().FullyShardedDataParallel) for module in model.modules()):
+        raise CompileError("the model is wrapped by FullyShardedDataParallel, whose ranks would wait for each other",
+                           "Divide it by fully_shard")  # fmt: skip
     states = [module._get_fsdp_state() for module in divided_modules(model)]
     if not all(hasattr(state, "_fsdp_param_groups") for state in states):
         raise CompileError(f"fully_shard is read as torch 2.13 has it, and this is torch {torch.__version__}",
@@ -193,6 +196,10 @@ class Shards:
             id(named[name]): (named[name], own) for name, own in self.working.items() if own is not named[name]
         }
 
+    def inside(self, parameter: Tensor) -> Tensor:
+        """What stands in a parameter's place during a step."""
+        return self._whole[id(parameter)][1] if id(parameter) in self._whole else parameter
+
     def states(self, states: dict[str, Mapping[str, Any]], owner: Mapping[str, Tensor]) -> dict[str, Mapping[str, Any]]:
         """States by parameter's name as a step reads and writes them."""
         return GatheredStates(states, owner, self._gather) if self._whole else states
@@ -200,7 +207,8 @@ class Shards:
     @contextmanager
     def together(self) -> Iterator[None]:
         """With whole parameters in the model, and without what fully_shard hung on its modules."""
-        if not self._whole:
+        empty = [(own, "data", own.data) for _, own in self._whole.values() if not own.numel()]
+        if not empty:  # nothing is divided, or a step within a step
             yield
             return
         divided_modules(self._model)
@@ -209,6 +217,7 @@ class Shards:
         back = chain(
             starmap(dict.update, [(where, outside) for where, _, outside in swaps]),
             starmap(object.__setattr__, classes),
+            starmap(setattr, empty),
         )
         try:
             for shard, own in self._whole.values():
@@ -223,8 +232,6 @@ class Shards:
             yield
         finally:
             list(back)  # calls of C alone: no interrupt leaves it half done
-            for _, own in self._whole.values():
-                own.data = own.data.new_empty(0)
 
     def _swaps(self, module: nn.Module) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
         """Dictionaries of a module, with the entries that a step has there and those between steps."""

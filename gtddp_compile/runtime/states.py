@@ -39,17 +39,29 @@ def check_used(
                 )
 
 
-def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature) -> None:
-    """What is carried on shrinks: a step with another number would not fail, and never settle.
+def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, carries: bool) -> None:
+    """What is carried on shrinks, and is in the program's model: another step would not fail, and be none of it.
+
+    Args:
+        groups: of the optimizer.
+        curvature: the base method.
+        carries: whether the program was compiled with inertia.
 
     Raises:
-        CompileError: a group's ``inertia`` or ``lookahead`` is not a number from 0 to below 1.
+        CompileError: a group's ``inertia`` or ``lookahead`` is no number from 0 to below 1, or inertia is not there.
     """
     for group in groups:
         for option in ("inertia", "lookahead"):
             value = group.get(option, 0.0)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise out_of_range(curvature.name, option, value, "a number that is at least 0 and less than 1")
+            if value and not (carries and "inertia" in group):
+                raise CompileError(
+                    f"a parameter group has {option}={value!r}, and "
+                    + ("no inertia" if carries else "the optimizer was compiled without inertia"),
+                    f"Compile with inertia, or take {option} out of the group (of a state_dict, before it is loaded)",
+                    module=group.get("name"),
+                )
 
 
 def regrouped(

@@ -20,7 +20,7 @@ from gtddp_compile.runtime.diagnostics import Diagnostics
 from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.ranks import Ranks
-from gtddp_compile.runtime.shards import divided, is_shard
+from gtddp_compile.runtime.shards import divided
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,9 +113,8 @@ class Surface(torch.optim.Optimizer):
         return True
 
     def first_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """A parameter's state before its first step."""
-        like = torch.zeros(p.shape, dtype=p.dtype, device=p.device) if is_shard(p) else p.detach()
-        return divided(p, self._curvature.init_state(lift(like), group))
+        """A parameter's state before its first step; asked for in one, where parameters are whole."""
+        return divided(p, self._curvature.init_state(lift(self._view.shards.inside(p).detach()), group))
 
     def seal(self) -> Self:
         """No more groups from here on."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from gtddp_compile import CompileError, Geometric, Nystrom, compile_optimizer
 from gtddp_compile.methods.curvature import REGISTRY
@@ -189,6 +189,9 @@ def test_a_group_of_one_is_one_process() -> None:
             opt.step(x, y)
         with pytest.raises(CompileError, match="in one process"):
             opt.feedback_modes("0", x, y)
+        wrapped = FullyShardedDataParallel(nn.Sequential(nn.Linear(2, 3)), device_id=torch.device("cpu"))
+        with pytest.raises(CompileError, match="wrapped by FullyShardedDataParallel"):
+            compile_optimizer(wrapped, x, loss=nn.CrossEntropyLoss())
         assert torch.equal(models[0][0].weight, whole([models[2][0].weight])[0])
     finally:
         dist.destroy_process_group()

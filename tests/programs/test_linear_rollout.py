@@ -195,6 +195,21 @@ def test_without_inertia_there_is_no_last_step() -> None:
     torch.testing.assert_close(last, flat(model) - before, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("taken", [0, 2])
+def test_groups_without_inertia_have_no_first_steps(taken: int) -> None:
+    """A state of an optimizer without it takes it away: nothing counts steps then."""
+    case, found = networks.mlp(), []
+    for early in (0.0, 1.0):
+        model, opt = optimizer(case, curvature="sgd", lr=0.1, inertia=0.9, terminal=Geometric(early=early))
+        for step in range(taken):
+            opt.step(*case.batch(step, 6))
+        model.load_state_dict(case.model.state_dict())
+        opt.load_state_dict(optimizer(case, curvature="sgd", lr=0.1)[1].state_dict())
+        opt.step(*case.batch(0, 6))
+        found.append(flat(model))
+    assert torch.equal(*found)
+
+
 # --- random networks ---
 
 

@@ -123,9 +123,26 @@ def test_a_bias_that_is_trained_later(lookahead: float) -> None:
 
 
 def test_through_torch_compile() -> None:
+    """From a state, and from none where a step was made before: the first is not compiled."""
+    case, found = regression("mlp"), []
+    for how in (False, {"backend": "eager"}):
+        options = {"curvature": "sgd", "lr": 0.3, "terminal": Geometric(reach=0.2, early=1.0), **AHEAD}
+        model, opt = optimizer(case, compile=how, **options)
+        for step in range(5):
+            opt.step(*case.batch(step, 6))
+            if step == 2:
+                opt.state.clear()
+        found.append(flat(model))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
+def test_ahead_of_a_step_that_no_group_puts_down() -> None:
     case = regression("mlp")
-    found = [train(case, 3, curvature="sgd", lr=0.3, compile=how, **AHEAD) for how in (False, {"backend": "eager"})]
-    torch.testing.assert_close(found[1].parameters, found[0].parameters, rtol=0, atol=1e-12)
+    _, opt = optimizer(case, curvature="sgd", lr=0.3, **AHEAD)
+    opt.step(*case.batch(0, 6))
+    del opt.param_groups[0]["inertia"]
+    with pytest.raises(CompileError, match=r"lookahead=0\.7, and no inertia"):
+        opt.step(*case.batch(1, 6))
 
 
 def test_terms_are_equations_of_one_number() -> None:

@@ -359,6 +359,7 @@ LATER: dict[str, tuple[Act | None, Act]] = {
     "group['betas'] = (2, 2)": group("betas", (2.0, 2.0)),
     "group['eps'] = 'small'": group("eps", "small"),
     "group['inertia'] = 1.5": group("inertia", 1.5),
+    "group['inertia'] = 0.5": group("inertia", 0.5),
     "group['lookahead'] = 'far'": group("lookahead", "far"),
     "group['maximize'] = True": group("maximize", True),
     "a group is taken away": (lambda opt, net: opt.param_groups.pop(), one),

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from gtddp_compile import NonFiniteError, compile_optimizer
+from gtddp_compile import SGD, NonFiniteError, compile_optimizer
 from support.ranked import Case, batch, convolutional, differences, furthest, optimizer, said, shard, whole
 
 FULL = StateDictOptions(full_state_dict=True)
@@ -45,11 +45,35 @@ def step(model: Any, opt: Any, rank: int, number: int) -> Tensor:
         return model(x)  # type: ignore[no-any-return]
 
 
+class Anchored(SGD):
+    """Keeps where a parameter began."""
+
+    def init_state(self, param: Tensor, group: Any) -> dict[str, Any]:
+        return {**super().init_state(param, group), "anchor": param.clone()}
+
+
+def anchored(rank: int) -> bool:
+    """Whether a first state is made from whole parameters."""
+    model, opt = optimizer(CASE._replace(options={"curvature": Anchored(lr=0.1)}), by_layers)
+    before = whole(model.state_dict().values())
+    step(model, opt, rank, 0)
+    return all(map(torch.equal, whole(opt.state[p]["anchor"] for p in model.parameters()), before))
+
+
+def within(opt: Any, rank: int) -> None:
+    """A step within a step."""
+    x, y = (value[shard(CASE.shards, rank)] for value in batch(sum(CASE.shards), 0))
+    opt.step(x, y, closure=lambda: opt.step(x, y))
+
+
 def between_steps(rank: int, _: None) -> dict[str, bool]:
     """What lies on a rank between steps, and after one that fails."""
     plain, other = optimizer(CASE, process_group="world")
     model, opt = optimizer(CASE, by_layers)
     outputs = [(step(model, opt, rank, n), step(plain, other, rank, n)) for n in range(2)]
+    for one in (opt, other):
+        within(one, rank)
+    outputs.append((step(model, opt, rank, 2), step(plain, other, rank, 2)))
     held, last = dict(model.named_parameters()), dict(opt.state[model[1].weight])
     step(model, opt, rank, 2)
     model.reshard()
@@ -68,6 +92,7 @@ def between_steps(rank: int, _: None) -> dict[str, bool]:
         "nothing whole is left": not any(p.numel() for p in opt._view.shards.working.values())
         and all(isinstance(kind, type) for kind in opt._committed),
     }
+    found["a first state is of the whole parameter"] = anchored(rank)
     step(model, opt, rank, 4)
     found["what was sent"] = opt.diagnostics["sent"]["all_gather of shards"] == (3 * len(held), 3 * size)
     return found

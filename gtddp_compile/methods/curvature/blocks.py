@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtddp_compile.kernels.bundle import Joined, Layer
+from gtddp_compile.kernels.bundle import Joined, Layer, wide
 from gtddp_compile.kernels.channels import channel_carried, channel_step
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
@@ -227,7 +227,7 @@ class BlockUpdates(ParameterUpdates):
     def _stepping(self, kind: BlockKind, names: Names, steps: Sequence[Tensor]) -> Parts:
         """``M⁻¹ (C w + ℓ) / η`` parameter by parameter, from ``M⁻¹ C w / η``."""
         found = tuple(self._unfold(kind, player, step) for player, step in zip(names, steps, strict=True))
-        found = _each(lambda name, part: part.to(self._params[name].dtype), names, found)
+        found = _each(lambda name, part: part.to(wide(self._params[name]).dtype), names, found)
         if not self._decays(names):
             return found
         decays = self._directions(kind, names, self._zeros(names))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import separated
-from gtddp_compile.kernels.bundle import Layer
+from gtddp_compile.kernels.bundle import Layer, wide
 from gtddp_compile.kernels.sweep import several_entries
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.base import Curvature, Move
@@ -95,11 +95,15 @@ class ParameterUpdates:
         return any(group.get("lookahead") for group in self._groups.values()) and several_entries(targets)
 
     def early(self, amount: float) -> Any:
-        """``amount / k`` in the k-th step, by the parameter that has made most of them."""
+        """``amount / k`` in the k-th step, of the parameter that has made most; 0 where no group counts them."""
+        if not any("inertia" in group for group in self._groups.values()):
+            return 0.0
         counts = [state["taken"] for state in self.states.values() if "taken" in state]
+        if not counts:
+            return amount
         if torch.compiler.is_compiling() or any(type(count) is not Tensor for count in counts):  # as in `counted`
             return amount / (1.0 + torch.stack(counts).amax())
-        return amount / (1.0 + max(map(float, counts), default=0.0))
+        return amount / (1.0 + max(map(float, counts)))
 
     def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor | None, ...], Tensor | float]:
         """``v``, the last step's ``δu`` of each parameter (zero before the first), and ``μ``, one for all of them.
@@ -119,7 +123,7 @@ class ParameterUpdates:
     def _last(self, name: str) -> Tensor:
         """``v``; zero of a parameter that has made no step."""
         last = self.states[name].get("last_step")
-        return torch.zeros_like(self._params[name]) if last is None else last
+        return torch.zeros_like(wide(self._params[name])) if last is None else last
 
     def drift(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         """``M⁻¹ ℓ_u = M⁻¹ λ u - μ v`` of each parameter."""
@@ -144,7 +148,7 @@ class ParameterUpdates:
         """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``; run ahead, nothing less."""
         mu = None if self._ahead else self._inertia(name)
         if mu is None:
-            return torch.zeros_like(self._params[name]) if direction is None else direction
+            return torch.zeros_like(wide(self._params[name])) if direction is None else direction
         carried: Tensor = self.states[name]["last_step"] * mu
         return -carried if direction is None else direction - carried
 
