@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gtddp_compile.errors import CompileError
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-FOLDER = os.path.join("torch", "distributed", "fsdp")
+FOLDER = os.path.join(os.path.dirname(torch.__file__), "distributed", "fsdp", "")
 MARKS = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 """How names begin that fully_shard gives a module's attributes."""
 
@@ -246,4 +246,4 @@ class Shards:
 
 def _of_fsdp(value: Any) -> bool:
     """A hook or method that gathers and frees parameters."""
-    return FOLDER in getattr(getattr(value, "__code__", None), "co_filename", "")
+    return getattr(getattr(value, "__code__", None), "co_filename", "").startswith(FOLDER)
