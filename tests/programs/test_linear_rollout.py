@@ -42,6 +42,7 @@ REACHES: dict[str, dict[str, Any]] = {
     "first steps": {"curvature": "sgd", "lr": 0.06, "terminal": Geometric(0.7, reach=0.1, early=0.3), "inertia": 0.9},
     "groups": {"curvature": "adam", "lr": 5e-4, "terminal": Geometric(0.5, reach=0.1), "coupling": 3},
     "as many as there are": {"curvature": "sgd", "lr": 1e-3, "terminal": Geometric(reach=1.0)},
+    "none beside decay": {"curvature": "sgd", "lr": 0.06, "weight_decay": 0.05, "terminal": Geometric(0.7, reach=0.2)},
     "far enough": {"curvature": "sgd", "lr": 100.0, "terminal": Geometric(reach=1e-6)},
 }  # fmt: skip
 

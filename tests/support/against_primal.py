@@ -29,7 +29,7 @@ def oracle(model: nn.Module, loss: Any = classified, *, total: bool = False, **o
     if terminal == "geometric":
         terminal = Geometric()
     if isinstance(terminal, Geometric):
-        reach, early = terminal.reach, terminal.early
+        reach, early = 0.0 if options.get("weight_decay") else terminal.reach, terminal.early
         terminal = (terminal.aim, terminal.own, terminal.half)
     coupling = options.get("coupling", "full")
     return Primal(

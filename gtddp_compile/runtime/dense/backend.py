@@ -20,7 +20,7 @@ from torch import Tensor
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import target_entries
-from gtddp_compile.methods.terminal import early_of, reach_of, terminal_weight
+from gtddp_compile.methods.terminal import early_of, terminal_weight
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.runtime.dense.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.dense.metric import DenseMetric, Seen
@@ -111,6 +111,7 @@ class Sweeps:
         self.phi, self.g = trajectory.terminal(m, targets)
         self.most = target_entries(targets)
         _, aim, self.start = m.terminal(self.phi, *terminal_weight(self.options.terminal_kind), size)
+        self.reach = program.lowered.plan.reach  # not the option: none beside coupled weight decay
         early = early_of(self.options.terminal_kind)
         self.early = m.early(early) if early else 0.0
         self.aim = aim * (1.0 + self.early)
@@ -145,12 +146,11 @@ class Sweeps:
 
     def backward(self) -> None:
         """Every stage's gains; nothing is written."""
-        reach = reach_of(self.options.terminal_kind) if self.linear else 0.0
-        seen = [self._statistics(stage) for stage in reversed(self.stages)] if reach else []
-        for group in self.groups if reach else ():
-            self._reach(group, reach + self.early, seen)
+        seen = [self._statistics(stage) for stage in reversed(self.stages)] if self.reach else []
+        for group in self.groups if self.reach else ():
+            self._reach(group, self.reach + self.early, seen)
         for n, stage in enumerate(reversed(self.stages)):
-            found = seen[n] if reach else self._statistics(stage)
+            found = seen[n] if self.reach else self._statistics(stage)
             self.gains.insert(0, [self._group_gains(stage, group, found) for group in self.groups])
             self.hessian = found.hessian
             self.measures.insert(0, self.hessian)
