@@ -47,7 +47,7 @@ HEADER = ("task", "form", "seed", "steps_to", "measured", "machine")
 
 def run(name: str, form: Form, seed: int) -> float:
     """Steps to the task's target, looked at as often as in the study; infinitely many where it is not reached."""
-    task, data, steps = TASKS[name], TASKS[name].load(), itertools.count(1)
+    task, data = TASKS[name], TASKS[name].load()
     torch.manual_seed(seed)
     model, batches, k = task.build(), data.batches(task.batch, seed), 0
 
@@ -61,7 +61,7 @@ def run(name: str, form: Form, seed: int) -> float:
     with patch.object(BaseMethod, "terminal", terminal), patch.dict(kernels.KERNELS, reached=reached):
         optimizer = compile_optimizer(model, next(data.batches(task.batch, seed))[0], loss=task.loss, terminal=PLAIN,
                                       on_nonfinite="skip")  # fmt: skip
-        for k in itertools.takewhile(lambda k: k <= LIMITS[name], steps):
+        for k in range(1, LIMITS[name] + 1):
             optimizer.step(*next(batches))
             if k % task.every == 0 and task.score(model, task.parts(data)[0])[0] < task.target:
                 return float(k)

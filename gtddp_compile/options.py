@@ -10,7 +10,7 @@ from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.algebra.forms import Rollout
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature
-from gtddp_compile.methods.terminal import Geometric, MonteCarlo, Terminal, early_of, is_rank_one, reach_of
+from gtddp_compile.methods.terminal import Geometric, MonteCarlo, Terminal, geometric_of, is_rank_one
 
 Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
@@ -181,11 +181,11 @@ class Options:
         yield (self.max_step is not None and not linear,
                f"max_step={self.max_step!r} caps the joint step, and this program decides stage by stage",
                "Use it with rollout='linear' and feedback=True")  # fmt: skip
-        yield (bool(reach_of(self.terminal_kind)) and (not linear or isinstance(self.gram, Nystrom)),
+        yield (bool(geometric_of(self.terminal_kind).reach) and (not linear or isinstance(self.gram, Nystrom)),
                f"terminal={self.terminal!r}: its reach is of the joint step's whole Gram matrix, which this program "
                "does not make",
                "Use it with rollout='linear', feedback=True and without Nystrom, or leave reach out")  # fmt: skip
-        yield (bool(early_of(self.terminal_kind)) and self.inertia is not None and not self.inertia,
+        yield (bool(geometric_of(self.terminal_kind).early) and self.inertia is not None and not self.inertia,
                f"terminal={self.terminal!r}: early counts the steps that inertia counts, and there is none",
                "Give inertia with it, or leave early out")  # fmt: skip
         yield (self.max_step is not None and self.factored,

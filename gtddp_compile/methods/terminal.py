@@ -132,14 +132,9 @@ def is_rank_one(terminal: Terminal) -> bool:
     return isinstance(terminal, Geometric) or terminal in ("geometric", "gradient")
 
 
-def reach_of(terminal: Terminal) -> float:
-    """``reach`` of :class:`Geometric`; 0 where it is another."""
-    return terminal.reach if isinstance(terminal, Geometric) else 0.0
-
-
-def early_of(terminal: Terminal) -> float:
-    """``early`` of :class:`Geometric`; 0 where it is another."""
-    return terminal.early if isinstance(terminal, Geometric) else 0.0
+def geometric_of(terminal: Terminal) -> Geometric:
+    """It, or where it is another one without ``reach`` and ``early``."""
+    return terminal if isinstance(terminal, Geometric) else Geometric()
 
 
 def terminal_weight(terminal: Terminal) -> tuple[str, float, float, float]:

@@ -251,6 +251,7 @@ def _walk(module: nn.Module, prefix: str, found: dict[int, tuple[str, nn.Module]
 
 
 def _modules(root: nn.Module) -> list[nn.Module]:
+    """The module and everything below it, each once."""
     return [module for _, module in _walk(root, "", {}).values()]
 
 

@@ -7,7 +7,7 @@ from gtddp_compile.graph import LEADING, ControlGraph
 from gtddp_compile.lowering.cooperation import BY_PARAMETER, MetricRules
 from gtddp_compile.lowering.plan import Asked, Plan
 from gtddp_compile.methods.curvature import PLAIN, Curvature, Kronecker
-from gtddp_compile.methods.terminal import early_of, reach_of, terminal_weight
+from gtddp_compile.methods.terminal import geometric_of, terminal_weight
 from gtddp_compile.options import Nystrom, Options, Sketch
 from gtddp_compile.passes import collapse, derive, simplify
 from gtddp_compile.passes.p06_derive import Derived
@@ -40,8 +40,8 @@ def plan_program(
         decay=decay,
         inertia=bool(options.inertia),
         max_step=options.max_step,
-        reach=reach_of(options.terminal_kind),
-        early=early_of(options.terminal_kind),
+        reach=geometric_of(options.terminal_kind).reach,
+        early=geometric_of(options.terminal_kind).early,
         max_grad_norm=options.max_grad_norm,
         clip=options.feedback_clip,
         terminal=terminal_weight(options.terminal_kind),

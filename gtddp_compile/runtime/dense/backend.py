@@ -20,7 +20,6 @@ from torch import Tensor
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import target_entries
-from gtddp_compile.methods.terminal import early_of, terminal_weight
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.runtime.dense.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.dense.metric import DenseMetric, Seen
@@ -110,10 +109,9 @@ class Sweeps:
         size = self.options.coupling if isinstance(self.options.coupling, int) else None
         self.phi, self.g = trajectory.terminal(m, targets)
         self.most = target_entries(targets)
-        _, aim, self.start = m.terminal(self.phi, *terminal_weight(self.options.terminal_kind), size)
-        self.reach = program.lowered.plan.reach  # not the option: none beside coupled weight decay
-        early = early_of(self.options.terminal_kind)
-        self.early = m.early(early) if early else 0.0
+        plan = program.lowered.plan
+        _, aim, self.start = m.terminal(self.phi, *plan.terminal, size)
+        self.reach, self.early = plan.reach, m.early(plan.early)
         self.aim = aim * (1.0 + self.early)
         self.hessian = trajectory.terminal_hessian(m, targets) if self.factored else outer_products(self.g)
         batch = torch.arange(trajectory.batch)
