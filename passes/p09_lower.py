@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from sympy import HadamardProduct, Identity, MatrixExpr, OneMatrix
-
 from gtddp_compile.algebra import collapsed as a
 from gtddp_compile.lowering.builder import Builder
 from gtddp_compile.lowering.formulas import check_update, formula
@@ -24,12 +22,11 @@ from gtddp_compile.lowering.instructions import (
     Apply,
     StageFunction,
     Var,
-    mapped,
     total,
 )
 from gtddp_compile.lowering.lowered import Sweeps, Written
 from gtddp_compile.lowering.plan import Plan, StagePlan
-from gtddp_compile.lowering.write import grams, updates
+from gtddp_compile.lowering.write import alike, grams, updates
 from gtddp_compile.lowering.write.adjoints import as_read, entries, pull, pull_run, recorded_runs, written_out
 from gtddp_compile.lowering.write.calls import (
     contract,
@@ -41,19 +38,13 @@ from gtddp_compile.lowering.write.calls import (
     weighted,
 )
 from gtddp_compile.lowering.write.columns import (
-    environment,
-    sample_matrices,
     shrink,
     split,
     terminal_columns,
 )
 from gtddp_compile.lowering.write.dynamics import stage_functions
+from gtddp_compile.lowering.write.recursion import recursion_formula, stage_recursion
 from gtddp_compile.lowering.write.statistics import Observed, observe
-
-GRAM_DIAGONAL = HadamardProduct(a.GRAM, Identity(a.BATCH)) * OneMatrix(a.BATCH, 1)
-MOVED = a.GRADIENTS.T * a.OPEN_GAIN
-VARIABLES = {"s": "s", "Lambda": "lambda", "X": "system", "y": "y", "alpha": "alpha", "rho": "rho", "R": "own"}
-"""Variables of the collapsed equations of the backward sweep, in the order of evaluation."""
 
 
 def lower(plan: Plan) -> Written:
@@ -81,7 +72,7 @@ def _sweeps(b: Builder, functions: tuple[StageFunction, ...]) -> Sweeps:
     for stage in reversed(b.plan.stages):
         pulled[stage.index] = b.written(partial(_pull_back, b, stage, runs[stage.index]))
         gains[stage.index] = b.written(partial(_gains, b, stage))
-        recursion[stage.index] = b.written(partial(_information, b, stage))
+        recursion[stage.index] = b.written(partial(stage_recursion, b, stage.index))
     if b.plan.form.name == "joint" or b.plan.max_grad_norm is not None:
         decision = b.written(partial(_decide_together, b))
         together = {stage.index: b.written(partial(_update, b, stage)) for stage in reversed(b.plan.stages)}
@@ -169,6 +160,8 @@ def _terminal(b: Builder, end: int) -> None:
         if isinstance(coupling, int) or coupling == "local" or b.plan.max_step is not None:
             b.emit("loss", end, "tau", "group_scale", Var("rows"), SAMPLES, note="B / b")
         b.emit("loss", end, f"y_{end}", "=", values["y"], note="y_T = P_T^-1 alpha_T")
+        if b.plan.alike:  # from which diagnostics goes from stage to stage
+            b.emit("loss", end, (), "m.keep", end, target=Var(f"y_{end}"))
         if form == "joint":
             b.emit("loss", end, "information", "=", values["Lambda"], note="the diagonal of P_T^-1")
             if not b.plan.reach:
@@ -208,17 +201,20 @@ def _pull_back(b: Builder, stage: StagePlan, run: range) -> None:
 def _gains(b: Builder, stage: StagePlan) -> None:
     """Statistics, Gram matrices and the collapsed recursion of one stage."""
     t, form, alpha = stage.index, b.plan.form, b.alpha(stage.index)
+    blocks = b.plan.alone(stage)
     if form.name == "base":
         write = updates.base_update if b.plan.max_grad_norm is None else updates.base_gradients
-        for block in stage.blocks:
+        for block in blocks:
             write(b, t, block, f"alpha_{len(b.plan.stages)}")
+        return
+    if not blocks:  # all its layers are computed together with others
         return
     opens: dict[str, str] = {}
     paper = form.name not in a.LEVENBERG
-    for player in [player for block in stage.blocks if paper or block.kind == "parameters" for player in block.players]:
+    for player in [player for block in blocks if paper or block.kind == "parameters" for player in block.players]:
         if stage.statistics:
             opens[player.name] = weighted(b, "backward", t, player, alpha, "qu", "Q_u = f_u^T V_x")
-    found = [observe(b, t, block, alpha if stage.statistics else None, opens) for block in stage.blocks]
+    found = [observe(b, t, block, alpha if stage.statistics else None, opens) for block in blocks]
     if paper:
         _paper(b, stage, opens, found)
         return
@@ -227,7 +223,8 @@ def _gains(b: Builder, stage: StagePlan) -> None:
         drifts = {name: variable for block in found for name, variable in grams.drift(b, t, block).items()}
     pairs = {o.block.players[0].name: grams.sketched(b, t, o, drifts) for o in found}
     if b.plan.linear:
-        left = tuple(player for player in stage.players if not pairs.get(player.name))
+        own = [player for block in blocks for player in block.players]
+        left = tuple(player for player in stage.players if player in own and not pairs.get(player.name))
         parts = [pair[1] for pair in pairs.values() if pair and pair[1] is not None]
         drift = f"fall_{t}" if b.factored else f"s_{t}"
         for player in left:
@@ -246,61 +243,6 @@ def _gains(b: Builder, stage: StagePlan) -> None:
         split(b, t)
 
 
-def _environment(b: Builder) -> dict[MatrixExpr, Var]:
-    """Variables of the derived symbols; ``{t}`` and ``{after}`` stand for the stage and the next."""
-    last, drifts = f"y_{len(b.plan.stages)}", b.drifts
-    names = {
-        a.TARGET_NEXT: "y_{after}" if drifts else last,
-        a.TARGET: "y_{t}" if drifts or b.plan.form.name == "block" else last,
-        a.DRIFT: "s_{t}",
-        a.INFORMATION_NEXT: "lambda_{after}",
-        a.GRAM: "gamma_{t}",
-        a.GROUP_SCALE: "tau",
-        a.ALPHA_NEXT: "alpha_{after}",
-        a.RHO_NEXT: "rho_{after}",
-        a.CHANGE: "c_{t}",
-        MOVED: "moved_{t}",
-        GRAM_DIAGONAL: "diagonal_{t}",
-        **(environment() if b.factored else {}),
-    }
-    return {symbol: Var(name) for symbol, name in names.items()}
-
-
-def _formula(b: Builder, t: int, expression: MatrixExpr) -> Any:
-    """A derived formula at stage ``t``; made once, whatever the number of stages."""
-    if expression not in b.formulas:
-        factors = {symbol: Var("factor_{t}") for symbol in (a.INFORMATION, a.SYSTEM)}
-        held = {symbol: Var(name) for symbol, name in sample_matrices().items()}
-        last = a.INFORMATION_NEXT if b.plan.form.name == "joint" else None
-        b.formulas[expression] = formula(expression, _environment(b), factors, held, last)
-    return mapped(b.formulas[expression], lambda variable: Var(variable.name.format(t=t, after=t + 1)))
-
-
-def _information(b: Builder, stage: StagePlan) -> None:
-    """The information form and its per-sample projection, equation by equation as derived."""
-    t = stage.index
-    if b.plan.form.name not in a.LEVENBERG:
-        return
-    block, joint = b.plan.form.name == "block", b.plan.form.name == "joint"
-    wanted = {"alpha": t > 0 and (block or b.plan.stages[t - 1].statistics), "y": block or b.drifts, "rho": t > 0,
-              "R": t > 0, "Lambda": b.plan.gram != "nystrom"}  # fmt: skip
-    for symbol, variable in VARIABLES.items():
-        equation = b.plan.form.backward.get(symbol)
-        if equation is None or not wanted.get(symbol, True):
-            continue
-        code = _formula(b, t, equation.expression)
-        b.emit("backward", t, f"{variable}_{t}", "=", code, note=f"{symbol} ({equation.source})")
-        if symbol in ("Lambda", "X") and not joint:
-            b.emit("backward", t, (f"factor_{t}", f"lifted_{t}"), "factor", Var(f"{variable}_{t}"), note="Cholesky")
-    figures: dict[str, Any] = {} if joint else {name: Var(f"{name}_{t}") for name in ("factor", "lifted")}
-    figures["target"] = _formula(b, t, a.TARGET)
-    if b.drifts:
-        figures["drift"] = Var(f"s_{t}")
-    if "alpha" in b.plan.form.backward and block and t > 0:
-        figures["alpha"] = Var(f"alpha_{t}")
-    b.emit("backward", t, (), "m.keep", t, **figures)
-
-
 def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Observed]) -> None:
     """The paper's block-diagonal form: one pair of scalars a sample (docs/theory.md#block)."""
     t, form = stage.index, b.plan.form
@@ -311,14 +253,16 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Obse
     b.emit("backward", t, f"moved_{t}", "=", total([Apply("wide", (part,)) for part in moved]), note="<gamma_i, k>")
     if b.factored:
         alpha = form.backward["alpha"]
-        b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
+        b.emit(
+            "backward", t, f"alpha_{t}", "=", recursion_formula(b, t, alpha.expression), note=f"alpha ({alpha.source})"
+        )
         shrink(b, t, [grams.block_sample_gram(b, t, block) for block in found])
         return
     diagonals = [grams.block_diagonal(b, t, block) for block in found]
     b.emit("backward", t, f"diagonal_{t}", "=", total([Apply("wide", (Var(d),)) for d in diagonals]), note="Gamma_ii")
     alpha, rho = form.backward["alpha"], form.backward["rho"]
-    b.emit("backward", t, f"alpha_{t}", "=", _formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
-    code = _formula(b, t, rho.expression)
+    b.emit("backward", t, f"alpha_{t}", "=", recursion_formula(b, t, alpha.expression), note=f"alpha ({alpha.source})")
+    code = recursion_formula(b, t, rho.expression)
     if form.name == "printed":
         b.emit("backward", t, f"rho_{t}", "=", code, note=f"rho ({rho.source})")
         return
@@ -331,31 +275,35 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Obse
 
 def _decide_together(b: Builder) -> None:
     """``w`` of the joint step, every player's weighted gradient where their norm is asked for."""
+    last = b.counting[-1]
+    if b.plan.alike:
+        alike.counted(b)
+        stage_recursion(b, last)
     if b.plan.form.name == "joint":
-        figures: dict[str, Any] = {"lifted": Var("lifted_0")}
+        figures: dict[str, Any] = {"lifted": Var(f"lifted_{last}")}
         information = Var("information")
         equation = b.plan.form.forward["w"]
         if b.plan.gram == "nystrom":
             players = tuple(product_of(b, player) for player in b.graph.players)
             b.emit("joint", 0, ("w", "lifted_0", "products"), "solve_iteratively", Var("information"),
-                   _formula(b, 0, a.TARGET), players, b.plan.columns, b.plan.tolerance,
+                   recursion_formula(b, last, a.TARGET), players, b.plan.columns, b.plan.tolerance,
                    note=f"w ({equation.source}): of every stage")  # fmt: skip
             figures["products"] = Var("products")
         else:
-            system = "lambda_0"
+            whole = system = f"lambda_{last}"
             if b.plan.reach:
                 system, information = "lambda_reached", Var("information_reached")
                 reach = Apply("+", (b.plan.reach, Var("early"))) if b.plan.early else b.plan.reach
-                b.emit("joint", 0, (system, information.name), "reached", Var("lambda_0"), Var("information"),
+                b.emit("joint", 0, (system, information.name), "reached", Var(whole), Var("information"),
                        reach, Var("targets"), note="Lambda_0 = Lambda_T / c + Gamma")  # fmt: skip
                 b.emit("joint", 0, (), "m.keep", len(b.plan.stages), information=information)
             scale = () if b.factored else (information,)
-            b.emit("joint", 0, ("factor_0", "lifted_0"), "factor", Var(system), *scale,
+            b.emit("joint", 0, (f"factor_{last}", f"lifted_{last}"), "factor", Var(system), *scale,
                    note="Cholesky, the only one")  # fmt: skip
-            code = _formula(b, 0, equation.expression)
+            code = recursion_formula(b, last, equation.expression)
             b.emit("joint", 0, "w", "=", code, note=f"w ({equation.source}): of every stage")
         if b.plan.max_step is not None:
-            target = _formula(b, 0, a.TARGET)
+            target = recursion_formula(b, last, a.TARGET)
             b.emit("joint", 0, "w_capped", "cap_step", Var("w"), target, information, Var("tau"),
                    Var("rows"), b.plan.max_step, note="|delta u|_M at most max_step")  # fmt: skip
         b.emit("joint", 0, (), "m.keep", 0, **figures, weights=Var(_weights(b)))
@@ -370,11 +318,13 @@ def _weights(b: Builder) -> str:
 
 def _update(b: Builder, stage: StagePlan) -> None:
     """One weighted gradient a player, and the base method; nobody has to move before anybody else."""
-    for block in stage.blocks:
+    for block in b.plan.alone(stage):
         if b.plan.max_grad_norm is not None:
             updates.update_clipped(b, stage.index, block)
         else:
             updates.decide(b, "joint", stage.index, block, _weights(b))
+    if stage.index == 0:
+        alike.updated(b, _weights(b))
 
 
 def _decide(b: Builder, stage: StagePlan) -> None:
@@ -390,7 +340,7 @@ def _decide(b: Builder, stage: StagePlan) -> None:
     else:
         expression = expression.subs(a.CHANGE, 0 * a.CHANGE).doit()
     source = b.plan.form.forward["w"].source
-    b.emit("forward", t, f"w_{t}", "=", _formula(b, t, expression), note=f"w ({source})")
+    b.emit("forward", t, f"w_{t}", "=", recursion_formula(b, t, expression), note=f"w ({source})")
     b.emit("forward", t, (), "m.keep", t, weights=Var(f"w_{t}"))
     for block in stage.blocks:
         updates.decide(b, "forward", t, block, f"w_{t}")

@@ -8,14 +8,16 @@ With one position a sample nothing has to be mapped back: form ``"dual"`` is ``(
 xᵀ) ∘ (g B⁻¹ gᵀ)`` and ``M⁻¹ C w / η = (w ∘ g B⁻¹)ᵀ (x A⁻¹)``; groups lead, ``(G, B, n)``.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile.kernels.approximate import _separate
-from gtddp_compile.kernels.bundle import Layer
+from gtddp_compile.kernels.bundle import Layer, wide
 from gtddp_compile.kernels.linear import linear_gram, linear_inputs
 
 Coordinates = tuple[Tensor, ...]
@@ -91,6 +93,58 @@ def _dual_gram(coordinates: Coordinates, plain: bool) -> Tensor:
         by_g = linear_inputs(g[0])
         return (mapped_x[0] @ x[0].mT if len(x) == 1 else (mapped_x @ x.mT).sum(0)).mul_(by_g)
     return (mapped_x @ x.mT).mul_(mapped_g @ g.mT).sum(0)
+
+
+def alike_rows(inputs: Sequence[Tensor], gradients: Sequence[Tensor], bias: bool) -> tuple[Tensor, Tensor]:
+    """Rows ``(B, L, 1, n)`` and ``(B, L, 1, m)`` of L linear layers of one shape and one position a sample, as those of
+    one layer with L groups.
+    """
+    x, g = (torch.stack([wide(rows.reshape(len(rows), -1)) for rows in side]) for side in (inputs, gradients))
+    x = F.pad(x, (0, 1), value=1.0) if bias else x
+    return x.transpose(0, 1).unsqueeze(2), g.transpose(0, 1).unsqueeze(2)
+
+
+def alike_grams(coordinates: Coordinates, rate: Tensor | float, rows: Sequence[slice]) -> tuple[Tensor, ...]:
+    """:func:`dual_gram` of every layer, ``(L, b, b)`` a group of samples; ``rate``: a number, or ``(L, 1, 1)``."""
+    found = []
+    for row in rows:
+        x, g, mapped_x, mapped_g = coordinates if len(rows) == 1 else tuple(part[:, row] for part in coordinates)
+        found.append((mapped_x @ x.mT).mul_(mapped_g @ g.mT).mul_(rate))
+    return tuple(found)
+
+
+def alike_sum(*grams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``Γ`` of all layers, a block a group of samples."""
+    return tuple(
+        functools.reduce(torch.add, (wide(block.sum(0)) for block in blocks)) for blocks in zip(*grams, strict=True)
+    )
+
+
+def alike_along(coordinates: Coordinates, last: Sequence[Tensor] | None, mu: float) -> Tensor:
+    """``-μ ⟨γ_i, v⟩`` of every layer, ``(L, B)``; ``None``: nothing is left of the last step."""
+    x, g, _, _ = coordinates
+    if last is None or mu == 0:
+        return g.new_zeros(g.shape[:2])
+    weight, *bias = last
+    found = (g @ weight).mul_(x[..., : weight.shape[2]]).sum(2)
+    for own in bias:
+        found += (g @ own.unsqueeze(2)).squeeze(2)
+    return found.mul_(-mu)
+
+
+def alike_carried(
+    coordinates: Coordinates, weights: Tensor, last: Sequence[Tensor], mu: float, rate: Tensor | float
+) -> tuple[tuple[Tensor, ...], ...]:
+    """:func:`dual_carried` of every layer: ``L`` weights and, where they are trained, biases."""
+    _, _, x, g = coordinates
+    g = g * weights.to(g.dtype).unsqueeze(1)
+    if isinstance(rate, Tensor):
+        g, rate = g * rate, 1.0
+    (weight, *bias), g = last, g.mT
+    width = weight.shape[2]
+    found = [torch.baddbmm(weight, g, x[..., :width], beta=mu, alpha=-rate)]
+    found += [torch.baddbmm(own.unsqueeze(2), g, x[..., width:], beta=mu, alpha=-rate).squeeze(2) for own in bias]
+    return tuple(part.unbind() for part in found)
 
 
 def dual_step(coordinates: Coordinates, weights: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ RESERVED = frozenset(
     | {"factors", "refuse_negative", "BlockUpdates", "LOSS", "RANK"}
     | {"ranks", "samples", "information_own", "y_all", "w_all", "w_capped_all", "lambda_all"}
     | {"lambda_reached", "information_reached", "early", "late_aim"}
+    | {"lambda_alike", "y_alike", "s_alike", "gamma_alike"}
 )
 PREFIXES = ("stage_", "player_", "prologue", "layer_")
 """Of the program's own functions and layers."""
@@ -83,6 +84,18 @@ class Builder:
     def alpha(self, t: int) -> str:
         """What statistics at stage ``t`` are taken from: ``α`` after it, in the linear rollout ``α_T``."""
         return f"alpha_{len(self.plan.stages) if self.plan.form.name == 'joint' else t + 1}"
+
+    @cached_property
+    def counting(self) -> tuple[int | str, ...]:
+        """Where the recursion goes on, as its variables are numbered: at the end, at the stages with blocks that are
+        computed there, from the last to the first, and after them for layers that are computed together.
+        """
+        stages = [s.index for s in reversed(self.plan.stages) if self.plan.alone(s) or not s.blocks]
+        return (len(self.plan.stages), *stages, *(("alike",) if self.plan.alike else ()))
+
+    def after(self, place: int | str) -> int | str:
+        """Where the recursion was before it came to a place."""
+        return self.counting[self.counting.index(place) - 1]
 
     @property
     def rows(self) -> str:

@@ -6,17 +6,23 @@ per-sample gradients, once built, are kept for the step, what statistics are mad
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 
 from gtddp_compile import kernels
 from gtddp_compile.algebra.collapsed import COUPLED, LEVENBERG
-from gtddp_compile.graph import Player
+from gtddp_compile.graph import Player, grouped
 from gtddp_compile.lowering.costs import LayerShape, shape_of
 from gtddp_compile.lowering.plan import GramChoice, LayerPlan, MetricBlock, Plan
 from gtddp_compile.lowering.uses import Use, describe_use
 
 METRICS = ("spherical", "diagonal", "turned", "turned diagonal")
 """Curvatures whose Gram matrices are made player by player from parameters' own metrics."""
+
+TOGETHER = 2**20
+"""Multiplications of a layer's product, batch by inputs by outputs, up to which it is computed with those alike: it
+takes less time than being called (docs/performance.md#layers-alike).
+"""
 
 
 def plan_layers(plan: Plan) -> dict[str, LayerPlan]:
@@ -25,7 +31,33 @@ def plan_layers(plan: Plan) -> dict[str, LayerPlan]:
     values = (graph.value[c.value] for stage in plan.stages for c in stage.contracts)
     watched = frozenset(value.control for value in values)
     blocks = {player.name: block for stage in plan.stages for block in stage.blocks for player in block.players}
-    return {player.name: _layer(plan, player, blocks[player.name], player.name in watched) for player in graph.players}
+    found = {player.name: _layer(plan, player, blocks[player.name], player.name in watched) for player in graph.players}
+    return _with_those_alike(plan, found)
+
+
+def _with_those_alike(plan: Plan, layers: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """The joint step's small layers of one shape, computed together: nobody needs one's ``Γ`` before another's."""
+    waits = plan.decay or plan.ranks > 1 or plan.gram == "nystrom" or plan.max_grad_norm is not None
+    if plan.form.name != "joint" or plan.form.factored or plan.segments is not None or waits:
+        return layers
+    keys = {name: _shape_key(plan, layer) for name, layer in reversed(layers.items())}
+    for group in grouped([name for name, key in keys.items() if key], lambda name: keys[name]).values():
+        if len(group) > 1:
+            layers |= {name: replace(layers[name], alike=tuple(group)) for name in group}
+    return layers
+
+
+def _shape_key(plan: Plan, layer: LayerPlan) -> Hashable:
+    """Equal for layers that are computed together; ``None`` of one that is computed alone."""
+    use, infos = layer.single, plan.graph.ops.parameter_info
+    shape = shape_of(plan.graph, use) if use is not None else None
+    if use is None or shape is None or layer.kind != "dual" or layer.block.blocks > 1:
+        return None
+    if use.rule.prefix != "linear" or use.layouts or use.function is not None or layer.watched:
+        return None
+    if shape.weighted > TOGETHER:
+        return None
+    return tuple((infos[name].shape, infos[name].dtype) for name in use.names), use.wants
 
 
 def _layer(plan: Plan, player: Player, block: MetricBlock, watched: bool) -> LayerPlan:

@@ -58,6 +58,7 @@ METHODS: dict[str, Method] = {
     "observe_channels": _method("names layer positions sketch blocks", shared=True),
     "observe_factors": _method("stage kind names layers start", shared=True),
     "observe_coordinates": _method("names moment", shared=True),
+    "observe_alike": _method("stage kind names layers start", shared=True),
     # the metric
     "metric": _method("names"),
     "separated_metric": _method("names groups"),
@@ -65,10 +66,13 @@ METHODS: dict[str, Method] = {
     "block_metric": _method("kind names"),
     "block_maps": _method("names"),
     "block_inverses": _method("names"),
+    "alike_inverses": _method("names"),
     "rate": _method("names"),
+    "alike_rates": _method("names"),
     "look_ahead": _method("params targets"),
     "early": _method("amount"),
     "last_step": _method("names"),
+    "last_steps": _method("names"),
     "drift": _method("names"),
     "drift_block": _method("kind names"),
     # gains and updates
@@ -81,6 +85,8 @@ METHODS: dict[str, Method] = {
     "descend_block": _method("kind names gradients", shared=True),
     "descend_steps": _method("kind names steps", shared=True),
     "descend_dual": _method("names coordinates weights"),
+    "descend_alike": _method("names coordinates weights last mu"),
+    "descend_each": _method("names steps", shared=True),
     "descend_by": _method("names weighted subtract layer"),
     "descend_rows": _method("names weighted rows layer"),
 }
@@ -88,7 +94,7 @@ METHODS: dict[str, Method] = {
 
 LIFTED = frozenset(
     {name for name, kernel in kernels.KERNELS.items() if kernel.__module__.rpartition(".")[2] in FILES}
-    | {"contract", "contract_factors", "contract_arranged", "scale", "scaled", "weigh", "combined"}
+    | {"contract", "contract_factors", "contract_arranged", "scale", "scaled", "weigh", "combined", "alike_rows"}
 )
 """Kernels that get bfloat16 and half values as float32 (``runtime.precision``)."""
 

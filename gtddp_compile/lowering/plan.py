@@ -107,6 +107,8 @@ class LayerPlan:
         groups: groups of a weight whose diagonal metric is separated for ``Γ``; ``None``: its kernel takes the whole.
         in_place: the product that makes the step writes the parameter.
         watched: somebody reads ``δu`` itself (a later use of tied parameters).
+        alike: players, this one among them, whose small layers have one shape: ``Γ`` and the step of all of them are
+            one product each (:mod:`gtddp_compile.lowering.write.alike`). Empty: the layer is computed alone.
     """
 
     player: Player
@@ -118,6 +120,7 @@ class LayerPlan:
     groups: int | None = None
     in_place: bool = False
     watched: bool = False
+    alike: tuple[str, ...] = ()
 
     @property
     def single(self) -> Use | None:
@@ -228,3 +231,13 @@ class Plan(Asked):
     removed: tuple[str, ...]
     segments: Segments | None
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
+
+    @property
+    def alike(self) -> tuple[tuple[Player, ...], ...]:
+        """Players that are computed together, from the last stage to the first."""
+        groups = dict.fromkeys(layer.alike for layer in self.layers.values() if layer.alike)
+        return tuple(tuple(self.layers[name].player for name in group) for group in groups)
+
+    def alone(self, stage: StagePlan) -> tuple[MetricBlock, ...]:
+        """The blocks of a stage that are computed where they are."""
+        return tuple(block for block in stage.blocks if not self.layers[block.players[0].name].alike)

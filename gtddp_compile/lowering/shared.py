@@ -19,6 +19,9 @@ def divided(one: Instruction) -> tuple[Instruction, ...]:
     if one.function == "m.descend_dual":
         step = _called(one, Function("dual_step"), "coordinates", "weights")
         return (_asking(one, "m.descend_steps", "dual", given["names"], (step,)),)
+    if one.function == "m.descend_alike":
+        step = _called(one, Function("dual_step"), "coordinates", "weights")
+        return (_asking(one, "m.descend_each", given["names"], step),)
     return (one,)
 
 

@@ -123,6 +123,7 @@ def with_factors(figures: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str
 
     ``Λ_t = Λ_T + τ Σ Γ_s`` over the stages ``s`` from t on; ``w`` is the same at every stage.
     """
+    figures = by_stage(figures)
     last, weights = figures[max(figures)], figures[0]["weights"]
     found = {index: dict(figure) for index, figure in figures.items()}
     total: tuple[Tensor, ...] | None = None
@@ -138,6 +139,23 @@ def with_factors(figures: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str
         assert total is not None
         found[index]["factor"], _ = kernels.factor(total)
         found[index]["weights"] = weights
+    return found
+
+
+def by_stage(figures: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Figures of layers that were computed together as their own stages would have kept them."""
+    found = {index: dict(figure) for index, figure in figures.items()}
+    together = [found[0].pop(key) for key in list(found.get(0, ())) if key.startswith("alike_")]
+    for group in together:
+        for k, (stage, player) in enumerate(group["players"]):
+            own = found.setdefault(stage, {})
+            own["gammas"] = {**own.get("gammas", {}), player: tuple(block[k] for block in group["gammas"])}
+            if "drift" in group:
+                own["drift"] = own.get("drift", 0) + group["drift"][k]
+    if together:
+        pulled = found[max(found)].pop("target")
+        for index in sorted((index for index, figure in found.items() if "gammas" in figure), reverse=True):
+            pulled = found[index]["target"] = pulled - found[index].get("drift", 0)
     return found
 
 

@@ -71,6 +71,8 @@ class Precision:
             return lambda phi, outputs: value(phi * self.scale, outputs)
         if name == "Layer":  # without parameters: rows of one that is already unscaled
             return lambda xs, g, params, *rest: value(xs, lift(g) / self.scale if params else g, params, *rest)
+        if name == "alike_rows":
+            return lambda xs, gs, *rest: value(xs, tuple(g / self.scale for g in lift(gs)), *rest)
         if name in ("contract", "contract_factors"):
             return lambda g, *values: value(lift(g) / self.scale, *values)
         return value

@@ -23,12 +23,13 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import Layer, random_state, restore_random_state
 from gtddp_compile.options import Nystrom
 from gtddp_compile.passes.p12_emit import draws
+from gtddp_compile.runtime.diagnostics import by_stage
 from gtddp_compile.runtime.fast import FastBackend, Micro, Request
 from gtddp_compile.runtime.method import MATRIX, BaseMethod, GivenUp
 from gtddp_compile.runtime.program import UpdateProgram
 
 FORMS = ("base", *COUPLED)
-WITH_ROWS = ("observe_block", "observe_factors")
+WITH_ROWS = ("observe_block", "observe_factors", "observe_alike")
 """Requests whose argument is rows of layers."""
 OF_CHANNELS = "observe_channels"
 """The request whose argument is a convolution's input."""
@@ -291,7 +292,7 @@ def _inputs_beside(left: Layer, right: Layer) -> Layer:
 
 def merged(figures: list[dict[int, dict[str, Any]]], shares: list[float]) -> dict[int, dict[str, Any]]:
     """Figures of the union, a group a micro-batch: what diagnostics computes from them is that of one step."""
-    found: dict[int, dict[str, Any]] = {}
+    figures, found = [by_stage(figure) for figure in figures], dict[int, dict[str, Any]]()
     for stage in figures[0]:
         parts = [figure[stage] for figure in figures]
         found[stage] = {key: _merged(key, [part[key] for part in parts], shares) for key in parts[0]}

@@ -17,13 +17,14 @@ from gtddp_compile.kernels.bundle import Joined, Layer, wide
 from gtddp_compile.kernels.channels import channel_carried, channel_step
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
+    alike_carried,
     coordinates_step,
     dual_carried,
     dual_step,
     few_rows,
     kronecker_coordinates,
 )
-from gtddp_compile.kernels.kronecker import Metric, Rows, kronecker_precondition
+from gtddp_compile.kernels.kronecker import Metric, Rows, kronecker_precondition, made_rows
 from gtddp_compile.methods.curvature.base import Group, Move, with_momentum
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
 from gtddp_compile.methods.curvature.updates import ParameterUpdates
@@ -104,6 +105,39 @@ class BlockUpdates(ParameterUpdates):
         """The learning rate of one player."""
         return float(self._groups[names[0]]["lr"])
 
+    def observe_alike(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Rows], start: float) -> None:
+        """:meth:`observe_block` of players that are computed together, from the groups of one layer's rows."""
+        ((x,), g, *_) = layers[0].layer
+        for k, player in enumerate(names):
+            own = Layer((x[:, k : k + 1],), g[:, k : k + 1], (), ())
+            self.observe_block(stage, kind, (player,), (Rows(made_rows, own),), start)
+
+    def alike_inverses(self, names: Names) -> tuple[Tensor, Tensor | None]:
+        """:meth:`block_inverses` of players that are computed together, ``(L, n, n)`` and ``(L, m, m)``."""
+        by_x, by_g = zip(*(self.block_inverses((player,)) for player in names), strict=True)
+        return torch.cat(by_x), None if by_g[0] is None else torch.cat(by_g)
+
+    def alike_rates(self, names: Names) -> Tensor | float:
+        """Their learning rates: the one that all have, or ``(L, 1, 1)``."""
+        found = [self.rate(player) for player in names]
+        if all(rate == found[0] for rate in found):
+            return found[0]
+        like: Tensor = self.states[names[0][0]]["inverse_x"]
+        return like.new_tensor(found).reshape(-1, 1, 1)
+
+    def last_steps(self, names: Names) -> tuple[tuple[Tensor, ...] | None, float]:
+        """:meth:`last_step` of players that are computed together: ``v`` ``(L, m, n)``, ``(L, m)``, and one ``μ``."""
+        return (None, 0.0) if self._ahead else self._carrying_alike(names)
+
+    def _carrying_alike(self, names: Names) -> tuple[tuple[Tensor, ...], float]:
+        """``v`` and ``μ`` of what their step adds; players with a ``μ`` of their own have it in their ``v``."""
+        found = [self._carrying(player) for player in names]
+        rates, parts = [float(mu) for _, mu in found], list(zip(*(last for last, _ in found), strict=True))
+        if all(mu == rates[0] for mu in rates):
+            return tuple(torch.stack(part) for part in parts), rates[0]
+        scaled = [[v * mu for v, mu in zip(part, rates, strict=True)] for part in parts]
+        return tuple(torch.stack(part) for part in scaled), 1.0
+
     def observe_moment(self, names: tuple[str, ...], moments: tuple[Tensor, ...]) -> None:
         """Running ``E[γ²]`` of parameters with the diagonal rule."""
         for name, moment in zip(names, moments, strict=True):
@@ -152,6 +186,35 @@ class BlockUpdates(ParameterUpdates):
         found = dual_carried(coordinates, weights, last, float(mu), float(rate))
         for name, delta in zip(player, found, strict=True):
             self._move(name, self._stepped(name, delta))
+
+    def descend_alike(
+        self, names: Names, coordinates: Coordinates, weights: Tensor, last: tuple[Tensor, ...] | None = None,
+        mu: float = 0.0,
+    ) -> None:  # fmt: skip
+        """:meth:`descend_dual` of players that are computed together.
+
+        Args:
+            names: of their parameters.
+            coordinates: of the rows of all.
+            weights: ``w``.
+            last, mu: what :meth:`last_steps` found.
+        """
+        rates = {self._groups[name]["lr"] for player in names for name in player}
+        if len(rates) > 1 or not all(map(self._plain, names)):
+            self.descend_each(names, dual_step(coordinates, weights))
+            return
+        if last is None:
+            last, mu = self._carrying_alike(names)
+        (rate,) = rates
+        found = alike_carried(coordinates, weights, last, mu, float(rate))
+        for player, deltas in zip(names, zip(*found, strict=True), strict=True):
+            for name, delta in zip(player, deltas, strict=True):
+                self._move(name, self._stepped(name, delta))
+
+    def descend_each(self, names: Names, steps: Tensor) -> None:
+        """:meth:`descend_steps` of players that are computed together, from ``(L, m, n)``."""
+        for k, player in enumerate(names):
+            self.descend_steps("dual", (player,), (steps[k : k + 1],))
 
     def _plain(self, player: tuple[str, ...]) -> bool:
         """Whether a linear layer's step is ``μ v - M⁻¹ ĝ``, and a product in its own precision can make it."""

@@ -1,0 +1,66 @@
+"""Small layers of one shape, computed together at the end of the backward sweep: one product for all of them.
+
+In the joint step ``Λ_0 = Λ_T + Σ Γ`` and ``y_0 = y_T - Σ s`` are sums over players, in any order. A group of L players
+is written down as one layer of L groups (``kernels/coordinates.py``), at a place of its own behind the first stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gtddp_compile.graph import Player
+from gtddp_compile.lowering.builder import Builder
+from gtddp_compile.lowering.instructions import Apply, Function, Var, total
+
+
+def counted(b: Builder) -> None:
+    """``Γ`` and ``s`` of every group of layers, and their sums; the figures of each layer are for ``diagnostics``."""
+    found = [_group(b, number, players) for number, players in enumerate(b.plan.alike)]
+    if b.drifts:
+        b.emit("backward", 0, "s_alike", "=", total([_over_layers("wide", moved) for _, moved in found]),
+               note="gamma M^-1 l")  # fmt: skip
+    b.emit("backward", 0, "gamma_alike", "alike_sum", *(Var(grams) for grams, _ in found),
+           note="Gamma = sum over their players")  # fmt: skip
+
+
+def _over_layers(function: str, variable: str) -> Apply:
+    return Apply(function, (Apply(".sum()", (Var(variable), 0)),))
+
+
+def _group(b: Builder, number: int, players: tuple[Player, ...]) -> tuple[str, str]:
+    """Variables of every layer's ``Γ`` and ``s``."""
+    names, x, g, seen, maps, rate, drift, mu, moved, grams = (
+        f"{name}_{number}"
+        for name in ("alike", "x_alike", "g_alike", "seen_alike", "maps_alike", "metric_alike", "drift_alike",
+                     "mu_alike", "moved_alike", "gammas_alike")
+    )  # fmt: skip
+    coordinates, uses = f"coordinates_alike_{number}", [b.uses(player.name)[0] for player in players]
+    inputs = tuple(b.operand(use.operands[0]) for use in uses)
+    gradients = tuple(Var(b.g_output(use.op)) for use in uses)
+    b.emit("backward", 0, names, "=", tuple(player.parameters for player in players), note="layers of one shape")
+    b.emit("backward", 0, (x, g), "alike_rows", inputs, gradients, any(uses[0].wants[1:]), note="rows")
+    rows = Apply("Layer", ((Var(x),), Apply("scale", (Var(g), Var(b.alpha(0)))), (), ()))
+    b.emit("backward", 0, seen, "Rows", Function("made_rows"), rows, note="rows, V_h")
+    b.emit("backward", 0, (), "m.observe_alike", 0, "dual", Var(names), (Var(seen),), Var("start"),
+           note="A = E[x x^T], B = E[V_h V_h^T] of each")  # fmt: skip
+    b.emit("backward", 0, maps, "m.alike_inverses", Var(names), note="A^-1, B^-1")
+    b.emit("backward", 0, coordinates, "dual_coordinates", Var(x), Var(g), Var(maps), note="x, g, x A^-1, g B^-1")
+    b.emit("backward", 0, rate, "m.alike_rates", Var(names), note="M^-1 = lr A^-1 x B^-1")
+    figures: dict[str, Any] = {}
+    if b.drifts:
+        b.emit("backward", 0, (drift, mu), "m.last_steps", Var(names), note="v and mu: M^-1 l_u = -mu v")
+        b.emit("backward", 0, moved, "alike_along", Var(coordinates), Var(drift), Var(mu), note="gamma M^-1 l of each")
+        figures["drift"] = Var(moved)
+    b.emit("backward", 0, grams, "alike_grams", Var(coordinates), Var(rate), Var(b.rows), note="gamma M^-1 gamma^T")
+    figures |= {"gammas": Var(grams), "players": tuple((player.stage, player.name) for player in players)}
+    kept: dict[str, Any] = {names: figures}
+    b.emit("backward", 0, (), "m.keep", 0, **kept)
+    return grams, moved
+
+
+def updated(b: Builder, weights: str) -> None:
+    """The step of every group."""
+    for number, _ in enumerate(b.plan.alike):
+        drift = (Var(f"drift_alike_{number}"), Var(f"mu_alike_{number}")) if b.drifts else ()
+        b.emit("joint", 0, (), "m.descend_alike", Var(f"alike_{number}"), Var(f"coordinates_alike_{number}"),
+               Var(weights), *drift, note="delta_u = -M^-1 (C w + l)")  # fmt: skip
