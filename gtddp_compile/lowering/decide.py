@@ -19,9 +19,9 @@ from gtddp_compile.lowering.uses import Use, describe_use
 METRICS = ("spherical", "diagonal", "turned", "turned diagonal")
 """Curvatures whose Gram matrices are made player by player from parameters' own metrics."""
 
-TOGETHER = 2**20
-"""Multiplications of a layer's product, batch by inputs by outputs, up to which it is computed with those alike: it
-takes less time than being called (docs/performance.md#layers-alike).
+TOGETHER = 2**23
+"""Multiplications of a layer's product, batch by inputs by outputs, up to which it is computed with those alike
+(docs/performance.md#layers-alike): of larger ones the copies cost what the calls did.
 """
 
 

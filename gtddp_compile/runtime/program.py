@@ -261,6 +261,8 @@ class UpdateProgram:
         if layer.block.kind != "parameters":
             together = ", ".join(other.name for other in layer.block.players if other != layer.player)
             yield f"{layer.block.kind} metric" + (f" with {together} ({layer.block.why})" if together else "")
+        if layer.alike:
+            yield f"one product with {len(layer.alike) - 1} alike"
 
 
 class StageNotes(Mapping[int, str]):

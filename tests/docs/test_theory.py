@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gtddp_compile import MonteCarlo, compile_optimizer
 from gtddp_compile.algebra.elimination import cooperative_gains
@@ -118,6 +119,8 @@ def programs() -> Iterator[UpdateProgram]:
     for name, options in (*wanted, ("attention_block", {}), ("embedding_mlp", {}), ("unet_like", OPTIONS["recompute"])):
         given = EXAMPLES[name]()
         yield compile_optimizer(given.model, given.inputs, loss=loss, **options).program
+    equal = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    yield compile_optimizer(equal, torch.zeros(5, 4), loss=loss).program
 
 
 def test_every_symbol_that_is_printed_is_in_the_table() -> None:
