@@ -29,33 +29,35 @@ def _over_layers(function: str, variable: str) -> Apply:
 
 def _group(b: Builder, number: int, players: tuple[Player, ...]) -> tuple[str, str]:
     """Variables of every layer's ``Γ`` and ``s``."""
-    names, x, g, seen, maps, rate, drift, mu, moved, grams = (
-        f"{name}_{number}"
-        for name in ("alike", "x_alike", "g_alike", "seen_alike", "maps_alike", "metric_alike", "drift_alike",
-                     "mu_alike", "moved_alike", "gammas_alike")
-    )  # fmt: skip
-    coordinates, uses = f"coordinates_alike_{number}", [b.uses(player.name)[0] for player in players]
+
+    def own(name: str) -> str:
+        return f"{name}alike_{number}"
+
+    def emit(writes: str | tuple[str, ...], function: str, *args: Any, note: str = "", **kwargs: Any) -> None:
+        b.emit("backward", 0, writes, function, *args, note=note, **kwargs)
+
+    uses, names = [b.uses(player.name)[0] for player in players], Var(own(""))
+    x, g, seen, coordinates = (Var(own(name)) for name in ("x_", "g_", "seen_", "coordinates_"))
+    emit(own(""), "=", tuple(player.parameters for player in players), note="layers of one shape")
     inputs = tuple(b.operand(use.operands[0]) for use in uses)
     gradients = tuple(Var(b.g_output(use.op)) for use in uses)
-    b.emit("backward", 0, names, "=", tuple(player.parameters for player in players), note="layers of one shape")
-    b.emit("backward", 0, (x, g), "alike_rows", inputs, gradients, any(uses[0].wants[1:]), note="rows")
-    rows = Apply("Layer", ((Var(x),), Apply("scale", (Var(g), Var(b.alpha(0)))), (), ()))
-    b.emit("backward", 0, seen, "Rows", Function("made_rows"), rows, note="rows, V_h")
-    b.emit("backward", 0, (), "m.observe_alike", 0, "dual", Var(names), (Var(seen),), Var("start"),
-           note="A = E[x x^T], B = E[V_h V_h^T] of each")  # fmt: skip
-    b.emit("backward", 0, maps, "m.alike_inverses", Var(names), note="A^-1, B^-1")
-    b.emit("backward", 0, coordinates, "dual_coordinates", Var(x), Var(g), Var(maps), note="x, g, x A^-1, g B^-1")
-    b.emit("backward", 0, rate, "m.alike_rates", Var(names), note="M^-1 = lr A^-1 x B^-1")
-    figures: dict[str, Any] = {}
+    emit((x.name, g.name), "alike_rows", inputs, gradients, any(uses[0].wants[1:]), note="rows")
+    rows = Apply("Layer", ((x,), Apply("scale", (g, Var(b.alpha(0)))), (), ()))
+    emit(seen.name, "Rows", Function("made_rows"), rows, note="rows, V_h")
+    emit((), "m.observe_alike", 0, "dual", names, (seen,), Var("start"), note="A = E[x x^T], B = E[V_h V_h^T] of each")
+    emit(own("maps_"), "m.alike_inverses", names, note="A^-1, B^-1")
+    emit(coordinates.name, "dual_coordinates", x, g, Var(own("maps_")), note="x, g, x A^-1, g B^-1")
+    emit(own("metric_"), "m.alike_rates", names, note="M^-1 = lr A^-1 x B^-1")
+    figures: dict[str, Any] = {"players": tuple((player.stage, player.name) for player in players)}
     if b.drifts:
-        b.emit("backward", 0, (drift, mu), "m.last_steps", Var(names), note="v and mu: M^-1 l_u = -mu v")
-        b.emit("backward", 0, moved, "alike_along", Var(coordinates), Var(drift), Var(mu), note="gamma M^-1 l of each")
-        figures["drift"] = Var(moved)
-    b.emit("backward", 0, grams, "alike_grams", Var(coordinates), Var(rate), Var(b.rows), note="gamma M^-1 gamma^T")
-    figures |= {"gammas": Var(grams), "players": tuple((player.stage, player.name) for player in players)}
-    kept: dict[str, Any] = {names: figures}
-    b.emit("backward", 0, (), "m.keep", 0, **kept)
-    return grams, moved
+        last = own("drift_"), own("mu_")
+        emit(last, "m.last_steps", names, note="v and mu: M^-1 l_u = -mu v")
+        emit(own("moved_"), "alike_along", coordinates, *map(Var, last), note="gamma M^-1 l of each")
+        figures["drift"] = Var(own("moved_"))
+    emit(own("gammas_"), "alike_grams", coordinates, Var(own("metric_")), Var(b.rows), note="gamma M^-1 gamma^T")
+    figures["gammas"] = Var(own("gammas_"))
+    emit((), "m.keep", 0, **{names.name: figures})
+    return own("gammas_"), own("moved_")
 
 
 def updated(b: Builder, weights: str) -> None:

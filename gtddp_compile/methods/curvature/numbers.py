@@ -50,9 +50,9 @@ def counted(count: Tensor) -> Tensor:
     """A 0-d count and one more. Where reading it waits for no device it is made of the number: an addition of 0-d
     tensors takes three times as long, and a step counts several times a parameter.
     """
-    if torch.compiler.is_compiling() or type(count) is not Tensor or count.device.type != "cpu":
+    if torch.compiler.is_compiling() or type(count) is not Tensor or not count.is_cpu:
         return count + 1  # of a tensor that torch.export follows there is no number
-    return torch.full((), float(count) + 1, dtype=count.dtype, device=count.device)
+    return torch.scalar_tensor(float(count) + 1, dtype=count.dtype)
 
 
 def zeros(param: Tensor, *keys: str) -> dict[str, Tensor]:
