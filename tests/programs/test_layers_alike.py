@@ -65,9 +65,7 @@ def case(model: Callable[[], nn.Module] = Deep) -> Case:
         return tuple(torch.randn(size, n, generator=generator, dtype=torch.float64) for n in (3, 2))
 
     torch.manual_seed(0)
-    found = Case(model().double(), [], {}, SQUARES)
-    object.__setattr__(found, "batch", batch)
-    return found
+    return Case(model().double(), loss=SQUARES, draw=batch)
 
 
 def groups(program: UpdateProgram) -> list[set[str]]:
