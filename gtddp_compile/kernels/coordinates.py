@@ -135,16 +135,20 @@ def alike_along(coordinates: Coordinates, last: Sequence[Tensor] | None, mu: flo
 def alike_carried(
     coordinates: Coordinates, weights: Tensor, last: Sequence[Tensor], mu: float, rate: Tensor | float
 ) -> tuple[tuple[Tensor, ...], ...]:
-    """:func:`dual_carried` of every layer: ``L`` weights and, where they are trained, biases."""
+    """:func:`dual_carried` of every layer: ``L`` weights and, where they are trained, biases.
+
+    ``last``, a copy side by side of what layers have, is written over: one matrix of all weights less.
+    """
     _, _, x, g = coordinates
     g = g * weights.to(g.dtype).unsqueeze(1)
     if isinstance(rate, Tensor):
         g, rate = g * rate, 1.0
     (weight, *bias), g = last, g.mT
     width = weight.shape[2]
-    found = [torch.baddbmm(weight, g, x[..., :width], beta=mu, alpha=-rate)]
-    found += [torch.baddbmm(own.unsqueeze(2), g, x[..., width:], beta=mu, alpha=-rate).squeeze(2) for own in bias]
-    return tuple(part.unbind() for part in found)
+    weight.baddbmm_(g, x[..., :width], beta=mu, alpha=-rate)
+    for own in bias:
+        own.unsqueeze(2).baddbmm_(g, x[..., width:], beta=mu, alpha=-rate)
+    return tuple(part.unbind() for part in last)
 
 
 def dual_step(coordinates: Coordinates, weights: Tensor) -> Tensor:

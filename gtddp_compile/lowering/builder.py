@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import itertools
 import keyword
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,11 +36,16 @@ RESERVED = frozenset(
     | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
     | {"factors", "refuse_negative", "BlockUpdates", "LOSS", "RANK"}
     | {"ranks", "samples", "information_own", "y_all", "w_all", "w_capped_all", "lambda_all"}
-    | {"lambda_reached", "information_reached", "early", "late_aim"}
-    | {"lambda_alike", "y_alike", "s_alike", "gamma_alike"}
+    | {"lambda_reached", "information_reached", "early", "late_aim", "information", "products", "w_capped"}
+    | {f"{name}_alike" for name in ("lambda", "y", "s", "gamma", "factor", "lifted")}
 )
 PREFIXES = ("stage_", "player_", "prologue", "layer_")
 """Of the program's own functions and layers."""
+NUMBERED = re.compile(
+    r"(alpha|c|clipped|columns|cross|diagonal|factor|fall|gamma|lambda|lifted|moved|own|rho|root|s|system|w|y)_\d+"
+    r"|(\w+_)?alike_\d+|lambda|w"
+)
+"""The program's own variables of a stage, or of a group of layers that are computed together."""
 
 
 @dataclass
@@ -118,7 +124,8 @@ class Builder:
     def name(self, qualified: str) -> str:
         """The identifier of a qualified name, the same every time."""
         if qualified not in self._names:
-            ours = qualified.replace(".", "_").startswith(PREFIXES)
+            plain = qualified.replace(".", "_")
+            ours = plain.startswith(PREFIXES) or NUMBERED.fullmatch(plain)
             found = identifier(f"v_{qualified}" if ours else qualified, self._is_taken)
             self._taken.add(found)
             self._names[qualified] = found

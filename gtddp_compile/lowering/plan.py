@@ -234,7 +234,7 @@ class Plan(Asked):
 
     @property
     def alike(self) -> tuple[tuple[Player, ...], ...]:
-        """Players that are computed together, from the last stage to the first."""
+        """Groups of players that are computed together, each from its last stage to its first."""
         groups = dict.fromkeys(layer.alike for layer in self.layers.values() if layer.alike)
         return tuple(tuple(self.layers[name].player for name in group) for group in groups)
 

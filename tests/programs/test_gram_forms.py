@@ -186,3 +186,26 @@ def test_statistics_and_grams_of_layers_over_positions(
     """From per-sample gradients, a row, some rows, or all at a time."""
     monkeypatch.setattr(linear, "CHUNK", piece)
     assert_equal(tokens(), size=4, curvature=curvature, lr=5e-3, coupling=3)
+
+
+class OneWeight(nn.Module):
+    """Two layers with one weight, and a bias of its own each (or none, one, the same)."""
+
+    def __init__(self, biases: str) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4, biases != "the first's"), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+        if biases == "the same":
+            self.second.bias = self.first.bias
+        self.first.bias.requires_grad_(biases != "the second's")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("biases", ["two", "the same", "the first's", "the second's"])
+@pytest.mark.parametrize("curvature", ["sgd", "rmsprop", "foof"])
+def test_the_bias_of_a_use_is_its_own(curvature: str, biases: str) -> None:
+    """A weight's Gram matrix has the bias of those uses alone that share it."""
+    torch.manual_seed(0)
+    assert_equal(Case(OneWeight(biases).double(), (4,)), curvature=curvature, lr=0.05)

@@ -1,6 +1,7 @@
 """Small layers of one shape are one product in the joint step: what each alone would have been."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,13 @@ class Deep(nn.Module):
         return self.last(torch.tanh(self.square[2](x)) - torch.relu(self.square[3](x)))
 
 
-def case(model: type[nn.Module] = Deep) -> Case:
+def case(model: Callable[[], nn.Module] = Deep) -> Case:
     def batch(seed: int, size: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         return tuple(torch.randn(size, n, generator=generator, dtype=torch.float64) for n in (3, 2))
 
     torch.manual_seed(0)
-    found = Case(model().double(), [], {}, SQUARES)
-    object.__setattr__(found, "batch", batch)
-    return found
+    return Case(model().double(), loss=SQUARES, draw=batch)
 
 
 def groups(program: UpdateProgram) -> list[set[str]]:
@@ -186,3 +185,27 @@ def test_low_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> N
         found.append(losses)
     torch.testing.assert_close(*found, rtol=2e-2, atol=0)
     assert found[0][-1] < found[0][0]
+
+
+class Named(nn.Module):
+    """A layer with any name, whose value is read by one of another group and by one that is computed alone."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.entry, self.last, self.norm = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2), nn.LayerNorm(WIDTH)
+        self.add_module(name, nn.Linear(WIDTH, WIDTH))
+        self.name, self.square = name, nn.Linear(WIDTH, WIDTH)
+        self.bare = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x = self.get_submodule(self.name)(self.entry(x))
+        for layer in (*self.bare, self.square):
+            x = torch.tanh(layer(x))
+        return self.last(x * self.norm(first))
+
+
+@pytest.mark.parametrize("name", ["alike_0", "x_alike_0", "coordinates_alike_0", "information", "y_2", "lambda"])
+def test_modules_named_as_variables_of_the_program(name: str) -> None:
+    given = case(lambda: Named(name))
+    run = assert_equal(given, steps=2, loss=SQUARES, curvature="foof", inertia=0.5, lookahead=0.0)
+    assert len(groups(run.optimizer.program)) == 2

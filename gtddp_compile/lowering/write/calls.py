@@ -142,7 +142,7 @@ def gram(b: Builder, t: int, player: Player, metric: str, given: Var | None = No
         found = [operands(b, use) for use in uses]
         inputs = tuple(item(v, 0) if isinstance(v, Var) else v[0] for v in found)
         rest = tuple(Var(b.g_output(use.op)) for use in uses[1:])
-        said = tuple((use.rule.prefix == "transposed", use.params[1] is not None) for use in uses)
+        said = tuple((use.rule.prefix == "transposed", use.wants[1]) for use in uses)
         joined, of_all = bundle(b, uses[0], (*inputs, *rest)), f"{note} of all uses"
         if b.plan.gram == "nystrom":
             whole = f"all_{b.identity(player)}"
