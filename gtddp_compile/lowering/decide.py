@@ -24,6 +24,9 @@ TOGETHER = 2**23
 (docs/performance.md#layers-alike): of larger ones the copies cost what the calls did.
 """
 
+SAMPLES_TOGETHER = 256
+"""Largest batch of it: every layer's matrices over samples are there at once."""
+
 
 def plan_layers(plan: Plan) -> dict[str, LayerPlan]:
     """The layer of every player, by name."""
@@ -55,7 +58,7 @@ def _shape_key(plan: Plan, layer: LayerPlan) -> Hashable:
         return None
     if use.rule.prefix != "linear" or use.layouts or use.function is not None or layer.watched:
         return None
-    if shape.weighted > TOGETHER:
+    if shape.weighted > TOGETHER or shape.output[0] > SAMPLES_TOGETHER:
         return None
     return tuple((infos[name].shape, infos[name].dtype) for name in use.names), use.wants
 

@@ -17,14 +17,14 @@ def counted(b: Builder) -> None:
     """``Γ`` and ``s`` of every group of layers, and their sums; the figures of each layer are for ``diagnostics``."""
     found = [_group(b, number, players) for number, players in enumerate(b.plan.alike)]
     if b.drifts:
-        b.emit("backward", 0, "s_alike", "=", total([_over_layers("wide", moved) for _, moved in found]),
+        b.emit("backward", 0, "s_alike", "=", total([_over_layers(moved) for _, moved in found]),
                note="gamma M^-1 l")  # fmt: skip
     b.emit("backward", 0, "gamma_alike", "alike_sum", *(Var(grams) for grams, _ in found),
            note="Gamma = sum over their players")  # fmt: skip
 
 
-def _over_layers(function: str, variable: str) -> Apply:
-    return Apply(function, (Apply(".sum()", (Var(variable), 0)),))
+def _over_layers(variable: str) -> Apply:
+    return Apply("wide", (Apply(".sum()", (Var(variable), 0)),))
 
 
 def _group(b: Builder, number: int, players: tuple[Player, ...]) -> tuple[str, str]:
