@@ -56,7 +56,8 @@ def _group(b: Builder, number: int, players: tuple[Player, ...]) -> tuple[str, s
         figures["drift"] = Var(own("moved_"))
     emit(own("gammas_"), "alike_grams", coordinates, Var(own("metric_")), Var(b.rows), note="gamma M^-1 gamma^T")
     figures["gammas"] = Var(own("gammas_"))
-    emit((), "m.keep", 0, **{names.name: figures})
+    kept: dict[str, Any] = {names.name: figures}
+    emit((), "m.keep", 0, **kept)
     return own("gammas_"), own("moved_")
 
 
