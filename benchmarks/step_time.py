@@ -248,8 +248,12 @@ def write_table(known: dict[str, list[str]], threads: int, clock: str) -> None:
         "with `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` so high that freed memory is kept for the next "
         "step (peak memory without). The aim for peak memory is 1.25 everywhere.\n\n"
     )
-    rows = [(*row[:8], _aim(key), row[8]) for key, row in in_order(known).items()]
-    write_section("step time", "## One step\n\n" + text + markdown(HEADER, rows))
+    write_section("step time", "## One step\n\n" + text + table(known))
+
+
+def table(known: dict[str, list[str]]) -> str:
+    """Every case that was measured."""
+    return markdown(HEADER, [(*row[:8], _aim(key), row[8]) for key, row in in_order(known).items()])
 
 
 def _aim(key: str) -> str:

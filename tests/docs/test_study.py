@@ -1,11 +1,15 @@
 """The pages of the study say what the rows of ``benchmarks/study.csv`` say."""
 
+import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PERFORMANCE = DOCS / "performance.md"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,3 +61,53 @@ def test_an_interval_holds_what_it_is_of():
     assert ratio(mine, theirs) == "2.00 (2.00–2.00)"
     mine[3].seconds_to = float("inf")
     assert ratio(mine, theirs) == "reached / not"
+
+
+def sections(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
+    """What a script writes into which page from its committed rows; it measures nothing."""
+    script, found = importlib.import_module(name), []
+
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError(f"{name}.csv lacks rows: run benchmarks/{name}.py")
+
+    monkeypatch.setattr(script, "run", measured, raising=False)
+    if hasattr(script, "keep_heap"):
+        monkeypatch.setattr(script, "keep_heap", lambda: None)
+    monkeypatch.setattr(script, "write_section", lambda _, text, path=PERFORMANCE: found.append((path, text)))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    getattr(script, how)()
+    return found
+
+
+@pytest.mark.parametrize("name", ["depth", "first_steps", "lookahead", "fuzz", "faults"])
+def test_a_section_is_written_from_the_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sections(name, "page" if name in ("fuzz", "faults") else "main", monkeypatch)
+    assert found
+    for page, text in found:
+        assert text.strip() in page.read_text(encoding="utf-8"), f"run benchmarks/{name}.py"
+
+
+def test_pages_are_written_from_their_rows(tmp_path: Path) -> None:
+    import alike
+    import coverage_report
+    import metrics
+    import mutation
+    import physics
+    import step_time
+
+    kept = json.loads((ROOT / "benchmarks/coverage.json").read_text(encoding="utf-8"))
+    coverage_report.write_report(tmp_path / "coverage.md", kept)
+    mutants = [mutation.Row(**{**r, "seed": int(r["seed"]), "number": int(r["number"])})
+               for r in alike.read_rows(mutation.KEPT)]  # fmt: skip
+    timed = json.loads(step_time.RESULTS.read_text(encoding="utf-8"))
+    found = {
+        "coverage.md": (tmp_path / "coverage.md").read_text(encoding="utf-8"),
+        "mutation.md": mutation.page(mutants, len(mutants), mutants[0].seed),
+        "physics.md": physics.table(physics.load()),
+        "research.md": metrics.section(metrics.load(metrics.RAW)),
+        "performance.md": physics.csv_table(alike.ROWS) + "\n" + step_time.table(timed),
+    }
+    for name, text in found.items():
+        page = (DOCS / name).read_text(encoding="utf-8").splitlines()
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        assert len(lines) > 10 and not set(lines) - set(page), f"write {name} again"
