@@ -16,6 +16,7 @@ Takes the derivations and the collapsed form; guarantees a :class:`Plan` in whic
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from gtddp_compile.algebra.collapsed import CollapsedForm
 from gtddp_compile.algebra.derivation import Equation
@@ -126,15 +127,17 @@ def without_decay(form: CollapsedForm) -> CollapsedForm:
 
     Where the linear term is kept apart, the drift still has the ordinary gradient in it.
     """
-    zero = {"l"} if form.factored else {"s", "l"}
-
-    def clean(equation: Equation) -> Equation:
-        gone = {symbol: 0 * symbol for symbol in equation.expression.free_symbols if str(symbol) in zero}
-        return replace(equation, expression=equation.expression.subs(gone).doit())
-
-    backward = {name: clean(equation) for name, equation in form.backward.items()}
-    forward = {name: clean(equation) for name, equation in form.forward.items()}
+    zero = ("l",) if form.factored else ("s", "l")
+    backward = {name: _without(zero, equation) for name, equation in form.backward.items()}
+    forward = {name: _without(zero, equation) for name, equation in form.forward.items()}
     return replace(form, backward=backward, forward=forward)
+
+
+@cache
+def _without(zero: tuple[str, ...], equation: Equation) -> Equation:
+    """The equation where symbols are zero; forms of every network share their equations."""
+    gone = {symbol: 0 * symbol for symbol in equation.expression.free_symbols if str(symbol) in zero}
+    return replace(equation, expression=equation.expression.subs(gone).doit())
 
 
 def _describe(

@@ -5,6 +5,7 @@ gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from sympy import Expr, MatrixExpr, MatrixSymbol, Symbol
@@ -108,4 +109,9 @@ class CollapsedForm:
     def said(self) -> list[Equation]:
         """The equations of both sweeps, those left out that say nothing (``y = y'`` without weight decay)."""
         found = [*self.backward.values(), *self.forward.values()]
-        return [equation for equation in found if str(equation.expression) != f"{equation.symbol}'"]
+        return [equation for equation in found if not _says_nothing(equation)]
+
+
+@cache
+def _says_nothing(equation: Equation) -> bool:
+    return bool(str(equation.expression) == f"{equation.symbol}'")

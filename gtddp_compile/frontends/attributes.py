@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import enum
 import functools
+import operator
 import pickle
 import random
 import sys
@@ -226,10 +227,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
     own += [value for held in own for value in held.values() if isinstance(value, dict | list | set)]
     undo = [_undo(value) for value in (*own, *reader.held, *generators().values())]
     undo += [_undo_class(kind) for kind in {k for m in model.modules() for k in _classes(type(m))}]
-    with ExitStack() as stack:  # which goes on where one is interrupted
-        for put_back in undo:
-            stack.callback(put_back)
+    calls = map(operator.methodcaller("__call__"), reversed(undo))
+    with ExitStack() as stack:  # a callback for each of them takes longer than they do
+        stack.callback(_make_all, calls)
+        stack.callback(_make_all, calls)  # an interrupt before the first call of the other
         yield
+
+
+def _make_all(calls: Iterator[None]) -> None:
+    """Make the calls that are left; where one is interrupted, those after it too."""
+    try:
+        deque(calls, maxlen=0)
+    except BaseException:
+        _make_all(calls)
+        raise
 
 
 def _undo(held: Any) -> Callable[[], None]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
@@ -82,7 +84,8 @@ def trace_derivatives(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
         return found
 
     try:
-        with _quiet():
+        # Without a mode in sight, ``make_fx`` makes one for every value that it notes: half of its time.
+        with _quiet(), tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
             recorded = make_fx(run)(*given)
             recorded.graph.eliminate_dead_code()
             again = functionalize(_Again(recorded, where).again, remove="mutations")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gtddp_compile.frontends.changes import Change, changes, decide, keep_own, lies_as
 from gtddp_compile.frontends.orders import Orders, is_sound, operations, order_after
-from gtddp_compile.frontends.reference import SEED, descending, evaluate, leaves, only_moves
+from gtddp_compile.frontends.reference import SEED, descending, evaluate, leaves, only_moves, seed_all
 from gtddp_compile.frontends.traced import Untraceable
 from gtddp_compile.frontends.trials import FAILED, Trial, is_stopped, like, nudged, trials
 from gtddp_compile.graph import GUARD, Op, OpGraph, ParamRef
@@ -231,7 +231,7 @@ def _evaluate(
     if op.kind == GUARD:  # the operations that were recorded are asked, not whether a step would take them
         return None
     if op.random:
-        torch.manual_seed(SEED)
+        seed_all(SEED)
     try:
         return descending(op, evaluate(op, values, params, buffers))
     except Untraceable:

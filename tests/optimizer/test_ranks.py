@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from gtddp_compile import CompileError, Geometric, Nystrom, compile_optimizer
 from gtddp_compile.methods.curvature import REGISTRY
+from support.once import folder_of_all, once
 from support.ranked import Case, counted, differences, late, of_graphs, on_ranks, refusals, whole, wrapped
 from support.sharded import REFUSED_SHARDS, RESUMED, apart, between_steps, refused_shards, resumed
 
@@ -69,16 +70,19 @@ WRAPPED = Case("conv", {"curvature": "foof"}, (2, 2))
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    jobs = {"differences": (differences, PAIRS), "counted": (counted, COUNTED), "wrapped": (wrapped, WRAPPED),
-            "refusals": (refusals, REFUSED), "graphs": (of_graphs, ((3, 5, 2), (7, 4))),
-            "apart": (apart, DIVIDED), "between": (between_steps, None),
-            "resumed": (resumed, tmp_path_factory.mktemp("resumed")), "shards": (refused_shards, None)}  # fmt: skip
-    return on_ranks(2, jobs, tmp_path_factory.mktemp("two"))
+    def made(folder: Path) -> list[Any]:
+        jobs = {"differences": (differences, PAIRS), "counted": (counted, COUNTED), "wrapped": (wrapped, WRAPPED),
+                "refusals": (refusals, REFUSED), "graphs": (of_graphs, ((3, 5, 2), (7, 4))),
+                "apart": (apart, DIVIDED), "between": (between_steps, None),
+                "resumed": (resumed, folder), "shards": (refused_shards, None)}  # fmt: skip
+        return on_ranks(2, jobs, folder)
+
+    return once(folder_of_all(tmp_path_factory, "two"), made)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("four")
+    return folder_of_all(tmp_path_factory, "four")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def four(folder: Path) -> list[Any]:
         "counted": (counted, COUNTED_FOUR),
         "late": (late, WRAPPED),
     }
-    return on_ranks(4, jobs, folder)
+    return once(folder, lambda folder: on_ranks(4, jobs, folder))  # type: ignore[no-any-return]
 
 
 def of(ranks: list[Any], job: str, name: str) -> list[Any]:

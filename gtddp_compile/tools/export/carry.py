@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 from gtddp_compile import kernels
@@ -214,19 +214,21 @@ def _not_carried(name: str, why: str) -> CompileError:
 # --- text and syntax --------------------------------------------------------------------------------------------------
 
 
-def names_in(text: str) -> set[str]:
+@lru_cache(maxsize=1024)  # of our own text, which all modules carry; that of programs comes and goes
+def names_in(text: str) -> frozenset[str]:
     """Every plain name in a text of statements."""
-    return {node.id for node in ast.walk(ast.parse(_dedent(text))) if isinstance(node, ast.Name)}
+    return frozenset(node.id for node in ast.walk(ast.parse(_dedent(text))) if isinstance(node, ast.Name))
 
 
 def _called(methods: list[ast.FunctionDef]) -> frozenset[str]:
     """Attributes of ``self`` that the methods use."""
-    found = set()
-    for method in methods:
-        for node in ast.walk(method):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-                found.add(node.attr)
-    return frozenset(found - {CHECK})
+    return frozenset().union(*map(_called_by, methods)) - {CHECK}
+
+
+@cache
+def _called_by(method: ast.FunctionDef) -> frozenset[str]:
+    attributes = (node for node in ast.walk(method) if isinstance(node, ast.Attribute))
+    return frozenset(a.attr for a in attributes if isinstance(a.value, ast.Name) and a.value.id == "self")
 
 
 def _reachable(chain: list[ast.ClassDef], members: frozenset[str]) -> list[ast.FunctionDef]:
@@ -267,16 +269,18 @@ def _documentation(node: ast.ClassDef) -> str:
 
 def _without_checks(source: Source, statements: tuple[ast.stmt, ...]) -> str:
     """The statements' text without bare calls of compile-time checks and without notes to type checkers."""
-    dropped = {
-        line
-        for statement in statements
-        for node in _bare_calls(statement)
-        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-    }
+    dropped = frozenset().union(*map(_checking, statements))
     first, last = statements[0], statements[-1]
     start = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", ()))])
     numbered = range(start, (last.end_lineno or last.lineno) + 1)
     return COMMENT.sub("", "\n".join(source.lines[number - 1] for number in numbered if number not in dropped))
+
+
+@cache
+def _checking(statement: ast.stmt) -> frozenset[int]:
+    """Lines of the statement's bare calls of compile-time checks."""
+    bare = _bare_calls(statement)
+    return frozenset(line for n in bare for line in range(n.lineno, (n.end_lineno or n.lineno) + 1))
 
 
 def _bare_calls(statement: ast.stmt) -> Iterator[ast.stmt]:

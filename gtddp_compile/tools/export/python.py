@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -270,6 +271,7 @@ def _with_group_size(rows: Any) -> Any:
     return rows if rows is None else Var("GROUP_SIZE")
 
 
+@cache
 def _equation(equation: Equation) -> str:
     said = f"{equation.symbol} = {equation.expression}".replace("**(-1)", "^-1").replace("*", " ")
     return f"{said:<48}({equation.source})"
