@@ -5,6 +5,7 @@ python benchmarks/summary.py        rewrites the section between README.md's mar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from common import DOCS, write_section
@@ -28,10 +29,19 @@ class Row:
     rival: str
     time: tuple[float, ...]
     steps: tuple[float, ...]
+    ahead: bool
 
     def words(self) -> tuple[str, str]:
         """What the picture writes on the left and on the right."""
-        return f"{self.task}, {self.rival}", f"{self.time[0]:.2f}" if self.time else "not reached"
+        return (
+            f"{self.task}, {self.rival}",
+            f"{self.time[0]:.2f}" if self.time else f"{'rival' if self.ahead else 'default'} misses",
+        )
+
+    @property
+    def place(self) -> float:
+        """Where it is drawn: at the edge where a side missed the target in some seed."""
+        return self.time[0] if self.time else EDGE if self.ahead else 1 / EDGE
 
 
 def rows(runs: Runs) -> list[Row]:
@@ -40,9 +50,11 @@ def rows(runs: Runs) -> list[Row]:
     for task in RACED:
         mine, rival = final(runs, task, DEFAULT), best_rival(runs, task)
         if mine and rival is not None:
-            measures = (speedup(mine, rival[1], of) for of in ("seconds_to", "steps_to"))
-            found.append(Row(task.name, rival[0].name.removeprefix("torch "), *measures))
-    return sorted(found, key=lambda row: row.time[:1] or (EDGE,), reverse=True)
+            time, steps = (speedup(mine, rival[1], of) for of in ("seconds_to", "steps_to"))
+            arrives = all(math.isfinite(run.seconds_to) for run in mine)
+            ahead = time[0] > 1 if time else arrives
+            found.append(Row(task.name, rival[0].name.removeprefix("torch "), time, steps, ahead))
+    return sorted(found, key=lambda row: row.place, reverse=True)
 
 
 def draw(found: list[Row]) -> None:
@@ -55,13 +67,12 @@ def draw(found: list[Row]) -> None:
     axes = figure.subplots()
     axes.axvline(1, color="#5c6878", lw=1)
     for place, row in enumerate(found):
-        time = row.time or (EDGE,)
-        colour = "#c2185b" if time[0] >= 1 else "#5c6878"
-        axes.plot(time[1:], [place] * len(time[1:]), color=colour, lw=2, alpha=0.45)
+        colour = "#c2185b" if row.ahead else "#5c6878"
+        axes.plot(row.time[1:], [place] * len(row.time[1:]), color=colour, lw=2, alpha=0.45)
         axes.plot(
-            time[0],
+            row.place,
             place,
-            ">" if not row.time else "o",
+            "o" if row.time else ">" if row.ahead else "<",
             color=colour,
             label="processor time" if place == len(found) - 1 else None,
         )
@@ -93,9 +104,9 @@ def claim(runs: Runs) -> str:
     assert rival is not None
     name, theirs = rival[0].name.removeprefix("torch "), rival[1]
     took = [making(final(runs, TASKS[row.task], DEFAULT)) for row in found]
-    ahead = sum(not row.time or row.time[0] > 1 for row in found)
-    sure = sum(not row.time or row.time[-2:][0] > 1 for row in found if len(row.time) != 1)
-    lost = sum(row.time[-1] < 1 for row in found if len(row.time) == 3)
+    ahead = sum(row.ahead for row in found)
+    sure = sum(row.time[1] > 1 if row.time else row.ahead for row in found if len(row.time) != 1)
+    lost = sum(row.time[2] < 1 if row.time else not row.ahead for row in found if len(row.time) != 1)
     return (
         f"On the paper's own network, batch 128, it reaches a train loss of {task.target} in "
         f"**{median(ours, 'steps_to'):g} steps** with nothing tuned where {name} with its best "
@@ -104,8 +115,8 @@ def claim(runs: Runs) -> str:
         f"{median(ours, 'accuracy'):.1%} against {median(theirs, 'accuracy'):.1%} (seeds: {len(ours)}, medians).\n\n"
         "![How much sooner each task's target is reached than by its best tuned rival](docs/gain.svg)\n\n"
         f"Written and drawn by `benchmarks/summary.py`. In processor time it is ahead on {ahead} of {len(found)} "
-        f"tasks, on {sure} of them with the whole 95 % interval or because no rival got there; on {lost} it is behind "
-        "with the whole interval. A dot without a line is one seed. Making the step is not counted: "
+        f"tasks, on {sure} of them with the whole 95 % interval or because the best rival misses the target in some "
+        f"seed; on {lost} it is behind in that way. A dot without a line is one seed. Making the step is not counted: "
         f"{min(filter(None, took)):.1f} to {max(took):.1f} s here, as long as some of these runs "
         "([docs/time-to-target.md](docs/time-to-target.md) has both)."
     )

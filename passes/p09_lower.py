@@ -253,9 +253,8 @@ def _paper(b: Builder, stage: StagePlan, opens: dict[str, str], found: list[Obse
     b.emit("backward", t, f"moved_{t}", "=", total([Apply("wide", (part,)) for part in moved]), note="<gamma_i, k>")
     if b.factored:
         alpha = form.backward["alpha"]
-        b.emit(
-            "backward", t, f"alpha_{t}", "=", recursion_formula(b, t, alpha.expression), note=f"alpha ({alpha.source})"
-        )
+        code = recursion_formula(b, t, alpha.expression)
+        b.emit("backward", t, f"alpha_{t}", "=", code, note=f"alpha ({alpha.source})")
         shrink(b, t, [grams.block_sample_gram(b, t, block) for block in found])
         return
     diagonals = [grams.block_diagonal(b, t, block) for block in found]

@@ -88,11 +88,17 @@ def dual_gram(coordinates: Coordinates, rate: float, rows: Sequence[slice]) -> t
 
 def _dual_gram(coordinates: Coordinates, plain: bool) -> Tensor:
     """``plain``: ``B`` is the identity."""
-    x, g, mapped_x, mapped_g = coordinates
+    x, g, mapped_x, _ = coordinates
     if plain and (len(g) == 1 or g.stride(0) == 0):  # blocks of inputs have the same output gradients
         by_g = linear_inputs(g[0])
         return (mapped_x[0] @ x[0].mT if len(x) == 1 else (mapped_x @ x.mT).sum(0)).mul_(by_g)
-    return (mapped_x @ x.mT).mul_(mapped_g @ g.mT).sum(0)
+    return _dual_grams(coordinates).sum(0)
+
+
+def _dual_grams(coordinates: Coordinates) -> Tensor:
+    """``(x A⁻¹ xᵀ) ∘ (g B⁻¹ gᵀ)`` of every group, ``(G, B, B)``."""
+    x, g, mapped_x, mapped_g = coordinates
+    return (mapped_x @ x.mT).mul_(mapped_g @ g.mT)
 
 
 def alike_rows(inputs: Sequence[Tensor], gradients: Sequence[Tensor], bias: bool) -> tuple[Tensor, Tensor]:
@@ -106,11 +112,7 @@ def alike_rows(inputs: Sequence[Tensor], gradients: Sequence[Tensor], bias: bool
 
 def alike_grams(coordinates: Coordinates, rate: Tensor | float, rows: Sequence[slice]) -> tuple[Tensor, ...]:
     """:func:`dual_gram` of every layer, ``(L, b, b)`` a group of samples; ``rate``: a number, or ``(L, 1, 1)``."""
-    found = []
-    for row in rows:
-        x, g, mapped_x, mapped_g = coordinates if len(rows) == 1 else tuple(part[:, row] for part in coordinates)
-        found.append((mapped_x @ x.mT).mul_(mapped_g @ g.mT).mul_(rate))
-    return tuple(found)
+    return tuple(_dual_grams(tuple(part[:, row] for part in coordinates)).mul_(rate) for row in rows)
 
 
 def alike_sum(*grams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -133,17 +135,14 @@ def alike_along(coordinates: Coordinates, last: Sequence[Tensor] | None, mu: flo
 
 
 def alike_carried(
-    coordinates: Coordinates, weights: Tensor, last: Sequence[Tensor], mu: float, rate: Tensor | float
+    coordinates: Coordinates, weights: Tensor, last: Sequence[Tensor], mu: float, rate: float
 ) -> tuple[tuple[Tensor, ...], ...]:
     """:func:`dual_carried` of every layer: ``L`` weights and, where they are trained, biases.
 
     ``last``, a copy side by side of what layers have, is written over: one matrix of all weights less.
     """
     _, _, x, g = coordinates
-    g = g * weights.to(g.dtype).unsqueeze(1)
-    if isinstance(rate, Tensor):
-        g, rate = g * rate, 1.0
-    (weight, *bias), g = last, g.mT
+    (weight, *bias), g = last, (g * weights.to(g.dtype).unsqueeze(1)).mT
     width = weight.shape[2]
     weight.baddbmm_(g, x[..., :width], beta=mu, alpha=-rate)
     for own in bias:

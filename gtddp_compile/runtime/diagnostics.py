@@ -143,7 +143,9 @@ def with_factors(figures: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str
 
 
 def by_stage(figures: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Figures of layers that were computed together as their own stages would have kept them."""
+    """Figures of layers that were computed together, which the first stage keeps as ``alike_0``, ``alike_1``, …
+    (``lowering/write/alike.py``), as their own stages would have kept them.
+    """
     found = {index: dict(figure) for index, figure in figures.items()}
     together = [found[0].pop(key) for key in list(found.get(0, ())) if key.startswith("alike_")]
     for group in together:
