@@ -5,6 +5,7 @@ Tensors of one call travel together. Shards may differ in size: rows are padded 
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, groupby
@@ -46,7 +47,7 @@ class Ranks:
                 "process_group was given, but torch.distributed is not initialised",
                 "Call torch.distributed.init_process_group first (torchrun sets what it reads)",
             )
-        self._group: Any = dist.group.WORLD if group is None else group
+        self._own = None if group is None or group is dist.group.WORLD else weakref.ref(group)
         self.size, self.rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         if self.rank < 0:
             raise CompileError("this process is not in process_group", "Pass a group that it is in")
@@ -54,8 +55,17 @@ class Ranks:
         self.agreed: list[tuple[Lowered, int]] = []
         self.sent: dict[str, tuple[int, int]] = {}
 
+    @property
+    def _group(self) -> Any:
+        # Not held: gloo's threads end, within destroy_process_group, when nobody holds a group. Threads that are there
+        # when the interpreter ends can abort it (pytorch/pytorch#190489).
+        group = dist.group.WORLD if self._own is None else self._own()
+        if group is None:
+            raise CompileError("process_group was destroyed", "Call destroy_process_group after the last step")
+        return group
+
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._group is not dist.group.WORLD:
+        if self._own is not None:
             raise CompileError(
                 "an optimizer of a process group of one's own cannot be pickled: the group is of running processes",
                 "Save opt.state_dict() instead",

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from gtddp_compile import CompileError, Geometric, Nystrom, compile_optimizer
 from gtddp_compile.methods.curvature import REGISTRY
 from support.once import folder_of_all, once
-from support.ranked import Case, counted, differences, late, of_graphs, on_ranks, refusals, whole, wrapped
+from support.ranked import Case, counted, differences, late, left, of_graphs, on_ranks, refusals, whole, wrapped
 from support.sharded import REFUSED_SHARDS, RESUMED, apart, between_steps, refused_shards, resumed
 
 UNEVEN, FOUR = (5, 3), (3, 2, 2, 4)  # groups in one process are of one size but for the last
@@ -73,7 +73,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     def made(folder: Path) -> list[Any]:
         jobs = {"differences": (differences, PAIRS), "counted": (counted, COUNTED), "wrapped": (wrapped, WRAPPED),
                 "refusals": (refusals, REFUSED), "graphs": (of_graphs, ((3, 5, 2), (7, 4))),
-                "apart": (apart, DIVIDED), "between": (between_steps, None),
+                "apart": (apart, DIVIDED), "between": (between_steps, None), "left": (left, WRAPPED),
                 "resumed": (resumed, folder), "shards": (refused_shards, None)}  # fmt: skip
         return on_ranks(2, jobs, folder)
 
@@ -169,6 +169,10 @@ def test_a_killed_rank_ends_the_others(four: list[Any], folder: Path) -> None:
         said = (folder / f"{rank}").read_text()
         assert said.startswith(f"rank {rank} of 4: ") and "another process ended" in said
         assert said.endswith("unchanged True")
+
+
+def test_a_group_ends_before_its_optimizer(two: list[Any]) -> None:
+    assert [found["left"] for found in two] == [True, True]
 
 
 def test_without_processes() -> None:
