@@ -43,11 +43,13 @@ def conv_whitened(layer: Layer, maps: Tensor) -> Layer:
 
 
 def channel_rows(gradients: tuple[Tensor, ...], maps: Tensor) -> tuple[Tensor, ...]:
-    """``γ`` of a weight and bias in coordinates where the metric is spherical, ``γ X``."""
+    """``γ`` of a weight and bias in coordinates where the metric is spherical, ``γ X``; columns in any order."""
     weight, *bias = gradients
     samples, (groups, width, _) = weight.shape[0], maps.shape
     if weight.dim() == 3:
         return (_blockwise(weight.to(maps.dtype), maps), *bias)
+    if groups == 1:  # channels last: one product of all rows
+        return ((weight.to(maps.dtype).movedim(2, -1).reshape(-1, width) @ maps[0]).view(samples, -1), *bias)
     split = weight.to(maps.dtype).reshape(samples, groups, -1, width, weight[0, 0, 0].numel())
     return ((maps.mT.unsqueeze(1) @ split).reshape(weight.shape), *bias)
 

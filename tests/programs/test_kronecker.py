@@ -289,10 +289,12 @@ def test_the_last_step_is_added_by_the_product_that_makes_the_step(blocks: int, 
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_kept_gradients_in_whitened_channels() -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kept_gradients_in_whitened_channels(groups: int) -> None:
     """``Γ`` of them is that of a convolution of whitened inputs."""
-    x, g, params, maps = draw(3, 4, 5, 5), draw(3, 6, 5, 5), (draw(6, 2, 3, 3), draw(6)), draw(2, 2, 2)
-    layer = kernels.Layer((x,), g, params, (True, True), kernels.Geometry((1, 1), (1, 1), (1, 1), 2))
+    width = 4 // groups
+    x, g, params, maps = draw(3, 4, 5, 5), draw(3, 6, 5, 5), (draw(6, width, 3, 3), draw(6)), draw(groups, width, width)
+    layer = kernels.Layer((x,), g, params, (True, True), kernels.Geometry((1, 1), (1, 1), (1, 1), groups))
     gamma, gram = kernels.conv_per_sample(layer), kernels.conv_gram(kernels.conv_whitened(layer, maps), (0.3, 0.2))
     (found,) = kernels.joint_gram(kernels.channel_rows(gamma, maps), (0.3, 0.2), [slice(0, 3)])
     torch.testing.assert_close(found, gram, rtol=1e-12, atol=1e-12)
