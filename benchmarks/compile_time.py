@@ -66,16 +66,9 @@ def once(family: str, network: str, send: Callable[[dict[str, Any]], None]) -> N
 
 
 def run(family: str, network: str, *_: int) -> tuple[object, ...]:
-    """The same, in a process of its own.
-
-    Raises:
-        RuntimeError: why it did not come to its end.
-    """
-    job = [(network, lambda send: once(family, network, send))]
-    (outcome,) = pool.run(job, workers=1, seconds=SECONDS, gigabytes=GIGABYTES, tick=lambda _: None)
-    if outcome.problem:
-        raise RuntimeError(f"{network}: {outcome.problem}")
-    found: tuple[object, ...] = outcome.found["found"]
+    """The same, in a process of its own."""
+    reported = pool.alone(lambda send: once(family, network, send), seconds=SECONDS, gigabytes=GIGABYTES)
+    found: tuple[object, ...] = reported["found"]
     return found
 
 
