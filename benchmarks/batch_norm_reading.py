@@ -65,7 +65,14 @@ def run(kind: str, size: int, lr: float, seed: int) -> tuple[float, float, float
     data, losses, first = batches(size, STEPS, seed), {"block": [], "exact": []}, 0.0
     optimizers = {
         reading: compile_optimizer(
-            model, data[0][0], loss=nn.CrossEntropyLoss(), lr=lr, terminal="gradient", backend="dense", mixing=reading
+            model,
+            data[0][0],
+            loss=nn.CrossEntropyLoss(),
+            curvature="sgd",
+            lr=lr,
+            terminal="gradient",
+            backend="dense",
+            mixing=reading,
         )
         for reading, model in models.items()
     }
