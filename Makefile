@@ -51,8 +51,8 @@ package release: $(STAMP)
 	$(BIN)/python .ci/release $(if $(filter package,$@),--quick)
 
 # coverage needs packages of its own: its docstring says which. nngeometry would install another torch without --no-deps.
-SECTIONS := step_time alike
-PAGES := compile_time gram_fidelity scaling ranks shards derivatives batch_norm_reading cooperation robustness depth \
+SECTIONS := step_time
+PAGES := compile_time alike gram_fidelity scaling ranks shards derivatives batch_norm_reading cooperation robustness depth \
 	first_steps lookahead time_to_target summary
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[rivals]"

@@ -63,51 +63,61 @@ def test_an_interval_holds_what_it_is_of():
     assert ratio(mine, theirs) == "reached / not"
 
 
-def sections(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
-    """What a script writes into which page from its committed rows; it measures nothing."""
+WRITTEN = {
+    "alike": "performance", "batch_norm_reading": "batch-norm-reading", "compile_time": "compile_time",
+    "cooperation": "cooperation", "depth": "research", "derivatives": "physics", "first_steps": "research",
+    "gram_fidelity": "performance", "lookahead": "research", "scaling": "scaling", "shards": "several-processes",
+}  # fmt: skip
+"""A script that keeps its rows beside it, and its page."""
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_page_is_written_from_the_rows_beside_the_script(name: str) -> None:
+    from common import read_rows
+
+    script, page = importlib.import_module(name), DOCS / f"{WRITTEN[name]}.md"
+    rows = read_rows(script.RAW)
+    assert len(rows) > 5 and all(row["measured"] and row["machine"] for row in rows)
+    assert script.text(rows).strip() in page.read_text(encoding="utf-8"), f"run benchmarks/{name}.py"
+
+
+def test_the_picture_of_scaling_is_drawn_from_its_rows(tmp_path: Path) -> None:
+    import scaling
+    from common import read_rows
+
+    scaling.plot(scaling.load(read_rows(scaling.RAW)), tmp_path / "scaling.svg")
+    assert (tmp_path / "scaling.svg").read_text("utf-8") == scaling.PICTURE.read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["fuzz", "faults"])
+def test_a_section_counts_the_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     script, found = importlib.import_module(name), []
-
-    def measured(*_: object, **__: object) -> None:
-        raise AssertionError(f"{name}.csv lacks rows: run benchmarks/{name}.py")
-
-    monkeypatch.setattr(script, "run", measured, raising=False)
-    if hasattr(script, "keep_heap"):
-        monkeypatch.setattr(script, "keep_heap", lambda: None)
-    monkeypatch.setattr(script, "write_section", lambda _, text, path=PERFORMANCE: found.append((path, text)))
-    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-    getattr(script, how)()
-    return found
-
-
-@pytest.mark.parametrize("name", ["depth", "first_steps", "lookahead", "fuzz", "faults"])
-def test_a_section_is_written_from_the_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = sections(name, "page" if name in ("fuzz", "faults") else "main", monkeypatch)
-    assert found
-    for page, text in found:
-        assert text.strip() in page.read_text(encoding="utf-8"), f"run benchmarks/{name}.py"
+    monkeypatch.setattr(script, "write_section", lambda _, text, path: found.append(text))
+    script.page()
+    assert len(found) == 1 and found[0].strip() in (DOCS / "trust.md").read_text(encoding="utf-8")
 
 
 def test_pages_are_written_from_their_rows(tmp_path: Path) -> None:
-    import alike
     import coverage_report
     import metrics
     import mutation
     import physics
+    import ranks
     import step_time
 
     kept = json.loads((ROOT / "benchmarks/coverage.json").read_text(encoding="utf-8"))
     coverage_report.write_report(tmp_path / "coverage.md", kept)
     mutants = [mutation.Row(**{**r, "seed": int(r["seed"]), "number": int(r["number"])})
-               for r in alike.read_rows(mutation.KEPT)]  # fmt: skip
+               for r in mutation.read_rows(mutation.KEPT)]  # fmt: skip
     timed = json.loads(step_time.RESULTS.read_text(encoding="utf-8"))
-    found = {
-        "coverage.md": (tmp_path / "coverage.md").read_text(encoding="utf-8"),
-        "mutation.md": mutation.page(mutants, len(mutants), mutants[0].seed),
-        "physics.md": physics.table(physics.load()),
-        "research.md": metrics.section(metrics.load(metrics.RAW)),
-        "performance.md": physics.csv_table(alike.ROWS) + "\n" + step_time.table(timed),
-    }
-    for name, text in found.items():
-        page = (DOCS / name).read_text(encoding="utf-8").splitlines()
-        lines = [line for line in text.splitlines() if line.startswith("|")]
-        assert len(lines) > 10 and not set(lines) - set(page), f"write {name} again"
+    found = [
+        ("coverage", (tmp_path / "coverage.md").read_text(encoding="utf-8")),
+        ("mutation", mutation.page(mutants, len(mutants), mutants[0].seed)),
+        ("physics", physics.table(physics.load())),
+        ("physics", physics.csv_table(physics.TRIED)),
+        ("research", metrics.section(metrics.load(metrics.RAW))),
+        ("performance", step_time.text(timed)),
+        ("scaling", ranks.text()),
+    ]
+    for name, text in found:
+        assert len(text) > 1000 and text.strip() in (DOCS / f"{name}.md").read_text(encoding="utf-8"), f"write {name}"
