@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PERFORMANCE = DOCS / "performance.md"
@@ -244,3 +248,11 @@ def write_section(name: str, text: str, path: Path = PERFORMANCE) -> None:
     else:
         page = f"{page.rstrip()}\n\n{block}\n"
     path.write_text(page, encoding="utf-8")
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """A picture: of the same rows the same file."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})

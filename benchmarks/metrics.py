@@ -51,10 +51,9 @@ def section(runs: Runs) -> str:
                 rows.append([task, method.name, steps.removeprefix("0: "), f"{best.train_loss:.3f}",
                              f"{best.best_accuracy:.1%}"])  # fmt: skip
     header = ("task, batch", "metric", "learning rate: steps", "best one's train loss", "its best validation")
-    return (
-        "## Metrics\n\nSteps to a train loss of 0.05 by learning rate. One seed, and a run ends at the target or, with a dash,"
-        f"\nwhen another rate of its row has been there in fewer steps.\n\n{markdown(header, rows)}"
-    )
+    said = "Steps to a train loss of 0.05 by learning rate. One seed, and a run ends at the target or, with a dash,\n" \
+           "when another rate of its row has been there in fewer steps."  # fmt: skip
+    return f"## Metrics\n\n{said}\n\n{markdown(header, rows)}"
 
 
 def main() -> None:

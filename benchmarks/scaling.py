@@ -29,11 +29,11 @@ from common import (
     peak,
     reset_peak,
     resident,
+    save_svg,
     start_again,
     torch_step,
     write_section,
 )
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from networks import DigitsNet, ResidualMLP
 from torch import Tensor, nn
@@ -320,8 +320,7 @@ def plot(raw: Raw, path: Path) -> None:
         axes[0, column].set_title("\n".join(sweep.title.replace(": ", ":\n").replace(" of ", "\nof ").split("\n")),
                                   fontsize=8)  # fmt: skip
         axes[1, column].legend(fontsize=7)
-    with rc_context({"svg.hashsalt": "scaling"}):  # the same rows, the same file
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
+    save_svg(figure, path)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_time_to_target_is_written_from_the_rows(monkeypatch: pytest.MonkeyPatch
 
     found: list[str] = []
     monkeypatch.setattr(page, "write_section", lambda _, text, path: found.append(text))
-    monkeypatch.setattr(page, "draw", lambda runs: None)
+    monkeypatch.setattr(page, "draw", lambda runs, path: None)
     page.write_page(page.load())
     assert len(found) == 3
     assert all(holds(page.PAGE, text) for text in found), "run benchmarks/time_to_target.py --budget 0"
@@ -86,12 +86,15 @@ def test_a_page_is_written_from_the_rows_beside_the_script(name: str) -> None:
     assert holds(page, script.text(rows)), f"run benchmarks/{name}.py"
 
 
-def test_the_picture_of_scaling_is_drawn_from_its_rows(tmp_path: Path) -> None:
+def test_pictures_are_drawn_from_the_rows(tmp_path: Path) -> None:
     import scaling
+    import time_to_target
     from common import read_rows
 
     scaling.plot(scaling.load(read_rows(scaling.RAW)), tmp_path / "scaling.svg")
-    assert (tmp_path / "scaling.svg").read_text("utf-8") == scaling.PICTURE.read_text("utf-8")
+    time_to_target.draw(time_to_target.load(), tmp_path / "time-to-target.svg")
+    for path in tmp_path.glob("*.svg"):
+        assert path.read_text("utf-8") == (DOCS / path.name).read_text("utf-8"), f"draw {path.name} again"
 
 
 @pytest.mark.parametrize("name", ["fuzz", "faults"])
