@@ -124,7 +124,7 @@ def data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 Run = tuple[list[float], float, float]
 
 
-def run(name: str, rate: float, damping: float, seed: int) -> tuple[float, ...]:
+def run(name: str, rate: float, damping: float, seed: int, steps: int = STEPS) -> tuple[float, ...]:
     """Training loss (all images) at four points on the way, test accuracy, CPU seconds."""
     (x, y), (test_x, test_y) = data()
     method, model, loss = METHODS[name], network(seed), nn.CrossEntropyLoss()
@@ -132,10 +132,10 @@ def run(name: str, rate: float, damping: float, seed: int) -> tuple[float, ...]:
                             feedback=method.feedback, cooperative=method.cooperative,
                             on_nonfinite="skip")  # fmt: skip
     source, curve, begin = torch.Generator().manual_seed(seed), [], time.process_time()
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         batch = torch.randint(len(x), (BATCH,), generator=source)
         opt.step(x[batch], y[batch])
-        if step in POINTS:
+        if step % (steps // 4) == 0:
             with torch.no_grad():
                 curve.append(float(loss(model(x), y)))
     seconds = time.process_time() - begin

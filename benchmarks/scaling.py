@@ -54,8 +54,8 @@ class Case:
         network: ``"mlp"`` (residual layers, inputs as wide as they are) or ``"conv"`` (Fig. 5's residual block on
             MNIST's 28×28 pixels).
         batch, width, depth, shortcuts: its sizes; ``"conv"`` has a depth and a shortcut of its own.
-        side: ``"closed"``, ``"dense"``, ``"recompute"`` (the closed form, trajectory run again) or ``"torch"``
-            (torch.optim.SGD).
+        side: ``"closed"``, ``"dense"``, ``"recompute"`` (the closed form, trajectory run again), ``"paper"`` (its own
+            form) or ``"torch"`` (torch.optim.SGD).
         dtype: float64 (where both sides are compared) or float32.
     """
 
@@ -129,14 +129,15 @@ def step_of(case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
     if case.side == "torch":
         plain = torch_step(model, torch.optim.SGD(model.parameters(), lr=0.1), loss)
         return model, lambda: plain(x, y)
+    own = {"coupling": "block", "recursion": "substituted"} if case.side == "paper" else {}
     compiled = compile_optimizer(
-        model, x, loss=loss, curvature="sgd", lr=0.1,
+        model, x, loss=loss, curvature="sgd", lr=0.1, **own,
         backend="dense" if case.side == "dense" else "fast", memory="recompute" if case.side == "recompute" else "keep",
     )  # fmt: skip
     return model, lambda: compiled.step(x, y)
 
 
-def measure(case: Case) -> tuple[object, ...]:
+def measure(case: Case, steps: int = STEPS) -> tuple[float, float, str]:
     """Median seconds of processor time a step, peak MiB above what was there, checksum of the parameters after it."""
     warm_up()  # pages of libraries are mapped once more in a forked process
     before = resident()
@@ -150,7 +151,7 @@ def measure(case: Case) -> tuple[object, ...]:
     )
     if taken[0] < 1:  # the first step of small networks has what is done once in it
         taken = []
-        for _ in range(STEPS):
+        for _ in range(steps):
             start = time.process_time()
             step()
             taken.append(time.process_time() - start)

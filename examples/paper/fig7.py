@@ -36,7 +36,7 @@ def jobs(rows: Sequence[Row]) -> list[Row]:
 def work(job: Row) -> Row:
     """Train loss at four points on the way, and test accuracy."""
     setting = float(job["lr"]), float(job["damping"]), int(job["seed"]), int(job["steps"])
-    curve, accuracy, _ = cooperation.train(cooperation.METHODS[job["method"]], *setting)
+    *curve, accuracy, _ = cooperation.run(job["method"], *setting)
     return {"curve": " ".join(f"{value:.4g}" for value in curve), "accuracy": f"{accuracy:.4f}"}
 
 
