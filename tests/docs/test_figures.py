@@ -12,7 +12,7 @@ PAGES = [
     *sorted((ROOT / "benchmarks").glob("*.md.in")),
     ROOT / "examples/paper/paper.md.in",
 ]
-UNIT = r"µs|ms|s|min|h|(?:milli)?seconds?|minutes?|hours?|days?|[KkMG]i?B|%|percent|x|×|times|steps|cases|faults"
+UNIT = r"µs|ms|s|min|h|(?:milli)?seconds?|minutes?|hours?|days?|[KkMG]i?B|%|per ?cent|x|×|times|steps|cases|faults"
 NUMBER = r"(?<![\w.,^-])\d[\d,.]*(?:e[-+]?\d+)?"
 FORMS = (rf"{NUMBER}(?:\s?(?:–|to|or)\s?[\d.,]+)?\s?(?:{UNIT})(?![\w×])", rf"{NUMBER} of \d+", r"± ?\d",
          rf"\| *{NUMBER}\.\d+ *\|")  # fmt: skip
