@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -91,8 +92,10 @@ def test_pictures_are_drawn_from_the_rows(tmp_path: Path) -> None:
     import time_to_target
     from common import read_rows
 
-    scaling.plot(scaling.load(read_rows(scaling.RAW)), tmp_path / "scaling.svg")
-    time_to_target.draw(time_to_target.load(), tmp_path / "time-to-target.svg")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # another test may have drawn in a style of its own
+        scaling.plot(scaling.load(read_rows(scaling.RAW)), tmp_path / "scaling.svg")
+        time_to_target.draw(time_to_target.load(), tmp_path / "time-to-target.svg")
     for path in tmp_path.glob("*.svg"):
         assert path.read_text("utf-8") == (DOCS / path.name).read_text("utf-8"), f"draw {path.name} again"
 
