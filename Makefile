@@ -51,8 +51,9 @@ package release: $(STAMP)
 	$(BIN)/python .ci/release $(if $(filter package,$@),--quick)
 
 # coverage needs packages of its own: its docstring says which. nngeometry would install another torch without --no-deps.
-SECTIONS := step_time gram_fidelity scaling ranks
-PAGES := compile_time batch_norm_reading robustness time_to_target cooperation depth summary
+SECTIONS := step_time
+PAGES := compile_time alike gram_fidelity scaling ranks shards derivatives batch_norm_reading cooperation robustness depth \
+	first_steps lookahead time_to_target summary
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[rivals]"
 	$(BIN)/python -m pip install -q --no-deps asdfghjkl==0.1a5 nngeometry==0.4

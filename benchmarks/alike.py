@@ -2,26 +2,23 @@
 
 Of networks of equal linear layers with tanh between them, the default optimizer.
 
-    python benchmarks/alike.py            measures, and prints the table
-    python benchmarks/alike.py --write    and writes it into docs/performance.md, its rows into alike.csv
+    python benchmarks/alike.py     what alike.csv has not, then the table in docs/performance.md
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import interleaved, keep_heap, machine, markdown, measured, read_rows, write_rows, write_section
+from common import Row, interleaved, keep_heap, machines, markdown, measure_missing, write_section
 from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer
 from gtddp_compile.lowering import decide
 
-ROWS = Path(__file__).with_suffix(".csv")
-HEADER = ("layers", "width", "batch", "alone", "together", "ratio", "measured")
+RAW, KEYS = Path(__file__).with_suffix(".csv"), ("layers", "width", "batch")
+VALUES = ("alone_ms", "together_ms", "ratio", "low", "high")
 SIZES = ((2, 48, 64), (4, 48, 64), (12, 48, 64), (40, 48, 64), (4, 16, 8), (12, 16, 8), (12, 64, 128), (4, 128, 64),
          (12, 128, 64), (12, 128, 128), (4, 256, 64), (12, 256, 64), (12, 256, 128), (12, 512, 64), (12, 512, 128),
          (4, 1024, 128))  # fmt: skip
@@ -42,31 +39,30 @@ def step(layers: int, width: int, batch: int, together: int) -> Callable[[], Ten
     return lambda: opt.step(x, y)
 
 
-def row(size: tuple[int, int, int]) -> tuple[Any, ...]:
-    """One line of the table."""
+def run(*size: int) -> tuple[float, ...]:
+    """Milliseconds alone and together, the ratio and its quartiles."""
     found = interleaved(step(*size, 0), step(*size, WITHOUT_BOUND), PAIRS)
-    ratio = f"{found.ratio:.2f} ({found.low:.2f}–{found.high:.2f})"
-    return (*size, f"{1e3 * found.base:.2f} ms", f"{1e3 * found.ours:.2f} ms", ratio, measured())
+    return 1e3 * found.base, 1e3 * found.ours, found.ratio, found.low, found.high
 
 
-def text() -> str:
-    """The table from the rows."""
-    rows = [[each[name] for name in HEADER] for each in read_rows(ROWS)]
+def text(rows: list[Row]) -> str:
+    """The table of the rows."""
+    table = []
+    for row in rows:
+        alone, together, ratio, low, high = (float(row[name]) for name in VALUES)
+        times = (f"{alone:.2f} ms", f"{together:.2f} ms", f"{ratio:.2f} ({low:.2f}–{high:.2f})")
+        table.append((*(row[name] for name in KEYS), *times, row["measured"]))
     return (
-        f"Written by `benchmarks/alike.py --write`. {machine(1)}; processor time, medians of {PAIRS} steps in turns,"
-        " quartiles of the ratio.\n\n" + markdown(HEADER, rows)
+        f"Written by `benchmarks/alike.py`. {machines(rows)}; processor time, medians of {PAIRS} steps in turns,"
+        f" quartiles of the ratio.\n\n{markdown((*KEYS, 'alone', 'together', 'ratio', 'measured'), table)}"
     )
 
 
 def main() -> None:
-    """Measure, print, and with ``--write`` put the table into the document."""
+    """Measure what is missing; write the table."""
     keep_heap()
     torch.set_num_threads(1)
-    rows = [row(size) for size in SIZES]
-    print(markdown(HEADER, [[str(part) for part in each] for each in rows]))
-    if "--write" in sys.argv[1:]:
-        write_rows(ROWS, HEADER, rows)
-        write_section("alike", text())
+    write_section("alike", text(measure_missing(RAW, KEYS, VALUES, SIZES, run)))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,31 @@
 """Operations that mix samples: the per-sample reading against the exact one (docs/theory.md#mixing).
 
 A small residual network with training-mode batch-norm on digits shrunk to 4 × 4, by the dense backend in both readings,
-and the same network with running statistics, where the two are one. ``python benchmarks/batch_norm_reading.py`` writes
-docs/batch-norm-reading.md in a minute or two.
+and the same network with running statistics, where the two are one.
+
+    python benchmarks/batch_norm_reading.py     what batch_norm_reading.csv has not, then docs/batch-norm-reading.md
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import statistics
+from itertools import product
 from pathlib import Path
 
 import torch
-from common import markdown
+from common import DOCS, Row, machines, markdown, measure_missing
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer
 
-CASES = [(4, True, 0.1), (8, True, 0.1), (12, True, 0.1), (8, True, 1.0), (8, False, 1.0)]
-"""Batch size, training mode, learning rate."""
+TRAINING, RUNNING = "training", "running statistics"
+CASES = [(TRAINING, 4, 0.1), (TRAINING, 8, 0.1), (TRAINING, 12, 0.1), (TRAINING, 8, 1.0), (RUNNING, 8, 1.0)]
+"""What batch-norm reads, batch size, learning rate."""
+STEPS, SEEDS = 8, range(3)
+RAW, PAGE = Path(__file__).with_suffix(".csv"), DOCS / "batch-norm-reading.md"
+KEYS, VALUES = ("batch_norm", "batch", "lr", "seed"), ("first_update", "all_steps", "loss_block", "loss_exact")
 
 
 class Net(nn.Module):
@@ -51,15 +57,22 @@ def parameters(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def compare(size: int, steps: int, seed: int, lr: float, training: bool) -> tuple[float, float, float, float]:
+def run(kind: str, size: int, lr: float, seed: int) -> tuple[float, float, float, float]:
     """Difference of the first update, of all updates, relative to them; the two mean losses of the second half."""
     torch.manual_seed(seed)
-    start = Net().double().train(training)
+    start = Net().double().train(kind == TRAINING)
     models = {reading: copy.deepcopy(start) for reading in ("block", "exact")}
-    data, losses, first = batches(size, steps, seed), {"block": [], "exact": []}, 0.0
+    data, losses, first = batches(size, STEPS, seed), {"block": [], "exact": []}, 0.0
     optimizers = {
         reading: compile_optimizer(
-            model, data[0][0], loss=nn.CrossEntropyLoss(), lr=lr, terminal="gradient", backend="dense", mixing=reading
+            model,
+            data[0][0],
+            loss=nn.CrossEntropyLoss(),
+            curvature="sgd",
+            lr=lr,
+            terminal="gradient",
+            backend="dense",
+            mixing=reading,
         )
         for reading, model in models.items()
     }
@@ -70,31 +83,34 @@ def compare(size: int, steps: int, seed: int, lr: float, training: bool) -> tupl
             block, exact = parameters(models["block"]), parameters(models["exact"])
             first = float((block - exact).norm() / (exact - parameters(start)).norm())
     block, exact = parameters(models["block"]), parameters(models["exact"])
-    late = [sum(found[steps // 2 :]) / (steps - steps // 2) for found in losses.values()]
+    late = [statistics.mean(found[STEPS // 2 :]) for found in losses.values()]
     return first, float((block - exact).norm() / (exact - parameters(start)).norm()), late[0], late[1]
 
 
+def text(rows: list[Row]) -> str:
+    """The page of the rows."""
+    header, table = ("batch-norm", "batch", "lr", "first update", "all steps", "loss, block", "loss, exact"), []
+    for key in dict.fromkeys(tuple(row[name] for name in KEYS[:3]) for row in rows):
+        own = [row for row in rows if tuple(row[name] for name in KEYS[:3]) == key]
+        first, last, block, exact = (statistics.mean(float(row[name]) for row in own) for name in VALUES)
+        table.append((*key, f"{first:.3f}", f"{last:.3f}", f"{block:.4f}", f"{exact:.4f}"))
+    return f"""# Batch-norm: the per-sample reading against the exact one
+
+Written by `benchmarks/batch_norm_reading.py`: dense backend, sgd, terminal gradient, {STEPS} steps, mean of
+{len(SEEDS)} seeds. Differences of parameter changes relative to the exact ones; losses are means over the second half
+of the steps.
+
+{markdown(header, table)}
+
+Machine: {machines(rows)}.
+"""
+
+
 def main() -> None:
-    """Write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("docs/batch-norm-reading.md"))
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
+    """Measure what is missing; write the page."""
     torch.set_num_threads(1)
-    lines = [
-        "# Batch-norm: the per-sample reading against the exact one\n",
-        f"Written by `benchmarks/batch_norm_reading.py` (torch {torch.__version__}): dense backend, sgd, terminal",
-        f"gradient, {options.steps} steps, mean of {options.seeds} seeds. Differences of parameter changes relative to",
-        "the exact ones; losses are means over the second half of the steps.\n",
-    ]
-    header, found = ("batch-norm", "batch", "lr", "first update", "all steps", "loss, block", "loss, exact"), []
-    for size, training, lr in CASES:
-        rows = [compare(size, options.steps, seed, lr, training) for seed in range(options.seeds)]
-        first, last, block, exact = (sum(column) / len(column) for column in zip(*rows, strict=True))
-        kind = "training" if training else "running statistics"
-        found.append((kind, f"{size}", f"{lr}", f"{first:.3f}", f"{last:.3f}", f"{block:.4f}", f"{exact:.4f}"))
-    options.out.write_text("\n".join([*lines, markdown(header, found)]) + "\n", encoding="utf-8")
+    rows = measure_missing(RAW, KEYS, VALUES, [(*case, seed) for case, seed in product(CASES, SEEDS)], run)
+    PAGE.write_text(text(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PERFORMANCE = DOCS / "performance.md"
@@ -38,12 +43,18 @@ def machine(threads: int) -> str:
 
 
 def measured() -> str:
-    """When something was measured, and of which commit; "changed" if code differs from it (tables always do)."""
+    """When something was measured, and of which commit."""
+    return f"{datetime.now(UTC):%d %B, %H:%M} ({_commit()})"
+
+
+@cache
+def _commit() -> str:
+    """What git calls this process' code; "changed" if the code differs from it (tables always do)."""
     git = ["git", "-C", str(DOCS.parent)]
     described = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=True)
     code = ("gtddp_compile", "passes", "benchmarks/*.py")
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
-    return f"{datetime.now(UTC):%d %B, %H:%M} ({described.stdout.strip()}{', changed' if changed else ''})"
+    return f"{described.stdout.strip()}{', changed' if changed else ''}"
 
 
 @dataclass(frozen=True)
@@ -165,15 +176,52 @@ def in_process(script: str, *arguments: str) -> Mapping[str, float]:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+Row = dict[str, str]
+
+
+def read_rows(path: Path) -> list[Row]:
     """Rows of a CSV file by the names of its columns; none where there is no file yet."""
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
 
-def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
     """A CSV file."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def measure_missing(
+    path: Path, keys: Sequence[str], values: Sequence[str], wanted: Iterable[Sequence[object]],
+    run: Callable[..., Iterable[object]],
+) -> list[Row]:  # fmt: skip
+    """Rows of a CSV file, after those of ``wanted`` that it lacks are measured and kept, one by one.
+
+    Args:
+        path: the file.
+        keys: columns that tell rows apart.
+        values: columns of what is measured; when, and on which machine, come behind them.
+        wanted: the keys of all rows.
+        run: measures the values of a key.
+    """
+    _commit()
+    header, rows = (*keys, *values, "measured", "machine"), read_rows(path)
+    known = {tuple(row[name] for name in keys) for row in rows}
+    for key in wanted:
+        if tuple(map(_shown, key)) not in known:
+            row = map(_shown, (*key, *run(*key), measured(), machine(1)))
+            rows.append(dict(zip(header, row, strict=True)))
+            print(*list(rows[-1].values())[:-2], sep="  ", file=sys.stderr, flush=True)
+            write_rows(path, header, [each.values() for each in rows])
+    return rows
+
+
+def _shown(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def machines(rows: Iterable[Row]) -> str:
+    """The machines and days of measured rows."""
+    return "; ".join(dict.fromkeys(row["machine"] for row in rows))
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -200,3 +248,11 @@ def write_section(name: str, text: str, path: Path = PERFORMANCE) -> None:
     else:
         page = f"{page.rstrip()}\n\n{block}\n"
     path.write_text(page, encoding="utf-8")
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """A picture: of the same rows the same file."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})

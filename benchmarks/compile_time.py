@@ -1,31 +1,35 @@
 """How compile time grows with depth: residual MLPs of 10 to 1000 blocks, and torchvision's ResNets.
 
-``python benchmarks/compile_time.py`` prints a table and writes ``docs/compile_time.md``. Seconds are of processor time,
-on one thread; each network is compiled in a process of its own, after a small one that sets up torch and sympy.
+    python benchmarks/compile_time.py     what compile_time.csv has not, then docs/compile_time.md
+
+Seconds are of processor time, on one thread; each network is compiled twice in a process of its own, after a small one
+that sets up torch and sympy: what was derived for a pattern of stages is kept for the process.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pool
 import torch
-import typer
 import zoo
-from common import DOCS, exponent, markdown
-from coverage import environment, warm
-from rich.console import Console
+from common import DOCS, Row, exponent, machines, markdown, measure_missing
+from coverage import warm
 from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer
 
+MLP, RESNET = "residual MLP", "ResNet"
 BLOCKS = (10, 30, 100, 300, 1000)
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-WIDTH = 16
-Row = dict[str, Any]
+WIDTH, SEED, SECONDS, GIGABYTES = 16, 0, 600, 8
+RAW, PAGE = Path(__file__).with_suffix(".csv"), DOCS / "compile_time.md"
+KEYS, COUNTS = ("family", "network", "seed"), ("operations", "players", "stages")
+TIMES = ("compile_s", "again_s", "step_s")
 
 
 class ResidualMLP(nn.Module):
@@ -45,57 +49,57 @@ class ResidualMLP(nn.Module):
         return self.head(x)
 
 
-def _measure(family: str, size: Any, send: Callable[[Row], None], repeats: int) -> None:
-    """Seconds to compile and to step, the least of the repeats."""
-    if family == "residual MLP":
-        torch.manual_seed(0)
+def once(family: str, network: str, send: Callable[[dict[str, Any]], None]) -> None:
+    """Counts; seconds to compile, to compile again and to step."""
+    torch.manual_seed(SEED)
+    if family == MLP:
         targets = torch.randint(zoo.CLASSES, (zoo.BATCH,))
-        case = zoo.Case(ResidualMLP(size), (torch.randn(zoo.BATCH, WIDTH),), targets, zoo.classification)
+        model = ResidualMLP(int(network.partition(" ")[0]))
+        case = zoo.Case(model, (torch.randn(zoo.BATCH, WIDTH),), targets, zoo.classification)
     else:
-        case = zoo.build("torchvision", size)
-    seconds, stepping = [], []
-    for _ in range(repeats):
-        began = time.process_time()
+        case = zoo.build("torchvision", network)
+    stamps = [time.process_time()]
+    for _ in range(2):
         optimizer = compile_optimizer(case.model, case.inputs, loss=case.loss, curvature="sgd", lr=0.01)
-        seconds.append(time.process_time() - began)
-        began = time.process_time()
-        optimizer.step(case.inputs, case.targets)
-        stepping.append(time.process_time() - began)
+        stamps.append(time.process_time())
+    optimizer.step(case.inputs, case.targets)
     graph = optimizer.graph
-    counts = {"operations": len(graph.ops.ops), "players": len(graph.players), "stages": len(graph.stages)}
-    send({**counts, "seconds": min(seconds), "step": min(stepping)})
+    seconds = [after - before for before, after in pairwise((*stamps, time.process_time()))]
+    send({"found": (len(graph.ops.ops), len(graph.players), len(graph.stages), *seconds)})
 
 
-def grows(rows: list[Row]) -> str:
+def run(family: str, network: str, *_: int) -> tuple[object, ...]:
+    """The same, in a process of its own."""
+    reported = pool.alone(lambda send: once(family, network, send), seconds=SECONDS, gigabytes=GIGABYTES)
+    found: tuple[object, ...] = reported["found"]
+    return found
+
+
+def grows(points: list[tuple[float, float]]) -> str:
     """Exponent of seconds over operations."""
-    return f"{exponent([(row['operations'], row['seconds']) for row in rows]):.2f}"
+    return f"{exponent(points):.2f}"
 
 
-def page(rows: list[Row]) -> str:
-    """docs/compile_time.md."""
-    said = ", ".join(f"{name} {value}" for name, value in environment().items() if name not in ("date", "machine"))
-    lines = []
-    for before, row in zip([{}, *rows], rows, strict=False):
-        if row["problem"]:
-            lines.append([row["name"], row["problem"][:200], *[""] * 5])
-            continue
-        counts = [str(row[name]) for name in ("operations", "players", "stages")]
-        related = before.get("family") == row["family"] and not before["problem"]
-        grown = grows([before, row]) if related else ""
-        lines.append([row["name"], *counts, f"{row['seconds']:.2f}", grown, f"{row['step']:.3f}"])
-    header = ("network", "operations", "players", "stages", "compile s", "exponent from the row above", "one step s")
-    families: dict[str, list[Row]] = {}
-    for row in rows:
-        if not row["problem"]:
-            families.setdefault(row["family"], []).append(row)
-    fits = [f"Exponent, {family}: {grows(own)}." for family, own in families.items() if len(own) > 1]
+def text(rows: list[Row]) -> str:
+    """The page of the rows."""
+    lines, fits = [], []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        points: list[tuple[float, float]] = []
+        for row in (row for row in rows if row["family"] == family):
+            first, again, step = (float(row[name]) for name in TIMES)
+            points.append((float(row["operations"]), again))
+            grown = grows(points[-2:]) if len(points) > 1 else ""
+            counts = [row[name] for name in COUNTS]
+            lines.append([f"{family}, {row['network']}", *counts, f"{first:.2f}", f"{again:.2f}", grown, f"{step:.3f}"])
+        fits.append(f"Exponent, {family}: {grows(points)}.")
+    header = ("network", *COUNTS, "compile s", "again s", "exponent from the row above", "one step s")
     return f"""# Compile time over depth
 
-Written by `python benchmarks/compile_time.py`; nothing here is typed in by hand.
-Measured {environment()["date"]} on {environment()["machine"]}: {said}.
+Written by `benchmarks/compile_time.py`. {machines(rows)}.
 
-Seconds of processor time on one thread, the least of the repeats. The exponent is the slope of the logarithm
-of the seconds over the logarithm of the number of operations.
+Seconds of processor time. *Again*: a second time in the same process, which has derived the equations of every kind of
+stage by then. The exponent is the slope of the logarithm of these seconds over the logarithm of the number of
+operations.
 
 {markdown(header, lines)}
 
@@ -103,28 +107,15 @@ of the seconds over the logarithm of the number of operations.
 """
 
 
-def main(
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The report to write.")] = DOCS / "compile_time.md",
-    repeats: Annotated[int, typer.Option(min=1, help="Compilations of a network; the fastest counts.")] = 2,
-    seconds: Annotated[float, typer.Option(min=1, help="Limit for one network.")] = 600,
-    gigabytes: Annotated[float, typer.Option(min=1, help="Memory limit for one network.")] = 8,
-) -> None:
-    """Measure compile time over depth."""
-    networks: list[tuple[str, Any]] = [("residual MLP", blocks) for blocks in BLOCKS]
-    networks += [("ResNet", name) for name in RESNETS if zoo.installed("torchvision")]
+def main() -> None:
+    """Measure what is missing; write the page."""
     zoo.preload([])
     warm([])
-    rows: list[Row] = []
-    with Console().status("compiling") as status:
-        jobs = [(network, lambda send, of=network: _measure(*of, send, repeats)) for network in networks]
-        for outcome in pool.run(jobs, workers=1, seconds=seconds, gigabytes=gigabytes,
-                                tick=lambda keys: status.update(f"compiling {keys[0][1]}")):  # fmt: skip
-            family, size = outcome.key
-            name = f"{family}, {size} blocks" if family == "residual MLP" else size
-            rows.append({"family": family, "name": name, "problem": outcome.problem, **outcome.found})
-    out.write_text(page(rows), encoding="utf-8")
-    print(page(rows))
+    networks = [(MLP, f"{blocks} blocks") for blocks in BLOCKS]
+    networks += [(RESNET, name) for name in RESNETS if zoo.installed("torchvision")]
+    rows = measure_missing(RAW, KEYS, (*COUNTS, *TIMES), [(*network, SEED) for network in networks], run)
+    PAGE.write_text(text(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

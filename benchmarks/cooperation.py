@@ -1,4 +1,6 @@
-"""gt-ekfac against ekfac on the architecture of Fig. 7a, on scikit-learn's digits: writes docs/cooperation.md.
+"""gt-ekfac against ekfac on the architecture of Fig. 7a, on scikit-learn's digits.
+
+    python benchmarks/cooperation.py     what cooperation.csv has not, then docs/cooperation.md
 
 Three convolution modules of two parallel players each, a fully connected one, a last layer; tanh, batches of 12. All
 methods run without feedback and with it; learning rate and damping of each are the best of a grid, on seeds of their
@@ -7,25 +9,27 @@ own.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
-from common import DOCS, markdown
-from digit_images import CACHE
-from rich.progress import track
+from common import DOCS, Row, machines, markdown, measure_missing
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from gtddp_compile import EKFAC, SGD, Curvature, compile_optimizer
 
-BATCH = 12
+BATCH, STEPS, SEEDS = 12, 240, range(10)
+POINTS = [STEPS * k // 4 for k in (1, 2, 3, 4)]
+RAW, WORDS = Path(__file__).with_suffix(".csv"), Path(__file__).with_suffix(".md.in")
+PAGE = DOCS / "cooperation.md"
+KEYS, LOSSES = ("method", "lr", "damping", "seed"), tuple(f"loss_{point}" for point in POINTS)
+VALUES = (*LOSSES, "accuracy", "seconds")
 RATES, DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.01, 0.1, 1.0)
 SCREENED, TUNED, KEPT = 100, (101, 102), 4
 """Every candidate runs on the seed ``SCREENED``, the best ``KEPT`` of them on ``TUNED`` too."""
@@ -120,10 +124,10 @@ def data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 Run = tuple[list[float], float, float]
 
 
-def train(method: Method, rate: float, damping: float, seed: int, steps: int) -> Run:
+def run(name: str, rate: float, damping: float, seed: int, steps: int = STEPS) -> tuple[float, ...]:
     """Training loss (all images) at four points on the way, test accuracy, CPU seconds."""
     (x, y), (test_x, test_y) = data()
-    model, loss = network(seed), nn.CrossEntropyLoss()
+    method, model, loss = METHODS[name], network(seed), nn.CrossEntropyLoss()
     opt = compile_optimizer(model, x[:BATCH], loss=loss, curvature=method.build(rate, damping),
                             feedback=method.feedback, cooperative=method.cooperative,
                             on_nonfinite="skip")  # fmt: skip
@@ -137,67 +141,83 @@ def train(method: Method, rate: float, damping: float, seed: int, steps: int) ->
     seconds = time.process_time() - begin
     with torch.no_grad():
         accuracy = float((model(test_x).argmax(1) == test_y).float().mean())
-    return [value if value == value else float("inf") for value in curve], accuracy, seconds
+    return *(value if value == value else float("inf") for value in curve), accuracy, seconds
 
 
 class Runs:
-    """Runs by method, setting and seed, kept in a file: what it holds is not run again."""
+    """Runs by method, setting and seed."""
 
-    def __init__(self, steps: int, raw: Path) -> None:
-        self.steps, self._raw = steps, raw
-        self._found: dict[str, Any] = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
+    def __init__(self, rows: list[Row]) -> None:
+        self._found = {(row["method"], *(float(row[name]) for name in KEYS[1:])): row for row in rows}
 
     def __call__(self, name: str, setting: tuple[float, float], seed: int) -> Run:
-        key = json.dumps([self.steps, name, *setting, seed])
-        if key not in self._found:
-            self._found[key] = train(METHODS[name], *setting, seed, self.steps)
-            self._raw.parent.mkdir(exist_ok=True)
-            self._raw.write_text(json.dumps(self._found), encoding="utf-8")
-        curve, accuracy, seconds = self._found[key]
-        return curve, accuracy, seconds
+        row = self._found[(name, *setting, float(seed))]
+        return [float(row[point]) for point in LOSSES], float(row["accuracy"]), float(row["seconds"])
 
     def speed(self, name: str, setting: tuple[float, float], *seeds: int) -> float:
         """The mean of the four losses, over seeds: how fast it trains."""
         return statistics.mean(statistics.mean(self(name, setting, seed)[0]) for seed in seeds)
 
 
+def screened(runs: Runs, name: str) -> list[tuple[float, float]]:
+    """The settings that train fastest on the seed that screens."""
+    return sorted(METHODS[name].candidates, key=lambda setting: runs.speed(name, setting, SCREENED))[:KEPT]
+
+
 def best(runs: Runs, name: str) -> tuple[float, float]:
     """The setting that trains fastest, on seeds that are not among the reported ones."""
-    screened = sorted(METHODS[name].candidates, key=lambda setting: runs.speed(name, setting, SCREENED))
-    return min(screened[:KEPT], key=lambda setting: runs.speed(name, setting, SCREENED, *TUNED))
+    return min(screened(runs, name), key=lambda setting: runs.speed(name, setting, SCREENED, *TUNED))
+
+
+STAGES: tuple[Callable[[Runs, str], Iterable[tuple[tuple[float, float], int]]], ...] = (
+    lambda _, name: product(METHODS[name].candidates, (SCREENED,)),
+    lambda runs, name: product(screened(runs, name), TUNED),
+    lambda runs, name: product([best(runs, name)], SEEDS),
+)
+"""Settings and seeds to run, by what was found before."""
+
+
+def measure() -> list[Row]:
+    """All rows, after what is missing of them is run."""
+    rows: list[Row] = []
+    for stage in STAGES:
+        runs = Runs(rows)
+        wanted = [(name, *setting, seed) for name in METHODS for setting, seed in stage(runs, name)]
+        rows = measure_missing(RAW, KEYS, VALUES, wanted, run)
+    return rows
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def report(runs: Runs, seeds: int) -> str:
-    found, rows = {}, []
-    for name, method in track(METHODS.items(), description="methods"):
+def text(rows: list[Row]) -> str:
+    """The page of the rows."""
+    runs, found, lines = Runs(rows), {}, []
+    for name, method in METHODS.items():
         setting = best(runs, name)
-        found[name] = [runs(name, setting, seed) for seed in range(seeds)]
-        losses = [spread([run[0][k] for run in found[name]]) for k in range(4)]
+        found[name] = [runs(name, setting, seed) for seed in SEEDS]
+        losses = [spread([run[0][k] for run in found[name]]) for k in range(len(POINTS))]
         accuracy = spread([100 * run[1] for run in found[name]])
-        cost = 1000 * statistics.median(run[2] for run in found[name]) / runs.steps
+        cost = 1000 * statistics.median(run[2] for run in found[name]) / STEPS
         shown = f"{setting[1]:g}" if len(method.dampings) > 1 else "-"
-        rows.append([name, method.says, f"{setting[0]:g}", shown, *losses, accuracy, f"{cost:.1f}"])
-    points = [runs.steps * k // 4 for k in (1, 2, 3, 4)]
-    heading = ["method", "what it is", "lr", "damping", *(f"loss at {p}" for p in points), "test %", "CPU ms a step"]
-    text = (Path(__file__).parent / "cooperation.md.in").read_text(encoding="utf-8")
+        lines.append([name, method.says, f"{setting[0]:g}", shown, *losses, accuracy, f"{cost:.1f}"])
+    heading = ["method", "what it is", "lr", "damping", *(f"loss at {p}" for p in POINTS), "test %", "CPU ms a step"]
     made = {
-        "{made}": f"Written by benchmarks/cooperation.py in one run: batches of {BATCH}, {runs.steps} steps, {seeds} "
-        f"seeds, mean ± standard deviation, torch {torch.__version__}, one thread.",
-        "{table}": markdown(heading, rows),
+        "{made}": f"Written by `benchmarks/cooperation.py`: batches of {BATCH}, {STEPS} steps, {len(SEEDS)} seeds, mean"
+        f" ± standard deviation. {machines(rows)}.",
+        "{table}": markdown(heading, lines),
         "{verdicts}": "\n".join(f"- {verdict(found, base, other)}" for base, other in PAIRS),
         "{ahead}": ahead(runs),
         "{grids}": "\n\n".join(grid(runs, name) for name in METHODS),
     }
+    page = WORDS.read_text(encoding="utf-8")
     for mark, value in made.items():
-        text = text.replace(mark, value)
-    return text
+        page = page.replace(mark, value)
+    return page
 
 
 def verdict(found: dict[str, list[Run]], base: str, other: str) -> str:
@@ -234,17 +254,11 @@ def grid(runs: Runs, name: str) -> str:
     return markdown([f"{name}: damping", *(f"lr {rate:g}" for rate in method.rates)], rows)
 
 
-def main(
-    seeds: Annotated[int, typer.Option(min=1)] = 10,
-    steps: Annotated[int, typer.Option(min=4, help="A multiple of 4.")] = 240,
-    raw: Annotated[Path, typer.Option(dir_okay=False, help="Raw results, kept and resumed.")] = CACHE
-    / "cooperation.json",
-    out: Annotated[Path, typer.Option(dir_okay=False)] = DOCS / "cooperation.md",
-) -> None:
-    """Compare methods; write docs/cooperation.md."""
+def main() -> None:
+    """Run what is missing; write the page."""
     torch.set_num_threads(1)
-    out.write_text(report(Runs(steps, raw), seeds), encoding="utf-8")
+    PAGE.write_text(text(measure()), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import DOCS, machine, markdown, measured, read_rows, write_rows, write_section
+from common import DOCS, Row, machines, markdown, measure_missing, write_section
 from study_runs import number
 from study_tasks import TASKS
 from torch import Tensor
@@ -42,12 +42,11 @@ TERMINAL, REACHED = BaseMethod.terminal, kernels.KERNELS["reached"]
 PLAIN = replace(SUGGESTED["foof"]["terminal"], early=0.0)
 SEEDS = range(3)
 RAW = Path(__file__).with_suffix(".csv")
-HEADER = ("task", "form", "seed", "steps_to", "measured", "machine")
 
 
-def run(name: str, form: Form, seed: int) -> float:
+def run(name: str, said: str, seed: int) -> tuple[float]:
     """Steps to the task's target, looked at as often as in the study; infinitely many where it is not reached."""
-    task, data = TASKS[name], TASKS[name].load()
+    task, data, form = TASKS[name], TASKS[name].load(), FORMS[said]
     torch.manual_seed(seed)
     model, batches, k = task.build(), data.batches(task.batch, seed), 0
 
@@ -64,26 +63,27 @@ def run(name: str, form: Form, seed: int) -> float:
         for k in range(1, LIMITS[name] + 1):
             optimizer.step(*next(batches))
             if k % task.every == 0 and task.score(model, task.parts(data)[0])[0] < task.target:
-                return float(k)
-    return math.inf
+                return (float(k),)
+    return (math.inf,)
+
+
+def text(rows: list[Row]) -> str:
+    """The table of the rows."""
+
+    def cell(*key: str) -> str:
+        found = sorted(float(row["steps_to"]) for row in rows if (row["task"], row["form"]) == key)
+        return f"{number(statistics.median(found))} ({number(found[0])}–{number(found[-1])})"
+
+    table = markdown(("in the k-th step", *LIMITS), [(said, *(cell(name, said) for name in LIMITS)) for said in FORMS])
+    return f"{table}\n\nMachine: {machines(rows)}."
 
 
 def main() -> None:
     """Measure what is missing; write the table."""
     torch.set_num_threads(1)
-    rows = [list(row.values()) for row in read_rows(RAW)]
-    known = {tuple(row[:3]) for row in rows}
-    for name, (said, form), seed in itertools.product(LIMITS, FORMS.items(), SEEDS):
-        if (name, said, f"{seed}") not in known:
-            rows.append([name, said, f"{seed}", f"{run(name, form, seed):g}", measured(), machine(1)])
-            write_rows(RAW, HEADER, rows)
-
-    def cell(name: str, said: str) -> str:
-        found = sorted(float(row[3]) for row in rows if row[:2] == [name, said])
-        return f"{number(statistics.median(found))} ({number(found[0])}–{number(found[-1])})"
-
-    table = markdown(("in the k-th step", *LIMITS), [(said, *(cell(name, said) for name in LIMITS)) for said in FORMS])
-    write_section("first steps", f"{table}\n\nMachine: {rows[0][-1]}.", DOCS / "research.md")
+    wanted = itertools.product(LIMITS, FORMS, SEEDS)
+    rows = measure_missing(RAW, ("task", "form", "seed"), ("steps_to",), wanted, run)
+    write_section("first steps", text(rows), DOCS / "research.md")
 
 
 if __name__ == "__main__":

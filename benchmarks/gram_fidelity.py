@@ -6,7 +6,7 @@ error of a stage's weights against the exact ones, from the same parameters and 
 step of an exact run. ``loss``: mean over seeds of the train loss after the
 epochs, with its standard deviation. ``step``: CPU time of a step against the exact one's, in turns.
 
-    python benchmarks/gram_fidelity.py --write
+    python benchmarks/gram_fidelity.py     what gram_fidelity.csv has not, then the section of docs/performance.md
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
-import typer
-from common import interleaved, machine, markdown, write_section
+from common import Row, interleaved, machines, markdown, measure_missing, write_section
 from digit_images import digits
 from networks import DigitsNet, TransformerBlock, mlp
 from torch import Tensor, nn
@@ -34,6 +35,11 @@ GRAMS: dict[str, Any] = {
 }  # fmt: skip
 KRONECKER = ("exact", "auto")
 """What there is to choose for EK-FAC: its diagonal separated or not."""
+
+BASE, ERROR, LOSS, STEP = "base method", "error of w", "train loss", "step"
+"""A row without feedback; what is measured of a row."""
+
+SEEDS, PAIRS, RAW = range(4), 15, Path(__file__).with_suffix(".csv")
 
 
 class Tokens(nn.Module):
@@ -127,6 +133,7 @@ def distance(approximate: Any, exact: list[Tensor]) -> float:
     return statistics.median(float((w - e).norm() / e.norm()) for w, e in pairs)
 
 
+@cache
 def errors(network: str, curvature: str) -> dict[str, float]:
     """Median relative error of ``w`` by option, from the states of one exact run."""
     model, optimizer = make(network, curvature, 0, gram="exact")
@@ -161,44 +168,50 @@ def load(optimizer: Any, state: dict[str, Any]) -> None:
         optimizer.state[parameter].update(own)
 
 
-def speed(network: str, curvature: str, gram: Any, pairs: int) -> float:
+def speed(network: str, curvature: str, gram: Any) -> float:
     """A step's time against the exact one's."""
     x, y = batches(0)[0]
     (_, exact), (_, other) = (make(network, curvature, 0, gram=one) for one in ("exact", gram))
-    return interleaved(lambda: exact.step(x, y), lambda: other.step(x, y), pairs, warm=1).ratio
+    return interleaved(lambda: exact.step(x, y), lambda: other.step(x, y), PAIRS, warm=1).ratio
 
 
-def main(
-    seeds: Annotated[int, typer.Option(help="training runs a row")] = 4,
-    pairs: Annotated[int, typer.Option(help="interleaved pairs of steps")] = 15,
-    write: Annotated[bool, typer.Option(help="write the section of docs/performance.md")] = False,
-) -> None:
-    """Measure; see the module's docstring."""
+def run(network: str, curvature: str, gram: str, quantity: str, seed: int) -> tuple[float]:
+    """One number."""
+    if quantity == ERROR:
+        return (errors(network, curvature)[gram],)
+    if quantity == STEP:
+        return (speed(network, curvature, GRAMS[gram]),)
+    options = {"feedback": False} if gram == BASE else {"gram": GRAMS[gram]}
+    return (trained(make(network, curvature, seed, **options), seed),)
+
+
+def text(rows: list[Row]) -> str:
+    """The section of the rows."""
+    table, keys = [], ("network", "curvature", "gram")
+    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
+        own = [(row["quantity"], float(row["value"])) for row in rows if tuple(row[name] for name in keys) == key]
+        losses = [value for quantity, value in own if quantity == LOSS]
+        once = dict(own)
+        error = "–" if ERROR not in once else f"{once[ERROR]:.3f}"
+        ratio = "–" if STEP not in once else f"{once[STEP]:.2f}"
+        table.append((*key, error, f"{statistics.mean(losses):.4f} ± {statistics.pstdev(losses):.4f}", ratio))
+    header = (*keys, ERROR, f"train loss after {EPOCHS} epochs", STEP)
+    said = f"{machines(rows)}. `benchmarks/gram_fidelity.py` says how; {len(SEEDS)} seeds; step time against `exact`."
+    return f"## Approximate Gram matrices\n\n{said}\n\n{markdown(header, table)}"
+
+
+def main() -> None:
+    """Measure what is missing; write the section."""
     torch.set_num_threads(1)
-    rows = []
+    wanted: list[tuple[object, ...]] = []
     for network, found in NETWORKS.items():
         for curvature in found.bases:
-            error = errors(network, curvature)
-            for name in (*rows_of(curvature), "base method"):
-                gram = GRAMS.get(name)
-                if gram is None:
-                    losses = [trained(make(network, curvature, seed, feedback=False), seed) for seed in range(seeds)]
-                    said, ratio = "–", "–"
-                else:
-                    losses = [trained(make(network, curvature, seed, gram=gram), seed) for seed in range(seeds)]
-                    said, ratio = f"{error[name]:.3f}", f"{speed(network, curvature, gram, pairs):.2f}"
-                rows.append((network, curvature, name, said, spread(losses), ratio))
-                print(*rows[-1], sep="  ", flush=True)
-    if write:
-        header = ("network", "curvature", "gram", "error of w", f"train loss after {EPOCHS} epochs", "step")
-        text = f"{machine(1)}. `benchmarks/gram_fidelity.py` says how; {seeds} seeds; step time against `exact`.\n\n"
-        write_section("gram fidelity", "## Approximate Gram matrices\n\n" + text + markdown(header, rows))
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.4f} ± {statistics.pstdev(values):.4f}"
+            for gram in (*rows_of(curvature), BASE):
+                wanted += [] if gram == BASE else [(network, curvature, gram, what, 0) for what in (ERROR, STEP)]
+                wanted += [(network, curvature, gram, LOSS, seed) for seed in SEEDS]
+    rows = measure_missing(RAW, ("network", "curvature", "gram", "quantity", "seed"), ("value",), wanted, run)
+    write_section("gram fidelity", text(rows))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

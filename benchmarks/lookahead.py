@@ -9,16 +9,15 @@ study's characters. Validation loss (the same that is trained) after so many ste
 
 from __future__ import annotations
 
-import csv
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import DOCS, machine, markdown, measured, write_section
+from common import DOCS, Row, machines, markdown, measure_missing, write_section
 from digit_images import digits
 from study_tasks import TASKS
 from torch import Tensor, nn
@@ -38,7 +37,6 @@ PLACES: dict[str, dict[str, Any]] = {
     "look-ahead 0.9": {"inertia": 0.9, "lookahead": 0.9},
 }
 RAW = Path(__file__).with_suffix(".csv")
-HEADER = ("task", "place", "seed", "valid_loss", "measured", "machine")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -55,7 +53,7 @@ class Tagger(nn.Module):
 
 
 def dense(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    pairs = [layer for n, m in pairwise(widths) for layer in (nn.Linear(n, m), activation())]
+    pairs = [layer for n, m in itertools.pairwise(widths) for layer in (nn.Linear(n, m), activation())]
     return nn.Sequential(*pairs[:-1])
 
 
@@ -126,38 +124,34 @@ def data(task: str, seed: int) -> tuple[nn.Module, Callable[[Tensor, Tensor], Te
     return own.build(), own.loss, batches(), judged, own.steps
 
 
-def run(task: str, place: dict[str, float], seed: int) -> float:
+def run(task: str, place: str, seed: int) -> tuple[float]:
     """Validation loss at the end."""
     torch.manual_seed(seed)
     model, loss, batches, (x, y), steps = data(task, seed)
-    optimizer = compile_optimizer(model, next(batches)[0], loss=loss, on_nonfinite="skip", **place)  # type: ignore[arg-type]
+    optimizer = compile_optimizer(model, next(batches)[0], loss=loss, on_nonfinite="skip", **PLACES[place])  # type: ignore[arg-type]
     for _ in range(steps):
         optimizer.step(*next(batches))
     with torch.no_grad():
-        return float(loss(model(x), y).mean())
+        return (float(loss(model(x), y).mean()),)
+
+
+def text(rows: list[Row]) -> str:
+    """The table of the rows."""
+
+    def cell(*key: str) -> str:
+        losses = [float(row["valid_loss"]) for row in rows if (row["task"], row["place"]) == key]
+        return f"{statistics.median(losses):.3g} ({min(losses):.3g}–{max(losses):.3g})"
+
+    table = [(task, *(cell(task, place) for place in PLACES)) for task in dict.fromkeys(row["task"] for row in rows)]
+    return f"{markdown(('task', *PLACES), table)}\n\nMachine: {machines(rows)}."
 
 
 def main() -> None:
     """Measure what is missing; write the table."""
     torch.set_num_threads(1)
-    rows = list(csv.reader(RAW.open(encoding="utf-8")))[1:] if RAW.exists() else []
-    known = {tuple(row[:3]) for row in rows}
-    tasks = (*SMALL, "characters")
-    for task in tasks:
-        for name, place in PLACES.items():
-            for seed in SEEDS:
-                if (task, name, f"{seed}") not in known:
-                    rows.append([task, name, f"{seed}", f"{run(task, place, seed):.4g}", measured(), machine(1)])
-                    with RAW.open("w", encoding="utf-8", newline="") as file:
-                        csv.writer(file, lineterminator="\n").writerows([HEADER, *rows])
-
-    def cell(task: str, name: str) -> str:
-        losses = [float(row[3]) for row in rows if row[:2] == [task, name]]
-        return f"{statistics.median(losses):.3g} ({min(losses):.3g}–{max(losses):.3g})"
-
-    header = ("task", *(f"{name}" for name in PLACES))
-    table = markdown(header, [(task, *(cell(task, name) for name in PLACES)) for task in tasks])
-    write_section("lookahead", f"{table}\n\nMachine: {rows[0][-1]}.", DOCS / "research.md")
+    wanted = itertools.product((*SMALL, "characters"), PLACES, SEEDS)
+    rows = measure_missing(RAW, ("task", "place", "seed"), ("valid_loss",), wanted, run)
+    write_section("lookahead", text(rows), DOCS / "research.md")
 
 
 if __name__ == "__main__":

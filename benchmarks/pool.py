@@ -6,6 +6,7 @@ parent must not have started threads that hold locks (torch's autograd starts it
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -88,6 +89,18 @@ def run(
         for each in running:
             each.process.kill()
             each.log.unlink(missing_ok=True)
+
+
+def alone(job: Job, *, seconds: float = math.inf, gigabytes: float = math.inf) -> Report:
+    """What one job reports.
+
+    Raises:
+        RuntimeError: why it did not come to its end.
+    """
+    (outcome,) = run([(None, job)], workers=1, seconds=seconds, gigabytes=gigabytes, tick=lambda _: None)
+    if outcome.problem:
+        raise RuntimeError(f"{outcome.problem}\n{outcome.detail}")
+    return outcome.found
 
 
 def _start(context: Any, key: Any, job: Job) -> _Running:

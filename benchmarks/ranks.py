@@ -4,20 +4,17 @@ The formulas are those of ``gtddp_compile.lowering.traffic``, which tests hold a
 count; large networks are given by the shapes of their layers, since nothing but shapes is read. A small network is
 compiled first, and both ways have to agree on it.
 
-    python benchmarks/ranks.py            checks, and prints the tables
-    python benchmarks/ranks.py --write    and writes them into docs/scaling.md
+    python benchmarks/ranks.py     checks, and writes the tables into docs/scaling.md
 """
 
 from __future__ import annotations
 
 import math
-import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from common import DOCS, markdown
+from common import DOCS, markdown, write_section
 from torch import nn
 
 from gtddp_compile.lowering.costs import LayerShape
@@ -201,7 +198,7 @@ def text() -> str:
     """The section of docs/scaling.md."""
     said = [
         "## Several processes",
-        "Written by `benchmarks/ranks.py --write`, on paper, nothing measured: what a rank sends in a step with "
+        "Written by `benchmarks/ranks.py`, on paper, nothing measured: what a rank sends in a step with "
         '`process_group="world"`, against DistributedDataParallel\'s all-reduce of gradients. Elements are counted'
         " from shapes (`gtddp_compile/lowering/traffic.py`; `tests/optimizer/test_ranks.py` holds them against the"
         f" bytes that 2 and 4 gloo processes hand in). Float32; {LATENCY * 1e6:.0f} µs from rank to rank in trees,"
@@ -216,14 +213,9 @@ def text() -> str:
 
 
 def main() -> None:
-    """Check, print, and with ``--write`` put the section into the document."""
+    """Check; write the section."""
     check()
-    found = text()
-    print(found)
-    if "--write" in sys.argv[1:]:
-        path = DOCS / "scaling.md"
-        rest = re.split(r"\n## Several processes\n", path.read_text(encoding="utf-8"))[0].rstrip()
-        path.write_text(f"{rest}\n\n{found}\n", encoding="utf-8")
+    write_section("ranks", text(), DOCS / "scaling.md")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from study_runs import RAW, Run, Runs, Spent, Study, final, load, median, number
 from study_tasks import DECIDED
 from time_to_target import chosen
 
+PAGE = DOCS / "robustness.md"
 DECISIONS: dict[str, tuple[str, ...]] = {
     "rate": ("lr / 3", "lr × 3"),
     "aim": ("aim 0.1 flat", "aim 0.3 flat", "aim 1.0 flat", "aim 2.0 flat", "aim 0.6 B/(B + 16)"),
@@ -72,7 +73,7 @@ def shown(runs: Sequence[Run]) -> str:
     return f"{number(median(runs, 'steps_to'))}; {median(runs, 'accuracy'):.1%}" if runs else ""
 
 
-def write_page(runs: Runs) -> None:
+def page(runs: Runs) -> str:
     """docs/robustness.md, from robustness.md.in and the rows."""
     text = Path(__file__).with_name("robustness.md.in").read_text(encoding="utf-8")
     tasks = {task.name for task in DECIDED}
@@ -80,7 +81,7 @@ def write_page(runs: Runs) -> None:
     text = text.replace("{machine}", "; ".join(stamps))
     for mark, names in DECISIONS.items():
         text = text.replace(f"{{{mark}}}", comparison(runs, names))
-    (DOCS / "robustness.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def main(
@@ -97,7 +98,7 @@ def main(
             study.measure(task, methods or [one for one in METHODS.values() if one not in RIVALS], range(seeds))
     except Spent:
         print("the time is over: start it again to go on")
-    write_page(study.runs)
+    PAGE.write_text(page(study.runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

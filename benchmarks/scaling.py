@@ -5,35 +5,43 @@ among them: the earlier formulation of full coupling. It carries that Hessian to
 the networks here have inputs no wider than their states. Every pair of cases is compared: both make the same step.
 What the dense side cannot hold at batch 128 is extrapolated from smaller batches, and called so.
 
-    python benchmarks/scaling.py            measures what benchmarks/.data/scaling.json does not have yet
-    python benchmarks/scaling.py --write    and writes docs/scaling.md and docs/scaling.svg
+    python benchmarks/scaling.py     what scaling.csv has not, then the section of docs/scaling.md and docs/scaling.svg
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
 
 import pool
 import torch
-import typer
-from common import DOCS, exponent, machine, markdown, peak, reset_peak, resident, start_again, torch_step
-from digit_images import CACHE
+from common import (
+    DOCS,
+    Row,
+    exponent,
+    machines,
+    markdown,
+    measure_missing,
+    peak,
+    reset_peak,
+    resident,
+    save_svg,
+    start_again,
+    torch_step,
+    write_section,
+)
 from matplotlib.figure import Figure
 from networks import DigitsNet, ResidualMLP
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from gtddp_compile import compile_optimizer
 
-RAW = CACHE / "scaling.json"
+RAW, PAGE, PICTURE = Path(__file__).with_suffix(".csv"), DOCS / "scaling.md", DOCS / "scaling.svg"
+VALUES, SEED, STEPS = ("seconds", "peak_mib", "checksum"), 0, 5
 BATCH = 128
 """Of the paper's MNIST runs."""
 
@@ -48,8 +56,7 @@ class Case:
         batch, width, depth, shortcuts: its sizes; ``"conv"`` has a depth and a shortcut of its own.
         side: ``"closed"``, ``"dense"``, ``"recompute"`` (the closed form, trajectory run again), ``"paper"`` (its own
             form) or ``"torch"`` (torch.optim.SGD).
-        double: in float64 (where both sides are compared) or float32.
-        steps: timed.
+        dtype: float64 (where both sides are compared) or float32.
     """
 
     network: str
@@ -58,13 +65,11 @@ class Case:
     depth: int = 3
     shortcuts: int = 1
     side: str = "closed"
-    double: bool = True
-    steps: int = 5
+    dtype: str = "float64"
 
-    @property
-    def key(self) -> str:
-        """Identifies it in the raw results."""
-        return json.dumps(asdict(self), sort_keys=True)
+
+KEYS = (*(field.name for field in fields(Case)), "seed")
+Raw = dict[Case, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Sweep:
 
 def varied(base: Case, name: str, values: Sequence[int]) -> tuple[Case, ...]:
     """The case with other values of one attribute."""
-    return tuple(Case(**{**asdict(base), name: value}) for value in values)
+    return tuple(replace(base, **{name: value}) for value in values)  # type: ignore[arg-type]
 
 
 SMALL = Case("mlp", 16, 16)
@@ -94,13 +99,13 @@ SWEEPS = (
     Sweep("MNIST, residual block: batch", "batch", varied(Case("conv", 1, 1), "batch", (1, 2, 4, 8, 32, 128)),
           (("dense", 4),)),
     Sweep("MNIST, residual block of 16 channels: batch", "batch",
-          varied(Case("conv", 1, 16, double=False), "batch", (16, 32, 64, 128, 256)), (("torch", 256),)),
+          varied(Case("conv", 1, 16, dtype="float32"), "batch", (16, 32, 64, 128, 256)), (("torch", 256),)),
     Sweep("Small: batch", "batch", varied(SMALL, "batch", (8, 16, 32, 64, 128)), (("dense", 128),)),
     Sweep("Small: width", "width", varied(SMALL, "width", (8, 16, 32)), (("dense", 32),)),
     Sweep("Small: depth", "depth", varied(SMALL, "depth", (2, 4, 8, 16)), (("dense", 16),)),
     Sweep("Small: shortcuts", "shortcuts", varied(Case("mlp", 16, 16, 4), "shortcuts", (0, 1, 2, 4)), (("dense", 4),)),
     Sweep("Trajectory kept or run again: depth", "depth",
-          varied(Case("mlp", 128, 256, double=False, steps=3), "depth", (16, 32, 64, 128)),
+          varied(Case("mlp", 128, 256, dtype="float32"), "depth", (16, 32, 64, 128)),
           (("recompute", 128), ("torch", 128))),
 )  # fmt: skip
 
@@ -110,7 +115,7 @@ SWEEPS = (
 
 def step_of(case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
     """The model and its step."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     if case.network == "conv":
         model: nn.Module = DigitsNet(case.width, 28)
         x = torch.randn(case.batch, 1, 28, 28)
@@ -118,7 +123,7 @@ def step_of(case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
         model = ResidualMLP(case.width, case.width, case.depth, shortcuts=case.shortcuts)
         x = torch.randn(case.batch, case.width)
     y = torch.randint(10, (case.batch,))
-    if case.double:
+    if case.dtype == "float64":
         model, x = model.double(), x.double()
     loss = nn.CrossEntropyLoss()
     if case.side == "torch":
@@ -132,7 +137,7 @@ def step_of(case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
     return model, lambda: compiled.step(x, y)
 
 
-def measure(case: Case) -> dict[str, float]:
+def measure(case: Case, steps: int = STEPS) -> tuple[float, float, str]:
     """Median seconds of processor time a step, peak MiB above what was there, checksum of the parameters after it."""
     warm_up()  # pages of libraries are mapped once more in a forked process
     before = resident()
@@ -146,11 +151,11 @@ def measure(case: Case) -> dict[str, float]:
     )
     if taken[0] < 1:  # the first step of small networks has what is done once in it
         taken = []
-        for _ in range(case.steps):
+        for _ in range(steps):
             start = time.process_time()
             step()
             taken.append(time.process_time() - start)
-    return {"seconds": statistics.median(taken), "peak": peak() - before, "checksum": checksum}
+    return statistics.median(taken), peak() - before, repr(checksum)
 
 
 def warm_up() -> None:
@@ -166,75 +171,77 @@ def with_allocator() -> None:
         start_again(settings)
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
-
-
-def wanted(sweep: Sweep) -> list[Case]:
-    """Cases of a sweep, the other sides where they are measured."""
-    found = list(sweep.cases)
-    for side, most in sweep.sides:
-        found += [Case(**{**asdict(case), "side": side}) for case in sweep.cases if getattr(case, sweep.varied) <= most]
+def run(*key: object) -> tuple[object, ...]:
+    """The same, in a process of its own."""
+    found: tuple[object, ...] = pool.alone(lambda send: send({"found": measure(Case(*key[:-1]))}))["found"]  # type: ignore[arg-type]
     return found
 
 
-def check(sweep: Sweep, raw: dict[str, dict[str, float]]) -> None:
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def wanted_of(sweep: Sweep) -> list[Case]:
+    """Cases of a sweep, the other sides where they are measured."""
+    found = list(sweep.cases)
+    for side, most in sweep.sides:
+        found += [replace(case, side=side) for case in sweep.cases if getattr(case, sweep.varied) <= most]
+    return found
+
+
+def check(sweep: Sweep, raw: Raw) -> None:
     """The dense formulation (and running segments again) makes the same update.
 
     Raises:
         RuntimeError: it does not.
     """
-    for case in wanted(sweep):
+    for case in wanted_of(sweep):
         if case.side in ("dense", "recompute"):
-            ours, theirs = (
-                raw[c.key]["checksum"] for c in (Case(**{**asdict(case), "side": "closed"}), case)
-            )  # fmt: skip
-            tolerance = (1e-8 if case.double else 1e-4) * max(1.0, abs(theirs))
+            ours, theirs = (raw[each]["checksum"] for each in (replace(case, side="closed"), case))
+            tolerance = (1e-8 if case.dtype == "float64" else 1e-4) * max(1.0, abs(theirs))
             if abs(ours - theirs) > tolerance:
                 raise RuntimeError(f"{sweep.title}: at {getattr(case, sweep.varied)} the two updates differ")
 
 
-def series(sweep: Sweep, raw: dict[str, dict[str, float]], side: str, quantity: str) -> list[tuple[int, float]]:
+def series(sweep: Sweep, raw: Raw, side: str, quantity: str) -> list[tuple[int, float]]:
     """Measured points of one side."""
-    cases = [case for case in wanted(sweep) if case.side == side and case.key in raw]
-    return [(getattr(case, sweep.varied), raw[case.key][quantity]) for case in cases]
+    cases = [case for case in wanted_of(sweep) if case.side == side and case in raw]
+    return [(getattr(case, sweep.varied), raw[case][quantity]) for case in cases]
 
 
-def section(sweep: Sweep, raw: dict[str, dict[str, float]]) -> str:
+def section(sweep: Sweep, raw: Raw) -> str:
     """Table of one sweep, with exponents, and what the other side would take where it was not measured."""
     rows = []
-    for case in wanted(sweep):
-        found, value = raw[case.key], getattr(case, sweep.varied)
-        other = raw[Case(**{**asdict(case), "side": "closed"}).key]
-        compared = "" if case.side == "closed" else (
-            f"{found['seconds'] / other['seconds']:.3g}× time, {found['peak'] / max(other['peak'], 1.0):.3g}× memory"
-        )  # fmt: skip
-        rows.append((case.side, str(value), seconds(found["seconds"]), f"{found['peak']:.0f} MiB", compared))
-    sides = list(dict.fromkeys(case.side for case in wanted(sweep)))
+    for case in wanted_of(sweep):
+        found, value = raw[case], getattr(case, sweep.varied)
+        other = raw[replace(case, side="closed")]
+        slower, larger = found["seconds"] / other["seconds"], found["peak_mib"] / max(other["peak_mib"], 1.0)
+        compared = "" if case.side == "closed" else f"{slower:.3g}× time, {larger:.3g}× memory"
+        rows.append((case.side, str(value), seconds(found["seconds"]), f"{found['peak_mib']:.0f} MiB", compared))
+    sides = list(dict.fromkeys(case.side for case in wanted_of(sweep)))
     header = ("side", sweep.varied, "time a step", "peak memory", "against the closed form")
     said = [markdown(header, rows), ""]
     if sweep.varied != "shortcuts":
         fits = [
             f"{side} {exponent(series(sweep, raw, side, 'seconds')):.2f} in time, "
-            f"{exponent(series(sweep, raw, side, 'peak')):.2f} in memory"
+            f"{exponent(series(sweep, raw, side, 'peak_mib')):.2f} in memory"
             for side in sides
         ]
         said += [f"Exponents in the {sweep.varied} (least squares through logarithms): {'; '.join(fits)}.", ""]
     first = sweep.cases[0]
     if sweep.varied == "batch" and first.network == "conv" and sweep.sides[0][0] == "dense":
         said += [extrapolation(sweep, raw), ""]
-    fixed = {key: value for key, value in asdict(first).items()
-             if key not in (sweep.varied, "side", "steps", "double", "network")}  # fmt: skip
+    sizes = [name for name in ("batch", "width", "depth", "shortcuts") if name != sweep.varied]
+    shown = ", ".join(f"{name} {getattr(first, name)}" for name in sizes)
     if first.network == "conv":
-        fixed = {"channels": first.width}
-    shown = ", ".join(f"{key} {value}" for key, value in fixed.items())
-    return f"## {sweep.title}\n\n{shown}; {'float64' if first.double else 'float32'}.\n\n" + "\n".join(said)
+        shown = f"channels {first.width}"
+    return f"## {sweep.title}\n\n{shown}; {first.dtype}.\n\n" + "\n".join(said)
 
 
-def extrapolation(sweep: Sweep, raw: dict[str, dict[str, float]]) -> str:
+def extrapolation(sweep: Sweep, raw: Raw) -> str:
     """What the dense side would take at batch 128, by its own fitted exponents."""
     said = []
-    closed = raw[next(case for case in sweep.cases if case.batch == BATCH).key]
-    for quantity, shown in (("seconds", seconds), ("peak", mebibytes)):
+    closed = raw[next(case for case in sweep.cases if case.batch == BATCH)]
+    for quantity, shown in (("seconds", seconds), ("peak_mib", mebibytes)):
         points = series(sweep, raw, "dense", quantity)
         last, value = points[-1]
         guess = value * (BATCH / last) ** exponent(points)
@@ -260,57 +267,49 @@ def mebibytes(value: float) -> str:
     return f"{value:.0f} MiB" if value < 4096 else f"{value / 1024:.0f} GiB"
 
 
-def main(
-    only: Annotated[str, typer.Option(help="measure only sweeps whose title contains this")] = "",
-    again: Annotated[bool, typer.Option(help="measure again what is there already")] = False,
-    write: Annotated[bool, typer.Option(help="write docs/scaling.md and docs/scaling.svg")] = False,
-) -> None:
-    """Compare the closed form with the dense formulation; see the module's docstring."""
+def load(rows: list[Row]) -> Raw:
+    """What was measured, by case."""
+    kinds = {field.name: int if field.type == "int" else str for field in fields(Case)}
+    return {
+        Case(**{name: kind(row[name]) for name, kind in kinds.items()}): {name: float(row[name]) for name in VALUES}
+        for row in rows
+    }
+
+
+def text(rows: list[Row]) -> str:
+    """The section of the rows; both sides of every pair made the same step."""
+    raw = load(rows)
+    for sweep in SWEEPS:
+        check(sweep, raw)
+    head = (
+        f"Written by `benchmarks/scaling.py`. {machines(rows)}. Processor time of a step (median), peak resident memory"
+        " of a process of its own above its beginning. *closed* is the default program (full coupling), *dense* the"
+        " same update with explicit matrices (the earlier formulation of the paper's Fig. 1; both make the same step,"
+        ' checked), *torch* torch.optim.SGD\'s step, *recompute* the program with `memory="recompute"`.'
+    )
+    return "\n\n".join([head, "![time and memory](scaling.svg)", *(section(sweep, raw).strip() for sweep in SWEEPS)])
+
+
+def main() -> None:
+    """Measure what is missing; write the section and the picture."""
     with_allocator()
     torch.set_num_threads(1)
     warm_up()
-    raw: dict[str, dict[str, float]] = json.loads(RAW.read_text()) if RAW.exists() else {}
-    sweeps = [sweep for sweep in SWEEPS if only in sweep.title]
-    cases = list(dict.fromkeys(c for sweep in sweeps for c in wanted(sweep) if again or c.key not in raw))
-    console = Console()
-    jobs = [(case, lambda send, case=case: send(measure(case))) for case in cases]
-    outcomes = pool.run(jobs, workers=1, seconds=math.inf, gigabytes=math.inf, tick=lambda keys: None)
-    for outcome in track(outcomes, description="scaling", total=len(jobs), console=console):
-        one, found = outcome.key, outcome.found
-        if outcome.problem:
-            raise RuntimeError(f"{one}: {outcome.problem}")
-        raw[one.key] = found
-        RAW.parent.mkdir(exist_ok=True)
-        RAW.write_text(json.dumps(raw, indent=1))
-        size = f"batch {one.batch}, width {one.width}, depth {one.depth}, shortcuts {one.shortcuts}"
-        console.print(f"{one.network} {one.side}: {size}: {seconds(found['seconds'])}, {found['peak']:.0f} MiB")
-    for sweep in sweeps:
-        check(sweep, raw)
-        console.print(section(sweep, raw), markup=False)
-    if write:
-        head = (
-            "# Scaling against the dense formulation\n\nWritten by `benchmarks/scaling.py --write`, nothing by "
-            f"hand. {machine(1)}. Processor time of a step (median), peak resident memory of a process "
-            "of its own above its beginning. *closed* is the default program (full coupling), *dense* the same update "
-            "with explicit matrices (the earlier formulation of the paper's Fig. 1; both make the same step, checked), "
-            '*torch* torch.optim.SGD\'s step, *recompute* the program with `memory="recompute"`.\n\n'
-            "![time and memory](scaling.svg)\n\n"
-        )
-        path = DOCS / "scaling.md"
-        _, title, others = path.read_text().partition("\n## Several processes\n")  # benchmarks/ranks.py writes it
-        path.write_text(head + "\n".join(section(s, raw) for s in SWEEPS).rstrip() + "\n" + title + others)
-        plot(raw)
+    wanted = [(*astuple(case), SEED) for case in dict.fromkeys(case for sweep in SWEEPS for case in wanted_of(sweep))]
+    rows = measure_missing(RAW, KEYS, VALUES, wanted, run)
+    write_section("scaling", text(rows), PAGE)
+    plot(load(rows), PICTURE)
 
 
-def plot(raw: dict[str, dict[str, float]]) -> None:
+def plot(raw: Raw, path: Path) -> None:
     """Time and memory over what is varied."""
     figure = Figure(figsize=(2.6 * len(SWEEPS), 5.2), layout="constrained")
     axes = figure.subplots(2, len(SWEEPS), squeeze=False)
     looks = {"closed": "C0o-", "dense": "C3s-", "recompute": "C2^-", "torch": "C7d--"}
     for column, sweep in enumerate(SWEEPS):
-        for row, (quantity, label) in enumerate((("seconds", "seconds a step"), ("peak", "peak MiB"))):
+        for row, (quantity, label) in enumerate((("seconds", "seconds a step"), ("peak_mib", "peak MiB"))):
             seen: set[float] = set()
-            for side in dict.fromkeys(case.side for case in wanted(sweep)):
+            for side in dict.fromkeys(case.side for case in wanted_of(sweep)):
                 points = series(sweep, raw, side, quantity)
                 seen.update(x for x, _ in points)
                 axes[row, column].plot(*zip(*points, strict=True), looks[side], label=side, markersize=4)
@@ -322,8 +321,8 @@ def plot(raw: dict[str, dict[str, float]]) -> None:
         axes[0, column].set_title("\n".join(sweep.title.replace(": ", ":\n").replace(" of ", "\nof ").split("\n")),
                                   fontsize=8)  # fmt: skip
         axes[1, column].legend(fontsize=7)
-    figure.savefig(DOCS / "scaling.svg")
+    save_svg(figure, path)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

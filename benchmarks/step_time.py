@@ -219,13 +219,13 @@ def main(
         if key not in known:
             count = pairs or (min(network.pairs, 30 if network.pairs > 30 else 5) if quick else network.pairs)
             found = row(case, size, count, clock, threads, memory and (case[1] == "sgd" or not quick))
-            known[key] = [*found, measured()]
+            known[key] = [*found, measured(), machine(threads)]
             RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
             if write:
-                write_table(known, threads, clock)
+                write_section("step time", text(known))
         console.print(*known[key], sep="  ")
     if write:
-        write_table(known, threads, clock)
+        write_section("step time", text(known))
 
 
 def in_order(known: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -239,16 +239,17 @@ def in_order(known: dict[str, list[str]]) -> dict[str, list[str]]:
     return dict(sorted(known.items(), key=lambda item: place(item[0])))
 
 
-def write_table(known: dict[str, list[str]], threads: int, clock: str) -> None:
+def text(known: dict[str, list[str]]) -> str:
     """The section of docs/performance.md."""
-    stamps = sorted((row[-1] for row in known.values()), key=lambda at: datetime.strptime(at[: at.index(" (")], WHEN))
-    text = (
-        f"{machine(threads)}; `benchmarks/step_time.py`, rows measured from {stamps[0]} to {stamps[-1]}. "
-        f"Medians of interleaved pairs, {clock} time; quartiles of the pairs' ratios. Both sides "
-        "with `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` so high that freed memory is kept for the next "
-        "step (peak memory without). The aim for peak memory is 1.25 everywhere.\n\n"
+    stamps = sorted((row[-2] for row in known.values()), key=lambda at: datetime.strptime(at[: at.index(" (")], WHEN))
+    clocks = " and ".join(dict.fromkeys(json.loads(key)[5] for key in known))
+    where = "; ".join(dict.fromkeys(row[-1] for row in known.values()))
+    return (
+        f"## One step\n\n{where}; `benchmarks/step_time.py`, rows measured from {stamps[0]} to {stamps[-1]}. Medians of"
+        f" interleaved pairs, {clocks} time; quartiles of the pairs' ratios. Both sides with `MALLOC_TRIM_THRESHOLD_`"
+        " and `MALLOC_MMAP_THRESHOLD_` so high that freed memory is kept for the next step (peak memory without)."
+        " The aim for peak memory is 1.25 everywhere.\n\n" + table(known)
     )
-    write_section("step time", "## One step\n\n" + text + table(known))
 
 
 def table(known: dict[str, list[str]]) -> str:

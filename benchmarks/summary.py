@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from common import DOCS, write_section
+from common import DOCS, save_svg, write_section
 from study_methods import DEFAULT
 from study_runs import Runs, final, load, median
 from study_tasks import RACED, TASKS
@@ -57,12 +58,12 @@ def rows(runs: Runs) -> list[Row]:
     return sorted(found, key=lambda row: row.place, reverse=True)
 
 
-def draw(found: list[Row]) -> None:
+def draw(found: list[Row], path: Path) -> None:
     """A line a task: time as a dot with its interval, steps as a ring; right of 1 the default is sooner."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams.update({"svg.hashsalt": "gain", "svg.fonttype": "none", "font.size": 9.5})
+    rcParams.update({"font.size": 9.5})
     figure = Figure(figsize=(8.2, 0.27 * len(found) + 1.1), layout="constrained")
     axes = figure.subplots()
     axes.axvline(1, color="#5c6878", lw=1)
@@ -94,7 +95,7 @@ def draw(found: list[Row]) -> None:
     for side in (*axes.spines.values(), *right.spines.values()):
         side.set_visible(False)
     axes.legend(loc="lower right", frameon=False)
-    figure.savefig(PICTURE, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 def claim(runs: Runs) -> str:
@@ -125,4 +126,4 @@ def claim(runs: Runs) -> str:
 if __name__ == "__main__":
     runs = load()
     write_section("claim", claim(runs), README)
-    draw(rows(runs))
+    draw(rows(runs), PICTURE)

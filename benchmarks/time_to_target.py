@@ -20,11 +20,12 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from common import DOCS, keep_heap, machine, markdown, write_section
+from common import DOCS, keep_heap, machine, markdown, save_svg, write_section
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from study_methods import DEFAULT, METHODS, RIVALS, Method
@@ -162,15 +163,13 @@ def write_page(runs: Runs) -> None:
     write_section("tasks", tasks_table(), PAGE)
     write_section("summary", summary(runs), PAGE)
     write_section("methods", f"{all_methods(runs)}\n\nMachines: {stamps}.", PAGE)
-    draw(runs)
+    draw(runs, PICTURE)
 
 
-def draw(runs: Runs) -> None:
+def draw(runs: Runs, path: Path) -> None:
     """A row a task, a mark a method at its time to the target."""
-    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams.update({"svg.hashsalt": "time-to-target", "svg.fonttype": "none"})
     figure = Figure(figsize=(9, 0.55 * len(RACED) + 1.4), layout="constrained")
     axes = figure.subplots()
     marks = "osD^v<>Pp*hX8"
@@ -188,7 +187,7 @@ def draw(runs: Runs) -> None:
     axes.invert_yaxis()
     axes.grid(axis="both", alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    figure.savefig(PICTURE, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 # --- running it -------------------------------------------------------------------------------------------------------

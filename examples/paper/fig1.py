@@ -60,4 +60,5 @@ if __name__ == "__main__":
     from scaling import Case, measure
 
     torch.set_num_threads(1)
-    print(json.dumps(measure(Case("conv", int(sys.argv[2]), 1, side=sys.argv[1], steps=9))))
+    seconds, peak, _ = measure(Case("conv", int(sys.argv[2]), 1, side=sys.argv[1]), steps=9)
+    print(json.dumps({"seconds": seconds, "peak": peak}))

@@ -7,16 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cooperation
+from common import read_rows
 from shared import SETTINGS, Row, figure, interval, markdown, paired, save, where
 
 RESULTS = "fig7"
-TUNED = {
-    "ekfac": (0.01, 0.01),
-    "gt-ekfac": (0.03, 0.1),
-    "gt-ekfac, rescaling": (0.03, 0.1),
-    "gt-ddp-ekfac": (0.03, 0.01),
-    "gt-ddp-gt-ekfac": (0.3, 0.1),
-}
+GRIDS = cooperation.Runs(read_rows(cooperation.RAW))
+TUNED = {method: cooperation.best(GRIDS, method) for method in cooperation.METHODS if method != "sgd"}
 """Learning rate and damping, each method's best of the grids in docs/cooperation.md."""
 SHARED = (0.01, 0.1)
 """One setting for all, as the paper compares: below the best rate of EK-FAC with this damping."""
@@ -36,7 +32,7 @@ def jobs(rows: Sequence[Row]) -> list[Row]:
 def work(job: Row) -> Row:
     """Train loss at four points on the way, and test accuracy."""
     setting = float(job["lr"]), float(job["damping"]), int(job["seed"]), int(job["steps"])
-    curve, accuracy, _ = cooperation.train(cooperation.METHODS[job["method"]], *setting)
+    *curve, accuracy, _ = cooperation.run(job["method"], *setting)
     return {"curve": " ".join(f"{value:.4g}" for value in curve), "accuracy": f"{accuracy:.4f}"}
 
 

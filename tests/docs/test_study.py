@@ -1,15 +1,15 @@
-"""The pages of the study say what the rows of ``benchmarks/study.csv`` say."""
+"""Pages and sections that scripts of ``benchmarks`` write are what the committed rows give, and nothing beside it."""
 
 import importlib
 import json
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PERFORMANCE = DOCS / "performance.md"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,37 +19,40 @@ def _benchmarks():
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def test_time_to_target_is_written_from_the_rows():
+def holds(page: Path, text: str) -> bool:
+    """Whether a text is the whole page, or all that stands between two markers."""
+    found = page.read_text(encoding="utf-8")
+    return found.strip() == text.strip() if text.startswith("# ") else f"-->\n{text.strip()}\n<!-- end " in found
+
+
+def test_time_to_target_is_written_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     import time_to_target as page
 
-    runs, text = page.load(), page.PAGE.read_text(encoding="utf-8")
-    for table in (page.tasks_table(), page.summary(runs), page.all_methods(runs)):
-        assert table in text, "run benchmarks/time_to_target.py --budget 0"
+    found: list[str] = []
+    monkeypatch.setattr(page, "write_section", lambda _, text, path: found.append(text))
+    monkeypatch.setattr(page, "draw", lambda runs, path: None)
+    page.write_page(page.load())
+    assert len(found) == 3
+    assert all(holds(page.PAGE, text) for text in found), "run benchmarks/time_to_target.py --budget 0"
 
 
-def test_the_readme_says_and_draws_what_the_rows_say():
+def test_the_readme_says_what_the_rows_say():
     import summary as page
 
-    runs, drawn = page.load(), page.PICTURE.read_text(encoding="utf-8")
-    assert page.claim(runs) in page.README.read_text(encoding="utf-8"), "run benchmarks/summary.py"
-    rows = page.rows(runs)
-    assert len(rows) > 10 and all(f">{text}</text>" in drawn for row in rows for text in row.words())
+    assert holds(page.README, page.claim(page.load())), "run benchmarks/summary.py"
 
 
 def test_research_is_written_from_the_rows():
     import research as page
 
-    text = page.PAGE.read_text(encoding="utf-8")
     for table in (page.table(page.load()), page.csv_table(Path(page.__file__).with_suffix(".csv"))):
-        assert table in text, "run benchmarks/research.py"
+        assert holds(page.PAGE, table), "run benchmarks/research.py"
 
 
 def test_robustness_is_written_from_the_rows():
     import robustness as page
 
-    runs, text = page.load(), (page.DOCS / "robustness.md").read_text(encoding="utf-8")
-    for names in page.DECISIONS.values():
-        assert page.comparison(runs, names) in text, "run benchmarks/robustness.py --budget 0"
+    assert holds(page.PAGE, page.page(page.load())), "run benchmarks/robustness.py --budget 0"
 
 
 def test_an_interval_holds_what_it_is_of():
@@ -63,51 +66,68 @@ def test_an_interval_holds_what_it_is_of():
     assert ratio(mine, theirs) == "reached / not"
 
 
-def sections(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
-    """What a script writes into which page from its committed rows; it measures nothing."""
+WRITTEN = {
+    "alike": "performance", "batch_norm_reading": "batch-norm-reading", "compile_time": "compile_time",
+    "cooperation": "cooperation", "depth": "research", "derivatives": "physics", "first_steps": "research",
+    "gram_fidelity": "performance", "lookahead": "research", "scaling": "scaling", "shards": "several-processes",
+}  # fmt: skip
+"""A script that keeps its rows beside it, and its page."""
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_page_is_written_from_the_rows_beside_the_script(name: str) -> None:
+    from common import read_rows
+
+    script, page = importlib.import_module(name), DOCS / f"{WRITTEN[name]}.md"
+    rows = read_rows(script.RAW)
+    assert len(rows) > 5 and all(row["measured"] and row["machine"] for row in rows)
+    assert holds(page, script.text(rows)), f"run benchmarks/{name}.py"
+
+
+def test_pictures_are_drawn_from_the_rows(tmp_path: Path) -> None:
+    import scaling
+    import summary
+    import time_to_target
+    from common import read_rows
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # another test may have drawn in a style of its own
+        scaling.plot(scaling.load(read_rows(scaling.RAW)), tmp_path / "scaling.svg")
+        time_to_target.draw(time_to_target.load(), tmp_path / "time-to-target.svg")
+        summary.draw(summary.rows(summary.load()), tmp_path / "gain.svg")
+    for path in tmp_path.glob("*.svg"):
+        assert path.read_text("utf-8") == (DOCS / path.name).read_text("utf-8"), f"draw {path.name} again"
+
+
+@pytest.mark.parametrize("name", ["fuzz", "faults"])
+def test_a_section_counts_the_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     script, found = importlib.import_module(name), []
-
-    def measured(*_: object, **__: object) -> None:
-        raise AssertionError(f"{name}.csv lacks rows: run benchmarks/{name}.py")
-
-    monkeypatch.setattr(script, "run", measured, raising=False)
-    if hasattr(script, "keep_heap"):
-        monkeypatch.setattr(script, "keep_heap", lambda: None)
-    monkeypatch.setattr(script, "write_section", lambda _, text, path=PERFORMANCE: found.append((path, text)))
-    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-    getattr(script, how)()
-    return found
-
-
-@pytest.mark.parametrize("name", ["depth", "first_steps", "lookahead", "fuzz", "faults"])
-def test_a_section_is_written_from_the_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = sections(name, "page" if name in ("fuzz", "faults") else "main", monkeypatch)
-    assert found
-    for page, text in found:
-        assert text.strip() in page.read_text(encoding="utf-8"), f"run benchmarks/{name}.py"
+    monkeypatch.setattr(script, "write_section", lambda _, text, path: found.append(text))
+    script.page()
+    assert len(found) == 1 and holds(DOCS / "trust.md", found[0])
 
 
 def test_pages_are_written_from_their_rows(tmp_path: Path) -> None:
-    import alike
     import coverage_report
     import metrics
     import mutation
     import physics
+    import ranks
     import step_time
 
     kept = json.loads((ROOT / "benchmarks/coverage.json").read_text(encoding="utf-8"))
     coverage_report.write_report(tmp_path / "coverage.md", kept)
     mutants = [mutation.Row(**{**r, "seed": int(r["seed"]), "number": int(r["number"])})
-               for r in alike.read_rows(mutation.KEPT)]  # fmt: skip
+               for r in mutation.read_rows(mutation.KEPT)]  # fmt: skip
     timed = json.loads(step_time.RESULTS.read_text(encoding="utf-8"))
-    found = {
-        "coverage.md": (tmp_path / "coverage.md").read_text(encoding="utf-8"),
-        "mutation.md": mutation.page(mutants, len(mutants), mutants[0].seed),
-        "physics.md": physics.table(physics.load()),
-        "research.md": metrics.section(metrics.load(metrics.RAW)),
-        "performance.md": physics.csv_table(alike.ROWS) + "\n" + step_time.table(timed),
-    }
-    for name, text in found.items():
-        page = (DOCS / name).read_text(encoding="utf-8").splitlines()
-        lines = [line for line in text.splitlines() if line.startswith("|")]
-        assert len(lines) > 10 and not set(lines) - set(page), f"write {name} again"
+    found = [
+        ("coverage", (tmp_path / "coverage.md").read_text(encoding="utf-8")),
+        ("mutation", mutation.page(mutants, len(mutants), mutants[0].seed)),
+        ("physics", physics.table(physics.load())),
+        ("physics", physics.csv_table(physics.TRIED)),
+        ("research", metrics.section(metrics.load(metrics.RAW))),
+        ("performance", step_time.text(timed)),
+        ("scaling", ranks.text()),
+    ]
+    for name, text in found:
+        assert len(text) > 1000 and holds(DOCS / f"{name}.md", text), f"write {name}"
