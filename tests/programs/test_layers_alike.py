@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gtddp_compile import CompiledOptimizer, Geometric, UpdateProgram, compile_optimizer
 from gtddp_compile.lowering import decide
+from gtddp_compile.methods.curvature import foof, kfac
 from support.compared import assert_equal, assert_exported, flat, train
 from support.networks import Case
 
@@ -209,3 +210,53 @@ def test_modules_named_as_variables_of_the_program(name: str) -> None:
     given = case(lambda: Named(name))
     run = assert_equal(given, steps=2, loss=SQUARES, curvature="foof", inertia=0.5, lookahead=0.0)
     assert len(groups(run.optimizer.program)) == 2
+
+
+@pytest.mark.parametrize("curvature", ["foof", "kfac"])
+def test_statistics_out_of_step(curvature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers whose averages are of different ages, as loaded states may be, are observed each for itself."""
+    found = []
+    for together in (decide.TOGETHER, 0):
+        monkeypatch.setattr(decide, "TOGETHER", together)
+        given, options = case(), {"curvature": curvature, "lr": 0.1, "cooperative": False, "refresh": 3}
+        opt = compile_optimizer(given.model, given.batch(0, BATCH)[0], loss=SQUARES, **options)
+        for step in range(9):
+            opt.step(*given.batch(step, BATCH))
+            if step == 2:
+                state = opt.state[given.model.square[1].weight]
+                state["age"] = state["age"] + 1.0
+        found.append([flat(given.model), *(opt.state[p] for p in given.model.parameters())])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+class Halved(nn.Module):
+    """Layers alike, of which one reads small numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers = nn.Linear(3, WIDTH), nn.ModuleList(nn.Linear(WIDTH, WIDTH, False) for _ in range(3))
+        self.last = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        one, two, three = self.layers
+        return self.last(torch.tanh(three(torch.tanh(one(x)))) + two(x * 0.01))
+
+
+def test_a_factor_that_has_no_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone is raised, and counted."""
+
+    def small(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+        made, _ = kfac.inverse(factor, damping)
+        failed = factor.diagonal(dim1=1, dim2=2).mean(1) < 1e-3
+        return torch.where(failed.any(), made * 2.0, made), failed.any().double()
+
+    monkeypatch.setattr(foof, "inverse", small)
+    options = {"curvature": "foof", "loss": SQUARES}
+    together = train(case(Halved), 3, **options)
+    apart = alone(monkeypatch, case(Halved), 3, **options)
+    assert groups(together.optimizer.program) == [{"layers.0", "layers.1", "layers.2"}]
+    for mine, other in zip(together.model.parameters(), apart.model.parameters(), strict=True):
+        torch.testing.assert_close(together.optimizer.state[mine], apart.optimizer.state[other], rtol=0, atol=1e-9)
+    counts = [together.optimizer.state[layer.weight]["fallbacks"] for layer in together.model.layers]
+    assert [float(count) for count in counts] == [0.0, 3.0, 0.0]

@@ -26,7 +26,7 @@ from gtddp_compile.kernels.coordinates import (
 )
 from gtddp_compile.kernels.kronecker import Metric, Rows, kronecker_precondition, made_rows
 from gtddp_compile.methods.curvature.base import Group, Move, with_momentum
-from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
+from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker, in_step
 from gtddp_compile.methods.curvature.updates import ParameterUpdates
 
 Names = tuple[tuple[str, ...], ...]
@@ -107,6 +107,13 @@ class BlockUpdates(ParameterUpdates):
 
     def observe_alike(self, stage: int, kind: BlockKind, names: Names, layers: Sequence[Rows], start: float) -> None:
         """:meth:`observe_block` of players that are computed together, from the groups of one layer's rows."""
+        leads = [(self.states[player[0]], self._groups[player[0]]) for player in names]
+        if not torch.compiler.is_compiling() and in_step(*zip(*leads, strict=True)):
+            states = [[self.states[name] for name in player] for player in names]
+            found = self._kronecker.observe_alike(kind, layers[0], start, states, leads[0][1])
+            for player, own in zip(names, found, strict=True):
+                self.states.update(zip(player, own, strict=True))
+            return
         ((x,), g, *_) = layers[0].layer
         for k, player in enumerate(names):
             own = Layer((x[:, k : k + 1],), g[:, k : k + 1], (), ())

@@ -41,6 +41,10 @@ from gtddp_compile.methods.curvature.numbers import (
 
 BlockKind = Literal["kronecker", "dual", "channels", "shared", "exact"]
 
+COUNTS = ("age", "averaged")
+"""Of a state: steps since a block was put together, and batches that its factors are averages of."""
+PACE = ("damping", "pi", "stat_decay", "stat_every", "refresh", "early")
+"""Options of the factors, and of what is made of them."""
 DERIVED = ("map_x", "map_g", "null_x", "null_g", "moment", "inverse_x", "inverse_g", "filters")
 """Keys of a block's state that are made of its factors."""
 
@@ -142,6 +146,46 @@ class Kronecker(Curvature):
             lead.update(self.moments(layers, start, lead, group))
         return found
 
+    def observe_alike(
+        self, kind: BlockKind, layer: Rows, start: float, states: Sequence[Sequence[State]], group: Group
+    ) -> list[list[dict[str, Any]]]:
+        """:meth:`observe_block` of players of one shape, each a group of one layer's rows, as one.
+
+        Args:
+            kind: what each block is.
+            layer: rows of all players.
+            start: ``α_T``.
+            states: of every player's parameters; the first ones are :func:`in_step`.
+            group: options that all of them have.
+        """
+        steps = {id(state["step"]): counted(state["step"]) for own in states for state in own}  # many are one tensor
+        found = [[{**state, "step": steps[id(state["step"])]} for state in own] for own in states]
+        leads, keys = [own[0] for own in found], self.factor_keys()
+
+        def together(key: str) -> Tensor:
+            return torch.cat([lead[key] for lead in leads])
+
+        def factors(old: State | None, keep: float) -> dict[str, Tensor]:
+            return self.factors((layer,), start, None if old is None else {key: together(key) for key in keys}, keep)
+
+        shapes = {key: (1, *shape[1:]) for key, shape in kronecker_factor_shapes((layer,)).items() if key in keys}
+        taken = dict(leads[0])
+        due = self._running(taken, group, shapes, factors)
+        counts, parts = {key: taken[key] for key in COUNTS}, {key: taken[key] for key in keys if len(taken[key]) > 1}
+        for k, lead in enumerate(leads):
+            lead.update(counts, **{key: whole[k : k + 1] for key, whole in parts.items()})
+            lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
+        if due or ("inverse_x" if kind == "dual" else "map_x") not in taken:
+            made = self.refreshed(kind, {key: parts[key] if key in parts else together(key) for key in keys}, group)
+            failed = made.pop("fallbacks")
+            for k, lead in enumerate(leads):
+                for key in DERIVED:
+                    lead.pop(key, None)
+                own = {key: whole[k : k + 1] for key, whole in made.items()}
+                own["fallbacks"] = lead.get("fallbacks", failed)
+                lead.update(self.refreshed(kind, lead, group) if failed else own)
+        return found
+
     def _running(
         self,
         lead: dict[str, Any],
@@ -219,6 +263,17 @@ class Kronecker(Curvature):
 
     def _keep(self, count: Tensor, group: Group) -> float:
         return min(1.0 - 1.0 / float(count), float(group["stat_decay"]))
+
+
+def in_step(states: Sequence[State], groups: Sequence[Group]) -> bool:
+    """Whether players' statistics are taken alike: the same options, counts and entries."""
+
+    def same(one: Any, other: Any) -> bool:
+        return one is other or bool(one == other)
+
+    first, options = states[0], [[group.get(key) for key in PACE] for group in groups]
+    alike = all(own == options[0] for own in options) and all(state.keys() == first.keys() for state in states)
+    return alike and all(same(state[key], first[key]) for key in COUNTS if key in first for state in states)
 
 
 def split_maps(state: State, widths: Sequence[tuple[int, int]]) -> Maps:
