@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gtddp_compile import FOOF, CompileError, Geometric
+from gtddp_compile import FOOF, CompileError, Geometric, compile_optimizer
 from gtddp_compile.lowering.write import adjoints
 from gtddp_compile.methods.terminal import Terminal
 from gtddp_compile.options import SUGGESTED, Options
@@ -106,6 +106,20 @@ def test_the_defaults() -> None:
     options["terminal"] = replace(options["terminal"], aim=aim)
     opt = assert_primal(networks.nested(), LOSS, 3, "fast", said={}, **options)  # statistics are taken in each step
     assert opt.program.form.name == "joint"
+
+
+@pytest.mark.parametrize("inertia", [0.0, 0.9])
+def test_a_decay_takes_off_no_more_than_there_is(inertia: float) -> None:
+    """However little a layer's inputs vary: its M would be next to nothing without the decay's own curvature."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    opt = compile_optimizer(model, loss=nn.CrossEntropyLoss(), inertia=inertia, weight_decay=1.0)
+    x, y = 1e-3 * torch.randn(6, 4).double(), torch.arange(6) % 3
+    sizes = []
+    for _ in range(40):
+        opt.step(x, y)
+        sizes.append(float(nn.utils.parameters_to_vector(model.parameters()).norm()))
+    assert max(sizes[-10:]) < 0.1 * sizes[0] and max(sizes) < 1.5 * sizes[0]
 
 
 @pytest.mark.parametrize("terminal", ["geometric", "ggn"])

@@ -141,7 +141,8 @@ class Primal:
             eye_a, eye_b, damping = torch.eye(len(a)).double(), torch.eye(len(b)).double(), self.options["damping"]
             pi, mean = (a.diagonal().mean() / b.diagonal().mean()).sqrt(), a.diagonal().mean()
             if self.method == "foof":
-                a, b = a + damping * mean * eye_a, eye_b
+                decay = self.options["lr"] * self.options.get("weight_decay", 0.0)  # its own curvature
+                a, b = a + (damping * mean + decay) * eye_a, eye_b
             else:
                 a, b = a + pi * damping**0.5 * eye_a, b + damping**0.5 / pi * eye_b
             m, n = len(b), len(a)

@@ -19,11 +19,11 @@ from gtddp_compile.methods.curvature.numbers import Scalar
 
 @dataclass(frozen=True)
 class FOOF(Kronecker):
-    """``M = (A + λ ā I) ⊗ I / lr``, ``A = E[x xᵀ]`` of a layer's homogeneous inputs, ``ā`` its mean eigenvalue.
+    """``M = (A + λ ā I) ⊗ I / lr + ν I``, ``A = E[x xᵀ]`` of a layer's homogeneous inputs, ``ā`` its mean eigenvalue.
 
     The curvature of a step measured by how far it moves every layer's outputs: K-FAC's input factor (inputs summed over
     positions, running averages), without its gradient factor. Cheaper than :class:`KFAC`: no gradient statistics and
-    one inverse a layer. With feedback off it is the published method, ``δW = -lr G (A + λ ā I)⁻¹``.
+    one inverse a layer. With feedback off and no decay it is the published method, ``δW = -lr G (A + λ ā I)⁻¹``.
 
     A convolution's ``A`` is the covariance of its input channels at a pixel, for every element of the kernel
     (spatially uncorrelated: Grosse and Martens 2016): steps to a target are those of whole patches
@@ -50,7 +50,8 @@ class FOOF(Kronecker):
             equal blocks as are needed. An inversion takes the cube of the width. Blocks are no wider than the layer
             has outputs either, from 128 outputs on, and at many positions from 128 inputs on.
         momentum: as torch.optim.SGD's, of the preconditioned gradient; not beside ``inertia``.
-        weight_decay: coupled decay ``λ u``, part of the gradient.
+        weight_decay: coupled decay ``ν u``, part of the gradient, whose own curvature ``ν I`` is part of ``M``: a step takes
+            off no more than a parameter is, however small ``A``.
         maximize: not available: negate the loss.
 
     Raises:
@@ -70,8 +71,8 @@ class FOOF(Kronecker):
         return {**self._stepped(state), "positions": positions}
 
     def divisor(self, state: State, group: Group) -> Any:
-        """``P (1 + λ)``."""
-        return state["positions"] * (1.0 + group["damping"])
+        """``P (1 + λ)``, and ``η ν`` of a decay ``ν``."""
+        return state["positions"] * (1.0 + group["damping"]) + group["lr"] * group["weight_decay"]
 
     def observe_channels(
         self, layer: Layer, positions: float, states: Sequence[State], group: Group,
@@ -108,13 +109,14 @@ class FOOF(Kronecker):
         return ("factor_x",)
 
     def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
-        """``X Xᵀ = (A + λ ā I)⁻¹``, or of a ``"dual"`` block the inverse itself; ``Y = I`` is not kept."""
+        """``X Xᵀ = (A + (λ ā + η ν) I)⁻¹``, or of a ``"dual"`` block the inverse itself; ``Y = I`` is not kept."""
         x = state["factor_x"]
         mean = x.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(x.dtype).tiny)
+        damping = group["damping"] * mean + group["lr"] * group["weight_decay"]
         if kind == "dual":
             found = {}
-            found["inverse_x"], failed = inverse(x, group["damping"] * mean)
+            found["inverse_x"], failed = inverse(x, damping)
         else:
-            map_x, failed = inverse_root(x, group["damping"] * mean)
+            map_x, failed = inverse_root(x, damping)
             found = {"map_x": map_x, "inverse_x": map_x @ map_x.mT} if kind == "channels" else {"map_x": map_x}
         return {**found, "fallbacks": state.get("fallbacks", 0) + failed}
