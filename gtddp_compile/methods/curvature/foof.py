@@ -50,8 +50,8 @@ class FOOF(Kronecker):
             equal blocks as are needed. An inversion takes the cube of the width. Blocks are no wider than the layer
             has outputs either, from 128 outputs on, and at many positions from 128 inputs on.
         momentum: as torch.optim.SGD's, of the preconditioned gradient; not beside ``inertia``.
-        weight_decay: coupled decay ``ν u``, part of the gradient, whose own curvature ``ν I`` is part of ``M``: a step takes
-            off no more than a parameter is, however small ``A``.
+        weight_decay: coupled decay ``ν u``, part of the gradient, whose own curvature ``ν I`` is part of ``M``: a
+            step takes off no more than a parameter is, however small ``A``.
         maximize: not available: negate the loss.
 
     Raises:
