@@ -91,7 +91,7 @@ class Part:
 def on_paper(parts: list[Part], name: str, coupling: str, batch: int, ranks: int) -> Iterator[Sent]:
     """As ``traffic``, from the shapes of layers."""
     yield Sent("program", "all_gather", 1, 3)
-    yield Sent("losses", "all_gather", 1, 4)
+    yield Sent("losses", "all_gather", 1, 5)
     parameters, kronecker = sum(part.parameters for part in parts), name in ("foof", "kfac")
     if name == "adam":
         yield Sent("Q_u", "all_reduce", len(parts), parameters)

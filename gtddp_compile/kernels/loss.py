@@ -30,6 +30,11 @@ def class_mean_scale(outputs: Tensor, targets: Tensor, weight: Tensor | None, ig
     return torch.where(counts, chosen, 0.0).sum().reciprocal() * batch
 
 
+OPEN_ENDED = 0.15
+"""Of losses that may be negative, as the logarithm of a density: a lower one than the least of a batch may be in reach
+or not, and a step that asks for much drives a variance to nothing (docs/research.md#losses-that-may-be-negative)."""
+
+
 def terminal(
     phi: Tensor, reduction: str, kind: str, aim: float = 1.0, own: float = 0.0, half: float = 0.0,
     group: int | None = None,
@@ -40,9 +45,10 @@ def terminal(
     least where it has fallen by the aim. For ``"gradient"`` (Proposition 5) that is 1, whatever the loss; for
     ``"geometric"`` it is the loss itself: the second-order expansion of a loss whose logarithm is linear in the
     outputs, which cross-entropy tends to where a sample is nearly fitted; or it is ``aim b / (b + half) + own / b``
-    times the loss in groups of b samples (``None``: all of them). A loss that is not positive has no logarithm: it
-    counts as 1. Losses below 10⁻⁴ of the mean are held there, so that fitted samples do not make the value function
-    singular; not with an aim of 2, Gauss-Newton on ``√(2φ)``, which is exact for every residual.
+    times the loss in groups of b samples (``None``: all of them). In a group with a loss that is not positive nothing
+    is known of how far losses can fall, and ``OPEN_ENDED`` of a sample's distance from the least of them counts as its
+    loss (of a sample alone, 1). Losses below 10⁻⁴ of the mean are held there, so that fitted samples do not make the
+    value function singular; not with an aim of 2, Gauss-Newton on ``√(2φ)``, which is exact for every residual.
     """
     dtype = phi.dtype if phi.dtype in (torch.float32, torch.float64) else torch.float32
     ones = torch.ones(phi.shape[0], dtype=dtype, device=phi.device)
@@ -51,16 +57,21 @@ def terminal(
         return ones, ones, start
     values = phi.detach().to(dtype)
     together = min(group or phi.shape[0], phi.shape[0])
-    return ones, terminal_aims(values, values.abs().mean(), (aim, own, half), together), start
+    parts = values.split(together)
+    least = values.min() if len(parts) == 1 else torch.cat([part.min().expand(len(part)) for part in parts])
+    return ones, terminal_aims(values, values.abs().mean(), least, (aim, own, half), together), start
 
 
-def terminal_aims(values: Tensor, mean: Tensor, weight: tuple[float, float, float], together: int) -> Tensor:
+def terminal_aims(
+    values: Tensor, mean: Tensor, least: Tensor, weight: tuple[float, float, float], together: int
+) -> Tensor:
     """The aims of :func:`terminal`, ``(B,)``, by ``φ``, the batch's mean of ``|φ|`` (0-d) and ``(aim, own, half)``.
 
-    ``together``: samples in a group.
+    ``least``: of the losses in a sample's group, ``(B,)`` or 0-d. ``together``: samples in a group.
     """
     aim, own, half = weight
     share = torch.finfo(values.dtype).eps ** 2 if weight == (2.0, 0.0, 0.0) else 1e-4
     floor = mean.mul(share).clamp_min_(torch.finfo(values.dtype).tiny)
-    aims = torch.threshold(values, 0.0, 1.0).clamp_min_(floor)
+    instead = OPEN_ENDED * (values - least) if together > 1 else torch.ones_like(values)
+    aims = torch.where(least > 0, values, instead).clamp_min_(floor)
     return aims if weight == (1.0, 0.0, 0.0) else aims * (aim * together / (together + half) + own / together)

@@ -100,7 +100,7 @@ def traffic(plan: Plan, setting: Setting, samples: int) -> Iterator[Sent]:
     """Every collective of a step of a rank with so many samples; the others have as many."""
     blocks, joint, curvature = _blocks(plan), plan.form.name == "joint", setting.curvature
     yield Sent("program", "all_gather", 1, 3)
-    yield Sent("losses", "all_gather", 1, 4)
+    yield Sent("losses", "all_gather", 1, 5)
     if (plan.metric == "diagonal" or plan.turned) and joint and curvature.needs_statistics:
         yield Sent("Q_u", "all_reduce", len(blocks), _parameters(plan, blocks))
     diagonal = [block for block in blocks if block.kind == "diagonal"]

@@ -57,6 +57,7 @@ class JoinedMethod(BaseMethod):
     ranks: Ranks
     samples_all = 0
     _mean: Tensor
+    _leasts: Tensor
 
     @property
     def share(self) -> float:
@@ -85,12 +86,14 @@ class JoinedMethod(BaseMethod):
         own, b = phi.detach().double(), phi.shape[0]
         divided = self._loss.divisor(outputs, targets)
         weight = own.new_tensor(float(b)) if divided is None else divided.to(own)
-        table = self.ranks.tables(torch.stack([own.new_tensor(float(b)), weight, own.sum(), own.abs().sum()]))
-        sizes, weights, sums, sizes_of_phi = table.unbind(1)
+        table = self.ranks.tables(
+            torch.stack([own.new_tensor(float(b)), weight, own.sum(), own.abs().sum(), own.min()])
+        )
+        sizes, weights, sums, sizes_of_phi, leasts = table.unbind(1)
         self.ranks.sizes = tuple(int(size) for size in sizes.tolist())
         self.samples_all = total = sum(self.ranks.sizes)
         factors = (total / weights.sum()) * weights / sizes
-        self._mean = (factors * sizes_of_phi).sum() / total
+        self._mean, self._leasts = (factors * sizes_of_phi).sum() / total, factors * leasts
         self.loss = ((factors * sums).sum() / (total if self.reduction == "mean" else 1)).to(phi.dtype)
         super()._refuse_nonfinite()
         return (phi if divided is None else phi * factors[self.ranks.rank].to(phi.dtype)), total
@@ -107,8 +110,9 @@ class JoinedMethod(BaseMethod):
         if kind == "gradient":
             return ones, values, start
         together = max(self.ranks.sizes) if group == "rank" else self.samples_all
-        own_phi = phi.detach().to(ones.dtype)
-        return ones, kernels.terminal_aims(own_phi, self._mean.to(ones.dtype), (aim, own, half), together), start
+        own_phi, least = phi.detach().to(ones.dtype), self._leasts[self.ranks.rank] if group else self._leasts.min()
+        mean, least = self._mean.to(ones.dtype), least.to(ones.dtype)
+        return ones, kernels.terminal_aims(own_phi, mean, least, (aim, own, half), together), start
 
     # --- collectives --------------------------------------------------------------------------------------------------
 

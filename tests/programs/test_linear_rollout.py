@@ -108,6 +108,48 @@ def test_the_defaults() -> None:
     assert opt.program.form.name == "joint"
 
 
+@pytest.mark.parametrize("backend", ["fast", "dense"])
+@pytest.mark.parametrize("coupling", ["full", 2, 4])
+def test_losses_that_may_be_negative(coupling: Any, backend: Any) -> None:
+    """The aim goes by a sample's distance from the least of its group, where that is not positive."""
+
+    def below(outputs: Any, targets: Any) -> Any:
+        return classified(outputs, targets) - 1.0
+
+    options = {
+        "curvature": "sgd",
+        "lr": 0.1,
+        "inertia": 0.9,
+        "coupling": coupling,
+        "terminal": Geometric(0.7, 0.1, 2.0),
+    }
+    assert_primal(networks.projection(), below, 3, backend, below, **options)
+
+
+@pytest.mark.parametrize("inertia", [0.0, 0.9])
+def test_a_likelihood_is_fitted(inertia: float) -> None:
+    """A variance that is learned too: no step asks for more than samples show to be in reach."""
+
+    def surprise(outputs: Any, targets: Any) -> Any:
+        return outputs[:, 1] + 0.5 * ((targets - outputs[:, 0]) * torch.exp(-outputs[:, 1])) ** 2
+
+    torch.manual_seed(0)
+    x = torch.randn(256, 4)
+    y = x[:, 0].sin() + 0.3 * torch.randn(256) * x[:, 1].abs()
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+    opt = compile_optimizer(model, loss=surprise, inertia=inertia)
+    losses = [float(opt.step(x[rows], y[rows])) for _ in range(20) for rows in torch.randperm(256).split(64)]
+    assert max(losses[40:]) < 0.0
+
+
+def test_a_batch_of_one_with_a_negative_loss_is_fitted() -> None:
+    model = nn.Sequential(nn.Linear(2, 3))
+    opt = compile_optimizer(model, loss=lambda outputs, targets: classified(outputs, targets) - 3.0)
+    x, y = torch.randn(1, 2), torch.tensor([1])
+    losses = [float(opt.step(x, y)) for _ in range(30)]
+    assert losses[-1] < losses[0] - 0.5
+
+
 @pytest.mark.parametrize("inertia", [0.0, 0.9])
 def test_a_decay_takes_off_no_more_than_there_is(inertia: float) -> None:
     """However little a layer's inputs vary: its M would be next to nothing without the decay's own curvature."""
