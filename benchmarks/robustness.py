@@ -22,7 +22,7 @@ from common import DOCS, markdown
 from study_methods import DEFAULT, METHODS, RIVALS, Method
 from study_runs import RAW, Run, Runs, Spent, Study, final, load, median, number, tuned
 from study_tasks import DECIDED
-from time_to_target import chosen
+from time_to_target import chosen, looks
 
 PAGE = DOCS / "robustness.md"
 DECISIONS: dict[str, tuple[str, ...]] = {
@@ -38,18 +38,20 @@ DECISIONS: dict[str, tuple[str, ...]] = {
 
 
 def comparison(runs: Runs, names: Sequence[str]) -> str:
-    """Options beside the default, a column a task; of the default the same seeds as of the option with most."""
-    tasks = [task for task in DECIDED if any(final(runs, task, METHODS[name]) for name in names)]
+    """Options that were run beside the default, a column a task; of the default the same seeds as of the others."""
+    names = [name for name in names if any(final(runs, task, METHODS[name]) for task in DECIDED)]
+    seeds = {task: max(len(final(runs, task, METHODS[name])) for name in names) for task in DECIDED}
+    tasks = [task for task in DECIDED if seeds[task]]
     rows = []
     for name in (DEFAULT.name, *names):
         cells = []
         for task in tasks:
-            most = max(len(final(runs, task, METHODS[other])) for other in names)
-            found = final(runs, task, METHODS[name])[:most]
+            found = final(runs, task, METHODS[name])[: seeds[task]]
             rate, _ = tuned(runs, task, METHODS[name])
             cells.append(shown(found) + (f" (lr {rate:g})" if rate and found else ""))
         rows.append((name, *cells, ratio(runs, METHODS[name])))
-    return markdown(("", *(task.name for task in tasks), "steps over the default's"), rows)
+    heads = (f"{task.name}, seed{f's 0–{seeds[task] - 1}' if seeds[task] > 1 else ' 0'}" for task in tasks)
+    return markdown(("", *heads, "steps over the default's"), rows)
 
 
 def ratio(runs: Runs, method: Method) -> str:
@@ -78,7 +80,7 @@ def page(runs: Runs) -> str:
     text = Path(__file__).with_name("robustness.md.in").read_text(encoding="utf-8")
     tasks = {task.name for task in DECIDED}
     stamps = sorted({run.machine for run in runs.values() if run.task in tasks})
-    text = text.replace("{machine}", "; ".join(stamps))
+    text = text.replace("{machine}", "; ".join(stamps)).replace("{looks}", looks(DECIDED))
     for mark, names in DECISIONS.items():
         text = text.replace(f"{{{mark}}}", comparison(runs, names))
     return text

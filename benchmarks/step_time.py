@@ -246,7 +246,8 @@ def text(known: dict[str, list[str]]) -> str:
     where = "; ".join(dict.fromkeys(row[-1] for row in known.values()))
     return (
         f"## One step\n\n{where}; `benchmarks/step_time.py`, rows measured from {stamps[0]} to {stamps[-1]}. Medians of"
-        f" interleaved pairs, {clocks} time; quartiles of the pairs' ratios. Both sides with `MALLOC_TRIM_THRESHOLD_`"
+        f" interleaved pairs, {clocks} time. The ratio is the median of the pairs' ratios, not the ratio of the medians"
+        " beside it; quartiles likewise. Both sides with `MALLOC_TRIM_THRESHOLD_`"
         " and `MALLOC_MMAP_THRESHOLD_` so high that freed memory is kept for the next step (peak memory without)."
         " The aim for peak memory is 1.25 everywhere.\n\n" + table(known)
     )

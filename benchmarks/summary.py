@@ -1,21 +1,20 @@
 """The first thing that README.md says and shows, from the rows of ``study.csv``.
 
-python benchmarks/summary.py        rewrites the section between README.md's markers, and docs/gain.svg
+python benchmarks/summary.py    rewrites the sections between markers of README.md and docs/index.md, and docs/gain.svg
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import DOCS, save_svg, write_section
 from study_methods import DEFAULT
 from study_runs import Runs, final, load, median
-from study_tasks import RACED, TASKS
-from time_to_target import best_rival, making, speedup
+from study_tasks import TASKS
+from time_to_target import best_rival, making, missed, pairs, speedup, standing, verdict
 
-README, PICTURE = DOCS.parent / "README.md", DOCS / "gain.svg"
+README, INDEX, PICTURE = DOCS.parent / "README.md", DOCS / "index.md", DOCS / "gain.svg"
 CLAIMED = "digits-128"
 """The task that the first claim is about."""
 EDGE = 16.0
@@ -24,13 +23,22 @@ EDGE = 16.0
 
 @dataclass(frozen=True)
 class Row:
-    """A task: the rival's time and steps over ours, empty where the rival did not reach the target."""
+    """A task: the rival's time and steps over ours, empty where a side did not reach the target.
+
+    Attributes:
+        time, steps: :func:`time_to_target.speedup`.
+        ahead: whether it is above 1, or the rival missed the target.
+        verdict: :func:`time_to_target.verdict`, of time.
+        made: whether it is ahead with the making of the step counted in.
+    """
 
     task: str
     rival: str
     time: tuple[float, ...]
     steps: tuple[float, ...]
     ahead: bool
+    verdict: str
+    made: bool
 
     def words(self) -> tuple[str, str]:
         """What the picture writes on the left and on the right."""
@@ -48,13 +56,14 @@ class Row:
 def rows(runs: Runs) -> list[Row]:
     """Every task that the default and a rival were run on, the largest gain in time first."""
     found = []
-    for task in RACED:
-        mine, rival = final(runs, task, DEFAULT), best_rival(runs, task)
-        if mine and rival is not None:
-            time, steps = (speedup(mine, rival[1], of) for of in ("seconds_to", "steps_to"))
-            arrives = all(math.isfinite(run.seconds_to) for run in mine)
-            ahead = time[0] > 1 if time else arrives
-            found.append(Row(task.name, rival[0].name.removeprefix("torch "), time, steps, ahead))
+    for task, mine, (method, theirs) in pairs(runs):
+        time, steps, made = (
+            speedup(mine, theirs, of, more)
+            for of, more in (("seconds_to", 0.0), ("steps_to", 0.0), ("seconds_to", making(mine)))
+        )
+        ahead, made_ahead = (ratio[0] > 1 if ratio else not missed(mine) for ratio in (time, made))
+        name = method.name.removeprefix("torch ")
+        found.append(Row(task.name, name, time, steps, ahead, verdict(mine, theirs), made_ahead))
     return sorted(found, key=lambda row: row.place, reverse=True)
 
 
@@ -106,8 +115,7 @@ def claim(runs: Runs) -> str:
     name, theirs = rival[0].name.removeprefix("torch "), rival[1]
     took = [making(final(runs, TASKS[row.task], DEFAULT)) for row in found]
     ahead = sum(row.ahead for row in found)
-    sure = sum(row.time[1] > 1 if row.time else row.ahead for row in found if len(row.time) != 1)
-    lost = sum(row.time[2] < 1 if row.time else not row.ahead for row in found if len(row.time) != 1)
+    sure, lost = (sum(row.verdict == word for row in found) for word in ("ahead", "behind"))
     return (
         f"On the paper's own network, batch 128, it reaches a train loss of {task.target} in "
         f"**{median(ours, 'steps_to'):g} steps** with nothing tuned where {name} with its best "
@@ -123,7 +131,31 @@ def claim(runs: Runs) -> str:
     )
 
 
+def use(runs: Runs) -> str:
+    """Where it is ahead and where it is not, for the pages that say when to use it."""
+    found, stands = rows(runs), ";\n".join(f"- {line}" for line in standing(runs))
+    slower = sum(not row.made for row in found)
+    return (
+        f"Against the best rival tuned for each task ([what the names stand for]([TASKS]#tasks)), in processor time to"
+        " the target, making the step not counted, the default is (in parentheses the rival's time over ours)\n\n"
+        f"{stands}.\n\nWith making the step counted in, the tuned rival is there sooner on {slower} of these "
+        f"{len(found)} small tasks: their runs are over in seconds."
+    )
+
+
+def linked(text: str, page: str) -> str:
+    """With docs/time-to-target.md as a page links to it."""
+    return text.replace("[TASKS]", page)
+
+
+def write(runs: Runs) -> None:
+    """The sections of README.md and docs/index.md."""
+    write_section("claim", claim(runs), README)
+    write_section("use", linked(use(runs), "docs/time-to-target.md"), README)
+    write_section("use", linked(use(runs), "time-to-target.md"), INDEX)
+
+
 if __name__ == "__main__":
     runs = load()
-    write_section("claim", claim(runs), README)
+    write(runs)
     draw(rows(runs), PICTURE)

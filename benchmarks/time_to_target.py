@@ -19,7 +19,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +38,13 @@ CORE = (DEFAULT, *RIVALS[:4])
 QUICK = ("digits-128", "digits-8", "mnist-plain-64", "poisson-300", "adding-64", "diabetes-32")
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Of so many degrees of freedom: 95 % of the distribution lies within."""
+VERDICTS = {
+    "ahead": "ahead on",
+    "level": "about level, or not decided, on",
+    "behind": "behind on",
+    "one": "of one seed, undecided therefore, on",
+}
+"""Ahead and behind: the whole 95 % interval is, or the other side alone missed the target in some seed."""
 
 
 def chosen(only: str, otherwise: Sequence[Task] = RACED) -> tuple[list[Task], list[Method]]:
@@ -85,14 +92,51 @@ def speedup(mine: Sequence[Run], theirs: Sequence[Run], of: str = "seconds_to", 
 
 
 def ratio(mine: Sequence[Run], theirs: Sequence[Run], compiling: float = 0.0) -> str:
-    """:func:`speedup` in time, as text; with seconds to be added to ours."""
+    """:func:`speedup` in time, as text; with seconds to be added to ours. In how many seeds, where not in all."""
     found = speedup(mine, theirs, more=compiling)
     if found:
-        return f"{found[0]:.2f} (one seed)" if len(found) == 1 else "{:.2f} ({:.2f}–{:.2f})".format(*found)
-    other = {run.seed: run.seconds_to for run in theirs}
-    pairs = [(other[run.seed], run.seconds_to) for run in mine if run.seed in other]
-    got = ["reached" if all(map(math.isfinite, side)) else "not" for side in zip(*pairs, strict=True)]
-    return " / ".join(got) or "–"
+        said = f"{found[0]:.2f} (one seed" if len(found) == 1 else "{:.2f} ({:.2f}–{:.2f}".format(*found)
+        return said + f"; ours in {reached(mine)}" * missed(mine) + ")"
+    return f"rival in {reached(theirs)}, ours in {reached(mine)}"
+
+
+def reached(runs: Sequence[Run]) -> str:
+    """In how many of its seeds a method reached the target."""
+    return f"{sum(math.isfinite(run.seconds_to) for run in runs)} of {len(runs)}"
+
+
+def missed(runs: Sequence[Run]) -> bool:
+    """Whether a method missed the target in some seed."""
+    return any(math.isinf(run.seconds_to) for run in runs)
+
+
+def verdict(mine: Sequence[Run], theirs: Sequence[Run], of: str = "seconds_to", more: float = 0.0) -> str:
+    """How ours stands, a word of :data:`VERDICTS`; a side that missed the target in some seed, alone, is behind."""
+    found = speedup(mine, theirs, of, more)
+    if missed(mine) != missed(theirs):
+        return "behind" if missed(mine) else "ahead"
+    if len(found) < 3:
+        return "one" if found else "level"
+    return "ahead" if found[1] > 1 else "behind" if found[2] < 1 else "level"
+
+
+def standing(runs: Runs, of: str = "seconds_to", compiling: bool = False) -> list[str]:
+    """The default against each task's best rival, the tasks by their verdict."""
+    tasks: dict[str, list[str]] = {name: [] for name in VERDICTS}
+    for task, mine, (_, theirs) in pairs(runs):
+        more = making(mine) if compiling else 0.0
+        found = speedup(mine, theirs, of, more)
+        shown = f" ({found[0]:.2f})" if found and not missed(mine) else ""
+        tasks[verdict(mine, theirs, of, more)].append(task.name + shown)
+    return [f"{VERDICTS[name]} {', '.join(some)}" for name, some in tasks.items() if some]
+
+
+def pairs(runs: Runs) -> Iterator[tuple[Task, list[Run], tuple[Method, list[Run]]]]:
+    """Every task that the default and a rival were run on, with the runs of both."""
+    for task in RACED:
+        mine, rival = final(runs, task, DEFAULT), best_rival(runs, task)
+        if mine and rival is not None:
+            yield task, mine, rival
 
 
 def validation(runs: Sequence[Run], best: bool = True) -> str:
@@ -133,15 +177,14 @@ def all_methods(runs: Runs) -> str:
 def summary(runs: Runs) -> str:
     """The default against the best tuned rival, a row a task."""
     rows = []
-    for task in RACED:
-        mine, rival = final(runs, task, DEFAULT), best_rival(runs, task)
-        if not mine or rival is None:
-            continue
-        method, theirs = rival
+    for task, mine, (method, theirs) in pairs(runs):
+        steps, took = (
+            " / ".join(number(median(side, of), form, unit) + f" ({reached(side)})" * missed(side)
+                       for side in (mine, theirs))
+            for of, form, unit in (("steps_to", "g", ""), ("seconds_to", ".2f", " s"))
+        )  # fmt: skip
         rows.append((
-            task.name, method.name.removeprefix("torch "),
-            " / ".join(number(median(side, "steps_to")) for side in (mine, theirs)),
-            " / ".join(number(median(side, "seconds_to"), ".2f", " s") for side in (mine, theirs)),
+            task.name, method.name.removeprefix("torch "), steps, took,
             ratio(mine, theirs), ratio(mine, theirs, making(mine)) if making(mine) else "–",
             f"{validation(mine)} / {validation(theirs)}",
         ))  # fmt: skip
@@ -150,18 +193,39 @@ def summary(runs: Runs) -> str:
     return markdown(header, rows)
 
 
-def tasks_table() -> str:
+def reading(runs: Runs) -> str:
+    """What the table shows, in words."""
+    return (
+        f"- Of steps alone the default is {'; '.join(standing(runs, 'steps_to'))}.\n"
+        f"- Of processor time it is {'; '.join(standing(runs))}.\n"
+        f"- With making the step counted in, it is {'; '.join(standing(runs, compiling=True))}."
+    )
+
+
+def tasks_table(runs: Runs) -> str:
     """What is trained."""
     of = {"train": "train", "valid": "validation"}
-    rows = [(task.name, task.says, str(task.steps), f"{of[task.watch]} {task.target:g}") for task in RACED]
-    return markdown(("task, batch", "what", "steps of a run", "target"), rows)
+    rows = [
+        (task.name, task.says, str(task.steps), f"{of[task.watch]} {task.target:g}", str(task.every),
+         str(len(final(runs, task, DEFAULT))))
+        for task in RACED
+    ]  # fmt: skip
+    return markdown(("task, batch", "what", "steps of a run", "target", "looked at every … steps", "seeds"), rows)
+
+
+def looks(tasks: Sequence[Task]) -> str:
+    """How often the loss is looked at."""
+    found = {every: [task.name for task in tasks if task.every == every] for every in sorted({t.every for t in tasks})}
+    said = (f"every {every} steps on {', '.join(names)}" for every, names in found.items())
+    return f"The loss is looked at {'; '.join(said)}.".replace("every 1 steps", "after every step")
 
 
 def write_page(runs: Runs) -> None:
     """The measured sections of docs/time-to-target.md, and its picture."""
     stamps = "; ".join(sorted({run.machine for run in runs.values() if run.task in {task.name for task in RACED}}))
-    write_section("tasks", tasks_table(), PAGE)
+    write_section("tasks", tasks_table(runs), PAGE)
     write_section("summary", summary(runs), PAGE)
+    write_section("reading", reading(runs), PAGE)
     write_section("methods", f"{all_methods(runs)}\n\nMachines: {stamps}.", PAGE)
     draw(runs, PICTURE)
 

@@ -109,7 +109,9 @@ def compile_optimizer(
             method; True there too: the cooperative base method without feedback. Their factors are as wide as their
             layers together, 16384 at most; ``program.cost()`` says how wide.
         gram: how the Gram matrices are made. ``"auto"``: exactly, but for layers whose exact one would cost more than
-            half of their own training step because the metric is diagonal: those have it separated. ``"exact"``.
+            half of their own training step because the metric is diagonal: those have it separated. In the linear
+            rollout a tenth is the limit, beyond which per-sample gradients are sketched to some 128 random numbers
+            (so many columns times the layer's outputs). ``"exact"``.
             ``"separable"``: every diagonal metric as a product of one of outputs and one of inputs.
             ``Sketch(columns)``: random signs as well, where that is cheaper. ``Nystrom(columns,
             tolerance)``: none is formed, the weights come by conjugate gradients (docs/theory.md#nystrom).

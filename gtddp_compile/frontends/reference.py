@@ -100,9 +100,12 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
         except Exception as error:  # the user's own code runs here and may raise anything
             path, kind = module_of(error.__traceback__, model)
             shapes = ", ".join(f"{tuple(value.shape)}" for value in inputs)
+            alone = "more than 1 value per channel" in str(error)  # batch-norm, on what a loader has left over
             raise CompileError(
                 f"the model itself fails on inputs of shape {shapes}: {type(error).__name__}: {error}",
-                "Pass inputs that the model accepts: a tensor, or a tuple in the order of its arguments",
+                "Leave out a last batch of one sample (drop_last=True of DataLoader), or call model.eval()"
+                if alone
+                else "Pass inputs that the model accepts: a tensor, or a tuple in the order of its arguments",
                 module=path,
                 operation=kind,
                 source=raised_at(error.__traceback__) or None,

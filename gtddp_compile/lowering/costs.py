@@ -82,11 +82,15 @@ class LayerShape:
                 return exact if cheap or self.cost(exact) <= self.cost(separated) else separated
             few = max(4, -(-SKETCHED * self.groups // self.weight[0]))
             if self.sketch(few) < min(slow * self.gram(exact), slow * self.gram(separated)):
-                return GramChoice(f"sketch of {few} columns", False, "sketch", columns=few)
+                return GramChoice(self._sketched(few), False, "sketch", columns=few)
             return exact if self.cost(exact) <= self.cost(separated) else separated
         if gram == "sketch" and self.sketch(columns) + self.weighted < self.cost(separated):
-            return GramChoice(f"sketch of {columns} columns", False, "sketch")
+            return GramChoice(self._sketched(columns), False, "sketch")
         return separated
+
+    def _sketched(self, columns: int) -> str:
+        """What a sample's gradient is reduced to: so many random columns in the place of inputs, of every output."""
+        return f"sketch of {columns} columns x {self.weight[0] // self.groups} outputs"
 
     def _exact(self, *, diagonal: bool, separated: bool, weight: bool) -> GramChoice:
         """The best form for a metric that does not (``diagonal``) or does separate, by nature or ``separated``."""

@@ -82,9 +82,9 @@ class UpdateProgram:
     def export(self, path: str | Path, *, targets: Any = None) -> None:
         """Write the program to a file, in the format of its suffix.
 
-        ``.py``: a module that needs torch alone, ``init_state(params)`` and ``step(params, buffers, state, inputs,
-        targets) -> (params, buffers, state, loss)``. ``.json``: the program as data, for :meth:`load`. ``.tex``: the
-        derivation as a document. ``.pt2``: the step as one graph, for ``torch.export.load``.
+        ``.py``: a module that needs torch and what torch brings, ``init_state(params)`` and ``step(params, buffers,
+        state, inputs, targets) -> (params, buffers, state, loss)``. ``.json``: the program as data, for :meth:`load`.
+        ``.tex``: the derivation as a document. ``.pt2``: the step as one graph, for ``torch.export.load``.
 
         Args:
             path: the file.
@@ -174,7 +174,11 @@ class UpdateProgram:
 
     def _text(self, stage: DerivedStage) -> str:
         lines = [f"stage {stage.index}: {', '.join(stage.controls.values())}"]
-        lines += [f"  {name:<4} = {', '.join(values)}" for name, values in stage.legend]
+        still = {name for name, values in stage.inputs.items() if set(values) <= set(self.graph.ops.inputs)}
+        lines += [
+            f"  {name:<4} = {', '.join(values)}{'  (an input: its change is 0)' * (name in still)}"
+            for name, values in stage.legend
+        ]
         lines += ["  augmented dynamics (0, I, J dense; F in the controls):"]
         lines += [f"    {line}" for line in str(stage.derivation.pattern).splitlines()[1:]]
         lines.append("  gains and value recursion (numbers: equations of the paper; symbols: docs/theory.md#symbols):")
@@ -231,8 +235,10 @@ class UpdateProgram:
         found = rollout_units(plan) if self.form.name in COUPLED and not self.form.factored else None
         if found is not None:
             linear, again = (f"{units:.2f}" for units in found)
-            said = "multiplications of a training step's (layers of known shape)"
-            yield f"{said}: rollout linear {linear}, nonlinear {again}"
+            said = "times the multiplications of a plain training step (layers of known shape)"
+            mine, other = (linear, again) if self.form.name == "joint" else (again, linear)
+            rollout = "nonlinear" if self.form.name == "joint" else "linear"
+            yield f"a step needs about {mine} {said}; with rollout='{rollout}' {other}"
         yield describe_memory(self.graph, plan.segments, gradients=not base)
         if plan.ranks > 1 and self.setting is not None:
             yield self._sent(plan, self.setting)

@@ -152,7 +152,7 @@ def said(error: CompileError) -> str:
     """The text of the page: the user's line is anybody's, and torch's own words change with it."""
     text = re.sub(r"at \w+\.py:\d+", "at model.py:12", str(error)).replace("\n", " ")
     text = re.sub(r" \(then: .*\)\.", ".", text)
-    text = re.sub(TORCHS + r".*?(?=\. (Pass|Give|Make|Replace))", r"\1…", text)
+    text = re.sub(TORCHS + r".*?(?=\. (Pass|Give|Make|Replace|Leave))", r"\1…", text)
     return text.replace("|", "\\|")
 
 

@@ -21,7 +21,17 @@ from gtddp_compile.methods.curvature import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ("tutorial", "own-layer", "own-loss", "micro-batches")
-PAGES = ("usage", "architecture", "physics", "index", "install", "supported", "several-processes", *NOTEBOOKS)
+PAGES = (
+    "usage",
+    "training",
+    "architecture",
+    "physics",
+    "index",
+    "install",
+    "supported",
+    "several-processes",
+    *NOTEBOOKS,
+)
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in PAGES)]
 PATH = r"`((?:tests|passes|gtddp_compile|examples|docs|benchmarks)/[\w/]+(?:\.\w+)?)`"
 
@@ -78,8 +88,20 @@ def test_a_notebook_runs_and_shows_what_came_of_it(name: str) -> None:
         assert "Q_ux = " in shown and "singular values [" in shown and "w = solve(" in shown and "held out" in shown
 
 
-@pytest.mark.parametrize("name", ["docs/physics.md", "docs/index.md"])
-def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
+def test_names_of_files_outside_of_the_pages_are_links_on_the_site() -> None:
+    repository = hidden("repository.py")
+    page = repository.examples()
+    assert "examples/checkpoints.py" in repository.SCRIPTS and "as they lie" in page.lower()
+    for script in repository.SCRIPTS:
+        link = f"[`{script}`](examples.md#{repository.anchor(script)})"
+        assert repository.linked(f"See `{script}`.") == f"See {link}." and f"{{ #{repository.anchor(script)} }}" in page
+    kept = "```python\n`CHANGELOG.md`\n```\n"
+    assert repository.linked(f"[a](../CHANGELOG.md)\n{kept}") == f"[a](changes.md)\n{kept}"
+
+
+@pytest.mark.parametrize("name", ["docs/physics.md", "docs/index.md", "docs/training.md"])
+def test_the_code_of_a_page_runs_from_top_to_bottom(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where a page saves something
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", read(name), re.DOTALL):
         exec(compile(code, name, "exec"), names)

@@ -32,14 +32,18 @@ def test_time_to_target_is_written_from_the_rows(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(page, "write_section", lambda _, text, path: found.append(text))
     monkeypatch.setattr(page, "draw", lambda runs, path: None)
     page.write_page(page.load())
-    assert len(found) == 3
+    assert len(found) == 4
     assert all(holds(page.PAGE, text) for text in found), "run benchmarks/time_to_target.py --budget 0"
 
 
-def test_the_readme_says_what_the_rows_say():
+def test_the_readme_and_the_first_page_say_what_the_rows_say(monkeypatch: pytest.MonkeyPatch) -> None:
     import summary as page
 
-    assert holds(page.README, page.claim(page.load())), "run benchmarks/summary.py"
+    found: list[tuple[Path, str]] = []
+    monkeypatch.setattr(page, "write_section", lambda _, text, path: found.append((path, text)))
+    page.write(page.load())
+    assert [path for path, _ in found] == [page.README, page.README, page.INDEX]
+    assert all(holds(*one) for one in found), "run benchmarks/summary.py"
 
 
 def test_research_is_written_from_the_rows():
@@ -57,13 +61,19 @@ def test_robustness_is_written_from_the_rows():
 
 def test_an_interval_holds_what_it_is_of():
     from study_runs import Run
-    from time_to_target import ratio
+    from time_to_target import ratio, verdict
 
     mine, theirs = ([Run("digits-128", "default", 0.0, "constant", seed, seconds_to=factor * (1 + 0.1 * seed))
                      for seed in range(5)] for factor in (1.0, 2.0))  # fmt: skip
     assert ratio(mine, theirs) == "2.00 (2.00–2.00)"
+    assert verdict(mine, theirs) == "ahead" and verdict(theirs, mine) == "behind"
+    assert ratio(mine, theirs[:1]) == "2.00 (one seed)" and verdict(mine, theirs[:1]) == "one"
+    theirs[0].seconds_to = 0.3  # slower in most seeds, by far sooner in one
+    assert verdict(mine, theirs) == verdict(theirs, mine) == "level"
     mine[3].seconds_to = float("inf")
-    assert ratio(mine, theirs) == "reached / not"
+    assert ratio(mine, theirs) == "rival in 5 of 5, ours in 4 of 5" and verdict(mine, theirs) == "behind"
+    assert ratio(mine, theirs[1:2]) == "2.00 (one seed; ours in 4 of 5)" and verdict(mine, theirs[1:2]) == "behind"
+    assert verdict(theirs, mine) == "ahead"
 
 
 WRITTEN = {

@@ -145,3 +145,11 @@ def test_a_symbol_that_is_not_in_the_table_is_found() -> None:
     allowed, name = pattern(variables, program), next(iter(program.lowered.names.values()))
     assert re.fullmatch(allowed, f"g_{name}_at2__old")
     assert not any(re.fullmatch(allowed, other) for other in ("omega_1", f"omega_{name}", "g_elsewhere_at2"))
+
+
+def test_inputs_are_marked_where_a_gain_on_them_is_printed() -> None:
+    program = next(programs())
+    marked = [line for line in program.derivation().splitlines() if "its change is 0" in line]
+    inputs = set(program.graph.ops.inputs)
+    assert marked and all(set(line.partition(" = ")[2].partition("  (")[0].split(", ")) <= inputs for line in marked)
+    assert "its change is 0" not in program.derivation(len(program.graph.stages) - 1)

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from gtddp_compile import SGD, CompiledOptimizer, CompileError, MonteCarlo, compile_optimizer
+from gtddp_compile import SGD, CompiledOptimizer, CompileError, MonteCarlo, Nystrom, compile_optimizer
 from support.architectures import EXAMPLES, Example
 from support.exported import compiled, largest, load_module, named, pseudo_huber, run_alone, targets_for, torch_only
 from support.exported import state_by_name as states
@@ -117,6 +118,41 @@ def follow(opt: CompiledOptimizer, example: Example, path: Path, targets: Tensor
 def test_every_kind_of_network(name: str, tmp_path: Path) -> None:
     example = EXAMPLES[name]()
     follow(compiled(example), example, tmp_path / "step.py", targets_for(3, 4))
+
+
+HEADS: dict[str, tuple[dict[str, Any], str]] = {
+    "joint": ({}, "nothing runs again"),
+    "joint, groups": ({"coupling": 2}, "in groups of 2"),
+    "joint, columns": ({"terminal": "ggn", "curvature": "sgd"}, "one B r x B r system"),
+    "nystrom": ({"curvature": "sgd", "gram": Nystrom(2, 1e-3), "terminal": "gradient"}, "no Gram matrix is formed"),
+    "nonlinear": ({"rollout": "nonlinear"}, "and runs again"),
+    "open": ({"feedback": "open", "curvature": "sgd"}, "none answers to another"),
+    "block": ({"coupling": "block", "curvature": "sgd"}, "only what is a sample's own"),
+    "printed": ({"coupling": "block", "curvature": "sgd", "recursion": "printed"}, "sample's own weight"),
+    "base": ({"feedback": False}, "without feedback"),
+}
+
+
+JOINT = {"nothing runs again", "in groups of 2"}
+"""Both are said of the joint step in groups."""
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_says_what_the_program_is(name: str, tmp_path: Path) -> None:
+    options, says = HEADS[name]
+    program = compile_optimizer(small().model, *small().inputs, loss=nn.CrossEntropyLoss(), **options).program
+    program.export(tmp_path / "step.py")
+    text = (tmp_path / "step.py").read_text(encoding="utf-8")
+    head = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
+    rolled = re.search(r"^\s+\w+_new, *=", text, re.MULTILINE) is not None  # a stage is run again
+    assert says in head and ("sweep forward" in head) == rolled
+    assert not any(other in head for other in {says for _, says in HEADS.values()} - {says, "and runs again"} - JOINT)
+    legend = head.partition("(4, 28) ")[2].partition(". Stages")[0]
+    explained = set(re.findall(r"(?:with|,) (\w+) (?:=|the|which)", legend))
+    printed = program.form.said
+    used = {str(symbol) for one in printed for symbol in one.expression.free_symbols if "'" not in str(symbol)}
+    carried = {"y", "Lambda", "alpha", "rho", "R", "B"}  # from stage to stage; and the size of the batch
+    assert used - {str(one.symbol) for one in printed} - carried == explained - ({"C", "M"} - used)
 
 
 def test_constants_travel(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """How Gram matrices are made: per-sample gradients kept or not, separable metrics, sketches, and what is refused."""
 
+import re
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from gtddp_compile import CompileError, Sketch, compile_optimizer, kernels
 from gtddp_compile.kernels import approximate, linear
 from gtddp_compile.lowering import costs
 from support.cases import tokens
-from support.compared import assert_equal, train
-from support.networks import Case, conv, make
+from support.compared import assert_equal, optimizer, train
+from support.networks import Case, conv, make, mlp
 from support.recorded import draw
 from support.recorded import layer as bundled
 
@@ -209,3 +210,15 @@ def test_the_bias_of_a_use_is_its_own(curvature: str, biases: str) -> None:
     """A weight's Gram matrix has the bias of those uses alone that share it."""
     torch.manual_seed(0)
     assert_equal(Case(OneWeight(biases).double(), (4,)), curvature=curvature, lr=0.05)
+
+
+def test_the_cost_of_a_step_is_told_beside_the_other_rollout() -> None:
+    """A few samples, so that Γ is exact in both: each program has its own number first."""
+    said = r"about ([\d.]+) times the multiplications of a plain training step .*?with rollout='(\w+)' ([\d.]+)"
+    found = {}
+    for rollout in ("linear", "nonlinear"):
+        _, opt = optimizer(mlp(), 2, curvature="sgd", rollout=rollout)
+        ((own, other, theirs),) = re.findall(said, " ".join(opt.program.cost().split()))
+        found[rollout] = own
+        assert {rollout, other} == {"linear", "nonlinear"} and found.get(other, theirs) == theirs
+    assert float(found["linear"]) < float(found["nonlinear"])

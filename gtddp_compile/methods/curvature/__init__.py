@@ -76,7 +76,8 @@ def resolve(curvature: str | Curvature, **options: Any) -> Curvature:
             why += " (it would only choose between implementations of the same update, which the compiler does)"
         if "differentiable" in unknown:
             why += " (a step writes the parameters in place, and no gradient goes through it)"
-        raise CompileError(why, f"Its options are {', '.join(known)}")
+        offered = (option for option in known if option != "maximize")  # there to be refused by name
+        raise CompileError(why, f"Its options are {', '.join(offered)}")
     built: Curvature = REGISTRY[curvature](**options)
     return built
 

@@ -111,8 +111,8 @@ class BlockUpdates(ParameterUpdates):
         if not torch.compiler.is_compiling() and in_step(*zip(*leads, strict=True)):
             states = [[self.states[name] for name in player] for player in names]
             found = self._kronecker.observe_alike(kind, layers[0], start, states, leads[0][1])
-            for player, own in zip(names, found, strict=True):
-                self.states.update(zip(player, own, strict=True))
+            for player, taken in zip(names, found, strict=True):
+                self.states.update(zip(player, taken, strict=True))
             return
         ((x,), g, *_) = layers[0].layer
         for k, player in enumerate(names):

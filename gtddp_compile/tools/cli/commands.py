@@ -149,7 +149,7 @@ def export(
             "-o",
             dir_okay=False,
             show_default=False,
-            help="File to write, by its suffix: .py (needs torch alone), .json, .tex, .pt2.",
+            help="File to write, by its suffix: .py (needs torch), .json, .tex, .pt2.",
         ),
     ],
     **choices: Any,

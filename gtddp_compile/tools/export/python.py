@@ -1,4 +1,4 @@
-"""``.py``: the program as a module that needs torch alone, to be read beside the paper and edited.
+"""``.py``: the program as a module that needs torch and what torch brings, to be read beside the paper and edited.
 
 The lines of ``step`` are the lowered instructions; kernels and base method come along as the text that runs here
 (``carry``), as far as this program uses them.
@@ -23,6 +23,7 @@ from gtddp_compile.methods.curvature import BlockUpdates, Kronecker, ParameterUp
 from gtddp_compile.passes.p12_emit import Style, body, draws, function_text
 from gtddp_compile.runtime.program import VERSION, UpdateProgram
 from gtddp_compile.tools.export.carry import Luggage, attributes_of, names_in
+from gtddp_compile.tools.export.head import summary, symbols
 from gtddp_compile.tools.export.layout import INDENT, WIDTH, double_quoted, lay_out
 from gtddp_compile.tools.export.losses import as_returned, loss_text
 from gtddp_compile.tools.export.values import tensor_text, value_text
@@ -96,6 +97,8 @@ class _Module:
             form=program.form.name,
             coupling=program.options.coupling,
             version=VERSION,
+            summary=textwrap.fill(summary(program), WIDTH - 4),
+            symbols=_symbols(program),
             equations=[_wrapped(f"    {_equation(equation)}") for equation in program.form.said],
             stages=map(_wrapped, rows),
             imports=self.luggage.import_lines,
@@ -286,6 +289,12 @@ def _spaced(lines: list[str]) -> list[str]:
             continue
         found += ["", line] if title and found else [line]
     return found
+
+
+def _symbols(program: UpdateProgram) -> str:
+    """In lines that end in no definition."""
+    said = f"with {', '.join(symbols(program))}.".replace(" = ", "\xa0=\xa0")
+    return textwrap.fill(said, WIDTH - 4).replace("\xa0", " ")
 
 
 def _wrapped(line: str) -> str:
