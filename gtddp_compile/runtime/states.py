@@ -12,7 +12,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.methods.curvature.numbers import out_of_range
 from gtddp_compile.runtime.precision import LOW, lift
-from gtddp_compile.runtime.shards import divided
+from gtddp_compile.runtime.shards import divided, is_shard
 
 
 def check_used(
@@ -245,3 +245,16 @@ def unround(
                 states[parameter][key] = value.to(parameter.device) if value.dim() else value
         if parameter in states:
             states[parameter].update(divided(parameter, states[parameter]))
+
+
+def apart(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Every tensor has memory of its own, no larger than it is: torch.save writes the whole of what a tensor lies in.
+
+    Layers that are computed together leave the parts of one tensor in their states.
+    """
+    for state in states.values():
+        for value in state.values():
+            if not isinstance(value, Tensor) or is_shard(value):  # those have memory of their own
+                continue
+            if value.untyped_storage().nbytes() > value.numel() * value.element_size():
+                value.data = value.data.clone()

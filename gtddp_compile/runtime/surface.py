@@ -21,6 +21,7 @@ from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.runtime.shards import divided
+from gtddp_compile.runtime.states import apart
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -116,12 +117,20 @@ class Surface(torch.optim.Optimizer):
         """A parameter's state before its first step; asked for in one, where parameters are whole."""
         return divided(p, self._curvature.init_state(lift(self._view.shards.inside(p).detach()), group))
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's; a parameter's state may be saved alone and takes no more room than its tensors have."""
+        with self._lock:
+            apart(self.state)
+            return super().state_dict()
+
     def seal(self) -> Self:
         """No more groups from here on."""
         self._sealed = True
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            apart(self.state)
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature, self._ranks)

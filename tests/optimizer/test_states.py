@@ -1,6 +1,8 @@
 """A saved state and a model that has changed: renamed, reordered, with layers more or fewer; other ways to save it."""
 
 import copy
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
 from support.networks import make
@@ -97,3 +100,29 @@ def test_distributed_checkpoints_resume_bit_for_bit(curvature: str, tmp_path: Pa
     twin.load_state_dict(found["model"])
     other.load_state_dict(found["optimizer"])
     same(trained(twin, other, 2), trained(model, opt, 2))
+
+
+def room(*values: Any) -> int:
+    """What tensors take in a file, with some bytes of words about each."""
+    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return sum(value.numel() * value.element_size() + 1000 for value in tensors) + 1000
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "kfac", "momentum": 0.9}, {"curvature": "ekfac"}], ids=str)
+def test_a_state_is_saved_in_the_size_of_its_tensors(options: dict[str, Any]) -> None:
+    """Whole or a parameter at a time, after steps of layers that are computed together; nobody loses what they hold."""
+    width = 48
+    model = nn.Sequential(*(part for _ in range(6) for part in (nn.Linear(width, width), nn.Tanh())))
+    x, y = torch.randn(8, width), torch.randn(8, width)
+    opt = compile_optimizer(model, x, loss=nn.MSELoss(), **options)
+    opt.step(x, y), opt.step(x, y)
+    held, before = [dict(state) for state in opt.state.values()], copy.deepcopy(list(opt.state.values()))
+    found = opt.state_dict()
+    for own in (found, *found["state"].values()):
+        torch.save(own, stream := io.BytesIO())
+        assert len(stream.getvalue()) < room(own)
+    same(list(opt.state.values()), before)
+    for own, state in zip(opt.state.values(), held, strict=True):
+        assert all(own[key] is value for key, value in state.items())
+    opt.step(x, y)
+    assert len(pickle.dumps(opt)) < room(list(opt.state.values()), list(model.parameters()))
