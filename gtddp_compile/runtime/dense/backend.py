@@ -173,7 +173,7 @@ class Sweeps:
         """The loss of a group counts so often that ``Γ``'s diagonal is ``reach`` times ``P_T⁻¹``'s, each its mean."""
         information = (self.aim[group.samples] / self.start).sum()
         gram = sum(
-            torch.einsum("bm,mn,bn->", rows, torch.linalg.inv(group.share * found.metric.curvature), rows)
+            torch.einsum("bm,mn,bn->", rows, found.metric.inverse / group.share, rows)
             for found in seen
             for rows in (found.gamma[group.samples],)
         )
