@@ -11,6 +11,7 @@ from torch import Tensor
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature
 from gtddp_compile.methods.curvature.numbers import out_of_range
+from gtddp_compile.options import own_momentum
 from gtddp_compile.runtime.precision import LOW, lift
 from gtddp_compile.runtime.shards import divided, is_shard
 
@@ -48,7 +49,8 @@ def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, car
         carries: whether the program was compiled with inertia.
 
     Raises:
-        CompileError: a group's ``inertia`` or ``lookahead`` is no number from 0 to below 1, or inertia is not there.
+        CompileError: a group's ``inertia`` or ``lookahead`` is no number from 0 to below 1, inertia is not there, or
+            the base method has a momentum beside it.
     """
     for group in groups:
         for option in ("inertia", "lookahead"):
@@ -62,6 +64,13 @@ def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, car
                     f"Compile with inertia, or take {option} out of the group (of a state_dict, before it is loaded)",
                     module=group.get("name"),
                 )
+        if group.get("inertia") and (moved := own_momentum(group)):
+            raise CompileError(
+                f"a parameter group has inertia={group['inertia']!r} beside {curvature.name}'s own momentum {moved!r}: "
+                "two memories of one step",
+                "Set one of them to 0 in the group (of a state_dict, before it is loaded)",
+                module=group.get("name"),
+            )
 
 
 def regrouped(
@@ -192,8 +201,17 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
         )
     for theirs, group in zip(stored, groups, strict=True):
         _check_method(theirs, curvature)
+        options = {**group, **theirs}
         for index, parameter in zip(theirs["params"], group["params"], strict=True):
-            _check_state(state_dict["state"].get(index, {}), parameter, group, curvature, shapes=True)
+            _check_state(state_dict["state"].get(index, {}), parameter, options, curvature, shapes=True)
+
+
+def completed(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The saved groups with the options of the optimizer's that they do not have: those of another version, or of an
+    optimizer without inertia. Nothing is turned off by a word that is missing.
+    """
+    pairs = zip(groups, state_dict["param_groups"], strict=True)
+    return {**state_dict, "param_groups": [{**own, **theirs} for own, theirs in pairs]}
 
 
 def _check_method(group: Mapping[str, Any], curvature: Curvature) -> None:
