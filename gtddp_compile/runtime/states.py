@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.methods.curvature import Curvature
+from gtddp_compile.methods.curvature import REGISTRY, Curvature
 from gtddp_compile.methods.curvature.numbers import out_of_range
 from gtddp_compile.options import own_momentum
 from gtddp_compile.runtime.precision import LOW, lift
@@ -64,7 +64,8 @@ def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, car
                     f"Compile with inertia, or take {option} out of the group (of a state_dict, before it is loaded)",
                     module=group.get("name"),
                 )
-        if group.get("inertia") and (moved := own_momentum(group)):
+        moved = own_momentum(group) if group.get("momentum") or "betas" in group else 0
+        if moved and group.get("inertia"):
             raise CompileError(
                 f"a parameter group has inertia={group['inertia']!r} beside {curvature.name}'s own momentum {moved!r}: "
                 "two memories of one step",
@@ -215,10 +216,18 @@ def completed(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 
 
 def _check_method(group: Mapping[str, Any], curvature: Curvature) -> None:
-    missing = curvature.defaults().keys() - group.keys()
+    """Told by the options, which may be all of this method's and more of another's (SOAP's are Adam's and its own)."""
+    ours = curvature.defaults().keys()
+    missing, found = ours - group.keys(), ""
     if missing:
+        found = f"it has no {', '.join(sorted(missing))}"
+    for name, kind in REGISTRY.items():
+        theirs = kind().defaults().keys()
+        if not missing and ours < theirs <= group.keys():
+            found = f"it has {name}'s {', '.join(sorted(theirs - ours))}"
+    if found:
         raise CompileError(
-            f"the state is of another base method than {curvature.name}: it has no {', '.join(sorted(missing))}",
+            f"the state is of another base method than {curvature.name}: {found}",
             "Compile with the base method that it was saved from, or start without it",
         )
 

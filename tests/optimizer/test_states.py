@@ -135,6 +135,17 @@ def test_options_are_those_that_were_saved_and_what_was_not_stays() -> None:
         third.load_state_dict(saved)
 
 
+@pytest.mark.parametrize(("saved", "into"), [("soap", "adam"), ("kfac", "ekfac"), ("sgd", "foof")])
+def test_another_base_methods_state_is_refused(saved: str, into: str) -> None:
+    """Also where it has all options of this one."""
+    model, opt = made("a", "b", curvature=saved)
+    trained(model, opt, 0)
+    _, other = made("a", "b", curvature=into)
+    with pytest.raises(CompileError, match=f"the state is of another base method than {into}"):
+        other.load_state_dict(opt.state_dict())
+    assert not other.state
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_state_is_checked_by_the_options_that_come_with_it(saved: bool) -> None:
     def adam(amsgrad: bool) -> tuple[nn.Module, CompiledOptimizer]:

@@ -1,6 +1,7 @@
 """Look-ahead: of samples with several numbers the step before is taken first, and the batch is looked at from there."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,20 @@ def test_terms_are_equations_of_one_number() -> None:
     assert compile_optimizer(terms, points, curvature="foof").param_groups[0]["lookahead"] == 0
 
 
+OWN: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "lookahead": lambda p: {"lookahead": 0.35 * p.dim()},
+    "a momentum for biases": lambda p: {"inertia": 0.0, "lookahead": 0.0, "momentum": 0.5} if p.dim() == 1 else {},
+}
+
+
+@pytest.mark.parametrize("own", OWN)
 @pytest.mark.parametrize("curvature", ["foof", "kfac", "sgd"])
-def test_a_layer_s_parameters_in_groups_of_their_own(curvature: str) -> None:
+def test_a_layer_s_parameters_in_groups_of_their_own(curvature: str, own: str) -> None:
     """Each carries on what its own group says."""
     case, found = regression("mlp"), []
     for backend in ("fast", "dense"):
         model, opt = optimizer(case, curvature=curvature, lr=0.1, backend=backend, **AHEAD)
-        groups = [{**g, "params": [p], "name": f"{g['name']} {p.dim()}", "lookahead": 0.35 * p.dim()}
+        groups = [{**g, "params": [p], "name": f"{g['name']} {p.dim()}", **OWN[own](p)}
                   for g in opt.param_groups for p in g["params"]]  # fmt: skip
         opt.param_groups[:] = groups
         for step in range(4):
