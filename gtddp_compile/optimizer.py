@@ -34,7 +34,7 @@ from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_ba
 from gtddp_compile.runtime.precision import GradientScale
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
-from gtddp_compile.runtime.states import check_inertia, check_loaded, check_used, regrouped, unround
+from gtddp_compile.runtime.states import check_inertia, check_used
 from gtddp_compile.runtime.surface import Surface, one_at_a_time
 from gtddp_compile.runtime.union import Union, check_form
 from gtddp_compile.terms import Terms
@@ -61,7 +61,7 @@ class CompiledOptimizer(Surface):
         self._current: UpdateProgram | None = None
         self._diagnostics, self._checked, self._skips = Diagnostics(), False, 0
         self._pending: Accumulated | None = None
-        carried = {name: value for name in ("inertia", "lookahead") if (value := getattr(options, name))}
+        carried = {"inertia": options.inertia, "lookahead": options.lookahead or 0.0} if options.inertia else {}
         super().__init__(self._view.groups(), curvature.defaults() | carried)
         if example_inputs is not None:
             with self._view.shards.together():
@@ -360,21 +360,6 @@ class CompiledOptimizer(Surface):
         finally:
             if self._committed:
                 self._pending = None
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop accumulated micro-batches, and the parameters' ``grad``, which a step neither reads nor writes."""
-        self._pending = None
-        super().zero_grad(set_to_none)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim's, whose own are taken too; accumulated micro-batches are run again with the new state."""
-        state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
-        check_loaded(state_dict, self.param_groups, self._curvature)
-        self._checked = False
-        super().load_state_dict(state_dict)
-        unround(self.state, state_dict, self.param_groups)
-        if self._pending is not None:
-            self._pending.again()
 
     def _base_method(self, program: UpdateProgram, params: dict[str, Tensor], new: dict[str, Tensor]) -> BaseMethod:
         check_inertia(self.param_groups, self._curvature, bool(self._options.inertia))

@@ -256,14 +256,19 @@ SUGGESTED: Mapping[str, Mapping[str, Any]] = {
 """By curvature: what docs/robustness.md found to serve every network and batch size it tried."""
 
 
+def own_momentum(settings: Mapping[str, Any]) -> Any:
+    """A base method's own memory of steps, by its options; beside inertia it is refused."""
+    betas = settings.get("betas")
+    return settings.get("momentum", 0) or (betas[0] if isinstance(betas, tuple | list) and betas else 0)
+
+
 def suggested(options: Options, curvature: Curvature) -> Options:
     """The options with what the curvature suggests where nothing was said: inertia, look-ahead, aim, statistics.
 
     Raises:
         CompileError: inertia beside a momentum of the base method, or look-ahead without inertia.
     """
-    settings = curvature.defaults()
-    moved = settings.get("momentum", 0) or settings.get("betas", (0,))[0]
+    moved = own_momentum(curvature.defaults())
     if options.inertia and moved:
         raise CompileError(
             f"inertia={options.inertia!r} beside {curvature.name}'s own momentum {moved!r}: two memories of one step",

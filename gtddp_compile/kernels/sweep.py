@@ -252,6 +252,7 @@ def solve(factors: Blocks, vector: Tensor) -> Tensor:
 
 
 def _solve(block: Tensor, vector: Tensor) -> Tensor:
+    vector = vector.to(block.dtype)  # of layers in another precision than the loss
     return torch.cholesky_solve(vector.unsqueeze(1), block, upper=True).squeeze(1)
 
 
@@ -312,7 +313,7 @@ def cap_step(weights: Tensor, target: Tensor, information: Tensor, scales: Seque
     found = []
     for row, scale in zip(rows, scales, strict=True):
         w = weights[row]
-        square = scale * (w @ (target[row] - information[row] * w))
+        square = scale * (w @ (target[row].to(w.dtype) - information[row] * w))
         found.append(w * (bound / square.clamp_min(torch.finfo(w.dtype).tiny).sqrt()).clamp_max(1.0))
     return found[0] if len(found) == 1 else torch.cat(found)
 

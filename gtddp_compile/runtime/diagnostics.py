@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from gtddp_compile import kernels
 from gtddp_compile.runtime.program import UpdateProgram
@@ -34,12 +35,15 @@ class Diagnostics:
         return self._found
 
     def _evaluate(self) -> dict[str, Any]:
+        assert self._loss is not None
+        kind = self._loss.dtype  # in which parameters need not all be
+        self._stages = tree_map(lambda value: value.to(kind) if _is_real(value) else value, dict(self._kept))
         joint = self._program is not None and self._program.form.name == "joint"
         if joint and "weights" in self._kept.get(0, {}):  # the dense backend keeps none
-            self._stages = with_factors(self._kept)
+            self._stages = with_factors(self._stages)
         stages = self._stages.values()
         found: dict[str, Any] = {
-            "loss": float(self._loss) if self._loss is not None else None,
+            "loss": float(self._loss),
             "skipped": self._skipped,
             "skipped_steps": self._skips,
             "clipped_changes": sum(self._clipped(stage) for stage in stages if "predicted" in stage),
@@ -116,6 +120,10 @@ class Diagnostics:
                 left, right = (self._whole(columns, start) for columns in (0 * own, own))
                 total += 0.5 * _product(gamma, left, right, scaled=True)
         return total
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def with_factors(figures: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

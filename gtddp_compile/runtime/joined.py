@@ -14,6 +14,7 @@ from gtddp_compile.graph_batches import GraphBatches
 from gtddp_compile.options import Nystrom, Options
 from gtddp_compile.runtime.method import BaseMethod, GivenUp
 from gtddp_compile.runtime.ranks import Ranks
+from gtddp_compile.runtime.shards import is_shard
 from gtddp_compile.terms import Terms
 
 
@@ -23,6 +24,11 @@ def check_shared(options: Options, model: nn.Module, ranks: Ranks | None) -> Non
         if options.coupling == "local":
             raise CompileError("coupling='local' is a group a rank, and there is one process",
                                "Pass process_group='world', or a group size as coupling")  # fmt: skip
+        divided = [name for name, p in model.named_parameters() if is_shard(p)] if options.compile is not False else []
+        if divided:
+            raise CompileError(f"compile={options.compile!r}: parameter {divided[0]!r} is divided by fully_shard, over "
+                               "one rank, and gathering is not taken into a graph", "Leave compile or fully_shard out",
+                               module=divided[0].rpartition(".")[0])  # fmt: skip
         return
     why = "over the ranks of a process group there is the linear rollout alone, of the fast backend"
     refused = (

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from gtddp_compile.errors import CompileError
-from gtddp_compile.methods.curvature import Curvature
+from gtddp_compile.methods.curvature import REGISTRY, Curvature
 from gtddp_compile.methods.curvature.numbers import out_of_range
+from gtddp_compile.options import own_momentum
 from gtddp_compile.runtime.precision import LOW, lift
-from gtddp_compile.runtime.shards import divided
+from gtddp_compile.runtime.shards import divided, is_shard
 
 
 def check_used(
@@ -48,7 +49,8 @@ def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, car
         carries: whether the program was compiled with inertia.
 
     Raises:
-        CompileError: a group's ``inertia`` or ``lookahead`` is no number from 0 to below 1, or inertia is not there.
+        CompileError: a group's ``inertia`` or ``lookahead`` is no number from 0 to below 1, inertia is not there, or
+            the base method has a momentum beside it.
     """
     for group in groups:
         for option in ("inertia", "lookahead"):
@@ -62,6 +64,14 @@ def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, car
                     f"Compile with inertia, or take {option} out of the group (of a state_dict, before it is loaded)",
                     module=group.get("name"),
                 )
+        moved = own_momentum(group) if group.get("momentum") or "betas" in group else 0
+        if moved and group.get("inertia"):
+            raise CompileError(
+                f"a parameter group has inertia={group['inertia']!r} beside {curvature.name}'s own momentum {moved!r}: "
+                "two memories of one step",
+                "Set one of them to 0 in the group (of a state_dict, before it is loaded)",
+                module=group.get("name"),
+            )
 
 
 def regrouped(
@@ -192,15 +202,32 @@ def check_loaded(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, An
         )
     for theirs, group in zip(stored, groups, strict=True):
         _check_method(theirs, curvature)
+        options = {**group, **theirs}
         for index, parameter in zip(theirs["params"], group["params"], strict=True):
-            _check_state(state_dict["state"].get(index, {}), parameter, group, curvature, shapes=True)
+            _check_state(state_dict["state"].get(index, {}), parameter, options, curvature, shapes=True)
+
+
+def completed(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The saved groups with the options of the optimizer's that they do not have: those of another version, or of an
+    optimizer without inertia. Nothing is turned off by a word that is missing.
+    """
+    pairs = zip(groups, state_dict["param_groups"], strict=True)
+    return {**state_dict, "param_groups": [{**own, **theirs} for own, theirs in pairs]}
 
 
 def _check_method(group: Mapping[str, Any], curvature: Curvature) -> None:
-    missing = curvature.defaults().keys() - group.keys()
+    """Told by the options, which may be all of this method's and more of another's (SOAP's are Adam's and its own)."""
+    ours = curvature.defaults().keys()
+    missing, found = ours - group.keys(), ""
     if missing:
+        found = f"it has no {', '.join(sorted(missing))}"
+    for name, kind in REGISTRY.items():
+        theirs = kind().defaults().keys()
+        if not missing and ours < theirs <= group.keys():
+            found = f"it has {name}'s {', '.join(sorted(theirs - ours))}"
+    if found:
         raise CompileError(
-            f"the state is of another base method than {curvature.name}: it has no {', '.join(sorted(missing))}",
+            f"the state is of another base method than {curvature.name}: {found}",
             "Compile with the base method that it was saved from, or start without it",
         )
 
@@ -245,3 +272,16 @@ def unround(
                 states[parameter][key] = value.to(parameter.device) if value.dim() else value
         if parameter in states:
             states[parameter].update(divided(parameter, states[parameter]))
+
+
+def apart(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Every tensor has memory of its own, no larger than it is: torch.save writes the whole of what a tensor lies in.
+
+    Layers that are computed together leave the parts of one tensor in their states.
+    """
+    for state in states.values():
+        for value in state.values():
+            if not isinstance(value, Tensor) or is_shard(value):  # those have memory of their own
+                continue
+            if value.untyped_storage().nbytes() > value.numel() * value.element_size():
+                value.data = value.data.clone()

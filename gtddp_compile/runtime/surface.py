@@ -21,9 +21,12 @@ from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.runtime.shards import divided
+from gtddp_compile.runtime.states import apart, check_inertia, check_loaded, completed, regrouped, unround
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from gtddp_compile.runtime.accumulated import Accumulated
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -58,6 +61,8 @@ class Surface(torch.optim.Optimizer):
     _curvature: Curvature
     _ranks: Ranks | None
     _committed: list[Any]
+    _pending: Accumulated | None
+    _checked: bool
 
     def __init__(self, groups: Any, defaults: dict[str, Any]) -> None:
         super().__init__(groups, defaults)
@@ -116,12 +121,40 @@ class Surface(torch.optim.Optimizer):
         """A parameter's state before its first step; asked for in one, where parameters are whole."""
         return divided(p, self._curvature.init_state(lift(self._view.shards.inside(p).detach()), group))
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's; a parameter's state may be saved alone and takes no more room than its tensors have."""
+        with self._lock:
+            apart(self.state)
+            return super().state_dict()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop accumulated micro-batches, and the parameters' ``grad``, which a step neither reads nor writes."""
+        self._pending = None
+        super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's, whose own are taken too; accumulated micro-batches are run again with the new state.
+
+        Options are those that were saved; what a saved group does not have stays as it is here.
+        """
+        state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
+        check_loaded(state_dict, self.param_groups, self._curvature)
+        state_dict = completed(state_dict, self.param_groups)
+        check_inertia(state_dict["param_groups"], self._curvature, bool(self._options.inertia))
+        self._checked = False
+        super().load_state_dict(state_dict)
+        unround(self.state, state_dict, self.param_groups)
+        if self._pending is not None:
+            self._pending.again()
+
     def seal(self) -> Self:
         """No more groups from here on."""
         self._sealed = True
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            apart(self.state)
         state = dict(self.__dict__)
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature, self._ranks)

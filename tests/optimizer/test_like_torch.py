@@ -173,15 +173,21 @@ def test_groups() -> None:
     same(dict(model.named_parameters()), before)
 
 
-def test_tensor_as_lr() -> None:
-    rate = torch.tensor(0.01)
-    (model, opt), (twin, other) = (made(curvature="sgd", lr=lr) for lr in (rate, 0.01))
-    trained(model, opt), trained(twin, other)
-    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+@pytest.mark.parametrize("curvature", ["sgd", "muon", "foof"])
+def test_tensor_as_lr(curvature: str) -> None:
+    found = []
+    for rate in (0.01, torch.tensor(0.01, dtype=torch.float64)):
+        case = networks.mlp()
+        x, model, options = case.batch(0)[0], case.model, {"curvature": curvature, "lr": rate, "inertia": 0.0}
+        opt = compile_optimizer(model, x, loss=LOSS, **options)
+        for step in range(2):
+            opt.step(*case.batch(step))
+        found.append(copy.deepcopy(model.state_dict()))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
     before = copy.deepcopy(dict(model.named_parameters()))
     for group in opt.param_groups:
         group["lr"].fill_(0.0)
-    opt.step(*batch())
+    opt.step(*case.batch(2))
     same(dict(model.named_parameters()), before)
 
 

@@ -76,6 +76,33 @@ def test_groups_can_be_divided() -> None:
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"inertia": 0.9, "max_step": 0.1}, {"curvature": "kfac", "coupling": 3}, {"curvature": "muon"},
+    {"terminal": "ggn"}, {"curvature": "adam", "feedback": False},
+], ids=str)  # fmt: skip
+def test_rates_of_zero(options: dict[str, Any]) -> None:
+    """No step, in either backend; of one layer, or later, nothing but what inertia carries on."""
+    found = []
+    for backend in ("fast", "dense"):
+        still, case = networks.mlp(), networks.mlp()
+        opt = compile_optimizer(still.model, still.batch(0)[0], loss=LOSS, backend=backend, **options)
+        for group in opt.param_groups:
+            group["lr"] = 0.0
+        before = copy.deepcopy(still.model.state_dict())
+        for index in range(2):
+            opt.step(*still.batch(index))
+        assert all(map(torch.equal, before.values(), still.model.state_dict().values()))
+        opt = compile_optimizer(case.model, case.batch(0)[0], loss=LOSS, backend=backend, **options)
+        opt.param_groups[1]["lr"] = 0.0
+        for index in range(4):
+            if index == 2:
+                for group in opt.param_groups:
+                    group["lr"] = 0.0
+            opt.step(*case.batch(index))
+        found.append(case.model.state_dict())
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+
+
 def test_groups_of_something_else_are_refused() -> None:
     """States of something else: tests/docs/test_errors_page.py."""
     model = Noisy()

@@ -144,6 +144,44 @@ def test_states_of_low_precision_models_survive_saving(curvature: str) -> None:
     assert torch.equal(flat(model), flat(twin))
 
 
+class Mixed(nn.Module):
+    """Layers in turns of single and double precision, two of either alike, and a bias that is not of its weight's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4, dtype=kind) for kind in (torch.float32, torch.float64) * 2)
+        self.conv, self.norm = nn.Conv1d(1, 2, 2).double(), nn.LayerNorm(6)
+        self.shift, self.last = nn.Parameter(torch.zeros(6, dtype=torch.float64)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x.to(layer.weight.dtype)))
+        x = self.norm(self.conv(x.unsqueeze(1)).flatten(1).to(self.norm.weight.dtype)) + self.shift
+        return self.last(x.to(self.last.weight.dtype))
+
+
+@pytest.mark.parametrize("options", [
+    DEFAULT, {"curvature": "foof", "lr": 3.0, "max_step": 0.1, "coupling": 3}, {"curvature": "kfac", "inertia": 0.9},
+    {"curvature": "foof", "rollout": "nonlinear"}, {"curvature": "adam", "lr": 0.01},
+], ids=str)  # fmt: skip
+def test_parameters_of_two_precisions(options: dict[str, Any]) -> None:
+    """Each is trained in its own, as in a model of double precision alone; micro-batches and figures too."""
+    torch.manual_seed(0)
+    model, x, y = Mixed(), torch.randn(6, 4), targets_for(3, 6)
+    found = []
+    for one, inputs in ((model, x), (copy.deepcopy(model).double(), x.double())):
+        kinds = [p.dtype for p in one.parameters()]
+        opt = compiled(one, **options)
+        for _ in range(3):
+            opt.step(inputs, y)
+        opt.accumulate(inputs[:3], y[:3])
+        opt.step(inputs[3:], y[3:])
+        assert [p.dtype for p in one.parameters()] == kinds
+        found.append((flat(one).double(), dict(opt.diagnostics)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-4)
+    assert found[0][1]["predicted_decrease"] == pytest.approx(found[1][1]["predicted_decrease"], rel=1e-3)
+
+
 def small() -> nn.Module:
     """Its first layer's gradients are below half's least number."""
 
@@ -203,6 +241,8 @@ def test_refusals(tmp_path: Path) -> None:
     opt = compiled(nn.Linear(2, 3), backend="dense")
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(CompileError, match="autocast"):
         opt.step(x, y)
+    with pytest.raises(CompileError, match=r"module 'layers\.1'.*one precision.*Convert the model"):
+        compiled(Mixed(), example_inputs=torch.randn(6, 4), backend="dense")
     low = compiled(nn.Linear(2, 3).bfloat16(), example_inputs=x.bfloat16())
     with pytest.raises(CompileError, match="bfloat16"):
         low.program.export(tmp_path / "step.py")

@@ -197,6 +197,8 @@ def test_a_group_of_one_is_one_process() -> None:
             opt.step(x, y)
         with pytest.raises(CompileError, match="in one process"):
             opt.feedback_modes("0", x, y)
+        with pytest.raises(CompileError, match=r"module '0': compile=True: parameter '0\.weight' .* Leave compile or"):
+            compile_optimizer(models[2], x, loss=nn.CrossEntropyLoss(), curvature="sgd", compile=True)
         wrapped = FullyShardedDataParallel(nn.Sequential(nn.Linear(2, 3)), device_id=torch.device("cpu"))
         with pytest.raises(CompileError, match="wrapped by FullyShardedDataParallel"):
             compile_optimizer(wrapped, x, loss=nn.CrossEntropyLoss())

@@ -1,6 +1,8 @@
 """A saved state and a model that has changed: renamed, reordered, with layers more or fewer; other ways to save it."""
 
 import copy
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
 from support.networks import make
@@ -97,3 +100,88 @@ def test_distributed_checkpoints_resume_bit_for_bit(curvature: str, tmp_path: Pa
     twin.load_state_dict(found["model"])
     other.load_state_dict(found["optimizer"])
     same(trained(twin, other, 2), trained(model, opt, 2))
+
+
+def test_options_are_those_that_were_saved_and_what_was_not_stays() -> None:
+    def kfac(**options: Any) -> tuple[nn.Module, CompiledOptimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+        return model, compile_optimizer(model, batch()[0], loss=LOSS, curvature="kfac", **options)
+
+    model, opt = kfac(lr=0.02, damping=0.3)
+    trained(model, opt, 0)
+    twin, other = kfac(lr=0.1, inertia=0.9, lookahead=0.7)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    found = other.param_groups[0]
+    assert (found["lr"], found["damping"], found["inertia"], found["lookahead"]) == (0.02, 0.3, 0.9, 0.7)
+    trained(twin, other, 1)
+    assert all("last_step" in state for state in other.state.values())
+    saved = copy.deepcopy(other.state_dict())
+    _, third = kfac(inertia=0.5)
+    third.load_state_dict(saved)
+    assert third.param_groups[0]["inertia"] == 0.9 and third.param_groups[0]["lookahead"] == 0.7
+    third.load_state_dict(kfac(inertia=0.5)[1].state_dict())
+    assert third.param_groups[0]["inertia"] == 0.5 and third.param_groups[0]["lookahead"] == 0.0
+    for other, given, said in (
+        (opt, saved, "compiled without inertia"),
+        (third, kfac(momentum=0.5)[1].state_dict(), "inertia=0.5 beside kfac's own momentum 0.5"),
+    ):
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(CompileError, match=said):
+            other.load_state_dict(given)
+        assert str(other.state_dict()) == str(before)
+    del saved["param_groups"][0]["weight_decay"]
+    with pytest.raises(CompileError, match="it has no weight_decay"):
+        third.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("saved", "into"), [("soap", "adam"), ("kfac", "ekfac"), ("sgd", "foof")])
+def test_another_base_methods_state_is_refused(saved: str, into: str) -> None:
+    """Also where it has all options of this one."""
+    model, opt = made("a", "b", curvature=saved)
+    trained(model, opt, 0)
+    _, other = made("a", "b", curvature=into)
+    with pytest.raises(CompileError, match=f"the state is of another base method than {into}"):
+        other.load_state_dict(opt.state_dict())
+    assert not other.state
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_state_is_checked_by_the_options_that_come_with_it(saved: bool) -> None:
+    def adam(amsgrad: bool) -> tuple[nn.Module, CompiledOptimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        return model, compile_optimizer(model, batch()[0], loss=LOSS, curvature="adam", amsgrad=amsgrad)
+
+    (model, opt), (twin, other) = adam(saved), adam(not saved)
+    trained(model, opt, 0)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert other.param_groups[0]["amsgrad"] == saved
+    same(trained(twin, other, 1), trained(model, opt, 1))
+
+
+def room(*values: Any) -> int:
+    """What tensors take in a file, with some bytes of words about each."""
+    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return sum(value.numel() * value.element_size() + 1000 for value in tensors) + 1000
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "kfac", "momentum": 0.9}, {"curvature": "ekfac"}], ids=str)
+def test_a_state_is_saved_in_the_size_of_its_tensors(options: dict[str, Any]) -> None:
+    """Whole or a parameter at a time, after steps of layers that are computed together; nobody loses what they hold."""
+    width = 48
+    model = nn.Sequential(*(part for _ in range(6) for part in (nn.Linear(width, width), nn.Tanh())))
+    x, y = torch.randn(8, width), torch.randn(8, width)
+    opt = compile_optimizer(model, x, loss=nn.MSELoss(), **options)
+    opt.step(x, y), opt.step(x, y)
+    held, before = [dict(state) for state in opt.state.values()], copy.deepcopy(list(opt.state.values()))
+    found = opt.state_dict()
+    for own in (found, *found["state"].values()):
+        torch.save(own, stream := io.BytesIO())
+        assert len(stream.getvalue()) < room(own)
+    same(list(opt.state.values()), before)
+    for own, state in zip(opt.state.values(), held, strict=True):
+        assert all(own[key] is value for key, value in state.items())
+    opt.step(x, y)
+    assert len(pickle.dumps(opt)) < room(list(opt.state.values()), list(model.parameters()))

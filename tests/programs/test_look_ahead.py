@@ -1,6 +1,7 @@
 """Look-ahead: of samples with several numbers the step before is taken first, and the batch is looked at from there."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +149,23 @@ def test_ahead_of_a_step_that_no_group_puts_down() -> None:
 def test_terms_are_equations_of_one_number() -> None:
     terms = Terms(nn.Linear(2, 1).double(), {"inside": lambda net, x: net(x).squeeze(1)})
     points = {"inside": (torch.randn(5, 2).double(), 1.0)}
-    assert "lookahead" not in compile_optimizer(terms, points, curvature="foof").param_groups[0]
+    assert compile_optimizer(terms, points, curvature="foof").param_groups[0]["lookahead"] == 0
 
 
+OWN: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "lookahead": lambda p: {"lookahead": 0.35 * p.dim()},
+    "a momentum for biases": lambda p: {"inertia": 0.0, "lookahead": 0.0, "momentum": 0.5} if p.dim() == 1 else {},
+}
+
+
+@pytest.mark.parametrize("own", OWN)
 @pytest.mark.parametrize("curvature", ["foof", "kfac", "sgd"])
-def test_a_layer_s_parameters_in_groups_of_their_own(curvature: str) -> None:
+def test_a_layer_s_parameters_in_groups_of_their_own(curvature: str, own: str) -> None:
     """Each carries on what its own group says."""
     case, found = regression("mlp"), []
     for backend in ("fast", "dense"):
         model, opt = optimizer(case, curvature=curvature, lr=0.1, backend=backend, **AHEAD)
-        groups = [{**g, "params": [p], "name": f"{g['name']} {p.dim()}", "lookahead": 0.35 * p.dim()}
+        groups = [{**g, "params": [p], "name": f"{g['name']} {p.dim()}", **OWN[own](p)}
                   for g in opt.param_groups for p in g["params"]]  # fmt: skip
         opt.param_groups[:] = groups
         for step in range(4):
@@ -229,7 +237,8 @@ def test_by_default_only_beside_the_suggested_inertia() -> None:
         return compile_optimizer(case.model, case.batch(0, 4)[0], loss=SQUARES, **options).param_groups[0]
 
     assert groups()["lookahead"] == SUGGESTED["foof"]["lookahead"] > 0
-    assert "lookahead" not in groups(inertia=0.5) and "lookahead" not in groups(curvature="sgd", inertia=0.9)
+    assert groups(inertia=0.5)["lookahead"] == groups(curvature="sgd", inertia=0.9)["lookahead"] == 0
+    assert "lookahead" not in groups(inertia=0.0)
     assert groups(inertia=0.5, lookahead=0.3)["lookahead"] == 0.3
     with pytest.raises(CompileError, match=r"lookahead=0.5 without inertia"):
         groups(curvature="sgd", lookahead=0.5)

@@ -225,9 +225,12 @@ class BlockUpdates(ParameterUpdates):
 
     def _plain(self, player: tuple[str, ...]) -> bool:
         """Whether a linear layer's step is ``μ v - M⁻¹ ĝ``, and a product in its own precision can make it."""
-        param, group = self._params[player[0]], self._groups[player[0]]
-        whole = param.dim() == 2 and param.dtype in (torch.float32, torch.float64)
-        return whole and "inertia" in group and group["momentum"] == 0
+        param = self._params[player[0]]
+        for name in player:
+            group = self._groups[name]
+            if "inertia" not in group or group["momentum"] != 0:
+                return False
+        return param.dim() == 2 and param.dtype in (torch.float32, torch.float64)
 
     def descend_steps(self, kind: BlockKind, names: Names, steps: tuple[Tensor, ...]) -> None:
         """As :meth:`descend_block`, from ``M⁻¹ C w / η`` ``(G, m, n)`` of every player."""

@@ -108,7 +108,7 @@ class Muon(AdamW):
             found = super().inverse_metric(param, state, group)
             assert isinstance(found, Tensor)
             return found
-        rate = scalar(group["lr"], param) * _adjusted(param, group["adjust_lr_fn"])
+        rate = float(group["lr"]) * _adjusted(param, group["adjust_lr_fn"])
         return Turned(state.get("map_x"), state.get("map_g"), rate)
 
     def move(self, param: Tensor, g_hat: Tensor, state: State, group: Group, denominator: Tensor | None = None) -> Move:

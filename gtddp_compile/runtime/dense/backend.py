@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gtddp_compile.algebra.numeric import evaluate
 from gtddp_compile.errors import CompileError
+from gtddp_compile.graph import ControlGraph
 from gtddp_compile.kernels import target_entries
 from gtddp_compile.passes.p06_derive import DerivedStage
 from gtddp_compile.runtime.dense.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
@@ -55,6 +56,7 @@ class DenseBackend:
 
     def __init__(self, program: UpdateProgram) -> None:
         self.program, options = program, program.options
+        _refuse_several_precisions(program.graph)
         mixing = [op for op in program.graph.ops.ops if op.mixes_samples]
         if mixing and options.factored and options.feedback and options.mixing == "block":
             # With several columns no Jacobian of one sample reproduces the block reading (docs/theory.md#mixing).
@@ -89,6 +91,20 @@ class DenseBackend:
         m.samples = inputs[0].shape[0]
         trajectory = Trajectory(self.program.graph, m.look_ahead(p, targets), b, inputs)
         return Sweeps(self.program, m, trajectory, targets).run(q)
+
+
+def _refuse_several_precisions(graph: ControlGraph) -> None:
+    """Matrices of one stage are multiplied with those of the next."""
+    uses = [name for stage in graph.stages for name in graph.uses_in(stage.ops)]
+    moved = [value.name for value in graph.values if value.control is None and not value.fixed]
+    found = [graph.op(name) for name in uses + moved]
+    for op in found:
+        if op.is_differentiable and op.dtype != found[0].dtype:
+            raise op.refusal(
+                f"the dense backend is a reference of one precision, and {op.name!r} is {op.dtype} where "
+                f"{found[0].name!r} is {found[0].dtype}",
+                "Convert the model (model.double()) and leave casts out of it, or use backend='fast'",
+            )
 
 
 class Sweeps:
@@ -157,7 +173,7 @@ class Sweeps:
         """The loss of a group counts so often that ``Γ``'s diagonal is ``reach`` times ``P_T⁻¹``'s, each its mean."""
         information = (self.aim[group.samples] / self.start).sum()
         gram = sum(
-            torch.einsum("bm,mn,bn->", rows, torch.linalg.inv(group.share * found.metric.curvature), rows)
+            torch.einsum("bm,mn,bn->", rows, found.metric.inverse / group.share, rows)
             for found in seen
             for rows in (found.gamma[group.samples],)
         )

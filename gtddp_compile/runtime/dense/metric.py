@@ -37,7 +37,7 @@ class Seen:
 class DenseMetric:
     """``M`` and ``ℓ_u`` of one stage, the players' parameters flat and side by side, ``sizes`` of them.
 
-    After :meth:`observe` they are ``curvature`` ``(m, m)`` and ``linear`` ``λ u - μ M v`` ``(m, 1)``.
+    After :meth:`observe` they are ``curvature`` ``(m, m)``, its ``inverse``, and ``linear`` ``λ u - μ M v`` ``(m, 1)``.
 
     Args:
         m: the base method.
@@ -81,7 +81,10 @@ class DenseMetric:
             torch.cat([of(player.parameters) for player in self._players]).unsqueeze(1)
             for of in (self._m.linear_flat, self._m.carried_flat)
         )
-        self.curvature = torch.linalg.inv(self._inverse())
+        self.inverse = self._inverse()
+        # Where the rate is 0, M is as good as infinite; what consumes ĝ has the rate itself.
+        still = torch.finfo(self.inverse.dtype).eps * ~self.inverse.any(1)
+        self.curvature = torch.linalg.inv(self.inverse + torch.diag(still))
         self.linear = decay - self.curvature @ carried
 
     def rows(self, seen: Seen, g: Mapping[str, Tensor]) -> Tensor:
