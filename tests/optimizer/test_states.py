@@ -185,3 +185,12 @@ def test_a_state_is_saved_in_the_size_of_its_tensors(options: dict[str, Any]) ->
         assert all(own[key] is value for key, value in state.items())
     opt.step(x, y)
     assert len(pickle.dumps(opt)) < room(list(opt.state.values()), list(model.parameters()))
+
+
+def test_a_scheduler_that_writes_a_momentum_beside_inertia_is_refused() -> None:
+    """torch's default of OneCycleLR, which would be two memories of one step."""
+    model, x, y = nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4), torch.randint(3, (8,))
+    opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss())
+    torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=3.0, total_steps=10)
+    with pytest.raises(CompileError, match="cycle_momentum=False"):
+        opt.step(x, y)
