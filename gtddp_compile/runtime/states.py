@@ -69,8 +69,8 @@ def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, car
             raise CompileError(
                 f"a parameter group has inertia={group['inertia']!r} beside {curvature.name}'s own momentum {moved!r}: "
                 "two memories of one step",
-                "Set one of them to 0 in the group (of a state_dict, before it is loaded); OneCycleLR and CyclicLR write a"
-                " momentum unless they are given cycle_momentum=False",
+                "Set one of them to 0 in the group (of a state_dict, before it is loaded); OneCycleLR, CyclicLR write"
+                " a momentum unless they are given cycle_momentum=False",
                 module=group.get("name"),
             )
 
