@@ -31,13 +31,13 @@ from gtddp_compile.runtime.joined import JoinedMethod
 from gtddp_compile.runtime.line_search import choose_length
 from gtddp_compile.runtime.method import MATRIX, BaseMethod, GivenUp
 from gtddp_compile.runtime.model import ModelView, as_batch, as_inputs, check_batch
+from gtddp_compile.runtime.origin import error_of
 from gtddp_compile.runtime.precision import GradientScale
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.runtime.states import check_inertia, check_used
 from gtddp_compile.runtime.surface import Surface, one_at_a_time
 from gtddp_compile.runtime.union import Union, check_form
-from gtddp_compile.terms import Terms
 
 
 class CompiledOptimizer(Surface):
@@ -162,7 +162,7 @@ class CompiledOptimizer(Surface):
             loss = self._take_in(pending, batch, targets, program)
         except GivenUp as stop:
             restore_random_state(before)
-            return self._give_up(stop, inputs)
+            return self._give_up(stop, inputs, batch, targets)
         except BaseException:
             restore_random_state(before)
             raise
@@ -208,7 +208,7 @@ class CompiledOptimizer(Surface):
             loss = self._union_step(batch, targets) if pending else self._follow(batch, targets, before)
         except GivenUp as stop:
             restore_random_state(before)
-            loss = self._give_up(stop, sets)
+            loss = self._give_up(stop, sets, batch, targets)
             self._pending = None
         except BaseException:
             if not self._committed:
@@ -216,7 +216,7 @@ class CompiledOptimizer(Surface):
             raise
         return loss
 
-    def _give_up(self, stop: GivenUp, inputs: Any) -> Tensor:
+    def _give_up(self, stop: GivenUp, inputs: Any, batch: tuple[Any, ...], targets: Any) -> Tensor:
         """Say that a step or micro-batch was left out; its loss, if that is what the user wants then."""
         check_used(self.param_groups, self.state, self._curvature)
         if stop.loss.isfinite() and self._scale.value > 1:  # micro-batches are not made again
@@ -226,9 +226,8 @@ class CompiledOptimizer(Surface):
         self._skips += 1
         self._diagnostics = Diagnostics(stop.loss, skipped=True, skips=self._skips)
         if self._options.on_nonfinite == "raise":
-            if isinstance(self._view.model, Terms) and isinstance(inputs, Mapping):
-                self._view.model.refuse_points(inputs)
-            raise stop.error() from stop
+            model, alone = self._view.model, self._ranks is None
+            raise error_of(stop, model, self._loss, inputs, batch, targets, alone=alone) from stop
         if self._skips == 1:
             warnings.warn(f"{stop}; diagnostics['skipped_steps'] counts what is left out", stacklevel=5)
         return stop.loss

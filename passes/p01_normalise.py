@@ -142,8 +142,8 @@ def _cannot(refusals: list[Untraceable]) -> CompileError:
     why = f"the model cannot be recorded: {first.why}" + (f" (then: {rest})" if rest else "")
     return CompileError(
         why,
-        "Replace decisions on tensor values by torch.where, numpy calls by torch's, and keep the forward pass free of "
-        "side effects",
+        "Replace decisions on tensor values by torch.where, numpy calls by torch's, what float() and math make of "
+        "values by .item() and torch's functions, and keep the forward pass free of side effects",
         module=first.module or "",
         operation=first.operation,
         source=first.source or None,

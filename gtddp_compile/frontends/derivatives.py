@@ -19,11 +19,12 @@ from torch._decomp import get_decompositions
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.frontends.leaving import LEAVING
 from gtddp_compile.frontends.reference import leaves, start
 from gtddp_compile.frontends.tidied import tidied
 from gtddp_compile.frontends.traced import Traced, Untraceable, argument_names, module_paths, raised_at, users_line
@@ -40,6 +41,7 @@ FUSED: dict[Any, Any] = get_decompositions(
 )  # fmt: skip
 """Operations that are taken apart: fused backward ones, and normalisations, whose moments autograd takes as given."""
 
+DECIDES = "the path through the model depends on values"
 DETACHING = frozenset(
     {torch.Tensor.detach, torch.Tensor.detach_, torch.detach, vars(torch._C.TensorBase)["data"].__get__}
 )
@@ -91,12 +93,12 @@ def trace_derivatives(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
             again = functionalize(_Again(recorded, where).again, remove="mutations")
             plain = make_fx(again, decomposition_table=FUSED)(*given)
             plain.graph.eliminate_dead_code()
-    except CompileError:
+    except (CompileError, Untraceable):
         raise
     except Exception as error:  # the user's own code runs here and may raise anything
         said = (str(error).strip() or type(error).__name__).split("\n")[0]
         if "tracing tensor" in said:
-            said = "the path through the model depends on values"
+            said = DECIDES
         raise Untraceable(f"with its derivatives: {said[:300]}", source=raised_at(error.__traceback__)) from error
     names = argument_names(model, len(inputs))
     calls, output = tidied(plain, (tuple(params), tuple(buffers), names), given)
@@ -176,6 +178,12 @@ class _Where:
         """What a node of the second pass takes over from the first."""
         self._model = model
         self._detaching = False
+        self._own = {id(value) for value in (*model.parameters(), *model.buffers())}
+
+    def moves(self, value: Any) -> bool:
+        """Whether a value may be another one in another step; torch tells it of what it makes a number of alone."""
+        slot = get_proxy_slot(value, get_proxy_mode().tracer, None) if isinstance(value, Tensor) else None  # type: ignore[union-attr]
+        return id(value) in self._own or (slot is not None and slot.constant is None)
 
     @contextmanager
     def stamped(self) -> Iterator[None]:
@@ -212,6 +220,8 @@ class _Detached(TorchFunctionMode):
         self._where = where
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in LEAVING and any(map(self._where.moves, args)):
+            raise Untraceable(f"with its derivatives: {DECIDES}", source=users_line() or None)
         if func not in DETACHING:
             return func(*args, **(kwargs or {}))
         with self._where.detaching():

@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sympy import preorder_traversal
 from torch import Tensor, fx, nn
 from torch._functorch import config as functorch
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import FakeTensor
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.experimental.symbolic_shapes import free_symbols, is_concrete_int
 from torch.utils import _pytree as pytree
 
 from gtddp_compile import kernels
 from gtddp_compile.frontends.canonical import bound
+from gtddp_compile.frontends.leaving import Reads
 from gtddp_compile.frontends.recurrent import MODES, recurrent_graph
 from gtddp_compile.frontends.reference import start
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable, is_users, named, raised_at
@@ -47,7 +50,7 @@ def trace_functional(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
 
 def trace_values(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     """The same beside the example values: where the path depends on them, theirs is taken and asserted in the graph."""
-    with torch.random.fork_rng(), functorch.patch(fake_tensor_propagate_real_tensors=True), _plain(model):
+    with torch.random.fork_rng(), functorch.patch(fake_tensor_propagate_real_tensors=True), Reads(model), _plain(model):
         start()
         program = _export(model, inputs)
         if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in program.graph.nodes):
@@ -91,10 +94,33 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     try:
         given = inspect.signature(model.forward).bind(*inputs).arguments
         shapes = {name: pytree.tree_map(_batch_axis, value) for name, value in given.items()}
-        with _quiet(), torch.enable_grad():
-            return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+        with _quiet(), torch.enable_grad(), Reads(model):
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+    except Untraceable as refusal:
+        raise Untraceable(f"torch.export: {refusal.why}", source=refusal.source) from refusal
     except Exception as error:  # the user's own code runs here and may raise anything
         raise Untraceable(f"torch.export: {_said(error)}", source=raised_at(error.__traceback__)) from error
+    _check_asserted(program)
+    return program
+
+
+UNWRITTEN = frozenset({"ToFloat", "TruncToInt", "CeilToInt"})
+"""Functions in what torch.export knows of numbers of which it writes no assertion."""
+
+
+def _check_asserted(program: ExportedProgram) -> None:
+    """torch.export follows decisions on numbers read from values, and drops the assertion of some: of a number that
+    nothing else reads, and of its whole part.
+    """
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    environments: set[Any] = {value.fake_mode.shape_env for value in values if isinstance(value, FakeTensor)}
+    sizes = (value for value in values if isinstance(value, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool))
+    known = set().union(*map(free_symbols, sizes))
+    for environment in environments - {None}:
+        for said in (each.expr for found in environment.deferred_runtime_asserts.values() for each in found):
+            unwritten = any(type(part).__name__ in UNWRITTEN for part in preorder_traversal(said))
+            if unwritten or not said.free_symbols <= known:
+                raise Untraceable(f"torch.export: it follows a number read from values, and does not check that {said}")
 
 
 @contextmanager

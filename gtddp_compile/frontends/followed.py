@@ -1,8 +1,8 @@
 """The front end before the last: the model is run, and every torch function it calls is noted.
 
 Nothing is traced symbolically, so the model does what it does in training: sizes are numbers, whatever asks whether it
-is being traced hears no, and decisions on values are made. Sizes are built in; numbers read from values are checked in
-every step (``guard``).
+is being traced hears no, and decisions on values are made. Sizes are built in; whole numbers read from values, and what
+is decided on others (``scalars``), are checked in every step (``guard``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gtddp_compile import kernels
 from gtddp_compile.frontends.canonical import base_name, is_random, kind_of
 from gtddp_compile.frontends.layers import FUNCTIONS, LAYERS
+from gtddp_compile.frontends.leaving import READS, TRUTH, WHOLE
 from gtddp_compile.frontends.reference import leaves, start
+from gtddp_compile.frontends.scalars import Scalar, plain
 from gtddp_compile.frontends.traced import (
     Call,
     Traced,
@@ -60,8 +62,7 @@ METADATA = frozenset(
 )
 """Functions that read no element of a tensor."""
 
-TRUTH, WHOLE = ("__bool__", "is_nonzero"), ("__int__", "__index__")
-READS = frozenset({*TRUTH, *WHOLE, "item", "__float__", "tolist", "equal", "allclose", "__contains__"})
+BUILT_IN = "a number read from values is built in where it cannot be followed (float(), math, numpy, a text, a key)"
 COUNTING = frozenset({"nonzero", "argwhere", "masked_select", "bincount", "repeat_interleave"})
 """Functions whose size depends on values; so does an index by a mask."""
 
@@ -161,6 +162,7 @@ class Recorder(TorchFunctionMode):
     def create_proxy(self, kind: str, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a function of ours and note it as one call, as the tracer of torch.fx does."""
         positional, named = self.tree((args, kwargs))
+        args, kwargs = _plain((args, kwargs))
         with torch._C.DisableTorchFunction():
             result = target(*args, **kwargs)
         self._note(target, positional, named, result)
@@ -180,11 +182,13 @@ class Recorder(TorchFunctionMode):
         if name in READS and not attribute:
             return self._number(name, func, args, kwargs)
         if name in METADATA or (attribute and name not in (*VIEWED, "data")):
+            args, kwargs = _plain((args, kwargs))
             result = func(*args, **kwargs)
             if not isinstance(result, Tensor) or (name in METADATA and result is args[0]):
                 return result
         args, kwargs = _in_place_by_name(func, args, kwargs)
         noted = self.tree((args, kwargs))
+        args, kwargs = _plain((args, kwargs))
         result = func(*args, **kwargs)
         if func in (F.batch_norm, torch.batch_norm):
             self._batch_norm(args, kwargs, result)
@@ -251,13 +255,16 @@ class Recorder(TorchFunctionMode):
     # --- numbers -------------------------------------------------------------------------------------------------
 
     def _number(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        """A number read from values: every step has to read the same."""
-        result = func(*args, **kwargs)
+        """A number read from values: every step has to read the same, unless it can be followed."""
         noted = self.tree((args, kwargs))
+        args, kwargs = _plain((args, kwargs))
+        result = func(*args, **kwargs)
         if all(isinstance(leaf, Ref) and leaf.name not in self._moving for leaf in iter_leaves(noted)):
             return result
         if any(isinstance(number, float | complex) for number in pytree.tree_leaves(result)):
-            raise self._refusal("a number read from values is built in")
+            if name not in ("item", "tolist") or isinstance(result, complex):
+                raise self._refusal(BUILT_IN)
+            return self._scalars(result, Ref(self._append(Method(name), *noted, grad=True).name))
         if name in ("equal", "allclose"):
             read = self._append(Method(name), *noted, grad=True)
         elif name == "__contains__":
@@ -271,6 +278,23 @@ class Recorder(TorchFunctionMode):
             read = self._append(Method("tolist" if name == "tolist" else "item"), (value,), {}, grad=True)
         self._guard(read, result)
         return result
+
+    def _scalars(self, value: Any, leaf: Ref) -> Any:
+        """Numbers that were read, in lists as ``tolist`` gives them."""
+        if isinstance(value, list):
+            return [self._scalars(part, self._computed(operator.getitem, (leaf, i))) for i, part in enumerate(value)]
+        return Scalar(value, leaf, self._computed, self._decided, self._built_in)
+
+    def _computed(self, function: Callable[..., Any], args: Any) -> Ref:
+        return Ref(self._append(function, self.tree(args), {}, grad=True).name)
+
+    def _decided(self, function: Callable[..., Any], args: Any) -> Any:
+        result = function(*_plain(args))
+        self._guard(self._append(function, self.tree(args), {}, grad=True), result)
+        return result
+
+    def _built_in(self) -> NoReturn:
+        raise self._refusal(BUILT_IN)
 
     def _guard(self, read: Call, value: Any) -> None:
         if read.name in self._moving:
@@ -304,6 +328,8 @@ class Recorder(TorchFunctionMode):
         return map_leaves(value, lambda leaf: leaf, self._leaf)
 
     def _leaf(self, value: Any) -> Any:
+        if isinstance(value, Scalar):
+            return value.leaf
         if not isinstance(value, Tensor):
             return value
         known = self._known.get(id(value))
@@ -316,6 +342,11 @@ class Recorder(TorchFunctionMode):
 
     def _refusal(self, why: str) -> Untraceable:
         return Untraceable(f"followed: {why}", module=self._stack[-1], source=users_line())
+
+
+def _plain(arguments: Any) -> Any:
+    """Arguments with values in place of the numbers that are followed."""
+    return map_leaves(arguments, lambda leaf: leaf, plain)
 
 
 def _ends(index: slice) -> tuple[Any, Any, Any]:

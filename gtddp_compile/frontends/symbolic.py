@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from gtddp_compile.frontends.canonical import base_name
 from gtddp_compile.frontends.layers import FUNCTIONS, LAYERS
+from gtddp_compile.frontends.leaving import Reads
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable, argument_names, named, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Method, ParamRef
 
@@ -39,8 +40,22 @@ class Recorded(fx.Proxy):
         (tracer, *_) = (value.tracer for value in args if isinstance(value, fx.Proxy))
         return FUNCTIONS[function](tracer, *args, **(kwargs or {}))
 
+    def __hash__(self) -> int:
+        if _is_read(self.node):  # a table would be asked for this object, not for the number
+            raise TypeError("a number read from values is looked up in a table")
+        return id(self)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Whether it is a number read from values, or computed of one by Python's operators."""
+    if node.op == "call_method":
+        return node.target in ("item", "tolist")
+    if getattr(node.target, "__module__", "") != "_operator":
+        return False
+    return any(map(_is_read, node.all_input_nodes))
 
 
 def _record_in_place(name: str) -> Callable[[Any, Any], Any]:
@@ -175,8 +190,10 @@ def trace_symbolically(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     tracer = Tracer(model, names)
     cast = torch.is_autocast_enabled("cpu")
     try:
-        with torch.enable_grad(), _functions_of_the_users_own():
+        with torch.enable_grad(), _functions_of_the_users_own(), Reads(model):
             graph = tracer.trace(model)
+    except Untraceable:
+        raise
     except Exception as error:  # the user's own code runs here and may raise anything
         raise Untraceable(
             _reason(error),

@@ -174,7 +174,7 @@ def draws_elsewhere(m: Any, x: Tensor) -> Tensor:
 
 
 def builds_in(m: Any, x: Tensor) -> Tensor:
-    return m.b(m.a(x)) * x.sum().item()
+    return m.b(m.a(x)) * float(x.sum())
 
 
 @pytest.mark.parametrize(("forward", "why"), [

@@ -3,6 +3,7 @@
 ``docs/errors.md`` is written from these tables.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -87,7 +88,8 @@ def seeds(layer: Any, x: Tensor) -> Tensor:
 
 FORWARDS: dict[str, Callable[[Any, Tensor], Any]] = {
     "a value goes into a Python number": lambda layer, x: layer.fc(x) * float(layer.fc(x).detach().max()),
-    "item() of a random number": lambda layer, x: x if torch.rand(1).item() < 0.01 else layer.fc(x),
+    "math asks a number that was read": lambda layer, x: x if math.isnan(x.mean().item()) else layer.fc(x),
+    "a number that was read, as a text": lambda layer, x: layer.fc(x) * float(f"{x.mean().item():.1f}"),
     "numpy in forward": lambda layer, x: layer.fc(x) * torch.from_numpy(np.tanh(x.numpy())),
     "a buffer is written": writes_a_buffer,
     "a parameter is written": writes_a_parameter,

@@ -95,6 +95,8 @@ RUN: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
     "one by one": lambda m, x, kept: torch.stack([m.act(m.fc(row)) for row in x.unbind(1)[:1] * 0 + tuple(x)]),
     "noise": lambda m, x, kept: m.fc(x) * (1 + 0.1 * torch.randn_like(x)),
     "decides": lambda m, x, kept: m.fc(x) if x.sum() > -100 else m.other(x),
+    "reads": lambda m, x, kept: m.fc(x) if x.mean().item() > 0 else m.act(m.fc(x)) + kept,
+    "scaled": lambda m, x, kept: m.act(m.fc(x)) / (1 + abs(x.max().item())) if max(x.mean(0).tolist()) > 0 else m.fc(x),
     "numpy": lambda m, x, kept: m.fc(x) * float(x.detach().numpy().max()),
     "shuffles": lambda m, x, kept: m.fc(x)[torch.randperm(len(x))],
     "squeezed": lambda m, x, kept: m.fc(x.unsqueeze(1)).squeeze(1),
