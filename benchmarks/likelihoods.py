@@ -3,7 +3,7 @@
     python benchmarks/likelihoods.py         what likelihoods.csv has not, then the table in docs/research.md
 
 1,024 samples of 10 numbers, a target whose noise depends on one of them; two tanh layers of 32, 8 epochs; mean loss of
-all samples at the end. *as one*: a loss that is not positive counts as 1 in the aim, as it did before.
+all samples at the end. *as one*: a negative loss counts as 1 in the aim, as it did before.
 """
 
 from __future__ import annotations
