@@ -48,7 +48,8 @@ def terminal(
     times the loss in groups of b samples (``None``: all of them). A loss of zero counts as 1. In a group with a
     negative one nothing is known of how far losses can fall, and ``OPEN_ENDED`` of a sample's distance from the least
     of them counts as its loss (of a sample alone, 1). Losses below 10⁻⁴ of the mean are held there, so that fitted
-    samples do not make the value function singular; not with an aim of 2, Gauss-Newton on ``√(2φ)``, which is exact for every residual.
+    samples do not make the value function singular; not with an aim of 2, Gauss-Newton on ``√(2φ)``, which is exact
+    for every residual.
     """
     dtype = phi.dtype if phi.dtype in (torch.float32, torch.float64) else torch.float32
     ones = torch.ones(phi.shape[0], dtype=dtype, device=phi.device)
