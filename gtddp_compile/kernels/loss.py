@@ -48,8 +48,8 @@ def terminal(
     times the loss in groups of b samples (``None``: all of them). A loss of zero counts as 1. In a group with a
     negative one nothing is known of how far losses can fall, and ``OPEN_ENDED`` of a sample's distance from the least
     of them counts as its loss (of a sample alone, 1). Losses below 10⁻⁴ of the mean are held there, so that fitted
-    samples do not make the value function singular; not with an aim of 2, Gauss-Newton on ``√(2φ)``, which is exact
-    for every residual.
+    samples do not make the value function singular, and what is negative by less is zero, rounded; not with an aim of
+    2, Gauss-Newton on ``√(2φ)``, which is exact for every residual.
     """
     dtype = phi.dtype if phi.dtype in (torch.float32, torch.float64) else torch.float32
     ones = torch.ones(phi.shape[0], dtype=dtype, device=phi.device)
@@ -74,5 +74,5 @@ def terminal_aims(
     share = torch.finfo(values.dtype).eps ** 2 if weight == (2.0, 0.0, 0.0) else 1e-4
     floor = mean.mul(share).clamp_min_(torch.finfo(values.dtype).tiny)
     instead = OPEN_ENDED * (values - least) if together > 1 else torch.ones_like(values)
-    aims = torch.where(least < 0, instead, torch.threshold(values, 0.0, 1.0)).clamp_min_(floor)
+    aims = torch.where(least < -floor, instead, torch.threshold(values, 0.0, 1.0)).clamp_min_(floor)
     return aims if weight == (1.0, 0.0, 0.0) else aims * (aim * together / (together + half) + own / together)

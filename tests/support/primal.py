@@ -185,8 +185,9 @@ class Primal:
             return torch.ones_like(phi)
         aim, own, half = self.terminal
         size = min(self.group or len(phi), len(phi))
-        parts = [part if part.min() >= 0 else 0.15 * (part - part.min()) for part in phi.split(size)]
-        phi = torch.cat(parts).clamp_min(1e-4 * phi.abs().mean())
+        least = 1e-4 * phi.abs().mean()
+        parts = [part if part.min() >= -least else 0.15 * (part - part.min()) for part in phi.split(size)]
+        phi = torch.cat(parts).clamp_min(least)
         return 1 / (phi * (aim * size / (size + half) + own / size) * (1 + self.more))
 
     def model_hessian(
