@@ -194,3 +194,20 @@ def test_a_scheduler_that_writes_a_momentum_beside_inertia_is_refused() -> None:
     torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=3.0, total_steps=10)
     with pytest.raises(CompileError, match="cycle_momentum=False"):
         opt.step(x, y)
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 128), (128, 8)])
+def test_a_checkpoint_is_resumed_with_another_batch_size(before: int, after: int) -> None:
+    """Γ of a convolution is sketched for one of them, exact for the other: each has a form of the factor of its own."""
+    image = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.Flatten())
+    model, states = nn.Sequential(image, nn.Linear(1024, 10)), []
+    for samples in (before, after):
+        x, y = torch.randn(samples, 1, 8, 8), torch.randint(10, (samples,))
+        opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss())
+        for state in states:
+            opt.load_state_dict(state)
+        for _ in range(3):  # the fourth step is one in which nothing is inverted
+            opt.step(x, y)
+        states.append(copy.deepcopy(opt.state_dict()))
+    forms = [{"map_x", "filters"} & state["state"][2].keys() for state in states]
+    assert sorted(map(sorted, forms)) == [["filters"], ["map_x"]]

@@ -13,7 +13,7 @@ from gtddp_compile.kernels.bundle import Joined, Layer
 from gtddp_compile.kernels.channels import channel_factor, channel_filters, channel_pixels
 from gtddp_compile.methods.curvature.base import Group, State
 from gtddp_compile.methods.curvature.kfac import inverse, inverse_root
-from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker
+from gtddp_compile.methods.curvature.kronecker import DERIVED, BlockKind, Kronecker
 from gtddp_compile.methods.curvature.numbers import Scalar
 
 
@@ -98,10 +98,13 @@ class FOOF(Kronecker):
             before = None if old is None else old["factor_x"]
             return {"factor_x": channel_factor(channel_pixels(layer, blocks), positions, before, keep, joined)}
 
-        if self._running(found[0], group, {"factor_x": (groups, width, width)}, factors):
+        due = self._running(found[0], group, {"factor_x": (groups, width, width)}, factors)
+        if due or ("map_x" if sketch is None else "filters") not in found[0]:  # another program may have had the other
+            for key in DERIVED:
+                found[0].pop(key, None)
             found[0].update(self.refreshed("channels", found[0], group))
             if sketch is not None:
-                found[0]["filters"] = channel_filters(found[0]["map_x"], tuple(weight.shape[1:]), *sketch)
+                found[0]["filters"] = channel_filters(found[0].pop("map_x"), tuple(weight.shape[1:]), *sketch)
         return found
 
     def factor_keys(self) -> tuple[str, ...]:
