@@ -37,7 +37,7 @@ def error_of(
 def _origin(said: str, model: nn.Module, loss: Loss, inputs: tuple[Any, ...], targets: Any) -> NonFiniteError | None:
     """``said``, and where it begins: in the batch, in what the model holds, in an operation, or in the loss.
 
-    ``None``: one more pass finds nothing (under look-ahead the step's was at another place), or fails.
+    ``None``: one more pass finds nothing (under look-ahead the step's was at another place).
     """
     names = (f"the input {name!r}" for name in argument_names(model, len(inputs)))
     for name, given in (*zip(names, inputs, strict=True), ("the target", targets)):
@@ -52,8 +52,9 @@ def _origin(said: str, model: nn.Module, loss: Loss, inputs: tuple[Any, ...], ta
                                   module=name.rpartition(".")[0])  # fmt: skip
     try:
         return _computed(said, model, loss, inputs, targets)
-    except Exception:  # the user's own code, which made a loss before; the step has its error without this
-        return None
+    except Exception as error:  # the user's own code, which made a loss before
+        return NonFiniteError(f"{said}; where it begins was not found, one more pass ended with {error!r}"[:500],
+                              f"Look for NaN in the batch, lower lr, {SKIP}")  # fmt: skip
 
 
 def _computed(said: str, model: nn.Module, loss: Loss, inputs: tuple[Any, ...], targets: Any) -> NonFiniteError | None:

@@ -236,8 +236,8 @@ class UpdateProgram:
         if found is not None:
             linear, again = (f"{units:.2f}" for units in found)
             said = "times the multiplications of a plain training step (layers of known shape)"
-            mine, other = (linear, again) if self.form.name == "joint" else (again, linear)
-            rollout = "nonlinear" if self.form.name == "joint" else "linear"
+            joint = self.form.name == "joint"
+            mine, rollout, other = (linear, "nonlinear", again) if joint else (again, "linear", linear)
             yield f"a step needs about {mine} {said}; with rollout='{rollout}' {other}"
         yield describe_memory(self.graph, plan.segments, gradients=not base)
         if plan.ranks > 1 and self.setting is not None:

@@ -64,8 +64,7 @@ def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, car
                     f"Compile with inertia, or take {option} out of the group (of a state_dict, before it is loaded)",
                     module=group.get("name"),
                 )
-        moved = own_momentum(group) if group.get("momentum") or "betas" in group else 0
-        if moved and group.get("inertia"):
+        if group.get("inertia") and (moved := own_momentum(group)):
             raise CompileError(
                 f"a parameter group has inertia={group['inertia']!r} beside {curvature.name}'s own momentum {moved!r}: "
                 "two memories of one step",

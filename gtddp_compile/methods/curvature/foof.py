@@ -13,7 +13,7 @@ from gtddp_compile.kernels.bundle import Joined, Layer
 from gtddp_compile.kernels.channels import channel_factor, channel_filters, channel_pixels
 from gtddp_compile.methods.curvature.base import Group, State
 from gtddp_compile.methods.curvature.kfac import inverse, inverse_root
-from gtddp_compile.methods.curvature.kronecker import DERIVED, BlockKind, Kronecker
+from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker, renew
 from gtddp_compile.methods.curvature.numbers import Scalar
 
 
@@ -100,11 +100,10 @@ class FOOF(Kronecker):
 
         due = self._running(found[0], group, {"factor_x": (groups, width, width)}, factors)
         if due or ("map_x" if sketch is None else "filters") not in found[0]:  # another program may have had the other
-            for key in DERIVED:
-                found[0].pop(key, None)
-            found[0].update(self.refreshed("channels", found[0], group))
+            made = self.refreshed("channels", found[0], group)
             if sketch is not None:
-                found[0]["filters"] = channel_filters(found[0].pop("map_x"), tuple(weight.shape[1:]), *sketch)
+                made["filters"] = channel_filters(made.pop("map_x"), tuple(weight.shape[1:]), *sketch)
+            renew(found[0], made)
         return found
 
     def factor_keys(self) -> tuple[str, ...]:

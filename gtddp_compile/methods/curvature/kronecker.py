@@ -139,9 +139,7 @@ class Kronecker(Curvature):
         shapes = {key: shape for key, shape in kronecker_factor_shapes(layers).items() if key in self.factor_keys()}
         due = self._running(lead, group, shapes, lambda old, keep: self.factors(layers, start, old, keep))
         if due or ("inverse_x" if kind == "dual" else "map_x") not in lead:
-            for key in DERIVED:
-                lead.pop(key, None)
-            lead.update(self.refreshed(kind, lead, group))
+            renew(lead, self.refreshed(kind, lead, group))
         if moments:
             lead.update(self.moments(layers, start, lead, group))
         return found
@@ -174,16 +172,14 @@ class Kronecker(Curvature):
         counts, parts = {key: taken[key] for key in COUNTS}, {key: taken[key] for key in keys if len(taken[key]) > 1}
         for k, lead in enumerate(leads):
             lead.update(counts, **{key: whole[k : k + 1] for key, whole in parts.items()})
-            lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
+            _in_precision(lead)
         if due or ("inverse_x" if kind == "dual" else "map_x") not in taken:
             made = self.refreshed(kind, {key: parts[key] if key in parts else together(key) for key in keys}, group)
             failed = made.pop("fallbacks")
             for k, lead in enumerate(leads):
-                for key in DERIVED:
-                    lead.pop(key, None)
                 own = {key: whole[k : k + 1] for key, whole in made.items()}
                 own["fallbacks"] = lead.get("fallbacks", failed)
-                lead.update(self.refreshed(kind, lead, group) if failed else own)
+                renew(lead, self.refreshed(kind, lead, group) if failed else own)
         return found
 
     def _running(
@@ -203,8 +199,7 @@ class Kronecker(Curvature):
         if early or age % group["stat_every"] == 0:
             lead["averaged"] = counted(lead["averaged"])
             lead.update(factors(None if fresh else lead, self._keep(lead["averaged"], group)))
-        # load_state_dict casts a state to the parameter's own precision; factors are at least float32.
-        lead.update((key, lead[key].to(lead["factor_x"].dtype)) for key in DERIVED if key in lead)
+        _in_precision(lead)
         return early or age % group["refresh"] == 0
 
     def block_metric(
@@ -263,6 +258,18 @@ class Kronecker(Curvature):
 
     def _keep(self, count: Tensor, group: Group) -> float:
         return min(1.0 - 1.0 / float(count), float(group["stat_decay"]))
+
+
+def renew(state: dict[str, Any], made: Mapping[str, Any]) -> None:
+    """Put what is made of a state's factors in the place of what was."""
+    for key in DERIVED:
+        state.pop(key, None)
+    state.update(made)
+
+
+def _in_precision(state: dict[str, Any]) -> None:
+    """load_state_dict casts a state to the parameter's own precision; factors are at least float32."""
+    state.update((key, state[key].to(state["factor_x"].dtype)) for key in DERIVED if key in state)
 
 
 def in_step(states: Sequence[State], groups: Sequence[Group]) -> bool:
