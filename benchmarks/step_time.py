@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import (
+    DOCS,
     Ratio,
     in_process,
     interleaved,
@@ -222,10 +223,10 @@ def main(
             known[key] = [*found, measured(), machine(threads)]
             RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False), encoding="utf-8")
             if write:
-                write_section("step time", text(known))
+                write_pages(known)
         console.print(*known[key], sep="  ")
     if write:
-        write_section("step time", text(known))
+        write_pages(known)
 
 
 def in_order(known: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -256,6 +257,22 @@ def text(known: dict[str, list[str]]) -> str:
 def table(known: dict[str, list[str]]) -> str:
     """Every case that was measured."""
     return markdown(HEADER, [(*row[:8], _aim(key), row[8]) for key, row in in_order(known).items()])
+
+
+def write_pages(known: dict[str, list[str]]) -> None:
+    """The section of docs/performance.md, and what docs/index.md says of it."""
+    write_section("step time", text(known))
+    write_section("price", price(known), DOCS / "index.md")
+
+
+def price(known: dict[str, list[str]]) -> str:
+    """What the front page says of the default's step."""
+    own = [row for row in known.values() if row[2:5] == ["foof", "default", "torch.optim SGD"]]
+    low, *_, high = sorted(own, key=lambda row: float(row[7].split()[0]))
+    return (
+        f"A step of the default costs {low[7].split()[0]} ({low[0]}) to {high[7].split()[0]} ({high[0]}) of one of SGD,"
+        f" on {len(own)} networks that were timed ([one step](performance.md#one-step))."
+    )
 
 
 def _aim(key: str) -> str:

@@ -140,5 +140,6 @@ def test_pages_are_written_from_their_rows(tmp_path: Path) -> None:
         ("performance", step_time.text(timed)),
         ("scaling", ranks.text()),
     ]
+    assert holds(DOCS / "index.md", step_time.price(timed))
     for name, text in found:
         assert len(text) > 1000 and holds(DOCS / f"{name}.md", text), f"write {name}"
