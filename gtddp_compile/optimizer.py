@@ -35,7 +35,7 @@ from gtddp_compile.runtime.origin import error_of
 from gtddp_compile.runtime.precision import GradientScale
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.ranks import Ranks
-from gtddp_compile.runtime.states import check_inertia, check_used
+from gtddp_compile.runtime.states import check_steps, check_used
 from gtddp_compile.runtime.surface import Surface, one_at_a_time
 from gtddp_compile.runtime.union import Union, check_form
 
@@ -63,6 +63,8 @@ class CompiledOptimizer(Surface):
         self._pending: Accumulated | None = None
         carried = {"inertia": options.inertia, "lookahead": options.lookahead or 0.0} if options.inertia else {}
         super().__init__(self._view.groups(), curvature.defaults() | carried)
+        for group in self.param_groups if options.paced else ():
+            group["peak_lr"] = float(group["lr"])
         if example_inputs is not None:
             with self._view.shards.together():
                 self._specialise(self._batch(example_inputs, None, example=True)[0])
@@ -361,7 +363,7 @@ class CompiledOptimizer(Surface):
                 self._pending = None
 
     def _base_method(self, program: UpdateProgram, params: dict[str, Tensor], new: dict[str, Tensor]) -> BaseMethod:
-        check_inertia(self.param_groups, self._curvature, bool(self._options.inertia))
+        check_steps(self.param_groups, self._curvature, bool(self._options.inertia))
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         trained = [name for player in program.graph.players for name in player.parameters]
         owner = self._view.named

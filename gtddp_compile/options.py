@@ -10,7 +10,7 @@ from gtddp_compile.algebra.derivation import RECURSIONS, Recursion
 from gtddp_compile.algebra.forms import Rollout
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import Curvature
-from gtddp_compile.methods.terminal import Geometric, MonteCarlo, Terminal, geometric_of, is_rank_one
+from gtddp_compile.methods.terminal import Geometric, MonteCarlo, Terminal, geometric_of, is_rank_one, terminal_weight
 
 Feedback = Literal["open"] | bool
 Backend = Literal["fast", "dense"]
@@ -204,6 +204,11 @@ class Options:
     def terminal_kind(self) -> Terminal:
         """How the loss is expanded: ``"geometric"``, but the paper's own recursions keep the paper's ``"gradient"``."""
         return self.terminal or ("geometric" if self.recursion == "levenberg" else "gradient")
+
+    @property
+    def paced(self) -> bool:
+        """Whether a falling learning rate shortens the step itself: where an aim would make up for it."""
+        return self.feedback is not False and terminal_weight(self.terminal_kind)[0] == "geometric"
 
     @property
     def papers_scale(self) -> bool:

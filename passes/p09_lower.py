@@ -136,12 +136,16 @@ def _loss(b: Builder) -> None:
     kind, *weight = b.plan.terminal
     group = b.plan.coupling if isinstance(b.plan.coupling, int) else None
     more = () if weight == [1.0, 0.0, 0.0] else (*weight, group)
-    aim = "late_aim" if b.plan.early else "aim"
-    b.emit("loss", end, ("ones", aim, "start"), "m.terminal", Var("phi"), kind, *more,
+    paced = kind == "geometric" and b.plan.form.name != "base"
+    b.emit("loss", end, ("ones", "full_aim" if paced else "aim", "start"), "m.terminal", Var("phi"), kind, *more,
            note="V_x = start g; start = 1/B or 1; where a sample's loss is to fall: by the aim")  # fmt: skip
-    if b.plan.early:
-        b.emit("loss", end, "early", "m.early", b.plan.early, note="in the k-th step 1/k of it")
-        b.emit("loss", end, "aim", "=", Apply("*", (Apply("+", (1.0, Var("early"))), Var(aim))))
+    if paced:
+        b.emit("loss", end, "pace", "m.pace", note="what a schedule has left of the step")
+        aim = Apply("*", (Var("pace"), Var("full_aim")))
+        if b.plan.early:
+            b.emit("loss", end, "early", "m.early", b.plan.early, note="in the k-th step 1/k of it")
+            aim = Apply("*", (Apply("+", (1.0, Var("early"))), aim))
+        b.emit("loss", end, "aim", "=", aim)
     (terminal_columns if b.factored else _terminal)(b, end)
 
 

@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
     "rate": _method("names"),
     "alike_rates": _method("names"),
     "look_ahead": _method("params targets"),
+    "pace": _method(""),
     "early": _method("amount"),
     "last_step": _method("names"),
     "last_steps": _method("names"),

@@ -40,8 +40,8 @@ def check_used(
                 )
 
 
-def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, carries: bool) -> None:
-    """What is carried on shrinks, and is in the program's model: another step would not fail, and be none of it.
+def check_steps(groups: Sequence[Mapping[str, Any]], curvature: Curvature, carries: bool) -> None:
+    """What the program's model takes from the groups beside the base method: another value would not fail.
 
     Args:
         groups: of the optimizer.
@@ -50,9 +50,12 @@ def check_inertia(groups: Sequence[Mapping[str, Any]], curvature: Curvature, car
 
     Raises:
         CompileError: a group's ``inertia`` or ``lookahead`` is no number from 0 to below 1, inertia is not there, or
-            the base method has a momentum beside it.
+            the base method has a momentum beside it; ``peak_lr`` is no number that is at least 0.
     """
     for group in groups:
+        peak = group.get("peak_lr", 0.0)
+        if not isinstance(peak, int | float) or not peak >= 0:
+            raise out_of_range(curvature.name, "peak_lr", peak, "a number that is at least 0")
         for option in ("inertia", "lookahead"):
             value = group.get(option, 0.0)
             if not isinstance(value, int | float) or not 0 <= value < 1:

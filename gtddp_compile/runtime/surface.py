@@ -21,7 +21,7 @@ from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.runtime.shards import divided
-from gtddp_compile.runtime.states import apart, check_inertia, check_loaded, completed, regrouped, unround
+from gtddp_compile.runtime.states import apart, check_steps, check_loaded, completed, regrouped, unround
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -140,7 +140,7 @@ class Surface(torch.optim.Optimizer):
         state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
         check_loaded(state_dict, self.param_groups, self._curvature)
         state_dict = completed(state_dict, self.param_groups)
-        check_inertia(state_dict["param_groups"], self._curvature, bool(self._options.inertia))
+        check_steps(state_dict["param_groups"], self._curvature, bool(self._options.inertia))
         self._checked = False
         super().load_state_dict(state_dict)
         unround(self.state, state_dict, self.param_groups)

@@ -363,6 +363,7 @@ LATER: dict[str, tuple[Act | None, Act]] = {
     "group['inertia'] = 1.5": group("inertia", 1.5),
     "group['inertia'] = 0.5": group("inertia", 0.5),
     "group['lookahead'] = 'far'": group("lookahead", "far"),
+    "group['peak_lr'] = -1.0": group("peak_lr", -1.0),
     "group['maximize'] = True": group("maximize", True),
     "a group is taken away": (lambda opt, net: opt.param_groups.pop(), one),
     "an option is deleted": (lambda opt, net: opt.param_groups[0].pop("lr"), one),

@@ -16,7 +16,7 @@ from gtddp_compile.kernels.bundle import Layer, wide
 from gtddp_compile.kernels.sweep import several_entries
 from gtddp_compile.kernels.turned import Turned, as_matrix, inverse_times
 from gtddp_compile.methods.curvature.base import Curvature, Move
-from gtddp_compile.methods.curvature.numbers import counted
+from gtddp_compile.methods.curvature.numbers import Scalar, counted
 
 RAMP = 3.0
 """Steps after which inertia is half of what it tends to (but for its cap): the first steps are no average yet, and in
@@ -104,6 +104,21 @@ class ParameterUpdates:
         if torch.compiler.is_compiling() or any(type(count) is not Tensor for count in counts):  # as in `counted`
             return amount / (1.0 + torch.stack(counts).amax())
         return amount / (1.0 + max(map(float, counts)))
+
+    def pace(self) -> Scalar:
+        """What a schedule has left of the step: the greatest ratio of a group's ``lr`` to its ``peak_lr``, at most 1.
+
+        ``M⁻¹`` is proportional to ``lr``, and to a mere aim a shorter ``M⁻¹`` is a reason to ask for more. With the aim
+        in the same proportion ``w`` stays, and the step shrinks with the rate. Where all rates are 0 nothing moves.
+        """
+        groups = {id(group): group for group in self._groups.values() if "peak_lr" in group}.values()
+        ratios = [group["lr"] / group["peak_lr"] for group in groups if group["peak_lr"]]
+        if not ratios:
+            return 1.0
+        if any(isinstance(ratio, Tensor) for ratio in ratios):
+            most = torch.stack([torch.as_tensor(ratio).detach().reshape(()) for ratio in ratios]).amax()
+            return torch.where(most > 0, most, 1.0).clamp(max=1.0)
+        return min(1.0, max(ratios)) or 1.0
 
     def last_step(self, names: tuple[str, ...]) -> tuple[tuple[Tensor | None, ...], Tensor | float]:
         """``v``, the last step's ``δu`` of each parameter (zero before the first), and ``μ``, one for all of them.

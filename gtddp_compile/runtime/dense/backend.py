@@ -128,7 +128,7 @@ class Sweeps:
         plan = program.lowered.plan
         _, aim, self.start = m.terminal(self.phi, *plan.terminal, size)
         self.reach, self.early = plan.reach, m.early(plan.early)
-        self.aim = aim * (1.0 + self.early)
+        self.aim = aim * (1.0 + self.early) * (m.pace() if plan.terminal[0] == "geometric" else 1.0)
         self.hessian = trajectory.terminal_hessian(m, targets) if self.factored else outer_products(self.g)
         batch = torch.arange(trajectory.batch)
         self.groups = [self._terminal(samples) for samples in batch.split(size or len(batch))]

@@ -1,0 +1,129 @@
+"""A schedule: a step is as long as its learning rate is of the one that it began with, whatever the aim asks for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gtddp_compile import CompiledOptimizer, Geometric
+from support import networks
+from support.against_primal import regression
+from support.compared import Run, assert_exported, batches, flat, optimizer
+from support.networks import Case
+
+OWN = Geometric(0.5, own=2.0, half=4.0)
+SETUPS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "sgd, far beyond the aim": {"curvature": "sgd", "lr": 30.0, "inertia": 0.9},
+    "adam, groups": {"curvature": "adam", "lr": 0.01, "coupling": 2},
+    "kfac": {"curvature": "kfac", "lr": 0.1, "damping": 1e-2},
+    "soap, own": {"curvature": "soap", "lr": 0.01, "weight_decay": 0.0, "terminal": OWN},
+    "nonlinear, recomputed": {"curvature": "sgd", "lr": 0.3, "rollout": "nonlinear", "memory": "recompute"},
+    "dense": {"backend": "dense"},
+    "dense, nonlinear": {"curvature": "sgd", "lr": 0.3, "backend": "dense", "rollout": "nonlinear"},
+}
+
+
+def step(case: Case, share: Any, *, kept: bool = True, **options: Any) -> torch.Tensor:
+    """What one step at a share of the rate adds to the parameters; ``kept=False``: nothing knows of the full one."""
+    model, opt = optimizer(case, **options)
+    for group in opt.param_groups:
+        group["lr"] = group["lr"] * share
+        if not kept:
+            del group["peak_lr"]
+    x, y = case.batch(0, 6)
+    opt.step(x, y)
+    return flat(model) - flat(case.model)
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("case", ["residual", "regression"])
+def test_is_the_share_of_a_step(setup: str, case: str) -> None:
+    given, options = regression("residual") if case == "regression" else networks.residual(), SETUPS[setup]
+    full = step(given, 1.0, **options)
+    assert full.abs().max() > 1e-4
+    if options.get("rollout") == "nonlinear":  # to first order: stages answer to what has moved
+        small, smaller = (step(given, share, **options) / share for share in (1e-3, 1e-4))
+        torch.testing.assert_close(smaller, small, rtol=0, atol=1e-3 * float(small.abs().max()))
+        return
+    torch.testing.assert_close(step(given, 0.3, **options), 0.3 * full, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("setup", ["default", "adam, groups", "soap, own"])
+def test_of_a_rate_that_is_a_tensor(setup: str) -> None:
+    given, share = networks.residual(), torch.tensor(0.3, dtype=torch.float64)
+    found, wanted = (step(given, own, **SETUPS[setup]) for own in (share, 0.3))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_without_it_the_aim_makes_up_for_the_rate() -> None:
+    """What the share is for: beyond the aim a rate of a tenth is hardly a shorter step."""
+    case, options = networks.residual(), SETUPS["sgd, far beyond the aim"]
+    full, tenth = (step(case, share, kept=False, **options).norm() for share in (1.0, 0.1))
+    assert tenth > 0.3 * full
+
+
+def test_more_than_the_first_rate_is_no_greater_aim() -> None:
+    case = networks.residual()
+    torch.testing.assert_close(step(case, 3.0), step(case, 3.0, kept=False), rtol=0, atol=0)
+    assert not step(case, 0.0).any()
+
+
+def test_a_group_that_rests_leaves_the_others_alone() -> None:
+    case, found = networks.residual(), []
+    for kept in (True, False):
+        model, opt = optimizer(case)
+        opt.param_groups[0]["lr"] = 0.0
+        for group in () if kept else opt.param_groups:
+            del group["peak_lr"]
+        opt.step(*case.batch(0, 6))
+        found.append(flat(model))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert (found[0] != flat(case.model)).any()
+
+
+def scheduled(case: Case, steps: int, **options: Any) -> Run:
+    """Trained with a rate that falls to nothing."""
+    model, opt = optimizer(case, **options)
+    schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.1, total_iters=steps)
+    losses = []
+    for x, y in batches(case, steps, 5):
+        losses.append(float(opt.step(x, y)))
+        schedule.step()
+    return Run(opt, model, losses)
+
+
+@pytest.mark.parametrize("setup", ["default", "adam, groups"])
+def test_fast_equals_dense(setup: str) -> None:
+    case = regression("conv_residual")
+    fast, dense = (scheduled(case, 4, backend=backend, **SETUPS[setup]).parameters for backend in ("fast", "dense"))
+    torch.testing.assert_close(fast, dense, rtol=0, atol=1e-9)
+
+
+def test_exported_and_resumed(tmp_path: Path) -> None:
+    """A module that is exported late in a run goes on at the same pace, and so does an optimizer that is loaded."""
+    case = networks.residual()
+    opt: CompiledOptimizer
+    model, opt = optimizer(case)
+    for group in opt.param_groups:
+        group["lr"] *= 0.2
+    state = opt.state_dict()
+    losses = [float(opt.step(x, y)) for x, y in batches(case, 2, 5)]
+    assert_exported(case, Run(opt, model, losses), tmp_path)
+    again, other = optimizer(case, lr=7.0)
+    other.load_state_dict(state)
+    assert losses == [float(other.step(x, y)) for x, y in batches(case, 2, 5)]
+    torch.testing.assert_close(flat(again), flat(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("options", "paced"), [
+    ({}, True), ({"curvature": "adam"}, True), ({"terminal": "ggn"}, False), ({"feedback": False}, False),
+    ({"curvature": "sgd", "terminal": "gradient"}, False), ({"loss": nn.MSELoss(), "curvature": "soap"}, True),
+])  # fmt: skip
+def test_where_there_is_an_aim(options: dict[str, Any], paced: bool) -> None:
+    case = networks.residual()
+    opt = optimizer(case, **options)[1]
+    assert all(("peak_lr" in group) is paced for group in opt.param_groups)
+    assert ("m.pace" in {i.function for i in opt.program.lowered.instructions}) is paced
