@@ -21,7 +21,7 @@ from gtddp_compile.runtime.model import ModelView
 from gtddp_compile.runtime.precision import lift
 from gtddp_compile.runtime.ranks import Ranks
 from gtddp_compile.runtime.shards import divided
-from gtddp_compile.runtime.states import apart, check_steps, check_loaded, completed, regrouped, unround
+from gtddp_compile.runtime.states import apart, check_loaded, check_steps, completed, regrouped, unround
 
 if TYPE_CHECKING:
     from typing_extensions import Self
