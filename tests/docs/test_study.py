@@ -80,7 +80,7 @@ WRITTEN = {
     "alike": "performance", "batch_norm_reading": "batch-norm-reading", "compile_time": "compile_time",
     "cooperation": "cooperation", "depth": "research", "derivatives": "physics", "first_steps": "research",
     "gram_fidelity": "performance", "likelihoods": "research", "lookahead": "research", "scaling": "scaling",
-    "shards": "several-processes",
+    "schedules": "training", "shards": "several-processes",
 }  # fmt: skip
 """A script that keeps its rows beside it, and its page."""
 
