@@ -133,14 +133,10 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
 def _cannot(refusals: list[Untraceable]) -> CompileError:
     first = next((r for r in refusals if r.source), refusals[0])
     rest = "; ".join(dict.fromkeys(r.why for r in refusals if r.why != first.why))
-    why = f"the model cannot be recorded: {first.why}" + (f" (then: {rest})" if rest else "")
-    return CompileError(
-        why,
+    return first.refusal(
+        f"the model cannot be recorded: {first.why}" + (f" (then: {rest})" if rest else ""),
         "Replace decisions on tensor values by torch.where, numpy calls by torch's, what float() and math make of "
         "values by .item() and torch's functions, and keep the forward pass free of side effects",
-        module=first.module or "",
-        operation=first.operation,
-        source=first.source or None,
     )
 
 
