@@ -6,7 +6,7 @@ order, nothing dead, every value named after the module that computes it, with i
 where its samples lie.
 
 The front ends of :data:`FRONT_ENDS` are asked in order: torch.fx, torch.export, torch.export functionalised, the model
-run as it is with every torch function noted, torch.export beside the example values. A recording is not trusted: it is
+run as it is with every torch function noted. A recording is not trusted: it is
 run beside the model on the example inputs, and outputs and parameter gradients must agree. What torch.fx gets wrong
 without saying so (values read into Python while it traces) is found here and left to the next front end.
 """
@@ -23,7 +23,6 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends import (
     Traced,
@@ -34,7 +33,6 @@ from gtddp_compile.frontends import (
     trace_followed,
     trace_functional,
     trace_symbolically,
-    trace_values,
 )
 from gtddp_compile.frontends.attributes import untouched
 from gtddp_compile.frontends.canonical import is_identity, is_random, python_number
@@ -49,12 +47,9 @@ from gtddp_compile.frontends.traced import argument_names, parameter_infos
 from gtddp_compile.graph import DETACHED, GUARD, BufferRef, Op, OpGraph, ParamRef, Ref, iter_leaves, map_leaves
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
-FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_followed, trace_values)
+FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_followed)
 ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range"})
-DECISION = "_assert_scalar"
 KEPT = "what the model computes of parameters or buffers is a constant of the recording"
-READS = frozenset({"item", "_local_scalar_dense"})
-"""Kinds that make a number of a tensor's value."""
 
 
 def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[FrontEnd, ...] = FRONT_ENDS) -> OpGraph:
@@ -70,8 +65,7 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
         try:
             with untouched(model), torch.random.fork_rng():
                 traced = front_end(model, inputs)
-            # What the model draws and does not use moves what it draws after; beside values it may have decided on it.
-            for draws in (False,) if front_end is trace_values else (False, True):
+            for draws in (False, True):  # what the model draws and does not use moves what it draws after
                 graph = masks_apart(_normal_form(traced, model, draws=draws))
                 graph, output = run(graph, model, inputs)
                 if agrees(output, reference):
@@ -139,14 +133,10 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
 def _cannot(refusals: list[Untraceable]) -> CompileError:
     first = next((r for r in refusals if r.source), refusals[0])
     rest = "; ".join(dict.fromkeys(r.why for r in refusals if r.why != first.why))
-    why = f"the model cannot be recorded: {first.why}" + (f" (then: {rest})" if rest else "")
-    return CompileError(
-        why,
+    return first.refusal(
+        f"the model cannot be recorded: {first.why}" + (f" (then: {rest})" if rest else ""),
         "Replace decisions on tensor values by torch.where, numpy calls by torch's, what float() and math make of "
         "values by .item() and torch's functions, and keep the forward pass free of side effects",
-        module=first.module or "",
-        operation=first.operation,
-        source=first.source or None,
     )
 
 
@@ -164,12 +154,9 @@ def _normal_form(traced: Traced, model: nn.Module, *, draws: bool) -> OpGraph:
     def resolve(leaf: Any) -> Any:
         return value[leaf.name] if isinstance(leaf, Ref) else leaf
 
-    decisions = _Decisions()
     for clean in cleaned:
         args, kwargs = map_leaves((clean.form.args, clean.form.kwargs), resolve, python_number)
         form = replace(clean.form, args=args, kwargs=kwargs)
-        if form.kind == DECISION:
-            decisions.note(form.args)
         if form.kind in ASSERTIONS:
             continue
         if is_identity(form.kind, form.args, form.kwargs):
@@ -184,7 +171,6 @@ def _normal_form(traced: Traced, model: nn.Module, *, draws: bool) -> OpGraph:
             value[clean.call.name] = Ref(name)
     returned = pytree.tree_map(resolve, output)
     returned = pytree.tree_map(lambda leaf: _constant(leaf, model, names, ops), returned)
-    ops += decisions.guards(names, ops)
     kept = _alive(ops, returned, draws=draws)
     return OpGraph(
         tuple(op for op in ops if op.kind == "input" or op.name in kept),
@@ -248,42 +234,6 @@ def _advances(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
 def _is_torch_layer(module: nn.Module) -> bool:
     """A layer of torch's own without parts: its operation carries the module's name."""
     return type(module).__module__.startswith("torch.nn.modules") and next(module.children(), None) is None
-
-
-class _Decisions:
-    """What a front end asserts of numbers that the model reads from values: where its path depends on them."""
-
-    def __init__(self) -> None:
-        self._conditions: list[str] = []
-
-    def note(self, args: tuple[Any, ...]) -> None:
-        """Keep the condition of one assertion."""
-        if args and isinstance(args[0], Ref):
-            self._conditions.append(args[0].name)
-
-    def guards(self, names: _Names, ops: list[Op]) -> Iterator[Op]:
-        """One operation for every condition that depends on a tensor's value, at the line that reads it."""
-        reads: dict[str, Op] = {}
-        conditions = dict.fromkeys(self._conditions)
-        by_name = {}
-        for op in ops:
-            found = op if op.kind in READS else next((reads[name] for name in op.operands if name in reads), None)
-            if found is not None:
-                reads[op.name] = found
-            if op.name in conditions and found is not None:
-                by_name[op.name] = op
-        exact = {op.args for op in by_name.values() if op.kind == "eq"}
-        for found, number in exact:
-            if isinstance(number, float):
-                read = reads[found.name]
-                raise Untraceable("a number read from values is built in", module=read.module, source=read.source)
-        for condition, op in by_name.items():
-            if op.kind in ("ge", "le") and op.args in exact:  # torch.export says the range of a number first
-                continue
-            read = reads[condition]
-            args = (Ref(condition), read.module, read.source)
-            name = names.new(read.module, GUARD, set())
-            yield Op(name, GUARD, kernels.guard, args, module=read.module, source=read.source)
 
 
 def _alive(ops: list[Op], output: Any, *, draws: bool) -> frozenset[str]:

@@ -40,8 +40,7 @@ def find_expressions(graph: OpGraph, trained: frozenset[str]) -> Reads:
     for op in graph.ops:
         if op.name in graph.reached or op.random or op.advances or not op.carries_gradient:
             continue
-        names = read_by(op, found, trained)
-        if names:
+        if names := read_by(op, found, trained):
             found[op.name] = names
     return found
 
@@ -60,8 +59,7 @@ def find_uses(graph: OpGraph, expressions: Reads, trained: frozenset[str]) -> Re
     for op in graph.ops:
         if op.name not in reached or (op.name in expressions and op.name not in outputs):
             continue
-        names = read_by(op, expressions, trained)
-        if names:
+        if names := read_by(op, expressions, trained):
             found[op.name] = names
     return found
 

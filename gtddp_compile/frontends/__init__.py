@@ -1,7 +1,7 @@
 """Front ends: what a model does, recorded by torch.fx or torch.export, and the cleaning both need."""
 
 from gtddp_compile.frontends.derivatives import differentiates, trace_derivatives
-from gtddp_compile.frontends.exported import trace_export, trace_functional, trace_values
+from gtddp_compile.frontends.exported import trace_export, trace_functional
 from gtddp_compile.frontends.followed import trace_followed
 from gtddp_compile.frontends.keywords import positional
 from gtddp_compile.frontends.reference import beginning, observe
@@ -11,5 +11,5 @@ from gtddp_compile.frontends.traced import Call, Traced, Untraceable
 
 __all__ = [
     "Call", "Traced", "Untraceable", "beginning", "differentiates", "observe", "positional", "trace_derivatives",
-    "trace_export", "trace_followed", "trace_functional", "trace_symbolically", "trace_values", "withheld",
+    "trace_export", "trace_followed", "trace_functional", "trace_symbolically", "withheld",
 ]  # fmt: skip

@@ -15,20 +15,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sympy import preorder_traversal
 from torch import Tensor, fx, nn
-from torch._functorch import config as functorch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import free_symbols, is_concrete_int
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from gtddp_compile import kernels
 from gtddp_compile.frontends.canonical import bound
 from gtddp_compile.frontends.leaving import Reads
 from gtddp_compile.frontends.recurrent import MODES, recurrent_graph
-from gtddp_compile.frontends.reference import start
 from gtddp_compile.frontends.traced import Call, Traced, Untraceable, is_users, named, raised_at
 from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
 
@@ -45,49 +42,18 @@ def trace_export(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
 
 def trace_functional(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
     """The same after torch's own functionalisation: for in-place operations seen through several views."""
-    return _read(_functional(_export(model, inputs)), model)
-
-
-def trace_values(model: nn.Module, inputs: tuple[Any, ...]) -> Traced:
-    """The same beside the example values: where the path depends on them, theirs is taken and asserted in the graph."""
-    with torch.random.fork_rng(), functorch.patch(fake_tensor_propagate_real_tensors=True), Reads(model), _plain(model):
-        start()
-        program = _export(model, inputs)
-        if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in program.graph.nodes):
-            program = _functional(program)
-    return _read(program, model)
-
-
-def _functional(program: ExportedProgram) -> ExportedProgram:
+    program = _export(model, inputs)
     try:
         with _quiet():
-            found: ExportedProgram = program.run_decompositions({})
+            program = program.run_decompositions({})
     except Exception as error:  # it runs the operations of the user's model, which may raise anything
         raise Untraceable(f"torch.export: {_said(error)}") from error
-    return found
+    return _read(program, model)
 
 
 def _said(error: Exception) -> str:
     """The first line of what torch says."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
-
-
-@contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
-    """Parameters as plain tensors marked as parameters: torch.export takes the values of plain ones alone along."""
-    known: dict[int, Tensor] = {}
-    before = [(module, dict(module._parameters)) for module in model.modules()]
-    try:
-        for module, parameters in before:
-            for name, p in parameters.items():
-                if p is not None:
-                    plain = known.setdefault(id(p), p.detach().requires_grad_(p.requires_grad))
-                    plain._is_param = True
-                    module._parameters[name] = plain  # type: ignore[assignment]
-        yield
-    finally:
-        for module, parameters in before:
-            module._parameters.update(parameters)
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
@@ -104,23 +70,12 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     return program
 
 
-UNWRITTEN = frozenset({"ToFloat", "TruncToInt", "CeilToInt"})
-"""Functions in what torch.export knows of numbers of which it writes no assertion."""
-
-
 def _check_asserted(program: ExportedProgram) -> None:
-    """torch.export follows decisions on numbers read from values, and drops the assertion of some: of a number that
-    nothing else reads, and of its whole part.
-    """
+    """torch.export follows decisions on numbers read from values, and drops the assertion of some."""
     values = [node.meta.get("val") for node in program.graph.nodes]
     environments: set[Any] = {value.fake_mode.shape_env for value in values if isinstance(value, FakeTensor)}
-    sizes = (value for value in values if isinstance(value, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool))
-    known = set().union(*map(free_symbols, sizes))
-    for environment in environments - {None}:
-        for said in (each.expr for found in environment.deferred_runtime_asserts.values() for each in found):
-            unwritten = any(type(part).__name__ in UNWRITTEN for part in preorder_traversal(said))
-            if unwritten or not said.free_symbols <= known:
-                raise Untraceable(f"torch.export: it follows a number read from values, and does not check that {said}")
+    if any(environment.deferred_runtime_asserts for environment in environments - {None}):
+        raise Untraceable("torch.export: it follows a number read from values")
 
 
 @contextmanager

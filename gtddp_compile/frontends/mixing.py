@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.reference import SEED, descending, evaluate, leaves, only_moves, start
 from gtddp_compile.frontends.traced import Untraceable
 from gtddp_compile.frontends.trials import COPIES, several, some
@@ -51,12 +50,9 @@ def find_mixing(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> Op
         return replace(graph, ops=tuple(replace(op, mixes_samples=op.name in mixing) for op in ops))
     if refusal is None or graph.batch == 1:
         return graph
-    raise CompileError(
+    raise refusal.refusal(
         f"whether operations mix samples cannot be told: {refusal.why}",
         "Pass other example inputs, or write the operation in differentiable functions of torch",
-        module=refusal.module or "",
-        operation=refusal.operation,
-        source=refusal.source or None,
     )
 
 

@@ -21,6 +21,7 @@ from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
+from gtddp_compile.methods.losses import largest
 
 SEED = 2**32 - 5
 """Not one that somebody else would choose."""
@@ -273,7 +274,7 @@ def agrees(found: Reference, expected: Reference) -> bool:
     pairs += [(found.buffers[name], value) for name, value in expected.buffers.items()]
     if not all(_close(a, b) for a, b in pairs):
         return False
-    noise = ROUNDING * max((_size(value) for value in expected.gradients.values() if value is not None), default=0.0)
+    noise = ROUNDING * max((largest(value) for value in expected.gradients.values() if value is not None), default=0.0)
     for name, gradient in expected.gradients.items():
         own = found.gradients[name]
         if gradient is not None or own is not None:
@@ -333,10 +334,6 @@ def only_moves(value: Tensor, operands: Iterable[Any]) -> bool:
     return bool(some.all()) and bool(torch.isin(own, known).all())
 
 
-def _size(value: Tensor) -> float:
-    return float(value.abs().nan_to_num(0, 0, 0).max()) if value.numel() else 0.0
-
-
 def _close(a: Tensor, b: Tensor, noise: float = 0.0) -> bool:
     """``noise``: units of rounding of what is nothing, a gradient that cancels (the bias of attention's keys)."""
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -347,7 +344,7 @@ def _close(a: Tensor, b: Tensor, noise: float = 0.0) -> bool:
         return False
     tolerance = TOLERANCE.get(b.dtype, 5e-2)
     floor = noise * torch.finfo(b.dtype).eps
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * _size(b) + floor, equal_nan=True)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest(b) + floor, equal_nan=True)
 
 
 def leaves(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ParameterInfo, Ref, map_leaves
 
 PACKAGE, TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
@@ -39,6 +40,10 @@ class Untraceable(Exception):
     ) -> None:
         super().__init__(why)
         self.why, self.module, self.operation, self.source = why, module, operation, source
+
+    def refusal(self, why: str, remedy: str) -> CompileError:
+        """The error that a model cannot be compiled for this."""
+        return CompileError(why, remedy, module=self.module or "", operation=self.operation, source=self.source or None)
 
     def apart(self) -> Untraceable:
         """The same without where it was raised: what keeps it would keep every value of those calls, itself one."""

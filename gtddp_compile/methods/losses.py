@@ -116,7 +116,7 @@ class Loss:
                 for w in (torch.ones_like(phi), weights)
             )
             own = each * weights.to(each.dtype).reshape(-1, *(1,) * (each.dim() - 1))
-            if not torch.allclose(own, weighted, rtol=1e-2, atol=1e-3 * _largest(each), equal_nan=True):
+            if not torch.allclose(own, weighted, rtol=1e-2, atol=1e-3 * largest(each), equal_nan=True):
                 return True
         return False
 
@@ -381,7 +381,8 @@ def _tensors(structure: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
 
 
-def _largest(value: Tensor) -> float:
+def largest(value: Tensor) -> float:
+    """Its largest entry's size; of those alone that are finite."""
     return float(value.abs().nan_to_num(0.0, 0.0, 0.0).max()) if value.numel() else 0.0
 
 

@@ -103,16 +103,9 @@ class Geometric:
     early: float = 0.0
 
     def __post_init__(self) -> None:
-        options = (
-            ("aim", self.aim, self.aim > 0),
-            ("own", self.own, self.own >= 0),
-            ("half", self.half, self.half >= 0),
-            ("reach", self.reach, self.reach >= 0),
-            ("deep", self.deep, self.deep >= 0),
-            ("early", self.early, self.early >= 0),
-        )
-        for option, value, ok in options:
-            if isinstance(value, bool) or not ok or math.isinf(value):
+        for option, value in vars(self).items():
+            allowed = value > 0 if option == "aim" else value >= 0
+            if isinstance(value, bool) or not allowed or math.isinf(value):
                 raise CompileError(f"Geometric has {option}={value!r}", "Give aim > 0, the others >= 0, all finite")
 
 

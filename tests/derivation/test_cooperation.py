@@ -20,7 +20,8 @@ from gtddp_compile.passes.p01_normalise import FRONT_ENDS, normalise
 from gtddp_compile.passes.p06_derive import derive
 from gtddp_compile.runtime.compiler import build_graph
 from support.cases import gates, sums
-from support.compared import KRONECKER, LOSS, optimizer, trained
+from support.compared import LOSS, optimizer, trained
+from support.matrix import CURVATURES
 from support.networks import Case, make
 
 
@@ -305,10 +306,10 @@ def added(add: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Case:
 
 @pytest.mark.parametrize("spelling", SUMS)
 def test_corollary_7_whatever_the_sum_is_written_as(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = trained(added(lambda a, b, c: a + b + c), steps=2, **KRONECKER["ekfac"])
+    expected = trained(added(lambda a, b, c: a + b + c), steps=2, **CURVATURES["ekfac"])
     for front_end in FRONT_ENDS[:2]:
         monkeypatch.setattr(normalise, "__defaults__", ((front_end,),))
-        found = trained(added(SUMS[spelling]), steps=2, **KRONECKER["ekfac"])
+        found = trained(added(SUMS[spelling]), steps=2, **CURVATURES["ekfac"])
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 

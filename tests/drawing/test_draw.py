@@ -1,4 +1,4 @@
-"""Drawings of control graphs that are built by hand: the passes are not needed."""
+"""Drawings of control graphs, most of them built by hand."""
 
 import json
 import re

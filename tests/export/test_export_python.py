@@ -1,6 +1,7 @@
 """``program.export("step.py")``: the written module does what ``opt.step`` does, with torch and nothing else."""
 
 import ast
+import copy
 import itertools
 import re
 import sys
@@ -16,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from gtddp_compile import SGD, CompiledOptimizer, CompileError, MonteCarlo, Nystrom, compile_optimizer
 from support.architectures import EXAMPLES, Example
+from support.compared import assert_exported, followed
 from support.exported import compiled, largest, load_module, named, pseudo_huber, run_alone, targets_for, torch_only
 from support.exported import state_by_name as states
-from support.networks import conv, make, mlp
+from support.networks import Case, conv, make, mlp
 from support.stored import small
 
 STEPS = 4
@@ -95,23 +97,11 @@ def test_steps_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert largest(state, states(opt, model)) <= bound
 
 
-def follow(opt: CompiledOptimizer, example: Example, path: Path, targets: Tensor, steps: int = 3) -> None:
-    """The optimizer and the module it was exported to, side by side."""
-    params, buffers = named(example.model)
-    opt.program.export(path)
+def follow(opt: CompiledOptimizer, example: Example, path: Path, targets: Tensor) -> None:
+    """The module that an optimizer is exported to takes its steps, with torch alone."""
+    case = Case(copy.deepcopy(example.model), draw=lambda seed, size: (example.inputs, targets))
+    assert_exported(case, followed(case, example.model, opt, 3, len(targets)), path.parent)
     assert imported(path) == {"torch"}
-    module = load_module(path)
-    state = module.init_state(params)
-    for seed in range(steps):
-        torch.manual_seed(seed)
-        wanted = opt.step(example.inputs, targets)
-        after = torch.get_rng_state()
-        torch.manual_seed(seed)
-        params, buffers, state, loss = module.step(params, buffers, state, example.inputs, targets)
-        assert torch.equal(after, torch.get_rng_state())
-        assert abs(float(loss) - float(wanted)) <= 1e-12
-    assert all(largest(*pair) <= 1e-12 for pair in zip((params, buffers), named(example.model), strict=True))
-    assert largest(state, states(opt, example.model)) <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["dropout_mlp", "siamese", "two_inputs", "frozen"])

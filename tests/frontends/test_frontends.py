@@ -92,38 +92,24 @@ def noisy_by_size(net: Any, x: Tensor) -> Tensor:
     return net.b(net.a(x) * torch.rand(x.shape[0], 1))
 
 
-@both
-def test_random_numbers_are_drawn_as_the_model_draws_them(front_end: str) -> None:
-    model = net(noisy)
-    graph = normalise(model, (batch(4),), (FRONT_ENDS[front_end],))
-    assert [op.kind for op in graph.ops if op.random] == ["randn_like", "dropout", "normal"]
-    assert_same_numbers(graph, model)
-
-
-def test_random_numbers_of_a_size_are_left_to_export() -> None:
-    """torch.fx cannot see torch.rand(x.shape[0], 1)."""
-    model = net(noisy_by_size)
-    graph = normalise(model, (batch(4),))
-    assert graph.frontend == "export" and [op.kind for op in graph.ops if op.random] == ["rand"]
-    assert_same_numbers(graph, model)
-
-
 def wasteful(net: Any, x: Tensor) -> Tensor:
     """Draws a mask that nothing reads before one that it uses: without the first, the second is another."""
     h = net.a(x)
-    F.dropout(net.side(h), 0.3)
+    F.dropout(net.b(h), 0.3)
     return net.b(F.dropout(h, 0.3))
 
 
-@both
-def test_random_numbers_that_nothing_reads_are_drawn_too(front_end: str) -> None:
-    model = make(wasteful, a=(4, 4), side=(4, 4), b=(4, 3))
-    graph = normalise(model, (batch(4),), (FRONT_ENDS[front_end],))
-    assert [op.kind for op in graph.ops if op.random] == ["dropout", "dropout"]
-    assert_same_numbers(graph, model)
-
-
-def assert_same_numbers(graph: OpGraph, model: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("forward", "front_end", "kinds"),
+    [*((noisy, one, ["randn_like", "dropout", "normal"]) for one in ("fx", "export")),
+     *((wasteful, one, ["dropout", "dropout"]) for one in ("fx", "export")),
+     (noisy_by_size, "", ["rand"])],
+)  # fmt: skip
+def test_random_numbers_are_drawn_as_the_model_draws_them(forward: Any, front_end: str, kinds: list[str]) -> None:
+    """Those too that nothing reads. torch.fx cannot see torch.rand(x.shape[0], 1), and leaves it to torch.export."""
+    model = net(forward)
+    graph = normalise(model, (batch(4),), *([(FRONT_ENDS[front_end],)] if front_end else []))
+    assert [op.kind for op in graph.ops if op.random] == kinds and graph.frontend == (front_end or "export")
     torch.manual_seed(7)
     expected = model(batch(6))
     torch.manual_seed(7)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gtddp_compile import CompileError, compile_optimizer
-from gtddp_compile.frontends import trace_derivatives, trace_export, trace_values
+from gtddp_compile.frontends import trace_derivatives, trace_export
 from gtddp_compile.frontends.traced import Untraceable
-from gtddp_compile.passes import p01_normalise as normalisation
 from support.compared import assert_equal, torch_step
 from support.exported import load_module, named
 from support.networks import Case
@@ -191,16 +190,9 @@ def test_a_list_of_derivatives_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["item", "the loop's count", "a whole part", "a list of parameters out of sight"])
-def test_torch_export_alone_takes_no_decision_that_it_does_not_check(name: str) -> None:
-    for trace in (trace_export, trace_values):
-        with pytest.raises(Untraceable, match=r"torch\.export"):
-            trace(model_of(DECIDES[name]), (batch(SIZE),))
-
-
-def test_torch_export_alone_checks_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(normalisation.normalise, "__defaults__", ((trace_values,),))
-    graph = normalisation.normalise(model_of(clipped), (5 * batch(SIZE),))
-    assert [op.kind for op in graph.ops].count("guard") == 1
+def test_torch_export_takes_no_decision(name: str) -> None:
+    with pytest.raises(Untraceable, match=r"torch\.export"):
+        trace_export(model_of(DECIDES[name]), (batch(SIZE),))
 
 
 def test_what_depends_on_nothing_is_a_constant() -> None:

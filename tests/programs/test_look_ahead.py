@@ -13,7 +13,7 @@ from gtddp_compile import CompileError, Geometric, Terms, compile_optimizer
 from gtddp_compile.options import SUGGESTED
 from support import networks
 from support.against_primal import assert_primal, regression, squares
-from support.compared import assert_equal, assert_exported, flat, optimizer, train
+from support.compared import assert_equal, assert_exported, assert_union, flat, optimizer, train
 
 SQUARES = nn.MSELoss()
 SETUPS: dict[str, dict[str, Any]] = {
@@ -66,14 +66,7 @@ def test_one_number_a_sample_stays_where_it_is() -> None:
 
 @pytest.mark.parametrize("options", [{"curvature": "sgd", "lr": 0.3, **AHEAD}, {}])
 def test_micro_batches_are_groups(options: dict[str, Any]) -> None:
-    case = regression("mlp")
-    (whole, at_once), (parts, by_parts) = (optimizer(case, coupling=c, **options) for c in (3, "full"))
-    for step in range(3):
-        x, y = case.batch(step, 6)
-        expected = at_once.step(x, y)
-        by_parts.accumulate(x[:3], y[:3])
-        torch.testing.assert_close(by_parts.step(x[3:], y[3:]), expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(flat(parts), flat(whole), rtol=0, atol=1e-9)
+    assert_union(regression("mlp"), 3, **options)
 
 
 def per_sample(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -20,10 +20,6 @@ LOSS, SUM = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
 TORCH = {"sgd": torch.optim.SGD, "rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
          "adagrad": torch.optim.Adagrad}  # fmt: skip
 WRITTEN = {"shampoo": published.Shampoo, "soap": published.SOAP, "muon": published.Muon}
-KRONECKER: dict[str, dict[str, Any]] = {
-    "kfac": {"curvature": "kfac", "lr": 0.1, "damping": 1e-2, "refresh": 2, "momentum": 0.5, "weight_decay": 0.05},
-    "ekfac": {"curvature": "ekfac", "lr": 0.05, "damping": 5e-2, "refresh": 1},
-}
 
 
 @dataclass
@@ -33,6 +29,7 @@ class Run:
     optimizer: CompiledOptimizer
     model: nn.Module
     losses: list[float]
+    random: Tensor
 
     @property
     def parameters(self) -> Tensor:
@@ -59,7 +56,13 @@ def optimizer(case: Case, size: int = 6, **options: Any) -> tuple[nn.Module, Com
 
 def train(case: Case, steps: int = STEPS, size: int = SIZE, **options: Any) -> Run:
     model, opt = optimizer(case, size, **options)
-    return Run(opt, model, [float(opt.step(x, y)) for x, y in batches(case, steps, size)])
+    return followed(case, model, opt, steps, size)
+
+
+def followed(case: Case, model: nn.Module, opt: CompiledOptimizer, steps: int, size: int) -> Run:
+    """What an optimizer makes of the case's batches."""
+    losses = [float(opt.step(x, y)) for x, y in batches(case, steps, size)]
+    return Run(opt, model, losses, torch.get_rng_state())
 
 
 def trained(case: Case, steps: int = STEPS, size: int = SIZE, **options: Any) -> Tensor:
@@ -84,6 +87,18 @@ def assert_equal(case: Case, run: Run | None = None, steps: int = STEPS, size: i
     clipped = "clipped_radicands"
     assert run.optimizer.diagnostics.get(clipped) == dense.optimizer.diagnostics.get(clipped)
     return run
+
+
+def assert_union(case: Case, part: int, **options: Any) -> None:
+    """One update from two micro-batches is that of the whole in groups of their size; losses and figures too."""
+    (whole, at_once), (parts, by_parts) = (optimizer(case, 2 * part, coupling=c, **options) for c in (part, "full"))
+    for x, y in batches(case, 3, 2 * part):
+        expected = at_once.step(x, y)
+        by_parts.accumulate(x[:part], y[:part])
+        torch.testing.assert_close(by_parts.step(x[part:], y[part:]), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(flat(parts), flat(whole), rtol=0, atol=1e-9)
+    figures = (opt.diagnostics["predicted_decrease"] for opt in (at_once, by_parts))
+    torch.testing.assert_close(*figures, rtol=1e-6, atol=1e-12)
 
 
 def assert_base(case: Case, steps: int = STEPS, size: int = SIZE, tolerance: float = 1e-12, **options: Any) -> Run:
@@ -111,16 +126,17 @@ def assert_base(case: Case, steps: int = STEPS, size: int = SIZE, tolerance: flo
     return run
 
 
-def assert_exported(case: Case, run: Run, folder: Path, size: int = SIZE, tolerance: float = 1e-12) -> None:
-    """The exported module takes the optimizer's steps: losses, parameters, buffers and states."""
+def assert_exported(case: Case, run: Run, folder: Path) -> None:
+    """The exported module takes the optimizer's steps: losses, parameters, buffers, states and random numbers."""
     run.optimizer.program.export(folder / "step.py")
     module, (params, buffers) = load_module(folder / "step.py"), named(case.model)
     state = module.init_state(params)
-    for (x, y), found in zip(batches(case, len(run.losses), size), run.losses, strict=True):
+    for (x, y), found in zip(batches(case, len(run.losses), SIZE), run.losses, strict=True):
         params, buffers, state, loss = module.step(params, buffers, state, x, y)
-        assert abs(float(loss) - found) <= tolerance
-    assert largest(params, named(run.model)[0]) <= tolerance
-    assert largest(buffers, named(run.model)[1]) <= tolerance
+        assert abs(float(loss) - found) <= 1e-12
+    assert torch.equal(torch.get_rng_state(), run.random)
+    assert largest(params, named(run.model)[0]) <= 1e-12
+    assert largest(buffers, named(run.model)[1]) <= 1e-12
     kept = {name: own for name, own in state.items() if own}  # an unused parameter has none either way
     ours = {name: own for name, own in state_by_name(run.optimizer, run.model).items() if own}
-    assert largest(kept, ours) <= tolerance
+    assert largest(kept, ours) <= 1e-12

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 
 from gtddp_compile.graph import ControlGraph, Op, OpGraph, ParameterInfo, ParamRef, Player, PlayerGraph, Ref
+from gtddp_compile.options import Options
+from gtddp_compile.runtime.compiler import build_graph
+from support.architectures import resnet18_like
 from support.hand_built import control
 
 Line = tuple[str, str, tuple[int, ...], str, tuple[int, ...] | None]
@@ -40,36 +43,9 @@ def residual() -> ControlGraph:
 
 
 def resnet18() -> ControlGraph:
-    """ResNet-18's operations: identity and projection shortcuts, batch-norm everywhere."""
-    lines: list[Line] = [("x", "input", (3, 224, 224), "", None)]
-
-    def conv_bn(prefix: str, source: str, shape: tuple[int, ...], inner: int, conv: str, norm: str) -> str:
-        lines.append((f"{prefix}{conv}", "conv", shape, source, (shape[0], inner, 3, 3)))
-        lines.append((f"{prefix}{norm}", "batch_norm", shape, f"{prefix}{conv}", (shape[0],)))
-        return f"{prefix}{norm}"
-
-    last = conv_bn("", "x", (64, 112, 112), 3, "conv1", "bn1")
-    lines += [("relu", "relu", (64, 112, 112), last, None), ("maxpool", "max_pool", (64, 56, 56), "relu", None)]
-    last, inner = "maxpool", 64
-    for layer, width, size in ((1, 64, 56), (2, 128, 28), (3, 256, 14), (4, 512, 7)):
-        for index in range(2):
-            prefix, shape = f"layer{layer}.{index}.", (width, size, size)
-            fork = last
-            out = conv_bn(prefix, fork, shape, inner, "conv1", "bn1")
-            lines.append((f"{prefix}relu", "relu", shape, out, None))
-            out = conv_bn(prefix, f"{prefix}relu", shape, width, "conv2", "bn2")
-            side = fork
-            if inner != width:
-                side = conv_bn(prefix, fork, shape, inner, "downsample.0", "downsample.1")
-            lines.append((f"{prefix}add", "add", shape, f"{out} {side}", None))
-            lines.append((f"{prefix}relu_1", "relu", shape, f"{prefix}add", None))
-            last, inner = f"{prefix}relu_1", width
-    lines += [
-        ("avgpool", "adaptive_avg_pool", (512, 1, 1), last, None),
-        ("flatten", "flatten", (512,), "avgpool", None),
-    ]
-    lines += [("fc", "linear", (1000,), "flatten", (1000, 512))]
-    return control_graph(lines, "ResNet-18")
+    """Identity and projection shortcuts, batch-norm everywhere: a network as it is recorded."""
+    given = resnet18_like()
+    return build_graph(given.model, given.inputs, Options())
 
 
 def tied() -> ControlGraph:

@@ -22,7 +22,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import ControlGraph
 from gtddp_compile.kernels import target_entries
 from gtddp_compile.passes.p06_derive import DerivedStage
-from gtddp_compile.runtime.dense.jacobians import Pairs, StageJacobians, Trajectory, rows_of_samples
+from gtddp_compile.runtime.dense.jacobians import NO_BLOCK_READING, Pairs, StageJacobians, Trajectory, rows_of_samples
 from gtddp_compile.runtime.dense.metric import DenseMetric, Seen
 from gtddp_compile.runtime.dense.rollout import Gains, rolled_out
 from gtddp_compile.runtime.method import BaseMethod
@@ -60,14 +60,8 @@ class DenseBackend:
         mixing = [op for op in program.graph.ops.ops if op.mixes_samples]
         if mixing and options.factored and options.feedback and options.mixing == "block":
             # With several columns no Jacobian of one sample reproduces the block reading (docs/theory.md#mixing).
-            raise CompileError(
-                f"the dense backend has no block reading of an operation that mixes samples with"
-                f" terminal={options.terminal!r}",
-                "Use mixing='exact', the fast backend, or model.eval() so that running statistics are used",
-                module=mixing[0].module,
-                operation=mixing[0].name,
-                source=mixing[0].source,
-            )
+            why = "the dense backend has no block reading of an operation that mixes samples with"
+            raise mixing[0].refusal(f"{why} terminal={options.terminal!r}", NO_BLOCK_READING)
 
     def run(
         self,

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtddp_compile.errors import CompileError
 from gtddp_compile.graph import GUARD, UNKNOWN, BufferRef, ControlGraph, Leaf, Op, ParamRef, Player, map_leaves
 from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.passes.p06_derive import cut_after
 from gtddp_compile.runtime.method import BaseMethod
 
 Pairs = dict[tuple[str, str], Tensor]
+NO_BLOCK_READING = "Use mixing='exact', the fast backend, or model.eval() so that running statistics are used"
+"""What to do where samples are mixed."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,10 @@ def _corrected(block: Tensor, g: Tensor, mixes: Op) -> Tensor:
         missing = total - g[i] @ own
         norm = g[i] @ g[i]
         if not norm and missing.any():
-            raise CompileError(
+            raise mixes.refusal(
                 f"the dense backend has no block reading of an operation that mixes samples where the gradient of one "
                 f"of them (sample {i}) is zero and the others' are not",
-                "Use mixing='exact', the fast backend, or model.eval() so that running statistics are used",
-                module=mixes.module,
-                operation=mixes.name,
-                source=mixes.source,
+                NO_BLOCK_READING,
             )
         blocks.append(own + torch.outer(g[i] / norm, missing) if norm > 0 else own)
     joined: Tensor = torch.block_diag(*blocks)
