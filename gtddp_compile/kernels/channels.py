@@ -87,9 +87,9 @@ def channel_step(gradient: Tensor, inverse: Tensor) -> Tensor:
     groups, width = inverse.shape[0], inverse.shape[1]
     if gradient.dim() == 2 or (groups == 1 and gradient[0].numel() == width):  # a kernel of one element
         return _blockwise(gradient.flatten(1).to(inverse.dtype), inverse).reshape(gradient.shape).to(gradient.dtype)
-    split = gradient.to(inverse.dtype).reshape(groups, gradient.shape[0] // groups, width, -1)
-    found: Tensor = inverse.unsqueeze(1) @ split
-    return found.reshape(gradient.shape).to(gradient.dtype)
+    split = gradient.to(inverse.dtype).reshape(groups, gradient.shape[0] // groups, width, -1).mT
+    found: Tensor = (split.reshape(groups, -1, width) @ inverse).view(split.shape).mT  # one product of all elements
+    return found.reshape(gradient.shape).contiguous().to(gradient.dtype)
 
 
 def channel_carried(gradient: Tensor, inverse: Tensor, last: Tensor, mu: float, rate: float) -> Tensor:
