@@ -57,6 +57,11 @@ def rows_directional(gradients: Gradients, direction: Gradients) -> Tensor:
     return functools.reduce(torch.add, (_rows_flat(gamma) @ change.flatten() for gamma, change in pairs))
 
 
+def positions(gradients: tuple[Tensor, ...], samples: int, size: int) -> float:
+    """Outputs of a sample by ``size``, the gradients' own, at least 1: how often it uses parameters of that size."""
+    return max(1.0, sum(g.numel() for g in gradients) / max(1, samples * size))
+
+
 def along(directional: Callable[..., Tensor], taken: Layer | Gradients, direction: tuple[Tensor | None, ...]) -> Tensor:
     """``⟨γ_i, v⟩``, ``(B,)``, by a kernel; ``None`` in ``v``: zero, nothing is left of the last step."""
     if direction[0] is None:

@@ -83,7 +83,7 @@ def is_factored(player: Player, uses: tuple[Use, ...]) -> bool:
 
 
 def _is_of_tokens(graph: ControlGraph, use: Use) -> bool:
-    return use.rule.name == "linear" and (_positions(graph, use) or 1) > 1
+    return use.rule.name == "linear" and len(arranged_shape(graph, use, use.op) or ()) > 2
 
 
 def _of_channels(graph: ControlGraph, player: Player, use: Use, rules: MetricRules) -> MetricBlock:
@@ -92,12 +92,12 @@ def _of_channels(graph: ControlGraph, player: Player, use: Use, rules: MetricRul
     Its factor's blocks are no wider than the layer has outputs, or ``NARROW`` if that is more: ``x xᵀ``
     and ``ĝ A⁻¹`` then cost no more than the gradient itself. They divide the inputs evenly.
     """
-    positions, blocks = _positions(graph, use) or 1, 1
+    blocks = 1
     if use.rule.name == "linear":
         outputs, width = graph.ops.parameter_info[use.names[0]].shape
         blocks = even_blocks(width, max(outputs, NARROW), rules.widest or width)
     why = f"inputs in {blocks} blocks" if blocks > 1 else ""
-    return MetricBlock("channels", (player,), why, float(positions), blocks)
+    return MetricBlock("channels", (player,), why, blocks)
 
 
 def even_blocks(width: int, wanted: int, widest: int) -> int:
@@ -112,17 +112,9 @@ def even_blocks(width: int, wanted: int, widest: int) -> int:
 def _alone(graph: ControlGraph, player: Player, rules: MetricRules) -> MetricBlock:
     """A player without rows: an exact block while it is small, or a multiple of the identity."""
     if rules.inputs_alone:
-        return MetricBlock("uniform", (player,), positions=_uses_of_a_sample(graph, player))
+        return MetricBlock("uniform", (player,))
     size = sum(math.prod(graph.ops.parameter_info[name].shape) for name in player.parameters)
     return MetricBlock("exact" if size <= rules.small else "diagonal", (player,))
-
-
-def _uses_of_a_sample(graph: ControlGraph, player: Player) -> float:
-    """At how many positions a sample uses each of a player's parameters, at least 1: outputs by parameters."""
-    sizes = [math.prod(graph.ops.parameter_info[name].shape) for name in player.parameters]
-    shapes = [graph.op(use).shape for use in player.uses]
-    outputs = [math.prod(shape) / (graph.ops.batch or shape[0]) for shape in shapes if shape]
-    return max(1.0, sum(outputs) / max(sizes)) if outputs and all(sizes) else 1.0
 
 
 def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], rules: MetricRules) -> MetricBlock:

@@ -104,6 +104,11 @@ class LayerShape:
         return math.prod(self.output[1:-1] if self.prefix == "linear" else self.output[2:])
 
     @property
+    def rowwise(self) -> bool:
+        """Whether a sample has one row of it whatever the batch: positions are an axis, even where there is one."""
+        return self.prefix == "linear" and len(self.output) == 2
+
+    @property
     def patch(self) -> int:
         """Inputs of an output."""
         return math.prod(self.weight[1:])
@@ -139,7 +144,7 @@ class LayerShape:
             return "per-sample"
         if self.prefix == "linear":
             form = kernels.linear_gram_form(batch, self.positions, self.patch, outputs)
-            form = "separable" if form == "pairs" and self.positions == 1 else form
+            form = "separable" if form == "pairs" and self.rowwise else form
         else:
             pixels, kernel = math.prod(self.x[2:]), math.prod(self.weight[2:])
             shape = (self.weight[1] * kernel, 1) if self.folded else (self.weight[1], kernel)

@@ -164,7 +164,7 @@ def _coordinates(plan: Plan, block: MetricBlock, use: Use) -> str:
     if not use.wants[0] or (form == "base" and (plan.decay or not shape.few)):
         return ""
     found = shape.coordinates(bias=any(use.wants[1:]))
-    if found == "rows" and shape.positions == 1 and form in LEVENBERG and plan.metric == "kronecker":
+    if found == "rows" and shape.rowwise and form in LEVENBERG and plan.metric == "kronecker":
         return "rows" if plan.gathers else "dual"  # half as much to send: Γ of "rows" is of the coordinates alone
     return found
 

@@ -43,7 +43,6 @@ class MetricBlock:
             ``"exact"`` (``E[γ γᵀ]``), ``"diagonal"`` (``E[γ²]``) or, where the metric is of inputs alone, ``"uniform"``
             (a multiple of the identity) and ``"channels"`` (a convolution, or a linear layer of tokens: of its
             input channels at a pixel or position).
-        positions: of a ``"uniform"`` block, how often a sample uses each parameter; of ``"channels"``, the bias.
         blocks: of a wide linear layer, into how many its inputs are split: factors of one block each.
         players: in order.
         why: one line for the reader, where the choice needs words.
@@ -52,7 +51,6 @@ class MetricBlock:
     kind: BlockKind
     players: tuple[Player, ...]
     why: str = ""
-    positions: float = 1.0
     blocks: int = 1
 
     @property

@@ -1,5 +1,6 @@
 """Layers of many positions under FOOF: by hand, against the dense backend; their sketches against exact matrices."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gtddp_compile import FOOF, kernels
+from gtddp_compile import FOOF, compile_optimizer, kernels
 from gtddp_compile.lowering.cooperation import even_blocks
 from support.compared import assert_equal, assert_union, batches, flat, optimizer, trained
 from support.networks import Case, make
@@ -130,3 +131,61 @@ def test_a_large_layer_is_sketched_and_trains(monkeypatch: pytest.MonkeyPatch) -
     assert "linear_sketched" in opt.program.code
     losses = [float(opt.step(*case.batch(0, 30))) for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+class Pixels(nn.Module):
+    """Convolutions down to a pixel where the image is small, and a mean over what is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 3, 3, 2, 1), nn.Conv2d(3, 2, 3, 2, 1)
+        self.norm, self.out = nn.GroupNorm(1, 2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.norm(self.second(torch.tanh(self.first(x))))).mean((2, 3)))
+
+
+class Steps(nn.Module):
+    """A layer of every position, a normalisation, a shift, and a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.norm, self.out = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+        self.shift = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.norm(self.positions(x)) + self.shift).mean(1))
+
+
+LENGTHS: dict[str, tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "shorter": (Steps, (7, 4), (3, 4)),
+    "of one": (Steps, (7, 4), (1, 4)),
+    "longer": (Steps, (1, 4), (6, 4)),
+    "a smaller image": (Pixels, (1, 8, 8), (1, 5, 5)),
+    "down to a pixel": (Pixels, (1, 8, 8), (1, 2, 2)),
+}
+"""Of the batch and of the example, beside the samples."""
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("options", [
+    {"inertia": 0.9}, {"feedback": False}, {"backend": "dense"}, {"curvature": "kfac", "lr": 0.1},
+    {"terminal": "ggn", "inertia": 0.0}, {"memory": "recompute"},
+], ids=str)  # fmt: skip
+def test_the_example_s_length_decides_nothing(length: str, options: dict[str, Any]) -> None:
+    """At how many positions a parameter is used is the batch's, and fast equals dense whatever the example was."""
+    kind, own, other = LENGTHS[length]
+    torch.manual_seed(0)
+    model = kind().double()
+    x, y = torch.randn(6, *own, dtype=torch.float64), torch.randint(3, (6,))
+    found = []
+    for shape in (own, other):
+        trained_here = copy.deepcopy(model)
+        example = torch.randn(6, *shape, dtype=torch.float64)
+        given: dict[str, Any] = {"curvature": "foof", "gram": "exact", **options}
+        opt = compile_optimizer(trained_here, example, loss=nn.CrossEntropyLoss(), **given)
+        for _ in range(2):
+            opt.step(x, y)
+        found.append(flat(trained_here))
+    assert (found[0] - flat(model)).abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-10)

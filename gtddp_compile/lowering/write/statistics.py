@@ -6,13 +6,14 @@ Metrics are of parameters (``m.metric``, the rules' own kernels) or of players (
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from gtddp_compile.algebra.collapsed import LEVENBERG
 from gtddp_compile.graph import Player
 from gtddp_compile.lowering.builder import Builder
-from gtddp_compile.lowering.instructions import Apply, Function, Phase, Var, item
+from gtddp_compile.lowering.instructions import SAMPLES, Apply, Function, Phase, Var, item
 from gtddp_compile.lowering.plan import MetricBlock
 from gtddp_compile.lowering.uses import Use
 from gtddp_compile.lowering.write.calls import layer, per_sample, weighed
@@ -54,6 +55,19 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
     return Observed(block, metric, layers, coordinates)
 
 
+def _positions(b: Builder, block: MetricBlock) -> Apply:
+    """At how many positions a sample uses the player's parameters: a batch of other sequences or images has others.
+
+    Of a layer with channels its outputs at a position are one position, of others as many as the largest parameter has.
+    """
+    (player,) = block.players
+    shapes = [b.graph.ops.parameter_info[name].shape for name in player.parameters]
+    size = shapes[0][0] if block.kind == "channels" else max(map(math.prod, shapes))
+    samples: Any = Apply("*", (SAMPLES, Apply("+", (Var("rank"), 1)))) if b.factored else SAMPLES
+    taps = dict.fromkeys(use.op for use in b.uses(player.name))
+    return Apply("positions", (tuple(Var(b.g_output(tap)) for tap in taps), samples, size))
+
+
 def statistics(
     b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: dict[str, str], phase: Phase = "backward"
 ) -> tuple[Var, ...]:
@@ -69,12 +83,12 @@ def statistics(
         (use,), maps = b.uses(player.name), f"maps_{b.identity(player)}"
         sketch, blocks = sketch_of(b, t, block), block.blocks
         more = (sketch, blocks) if blocks > 1 else (sketch,) if sketch else ()
-        b.emit(phase, t, maps, "m.observe_channels", player.parameters, layer(b, use), block.positions, *more,
+        b.emit(phase, t, maps, "m.observe_channels", player.parameters, layer(b, use), _positions(b, block), *more,
                note="A = E[x x^T] of a position's channels")  # fmt: skip
         return ()
     if block.kind == "uniform":
         names, note = block.players[0].parameters, "input 1 at so many positions"
-        b.emit(phase, t, (), "m.observe_uniform", names, block.positions, note=note)
+        b.emit(phase, t, (), "m.observe_uniform", names, _positions(b, block), note=note)
         return ()
     assert alpha is not None
     if block.kind == "diagonal":

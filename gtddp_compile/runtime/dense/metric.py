@@ -7,6 +7,7 @@ of them: factors and their running averages (``observe_block``), and their maps,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -67,9 +68,9 @@ class DenseMetric:
                 output = seen.trajectory.values[use.op]
                 how = kernels.Geometry(**use.options) if use.options else None
                 layer = kernels.Layer((x,), output, (weight,), (True,), how)
-                self._m.observe_channels(names[0], layer, block.positions, blocks=block.blocks)
+                self._m.observe_channels(names[0], layer, self._positions(seen, block), blocks=block.blocks)
             elif block.kind == "uniform":
-                self._m.observe_uniform(names[0], block.positions)
+                self._m.observe_uniform(names[0], self._positions(seen, block))
             elif block.kind == "diagonal":
                 moment = self._rows(seen, value_x, block.players[0]).square().sum(0) / seen.start
                 self._m.observe_moment(names[0], self._m.unflatten(names[0], moment))
@@ -91,6 +92,14 @@ class DenseMetric:
         """``γ``, every sample's gradient of its own loss ``(B, m)``, of the gradients ``g`` after the stage."""
         flat = {name: value.reshape(-1, 1) for name, value in g.items()}
         return torch.cat([self._rows(seen, flat, player) for player in self._players], 1)
+
+    def _positions(self, seen: Seen, block: MetricBlock) -> float:
+        """At how many positions a sample uses the player's parameters (``kernels.positions``)."""
+        (player,) = block.players
+        shapes = [self._m.shape(name) for name in player.parameters]
+        size = shapes[0][0] if block.kind == "channels" else max(map(math.prod, shapes))
+        outputs = tuple(seen.trajectory.values[name] for name in player.uses)
+        return kernels.positions(outputs, seen.trajectory.batch, size)
 
     def _rows(self, seen: Seen, value_x: Mapping[str, Tensor], player: Player) -> Tensor:
         """``V_u = f_uᵀ V_x`` of every sample, ``(B, m)``."""
