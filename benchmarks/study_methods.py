@@ -201,6 +201,7 @@ METHODS = {
         ours("lr / 3", lr=1.0),
         ours("lr × 3", lr=9.0),
         ours("damping 0.01", damping=0.01),
+        ours("damping 0.03", damping=0.03),
         ours("damping 1", damping=1.0),
         ours("inertia 0", inertia=0.0),
         ours("inertia 0.7", inertia=0.7),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import io
 import math
 import statistics
 import time
@@ -210,11 +211,13 @@ class Study:
         with self.path.open("a+", encoding="utf-8", newline="") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             self.runs = {**load(self.path), run.key: run}
-            file.truncate(0)
-            writer = csv.DictWriter(file, [part.name for part in fields(Run)], lineterminator="\n")
+            whole = io.StringIO()  # what goes wrong before it is whole leaves the file as it is
+            writer = csv.DictWriter(whole, [part.name for part in fields(Run)], lineterminator="\n")
             writer.writeheader()
             for found in sorted(self.runs.values(), key=place):
                 writer.writerow({name: f"{v:.5g}" if isinstance(v, float) else v for name, v in asdict(found).items()})
+            file.truncate(0)
+            file.write(whole.getvalue())
 
     def sweep(self, task: Task, methods: Sequence[Method]) -> None:
         """The grids' learning rates with every schedule, then the best one's neighbours until none is missing."""
