@@ -68,18 +68,29 @@ def _blockwise(rows: Tensor, maps: Tensor) -> Tensor:
     return found.flatten(-2)
 
 
-def channel_filters(maps: Tensor, shape: tuple[int, ...], columns: int, seed: int) -> Tensor:
+def channel_signs(factor: Tensor, shape: tuple[int, ...], columns: int, seed: int) -> Tensor:
+    """Random filters ``(G, c, columns · kernel)`` for weights of that shape, without the metric's map."""
+    groups, width = factor.shape[:2]
+    if len(shape) == 1:
+        return _signs(shape[0], columns, factor, seed).view(groups, width, columns)
+    count = math.prod(shape)
+    random: Tensor = _signs(groups * columns, count, factor, seed) * (count / columns) ** 0.5
+    return random.view(groups, columns, width, -1).transpose(1, 2).flatten(2)
+
+
+def channel_filters(mapped: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Random filters with the metric's map in them, ``(G · columns, c, kernel…)``; of a linear layer ``(columns, n)``.
 
     Patches times them are projections of whitened patches, ``E[f fᵀ] = A⁻¹ / columns``.
+
+    Args:
+        mapped: ``X`` times :func:`channel_signs`.
+        shape: of the weight without its outputs.
     """
-    groups = maps.shape[0]
     if len(shape) == 1:
-        return _blockwise(_signs(shape[0], columns, maps, seed).mT, maps.mT)
-    count = math.prod(shape)
-    random = _signs(groups * columns, count, maps, seed) * (count / columns) ** 0.5
-    filters: Tensor = maps.unsqueeze(1) @ random.reshape(groups, columns, shape[0], -1)
-    return filters.reshape(-1, *shape)
+        return mapped.flatten(0, 1).mT
+    kernel = math.prod(shape[1:])
+    return mapped.reshape(*mapped.shape[:2], -1, kernel).transpose(1, 2).reshape(-1, *shape)
 
 
 def channel_step(gradient: Tensor, inverse: Tensor) -> Tensor:

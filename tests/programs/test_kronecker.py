@@ -252,7 +252,7 @@ def sketched(seed: int, columns: int, **options: Any) -> tuple[Tensor, Tensor]:
     shape, generator = (2, 3, 3), torch.Generator().manual_seed(1)
     maps = torch.linalg.cholesky(torch.tensor([[[2.0, 0.5], [0.5, 1.0]]]).double())
     g = torch.randn(6, 3, 4, 4, generator=generator).double()
-    filters = kernels.channel_filters(maps, shape, columns, seed)
+    filters = kernels.channel_filters(maps @ kernels.channel_signs(maps, shape, columns, seed), shape)
     direction = (torch.ones_like(weight), torch.arange(3).double())
     geometry = kernels.Geometry((1, 1), (1, 1), (1, 1))
     layer = kernels.Layer((x,), g, (weight, torch.zeros(3).double()), (True, True), geometry)

@@ -105,7 +105,7 @@ def test_a_sketch_is_unbiased_and_its_change_exact(blocks: int, bias: bool) -> N
     torch.testing.assert_close(kernels.linear_whitened(layer, maps).operands[0], x @ torch.block_diag(*maps))
     grams = []
     for seed in range(400):
-        filters = kernels.channel_filters(maps, (6,), 4, seed)
+        filters = kernels.channel_filters(maps @ kernels.channel_signs(maps, (6,), 4, seed), (6,))
         rows, change = kernels.linear_sketched(layer, filters, metric, direction)
         grams.append(rows @ rows.T)
         assert change is not None

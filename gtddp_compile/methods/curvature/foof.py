@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Joined, Layer
-from gtddp_compile.kernels.channels import channel_factor, channel_filters, channel_pixels
+from gtddp_compile.kernels.channels import channel_factor, channel_filters, channel_pixels, channel_signs
 from gtddp_compile.methods.curvature.base import Group, State
-from gtddp_compile.methods.curvature.kfac import inverse, inverse_root
+from gtddp_compile.methods.curvature.kfac import inverse, inverse_and_root, inverse_root
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker, renew
 from gtddp_compile.methods.curvature.numbers import Scalar
 
@@ -100,9 +100,11 @@ class FOOF(Kronecker):
 
         due = self._running(found[0], group, {"factor_x": (groups, width, width)}, factors)
         if due or ("map_x" if sketch is None else "filters") not in found[0]:  # another program may have had the other
-            made = self.refreshed("channels", found[0], group)
+            shape, factor = tuple(weight.shape[1:]), found[0]["factor_x"]
+            of = None if sketch is None else channel_signs(factor, shape, *sketch)
+            made = self.refreshed("channels", found[0], group, of)
             if sketch is not None:
-                made["filters"] = channel_filters(made.pop("map_x"), tuple(weight.shape[1:]), *sketch)
+                made["filters"] = channel_filters(made.pop("map_x"), shape)
             renew(found[0], made)
         return found
 
@@ -110,15 +112,19 @@ class FOOF(Kronecker):
         """``A`` alone."""
         return ("factor_x",)
 
-    def refreshed(self, kind: BlockKind, state: State, group: Group) -> dict[str, Any]:
-        """``X Xᵀ = (A + (λ ā + η ν) I)⁻¹``, or of a ``"dual"`` block the inverse itself; ``Y = I`` is not kept."""
+    def refreshed(self, kind: BlockKind, state: State, group: Group, of: Tensor | None = None) -> dict[str, Any]:
+        """``X Xᵀ = (A + (λ ā + η ν) I)⁻¹``, or of a ``"dual"`` block the inverse itself; ``Y = I`` is not kept.
+
+        ``of``: columns, of a ``"channels"`` block; then ``X`` times them is in its place.
+        """
         x = state["factor_x"]
         mean = x.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(x.dtype).tiny)
         damping = group["damping"] * mean + group["lr"] * group["weight_decay"]
+        found: dict[str, Any] = {}
         if kind == "dual":
-            found = {}
             found["inverse_x"], failed = inverse(x, damping)
+        elif kind == "channels":
+            found["inverse_x"], found["map_x"], failed = inverse_and_root(x, damping, of)
         else:
-            map_x, failed = inverse_root(x, damping)
-            found = {"map_x": map_x, "inverse_x": map_x @ map_x.mT} if kind == "channels" else {"map_x": map_x}
+            found["map_x"], failed = inverse_root(x, damping)
         return {**found, "fallbacks": state.get("fallbacks", 0) + failed}

@@ -90,6 +90,20 @@ def inverse_root(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     return found, failed
 
 
+def inverse_and_root(factor: Tensor, damping: Tensor, of: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``(F + d I)⁻¹`` and ``X``, or ``X`` times a few columns, and whether Cholesky failed: by as few products as that
+    takes.
+    """
+    if of is None:
+        root, failed = inverse_root(factor, damping)
+        return root @ root.mT, root, failed
+    lower, failed = _cholesky(factor, damping)
+    if failed:
+        root = _raised_root(factor, damping)
+        return root @ root.mT, root @ of, failed
+    return torch.cholesky_inverse(lower), torch.linalg.solve_triangular(lower.mT, of, upper=True), failed
+
+
 def inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """``(F + d I)⁻¹``, ``(G, n, n)``, and whether Cholesky failed (a 0-d count)."""
     lower, failed = _cholesky(factor, damping)
