@@ -63,8 +63,8 @@ def compile_optimizer(
         example_inputs: a tensor, or a tuple or dict of them, batch on the leading axis; without it the program is
             specialised at the first step. Of ``Terms``, sets of points, as ``step`` takes them; the
             loss is then theirs, the terminal Gauss-Newton's (``Geometric(aim=2)``) and ``gram`` exact.
-        loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, or ``callable(outputs, targets)``
-            returning one loss a sample, shape (B,).
+        loss: a torch loss module with reduction ``"mean"`` or ``"sum"``, its function, or
+            ``callable(outputs, targets)`` returning one loss a sample, shape (B,).
         curvature: ``"foof"``, ``"kfac"``, ``"ekfac"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, ``"adam"``,
             ``"adamw"``, ``"shampoo"``, ``"soap"``, ``"muon"`` with its options as further keywords (``lr``,
             ``weight_decay``, …: torch.optim's names and defaults), or an object such as ``RMSprop(lr=1e-3)``.

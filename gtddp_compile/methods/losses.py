@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.functions import module_of
 
 Reduction = Literal["mean", "sum"]
 
@@ -64,6 +65,11 @@ class Loss:
         """Whether only its name is known (:func:`absent`)."""
         return self.module is None and self.function is None
 
+    @property
+    def is_torchs(self) -> bool:
+        """Whether it is a module of torch's as it comes: its code is known."""
+        return type(self.module).__module__ == nn.MSELoss.__module__
+
     def after(self, change: Callable[[Any], Any]) -> Loss:
         """The loss of ``change(outputs)``."""
         return replace(self, per_sample=lambda outputs, targets: self.per_sample(change(outputs), targets))
@@ -87,23 +93,36 @@ class Loss:
                 "Let the model return samples along the leading axis (tokens in sequences: (B, C, T)), or " + _CALLABLE,
             )
 
-    def depend_on_outputs_alone(self, phi: Tensor, parameters: Mapping[int, str]) -> None:
-        """No trained parameter (name by ``data_ptr``) is read by the loss itself: its gradient would be left out."""
-        found, seen, todo = set(), set(), [phi.grad_fn]
+    def depend_on_outputs_alone(
+        self, phi: Tensor, outputs: Any, targets: Any, parameters: Mapping[str, Tensor]
+    ) -> None:
+        """Nothing that requires a gradient is read by the loss itself: it would have none.
+
+        Args:
+            phi: the losses.
+            outputs, targets: what they were made of.
+            parameters: of the model, by name; others are told by their shapes.
+        """
+        ends = {id(leaf) for leaf in _tensors((outputs, targets))}
+        seen, todo, read = {leaf.grad_fn for leaf in _tensors(outputs)}, [phi.grad_fn], list[Tensor]()
         while todo:
             node = todo.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
-            read = getattr(node, "variable", None)
-            if isinstance(read, nn.Parameter) and read.data_ptr() in parameters:
-                found.add(parameters[read.data_ptr()])
-            todo += [after for after, _ in node.next_functions]
-        if found:
+            todo += [before for before, _ in node.next_functions]
+            leaf = None if node.next_functions else getattr(node, "variable", None)
+            if isinstance(leaf, Tensor) and id(leaf) not in ends:
+                read.append(leaf)
+        if read:
+            names = {value.data_ptr(): name for name, value in parameters.items()}
+            found = {names.get(leaf.data_ptr(), f"a tensor {_shape(leaf)} that requires a gradient") for leaf in read}
             raise CompileError(
                 f"the loss {self.name} reads trained parameters itself, {', '.join(sorted(found))}: what it makes of"
                 " them is no function of the model's outputs, and would have no gradient",
-                "Use weight_decay, or let the model return the penalty beside its outputs, (B,)",
+                "Make it part of forward: compute that term there and return it, or return p.expand(len(x), *p.shape)"
+                " beside the outputs (a penalty: weight_decay). What is not to be trained: detach() it, or"
+                " requires_grad_(False)",
             )
 
     def mixes(self, phi: Tensor, outputs: Any) -> bool:
@@ -149,9 +168,9 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
     """The loss as one number a sample.
 
     Args:
-        loss: a torch loss module of reduction "mean" or "sum" (KLDivLoss: "batchmean" too); or a callable, a
-            module without ``reduction`` included, that returns the losses of the B samples, shape (B,): their
-            mean is minimised.
+        loss: a torch loss module of reduction "mean" or "sum" (KLDivLoss: "batchmean" too), or its function, or a
+            ``partial`` of that; or a callable, a module without ``reduction`` included, that returns the losses of
+            the B samples, shape (B,): their mean is minimised.
 
     Raises:
         CompileError: neither of them; trainable parameters; another reduction; more than two inputs.
@@ -159,7 +178,7 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
     if isinstance(loss, type) or not callable(loss):
         shown = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
         raise CompileError(f"the loss is {shown}", "Pass a loss module, as in torch.nn.MSELoss(), or a callable")
-    name = _name(loss)
+    name = _name(loss := module_of(loss))
     own = Loss(name, "mean", partial(_of_callable, loss, name), function=loss)
     if not isinstance(loss, nn.Module):
         return own
@@ -189,7 +208,6 @@ def check(loss: Loss, outputs: Any, targets: Any) -> None:
     if loss.module is None:
         if any(leaf.dim() and not leaf.shape[0] for leaf in _tensors(outputs)):
             raise CompileError("the batch is empty", "Leave empty batches out")
-        loss.per_sample(outputs, targets)
         return
     main = _check_shapes(loss, outputs, targets)
     if is_kind(loss.module, *_CLASS_TARGETS) and targets.shape != main.shape:

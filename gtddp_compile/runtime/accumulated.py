@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import random_state, restore_random_state
@@ -19,12 +20,17 @@ REMEDY = "Call opt.zero_grad() to drop what was accumulated, or make the step fi
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch, the random numbers it began with, and the version of its inputs."""
+    """A micro-batch, the random numbers it began with, and the versions of its tensors."""
 
     inputs: tuple[Any, ...]
     targets: Any
     random: list[Tensor]
-    versions: tuple[int, ...]
+    versions: tuple[list[int], list[int]]
+
+    def overwritten(self) -> tuple[bool, bool]:
+        """Whether inputs were, and whether targets were."""
+        inputs, targets = self.versions
+        return inputs != _versions(self.inputs), targets != _versions(self.targets)
 
 
 class Accumulated:
@@ -71,7 +77,8 @@ class Accumulated:
                 f"Give an update micro-batches of one size, between which the model does not change. {REMEDY}",
             )
         union, random = self._current(), random_state()
-        versions = tuple(_version(value) for value in inputs)
+        inputs, targets = tree_map_only(Tensor, _with_version, (inputs, targets))
+        versions = _versions(inputs), _versions(targets)
         loss = union.add(inputs, targets)
         self._batches.append(MicroBatch(inputs, targets, random, versions))
         return loss
@@ -100,17 +107,24 @@ class Accumulated:
         options = self._options()
         if self._union is None or not _same_options(options, self._seen):
             self._union, self._seen = self._run(), options
+        elif self._union.reads_inputs:
+            self._refuse_overwritten("they are not used up before the step")
         return self._union
 
-    def _run(self) -> Union:
-        union, after = self._begin(), random_state()
+    def _refuse_overwritten(self, why: str, *, targets: bool = False) -> None:
         for index, batch in enumerate(self._batches):
-            if batch.versions != tuple(_version(value) for value in batch.inputs):
+            changed = batch.overwritten()
+            if changed[0] or (targets and changed[1]):
                 raise CompileError(
-                    f"the inputs of accumulated micro-batch {index} were overwritten, and it has to be run again "
-                    "because options or state changed, or a step failed",
-                    f"Leave inputs as they are until the step. {REMEDY}",
+                    f"the {'inputs' if changed[0] else 'targets'} of accumulated micro-batch {index} were overwritten, "
+                    f"and {why}",
+                    f"Leave them as they are until the step, or accumulate copies (clone()). {REMEDY}",
                 )
+
+    def _run(self) -> Union:
+        self._refuse_overwritten("it has to be run again: options or state changed, or a step failed", targets=True)
+        union, after = self._begin(), random_state()
+        for batch in self._batches:
             restore_random_state(batch.random)
             union.add(batch.inputs, batch.targets)
         restore_random_state(after)
@@ -121,6 +135,15 @@ def _same_options(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> bo
     return len(left) == len(right) and all(
         a.keys() == b.keys() and all(same(a[key], b[key]) for key in a) for a, b in zip(left, right, strict=True)
     )
+
+
+def _with_version(tensor: Tensor) -> Tensor:
+    """Of one without (made in inference mode), a copy, which nobody else writes."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _versions(structure: Any) -> list[int]:
+    return [_version(leaf) for leaf in tree_leaves(structure) if isinstance(leaf, Tensor)]
 
 
 def _version(tensor: Tensor) -> int:

@@ -276,6 +276,7 @@ class BaseMethod(BlockUpdates):
             phi = self._loss.per_sample(outputs, targets)
             self.loss = self._loss.total(phi.detach())
             return phi
+        given = outputs, targets
         if self.precision.mixed:
             outputs, targets = lift((outputs, targets))
         if self.first:
@@ -288,14 +289,14 @@ class BaseMethod(BlockUpdates):
             raise
         if self.samples is not None:
             self._loss.count(phi, outputs, self.samples)
-        if self.first and self._loss.function is not None:
-            self._loss.depend_on_outputs_alone(phi, {self._params[name].data_ptr(): name for name in self.states})
-            if phi.requires_grad and self._loss.mixes(phi, outputs):
-                warnings.warn(
-                    f"the loss {self._loss.name} mixes samples: feedback reads it sample by sample, an approximation "
-                    "(docs/theory.md#mixing)",
-                    stacklevel=2,
-                )
+        if not self._loss.is_torchs:  # every time: a penalty may begin later
+            self._loss.depend_on_outputs_alone(phi, *given, self._params)
+        if self.first and self._loss.function is not None and phi.requires_grad and self._loss.mixes(phi, outputs):
+            warnings.warn(
+                f"the loss {self._loss.name} mixes samples: feedback reads it sample by sample, an approximation "
+                "(docs/theory.md#mixing)",
+                stacklevel=2,
+            )
         self.loss = self._loss.total(phi.detach())
         if not self.deferred:
             self._refuse_nonfinite()

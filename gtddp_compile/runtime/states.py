@@ -245,7 +245,10 @@ def _check_state(
         if isinstance(value, Tensor) and not isinstance(own, Tensor | float | int):
             raise CompileError(
                 f"the state of a parameter {tuple(parameter.shape)} has no {key}, which {curvature.name} keeps",
-                "Load what the same base method saved, or leave this parameter's state out",
+                "Load what the same base method saved, or leave this parameter's state out"
+                if shapes
+                else "If an option that needs it (amsgrad, a momentum) was switched on after steps were made, set it"
+                " before the first one, or begin with new states: opt.state.clear()",
                 module=group.get("name"),
             )
         if shapes and isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape != value.shape:

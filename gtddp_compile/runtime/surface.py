@@ -155,7 +155,8 @@ class Surface(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             apart(self.state)
-        state = dict(self.__dict__)
+        # As torch.optim, without what was put over a method: a scheduler's ``step`` is bound to this optimizer.
+        state = {key: value for key, value in vars(self).items() if not callable(getattr(type(self), key, None))}
         # Generated functions do not pickle; the next step compiles again from the model that is pickled along.
         fresh = Specialisations(self._view, self._options, self._curvature, self._ranks)
         state.update(_specialisations=fresh, _current=None, _diagnostics=Diagnostics(), _pending=None, _committed=[])

@@ -189,6 +189,11 @@ class Union:
                 raise
             raise GivenUp(loss, MATRIX) from error
 
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether inputs of micro-batches are read when the update is made: by the second sweep, or as rows."""
+        return not self._base or any(name in (*WITH_ROWS, OF_CHANNELS) for name, _ in self._sums)
+
     def advancing(self) -> dict[str, Tensor]:
         """Buffers that the forward pass writes."""
         return {name: self.buffers[name] for name in self._backend.program.graph.ops.advancing}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.functions import MODULES
 from gtddp_compile.methods.losses import check, split
 
 B, C = 6, 4
@@ -138,6 +139,43 @@ def test_adds_up_and_samples_are_independent(build: Build, data: Callable[[], Da
     for i in range(B):
         for gradient in torch.autograd.grad(phi[i], leaves, retain_graph=True):
             assert not gradient[torch.arange(B) != i].any()
+
+
+def functions() -> Iterator[Any]:
+    """``(function, data)``: of torch's, and one with options."""
+    bare = {
+        F.l1_loss: "l1-2d", F.mse_loss: "mse-4d", F.smooth_l1_loss: "smooth-l1-2d", F.huber_loss: "huber-2d",
+        F.poisson_nll_loss: "poisson-2d", F.soft_margin_loss: "soft-margin", F.binary_cross_entropy: "bce",
+        F.binary_cross_entropy_with_logits: "logits", F.kl_div: "kl", F.multi_margin_loss: "multi-margin-1-True",
+        F.multilabel_margin_loss: "multilabel-margin", F.multilabel_soft_margin_loss: "multilabel-soft",
+        F.nll_loss: "nll-True--100-1", F.cross_entropy: "entropy-True--100-2-0.0",
+    }  # fmt: skip
+    data = {case.id: case.values[1] for case in CASES}
+    assert bare.keys() == MODULES.keys()
+    for function, name in bare.items():
+        yield pytest.param(function, data[name], id=name)
+        yield pytest.param(partial(function, reduction="sum"), data[name], id=name + "-sum")
+    weighted = partial(F.cross_entropy, weight=WEIGHT, label_smoothing=0.2, ignore_index=1)
+    yield pytest.param(weighted, data["entropy-False-1-1-0.2"], id="options")
+    yield pytest.param(partial(F.kl_div, reduction="batchmean"), data["kl"], id="batchmean")
+
+
+@pytest.mark.parametrize(("function", "data"), functions())
+def test_functions_of_torch(function: Any, data: Callable[[], Data]) -> None:
+    outputs, targets, leaves = drawn(data)
+    loss, theirs = split(function), function(outputs, targets)
+    check(loss, outputs, targets)
+    mine = loss.total(loss.per_sample(outputs, targets))
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    gradients = (torch.autograd.grad(value, leaves) for value in (mine, theirs))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"reduce": False}, {"reduction": "none", "weight": None}])
+def test_a_function_without_reduction_is_one_loss_a_sample(options: dict[str, Any]) -> None:
+    loss = split(partial(F.cross_entropy, **options))
+    outputs, targets = real(B, C), classes(B)
+    assert loss.module is None and loss.per_sample(outputs, targets).shape == (B,)
 
 
 def test_batchmean() -> None:

@@ -193,6 +193,62 @@ def test_pickles_and_zero_grad_drop_the_accumulated() -> None:
     assert model.bn.num_batches_tracked == 0  # type: ignore[union-attr]
 
 
+KEPT: list[dict[str, Any]] = [
+    {}, {"curvature": "foof"}, {"rollout": "nonlinear"}, {"memory": "recompute"}, {"terminal": "ggn"},
+    {"curvature": "kfac", "feedback": False},
+]  # fmt: skip
+
+
+def plain(**options: Any) -> tuple[nn.Module, CompiledOptimizer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(8, 4), torch.arange(8) % 3
+    return model, optimizer(model, x[:4], **options), x, y
+
+
+@pytest.mark.parametrize("options", KEPT, ids=str)
+def test_inputs_that_are_overwritten_are_refused_where_they_are_still_needed(options: dict[str, Any]) -> None:
+    model, opt, x, y = plain(**options)
+    opt.step(x, y)
+    inputs = x[:4].clone()
+    opt.accumulate(inputs, y[:4])
+    inputs.copy_(x[4:])
+    before = copy.deepcopy((model.state_dict(), opt.state_dict()["state"]))
+    for call in (opt.accumulate, opt.step):
+        with pytest.raises(CompileError, match="inputs of accumulated micro-batch 0 were overwritten, and they are"):
+            call(inputs, y[4:])
+    torch.testing.assert_close((model.state_dict(), opt.state_dict()["state"]), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("options", [*KEPT, {"curvature": "adam", "feedback": False}], ids=str)
+def test_what_is_not_needed_any_more_may_be_overwritten(options: dict[str, Any], inference: bool) -> None:
+    """Targets; inputs where gradients are all that is left, or of inference mode, which do not tell and are copied."""
+    found = []
+    for overwritten in (False, True):
+        model, opt, x, y = plain(**options)
+        with torch.inference_mode(inference):
+            inputs, targets = x[:4].clone(), y[:4].clone()
+        opt.accumulate(inputs, targets)
+        with torch.inference_mode(inference):
+            if overwritten:
+                targets.copy_(y[4:])
+            if overwritten and (inference or options not in KEPT):
+                inputs.copy_(x[4:])
+        opt.step(x[4:].clone(), y[4:].clone())
+        found.append(model.state_dict())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_targets_that_are_overwritten_before_a_second_run_are_refused() -> None:
+    _, opt, batch = noisy()
+    x, y = batch(0)
+    opt.accumulate(x, y)
+    y.zero_()
+    opt.param_groups[0]["lr"] = 0.2
+    with pytest.raises(CompileError, match="the targets of accumulated micro-batch 0 were overwritten"):
+        opt.step(*batch(1))
+
+
 def test_refusals_name_what_is_wrong() -> None:
     """Those of a model that has changed: docs/errors.md."""
     _, opt, batch = noisy()

@@ -299,11 +299,18 @@ def test_deepcopy() -> None:
     twin, other = copy.deepcopy((model, opt))
     same(trained(twin, other), trained(model, opt))
     assert other.param_groups[0]["params"][0] is next(twin.parameters())
+    lr_scheduler.StepLR(opt, 9)  # puts a step of this optimizer's over the method
+    twin, other = copy.deepcopy((model, opt))
+    before = copy.deepcopy(model.state_dict())
+    after = trained(twin, other)
+    same(model.state_dict(), before)
+    same(trained(model, opt), after)
 
 
 def test_pickling() -> None:
     model, opt = made()
     trained(model, opt)
+    lr_scheduler.StepLR(opt, 9)
     twin, other = pickle.loads(pickle.dumps((model, opt)))
     same(trained(twin, other), trained(model, opt))
 

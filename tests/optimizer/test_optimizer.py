@@ -130,6 +130,104 @@ def test_a_loss_that_reads_parameters_is_refused() -> None:
     assert torch.isfinite(opt.step(*batch()))
 
 
+class Tagger(nn.Module):
+    """A conditional random field: transitions that only its loss reads, unless it returns them."""
+
+    def __init__(self, returned: bool = False) -> None:
+        super().__init__()
+        self.out, self.transitions, self.returned = nn.Linear(3, 2), nn.Parameter(torch.eye(2)), returned
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Any:
+        scores = self.norm(self.out(x).transpose(1, 2)).transpose(1, 2)
+        return (scores, self.transitions.expand(len(x), 2, 2)) if self.returned else scores
+
+    def loss(self, outputs: Any, tags: Tensor) -> Tensor:
+        scores, transitions = outputs if self.returned else (outputs, self.transitions.expand(len(outputs), 2, 2))
+        one, alpha = torch.arange(len(scores)), scores[:, 0]
+        path = scores[one, 0, tags[:, 0]]
+        for t in range(1, scores.shape[1]):
+            alpha = torch.logsumexp(alpha[:, :, None] + transitions, 1) + scores[:, t]
+            path = path + transitions[one, tags[:, t - 1], tags[:, t]] + scores[one, t, tags[:, t]]
+        return torch.logsumexp(alpha, 1) - path
+
+
+def test_what_only_the_loss_reads_is_refused_and_trained_where_forward_returns_it() -> None:
+    x, tags = torch.randn(5, 4, 3), torch.randint(2, (5, 4))
+    tagger = Tagger()
+    with pytest.raises(
+        CompileError, match=r"Tagger\.loss reads .*, transitions: .* part of forward: .*return p\.expand"
+    ):
+        compile_optimizer(tagger, x, loss=tagger.loss).step(x, tags)
+    ours, theirs = Tagger(returned=True), Tagger(returned=True)
+    theirs.load_state_dict(ours.state_dict())
+    opt = compile_optimizer(ours, x, loss=ours.loss, curvature="sgd", lr=0.1, feedback=False)
+    sgd = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    for _ in range(3):
+        opt.step(x, tags)
+        torch_step(sgd, theirs.loss(theirs(x), tags).mean())
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+class Scaled(nn.CrossEntropyLoss):
+    """A module with ``reduction``, of the user's own, which reads what is not its own."""
+
+    def __init__(self, by: list[Tensor]) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input * self.by[0] if self.by else input, target)
+
+
+@pytest.mark.parametrize("read", ["a parameter of another", "a tensor", "the model's", "the targets"])
+@pytest.mark.parametrize("kind", [Scaled, "a function"])
+@pytest.mark.parametrize("options", [
+    {}, {"curvature": "adam", "feedback": False}, {"backend": "dense"}, {"rollout": "nonlinear"},
+    {"line_search": (0.5, 1.0)},
+], ids=str)  # fmt: skip
+def test_a_loss_that_begins_to_read_parameters_is_refused_then(options: Any, kind: Any, read: str) -> None:
+    """Nothing of that step is done; the others are."""
+    torch.manual_seed(0)
+    model, by = Noisy(), list[Tensor]()
+    loss = Scaled(by)
+    if kind != Scaled:
+        function = nn.functional.cross_entropy
+        loss = lambda y, t: function(y * by[0] if by else y, t, reduction="none")  # type: ignore[assignment]  # noqa: E731
+    opt = compile_optimizer(model, batch()[0], loss=loss, **options)
+    opt.step(*batch())
+    before = copy.deepcopy((model.state_dict(), opt.state_dict()["state"], torch.get_rng_state()))
+    own: dict[str, Tensor] = {
+        "a parameter of another": nn.Parameter(torch.ones(())), "a tensor": torch.ones((), requires_grad=True),
+        "the model's": model.fc.bias[0], "the targets": torch.ones(()),
+    }  # fmt: skip
+    by.append(own[read])
+    if read == "the targets":  # which are data, whatever they require
+        assert torch.isfinite(opt.step(batch()[0], nn.functional.one_hot(batch()[1], 3).float().requires_grad_()))
+        return
+    with pytest.raises(CompileError, match=r"fc\.bias" if read == "the model's" else r"a tensor \(\) that requires"):
+        opt.step(*batch(1))
+    torch.testing.assert_close(
+        before, (model.state_dict(), opt.state_dict()["state"], torch.get_rng_state()), rtol=0, atol=0
+    )
+    by[:] = [by[0].detach()]
+    assert torch.isfinite(opt.step(*batch(1)))
+
+
+def test_a_function_as_loss_is_called_once_a_step() -> None:
+    """One that keeps a count, or a centre of what it was shown, is no other than in a loop of torch's."""
+    calls = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(len(outputs))
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    opt = compile_optimizer(Noisy(), batch()[0], loss=loss)
+    for step in range(3):
+        opt.step(*batch(step))
+    assert len(calls) == 3
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.01, "amsgrad": True}, "adamw": {"lr": 0.01}, "rmsprop": {"lr": 0.01, "centered": True},
     "sgd": {"lr": 0.1, "momentum": 0.9},

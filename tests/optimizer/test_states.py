@@ -161,6 +161,18 @@ def test_a_state_is_checked_by_the_options_that_come_with_it(saved: bool) -> Non
     same(trained(twin, other, 1), trained(model, opt, 1))
 
 
+@pytest.mark.parametrize(("curvature", "option", "on"), [("adam", "amsgrad", True), ("rmsprop", "momentum", 0.9)])
+def test_options_that_need_a_state_are_set_before_the_first_step(curvature: str, option: str, on: Any) -> None:
+    model, opt = made("a", "b", curvature=curvature)
+    trained(model, opt, 0)
+    for group in opt.param_groups:
+        group[option] = on
+    with pytest.raises(CompileError, match=r"switched on after steps were made.*opt\.state\.clear\(\)"):
+        opt.step(*batch(1))
+    opt.state.clear()
+    assert torch.isfinite(opt.step(*batch(1)))
+
+
 def room(*values: Any) -> int:
     """What tensors take in a file, with some bytes of words about each."""
     tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
