@@ -93,15 +93,16 @@ class Loss:
                 "Let the model return samples along the leading axis (tokens in sequences: (B, C, T)), or " + _CALLABLE,
             )
 
-    def depend_on_outputs_alone(
-        self, phi: Tensor, outputs: Any, targets: Any, parameters: Mapping[str, Tensor]
-    ) -> None:
-        """Nothing that requires a gradient is read by the loss itself: it would have none.
+    def depend_on_outputs_alone(self, phi: Tensor, outputs: Any, targets: Any, parameters: Mapping[str, Tensor]) -> str:
+        """No parameter of the model is read by the loss itself: it would have no gradient.
 
         Args:
             phi: the losses.
             outputs, targets: what they were made of.
-            parameters: of the model, by name; others are told by their shapes.
+            parameters: of the model, by name.
+
+        Returns:
+            What else it reads that requires one, a discriminator's weights or a temperature, in words.
         """
         ends = {id(leaf) for leaf in _tensors((outputs, targets))}
         seen, todo, read = {leaf.grad_fn for leaf in _tensors(outputs)}, [phi.grad_fn], list[Tensor]()
@@ -114,9 +115,9 @@ class Loss:
             leaf = None if node.next_functions else getattr(node, "variable", None)
             if isinstance(leaf, Tensor) and id(leaf) not in ends:
                 read.append(leaf)
-        if read:
-            names = {value.data_ptr(): name for name, value in parameters.items()}
-            found = {names.get(leaf.data_ptr(), f"a tensor {_shape(leaf)} that requires a gradient") for leaf in read}
+        names = {value.data_ptr(): name for name, value in parameters.items()} if read else {}
+        found = {names[leaf.data_ptr()] for leaf in read if leaf.data_ptr() in names}
+        if found:
             raise CompileError(
                 f"the loss {self.name} reads trained parameters itself, {', '.join(sorted(found))}: what it makes of"
                 " them is no function of the model's outputs, and would have no gradient",
@@ -124,6 +125,7 @@ class Loss:
                 " beside the outputs (a penalty: weight_decay). What is not to be trained: detach() it, or"
                 " requires_grad_(False)",
             )
+        return ", ".join(sorted({str(_shape(leaf)) for leaf in read}))
 
     def mixes(self, phi: Tensor, outputs: Any) -> bool:
         """Whether a sample's loss depends on the outputs of others, as far as gradients tell."""

@@ -289,8 +289,13 @@ class BaseMethod(BlockUpdates):
             raise
         if self.samples is not None:
             self._loss.count(phi, outputs, self.samples)
-        if not self._loss.is_torchs:  # every time: a penalty may begin later
-            self._loss.depend_on_outputs_alone(phi, *given, self._params)
+        others = "" if self._loss.is_torchs else self._loss.depend_on_outputs_alone(phi, *given, self._params)
+        if self.first and others:
+            warnings.warn(
+                f"the loss {self._loss.name} reads tensors {others} that require a gradient and are no parameters of "
+                "the model: they get none here. To be trained they are to be part of forward (docs/own-loss.md)",
+                stacklevel=2,
+            )
         if self.first and self._loss.function is not None and phi.requires_grad and self._loss.mixes(phi, outputs):
             warnings.warn(
                 f"the loss {self._loss.name} mixes samples: feedback reads it sample by sample, an approximation "

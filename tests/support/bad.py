@@ -21,7 +21,6 @@ from support.recorded import batch
 from support.refused import TARGETS, model
 
 CALLS = count()
-TEMPERATURE = nn.Parameter(torch.ones(()))
 GRAPH = torch.arange(6) // 2
 
 
@@ -277,7 +276,6 @@ LOSSES: dict[str, Any] = {
     "one argument": lambda y: y.sum(1),
     "raises": lambda y, t: t.no_such_method(),
     "complex": lambda y, t: torch.complex(y, y).sum(1),
-    "a temperature that nobody trains": lambda y, t: F.cross_entropy(y * TEMPERATURE, t, reduction="none"),
     "writes outputs": lambda y, t: F.cross_entropy(y.mul_(2), t, reduction="none"),
 }
 
