@@ -1,8 +1,8 @@
 """``backward`` of the user's own Functions: a compiled step calls it with gradients that are not the mean loss's.
 
 Those of torch's own functions are linear in the gradient, so gradients of each sample's loss, in another scale and
-summed later, give what one pass over the mean gives. A user's may clip the gradient, divide it by its norm or add one of
-its own (a term of the loss that no one sees): what it makes of a sample's gradient is then another thing altogether.
+summed later, give what one pass over the mean gives. A user's may clip the gradient, divide it by its norm or add one
+of its own (a term of the loss that no one sees): what it makes of a sample's gradient is then another thing altogether.
 """
 
 from __future__ import annotations
