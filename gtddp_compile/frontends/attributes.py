@@ -178,11 +178,13 @@ def _is_record(kind: type) -> bool:
     return (kind.__dictoffset__ != 0 or bool(_slots(kind))) and kind.__module__.partition(".")[0] not in OTHERS
 
 
-@functools.cache
-def _slots(kind: type) -> tuple[tuple[str, MemberDescriptorType], ...]:
+def _places(kind: type) -> tuple[tuple[str, MemberDescriptorType], ...]:
     """Fields that a class and its bases have places for, and what reads and writes them (of a frozen dataclass too)."""
     places = (vars(own) for own in _own_classes(kind) if "__slots__" in vars(own))
     return tuple((name, at) for held in places for name, at in held.items() if isinstance(at, MemberDescriptorType))
+
+
+_slots: Callable[[type], tuple[tuple[str, MemberDescriptorType], ...]] = functools.cache(_places)
 
 
 def _fields(value: Any) -> dict[str, Any]:
