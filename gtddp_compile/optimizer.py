@@ -314,9 +314,10 @@ class CompiledOptimizer(Surface):
             raise
 
     def _working_copy(self, program: UpdateProgram) -> tuple[dict[str, Tensor], dict[str, Tensor], frozenset[str]]:
-        """Parameters, buffers, and the names of those that advance, which are copies."""
+        """Parameters, buffers, and the names of those that advance: copies, as those in parameters' memory are."""
         advancing = program.graph.ops.advancing
-        buffers = {name: value.clone() if name in advancing else value for name, value in self._view.buffers().items()}
+        copied = advancing | self._view.aliases
+        buffers = {name: value.clone() if name in copied else value for name, value in self._view.buffers().items()}
         return self._view.parameters(), buffers, advancing
 
     # --- several micro-batches ----------------------------------------------------------------------------------------

@@ -154,8 +154,15 @@ def _normal_form(traced: Traced, model: nn.Module, *, draws: bool) -> OpGraph:
     def resolve(leaf: Any) -> Any:
         return value[leaf.name] if isinstance(leaf, Ref) else leaf
 
+    memory = {p.untyped_storage().data_ptr() for p in model.parameters() if p.layout == torch.strided}
+
+    def constant(leaf: Any) -> Any:
+        """A tensor in a parameter's memory is what it is now: a step writes there (and then the attribute is new)."""
+        tensor = isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
+        return leaf.clone() if tensor and leaf.untyped_storage().data_ptr() in memory else python_number(leaf)
+
     for clean in cleaned:
-        args, kwargs = map_leaves((clean.form.args, clean.form.kwargs), resolve, python_number)
+        args, kwargs = map_leaves((clean.form.args, clean.form.kwargs), resolve, constant)
         form = replace(clean.form, args=args, kwargs=kwargs)
         if form.kind in ASSERTIONS:
             continue

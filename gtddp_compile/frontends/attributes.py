@@ -1,7 +1,8 @@
 """What the modules of a model hold beside parameters, buffers and modules: read to be compared, and put back.
 
 Read are their attributes and those of their classes: numbers, words, functions, tensors, generators of random numbers,
-and what lists, dicts, named tuples, namespaces, dataclasses and plain objects hold of them.
+arrays (numpy's, and of bytes), and what lists, dicts, named tuples, namespaces, dataclasses and plain objects hold of
+them, in ``__slots__`` too.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import operator
 import pickle
 import random
 import sys
+import zlib
+from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import BuiltinFunctionType, FunctionType, MethodType, NoneType, SimpleNamespace
+from contextlib import ExitStack, contextmanager, suppress
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, NoneType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +35,9 @@ METHODS = (FunctionType, property, staticmethod, classmethod)
 ITEMS = (list, tuple, set, frozenset, deque)
 LARGE = 1000
 """Items of an attribute up to which it is read: options of a model, not a table of words nor a program around it."""
+WHOLE, READ = 2**16, 2**22
+"""Bytes of an array up to which they are kept, and up to which they are read, for a sum of them; a larger one is taken
+as one object, as a table in a file is."""
 OTHERS = (sys.stdlib_module_names | {"torch", "numpy"}) - {"__main__"}
 """Packages whose objects are taken as one."""
 OWN = frozenset(vars(nn.Module())) - {"training"}
@@ -146,10 +152,13 @@ class Reader:
         if generator(value) is not None:
             self.held.append(value)
             return _state(value)
+        if _is_array(value):
+            self.held.append(value)
+            return kind, *_content(value)
         if not _is_record(kind):
             return Same(value)
-        self.held.append(vars(value))
-        fields = tuple((name, self.read(held)) for name, held in vars(value).items())
+        self.held += [held for held, has in ((getattr(value, "__dict__", None), True), (value, _slots(kind))) if has]
+        fields = tuple((name, self.read(held)) for name, held in _fields(value).items())
         shared = tuple((name, self.read(held)) for own in _classes(kind) for name, held in _members(own))
         return Record(Same(kind), fields, shared)
 
@@ -166,7 +175,40 @@ def _is_record(kind: type) -> bool:
     """Whether objects of a class are taken by their fields."""
     if kind in (SimpleNamespace, argparse.Namespace):
         return True
-    return kind.__dictoffset__ != 0 and kind.__module__.partition(".")[0] not in OTHERS
+    return (kind.__dictoffset__ != 0 or bool(_slots(kind))) and kind.__module__.partition(".")[0] not in OTHERS
+
+
+def _places(kind: type) -> tuple[tuple[str, MemberDescriptorType], ...]:
+    """Fields that a class and its bases have places for, and what reads and writes them (of a frozen dataclass too)."""
+    places = (vars(own) for own in _own_classes(kind) if "__slots__" in vars(own))
+    return tuple((name, at) for held in places for name, at in held.items() if isinstance(at, MemberDescriptorType))
+
+
+_slots: Callable[[type], tuple[tuple[str, MemberDescriptorType], ...]] = functools.cache(_places)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    found = dict(getattr(value, "__dict__", ()))
+    for name, place in _slots(type(value)):
+        with suppress(AttributeError):  # it has none yet
+            found[name] = place.__get__(value)
+    return found
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is numbers in a row that may be written: numpy's, or bytes."""
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, bytearray | array) or (numpy is not None and isinstance(value, numpy.ndarray))
+
+
+def _content(value: Any) -> tuple[Any, ...]:
+    """What is equal as long as an array's numbers are."""
+    size = value.nbytes if hasattr(value, "nbytes") else len(value) * getattr(value, "itemsize", 1)
+    if size > READ:
+        return (Same(value),)
+    raw = bytes(value) if isinstance(value, bytearray) else value.tobytes()
+    shape, dtype = getattr(value, "shape", size), str(getattr(value, "dtype", ""))
+    return shape, dtype, raw if size <= WHOLE else zlib.crc32(raw)
 
 
 def _own_classes(kind: type) -> tuple[type, ...]:
@@ -252,8 +294,34 @@ def _undo(held: Any) -> Callable[[], None]:
     if isinstance(held, Tensor):
         before, value = Same(held), held.detach().clone()
         return lambda: None if Same(held) == before else _write(held, value)
+    if _is_array(held):
+        return _undo_array(held)
+    if generator(held) is None:
+        return functools.partial(_put_back_slots, held, _fields(held))
     (get, put) = generator(held)  # type: ignore[misc]
     return functools.partial(put, get())
+
+
+def _undo_array(held: Any) -> Callable[[], None]:
+    before = _content(held)
+    if isinstance(before[0], Same) or (hasattr(held, "flags") and not held.flags.writeable):
+        return lambda: None
+    values = held[:] if isinstance(held, bytearray | array) else held.copy()
+
+    def put_back() -> None:
+        if _content(held) != before:
+            held[slice(None) if isinstance(held, bytearray | array) else ...] = values
+
+    return put_back
+
+
+def _put_back_slots(held: Any, fields: dict[str, Any]) -> None:
+    now = _fields(held)
+    for name, place in _slots(type(held)):
+        if name in fields:
+            place.__set__(held, fields[name])
+        elif name in now:
+            place.__delete__(held)
 
 
 def _put_back(held: Any, items: Any) -> None:

@@ -32,6 +32,7 @@ from gtddp_compile.graph import BufferRef, Method, ParamRef, Ref
 BATCH_NORMS = ("aten::batch_norm", "aten::_native_batch_norm_legit_functional")
 DROPOUT = "aten::native_dropout"
 RECURRENT = frozenset(f"aten.{name}.input" for name in MODES)
+LSTM_CELL = "aten::lstm_cell"
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -175,6 +176,11 @@ class _Reader:
             self._recurrent(node, bound(target, args, kwargs), leaves, prefix)
             return
         kind = target._schema.name if isinstance(target, OpOverload) else ""
+        if kind == LSTM_CELL:
+            x, hx, *weights = args
+            flat = Ref(f"{name}_flat")
+            self.calls.append(Call(flat.name, kernels.lstm_cell, (x, *hx, *weights), kwargs, module, source, grad))
+            target, args, kwargs = torch.chunk, (flat, 2, 1), {}
         if kind == DROPOUT or kind in BATCH_NORMS:
             # Part 0 is the value; the others are a mask that nobody else reads, or a batch-norm's buffers' new values.
             leaves.update((user.name, Ref(name)) for user in node.users if user.target is operator.getitem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,7 +20,12 @@ from gtddp_compile.frontends.attention import (
     record_encoder_layer,
     record_transformer,
 )
-from gtddp_compile.frontends.recurrent import record_cell, record_lstm_cell, record_recurrent
+from gtddp_compile.frontends.recurrent import (
+    record_cell,
+    record_lstm_cell,
+    record_lstm_cell_function,
+    record_recurrent,
+)
 
 Record = Callable[..., Any]
 
@@ -48,5 +54,7 @@ LAYERS: dict[type[nn.Module], Record] = {
 }  # fmt: skip
 """By class; a subclass is recorded as its nearest base here."""
 
-FUNCTIONS: dict[Callable[..., Any], Record] = {F.multi_head_attention_forward: record_attention_function}
+FUNCTIONS: dict[Callable[..., Any], Record] = {
+    F.multi_head_attention_forward: record_attention_function, torch.lstm_cell: record_lstm_cell_function,
+}  # fmt: skip
 """Functions of torch that are recorded as what they compute."""

@@ -80,10 +80,15 @@ def recurrent_graph(operation: str, a: Mapping[str, Any], sizes: tuple[int, ...]
 
 def record_lstm_cell(tracer: Any, m: nn.LSTMCell, x: Any, hx: Any = None) -> tuple[Any, Any]:
     """``h, c``."""
-    h, c = hx if hx is not None else (x.new_zeros(x.shape[0], m.hidden_size),) * 2
-    args = (x, h, c, m.weight_ih, m.weight_hh, m.bias_ih, m.bias_hh)
-    flat = tracer.create_proxy("call_function", kernels.lstm_cell, args, {})
-    return flat[:, : m.hidden_size], flat[:, m.hidden_size :]
+    hx = hx if hx is not None else (x.new_zeros(x.shape[0], m.hidden_size),) * 2
+    return record_lstm_cell_function(tracer, x, hx, m.weight_ih, m.weight_hh, m.bias_ih, m.bias_hh)
+
+
+def record_lstm_cell_function(tracer: Any, x: Any, hx: Any, *weights: Any, **named: Any) -> tuple[Any, Any]:
+    """``torch.lstm_cell``."""
+    flat = tracer.create_proxy("call_function", kernels.lstm_cell, (x, *hx, *weights), named)
+    halves = flat.chunk(2, 1)
+    return halves[0], halves[1]
 
 
 def record_cell(tracer: Any, m: nn.GRUCell | nn.RNNCell, x: Any, hx: Any = None) -> Any:

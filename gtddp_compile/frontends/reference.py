@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
+from gtddp_compile.frontends.backwards import linear_backwards
 from gtddp_compile.frontends.traced import Untraceable, module_of, raised_at, users_line
 from gtddp_compile.graph import BufferRef, Op, OpGraph, ParamRef, map_leaves
 from gtddp_compile.methods.losses import largest
@@ -88,8 +89,14 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
     """Run the model on copies of its buffers; random state and model are left as they were.
 
     Raises:
-        CompileError: it raises, assigns a buffer, packs sequences, or returns no differentiable tensor.
+        CompileError: it raises, assigns a buffer, packs sequences, returns no differentiable tensor, or has a Function
+            whose backward is not linear.
     """
+    with linear_backwards(model):
+        return _observed(model, inputs)
+
+
+def _observed(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
     params, buffers = leaves(model)
     with torch.random.fork_rng(), torch.enable_grad():
         seed = start()

@@ -65,8 +65,8 @@ def recurrent(
 
 
 def lstm_cell(
-    x: Tensor, h: Tensor, c: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
+    x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``torch.nn.LSTMCell``, flat: ``(B, h | c)``."""
-    return torch.cat(torch.lstm_cell(x, (h, c), weight_ih, weight_hh, bias_ih, bias_hh), 1)
+    """``torch.lstm_cell``, flat: ``(B, h | c)``."""
+    return torch.cat(torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh), 1)

@@ -10,6 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from itertools import chain, starmap
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError, NonFiniteError
+from gtddp_compile.frontends.backwards import linear_backwards
 from gtddp_compile.kernels.kronecker import Rows
 from gtddp_compile.methods.curvature import BlockUpdates, Curvature
 from gtddp_compile.methods.curvature.blocks import Names
@@ -282,8 +284,10 @@ class BaseMethod(BlockUpdates):
         if self.first:
             self._check(outputs, targets)
         try:
-            with self.precision.inside():
+            with self.precision.inside(), linear_backwards(None) if self.first else nullcontext():
                 phi = self._loss.per_sample(outputs, targets)
+        except CompileError:
+            raise
         except (IndexError, RuntimeError, TypeError, ValueError):
             self._check(outputs, targets)  # says what is wrong with the targets, if it is they
             raise

@@ -16,6 +16,7 @@ from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.attributes import OWN, Reader
 from gtddp_compile.frontends.keywords import by_name
 from gtddp_compile.graph import grouped
+from gtddp_compile.runtime.overlaps import aliases
 from gtddp_compile.runtime.precision import Precision
 from gtddp_compile.runtime.shards import HOOKS, Shards
 from gtddp_compile.terms import Terms
@@ -149,6 +150,8 @@ class ModelView:
         for unusable, what, remedy in UNUSABLE:
             for name in (name for name, value in self.named.items() if unusable(value)):
                 raise CompileError(f"parameter {name!r} {what}", remedy, module=name.rpartition(".")[0])
+        self.aliases = aliases(self.named, dict(self._tensors()))
+        """Buffers in a trained parameter's memory, which a step writes."""
         with self.shards.together():
             self._placed = _placed(_modules(model))
         _say_unheard(self.named, model)

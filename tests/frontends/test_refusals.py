@@ -316,3 +316,70 @@ def test_nodes_pooled_to_graphs(pool: Callable[[Tensor, Tensor], Tensor]) -> Non
     mask = (torch.arange(5) < torch.tensor(NODES)[:, None]).double()
     opt = compiled(padded, (x, mask), lr=0.5, feedback=False)
     expect_the_base_methods_update(opt, padded, (x, mask), plain=lambda own, *_: net.run(own, nodes, graph))
+
+
+def by_where(net: Any, x: Tensor, expert: int, own: Tensor, out: Tensor) -> Tensor:
+    (rows,) = torch.where(own)
+    return out.index_add_(0, rows, net[expert](x[rows]))
+
+
+def by_mask(net: Any, x: Tensor, expert: int, own: Tensor, out: Tensor) -> Tensor:
+    out[own] = net[expert](x[own])
+    return out
+
+
+def by_some(net: Any, x: Tensor, expert: int, own: Tensor, out: Tensor) -> Tensor:
+    return by_mask(net, x, expert, own, out) if own.any() else out
+
+
+def by_nonzero(net: Any, x: Tensor, expert: int, own: Tensor, out: Tensor) -> Tensor:
+    rows = own.nonzero()[:, 0]
+    return out.index_copy(0, rows, net[expert](x[rows]))
+
+
+class Routed(nn.Module):
+    def __init__(self, form: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(4, 2), nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.router(x).softmax(-1).max(-1)
+        out = x.new_zeros(x.shape[0], 3)
+        for expert in range(2):
+            out = self.form(self.experts, x, expert, chosen == expert, out)
+        return out * weight[:, None]
+
+
+@pytest.mark.parametrize("form", [by_where, by_mask, by_some, by_nonzero])
+def test_experts_with_rows_of_their_own(form: Callable[..., Tensor]) -> None:
+    """As docs/supported.md says; dense ones: tests/frontends/test_layouts.py."""
+    refused(lambda: compiled(Routed(form).double()), "of its elements belong to which of the 6 samples")
+
+
+def neighbours(net: Any, h: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    return torch.zeros_like(h).index_add(0, target, h[source])
+
+
+MESSAGES: dict[Callable[..., Tensor], str] = {
+    lambda net, h, i, j: h + neighbours(net, h, i, j): "",
+    lambda net, h, i, j: h + torch.zeros_like(h).scatter_add(0, j[:, None].expand(-1, 5), h[i]): "",
+    lambda net, h, i, j: (h.new_zeros(6, 6).index_put((j, i), h.new_ones(10), accumulate=True)) @ h: "",
+    neighbours: "as nodes to graphs",
+    lambda net, h, i, j: h.index_add(0, j, h[i]): "as nodes to graphs",
+    lambda net, h, i, j: h + torch.zeros_like(h).index_add(0, j, net.c(h[i])): "belong to which of the 6 samples",
+}
+"""Forms of a sum over neighbours, and what they are refused for."""
+
+
+@pytest.mark.parametrize("form", MESSAGES)
+def test_one_loss_a_node(form: Callable[..., Tensor]) -> None:
+    net = make(
+        lambda net, x, i, j: net.b(torch.tanh(form(net, torch.tanh(net.a(x)), i, j))), a=(4, 5), b=(5, 3), c=(5, 5)
+    )
+    edges = torch.randint(6, (2, 10), generator=torch.Generator().manual_seed(0))
+    inputs = (batch(6), *edges)
+    if MESSAGES[form]:
+        refused(lambda: compiled(net, inputs), MESSAGES[form])
+    else:
+        expect_the_base_methods_update(compiled(net, inputs, lr=0.5, feedback=False), net, inputs)

@@ -80,6 +80,21 @@ def masked(m: nn.Module, x: Tensor, p: Tensor) -> Tensor:
     return m(x, x, x, key_padding_mask=padding, attn_mask=torch.ones(3, 3, dtype=torch.bool).triu(1))[0]
 
 
+def in_time(m: nn.Module, x: Tensor) -> Tensor:
+    """By ``len``, which torch.fx does not pass."""
+    h = c = x.new_zeros(len(x), 3)
+    for t in range(x.shape[1]):
+        h, c = m(x[:, t], (h, c))
+    return h
+
+
+def from_nothing(m: Any, x: Tensor) -> Tensor:
+    state = m(x[:, 0])
+    for t in (1, 2):
+        state = torch.lstm_cell(x[:, t], state, m.weight_ih, m.weight_hh, b_ih=m.bias_ih, b_hh=m.bias_hh)
+    return torch.cat(state, 1)
+
+
 def flipped(call: Any) -> Any:
     return lambda m, x: call(m, x.transpose(0, 1)).transpose(0, 1)
 
@@ -120,6 +135,9 @@ LAYERS: dict[str, Build] = {
     "gru, dropout after": recurrent("GRU", lambda m, x: F.dropout(m(x)[0], 0.3, m.training)),
     "rnn": recurrent("RNN", bidirectional=True, nonlinearity="relu"),
     "lstm cell": own(lambda: nn.LSTMCell(4, 3), (4,), call=lambda m, x: m(x, m(x))[0]),
+    "lstm cell, in time": own(lambda: nn.LSTMCell(4, 3), (3, 4), call=in_time, before=linear),
+    "lstm cell, no bias": own(lambda: nn.LSTMCell(4, 3, bias=False), (3, 4), call=in_time),
+    "lstm cell, from nothing": own(lambda: nn.LSTMCell(4, 3), (3, 4), call=from_nothing),
     "gru cell": own(lambda: nn.GRUCell(4, 3), (4,)),
     "weight norm": own(lambda: parametrizations.weight_norm(nn.Linear(4, 4)), (4,), before=linear),
     "spectral norm": own(lambda: parametrizations.spectral_norm(nn.Linear(4, 4)).eval(), (4,), before=linear),

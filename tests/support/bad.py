@@ -37,6 +37,12 @@ class NoBackward(torch.autograd.Function):
         return x.sin()
 
 
+class Clipped(NoBackward):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-0.01, 0.01)
+
+
 def hidden(layer: Any, x: Tensor) -> Tensor:
     y: Tensor = layer.fc(x) if layer.last is None else layer.fc(x) + layer.last
     layer.last = y.detach()
@@ -104,6 +110,7 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Any]] = {
     "torch is seeded in forward": seeds,
     "values overwritten that backward needs": overwrites,
     "a Function without backward": lambda layer, x: NoBackward.apply(layer.fc(x)),
+    "a Function that clips its gradient": lambda layer, x: Clipped.apply(layer.fc(x)),
     "forward raises": fails,
     "rows chosen by value": lambda layer, x: layer.fc(x)[layer.fc(x)[:, 0] > 0],
     "unique values": lambda layer, x: layer.fc(x).unique(),
@@ -161,6 +168,12 @@ class Sparse(nn.Module):
         return torch.sparse.mm(self.weight, x.T).T
 
 
+def overlapping() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4)).double()
+    net[1].weight.data = net[0].weight.data.t()
+    return net
+
+
 class Stochastic(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -189,6 +202,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "complex parameters": Complex,
     "sparse parameters": Sparse,
     "an expanded parameter": Expanded,
+    "two parameters in one memory": overlapping,
     "a generator of its own": lambda: Stochastic("torch").double(),
     "a random.Random of its own": lambda: Stochastic("python").double(),
     "spectral_norm in training": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).double(),
