@@ -10,7 +10,7 @@ from torch import nn
 from gtddp_compile import CompiledOptimizer, Geometric
 from support import networks
 from support.against_primal import regression
-from support.compared import Run, assert_exported, batches, flat, optimizer
+from support.compared import assert_exported, batches, flat, followed, optimizer
 from support.networks import Case
 
 OWN = Geometric(0.5, own=2.0, half=4.0)
@@ -84,21 +84,20 @@ def test_a_group_that_rests_leaves_the_others_alone() -> None:
     assert (found[0] != flat(case.model)).any()
 
 
-def scheduled(case: Case, steps: int, **options: Any) -> Run:
-    """Trained with a rate that falls to nothing."""
+def scheduled(case: Case, steps: int, **options: Any) -> torch.Tensor:
+    """The parameters after a rate that fell to nothing."""
     model, opt = optimizer(case, **options)
     schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.1, total_iters=steps)
-    losses = []
     for x, y in batches(case, steps, 5):
-        losses.append(float(opt.step(x, y)))
+        opt.step(x, y)
         schedule.step()
-    return Run(opt, model, losses)
+    return flat(model)
 
 
 @pytest.mark.parametrize("setup", ["default", "adam, groups"])
 def test_fast_equals_dense(setup: str) -> None:
     case = regression("conv_residual")
-    fast, dense = (scheduled(case, 4, backend=backend, **SETUPS[setup]).parameters for backend in ("fast", "dense"))
+    fast, dense = (scheduled(case, 4, backend=backend, **SETUPS[setup]) for backend in ("fast", "dense"))
     torch.testing.assert_close(fast, dense, rtol=0, atol=1e-9)
 
 
@@ -110,11 +109,11 @@ def test_exported_and_resumed(tmp_path: Path) -> None:
     for group in opt.param_groups:
         group["lr"] *= 0.2
     state = opt.state_dict()
-    losses = [float(opt.step(x, y)) for x, y in batches(case, 2, 5)]
-    assert_exported(case, Run(opt, model, losses), tmp_path)
+    run = followed(case, model, opt, 2, 5)
+    assert_exported(case, run, tmp_path)
     again, other = optimizer(case, lr=7.0)
     other.load_state_dict(state)
-    assert losses == [float(other.step(x, y)) for x, y in batches(case, 2, 5)]
+    assert run.losses == followed(case, again, other, 2, 5).losses
     torch.testing.assert_close(flat(again), flat(model), rtol=0, atol=0)
 
 
