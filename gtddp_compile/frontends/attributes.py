@@ -157,7 +157,10 @@ class Reader:
             return kind, *_content(value)
         if not _is_record(kind):
             return Same(value)
-        self.held += [held for held, has in ((getattr(value, "__dict__", None), True), (value, _slots(kind))) if has]
+        if hasattr(value, "__dict__"):
+            self.held.append(vars(value))
+        if _slots(kind):
+            self.held.append(value)
         fields = tuple((name, self.read(held)) for name, held in _fields(value).items())
         shared = tuple((name, self.read(held)) for own in _classes(kind) for name, held in _members(own))
         return Record(Same(kind), fields, shared)

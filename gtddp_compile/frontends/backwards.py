@@ -7,6 +7,7 @@ of its own (a term of the loss that no one sees): what it makes of a sample's gr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -47,8 +48,12 @@ def linear_backwards(model: nn.Module | None) -> Iterator[None]:
         try:
             if not _is_linear(call, args, before):
                 found.append(_refusal(cls, None if model is None else stack[-1], users_line()))
-        except Exception:  # the user's own code: where it cannot be tried, others say what they think of it
-            pass
+        except Exception as error:  # the user's own code, which may raise anything
+            warnings.warn(
+                f"whether the backward of {cls.__name__} is linear in the gradient, as a compiled step needs it, "
+                f"cannot be tried: {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
         finally:
             trying.clear()
             kernels.restore_random_state(after)

@@ -92,12 +92,11 @@ def _of_channels(graph: ControlGraph, player: Player, use: Use, rules: MetricRul
     Its factor's blocks are no wider than the layer has outputs, or ``NARROW`` if that is more: ``x xᵀ``
     and ``ĝ A⁻¹`` then cost no more than the gradient itself. They divide the inputs evenly.
     """
-    blocks = 1
+    blocks, (outputs, width, *_) = 1, graph.ops.parameter_info[use.names[0]].shape
     if use.rule.name == "linear":
-        outputs, width = graph.ops.parameter_info[use.names[0]].shape
         blocks = even_blocks(width, max(outputs, NARROW), rules.widest or width)
     why = f"inputs in {blocks} blocks" if blocks > 1 else ""
-    return MetricBlock("channels", (player,), why, blocks)
+    return MetricBlock("channels", (player,), why, blocks, outputs)
 
 
 def even_blocks(width: int, wanted: int, widest: int) -> int:
@@ -111,10 +110,10 @@ def even_blocks(width: int, wanted: int, widest: int) -> int:
 
 def _alone(graph: ControlGraph, player: Player, rules: MetricRules) -> MetricBlock:
     """A player without rows: an exact block while it is small, or a multiple of the identity."""
+    sizes = [math.prod(graph.ops.parameter_info[name].shape) for name in player.parameters]
     if rules.inputs_alone:
-        return MetricBlock("uniform", (player,))
-    size = sum(math.prod(graph.ops.parameter_info[name].shape) for name in player.parameters)
-    return MetricBlock("exact" if size <= rules.small else "diagonal", (player,))
+        return MetricBlock("uniform", (player,), size=max(sizes))
+    return MetricBlock("exact" if sum(sizes) <= rules.small else "diagonal", (player,))
 
 
 def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], rules: MetricRules) -> MetricBlock:

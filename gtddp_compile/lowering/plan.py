@@ -43,6 +43,8 @@ class MetricBlock:
             ``"exact"`` (``E[γ γᵀ]``), ``"diagonal"`` (``E[γ²]``) or, where the metric is of inputs alone, ``"uniform"``
             (a multiple of the identity) and ``"channels"`` (a convolution, or a linear layer of tokens: of its
             input channels at a pixel or position).
+        size: entries that a sample's output has for every use of the parameters: of ``"channels"`` its outputs at a
+            position, of ``"uniform"`` as many as the largest parameter has.
         blocks: of a wide linear layer, into how many its inputs are split: factors of one block each.
         players: in order.
         why: one line for the reader, where the choice needs words.
@@ -52,6 +54,7 @@ class MetricBlock:
     players: tuple[Player, ...]
     why: str = ""
     blocks: int = 1
+    size: int = 1
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:

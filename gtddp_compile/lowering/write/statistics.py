@@ -6,7 +6,6 @@ Metrics are of parameters (``m.metric``, the rules' own kernels) or of players (
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,16 +55,10 @@ def observe(b: Builder, t: int, block: MetricBlock, alpha: str | None, opens: di
 
 
 def _positions(b: Builder, block: MetricBlock) -> Apply:
-    """At how many positions a sample uses the player's parameters: a batch of other sequences or images has others.
-
-    Of a layer with channels its outputs at a position are one position, of others as many as the largest parameter has.
-    """
-    (player,) = block.players
-    shapes = [b.graph.ops.parameter_info[name].shape for name in player.parameters]
-    size = shapes[0][0] if block.kind == "channels" else max(map(math.prod, shapes))
+    """At how many positions a sample uses the player's parameters: a batch of other sequences or images has others."""
     samples: Any = Apply("*", (SAMPLES, Apply("+", (Var("rank"), 1)))) if b.factored else SAMPLES
-    taps = dict.fromkeys(use.op for use in b.uses(player.name))
-    return Apply("positions", (tuple(Var(b.g_output(tap)) for tap in taps), samples, size))
+    taps = dict.fromkeys(use.op for use in b.uses(block.players[0].name))
+    return Apply("positions", (tuple(Var(b.g_output(tap)) for tap in taps), samples, block.size))
 
 
 def statistics(

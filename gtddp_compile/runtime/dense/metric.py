@@ -7,7 +7,6 @@ of them: factors and their running averages (``observe_block``), and their maps,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -95,11 +94,8 @@ class DenseMetric:
 
     def _positions(self, seen: Seen, block: MetricBlock) -> float:
         """At how many positions a sample uses the player's parameters (``kernels.positions``)."""
-        (player,) = block.players
-        shapes = [self._m.shape(name) for name in player.parameters]
-        size = shapes[0][0] if block.kind == "channels" else max(map(math.prod, shapes))
-        outputs = tuple(seen.trajectory.values[name] for name in player.uses)
-        return kernels.positions(outputs, seen.trajectory.batch, size)
+        outputs = tuple(seen.trajectory.values[name] for name in block.players[0].uses)
+        return kernels.positions(outputs, seen.trajectory.batch, block.size)
 
     def _rows(self, seen: Seen, value_x: Mapping[str, Tensor], player: Player) -> Tensor:
         """``V_u = f_uᵀ V_x`` of every sample, ``(B, m)``."""
