@@ -42,6 +42,11 @@ def conv_whitened(layer: Layer, maps: Tensor) -> Layer:
     return layer._replace(operands=(CONVOLUTIONS[x.dim()](x, filters, groups=maps.shape[0]).reshape(shape),))
 
 
+def few_pixels(pixels: int, rows: int) -> bool:
+    """Whether ``A⁻¹`` is multiplied with all pixels rather than with a gradient of so many rows of channels."""
+    return 2 * pixels <= rows
+
+
 def channel_rows(gradients: tuple[Tensor, ...], maps: Tensor) -> tuple[Tensor, ...]:
     """``γ`` of a weight and bias in coordinates where the metric is spherical, ``γ X``; columns in any order."""
     weight, *bias = gradients

@@ -123,8 +123,9 @@ def _joint(graph: ControlGraph, group: list[Player], uses: Mapping[str, Use], ru
         outputs, *inner = graph.ops.parameter_info[use.names[0]].shape
         width, blocks = math.prod(inner), 1
         if rules.widest and use.rule.name == "linear":  # as _of_channels, but for the few outputs of a classifier
-            narrow = -(-width // outputs) if outputs >= NARROW else 1
-            blocks = max(narrow, -(-(width + use.wants[1]) // rules.widest))
+            narrow, whole = -(-width // outputs) if outputs >= NARROW else 1, width + use.wants[1]
+            size = -(-whole // max(narrow, -(-whole // rules.widest)))
+            blocks = -(-whole // size)  # none of padding alone
         why = f"inputs in {blocks} blocks" if blocks > 1 else ""
         return MetricBlock("kronecker", tuple(group), why, blocks=blocks)
     weights = [graph.ops.parameter_info[uses[player.name].names[0]].shape for player in group]

@@ -133,6 +133,13 @@ class LayerShape:
         return kernels.few_rows(rows, self.patch, outputs)
 
     @property
+    def few_inputs(self) -> bool:
+        """Whether mapping all pixels' channels is less than mapping those of the weight's gradient."""
+        outputs, channels, *kernel = self.weight
+        pixels = math.prod(self.x) // (channels * self.groups)
+        return kernels.few_pixels(pixels, outputs * math.prod(kernel) // self.groups)
+
+    @property
     def weighted(self) -> float:
         """The weighted gradient from inputs and output gradients."""
         return math.prod(self.output) * self.patch

@@ -84,7 +84,14 @@ def _layer(plan: Plan, player: Player, block: MetricBlock, watched: bool) -> Lay
     separated = form.name in COUPLED and not form.factored and plan.metric == "diagonal" and use.wants[0] and not kept
     if separated and gram.approximate != "exact":
         return replace(found, groups=int(use.options.get("groups", 1)))
-    return replace(found, in_place=_in_place(plan, found))
+    return replace(found, in_place=_in_place(plan, found), mapped=_mapped(plan, found, shape))
+
+
+def _mapped(plan: Plan, layer: LayerPlan, shape: LayerShape | None) -> bool:
+    """Whether the metric maps the inputs: they are few, and nobody reads ``δu`` or adds a decay to the gradient."""
+    if layer.block.kind != "channels" or plan.decay or layer.watched or layer.gram.kept:
+        return False
+    return shape is not None and shape.few_inputs
 
 
 def _in_place(plan: Plan, layer: LayerPlan) -> bool:

@@ -90,6 +90,7 @@ METHODS: dict[str, Method] = {
     "descend_each": _method("names steps", shared=True),
     "descend_by": _method("names weighted subtract layer"),
     "descend_rows": _method("names weighted rows layer"),
+    "descend_inputs": _method("names weighted whitened layer"),
 }
 """By name; ``m.NAME`` in a program."""
 

@@ -107,6 +107,7 @@ class LayerPlan:
         lines: the sum of a convolution's ``x xᵀ`` is made of lines of pixels that its patches share.
         groups: groups of a weight whose diagonal metric is separated for ``Γ``; ``None``: its kernel takes the whole.
         in_place: the product that makes the step writes the parameter.
+        mapped: the metric maps the layer's inputs, which are fewer, instead of its gradient's rows.
         watched: somebody reads ``δu`` itself (a later use of tied parameters).
         alike: players, this one among them, whose small layers have one shape: ``Γ`` and the step of all of them are
             one product each (:mod:`gtddp_compile.lowering.write.alike`). Empty: the layer is computed alone.
@@ -120,6 +121,7 @@ class LayerPlan:
     lines: bool = False
     groups: int | None = None
     in_place: bool = False
+    mapped: bool = False
     watched: bool = False
     alike: tuple[str, ...] = ()
 

@@ -13,9 +13,10 @@ def divided(one: Instruction) -> tuple[Instruction, ...]:
     given = one.named
     if one.function == "m.descend_by":
         return (_asking(one, "m.descend", given["names"], _called(one, given["weighted"], "layer")),)
-    if one.function == "m.descend_rows":
+    if one.function in ("m.descend_rows", "m.descend_inputs"):
         gradient = _called(one, given["weighted"], "layer")
-        return (_asking(one, "m.descend_block", "kronecker", (given["names"],), (gradient,)),)
+        kind = "kronecker" if one.function == "m.descend_rows" else "channels"
+        return (_asking(one, "m.descend_block", kind, (given["names"],), (gradient,)),)
     if one.function == "m.descend_dual":
         step = _called(one, Function("dual_step"), "coordinates", "weights")
         return (_asking(one, "m.descend_steps", "dual", given["names"], (step,)),)

@@ -234,6 +234,34 @@ def test_a_wide_layer_has_a_factor_of_every_block_of_its_inputs(options: dict[st
     assert run.optimizer.state[run.model.fc.weight]["factor_x"].shape == (3, 17, 17)
 
 
+def dead() -> nn.Sequential:
+    """A unit of the first layer is never on, so an input of every one-channel convolution's is zero."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=4, bias=False), nn.Flatten(),
+                          nn.Linear(16, 3)).double()  # fmt: skip
+    model[0].bias.data[1] = -1e3
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"inertia": 0.0}, {"feedback": False}, {"rollout": "nonlinear"}], ids=str)
+def test_inputs_that_are_zero_leave_their_weights_and_do_no_harm(options: dict[str, Any]) -> None:
+    case = Case(dead(), (2, 5, 5))
+    run = assert_equal(case, steps=3, curvature=FOOF(lr=0.1), **options)
+    assert torch.equal(run.model[2].weight[1], case.model[2].weight[1])
+    nothing = Case(nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, 3)).double())
+    nothing.draw = lambda seed, size: (torch.zeros(size, 5).double(), torch.arange(size) % 3)
+    before = [layer.weight.clone() for layer in nothing.model]
+    found = train(nothing, steps=3, curvature="foof", **options).model
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(found, before, strict=True))
+
+
+def test_no_block_of_a_wide_layer_is_of_padding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nineteen homogeneous inputs in blocks of at most four: five, not the six that eighteen over three are."""
+    monkeypatch.setattr("gtddp_compile.lowering.cooperation.NARROW", 2)
+    case = Case(nn.Sequential(nn.Linear(4, 18), nn.Tanh(), nn.Linear(18, 3)).double(), (4,))
+    run = assert_equal(case, curvature=FOOF(lr=0.1))
+    assert run.optimizer.state[run.model[2].weight]["factor_x"].shape == (5, 4, 4)
+
+
 def test_factors_are_made_more_often_at_the_beginning() -> None:
     model, opt = optimizer(normed(), lr=1e-9)
     changed, before = [], None

@@ -75,13 +75,14 @@ def update_clipped(b: Builder, t: int, block: MetricBlock) -> None:
 
 
 def _descends(b: Builder, phase: Phase, t: int, block: MetricBlock, weights: str, note: str) -> bool:
-    """Fold the update into the layer's own product, where there is one and nobody reads ``δu``."""
+    """Fold the update, or the metric, into the layer's own product, where nobody reads ``δu``."""
     (player, *_) = block.players
-    if not b.layer(player).in_place:
+    if not (b.layer(player).in_place or b.layer(player).mapped):
         return False
     (use,) = b.uses(player.name)
-    functions = [Function(b.kernel(use, name)) for name in ("weighted", "subtract")]
-    b.emit(phase, t, (), "m.descend_by", use.names, *functions, weighed(b, use, weights), note=note)
+    verb, kernel = ("by", "subtract") if b.layer(player).in_place else ("inputs", "whitened")
+    functions = [Function(b.kernel(use, name)) for name in ("weighted", kernel)]
+    b.emit(phase, t, (), f"m.descend_{verb}", use.names, *functions, weighed(b, use, weights), note=note)
     return True
 
 

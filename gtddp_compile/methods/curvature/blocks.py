@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Joined, Layer, wide
-from gtddp_compile.kernels.channels import channel_carried, channel_step
+from gtddp_compile.kernels.channels import channel_carried, channel_step, few_pixels
 from gtddp_compile.kernels.coordinates import (
     Coordinates,
     alike_carried,
@@ -252,6 +252,24 @@ class BlockUpdates(ParameterUpdates):
         ones = coordinates[0].new_ones(x.shape[0])
         step = coordinates_step(coordinates, ones, self.block_metric("kronecker", (names,)))
         self.descend_steps("kronecker", (names,), (step,))
+
+    def descend_inputs(
+        self,
+        names: tuple[str, ...],
+        weighted: Callable[..., tuple[Tensor, ...]],
+        whitened: Callable[..., Layer],
+        layer: Layer,
+    ) -> None:
+        """:meth:`descend_block` of one layer under a metric of channels: its inputs, if few, get ``A⁻¹``."""
+        weight, inverse = self._params[names[0]], self.states[names[0]]["inverse_x"]
+        pixels = layer.operands[0].numel() // inverse[..., 0].numel()
+        rows = weight[:, 0].numel() // (1 if layer.how is None else layer.how.groups)
+        if not few_pixels(pixels, rows):  # a larger batch than was compiled for
+            self.descend_block("channels", (names,), (weighted(layer),))
+            return
+        step, *bias = weighted(whitened(layer, inverse))
+        for name, part in zip(names, (step, *(self._of_bias(names[1], part) for part in bias)), strict=True):
+            self._descended(name, self._moved(name, part.to(wide(self._params[name]).dtype)))
 
     def apply_block(self, kind: BlockKind, names: Names, gradients: Parts) -> Parts:
         """Consume ``ĝ = γᵀ w + ℓ_u`` of every player; returns each one's ``δu``."""

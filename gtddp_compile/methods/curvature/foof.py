@@ -118,8 +118,7 @@ class FOOF(Kronecker):
         ``of``: columns, of a ``"channels"`` block; then ``X`` times them is in its place.
         """
         x = state["factor_x"]
-        mean = x.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(x.dtype).tiny)
-        damping = group["damping"] * mean + group["lr"] * group["weight_decay"]
+        damping = group["damping"] * _mean_eigenvalues(x) + group["lr"] * group["weight_decay"]
         found: dict[str, Any] = {}
         if kind == "dual":
             found["inverse_x"], failed = inverse(x, damping)
@@ -128,3 +127,11 @@ class FOOF(Kronecker):
         else:
             found["map_x"], failed = inverse_root(x, damping)
         return {**found, "fallbacks": state.get("fallbacks", 0) + failed}
+
+
+def _mean_eigenvalues(factor: Tensor) -> Tensor:
+    """``ā`` of every block. Where nothing has come in, as behind dead units, it says nothing: the layer's, or 1."""
+    own, info = factor.diagonal(dim1=1, dim2=2).mean(1), torch.finfo(factor.dtype)
+    whole = own.mean()
+    whole = torch.where(whole > info.tiny / info.eps, whole, 1.0)
+    return torch.where(own > info.eps**2 * whole, own, whole)
