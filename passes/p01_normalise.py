@@ -37,6 +37,7 @@ from gtddp_compile.frontends import (
 from gtddp_compile.frontends.attributes import untouched
 from gtddp_compile.frontends.canonical import is_identity, is_random, python_number
 from gtddp_compile.frontends.functional import Clean, functionalise
+from gtddp_compile.frontends.hooks import check_hooks, unhooked
 from gtddp_compile.frontends.keywords import Named, positional
 from gtddp_compile.frontends.masks import masks_apart
 from gtddp_compile.frontends.mixing import find_mixing
@@ -56,9 +57,15 @@ def normalise(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
     """Record a model, which is left as it was, and bring it to normal form; the inputs' leading axis is the batch.
 
     Raises:
-        CompileError: the model refuses the inputs, or none of the front ends can record it.
+        CompileError: the model refuses the inputs, has hooks that change gradients, or no front end can record it.
     """
     model, inputs = positional(model, inputs)
+    check_hooks(model, inputs)
+    with unhooked(model):
+        return _recorded(model, inputs, front_ends)
+
+
+def _recorded(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[FrontEnd, ...]) -> OpGraph:
     reference, kept = watch(model, inputs)
     refusals: list[Untraceable] = []
     for front_end in _asked(front_ends, model, inputs, refusals):
@@ -109,7 +116,8 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
     Raises:
         CompileError: the model refuses the inputs.
     """
-    if len(graph.inputs) != len(inputs) or (isinstance(inputs, Named) and inputs.names != graph.inputs):
+    names = inputs.names if isinstance(inputs, Named) else argument_names(model, len(inputs))
+    if names != graph.inputs:
         return False
     if graph.frontend == "fx":
         return True
@@ -122,7 +130,7 @@ def still_holds(graph: OpGraph, model: nn.Module, inputs: tuple[Any, ...]) -> bo
     if graph.specialised or graph.batch == 1:  # one sample does not tell where samples lie and whether they mix
         return False
     model, inputs = positional(model, inputs)
-    with untouched(model):
+    with untouched(model), unhooked(model):
         reference = observe(model, inputs)
     try:
         return agrees(run(graph, model, inputs)[1], reference)

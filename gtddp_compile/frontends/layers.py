@@ -38,6 +38,15 @@ def record_batch_norm(tracer: Any, m: _BatchNorm, x: Any) -> Any:
     return tracer.create_proxy("call_function", kernels.batch_norm, args, kwargs)
 
 
+def record_batch_norm_function(
+    tracer: Any, x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """:func:`record_batch_norm` of what ``F.batch_norm`` takes, which counts no batches."""
+    kwargs = {"training": training, "momentum": momentum, "eps": eps}
+    return tracer.create_proxy("call_function", kernels.batch_norm, (x, mean, var, None, weight, bias), kwargs)
+
+
 def record_instance_norm(tracer: Any, m: _InstanceNorm, x: Any) -> Any:
     """``F.instance_norm`` without the check of the number of axes."""
     statistics = m.training or not m.track_running_stats
@@ -56,5 +65,6 @@ LAYERS: dict[type[nn.Module], Record] = {
 
 FUNCTIONS: dict[Callable[..., Any], Record] = {
     F.multi_head_attention_forward: record_attention_function, torch.lstm_cell: record_lstm_cell_function,
+    F.batch_norm: record_batch_norm_function,
 }  # fmt: skip
 """Functions of torch that are recorded as what they compute."""

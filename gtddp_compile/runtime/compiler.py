@@ -76,16 +76,6 @@ def build_program(
     return UpdateProgram(graph, derived, plan.form, lowered, emit(lowered), options, curvature.name, setting)
 
 
-def _say_guarded(graph: ControlGraph) -> None:
-    """A model that decides on values is compiled for the path that its example inputs take: not in silence."""
-    where = ", ".join(dict.fromkeys(f"{op.source or op.module or graph.name}" for op in graph.guards))
-    warnings.warn(
-        f"the path through the model depends on values (at {where}); the program takes that of the example inputs and "
-        f"checks it at every step; a batch that leads elsewhere is compiled again, up to {PATHS} paths",
-        stacklevel=2,
-    )
-
-
 class Specialisations:
     """The programs of one model: one for every state of its modules, and where torch.export built sizes in, for those.
 
@@ -99,6 +89,7 @@ class Specialisations:
         self._programs: dict[tuple[int, bool], tuple[UpdateProgram, Backend]] = {}
         self._compiled = 0
         self._skipped: set[tuple[Any, str]] = set()
+        self._said: set[str] = set()
 
     def adopt(self, program: UpdateProgram) -> None:
         """Take a program that was made elsewhere as that of the model as it is now."""
@@ -147,12 +138,24 @@ class Specialisations:
         with beginning(random_state() if left else None):
             graph = build_graph(self._view.model, inputs, self._options)
         if graph.guards and not gone:
-            _say_guarded(graph)
+            self._say_guarded(graph)
         structure = self._structure(graph)
         if structure not in self._graphs:
             self._forget()
         self._graphs.setdefault(structure, []).append(graph)
         return graph
+
+    def _say_guarded(self, graph: ControlGraph) -> None:
+        """A model that decides on values is compiled for the path that its inputs take: not in silence, but once."""
+        where = ", ".join(dict.fromkeys(f"{op.source or op.module or graph.name}" for op in graph.guards))
+        if where in self._said:
+            return
+        self._said.add(where)
+        warnings.warn(
+            f"the path through the model depends on values (at {where}); the program takes that of the example inputs "
+            f"and checks it at every step; a batch that leads elsewhere is compiled again, up to {PATHS} paths",
+            stacklevel=3,
+        )
 
     def _structure(self, graph: ControlGraph) -> Any:
         """The state of the modules, but for what their forward passes write."""

@@ -113,15 +113,10 @@ class BaseMethod(BlockUpdates):
     apart: frozenset[str] = frozenset()
 
     def __init__(
-        self,
-        curvature: Curvature,
-        params: dict[str, Tensor],
-        new: dict[str, Tensor],
-        states: Mapping[str, Mapping[str, Any]],
-        groups: Mapping[str, Mapping[str, Any]],
-        loss: Loss,
+        self, curvature: Curvature, params: dict[str, Tensor], new: dict[str, Tensor],
+        states: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Mapping[str, Any]], loss: Loss,
         terminal: Terminal = "gradient",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(curvature, params, new, states, groups)
         _take_over(loss)
         self._before, self._loss, self._terminal = dict(states), loss, terminal
@@ -134,6 +129,7 @@ class BaseMethod(BlockUpdates):
         self._steps: dict[str, Tensor] = {}
         self._place: dict[str, Tensor] | None = None
         self.committed: list[Any] = []
+        self._said = set[str]()  # by all micro-batches of an update
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
@@ -295,21 +291,21 @@ class BaseMethod(BlockUpdates):
             self._loss.count(phi, outputs, self.samples)
         others = "" if self._loss.is_torchs else self._loss.depend_on_outputs_alone(phi, *given, self._params)
         if self.first and others:
-            warnings.warn(
-                f"the loss {self._loss.name} reads tensors {others} that require a gradient and are no parameters of "
-                "the model: they get none here. To be trained they are to be part of forward (docs/own-loss.md)",
-                stacklevel=2,
+            self._say(
+                f"reads tensors {others} that require a gradient and are no parameters of the model: they get none "
+                "here. To be trained they are to be part of forward (docs/own-loss.md)"
             )
         if self.first and self._loss.function is not None and phi.requires_grad and self._loss.mixes(phi, outputs):
-            warnings.warn(
-                f"the loss {self._loss.name} mixes samples: feedback reads it sample by sample, an approximation "
-                "(docs/theory.md#mixing)",
-                stacklevel=2,
-            )
+            self._say("mixes samples: feedback reads it sample by sample, an approximation (docs/theory.md#mixing)")
         self.loss = self._loss.total(phi.detach())
         if not self.deferred:
             self._refuse_nonfinite()
         return phi
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(f"the loss {self._loss.name} {what}", stacklevel=3)
 
     def _refuse_nonfinite(self) -> None:
         if self.loss is not None and not math.isfinite(self.loss):

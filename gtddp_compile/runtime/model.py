@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gtddp_compile.errors import CompileError
 from gtddp_compile.frontends.attributes import OWN, Reader
-from gtddp_compile.frontends.keywords import by_name
+from gtddp_compile.frontends.keywords import by_name, named_by_place
 from gtddp_compile.graph import grouped
 from gtddp_compile.runtime.overlaps import aliases
 from gtddp_compile.runtime.precision import Precision
@@ -44,12 +44,12 @@ def as_inputs(inputs: Any, model: nn.Module) -> tuple[Any, ...]:
     Raises:
         CompileError: there are none, or others than tensors.
     """
-    if isinstance(inputs, Mapping):
-        given = {name: value for name, value in inputs.items() if value is not None}
-        found = by_name(given, model)
-    else:
-        several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
-        found = tuple(inputs) if several else (inputs,)
+    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+    if several and any(value is None for value in inputs):
+        inputs = named_by_place(inputs, model)
+    elif not several and not isinstance(inputs, Mapping):
+        inputs = (inputs,)
+    found = by_name(inputs, model) if isinstance(inputs, Mapping) else tuple(inputs)
     for value in found:
         if not isinstance(value, Tensor):
             raise CompileError(

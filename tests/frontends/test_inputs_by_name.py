@@ -81,6 +81,54 @@ def test_names_and_positions_are_one() -> None:
     opt.step(given("ids", "kinds"), LABELS)
 
 
+def test_names_tell_recordings_apart() -> None:
+    """The first arguments, after another one by name: as many inputs, of another meaning."""
+    torch.manual_seed(0)
+    model = Encoder().double()
+    plain = copy.deepcopy(model)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.5)
+    opt = compile_optimizer(model, given("ids", "kinds"), loss=loss, curvature="sgd", lr=0.5, feedback=False)
+    inputs = given("ids", "mask")
+    torch_step(sgd, loss(plain(**inputs), LABELS).mean())
+    opt.step(inputs, LABELS)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+class Optional(nn.Module):
+    """An argument that may be ``None`` in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, gate: Tensor | None, mask: Tensor | None = None, gain: Any = 1.0) -> Tensor:
+        h = torch.tanh(self.fc(x) if gate is None else self.fc(x) * gate)
+        return self.out(h if mask is None else h * mask) * gain
+
+
+@pytest.mark.parametrize("places", ["x--", "xg-", "x-m", "xgm", "x-"])
+def test_none_in_a_tuple_is_a_constant(places: str) -> None:
+    torch.manual_seed(0)
+    model = Optional().double()
+    plain = copy.deepcopy(model)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.5)
+    draw = {"x": (6, 4), "g": (6, 1), "m": (6, 5)}
+    inputs = tuple(None if key == "-" else torch.rand(draw[key], dtype=torch.float64) for key in places)
+    opt = compile_optimizer(model, inputs, loss=nn.CrossEntropyLoss(), curvature="sgd", lr=0.5, feedback=False)
+    for _ in range(2):
+        torch_step(sgd, F.cross_entropy(plain(*inputs), LABELS))
+        opt.step(inputs, LABELS)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_none_that_cannot_be_left_out() -> None:
+    x = torch.rand(6, 4, dtype=torch.float64)
+    opt = compile_optimizer(Optional().double(), loss=nn.CrossEntropyLoss())
+    refused(lambda: opt.step((x, None, None, None), LABELS), "argument 'gain' has another default", "Leave it out")
+    opt = compile_optimizer(nn.Sequential(nn.Linear(4, 3)).double(), loss=nn.CrossEntropyLoss())
+    refused(lambda: opt.step((x, None), LABELS), "forward names fewer arguments", "Leave it out")
+
+
 def test_names_that_the_model_does_not_take() -> None:
     model = Encoder().double()
     opt = compile_optimizer(model, loss=loss, curvature="sgd")

@@ -1,6 +1,7 @@
 """Models that decide on values: the path of the example inputs is recorded, checked, and others compiled when met."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def test_fast_equals_dense(forward: Any) -> None:
     batch_of: Any = ((batch(4), FULL) if forward is masked else batch(4)), torch.zeros(4, 3).double()
     case = Case(net(forward), loss=nn.MSELoss(), draw=lambda seed, size: batch_of)
     assert_equal(case, curvature="sgd", lr=LR)
+
+
+def test_a_decision_is_pointed_out_once() -> None:
+    """Not again for batches of other sizes, which are compiled again."""
+    model = net(halves_until_small)
+    opt = compiled(model, batch(4), feedback=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for size in (3, 5):
+            stepped(opt, model, batch(size))
+    assert len(opt._specialisations._programs) > 1
 
 
 def test_too_many_paths_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

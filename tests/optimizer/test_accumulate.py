@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -239,26 +240,31 @@ def test_what_is_not_needed_any_more_may_be_overwritten(options: dict[str, Any],
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-def test_targets_that_are_overwritten_before_a_second_run_are_refused() -> None:
+@pytest.mark.parametrize("which", ["inputs", "targets"])
+def test_what_is_overwritten_before_a_second_run_is_refused(which: str) -> None:
     _, opt, batch = noisy()
     x, y = batch(0)
     opt.accumulate(x, y)
-    y.zero_()
+    {"inputs": x, "targets": y}[which].zero_()
     opt.param_groups[0]["lr"] = 0.2
-    with pytest.raises(CompileError, match="the targets of accumulated micro-batch 0 were overwritten"):
+    with pytest.raises(CompileError, match=f"the {which} of accumulated micro-batch 0 were overwritten"):
         opt.step(*batch(1))
 
 
-def test_refusals_name_what_is_wrong() -> None:
-    """Those of a model that has changed: docs/errors.md."""
-    _, opt, batch = noisy()
-    x, y = batch(0)
-    opt.accumulate(x, y)
-    x.zero_()
-    opt.param_groups[0]["lr"] = 0.2
-    with pytest.raises(CompileError, match="micro-batch 0 were overwritten"):
-        opt.step(*batch(1))
-    for options in ({"coupling": "block"}, {"coupling": "block", "recursion": "substituted"}, {"backend": "dense"}):
-        linear = optimizer(nn.Linear(4, 3).double(), x, **options)
-        with pytest.raises(CompileError, match="accumulate"):
-            linear.accumulate(x, y)
+@pytest.mark.parametrize(
+    "options", [{"coupling": "block"}, {"coupling": "block", "recursion": "substituted"}, {"backend": "dense"}], ids=str
+)
+def test_what_has_no_union_of_micro_batches_is_refused_by_name(options: dict[str, Any]) -> None:
+    """The refusals of a model that has changed: docs/errors.md."""
+    x, y = Case(seeded(Noisy), (4,)).batch(0, 5)
+    with pytest.raises(CompileError, match="accumulate"):
+        optimizer(nn.Linear(4, 3).double(), x, **options).accumulate(x, y)
+
+
+def test_what_there_is_to_say_of_a_loss_is_said_once() -> None:
+    """Not with every micro-batch of the first update."""
+    _, opt, x, y = plain(loss=lambda out, targets: ((out - out.mean(0)) ** 2).mean(1))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        step_of_parts(opt, x, y, 2)
+    assert ["mixes samples" in str(one.message) for one in said] == [True]

@@ -114,6 +114,39 @@ def test_hooks_on_gradients_of_modules_are_pointed_out() -> None:
         base(net, nn.CrossEntropyLoss())
 
 
+KINDS = ["register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook"]
+
+
+def deciding() -> Any:
+    return make(lambda net, x: net.b(torch.tanh(y) if (y := net.a(x)).sum() > -1e9 else y), a=(4, 5), b=(5, 3))
+
+
+@pytest.mark.filterwarnings("ignore:gradient hooks", "ignore:the path through the model depends on values")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", [two, deciding])
+def test_hooks_that_look_at_gradients_change_nothing(kind: str, model: Callable[[], Any]) -> None:
+    """They do not run, whichever front end records the model."""
+    net = model()
+    plain = copy.deepcopy(net)
+    seen: list[Any] = []
+    getattr(net.a, kind)(lambda module, *gradients: seen.append(gradients))
+    opt = base(net, nn.CrossEntropyLoss())
+    seen.clear()
+    opt.step(X, Y)
+    torch_step(torch.optim.SGD(plain.parameters(), lr=0.1), F.cross_entropy(plain(X), Y))
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=0, atol=1e-12)
+    assert not seen and len(net.a._backward_hooks) + len(net.a._backward_pre_hooks) == 1
+
+
+@pytest.mark.filterwarnings("ignore:gradient hooks")
+def test_a_hook_that_changes_gradients_is_named() -> None:
+    net = two()
+    net.a.register_full_backward_hook(lambda module, given, value: None)
+    net.b.register_full_backward_hook(lambda module, given, value: tuple(2 * g for g in given))
+    with pytest.raises(CompileError, match=r"module 'b', operation Linear: .*hook changes gradients.*Function"):
+        base(net, nn.CrossEntropyLoss())
+
+
 @pytest.mark.parametrize("write", [lambda w: w.data.clamp_(-9, 9), lambda w: w.detach().view(-1).clamp_(-9, 9)])
 def test_a_parameter_written_through_another_tensor(write: Callable[[Tensor], Any]) -> None:
     """Today it changes nothing; no recording may leave it out."""

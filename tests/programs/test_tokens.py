@@ -189,3 +189,53 @@ def test_the_example_s_length_decides_nothing(length: str, options: dict[str, An
         found.append(flat(trained_here))
     assert (found[0] - flat(model)).abs().max() > 1e-3
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-10)
+
+
+def attended(net: Any, x: Tensor, mask: Tensor, passed: Tensor | float = 0.0) -> Tensor:
+    """Attention of one head, twice; the second adds scores that are passed on."""
+    h = net.embed(x)
+    scores = net.q(h) @ h.mT + mask
+    h = h + scores.softmax(-1) @ h
+    scores = net.r(h) @ h.mT + (mask if isinstance(passed, float) else scores)
+    return net.out(h + scores.softmax(-1) @ h).mean(1)  # type: ignore[no-any-return]
+
+
+def made_inside(net: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """The mask is no sample's own, and made when a layer's output is known."""
+    h = torch.tanh(net.before(x))
+    return attended(net, h, net.mask.to(h.dtype) * 1)
+
+
+def given(net: Any, x: Tensor, mask: Tensor) -> Tensor:
+    return attended(net, x, mask)
+
+
+def passed_on(net: Any, x: Tensor, mask: Tensor) -> Tensor:
+    return attended(net, x, mask, mask)
+
+
+DENSE = [
+    ("dense", rollout, forward) for rollout in ("linear", "nonlinear") for forward in (made_inside, given, passed_on)
+]
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+@pytest.mark.parametrize(("backend", "rollout", "forward"), [*DENSE, ("fast", "linear", passed_on)])
+def test_a_mask_of_minus_infinity_is_a_very_small_number(
+    backend: str, rollout: str, samples: int, forward: Any
+) -> None:
+    """Infinities that stay where they are have not moved; of as many samples as positions, too."""
+    found = []
+    for low in (float("-inf"), -1e9):
+        torch.manual_seed(0)
+        mask = torch.full((3, 3), low, dtype=torch.float64).triu(1)
+        linear = dict.fromkeys(("before", "embed", "q", "r"), (4, 4))
+        net = make(forward, **linear, out=(4, 3), mask=lambda mask=mask: mask)
+        x, y = torch.randn(samples, 3, 4, dtype=torch.float64), torch.arange(samples) % 3
+        inputs = x, mask.expand(samples, 3, 3)
+        options: Any = {"curvature": "sgd", "lr": 0.3, "rollout": rollout, "backend": backend}
+        opt = compile_optimizer(net, inputs, loss=nn.CrossEntropyLoss(), **options)
+        opt.step(inputs, y)
+        found.append(flat(net))
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)

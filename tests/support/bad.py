@@ -185,6 +185,12 @@ class Stochastic(nn.Module):
         return self.fc(x) * 0 if drawn < 0.01 else self.fc(x)  # type: ignore[no-any-return]
 
 
+def hooked() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    net[1].register_full_backward_hook(lambda module, given, taken: (2 * given[0],))
+    return net
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "a word": lambda: "model",
     "a function": lambda: F.relu,
@@ -206,6 +212,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "a generator of its own": lambda: Stochastic("torch").double(),
     "a random.Random of its own": lambda: Stochastic("python").double(),
     "spectral_norm in training": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).double(),
+    "a backward hook that changes gradients": hooked,
     "another dtype than the inputs": lambda: nn.Linear(4, 3).float(),
     "another width than the inputs": lambda: nn.Linear(5, 3).double(),
     "batch-norm on a batch of one": lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double(),
@@ -235,6 +242,7 @@ INPUTS: dict[str, Callable[[], Any]] = {
     "whole numbers": lambda: torch.zeros(6, 4, dtype=torch.long),
     "complex": lambda: X.to(torch.complex128),
     "too many": lambda: (X, X),
+    "None too many": lambda: (X, None),
     "on another device": lambda: X.to("meta"),
     "sparse": lambda: X.to_sparse(),
     "a nested tensor": lambda: torch.nested.nested_tensor([X[0], X[1]]),

@@ -119,6 +119,10 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
         lambda m, x: m.c(torch.tanh(m.a(x))), **layers() | {"a": torch.compile(nn.Linear(4, 5), backend="eager")}),
     "one batch-norm, twice": lambda: Net(
         lambda m, x: m.c(torch.tanh(m.n(m.b(torch.tanh(m.n(m.a(x))))))), **layers(), n=nn.BatchNorm1d(5)),
+    "batch-norm as a function": lambda: Net(
+        lambda m, x: m.c(torch.tanh(F.batch_norm(
+            m.a(x), m.n.running_mean, m.n.running_var, m.n.weight, m.n.bias, training=m.training, momentum=0.2))),
+        **layers(), n=nn.BatchNorm1d(5)),
     "lists of parameters": lambda: Net(
         lambda m, x: m.c(torch.tanh(x @ m.p[0] + m.q["b"])), **layers(),
         p=nn.ParameterList([torch.randn(4, 5)]), q=nn.ParameterDict({"b": torch.zeros(5)})),

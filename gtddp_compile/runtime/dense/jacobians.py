@@ -230,7 +230,8 @@ class Trajectory:
         """Derivatives of stage ``t`` around the trajectory."""
         stage = self.graph.stages[t]
         live = [name for name in stage.live if self.graph.value[name].control is None and not self._is_constant(name)]
-        computed = [name for name in cut_after(self.graph, stage) if name in stage.produced and name in self.values]
+        made = [name for name in cut_after(self.graph, stage) if name in stage.produced and name in self.values]
+        computed = [name for name in made if not self._is_constant(name)]
         uses = self.graph.uses_in(stage.ops)
         points = [self.by_sample(name, self.values[name]) for name in live]
         points += [torch.zeros_like(self.values[use]).reshape(-1) for use in uses]
@@ -341,7 +342,8 @@ class Trajectory:
             if self._is_constant(name):
                 found[name] = torch.zeros(self.batch, self.values[name].numel(), dtype=self.dtype)
                 continue
-            delta = self.by_sample(name, moved[name], moved) - self.by_sample(name, self.values[name])
+            after, before = self.by_sample(name, moved[name], moved), self.by_sample(name, self.values[name])
+            delta = torch.where(after == before, 0, after - before)  # what a mask keeps at -inf has not moved
             found[name] = delta.reshape(self.batch, -1)
         return found
 
