@@ -116,6 +116,13 @@ def kronecker_factor_shapes(layers: Sequence[Rows]) -> dict[str, tuple[int, int,
     return {"factor_x": (groups, wide_x, wide_x), "factor_g": (groups, wide_g, wide_g)}
 
 
+def rows_together(layers: Sequence[Rows]) -> float:
+    """Rows of the layers' inputs in the batch, that of all ranks."""
+    first = layers[0]
+    share = 1.0 if first.joined is None else first.joined.share
+    return len(first.layer.g) * _row_shapes(first)[0][2] / share
+
+
 def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
     """The players' rows ``(B, G, T, n_p)`` as ``(G, B T, N)``."""
     whole = rows[0] if len(rows) == 1 else torch.cat(list(rows), -1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Joined, Layer
 from gtddp_compile.kernels.channels import channel_factor, channel_filters, channel_pixels, channel_signs
+from gtddp_compile.kernels.kronecker import Rows, kronecker_factors, rows_together
 from gtddp_compile.methods.curvature.base import Group, State
 from gtddp_compile.methods.curvature.kfac import inverse, inverse_and_root, inverse_root
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker, renew
@@ -19,11 +20,16 @@ from gtddp_compile.methods.curvature.numbers import Scalar
 
 @dataclass(frozen=True)
 class FOOF(Kronecker):
-    """``M = (A + λ ā I) ⊗ I / lr + ν I``, ``A = E[x xᵀ]`` of a layer's homogeneous inputs, ``ā`` its mean eigenvalue.
+    """``M = ((1 - ρ) A + (ρ + λ) ā I) ⊗ I / lr + ν I``, ``A = E[x xᵀ]`` of homogeneous inputs, ``ā`` its mean eigenvalue.
 
     The curvature of a step measured by how far it moves every layer's outputs: K-FAC's input factor (inputs summed over
     positions, running averages), without its gradient factor. Cheaper than :class:`KFAC`: no gradient statistics and
-    one inverse a layer. With feedback off and no decay it is the published method, ``δW = -lr G (A + λ ā I)⁻¹``.
+    one inverse a layer. With feedback off, no decay and no shrinkage it is the published method, ``δW = -lr G (A + λ ā I)⁻¹``.
+
+    ``A`` is estimated, from few rows at first, and what few have shown is not to be trusted: directions not seen yet would
+    have the greatest steps. ``ρ = s r / (s r + N)`` draws it to a multiple of the identity, the less the more rows N the
+    average is of: with ``r = (tr A)² / tr A²`` its effective rank, 1 where inputs are much alike, the width where they have
+    nothing in common, as words in a text (Chen et al. 2010, for ``s = 1``).
 
     A convolution's ``A`` is the covariance of its input channels at a pixel, for every element of the kernel
     (spatially uncorrelated: Grosse and Martens 2016): steps to a target are those of whole patches
@@ -42,6 +48,7 @@ class FOOF(Kronecker):
         lr: learning rate ``η``. In the joint step it hardly matters, as the aim bounds the step; without feedback it
             does.
         damping: ``λ``, relative to the mean eigenvalue.
+        shrinkage: ``s``; 0: none.
         stat_decay: weight of the past in the running average of ``A``.
         refresh: steps between two inversions.
         stat_every: steps between two updates of the average.
@@ -60,10 +67,12 @@ class FOOF(Kronecker):
 
     lr: Scalar = 3.0
     damping: float = 0.1
+    shrinkage: float = 3.0
     early: int = 5
     widest: int = 1024
 
     name = "foof"
+    nonnegative = (*Kronecker.nonnegative, "shrinkage")
     inputs_alone = True
 
     def observe_uniform(self, state: State, positions: float) -> dict[str, Any]:
@@ -95,8 +104,9 @@ class FOOF(Kronecker):
         width = weight.shape[1] // (blocks if layer.how is None else 1)
 
         def factors(old: State | None, keep: float) -> dict[str, Tensor]:
-            before = None if old is None else old["factor_x"]
-            return {"factor_x": channel_factor(channel_pixels(layer, blocks), positions, before, keep, joined)}
+            before, pixels = None if old is None else old["factor_x"], channel_pixels(layer, blocks)
+            found = channel_factor(pixels, positions, before, keep, joined)
+            return _with_doubt(found, found, pixels.shape[2] / (1.0 if joined is None else joined.share), old, keep)
 
         due = self._running(found[0], group, {"factor_x": (groups, width, width)}, factors)
         if due or ("map_x" if sketch is None else "filters") not in found[0]:  # another program may have had the other
@@ -109,16 +119,26 @@ class FOOF(Kronecker):
         return found
 
     def factor_keys(self) -> tuple[str, ...]:
-        """``A`` alone."""
-        return ("factor_x",)
+        """``A`` alone, and of every block ``1 / N`` and ``r / N``."""
+        return ("factor_x", "spread", "doubt")
+
+    def factors(self, layers: Sequence[Rows], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
+        """The running ``A``; a block's last input, the bias's 1, says nothing about how much alike the others are."""
+        (found,) = kronecker_factors(layers, start, (None if old is None else old["factor_x"],), keep)
+        places = torch.arange(found.shape[1], device=found.device)
+        last = (places * (found.diagonal(dim1=1, dim2=2) != 0)).amax(1, keepdim=True)  # zeros pad the last block
+        others = (places != last).to(found.dtype)
+        return _with_doubt(found, found * others.unsqueeze(1) * others.unsqueeze(2), rows_together(layers), old, keep)
 
     def refreshed(self, kind: BlockKind, state: State, group: Group, of: Tensor | None = None) -> dict[str, Any]:
         """``X Xᵀ = (A + (λ ā + η ν) I)⁻¹``, or of a ``"dual"`` block the inverse itself; ``Y = I`` is not kept.
 
         ``of``: columns, of a ``"channels"`` block; then ``X`` times them is in its place.
         """
-        x = state["factor_x"]
-        damping = group["damping"] * _mean_eigenvalues(x) + group["lr"] * group["weight_decay"]
+        x, share = state["factor_x"], group["shrinkage"] * state["doubt"]
+        share, mean = share / (1.0 + share), _mean_eigenvalues(x)
+        x = x * (1.0 - share).view(-1, 1, 1) if group["shrinkage"] else x
+        damping = (group["damping"] + share) * mean + group["lr"] * group["weight_decay"]
         found: dict[str, Any] = {}
         if kind == "dual":
             found["inverse_x"], failed = inverse(x, damping)
@@ -127,6 +147,18 @@ class FOOF(Kronecker):
         else:
             found["map_x"], failed = inverse_root(x, damping)
         return {**found, "fallbacks": state.get("fallbacks", 0) + failed}
+
+
+def _with_doubt(factor: Tensor, of: Tensor, rows: float, old: State | None, keep: float) -> dict[str, Tensor]:
+    """The state of a factor that so many rows went into, of which ``of`` has the inputs that are looked at.
+
+    An average with weights ``w`` of means over n rows each is worth ``N = 1 / Σ w² / n`` rows.
+    """
+    fresh = factor.new_full((len(factor),), 1.0 / rows)
+    spread = fresh if old is None else keep**2 * old["spread"] + (1.0 - keep) ** 2 * fresh
+    trace, least = of.diagonal(dim1=1, dim2=2).sum(1), torch.finfo(factor.dtype).tiny
+    rank = trace.square() / of.square().sum((1, 2)).clamp_min(least)
+    return {"factor_x": factor, "spread": spread, "doubt": rank * spread}
 
 
 def _mean_eigenvalues(factor: Tensor) -> Tensor:

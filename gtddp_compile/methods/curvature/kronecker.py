@@ -43,7 +43,7 @@ BlockKind = Literal["kronecker", "dual", "channels", "shared", "exact"]
 
 COUNTS = ("age", "averaged")
 """Of a state: steps since a block was put together, and batches that its factors are averages of."""
-PACE = ("damping", "pi", "stat_decay", "stat_every", "refresh", "early")
+PACE = ("damping", "shrinkage", "pi", "stat_decay", "stat_every", "refresh", "early")
 """Options of the factors, and of what is made of them."""
 DERIVED = ("map_x", "map_g", "null_x", "null_g", "moment", "inverse_x", "inverse_g", "filters")
 """Keys of a block's state that are made of its factors."""
@@ -190,7 +190,7 @@ class Kronecker(Curvature):
         factors: Callable[[State | None, float], dict[str, Tensor]],
     ) -> bool:
         """Take the batch into the running factors, when its turn is; whether what is made of them is due."""
-        fresh = any(key not in lead or lead[key].shape != shapes[key] for key in shapes)
+        fresh = any(key not in lead for key in self.factor_keys()) or any(lead[k].shape != shapes[k] for k in shapes)
         if fresh:  # the first step, or a block that was put together differently when it was compiled again
             lead["averaged"] = lead["age"] = torch.zeros_like(lead["step"])
         age = int(lead["age"])
