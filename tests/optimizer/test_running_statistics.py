@@ -68,6 +68,19 @@ def test_torch_s_own_where_asked_for_and_after_many_batches(tracked: int, option
     assert_averaged(normed(tracked), 50, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"memory": "recompute"}, {"backend": "dense"}], ids=str)
+def test_a_cumulative_average_is_torch_s_to_rounding(options: dict[str, object]) -> None:
+    """In the model's precision, whatever torch's default dtype is."""
+    model = nn.Sequential(nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 3)).double()
+    theirs = copy.deepcopy(model[0])
+    optimizer = compile_optimizer(model, torch.randn(5, 4).double(), loss=LOSS, **options)
+    for _ in range(STEPS):
+        x = torch.randn(5, 4).double()
+        theirs(x)
+        optimizer.step(x, torch.arange(5) % 3)
+    torch.testing.assert_close(dict(model[0].named_buffers()), dict(theirs.named_buffers()), rtol=1e-15, atol=1e-16)
+
+
 def test_updates_do_not_depend_on_it() -> None:
     models = normed(), normed()
     for model, how in zip(models, ("corrected", "model"), strict=True):
