@@ -81,6 +81,21 @@ def test_a_cumulative_average_is_torch_s_to_rounding(options: dict[str, object])
     torch.testing.assert_close(dict(model[0].named_buffers()), dict(theirs.named_buffers()), rtol=1e-15, atol=1e-16)
 
 
+def test_under_look_ahead_they_are_of_the_place_that_a_batch_is_looked_at_from() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 3).double()
+    optimizer = compile_optimizer(model, x, loss=nn.MSELoss(), lookahead=0.05, running_statistics="model")
+    optimizer.step(x, y)
+    ahead, here = copy.deepcopy(model), copy.deepcopy(model)
+    for own, param in zip(ahead.parameters(), model.parameters(), strict=True):
+        own.data += 0.05 * optimizer.state[param]["last_step"]
+    optimizer.step(x, y)
+    ahead(x), here(x)
+    torch.testing.assert_close(model[1].running_mean, ahead[1].running_mean, rtol=1e-12, atol=1e-12)
+    assert float((ahead[1].running_mean - here[1].running_mean).abs().max()) > 1e-5
+
+
 def test_updates_do_not_depend_on_it() -> None:
     models = normed(), normed()
     for model, how in zip(models, ("corrected", "model"), strict=True):
