@@ -42,6 +42,7 @@ from gtddp_compile.frontends.keywords import Named, positional
 from gtddp_compile.frontends.masks import masks_apart
 from gtddp_compile.frontends.mixing import find_mixing
 from gtddp_compile.frontends.reference import agrees, observe, reads_values, run
+from gtddp_compile.frontends.regions import refused_region
 from gtddp_compile.frontends.samples import find_layouts
 from gtddp_compile.frontends.state import TABLES, refused_table, watch
 from gtddp_compile.frontends.traced import argument_names, parameter_infos
@@ -50,6 +51,7 @@ from gtddp_compile.graph import DETACHED, GUARD, BufferRef, Op, OpGraph, ParamRe
 FrontEnd = Callable[[nn.Module, tuple[Any, ...]], Traced]
 FRONT_ENDS: tuple[FrontEnd, ...] = (trace_symbolically, trace_export, trace_functional, trace_followed)
 ASSERTIONS = frozenset({"_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range"})
+OTHERWISE = "what was recorded computes something else than the model"
 KEPT = "what the model computes of parameters or buffers is a constant of the recording"
 
 
@@ -83,10 +85,14 @@ def _recorded(model: nn.Module, inputs: tuple[Any, ...], front_ends: tuple[Front
         except Untraceable as refusal:
             refusals.append(refusal.apart())
             continue
-        why = "what was recorded computes something else than the model"
+        why = OTHERWISE
         if front_end is trace_derivatives:
             why += ": torch's own third derivatives of a fused operation, of layer_norm say, are wrong; write it out"
         refusals.append(Untraceable(why))
+    if any(word in refusal.why for refusal in refusals for word in (OTHERWISE, "autocast")):
+        region = refused_region(model, inputs)
+        if region is not None:
+            raise region
     raise _cannot(refusals)
 
 

@@ -33,6 +33,11 @@ PROBES = 4
 """Entries of a value that are looked for among the operands' before all are."""
 RETURNED = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device})
 """What a model may return beside tensors."""
+REENTRANT = (
+    "torch.utils.checkpoint with use_reentrant=True knows loss.backward() alone, and a step asks for some gradients",
+    "Give it use_reentrant=False, which computes the same (transformers: "
+    "gradient_checkpointing_enable({'use_reentrant': False}))",
+)
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
@@ -142,9 +147,10 @@ def _observed(model: nn.Module, inputs: tuple[Any, ...]) -> Reference:
         try:
             gradients = _gradients(found, params)
         except RuntimeError as error:  # autograd's word for a value that was overwritten, or cannot be differentiated
-            raise CompileError(
-                f"the model cannot be differentiated: {error}", "Make loss.backward() work on it first", module=""
-            ) from error
+            why, remedy = f"the model cannot be differentiated: {error}", "Make loss.backward() work on it first"
+            if "use_reentrant" in str(error):
+                why, remedy = REENTRANT
+            raise CompileError(why, remedy, module="") from error
         return Reference(tuple(value.detach() for value in found), gradients, buffers, drawn)
 
 

@@ -55,7 +55,7 @@ def batch_norm(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         if momentum is None:
-            factor = float(num_batches_tracked.reciprocal())
+            factor = 1.0 / float(num_batches_tracked)
     mean = None if running_mean is None else running_mean.detach()
     var = None if running_var is None else running_var.detach()
     if moments is None or torch.compiler.is_compiling():

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import random_state, restore_random_state
 from gtddp_compile.methods.setting import same
+from gtddp_compile.runtime.precision import Precision
 from gtddp_compile.runtime.program import UpdateProgram
 from gtddp_compile.runtime.union import Union, check_form
 
@@ -36,8 +37,8 @@ class MicroBatch:
 class Accumulated:
     """The micro-batches of the next update.
 
-    They are run as far as they go when they come. They are run again, with the same random numbers, if options or
-    state of the base method change before the update, or a step failed on the way.
+    They are run as far as they go when they come. They are run again, with the same random numbers and under the same
+    autocast, if options or state of the base method change before the update, or a step failed on the way.
 
     Args:
         program: of all of them.
@@ -55,6 +56,7 @@ class Accumulated:
     ) -> None:
         check_form(program)
         self.program, self._begin, self._named, self._options = program, begin, named, options
+        self._precision = Precision.around(named.values())  # of all micro-batches: another one is another program
         self._versions = self._parameter_versions()
         self._batches: list[MicroBatch] = []
         self._union: Union | None = None
@@ -72,8 +74,8 @@ class Accumulated:
         """
         if program is not self.program:
             raise CompileError(
-                "this micro-batch needs another program than those before it: modules changed mode or attributes, or "
-                "the recording has sizes built in and this one is of another size",
+                "this micro-batch needs another program than those before it: modules changed mode or attributes, "
+                "autocast is another, or the recording has sizes built in and this one is of another size",
                 f"Give an update micro-batches of one size, between which the model does not change. {REMEDY}",
             )
         union, random = self._current(), random_state()
@@ -86,7 +88,8 @@ class Accumulated:
     def finish(self) -> Union:
         """The update; the union with its results."""
         union = self._current()
-        union.finish()
+        with Precision.around(self._named.values()).outside():  # the network goes on in the precision that it began in
+            union.finish()
         return union
 
     def again(self, count: int | None = None) -> None:
@@ -126,7 +129,8 @@ class Accumulated:
         union, after = self._begin(), random_state()
         for batch in self._batches:
             restore_random_state(batch.random)
-            union.add(batch.inputs, batch.targets)
+            with Precision.around(self._named.values()).outside(), self._precision.inside():
+                union.add(batch.inputs, batch.targets)
         restore_random_state(after)
         return union
 

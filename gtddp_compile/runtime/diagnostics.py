@@ -30,8 +30,11 @@ class Diagnostics:
 
     def figures(self) -> Mapping[str, Any]:
         """All figures; empty before the first step."""
+        if self._loss is None:
+            return {}
         if self._found is None:
-            self._found = self._evaluate() if self._loss is not None else {}
+            with torch.autocast(self._loss.device.type, enabled=False):  # whatever is around who looks
+                self._found = self._evaluate()
         return self._found
 
     def _evaluate(self) -> dict[str, Any]:

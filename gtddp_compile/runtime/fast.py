@@ -54,15 +54,12 @@ class FastBackend:
 
         ``plainly``: without torch.compile, whatever the options say, and looking at every factor as it is made.
         """
-        precision = m.precision = Precision.around(p.values(), m.scale)
-        m.samples = inputs[0].shape[0]
+        precision = self._look_at(m, p, inputs)
         alone = self.program.lowered.plan.ranks == 1  # others are asked before anything is written
         m.deferred = alone and not plainly and not m.first and next(iter(p.values())).device.type != "cpu"
         other = precision.mixed or m.deferred
         step = self._function("step", precision, m.deferred) if other else self._step
         if self._compiled is not None and plainly is False and not m.first:
-            if precision.mixed:
-                raise CompileError("compile=True under autocast", "Leave one of them out")
             step = self._compiled
         if self._ranks is not None:
             self._ranks.begin_alike(self.program.lowered, m, p, b, inputs)
@@ -81,9 +78,21 @@ class FastBackend:
         targets: Any,
     ) -> Micro:  # fmt: skip
         """The same for one micro-batch of an update; asks for what the update's micro-batches have in common."""
-        m.precision, m.samples = Precision.around(p.values(), m.scale), inputs[0].shape[0]
-        found: Micro = self._function("micro_step", m.precision)(m, p, b, q, self._again(b), inputs, targets)
+        precision = self._look_at(m, p, inputs)
+        found: Micro = self._function("micro_step", precision)(m, p, b, q, self._again(b), inputs, targets)
         return found
+
+    def _look_at(self, m: BaseMethod, p: dict[str, Tensor], inputs: tuple[Any, ...]) -> Precision:
+        """What is here and now: the precision, and how many samples there are.
+
+        Raises:
+            CompileError: a compiled step has no such precision.
+        """
+        m.precision, m.samples = Precision.around(p.values(), m.scale), inputs[0].shape[0]
+        if self._compiled is not None and m.precision.mixed:
+            where = "under autocast" if m.precision.autocast else "with bfloat16 or half parameters"
+            raise CompileError(f"compile=True {where}", "Leave one of them out")
+        return m.precision
 
     def _function(self, name: str, precision: Precision, deferred: bool = False) -> Callable[..., Any]:
         """The program, or its form for micro-batches, in a precision; loaded when it is first asked for."""

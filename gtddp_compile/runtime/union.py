@@ -129,13 +129,14 @@ class Union:
         buffers = {**self.buffers, **{name: value.clone() for name, value in self.advancing().items()}}
         run = self._backend.micro(method, self._params, buffers, self._new, inputs, targets)
         part = Part(method, run, draws=draws(self._backend.program.lowered))
-        part.resume()
-        assert part.request is not None and method.loss is not None
-        part.samples = len(part.request[1][0])  # m.terminal(phi, kind) comes first
-        after = random_state()
-        if self.method.reduction == "mean" or self._base:
-            self._guarded(lambda: self._terminal(part, 1.0), [part])
-        restore_random_state(after)
+        with method.precision.outside():
+            part.resume()
+            assert part.request is not None and method.loss is not None
+            part.samples = len(part.request[1][0])  # m.terminal(phi, kind) comes first
+            after = random_state()
+            if self.method.reduction == "mean" or self._base:
+                self._guarded(lambda: self._terminal(part, 1.0), [part])
+            restore_random_state(after)
         if self._base:
             self._sums = _added(self._sums, part)
         self._parts.append(part)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gtddp_compile import CompileError, compile_optimizer
+from gtddp_compile import CompiledOptimizer, CompileError, compile_optimizer
 from support import networks
 from support.compared import TORCH, torch_step
 from support.noisy import LOSS, Noisy, batch
@@ -116,6 +116,33 @@ def test_groups_of_something_else_are_refused() -> None:
     with pytest.raises(CompileError, match="other options for some parameters of module 'fc'"):
         opt.load_state_dict(torch.optim.Adam(halves).state_dict())
     assert torch.isfinite(opt.step(*batch()))
+
+
+def test_divided_groups_are_divided_again_before_their_state_is_loaded() -> None:
+    """The recipe of docs/usage.md for no decay of biases, and its resumption."""
+
+    def made(model: nn.Module) -> CompiledOptimizer:
+        return compile_optimizer(model, batch()[0], loss=LOSS, curvature="adamw", lr=0.01)
+
+    def divide(opt: CompiledOptimizer) -> None:
+        for group in list(opt.param_groups):
+            plain = [p for p in group["params"] if p.ndim < 2]
+            group["params"] = [p for p in group["params"] if p.ndim >= 2]
+            opt.param_groups.append({**group, "params": plain, "weight_decay": 0.0, "name": group["name"] + ".plain"})
+
+    model = Noisy()
+    opt = made(model)
+    divide(opt)
+    opt.step(*batch())
+    resumed = made(twin := copy.deepcopy(model))
+    with pytest.raises(CompileError, match="divide this optimizer's groups as they were"):
+        resumed.load_state_dict(opt.state_dict())
+    divide(resumed)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for one in (opt, resumed):
+        torch.manual_seed(1)
+        one.step(*batch())
+    torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_a_loss_that_reads_parameters_is_refused() -> None:

@@ -144,6 +144,79 @@ def test_states_of_low_precision_models_survive_saving(curvature: str) -> None:
     assert torch.equal(flat(model), flat(twin))
 
 
+@pytest.mark.parametrize("dtype", LOW)
+def test_figures_are_the_same_under_autocast(dtype: torch.dtype) -> None:
+    found = []
+    for inside in (True, False):
+        _, opt, x, y = parts()
+        opt.step(x, y)
+        with torch.autocast("cpu", dtype, enabled=inside):
+            found.append(dict(opt.diagnostics))
+    assert found[0] == found[1]
+
+
+PARTS: list[dict[str, Any]] = [
+    DEFAULT, {"curvature": "kfac", "feedback": False}, {"curvature": "adagrad"}, {"curvature": "muon"},
+    {"curvature": "shampoo"}, {"curvature": "rmsprop", "lr": 0.01, "eps": 1e-3}, {"terminal": "ggn"},
+    {"curvature": "soap", "eps": 1e-3}, {"memory": "recompute"}, {"rollout": "nonlinear"},
+]  # fmt: skip
+
+
+def parts(**options: Any) -> tuple[nn.Module, CompiledOptimizer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.ReLU(), nn.Linear(12, 3))
+    x, y = torch.randn(12, 8), targets_for(3, 12)
+    return model, compiled(model, example_inputs=x[:6], gram="exact", **options), x, y
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize(("dtype", "options"), [*zip(LOW * 5, PARTS, strict=True)], ids=str)
+def test_micro_batches_under_autocast(dtype: torch.dtype, options: dict[str, Any], empty: bool) -> None:
+    """Their update is that of groups in one batch, nothing of it but the network is low, and it survives saving."""
+    model, opt, x, y = parts(**options)
+    grouped, whole, *_ = parts(coupling=6, **options)
+    before = flat(model)
+
+    def update(one: CompiledOptimizer) -> Tensor:
+        one.accumulate(x[:6], y[:6])
+        if empty:
+            one.accumulate(x[6:], y[6:])
+            return one.step()
+        return one.step(x[6:], y[6:])
+
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(update(opt), whole.step(x, y))
+        change = flat(grouped) - before
+        assert float((flat(model) - flat(grouped)).norm()) < 1e-3 * float(change.norm())
+        states = [value for state in opt.state.values() for key, value in state.items() if key != "taken"]
+        assert all(value.dtype == torch.float32 for value in [*states, *figures(opt)] if isinstance(value, Tensor))
+        twin = copy.deepcopy(model)
+        resumed = compiled(twin, gram="exact", **options)
+        resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+        assert torch.equal(update(opt), update(resumed)) and torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("options", PARTS[:3], ids=str)
+def test_a_micro_batch_keeps_the_autocast_it_came_under(options: dict[str, Any]) -> None:
+    """Whatever is around the step, and where micro-batches are run again for a learning rate that was changed."""
+    for first in (True, False):
+        found = []
+        for at_step, late in ((first, False), (not first, False), (not first, True)):
+            model, opt, x, y = parts(**options)
+            (given,) = {group["lr"] for group in opt.param_groups}
+            for lr, half in ((given, slice(6)), (given / 2 if late else given, slice(6, 12))):
+                for group in opt.param_groups:
+                    group["lr"] = lr
+                with torch.autocast("cpu", torch.bfloat16, enabled=first):
+                    opt.accumulate(x[half], y[half])
+            for group in opt.param_groups:
+                group["lr"] = given
+            with torch.autocast("cpu", torch.bfloat16, enabled=at_step):
+                opt.step()
+            found.append(flat(model))
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 class Mixed(nn.Module):
     """Layers in turns of single and double precision, two of either alike, and a bias that is not of its weight's."""
 
@@ -241,6 +314,10 @@ def test_refusals(tmp_path: Path) -> None:
     opt = compiled(nn.Linear(2, 3), backend="dense")
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(CompileError, match="autocast"):
         opt.step(x, y)
+    whole = compiled(nn.Linear(2, 3), example_inputs=x, compile={"backend": "eager"})
+    for call in (whole.step, whole.accumulate):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(CompileError, match=r"under autocast\. Leave"):
+            call(x, y)
     with pytest.raises(CompileError, match=r"module 'layers\.1'.*one precision.*Convert the model"):
         compiled(Mixed(), example_inputs=torch.randn(6, 4), backend="dense")
     low = compiled(nn.Linear(2, 3).bfloat16(), example_inputs=x.bfloat16())

@@ -68,6 +68,34 @@ def test_torch_s_own_where_asked_for_and_after_many_batches(tracked: int, option
     assert_averaged(normed(tracked), 50, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"memory": "recompute"}, {"backend": "dense"}], ids=str)
+def test_a_cumulative_average_is_torch_s_to_rounding(options: dict[str, object]) -> None:
+    """In the model's precision, whatever torch's default dtype is."""
+    model = nn.Sequential(nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 3)).double()
+    theirs = copy.deepcopy(model[0])
+    optimizer = compile_optimizer(model, torch.randn(5, 4).double(), loss=LOSS, **options)
+    for _ in range(STEPS):
+        x = torch.randn(5, 4).double()
+        theirs(x)
+        optimizer.step(x, torch.arange(5) % 3)
+    torch.testing.assert_close(dict(model[0].named_buffers()), dict(theirs.named_buffers()), rtol=1e-15, atol=1e-16)
+
+
+def test_under_look_ahead_they_are_of_the_place_that_a_batch_is_looked_at_from() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 3).double()
+    optimizer = compile_optimizer(model, x, loss=nn.MSELoss(), lookahead=0.05, running_statistics="model")
+    optimizer.step(x, y)
+    ahead, here = copy.deepcopy(model), copy.deepcopy(model)
+    for own, param in zip(ahead.parameters(), model.parameters(), strict=True):
+        own.data += 0.05 * optimizer.state[param]["last_step"]
+    optimizer.step(x, y)
+    ahead(x), here(x)
+    torch.testing.assert_close(model[1].running_mean, ahead[1].running_mean, rtol=1e-12, atol=1e-12)
+    assert float((ahead[1].running_mean - here[1].running_mean).abs().max()) > 1e-5
+
+
 def test_updates_do_not_depend_on_it() -> None:
     models = normed(), normed()
     for model, how in zip(models, ("corrected", "model"), strict=True):

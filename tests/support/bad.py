@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from gtddp_compile import KFAC, SGD, CompiledOptimizer, Geometric, MonteCarlo, Sketch
 from support.recorded import batch
-from support.refused import TARGETS, model
+from support.refused import TARGETS, compiled, model
 
 CALLS = count()
 GRAPH = torch.arange(6) // 2
@@ -110,6 +110,7 @@ FORWARDS: dict[str, Callable[[Any, Tensor], Any]] = {
     "torch is seeded in forward": seeds,
     "values overwritten that backward needs": overwrites,
     "a Function without backward": lambda layer, x: NoBackward.apply(layer.fc(x)),
+    "use_reentrant=True": lambda layer, x: torch.utils.checkpoint.checkpoint(layer.fc, layer.fc(x), use_reentrant=True),
     "a Function that clips its gradient": lambda layer, x: Clipped.apply(layer.fc(x)),
     "forward raises": fails,
     "rows chosen by value": lambda layer, x: layer.fc(x)[layer.fc(x)[:, 0] > 0],
@@ -222,7 +223,6 @@ MODELS: dict[str, Callable[[], Any]] = {
 # --- inputs, targets, losses ------------------------------------------------------------------------------------------
 
 X = batch(6)
-
 
 INPUTS: dict[str, Callable[[], Any]] = {
     "text": lambda: "text",
@@ -410,6 +410,7 @@ LATER: dict[str, tuple[Act | None, Act]] = {
     "states with words": load(lambda s: {**s, "state": {0: {**s["state"][0], "step": "one"}}}),
     "accumulate with too few targets": (None, lambda opt, net: opt.accumulate(X, TARGETS[:3])),
     "accumulate without a batch": (None, lambda opt, net: opt.accumulate(None, None)),
+    "accumulate with max_grad_norm": (None, lambda opt, net: compiled(net, max_grad_norm=1.0).accumulate(X, TARGETS)),
     "accumulate, then eval()": accumulated(lambda opt, net: net.eval()),
     "accumulate, then write a parameter": accumulated(lambda opt, net: nn.init.zeros_(net.out.bias)),
     "export('step.onnx')": (None, lambda opt, net: opt.program.export("step.onnx")),
