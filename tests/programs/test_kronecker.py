@@ -222,7 +222,7 @@ def published(case: Case, steps: int, lr: float, damping: float, decay: float) -
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_without_feedback_it_is_the_published_method(steps: int) -> None:
-    curvature = FOOF(lr=0.05, damping=0.1, stat_decay=0.5, refresh=1, stat_every=1)
+    curvature = FOOF(lr=0.05, damping=0.1, shrinkage=0.0, stat_decay=0.5, refresh=1, stat_every=1)
     found = trained(normed(), steps, 6, curvature=curvature, feedback=False)
     torch.testing.assert_close(found, published(normed(), steps, 0.05, 0.1, 0.5), rtol=0, atol=1e-12)
 
@@ -232,6 +232,21 @@ def test_a_wide_layer_has_a_factor_of_every_block_of_its_inputs(options: dict[st
     """49 homogeneous inputs: three blocks of 17, two zeros behind the last."""
     run = assert_equal(normed(), size=6, curvature=FOOF(widest=20, lr=0.1), **options)
     assert run.optimizer.state[run.model.fc.weight]["factor_x"].shape == (3, 17, 17)
+
+
+def test_a_factor_is_drawn_to_the_identity_while_few_rows_have_gone_into_it() -> None:
+    """Words that never meet have the greatest effective rank, inputs that are one number the least."""
+    found = {}
+    for name, row in (("apart", torch.eye(48)[:40]), ("alike", torch.rand(40, 1) * torch.rand(1, 48))):
+        model = nn.Linear(48, 3).double()
+        opt = compile_optimizer(model, row.double()[:8], loss=nn.CrossEntropyLoss(), stat_every=1, refresh=1)
+        doubts = []
+        for k in range(4):
+            opt.step(row.double()[8 * k : 8 * k + 8], torch.arange(8) % 3)
+            doubts.append(float(opt.state[model.weight]["doubt"]))
+        found[name] = doubts
+    torch.testing.assert_close(found["alike"], [1 / 8, 1 / 16, 1 / 24, 1 / 32], rtol=1e-9, atol=0)
+    torch.testing.assert_close(found["apart"], [1.0] * 4, rtol=1e-9, atol=0)  # as many directions as rows
 
 
 def dead() -> nn.Sequential:

@@ -1,5 +1,6 @@
 """A schedule: a step is as long as its learning rate is of the one that it began with, whatever the aim asks for."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gtddp_compile import CompiledOptimizer, Geometric
+from gtddp_compile import CompiledOptimizer, Geometric, compile_optimizer
 from support import networks
 from support.against_primal import regression
 from support.compared import assert_exported, batches, flat, followed, optimizer
@@ -56,6 +57,46 @@ def test_of_a_rate_that_is_a_tensor(setup: str) -> None:
     given, share = networks.residual(), torch.tensor(0.3, dtype=torch.float64)
     found, wanted = (step(given, own, **SETUPS[setup]) for own in (share, 0.3))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.0])
+@pytest.mark.parametrize("setup", ["default", "sgd, far beyond the aim", "kfac", "dense"])
+def test_what_is_carried_on_is_in_proportion_too(setup: str, share: float) -> None:
+    """After steps at the full rate: one at a share of it is that share of one at the full rate, and at 0 there is none."""
+    found, case, options = [], networks.residual(), {"lookahead": 0.0, "inertia": 0.9, **SETUPS[setup]}
+    for own in (share, 1.0):
+        model, opt = optimizer(case, **options)
+        for x, y in batches(case, 3, 6):
+            opt.step(x, y)
+        before = flat(model)
+        for group in opt.param_groups:
+            group["lr"] *= own
+        opt.step(*case.batch(3, 6))
+        found.append(flat(model) - before)
+    torch.testing.assert_close(found[0], share * found[1], rtol=0, atol=1e-10)
+    for group in opt.param_groups[:1]:
+        group["lr"] = 0.0
+    opt.step(*case.batch(4, 6))
+    stays = [p.detach().clone() for p in opt.param_groups[0]["params"]]
+    opt.step(*case.batch(5, 6))
+    assert all(torch.equal(p, was) for p, was in zip(opt.param_groups[0]["params"], stays, strict=True))
+
+
+def test_resumed_between_rates_it_goes_on_the_same() -> None:
+    case, found = networks.residual(), []
+    for resumes in (False, True):
+        model, opt = optimizer(case)
+        for step_taken, (x, y) in enumerate(batches(case, 6, 6)):
+            for group in opt.param_groups:
+                group["lr"] = group["peak_lr"] * (1.0 - 0.13 * step_taken)
+            if resumes and step_taken == 4:
+                saved = copy.deepcopy(opt.state_dict())
+                model = copy.deepcopy(model)
+                opt = compile_optimizer(model, x, loss=case.loss)
+                opt.load_state_dict(saved)
+            opt.step(x, y)
+        found.append(flat(model))
+    assert torch.equal(*found)
 
 
 def test_without_it_the_aim_makes_up_for_the_rate() -> None:

@@ -58,6 +58,7 @@ class Primal:
         self.u = torch.cat([p.flatten() for p in self.named.values()])
         self.last, self.first, self.second = (torch.zeros_like(self.u) for _ in range(3))
         self.factors: dict[str, list[Tensor]] = {}
+        self.shares: list[float] = []
         self.steps = self.taken = 0
         self.counted: list[float] = []
         self.ahead = False
@@ -121,7 +122,8 @@ class Primal:
         return torch.diag((second.sqrt() + 1e-8) / lr)
 
     def kronecker(self, gamma: Tensor, x: Tensor) -> Tensor:
-        """``(A + π √λ I) ⊗ (B + √λ/π I)`` of every layer, in the order weight, bias; FOOF's ``(A + λ ā I) ⊗ I``."""
+        """``(A + π √λ I) ⊗ (B + √λ/π I)`` of every layer, in the order weight, bias; FOOF's ``(A + λ ā I) ⊗ I``, ``A`` drawn
+        to ``ā I`` by what its batches, weighted as they are in it, are worth."""
         inputs: dict[str, Tensor] = {}
         handles = [
             module.register_forward_hook(lambda _, args, __, name=name: inputs.__setitem__(name, args[0]))
@@ -132,6 +134,8 @@ class Primal:
         for handle in handles:
             handle.remove()
         keep, blocks = min(1 - 1 / self.steps, 0.95), []
+        self.shares = [*(keep * share for share in self.shares), 1 - keep]
+        spread = sum(share**2 for share in self.shares) / len(x)
         rows = dict(zip(self.named, gamma.split([p.numel() for p in self.named.values()], 1), strict=True))
         for name, read in inputs.items():
             g, wide = rows[f"{name}.bias"], torch.cat([read, torch.ones_like(read[:, :1])], 1).detach()
@@ -142,7 +146,9 @@ class Primal:
             pi, mean = (a.diagonal().mean() / b.diagonal().mean()).sqrt(), a.diagonal().mean()
             if self.method == "foof":
                 decay = self.options["lr"] * self.options.get("weight_decay", 0.0)  # its own curvature
-                a, b = a + (damping * mean + decay) * eye_a, eye_b
+                rank = a[:-1, :-1].trace() ** 2 / (a[:-1, :-1] ** 2).sum()
+                doubt = self.options.get("shrinkage", 3.0) * rank * spread
+                a, b = (a + doubt * mean * eye_a) / (1 + doubt) + (damping * mean + decay) * eye_a, eye_b
             else:
                 a, b = a + pi * damping**0.5 * eye_a, b + damping**0.5 / pi * eye_b
             m, n = len(b), len(a)

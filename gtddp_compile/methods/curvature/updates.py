@@ -150,14 +150,26 @@ class ParameterUpdates:
         return tuple(found)
 
     def _inertia(self, name: str) -> Tensor | float | None:
-        """``μ_k = min(μ, k / (k + RAMP))`` after k steps; ``None`` before the first."""
+        """``μ_k = min(μ, k / (k + RAMP))`` after k steps, in proportion to the rate; ``None`` before the first."""
         state, mu = self.states[name], self._groups[name].get("lookahead" if self._ahead else "inertia", 0.0)
         if "last_step" not in state or not mu:
             return None
+        now, then = self._rate(name), state.get("rate", self._groups[name].get("peak_lr"))
+        if isinstance(now, Tensor) or isinstance(then, Tensor):
+            kept = torch.as_tensor(1.0 if then is None else now / then).nan_to_num(1.0, 1.0)  # 0 / 0: there is no v
+        else:
+            kept = now / then if then else 1.0
         taken: Tensor = state["taken"]
         if torch.compiler.is_compiling() or type(taken) is not Tensor:  # as in `counted`
-            return (taken / (taken + RAMP)).clamp_max(mu)
-        return min(float(mu), float(taken) / (float(taken) + RAMP))
+            return (taken / (taken + RAMP)).clamp_max(mu) * kept
+        return min(float(mu), float(taken) / (float(taken) + RAMP)) * float(kept)
+
+    def _rate(self, name: str) -> Scalar:
+        """What a step is in proportion to: the learning rate, up to its peak where there is one."""
+        rate, peak = self._groups[name]["lr"], self._groups[name].get("peak_lr")
+        if peak is None:
+            return rate
+        return rate.clamp(max=peak) if isinstance(rate, Tensor) else min(rate, peak)
 
     def _less_inertia(self, name: str, direction: Tensor | None) -> Tensor:
         """The direction (``None``: zero) less ``μ v``, ``v`` the last step's ``δu``; run ahead, nothing less."""
@@ -176,8 +188,11 @@ class ParameterUpdates:
 
     def _stepped(self, name: str, delta: Tensor) -> Tensor:
         """``δu``, put down as the last step."""
-        state = self.states[name]
+        state = {key: value for key, value in self.states[name].items() if key != "rate"}
         taken = state["taken"] if "taken" in state else torch.zeros((), dtype=torch.float64)
+        rate = self._rate(name)
+        if isinstance(rate, Tensor) or rate != self._groups[name].get("peak_lr"):  # not put down, it was the peak
+            state["rate"] = rate.detach().clone() if isinstance(rate, Tensor) else rate
         self.states[name] = {**state, "last_step": delta, "taken": counted(taken)}
         return delta
 
