@@ -20,16 +20,17 @@ from gtddp_compile.methods.curvature.numbers import Scalar
 
 @dataclass(frozen=True)
 class FOOF(Kronecker):
-    """``M = ((1 - ρ) A + (ρ + λ) ā I) ⊗ I / lr + ν I``, ``A = E[x xᵀ]`` of homogeneous inputs, ``ā`` its mean eigenvalue.
+    """``M = ((1 - ρ) A + (ρ + λ) ā I) ⊗ I / lr + ν I``: ``A = E[x xᵀ]`` of a layer's inputs, ``ā`` its mean eigenvalue.
 
-    The curvature of a step measured by how far it moves every layer's outputs: K-FAC's input factor (inputs summed over
-    positions, running averages), without its gradient factor. Cheaper than :class:`KFAC`: no gradient statistics and
-    one inverse a layer. With feedback off, no decay and no shrinkage it is the published method, ``δW = -lr G (A + λ ā I)⁻¹``.
+    The curvature of a step measured by how far it moves every layer's outputs: K-FAC's input factor (homogeneous inputs
+    summed over positions, running averages), without its gradient factor. Cheaper than :class:`KFAC`: no gradient
+    statistics and one inverse a layer. With feedback off, no decay and no shrinkage it is the published method, ``δW =
+    -lr G (A + λ ā I)⁻¹``.
 
-    ``A`` is estimated, from few rows at first, and what few have shown is not to be trusted: directions not seen yet would
-    have the greatest steps. ``ρ = s r / (s r + N)`` draws it to a multiple of the identity, the less the more rows N the
-    average is of: with ``r = (tr A)² / tr A²`` its effective rank, 1 where inputs are much alike, the width where they have
-    nothing in common, as words in a text (Chen et al. 2010, for ``s = 1``).
+    ``A`` is estimated, from few rows at first, and directions that they have not shown would have the greatest steps.
+    ``ρ = s r / (s r + N)`` draws it to a multiple of the identity, the less the more rows N the average is of; ``r =
+    (tr A)² / tr A²`` is its effective rank, 1 where inputs are much alike, the width where they have nothing in common,
+    as words in a text (after Chen et al. 2010).
 
     A convolution's ``A`` is the covariance of its input channels at a pixel, for every element of the kernel
     (spatially uncorrelated: Grosse and Martens 2016): steps to a target are those of whole patches
