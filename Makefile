@@ -53,7 +53,7 @@ package release: $(STAMP)
 # coverage needs packages of its own: its docstring says which. nngeometry would install another torch without --no-deps.
 SECTIONS := step_time
 PAGES := compile_time alike gram_fidelity scaling ranks shards derivatives batch_norm_reading cooperation coupling robustness depth \
-	first_steps lookahead schedules time_to_target summary
+	first_steps floors lookahead schedules time_to_target summary
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[rivals]"
 	$(BIN)/python -m pip install -q --no-deps asdfghjkl==0.1a5 nngeometry==0.4

@@ -106,14 +106,17 @@ class Kind:
     loss: Loss
 
 
+def classified(outputs: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of every sample."""
+    return F.cross_entropy(outputs, y, reduction="none")
+
+
 KINDS = {
     "noise on a number": Kind(lambda: plain(8, 1), noisy, lambda out, y: (out - y).square().flatten(1).mean(1)),
-    "labels drawn anew": Kind(
-        lambda: plain(8, 3), relabelled, lambda out, y: F.cross_entropy(out, y, reduction="none")
-    ),
+    "labels drawn anew": Kind(lambda: plain(8, 3), relabelled, classified),
     "counts": Kind(lambda: plain(8, 1), counts, lambda out, y: (out.exp() - y * out).flatten(1).mean(1)),
     "digits, variational": Kind(Encoder, images, evidence),
-    "words": Kind(lambda: plain(WORDS, 10), words, lambda out, y: F.cross_entropy(out, y, reduction="none")),
+    "words": Kind(lambda: plain(WORDS, 10), words, classified),
 }
 OURS: dict[str, dict[str, Any]] = {"default": {}, "falling": {}, "as before": {"shrinkage": 0.0},
                                    "adam, coupled": {"curvature": "adam", "lr": 0.01}}  # fmt: skip

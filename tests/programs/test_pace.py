@@ -62,7 +62,7 @@ def test_of_a_rate_that_is_a_tensor(setup: str) -> None:
 @pytest.mark.parametrize("share", [0.3, 0.0])
 @pytest.mark.parametrize("setup", ["default", "sgd, far beyond the aim", "kfac", "dense"])
 def test_what_is_carried_on_is_in_proportion_too(setup: str, share: float) -> None:
-    """After steps at the full rate: one at a share of it is that share of one at the full rate, and at 0 there is none."""
+    """After steps at the full rate: a step at a share of it is that share of a full one, and at 0 there is none."""
     found, case, options = [], networks.residual(), {"lookahead": 0.0, "inertia": 0.9, **SETUPS[setup]}
     for own in (share, 1.0):
         model, opt = optimizer(case, **options)

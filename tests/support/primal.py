@@ -122,8 +122,10 @@ class Primal:
         return torch.diag((second.sqrt() + 1e-8) / lr)
 
     def kronecker(self, gamma: Tensor, x: Tensor) -> Tensor:
-        """``(A + π √λ I) ⊗ (B + √λ/π I)`` of every layer, in the order weight, bias; FOOF's ``(A + λ ā I) ⊗ I``, ``A`` drawn
-        to ``ā I`` by what its batches, weighted as they are in it, are worth."""
+        """``(A + π √λ I) ⊗ (B + √λ/π I)`` of every layer, in the order weight, bias; FOOF's ``(A + λ ā I) ⊗ I``.
+
+        FOOF's ``A`` is drawn to ``ā I`` by what its batches, weighted as they are in it, are worth.
+        """
         inputs: dict[str, Tensor] = {}
         handles = [
             module.register_forward_hook(lambda _, args, __, name=name: inputs.__setitem__(name, args[0]))
