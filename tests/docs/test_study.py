@@ -79,8 +79,8 @@ def test_an_interval_holds_what_it_is_of():
 WRITTEN = {
     "alike": "performance", "batch_norm_reading": "batch-norm-reading", "compile_time": "compile_time",
     "cooperation": "cooperation", "coupling": "research", "depth": "research", "derivatives": "physics",
-    "first_steps": "research", "floors": "research", "gram_fidelity": "performance", "likelihoods": "research", "lookahead": "research",
-    "scaling": "scaling", "schedules": "training", "shards": "several-processes",
+    "first_steps": "research", "floors": "research", "gram_fidelity": "performance", "likelihoods": "research",
+    "lookahead": "research", "scaling": "scaling", "schedules": "training", "shards": "several-processes",
 }  # fmt: skip
 """A script that keeps its rows beside it, and its page."""
 
