@@ -156,7 +156,8 @@ def run(task: str, method: str, seed: int) -> tuple[float, float]:
             after = behind(kind, model, (x, y), made)
             with torch.no_grad():
                 torch._foreach_sub_(list(model.parameters()), made)
-            slopes.append((after, -behind(kind, model, own, made)))
+            if (down := -behind(kind, model, own, made)) > 0:  # not where a step was left out
+                slopes.append((after, down))
             with torch.no_grad():
                 torch._foreach_copy_(list(model.parameters()), [b + d for b, d in zip(before, made, strict=True)])
         if schedule is not None:

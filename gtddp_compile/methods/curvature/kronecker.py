@@ -21,7 +21,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Kronecker(Curvature):
 
     name = "kronecker"
     metric = "kronecker"
-    nonnegative = ("lr", "damping", "momentum", "weight_decay")
+    nonnegative: ClassVar[tuple[str, ...]] = ("lr", "damping", "momentum", "weight_decay")
     small = 0
     """Largest number of parameters of an exact block."""
     widest = 0

@@ -155,10 +155,11 @@ class ParameterUpdates:
         if "last_step" not in state or not mu:
             return None
         now, then = self._rate(name), state.get("rate", self._groups[name].get("peak_lr"))
+        kept: Tensor | float = 1.0
         if isinstance(now, Tensor) or isinstance(then, Tensor):
-            kept = torch.as_tensor(1.0 if then is None else now / then).nan_to_num(1.0, 1.0)  # 0 / 0: there is no v
-        else:
-            kept = now / then if then else 1.0
+            kept = kept if then is None else torch.as_tensor(now / then).nan_to_num(1.0, 1.0)  # 0 / 0: there is no v
+        elif then:
+            kept = now / then
         taken: Tensor = state["taken"]
         if torch.compiler.is_compiling() or type(taken) is not Tensor:  # as in `counted`
             return (taken / (taken + RAMP)).clamp_max(mu) * kept
@@ -166,7 +167,8 @@ class ParameterUpdates:
 
     def _rate(self, name: str) -> Scalar:
         """What a step is in proportion to: the learning rate, up to its peak where there is one."""
-        rate, peak = self._groups[name]["lr"], self._groups[name].get("peak_lr")
+        rate: Scalar = self._groups[name]["lr"]
+        peak: float | None = self._groups[name].get("peak_lr")
         if peak is None:
             return rate
         return rate.clamp(max=peak) if isinstance(rate, Tensor) else min(rate, peak)
