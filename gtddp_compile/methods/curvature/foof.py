@@ -107,7 +107,8 @@ class FOOF(Kronecker):
         def factors(old: State | None, keep: float) -> dict[str, Tensor]:
             before, pixels = None if old is None else old["factor_x"], channel_pixels(layer, blocks)
             found = channel_factor(pixels, positions, before, keep, joined)
-            return _with_doubt(found, found, pixels.shape[2] / (1.0 if joined is None else joined.share), old, keep)
+            rows = pixels.shape[2] / (1.0 if joined is None else joined.share)
+            return _with_doubt(found, rank_of(found, whole=True), rows, old, keep)
 
         due = self._running(found[0], group, {"factor_x": (groups, width, width)}, factors)
         if due or ("map_x" if sketch is None else "filters") not in found[0]:  # another program may have had the other
@@ -123,13 +124,16 @@ class FOOF(Kronecker):
         """``A`` alone, and of every block ``1 / N`` and ``r / N``."""
         return ("factor_x", "spread", "doubt")
 
-    def factors(self, layers: Sequence[Rows], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
+    def factors(
+        self, layers: Sequence[Rows], start: float, old: State | None, keep: float, *, apart: bool = False
+    ) -> dict[str, Tensor]:
         """The running ``A``; a block's last input, the bias's 1, says nothing about how much alike the others are."""
         (found,) = kronecker_factors(layers, start, (None if old is None else old["factor_x"],), keep)
         places = torch.arange(found.shape[1], device=found.device)
         last = (places * (found.diagonal(dim1=1, dim2=2) != 0)).amax(1, keepdim=True)  # zeros pad the last block
         others = (places != last).to(found.dtype)
-        return _with_doubt(found, found * others.unsqueeze(1) * others.unsqueeze(2), rows_together(layers), old, keep)
+        rank = rank_of(found * others.unsqueeze(1) * others.unsqueeze(2), whole=not apart)
+        return _with_doubt(found, rank, rows_together(layers), old, keep)
 
     def refreshed(self, kind: BlockKind, state: State, group: Group, of: Tensor | None = None) -> dict[str, Any]:
         """``X Xᵀ = (A + (λ ā + η ν) I)⁻¹``, or of a ``"dual"`` block the inverse itself; ``Y = I`` is not kept.
@@ -150,15 +154,21 @@ class FOOF(Kronecker):
         return {**found, "fallbacks": state.get("fallbacks", 0) + failed}
 
 
-def _with_doubt(factor: Tensor, of: Tensor, rows: float, old: State | None, keep: float) -> dict[str, Tensor]:
-    """The state of a factor that so many rows went into, of which ``of`` has the inputs that are looked at.
+def rank_of(factor: Tensor, *, whole: bool) -> Tensor:
+    """``(tr A)² / tr A²`` of every block ``(G,)``; ``whole``: they are one layer's, and have its rank."""
+    trace, square = factor.diagonal(dim1=1, dim2=2).sum(1), factor.square().sum((1, 2))
+    if whole:
+        trace, square = trace.sum().expand(len(trace)), square.sum().expand(len(square))
+    return trace.square() / square.clamp_min(torch.finfo(factor.dtype).tiny)
+
+
+def _with_doubt(factor: Tensor, rank: Tensor, rows: float, old: State | None, keep: float) -> dict[str, Tensor]:
+    """The state of a factor that so many rows went into.
 
     An average with weights ``w`` of means over n rows each is worth ``N = 1 / Σ w² / n`` rows.
     """
     fresh = factor.new_full((len(factor),), 1.0 / rows)
     spread = fresh if old is None else keep**2 * old["spread"] + (1.0 - keep) ** 2 * fresh
-    trace, least = of.diagonal(dim1=1, dim2=2).sum(1), torch.finfo(factor.dtype).tiny
-    rank = trace.square() / of.square().sum((1, 2)).clamp_min(least)
     return {"factor_x": factor, "spread": spread, "doubt": rank * spread}
 
 

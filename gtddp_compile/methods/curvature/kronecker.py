@@ -164,7 +164,8 @@ class Kronecker(Curvature):
             return torch.cat([lead[key] for lead in leads])
 
         def factors(old: State | None, keep: float) -> dict[str, Tensor]:
-            return self.factors((layer,), start, None if old is None else {key: together(key) for key in keys}, keep)
+            before = None if old is None else {key: together(key) for key in keys}
+            return self.factors((layer,), start, before, keep, apart=True)
 
         shapes = {key: (1, *shape[1:]) for key, shape in kronecker_factor_shapes((layer,)).items() if key in keys}
         taken = dict(leads[0])
@@ -223,8 +224,10 @@ class Kronecker(Curvature):
         """Keys of the factors in a state."""
         return ("factor_x", "factor_g")
 
-    def factors(self, layers: Sequence[Rows], start: float, old: State | None, keep: float) -> dict[str, Tensor]:
-        """Running averages of the factors, of which ``keep`` is from the old ones."""
+    def factors(
+        self, layers: Sequence[Rows], start: float, old: State | None, keep: float, *, apart: bool = False
+    ) -> dict[str, Tensor]:
+        """Running averages of the factors, of which ``keep`` is from the old ones; ``apart``: a group is a layer."""
         keys = self.factor_keys()
         before = tuple(None if old is None else old[key] for key in keys)
         return dict(zip(keys, kronecker_factors(layers, start, before, keep), strict=True))
