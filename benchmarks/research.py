@@ -29,8 +29,7 @@ TRIED = {
     "taken: the first steps have nothing behind them that they could spoil: a greater aim and reach": ("early 0",),
     "taken: of many layers that nothing normalises the aim is less, over shortcuts too": ("deep 0",),
     "a smaller damping serves classifiers of images": ("damping 0.03",),
-    "few rows say little about inputs, and FOOF's factor is to be drawn to a multiple of the identity (taken)":
-        ("shrinkage 0", "shrinkage 10"),
+    "taken: FOOF's factor of few rows is drawn to a multiple of the identity": ("shrinkage 0", "shrinkage 10"),
 }  # fmt: skip
 """Hypotheses, in the order of the table, and methods that try them."""
 TRIED_ON = ("tanh-40-64", "autoencoder-128", "characters-16", "denoise-64", "diabetes-32", "digits-128", "digits-32",

@@ -29,7 +29,7 @@ DECISIONS: dict[str, tuple[str, ...]] = {
     "rate": ("lr / 3", "lr × 3"),
     "aim": ("aim 0.1 flat", "aim 0.3 flat", "aim 1.0 flat", "aim 2.0 flat", "aim 0.6 B/(B + 16)"),
     "inertia": ("inertia 0", "inertia 0.7", "inertia at once", "inertia, ramp 1", "inertia, ramp 10"),
-    "damping": ("damping 0.01", "damping 0.03", "damping 1", "refresh 1"),
+    "damping": ("damping 0.01", "damping 0.03", "damping 1", "shrinkage 0", "shrinkage 10", "refresh 1"),
     "metric": ("kfac damping 0.1", "kfac damping 0.01", "sgd linear", "adam linear"),
     "rollout": ("nonlinear", "open"),
     "gram": ("exact Γ", "Γ of 64 columns"),
