@@ -187,7 +187,8 @@ def text(rows: Iterable[Row]) -> str:
         [(task, *(cell(task, name) for name in OURS), best(task),
           f"{statistics.median(found(task, 'default', 'behind')):.2f}") for task in KINDS],
     )  # fmt: skip
-    return f"{table}\n\nMachine: {machines(rows)}."
+    said = f"Mean loss of other samples after {STEPS} steps of {BATCH}, medians and ranges of three seeds."
+    return f"{said}\n\n{table}\n\nMachine: {machines(rows)}."
 
 
 def main() -> None:

@@ -59,6 +59,8 @@ class Joined(Protocol):
 
     share: float
     """This one's part of the samples."""
+    samples_all: int
+    """Samples of all together."""
 
     def all_reduce(self, sums: Any) -> Any:
         """The sum over ranks of a tensor, or of each in a tuple."""

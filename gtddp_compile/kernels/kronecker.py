@@ -15,6 +15,7 @@ With ``γ̂_i = Σ_p √η_p Σ_t ĝ_p x̂_pᵀ`` then ``Γ_ij = ⟨γ̂_i, scal
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -116,11 +117,24 @@ def kronecker_factor_shapes(layers: Sequence[Rows]) -> dict[str, tuple[int, int,
     return {"factor_x": (groups, wide_x, wide_x), "factor_g": (groups, wide_g, wide_g)}
 
 
-def rows_together(layers: Sequence[Rows]) -> float:
+def rows_together(layers: Sequence[Rows]) -> int:
     """Rows of the layers' inputs in the batch, that of all ranks."""
     first = layers[0]
-    share = 1.0 if first.joined is None else first.joined.share
-    return len(first.layer.g) * _row_shapes(first)[0][2] / share
+    samples = len(first.layer.g) if first.joined is None else first.joined.samples_all
+    return samples * _row_shapes(first)[0][2]
+
+
+def inputs_apart(factor: Tensor, layers: Sequence[Rows], biased: Sequence[bool], *, blocks: bool) -> Tensor:
+    """``(G, N)``: 1 at a factor's inputs, 0 at the 1 that is the input of a bias; ``blocks``: of one layer."""
+    found = factor.new_ones(factor.shape[:2])
+    if blocks and len(factor) > 1 and biased[0]:  # one row, zeros behind its last
+        places = torch.arange(found.numel(), device=found.device)
+        last = (places * (factor.diagonal(dim1=1, dim2=2).flatten() != 0)).amax()
+        return (places != last).to(found).view_as(found)
+    ends = accumulate(n for n, _ in kronecker_widths(layers)) if len(layers) > 1 else (found.shape[1],)
+    for end, one in zip(ends, biased, strict=True):
+        found[:, end - 1] *= not one
+    return found
 
 
 def _side_by_side(rows: Sequence[Tensor]) -> Tensor:

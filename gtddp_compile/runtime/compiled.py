@@ -55,6 +55,7 @@ class CompiledStep:
             GivenUp: the loss is not finite.
             NotFactored: a factor failed.
         """
+        m.rates_in_tensors()
         with torch._dynamo.config.patch(trace_autograd_ops=True):  # autograd.grad inside the graph
             phi = self._step(m, *arguments)
         check_done(m)

@@ -221,7 +221,7 @@ def completed(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 def _check_method(group: Mapping[str, Any], curvature: Curvature) -> None:
     """Told by the options, which may be all of this method's and more of another's (SOAP's are Adam's and its own)."""
     ours = curvature.defaults().keys()
-    missing, found = ours - group.keys(), ""
+    missing, found = ours - group.keys() - {*curvature.later}, ""
     if missing:
         found = f"it has no {', '.join(sorted(missing))}"
     for name, kind in REGISTRY.items():

@@ -165,4 +165,7 @@ class Surface(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            for option in self._curvature.later:
+                group.setdefault(option, self._curvature.defaults()[option])
         self._lock = RLock()

@@ -47,8 +47,9 @@ def linear() -> nn.Module:
 @pytest.mark.parametrize(("network", "options"), [
     (residual, {"curvature": "sgd", "lr": 0.3, "momentum": 0.9, "weight_decay": 0.01}),
     (linear, {"curvature": "rmsprop"}),
+    (linear, {"curvature": "sgd", "lr": 0.3, "inertia": 0.9}),
 ])  # fmt: skip
-def test_one_graph_for_every_batch_size(network: Any, options: dict[str, Any]) -> None:
+def test_one_graph_for_every_batch_size_and_rate(network: Any, options: dict[str, Any]) -> None:
     graphs = []
 
     def counting(graph: torch.fx.GraphModule, example: list[Any]) -> Any:
@@ -56,8 +57,10 @@ def test_one_graph_for_every_batch_size(network: Any, options: dict[str, Any]) -
         return graph.forward
 
     ours, theirs, plain, other = pair(counting, network(), **options)
-    for step, samples in enumerate((6, 6, 8, 10)):
+    for step, samples in enumerate((6, 6, 8, 10, 6, 6)):
         x, y = batch(samples, step)
+        for group in (*ours.param_groups, *theirs.param_groups):
+            group["lr"] *= 0.9
         torch.testing.assert_close(theirs.step(x, y), ours.step(x, y), rtol=1e-9, atol=1e-12)
     assert_alike(plain, other)
     assert 1 <= len(graphs) <= 2  # momentum and moments have no buffer before the first step

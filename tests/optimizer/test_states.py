@@ -135,6 +135,23 @@ def test_options_are_those_that_were_saved_and_what_was_not_stays() -> None:
         third.load_state_dict(saved)
 
 
+def test_a_state_of_before_an_option_was_there_is_taken() -> None:
+    """Saved or pickled before there was shrinkage: it begins where it is, and its averages begin anew."""
+    model, opt = made("a", "b", curvature="foof")
+    trained(model, opt, 0)
+    for group in opt.param_groups:
+        del group["shrinkage"]
+    for state in opt.state.values():
+        state.pop("doubt", None), state.pop("spread", None)
+    again, old = copy.deepcopy((model, opt))
+    twin, other = made("a", "b", curvature="foof")
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    same(trained(twin, other, 1), trained(again, old, 1))
+    assert old.param_groups[0]["shrinkage"] == other.param_groups[0]["shrinkage"] == 3.0
+    assert any("doubt" in state for state in other.state.values())
+
+
 @pytest.mark.parametrize(("saved", "into"), [("soap", "adam"), ("kfac", "ekfac"), ("sgd", "foof")])
 def test_another_base_methods_state_is_refused(saved: str, into: str) -> None:
     """Also where it has all options of this one."""

@@ -249,6 +249,31 @@ def test_a_factor_is_drawn_to_the_identity_while_few_rows_have_gone_into_it() ->
     torch.testing.assert_close(found["apart"], [1.0] * 4, rtol=1e-9, atol=0)  # as many directions as rows
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_the_rank_is_of_all_inputs_and_of_any_size(bias: bool, size: float) -> None:
+    """One block, three blocks (the bias's 1 in the last of them), and channels: squares of A leave float32's range."""
+    x = torch.randn(40, 3, 7) * size
+    for layer, taken, widest in (
+        (nn.Linear(7, 3, bias=bias), x[:, 0], 64), (nn.Linear(7, 3, bias=bias), x[:, 0], 3),
+        (nn.Linear(7, 3, bias=bias), x, 64),
+    ):  # fmt: skip
+        layer.weight.data.div_(size)
+        model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(3))
+        model(taken)
+        opt = compile_optimizer(model, taken, loss=nn.CrossEntropyLoss(), curvature=FOOF(widest=widest))
+        opt.step(taken, torch.arange(40) % 3)
+        state, wide = opt.state[layer.weight], taken.reshape(-1, 7).double()
+        own = wide.T @ wide
+        if widest == 3:
+            own = (
+                own * torch.block_diag(*(torch.ones(n, n) for n in ((3, 3, 2) if bias else (3, 3, 1)))).double()[:7, :7]
+            )
+        rank = own.trace() ** 2 / own.square().sum()
+        torch.testing.assert_close(state["doubt"] / state["spread"], rank.float().expand(len(state["doubt"])))
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
 def dead() -> nn.Sequential:
     """A unit of the first layer is never on, so an input of every one-channel convolution's is zero."""
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=4, bias=False), nn.Flatten(),

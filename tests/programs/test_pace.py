@@ -112,6 +112,19 @@ def test_more_than_the_first_rate_is_no_greater_aim() -> None:
     assert not step(case, 0.0).any()
 
 
+def test_a_rate_that_rises_carries_no_more() -> None:
+    """Where the model bounds steps at any rate, a hundred times the rate is no reason to carry on a hundred times."""
+    case, lengths = networks.residual(), []
+    model, opt = optimizer(case, curvature="sgd", terminal="gradient", inertia=0.9, lr=100.0)
+    for k, (x, y) in enumerate(batches(case, 6, 6)):
+        for group in opt.param_groups:
+            group["lr"] = 100.0 if k < 3 else 1e4
+        before = flat(model)
+        opt.step(x, y)
+        lengths.append(float((flat(model) - before).norm()))
+    assert lengths[3] < 3 * max(lengths[:3])
+
+
 def test_a_group_that_rests_leaves_the_others_alone() -> None:
     case, found = networks.residual(), []
     for kept in (True, False):

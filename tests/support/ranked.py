@@ -144,7 +144,7 @@ def furthest(found: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 def differences(rank: int, cases: Mapping[str, Case], divide: Any = None) -> dict[str, float]:
-    """How far every case is from one process; the ranks share out what one process does."""
+    """How far every case is from one process; the ranks share out what one process does, and are alike to the bit."""
     size, own = dist.get_world_size(), {}
     for index, (name, case) in enumerate(cases.items()):
         if index % size == rank:
@@ -152,10 +152,13 @@ def differences(rank: int, cases: Mapping[str, Case], divide: Any = None) -> dic
     every: list[Any] = [None] * size
     dist.all_gather_object(every, own)
     wanted = {name: found for part in every for name, found in part.items()}
-    return {
-        name: furthest(trained(case, shard(case.shards, rank), divide=divide, process_group="world"), wanted[name])
-        for name, case in cases.items()
-    }
+    far = {}
+    for name, case in cases.items():
+        found = trained(case, shard(case.shards, rank), divide=divide, process_group="world")
+        dist.all_gather_object(every, found)
+        alike = all(torch.equal(a, b) for other in every for a, b in zip(found, other, strict=True))
+        far[name] = furthest(found, wanted[name]) if alike else float("inf")
+    return far
 
 
 def counted(rank: int, cases: Mapping[str, Case]) -> dict[str, Any]:

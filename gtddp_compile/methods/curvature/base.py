@@ -94,12 +94,14 @@ class Curvature(ABC):
             Kronecker-factored (:class:`gtddp_compile.methods.curvature.kronecker.Kronecker` has further methods).
         needs_statistics: whether :meth:`observe` reads ``g_stat``; if not, the program need not compute it.
         nonnegative: options that are numbers of at least 0.
+        later: options that states saved by an earlier version do not have.
     """
 
     name: ClassVar[str]
     metric: ClassVar[MetricKind] = "diagonal"
     needs_statistics: ClassVar[bool] = True
     nonnegative: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
+    later: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         self.check(self.defaults())

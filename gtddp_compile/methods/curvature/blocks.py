@@ -47,7 +47,7 @@ class BlockUpdates(ParameterUpdates):
     ) -> None:
         """Factors of a block of a stage from its layers' inputs and ``V_h = α g_h`` (Eq. 43, 44, 50), and moments."""
         flat = [name for player in names for name in player]
-        states = [self.states[name] for name in flat]
+        states = [[self.states[name] for name in player] for player in names]
         found = self._kronecker.observe_block(kind, layers, start, states, self._groups[flat[0]], moments=moments)
         self.states.update(zip(flat, found, strict=True))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gtddp_compile.kernels.bundle import Joined, Layer
 from gtddp_compile.kernels.channels import channel_factor, channel_filters, channel_pixels, channel_signs
-from gtddp_compile.kernels.kronecker import Rows, kronecker_factors, rows_together
+from gtddp_compile.kernels.kronecker import Rows, inputs_apart, kronecker_factors, rows_together
 from gtddp_compile.methods.curvature.base import Group, State
 from gtddp_compile.methods.curvature.kfac import inverse, inverse_and_root, inverse_root
 from gtddp_compile.methods.curvature.kronecker import BlockKind, Kronecker, renew
@@ -75,6 +75,7 @@ class FOOF(Kronecker):
     name = "foof"
     nonnegative = (*Kronecker.nonnegative, "shrinkage")
     inputs_alone = True
+    later = ("shrinkage",)
 
     def observe_uniform(self, state: State, positions: float) -> dict[str, Any]:
         """Step count of a parameter without rows, and the positions at which a sample uses it."""
@@ -107,7 +108,9 @@ class FOOF(Kronecker):
         def factors(old: State | None, keep: float) -> dict[str, Tensor]:
             before, pixels = None if old is None else old["factor_x"], channel_pixels(layer, blocks)
             found = channel_factor(pixels, positions, before, keep, joined)
-            rows = pixels.shape[2] / (1.0 if joined is None else joined.share)
+            rows = pixels.shape[2]
+            if joined is not None:
+                rows = rows // len(layer.g) * joined.samples_all
             return _with_doubt(found, rank_of(found, whole=True), rows, old, keep)
 
         due = self._running(found[0], group, {"factor_x": (groups, width, width)}, factors)
@@ -125,14 +128,12 @@ class FOOF(Kronecker):
         return ("factor_x", "spread", "doubt")
 
     def factors(
-        self, layers: Sequence[Rows], start: float, old: State | None, keep: float, *, apart: bool = False
-    ) -> dict[str, Tensor]:
-        """The running ``A``; a block's last input, the bias's 1, says nothing about how much alike the others are."""
+        self, layers: Sequence[Rows], start: float, old: State | None, keep: float, biased: Sequence[bool],
+        *, apart: bool = False,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The running ``A``; the input of a bias, a 1, says nothing about how much alike the others are."""
         (found,) = kronecker_factors(layers, start, (None if old is None else old["factor_x"],), keep)
-        places = torch.arange(found.shape[1], device=found.device)
-        last = (places * (found.diagonal(dim1=1, dim2=2) != 0)).amax(1, keepdim=True)  # zeros pad the last block
-        others = (places != last).to(found.dtype)
-        rank = rank_of(found * others.unsqueeze(1) * others.unsqueeze(2), whole=not apart)
+        rank = rank_of(found, inputs_apart(found, layers, biased, blocks=not apart), whole=not apart)
         return _with_doubt(found, rank, rows_together(layers), old, keep)
 
     def refreshed(self, kind: BlockKind, state: State, group: Group, of: Tensor | None = None) -> dict[str, Any]:
@@ -154,15 +155,22 @@ class FOOF(Kronecker):
         return {**found, "fallbacks": state.get("fallbacks", 0) + failed}
 
 
-def rank_of(factor: Tensor, *, whole: bool) -> Tensor:
-    """``(tr A)² / tr A²`` of every block ``(G,)``; ``whole``: they are one layer's, and have its rank."""
-    trace, square = factor.diagonal(dim1=1, dim2=2).sum(1), factor.square().sum((1, 2))
-    if whole:
-        trace, square = trace.sum().expand(len(trace)), square.sum().expand(len(square))
-    return trace.square() / square.clamp_min(torch.finfo(factor.dtype).tiny)
+def rank_of(factor: Tensor, inputs: Tensor | None = None, *, whole: bool) -> Tensor:
+    """``(tr A)² / tr A²`` of every block ``(G,)``, of some inputs ``(G, N)``.
+
+    ``whole``: they are one layer's, and have its rank.
+    """
+    own, least = factor.diagonal(dim1=1, dim2=2), torch.finfo(factor.dtype).tiny
+    sizes = (own if inputs is None else own * inputs).sum(1, keepdim=True)
+    sizes = sizes.sum().expand_as(sizes) if whole else sizes
+    unit = sizes.clamp_min(least).rsqrt().expand_as(own)  # squares of what comes in may be more than a float32 holds
+    unit = unit if inputs is None else unit * inputs
+    square = (factor * unit.unsqueeze(1) * unit.unsqueeze(2)).square().sum((1, 2))
+    square = square.sum().expand_as(square) if whole else square
+    return torch.where(square > 0, 1.0 / square, 0.0)
 
 
-def _with_doubt(factor: Tensor, rank: Tensor, rows: float, old: State | None, keep: float) -> dict[str, Tensor]:
+def _with_doubt(factor: Tensor, rank: Tensor, rows: int, old: State | None, keep: float) -> dict[str, Tensor]:
     """The state of a factor that so many rows went into.
 
     An average with weights ``w`` of means over n rows each is worth ``N = 1 / Σ w² / n`` rows.

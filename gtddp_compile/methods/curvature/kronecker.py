@@ -118,7 +118,7 @@ class Kronecker(Curvature):
         kind: BlockKind,
         layers: Sequence[Rows],
         start: float,
-        states: Sequence[State],
+        states: Sequence[Sequence[State]],
         group: Group,
         *,
         moments: bool = True,
@@ -130,14 +130,15 @@ class Kronecker(Curvature):
             layers: one a player (:class:`gtddp_compile.kernels.Rows`), one for all of a ``"shared"`` block;
                 their output gradients are ``V_h = α_{t+1} g_h``.
             start: ``α_T``.
-            states: of every parameter, the block's first one first.
+            states: of every player's parameters.
             group: options of the block's first player.
             moments: take further statistics here; otherwise :meth:`observe_coordinates` does.
         """
-        found = [self._stepped(state) for state in states]
+        found = [self._stepped(state) for own in states for state in own]
         lead = found[0]
         shapes = {key: shape for key, shape in kronecker_factor_shapes(layers).items() if key in self.factor_keys()}
-        due = self._running(lead, group, shapes, lambda old, keep: self.factors(layers, start, old, keep))
+        biased = [len(own) > 1 for own in states[: len(layers)]]
+        due = self._running(lead, group, shapes, lambda old, keep: self.factors(layers, start, old, keep, biased))
         if due or ("inverse_x" if kind == "dual" else "map_x") not in lead:
             renew(lead, self.refreshed(kind, lead, group))
         if moments:
@@ -165,7 +166,7 @@ class Kronecker(Curvature):
 
         def factors(old: State | None, keep: float) -> dict[str, Tensor]:
             before = None if old is None else {key: together(key) for key in keys}
-            return self.factors((layer,), start, before, keep, apart=True)
+            return self.factors((layer,), start, before, keep, (len(states[0]) > 1,), apart=True)
 
         shapes = {key: (1, *shape[1:]) for key, shape in kronecker_factor_shapes((layer,)).items() if key in keys}
         taken = dict(leads[0])
@@ -225,9 +226,13 @@ class Kronecker(Curvature):
         return ("factor_x", "factor_g")
 
     def factors(
-        self, layers: Sequence[Rows], start: float, old: State | None, keep: float, *, apart: bool = False
-    ) -> dict[str, Tensor]:
-        """Running averages of the factors, of which ``keep`` is from the old ones; ``apart``: a group is a layer."""
+        self, layers: Sequence[Rows], start: float, old: State | None, keep: float, biased: Sequence[bool],
+        *, apart: bool = False,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Running averages of the factors, of which ``keep`` is from the old ones.
+
+        ``biased``: of every layer, whether the last of its inputs is a bias's; ``apart``: a group is a layer.
+        """
         keys = self.factor_keys()
         before = tuple(None if old is None else old[key] for key in keys)
         return dict(zip(keys, kronecker_factors(layers, start, before, keep), strict=True))

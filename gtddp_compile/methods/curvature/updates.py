@@ -5,6 +5,7 @@ Exported programs carry this text with them (``gtddp_compile.tools.export``), so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -79,6 +80,13 @@ class ParameterUpdates:
             self._denominators[name] = own
         return own
 
+    def rates_in_tensors(self) -> None:
+        """``lr`` of every group as a 0-d tensor: torch.compile makes a graph for every value of a number."""
+        self._groups = {
+            name: {**group, "lr": torch.as_tensor(group["lr"], dtype=torch.float64)}
+            for name, group in self._groups.items()
+        }
+
     def look_ahead(self, params: dict[str, Tensor], targets: Any) -> dict[str, Tensor]:
         """``u + μ v`` of every parameter, where the trajectory is run; ``u`` where samples' targets have one number.
 
@@ -111,8 +119,7 @@ class ParameterUpdates:
         ``M⁻¹`` is proportional to ``lr``, and to a mere aim a shorter ``M⁻¹`` is a reason to ask for more. With the aim
         in the same proportion ``w`` stays, and the step shrinks with the rate. Where all rates are 0 nothing moves.
         """
-        groups = {id(group): group for group in self._groups.values() if "peak_lr" in group}.values()
-        ratios = [group["lr"] / group["peak_lr"] for group in groups if group["peak_lr"]]
+        ratios = [group["lr"] / group["peak_lr"] for group in self._groups.values() if group.get("peak_lr")]
         if not ratios:
             return 1.0
         if any(isinstance(ratio, Tensor) for ratio in ratios):
@@ -150,20 +157,16 @@ class ParameterUpdates:
         return tuple(found)
 
     def _inertia(self, name: str) -> Tensor | float | None:
-        """``μ_k = min(μ, k / (k + RAMP))`` after k steps, in proportion to the rate; ``None`` before the first."""
+        """``μ_k = min(μ, k / (k + RAMP))`` after k steps, less as the rate has fallen; ``None`` before the first."""
         state, mu = self.states[name], self._groups[name].get("lookahead" if self._ahead else "inertia", 0.0)
         if "last_step" not in state or not mu:
             return None
-        now, then = self._rate(name), state.get("rate", self._groups[name].get("peak_lr"))
-        kept: Tensor | float = 1.0
-        if isinstance(now, Tensor) or isinstance(then, Tensor):
-            kept = kept if then is None else torch.as_tensor(now / then).nan_to_num(1.0, 1.0)  # 0 / 0: there is no v
-        elif then:
-            kept = now / then
-        taken: Tensor = state["taken"]
-        if torch.compiler.is_compiling() or type(taken) is not Tensor:  # as in `counted`
+        taken, now, then = state["taken"], self._rate(name), state.get("rate")
+        if torch.compiler.is_compiling() or type(taken) is not Tensor or isinstance(now, Tensor):  # as in `counted`
+            kept = 1.0 if then is None else (now / then).nan_to_num(1.0, 1.0).clamp(max=1.0)  # 0 / 0: there is no v
             return (taken / (taken + RAMP)).clamp_max(mu) * kept
-        return min(float(mu), float(taken) / (float(taken) + RAMP)) * float(kept)
+        most, rate = float(mu), math.inf if then is None else float(then)
+        return min(most, float(taken) / (float(taken) + RAMP)) * (now / rate if now < rate < math.inf else 1.0)
 
     def _rate(self, name: str) -> Scalar:
         """What a step is in proportion to: the learning rate, up to its peak where there is one."""
@@ -190,12 +193,10 @@ class ParameterUpdates:
 
     def _stepped(self, name: str, delta: Tensor) -> Tensor:
         """``δu``, put down as the last step."""
-        state = {key: value for key, value in self.states[name].items() if key != "rate"}
+        state, rate = self.states[name], self._rate(name)
         taken = state["taken"] if "taken" in state else torch.zeros((), dtype=torch.float64)
-        rate = self._rate(name)
-        if isinstance(rate, Tensor) or rate != self._groups[name].get("peak_lr"):  # not put down, it was the peak
-            state["rate"] = rate.detach().clone() if isinstance(rate, Tensor) else rate
-        self.states[name] = {**state, "last_step": delta, "taken": counted(taken)}
+        then = rate.detach().clone() if isinstance(rate, Tensor) else torch.scalar_tensor(rate, dtype=torch.float64)
+        self.states[name] = {**state, "last_step": delta, "taken": counted(taken), "rate": then}
         return delta
 
     def _move(self, name: str, delta: Tensor) -> None:

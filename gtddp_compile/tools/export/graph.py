@@ -170,8 +170,7 @@ def _state(program: UpdateProgram, module: ModuleType, params: dict[str, Tensor]
             state[name]["momentum_buffer"] = torch.zeros_like(params[name])
         if "inertia" in options:
             state[name] |= {"last_step": torch.zeros_like(params[name]), "taken": torch.zeros((), dtype=torch.float64)}
-            if options["lr"] != options.get("peak_lr"):
-                state[name]["rate"] = options["lr"]
+            state[name]["rate"] = torch.scalar_tensor(options["lr"], dtype=torch.float64)
     return state
 
 
