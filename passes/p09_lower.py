@@ -136,8 +136,11 @@ def _loss(b: Builder) -> None:
     kind, *weight = b.plan.terminal
     group = b.plan.coupling if isinstance(b.plan.coupling, int) else None
     more = () if weight == [1.0, 0.0, 0.0] else (*weight, group)
-    paced = kind == "geometric" and b.plan.form.name != "base"
-    b.emit("loss", end, ("ones", "full_aim" if paced else "aim", "start"), "m.terminal", Var("phi"), kind, *more,
+    paced, falls = kind == "geometric" and b.plan.form.name != "base", "phi"
+    if paced:
+        falls = "excess"
+        b.emit("loss", end, falls, "m.above", Var("phi"), structure, Var("targets"), note="what phi_i can fall by")
+    b.emit("loss", end, ("ones", "full_aim" if paced else "aim", "start"), "m.terminal", Var(falls), kind, *more,
            note="V_x = start g; start = 1/B or 1; where a sample's loss is to fall: by the aim")  # fmt: skip
     if paced:
         b.emit("loss", end, "pace", "m.pace", note="what a schedule has left of the step")

@@ -27,7 +27,8 @@ SUMS = ("m.observe", "m.observe_moment", "m.observe_coordinates", "m.apply", "m.
         "m.descend", "m.descend_block", "m.descend_steps")  # fmt: skip
 """Calls whose last operand is a sum over samples."""
 
-JOINED = {"m.losses": "m.joined_losses", "m.terminal": "m.joined_terminal", "factor": "factor_together"}
+JOINED = {"m.losses": "m.joined_losses", "m.above": "m.joined_above", "m.terminal": "m.joined_terminal",
+          "factor": "factor_together"}  # fmt: skip
 """What takes the place of a call that sees one rank's samples."""
 
 

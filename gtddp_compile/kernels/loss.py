@@ -30,6 +30,43 @@ def class_mean_scale(outputs: Tensor, targets: Tensor, weight: Tensor | None, ig
     return torch.where(counts, chosen, 0.0).sum().reciprocal() * batch
 
 
+def best_classes(outputs: Tensor, targets: Tensor, weight: Tensor | None, smoothing: float) -> Tensor | None:
+    """Logits at which cross-entropy is least, shaped as the outputs; ``None``: it is 0 there, of classes as they are.
+
+    The loss is ``-Σ_c q_c log p_c`` with ``q`` the target's own part, the smoothing and the classes' weights: least at
+    ``p`` in proportion to ``q``.
+    """
+    classes, given = outputs.shape[1], targets.shape == outputs.shape
+    if not given and not smoothing:
+        return None
+    own = targets if given else torch.zeros_like(outputs).scatter_(1, targets.clamp(0, classes - 1).unsqueeze(1), 1.0)
+    share = own.to(outputs.dtype) * (1.0 - smoothing) + smoothing / classes
+    if weight is not None:
+        share = share * weight.to(outputs.dtype).reshape(-1, *(1 for _ in outputs.shape[2:]))
+    return _logarithm(share)
+
+
+def best_logits(targets: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """Logits at which binary cross-entropy is least."""
+    share = targets.clamp(0.0, 1.0)
+    return _logarithm(share if pos_weight is None else share * pos_weight) - _logarithm(1.0 - share)
+
+
+def best_shares(targets: Tensor) -> Tensor:
+    """Probabilities at which it is."""
+    return targets.clamp(0.0, 1.0)
+
+
+def best_rates(targets: Tensor, log_input: bool) -> Tensor:
+    """Rates, or their logarithms, at which a Poisson distribution's loss is least."""
+    return _logarithm(targets) if log_input else targets.clamp_min(0.0)
+
+
+def _logarithm(share: Tensor) -> Tensor:
+    """Of 0 what is as good as minus infinity, and can be computed with."""
+    return share.log().clamp_min(-80.0)
+
+
 OPEN_ENDED = 0.15
 """Of losses that may be negative, as the logarithm of a density: a lower one than the least of a batch may be in reach
 or not, and a step that asks for much drives a variance to nothing (docs/research.md#losses-that-may-be-negative)."""

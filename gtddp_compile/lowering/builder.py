@@ -36,7 +36,7 @@ RESERVED = frozenset(
     | {"params", "buffers", "state", "options", "advancing", "drawn", "first", "after", "losses", "ParameterUpdates"}
     | {"factors", "refuse_negative", "BlockUpdates", "LOSS", "RANK"}
     | {"ranks", "samples", "information_own", "y_all", "w_all", "w_capped_all", "lambda_all"}
-    | {"lambda_reached", "information_reached", "early", "pace", "full_aim", "information"}
+    | {"lambda_reached", "information_reached", "early", "pace", "full_aim", "above", "excess", "information"}
     | {"products", "w_capped"}
     | {f"{name}_alike" for name in ("lambda", "y", "s", "gamma", "factor", "lifted")}
 )

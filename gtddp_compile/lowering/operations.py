@@ -37,6 +37,8 @@ METHODS: dict[str, Method] = {
     "factors": _method("phi outputs targets leaves"),
     "terminal": _method("phi kind aim own half group", shared=True),
     # the ranks of a process group
+    "above": _method("phi outputs targets"),
+    "joined_above": _method("phi outputs targets"),
     "joined_losses": _method("outputs targets"),
     "joined_terminal": _method("phi kind aim own half"),
     "all_reduce": _method("sums"),

@@ -51,6 +51,8 @@ class Loss:
         module: the user's loss module, where :func:`check` can compare with its value; else ``None``.
         function: the user's own callable; ``None`` where ``module`` is given.
         unreduced: a copy of ``module`` with reduction "none", which ``per_sample`` calls.
+        least: ``(outputs, targets)`` -> the least that ``φ`` can be with these targets, (B,), whatever the outputs, of
+            which shape and dtype are read; ``None``: it is 0, or not known.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Loss:
     module: nn.Module | None = None
     function: Callable[[Any, Any], Any] | None = None
     unreduced: nn.Module | None = None
+    least: Callable[[Any, Any], Tensor | None] | None = None
 
     @property
     def is_absent(self) -> bool:
@@ -72,7 +75,12 @@ class Loss:
 
     def after(self, change: Callable[[Any], Any]) -> Loss:
         """The loss of ``change(outputs)``."""
-        return replace(self, per_sample=lambda outputs, targets: self.per_sample(change(outputs), targets))
+        least = self.least
+        return replace(
+            self,
+            per_sample=lambda outputs, targets: self.per_sample(change(outputs), targets),
+            least=None if least is None else lambda outputs, targets: least(change(outputs), targets),
+        )
 
     def within(self, context: Callable[[], AbstractContextManager[None]]) -> Loss:
         """The loss as it is in such a context."""
@@ -197,7 +205,9 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
         why = f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined"
         raise CompileError(why, "Use reduction='mean' or 'sum', or " + _CALLABLE)
     elements = partial(_of_elements, unreduced := _unreduced(loss), str(loss.reduction), name)
-    return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss, unreduced=unreduced)
+    best = next((best for kind, best in BEST.items() if is_kind(loss, kind)), None)
+    least = None if best is None else partial(_least, best, unreduced, elements)
+    return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss, unreduced=unreduced, least=least)
 
 
 def check(loss: Loss, outputs: Any, targets: Any) -> None:
@@ -295,6 +305,28 @@ def _by_sample(elements: Tensor, main: Tensor, targets: Any) -> bool:
     largest = max(main.numel(), targets.numel()) if isinstance(targets, Tensor) else elements.numel()
     same_batch = elements.shape[:1] == main.shape[:1]
     return same_batch and 1 <= elements.dim() <= main.dim() and elements.numel() <= largest
+
+
+BEST: Mapping[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor | None]] = {
+    nn.CrossEntropyLoss: lambda loss, outputs, targets: kernels.best_classes(
+        outputs, targets, loss.weight, loss.label_smoothing
+    ),
+    nn.BCEWithLogitsLoss: lambda loss, _, targets: kernels.best_logits(targets, loss.pos_weight),
+    nn.BCELoss: lambda loss, _, targets: kernels.best_shares(targets),
+    nn.PoissonNLLLoss: lambda loss, _, targets: kernels.best_rates(targets, loss.log_input),
+}
+"""Losses whose least value depends on the targets, and the outputs at which they have it (docs/theory.md#aim)."""
+
+
+def _least(
+    best: Callable[[Any, Tensor, Tensor], Tensor | None], module: Any, elements: Any, outputs: Tensor, targets: Tensor
+) -> Tensor | None:
+    """``φ`` of the best outputs."""
+    found = best(module, outputs, targets)
+    if found is None:
+        return None
+    least: Tensor = elements(torch.broadcast_tensors(found, outputs)[0], targets)
+    return least
 
 
 # --- small predicates ---------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ class JoinedMethod(BaseMethod):
     samples_all = 0
     _mean: Tensor
     _leasts: Tensor
+    _factor: Tensor | None
 
     @property
     def share(self) -> float:
@@ -102,7 +103,18 @@ class JoinedMethod(BaseMethod):
         self._mean, self._leasts = (factors * sizes_of_phi).sum() / total, factors * leasts
         self.loss = ((factors * sums).sum() / (total if self.reduction == "mean" else 1)).to(phi.dtype)
         super()._refuse_nonfinite()
-        return (phi if divided is None else phi * factors[self.ranks.rank].to(phi.dtype)), total
+        self._factor = factors[self.ranks.rank] if divided is not None else None
+        return (phi if self._factor is None else phi * self._factor.to(phi.dtype)), total
+
+    def joined_above(self, phi: Tensor, outputs: Any, targets: Any) -> Tensor:
+        """:meth:`above` of the joined batch, this rank's samples of it."""
+        least = self._least(outputs, targets)
+        if least is None:
+            return phi
+        found = phi.detach() - (least if self._factor is None else least * self._factor.to(least.dtype))
+        self._mean = self.ranks.all_reduce(found.double().abs().sum()) / self.samples_all
+        self._leasts = torch.zeros_like(self._leasts)  # none is below what it is least
+        return found
 
     def joined_terminal(
         self, phi: Tensor, kind: str, aim: float = 1.0, own: float = 0.0, half: float = 0.0, group: str | None = None

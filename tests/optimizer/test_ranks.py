@@ -16,6 +16,7 @@ from support.once import folder_of_all, once
 from support.ranked import Case, counted, differences, late, left, of_graphs, on_ranks, refusals, whole, wrapped
 from support.sharded import REFUSED_SHARDS, RESUMED, apart, between_steps, refused_shards, resumed
 
+WEIGHT = torch.tensor([0.2, 1.0, 3.0]).double()
 UNEVEN, FOUR = (6, 5), (3, 2, 2, 4)  # groups in one process are of one size but for the last; 6 / (6 / 11) is not 11
 
 
@@ -44,7 +45,9 @@ PAIRS |= dict(
             "conv", "sgd", "full", UNEVEN, loss=nn.MSELoss(), terminal=Geometric(reach=1.0), inertia=0.9, lookahead=0.7
         ),
         case("conv", "adam", "local", UNEVEN, loss=nn.MSELoss(), terminal=Geometric(reach=1.0), max_step=1.0),
-        case("conv", "sgd", "local", UNEVEN, loss=nn.CrossEntropyLoss(torch.tensor([0.2, 1.0, 3.0]).double())),
+        case("conv", "adam", "local", UNEVEN, loss=nn.CrossEntropyLoss(WEIGHT)),
+        case("conv", "foof", "full", UNEVEN, loss=nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1)),
+        case("conv", "sgd", "local", UNEVEN, loss=nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1)),
         case("conv", "rmsprop", "full", UNEVEN, loss=nn.CrossEntropyLoss(ignore_index=1), memory="recompute"),
     ]
 )

@@ -117,10 +117,10 @@ class Sweeps:
         self.linear = self.options.feedback is True and self.options.rollout_kind == "linear"
         self.factored = self.options.factored and bool(self.options.feedback)
         size = self.options.coupling if isinstance(self.options.coupling, int) else None
-        self.phi, self.g = trajectory.terminal(m, targets)
+        self.phi, above, self.g = trajectory.terminal(m, targets)
         self.most = target_entries(targets)
         plan = program.lowered.plan
-        _, aim, self.start = m.terminal(self.phi, *plan.terminal, size)
+        _, aim, self.start = m.terminal(above, *plan.terminal, size)
         self.reach, self.early = plan.reach, m.early(plan.early)
         self.aim = aim * (1.0 + self.early) * (m.pace() if plan.terminal[0] == "geometric" else 1.0)
         self.hessian = trajectory.terminal_hessian(m, targets) if self.factored else outer_products(self.g)

@@ -168,17 +168,21 @@ class Trajectory:
             value = evaluate_op(self.graph, name, values, p, b)
             values[name] = value + self.as_it_lies(name, shift[name]) if shift and name in shift else value
 
-    def terminal(self, m: BaseMethod, targets: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """``φ`` and its gradient in every output that players move, ``(B, n)`` each."""
+    def terminal(self, m: BaseMethod, targets: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """``φ``, what it can fall by, and its gradient in every output that players move, ``(B, n)`` each."""
         moved = cut_after(self.graph, self.graph.stages[-1])
         leaves = {name: self.values[name].detach().requires_grad_() for name in moved}
         with torch.enable_grad():
             outputs = map_leaves(self.graph.ops.output, lambda leaf: leaves.get(leaf.name, self.values.get(leaf.name)))
             phi = m.losses(outputs, targets)
             g = torch.autograd.grad(phi.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-        batch = phi.shape[0]
+        batch, above = phi.shape[0], m.above(phi, outputs, targets)
         parts = zip(leaves, g, strict=True)
-        return phi.detach(), {name: self.by_sample(name, part).reshape(batch, -1) for name, part in parts}
+        return (
+            phi.detach(),
+            above.detach(),
+            {name: self.by_sample(name, part).reshape(batch, -1) for name, part in parts},
+        )
 
     def terminal_hessian(self, m: BaseMethod, targets: Any) -> Pairs:
         """``H_i`` of every sample in every output that players move, block-diagonal; sampled where it is asked for."""

@@ -19,6 +19,13 @@ from gtddp_compile.tools.page import page
 
 OUTER = "OUTPUT_"
 """Named tuples that the model returns begin with it: no variable or function of the module does."""
+BEST = {
+    "CrossEntropyLoss": "best_classes(outputs, targets, LOSS.weight, LOSS.label_smoothing)",
+    "BCEWithLogitsLoss": "best_logits(targets, LOSS.pos_weight)",
+    "BCELoss": "best_shares(targets)",
+    "PoissonNLLLoss": "best_rates(targets, LOSS.log_input)",
+}
+"""What ``methods.losses.BEST`` finds, by the loss's name."""
 
 
 def loss_text(program: UpdateProgram, luggage: Luggage) -> str:
@@ -41,7 +48,7 @@ def _losses(loss: Loss, luggage: Luggage) -> str:
         name, arguments = described
         given = ", ".join(f"{key}={value_text(value)}" for key, value in {**arguments, "reduction": "none"}.items())
         call = "\n".join(lay_out(double_quoted(f"LOSS = nn.{name}({given})")))
-        return page("export/loss.py.j2", loss=loss, name=name, call=call, carried="")
+        return page("export/loss.py.j2", loss=loss, name=name, call=call, carried="", best=BEST.get(name))
     if loss.function is None:
         raise CompileError(
             f"the loss {loss.name} is a module of its own, which cannot be written down",

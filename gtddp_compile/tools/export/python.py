@@ -29,9 +29,9 @@ from gtddp_compile.tools.export.losses import as_returned, loss_text
 from gtddp_compile.tools.export.values import tensor_text, value_text
 from gtddp_compile.tools.page import page
 
-LOSS_CALLS = {"m.losses": 0, "m.factors": 1}
+LOSS_CALLS = {"m.losses": 0, "m.factors": 1, "m.above": 1}
 """What the loss's section defines, and which argument is the model's output."""
-RUNTIME = frozenset({"keep", "losses", "factors", "terminal", "mark", "rewind", "settle"})
+RUNTIME = frozenset({"keep", "losses", "factors", "above", "terminal", "mark", "rewind", "settle"})
 """Methods of ``m`` that serve diagnostics, stand for the loss or keep random numbers; every other one is carried."""
 
 RECEIVERS = ("self._curvature", "self._kronecker")
@@ -258,6 +258,8 @@ class _Module:
             return replace(instruction, args=(args[0], Var("FEEDBACK_CLIP"), *args[2:]))
         if function == "rows_of":
             return replace(instruction, args=(args[0], _with_group_size(args[1])))
+        if function == "m.above" and self.setting.loss.least is None:
+            return replace(instruction, function="=", args=args[:1], note="the least is 0")
         if function in LOSS_CALLS:
             at = LOSS_CALLS[function]
             given = as_returned(self.graph.ops.output, args[at])
