@@ -25,7 +25,8 @@ from gtddp_compile.kernels.kronecker import Rows
 from gtddp_compile.methods.curvature import BlockUpdates, Curvature
 from gtddp_compile.methods.curvature.blocks import Names
 from gtddp_compile.methods.curvature.kronecker import BlockKind
-from gtddp_compile.methods.losses import Loss, check
+from gtddp_compile.methods.fits import check
+from gtddp_compile.methods.losses import Loss
 from gtddp_compile.methods.terminal import MonteCarlo, Terminal, explicit_hessian, refuse_negative, terminal_factors
 from gtddp_compile.runtime.precision import Precision, lift
 from gtddp_compile.runtime.shards import is_shard, lying, own_part, shard_of

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_compile.errors import CompileError
+from gtddp_compile.methods.fits import check
 from gtddp_compile.methods.functions import MODULES
-from gtddp_compile.methods.losses import check, split
+from gtddp_compile.methods.losses import split
 
 B, C = 6, 4
 WEIGHT = torch.tensor([0.3, 1.0, 2.5, 0.0], dtype=torch.float64)

@@ -161,7 +161,8 @@ class ParameterUpdates:
         state, mu = self.states[name], self._groups[name].get("lookahead" if self._ahead else "inertia", 0.0)
         if "last_step" not in state or not mu:
             return None
-        taken, now, then = state["taken"], self._rate(name), state.get("rate")
+        taken: Tensor = state["taken"]
+        now, then = self._rate(name), state.get("rate")
         if torch.compiler.is_compiling() or type(taken) is not Tensor or isinstance(now, Tensor):  # as in `counted`
             kept = 1.0 if then is None else (now / then).nan_to_num(1.0, 1.0).clamp(max=1.0)  # 0 / 0: there is no v
             return (taken / (taken + RAMP)).clamp_max(mu) * kept

@@ -25,7 +25,7 @@ BEST = {
     "BCELoss": "best_shares(targets)",
     "PoissonNLLLoss": "best_rates(targets, LOSS.log_input)",
 }
-"""What ``methods.losses.BEST`` finds, by the loss's name."""
+"""What ``methods.least.BEST`` finds, by the loss's name."""
 
 
 def loss_text(program: UpdateProgram, luggage: Luggage) -> str:
