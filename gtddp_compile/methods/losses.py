@@ -46,7 +46,8 @@ class Loss:
         per_sample: ``(outputs, targets) -> φ``, shape (B,), differentiable in the outputs: a tensor (B, …) for a torch
             loss module, any structure for a callable. Raises CompileError where outputs do not fit the loss, or what
             comes back is not one loss a sample.
-        module: the user's loss module, where :func:`gtddp_compile.methods.fits.check` can compare with its value; else ``None``.
+        module: the user's loss module, where :func:`gtddp_compile.methods.fits.check` can compare with its value; else
+            ``None``.
         function: the user's own callable; ``None`` where ``module`` is given.
         unreduced: a copy of ``module`` with reduction "none", which ``per_sample`` calls.
         least: ``(outputs, targets)`` -> the least that ``φ`` can be with these targets, (B,), whatever the outputs, of
