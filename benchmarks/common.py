@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,6 +114,11 @@ def torch_step(
         return value.detach()
 
     return step
+
+
+def last_tenth(model: nn.Module) -> AveragedModel:
+    """A copy of a model that is the average of about the last tenth of the steps."""
+    return AveragedModel(model, avg_fn=lambda old, new, steps: torch.lerp(old, new, 10 / (steps + 10)))
 
 
 def keep_heap() -> None:
