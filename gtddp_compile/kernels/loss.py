@@ -30,20 +30,29 @@ def class_mean_scale(outputs: Tensor, targets: Tensor, weight: Tensor | None, ig
     return torch.where(counts, chosen, 0.0).sum().reciprocal() * batch
 
 
-def best_classes(outputs: Tensor, targets: Tensor, weight: Tensor | None, smoothing: float) -> Tensor | None:
-    """Logits at which cross-entropy is least, shaped as the outputs; ``None``: it is 0 there, of classes as they are.
+def best_classes(outputs: Tensor, shares: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
+    """Logits at which cross-entropy with probabilities as targets is least, ``(B, C, …)``.
 
-    The loss is ``-Σ_c q_c log p_c`` with ``q`` the target's own part, the smoothing and the classes' weights: least at
-    ``p`` in proportion to ``q``.
+    The loss is ``-Σ_c q_c log p_c`` with ``q`` the target smoothed, times the classes' weights: least at ``p`` in
+    proportion to ``q``.
     """
-    classes, given = outputs.shape[1], targets.shape == outputs.shape
-    if not given and not smoothing:
-        return None
-    own = targets if given else torch.zeros_like(outputs).scatter_(1, targets.clamp(0, classes - 1).unsqueeze(1), 1.0)
-    share = own.to(outputs.dtype) * (1.0 - smoothing) + smoothing / classes
+    share = shares.to(outputs.dtype) * (1.0 - smoothing) + smoothing / outputs.shape[1]
     if weight is not None:
         share = share * weight.to(outputs.dtype).reshape(-1, *(1 for _ in outputs.shape[2:]))
     return _logarithm(share)
+
+
+def smoothed_least(
+    outputs: Tensor, targets: Tensor, weight: Tensor | None, smoothing: float, ignore_index: int
+) -> Tensor:
+    """The least of cross-entropy with smoothed classes, ``(B, …)``: by class, ``Σq log Σq - Σ_c q_c log q_c``."""
+    w = outputs.new_ones(outputs.shape[1]) if weight is None else weight.to(outputs.dtype)
+    others = w * (smoothing / len(w))
+    own = others + (1.0 - smoothing) * w
+    rest, whole = torch.special.xlogy(others, others), others.sum() - others + own
+    by_class = torch.special.xlogy(whole, whole) - torch.special.xlogy(own, own) - (rest.sum() - rest)
+    counts = torch.ne(targets, ignore_index)
+    return torch.where(counts, by_class[targets.masked_fill(~counts, 0)], 0.0)
 
 
 def best_logits(targets: Tensor, pos_weight: Tensor | None) -> Tensor:
@@ -64,7 +73,7 @@ def best_rates(targets: Tensor, log_input: bool) -> Tensor:
 
 def _logarithm(share: Tensor) -> Tensor:
     """Of 0 what is as good as minus infinity, and can be computed with."""
-    return share.log().clamp_min(-80.0)
+    return share.clamp_min(0.0).log().clamp_min(-80.0)
 
 
 OPEN_ENDED = 0.15

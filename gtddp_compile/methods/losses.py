@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.functions import module_of
-from gtddp_compile.methods.least import BEST, least_of
+from gtddp_compile.methods.least import LEAST, least_of
 
 Reduction = Literal["mean", "sum"]
 
@@ -204,8 +204,9 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
         why = f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined"
         raise CompileError(why, "Use reduction='mean' or 'sum', or " + CALLABLE)
     elements = partial(_of_elements, unreduced := _unreduced(loss), str(loss.reduction), name)
-    best = next((best for kind, best in BEST.items() if is_kind(loss, kind)), None)
-    least = None if best is None else partial(least_of, partial(best, unreduced), elements)
+    known = next((least for kind, least in LEAST.items() if is_kind(loss, kind)), None)
+    reduced = partial(_by_samples, unreduced, str(loss.reduction))
+    least = None if known is None else partial(least_of, partial(known, unreduced), reduced)
     return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss, unreduced=unreduced, least=least)
 
 
@@ -250,6 +251,10 @@ def _of_elements(unreduced: Any, reduction: str, name: str, outputs: Any, target
             f" targets {shape_of(targets)}: they mix samples",
             "Give outputs and targets the same batch axis and number of axes, or " + CALLABLE,
         )
+    return _by_samples(unreduced, reduction, elements, main, targets)
+
+
+def _by_samples(unreduced: Any, reduction: str, elements: Tensor, main: Tensor, targets: Tensor) -> Tensor:
     if reduction != "mean":
         return kernels.sample_sums(elements)
     if not is_kind(unreduced, *NEGATIVE_LOG):

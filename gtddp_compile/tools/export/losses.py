@@ -9,6 +9,7 @@ from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import hessian
 from gtddp_compile.lowering.instructions import Apply, Instruction
+from gtddp_compile.methods import least as least_module
 from gtddp_compile.methods.losses import Loss
 from gtddp_compile.methods.terminal import factor_kind, rank_of
 from gtddp_compile.runtime.program import UpdateProgram
@@ -19,13 +20,11 @@ from gtddp_compile.tools.page import page
 
 OUTER = "OUTPUT_"
 """Named tuples that the model returns begin with it: no variable or function of the module does."""
-BEST = {
-    "CrossEntropyLoss": "best_classes(outputs, targets, LOSS.weight, LOSS.label_smoothing)",
-    "BCEWithLogitsLoss": "best_logits(targets, LOSS.pos_weight)",
-    "BCELoss": "best_shares(targets)",
-    "PoissonNLLLoss": "best_rates(targets, LOSS.log_input)",
-}
-"""What ``methods.least.BEST`` finds, by the loss's name."""
+LEAST = {
+    "CrossEntropyLoss": "_of_classes", "BCEWithLogitsLoss": "_of_logits", "BCELoss": "_of_shares",
+    "PoissonNLLLoss": "_of_rates",
+}  # fmt: skip
+"""Of a loss by name, the function of ``methods.least`` that is carried."""
 
 
 def loss_text(program: UpdateProgram, luggage: Luggage) -> str:
@@ -48,7 +47,8 @@ def _losses(loss: Loss, luggage: Luggage) -> str:
         name, arguments = described
         given = ", ".join(f"{key}={value_text(value)}" for key, value in {**arguments, "reduction": "none"}.items())
         call = "\n".join(lay_out(double_quoted(f"LOSS = nn.{name}({given})")))
-        return page("export/loss.py.j2", loss=loss, name=name, call=call, carried="", best=BEST.get(name))
+        least = luggage.take(least_module.__name__, LEAST[name]) if name in LEAST else ""
+        return page("export/loss.py.j2", loss=loss, name=name, call=call, carried="", least=least)
     if loss.function is None:
         raise CompileError(
             f"the loss {loss.name} is a module of its own, which cannot be written down",
