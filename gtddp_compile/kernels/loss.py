@@ -52,7 +52,7 @@ def smoothed_least(
     rest, whole = torch.special.xlogy(others, others), others.sum() - others + own
     by_class = torch.special.xlogy(whole, whole) - torch.special.xlogy(own, own) - (rest.sum() - rest)
     counts = torch.ne(targets, ignore_index)
-    return torch.where(counts, by_class[targets.masked_fill(~counts, 0)], 0.0)
+    return torch.where(counts, by_class[targets.masked_fill(~counts, 0).long()], 0.0)
 
 
 def best_logits(targets: Tensor, pos_weight: Tensor | None) -> Tensor:

@@ -162,7 +162,7 @@ class ParameterUpdates:
         if "last_step" not in state or not mu:
             return None
         taken: Tensor = state["taken"]
-        now, then = self._rate(name), state.get("rate")
+        now, then = self._rate(name), state.get("rate", self._groups[name].get("peak_lr"))
         if torch.compiler.is_compiling() or type(taken) is not Tensor or isinstance(now, Tensor):  # as in `counted`
             kept = 1.0 if then is None else (now / then).nan_to_num(1.0, 1.0).clamp(max=1.0)  # 0 / 0: there is no v
             return (taken / (taken + RAMP)).clamp_max(mu) * kept
