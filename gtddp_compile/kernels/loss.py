@@ -30,50 +30,35 @@ def class_mean_scale(outputs: Tensor, targets: Tensor, weight: Tensor | None, ig
     return torch.where(counts, chosen, 0.0).sum().reciprocal() * batch
 
 
-def best_classes(outputs: Tensor, shares: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
-    """Logits at which cross-entropy with probabilities as targets is least, ``(B, C, …)``.
-
-    The loss is ``-Σ_c q_c log p_c`` with ``q`` the target smoothed, times the classes' weights: least at ``p`` in
-    proportion to ``q``.
-    """
-    share = shares.to(outputs.dtype) * (1.0 - smoothing) + smoothing / outputs.shape[1]
-    if weight is not None:
-        share = share * weight.to(outputs.dtype).reshape(-1, *(1 for _ in outputs.shape[2:]))
-    return _logarithm(share)
+def least_cross_entropy(parts: Tensor, dim: int) -> Tensor:
+    """The least of ``-Σ_c q_c log p_c`` over probabilities ``p``: at ``p`` in proportion to ``q``."""
+    whole = parts.sum(dim)
+    found: Tensor = torch.special.xlogy(whole, whole) - torch.special.xlogy(parts, parts).sum(dim)
+    return found
 
 
 def smoothed_least(
     outputs: Tensor, targets: Tensor, weight: Tensor | None, smoothing: float, ignore_index: int
 ) -> Tensor:
-    """The least of cross-entropy with smoothed classes, ``(B, …)``: by class, ``Σq log Σq - Σ_c q_c log q_c``."""
-    w = outputs.new_ones(outputs.shape[1]) if weight is None else weight.to(outputs.dtype)
-    others = w * (smoothing / len(w))
-    own = others + (1.0 - smoothing) * w
-    rest, whole = torch.special.xlogy(others, others), others.sum() - others + own
-    by_class = torch.special.xlogy(whole, whole) - torch.special.xlogy(own, own) - (rest.sum() - rest)
+    """The least of cross-entropy with smoothed classes, ``(B, …)``, of which there is one a class."""
+    weights = outputs.new_ones(outputs.shape[1]) if weight is None else weight.to(outputs.dtype)
+    others = weights * (smoothing / len(weights))
+    own, entropies = others + (1.0 - smoothing) * weights, torch.special.xlogy(others, others)
+    whole = others.sum() - others + own
+    of_class = torch.special.xlogy(whole, whole) - torch.special.xlogy(own, own) - (entropies.sum() - entropies)
     counts = torch.ne(targets, ignore_index)
-    return torch.where(counts, by_class[targets.masked_fill(~counts, 0).long()], 0.0)
+    return torch.where(counts, of_class[targets.masked_fill(~counts, 0).long()], 0.0)
 
 
-def best_logits(targets: Tensor, pos_weight: Tensor | None) -> Tensor:
-    """Logits at which binary cross-entropy is least."""
-    share = targets.clamp(0.0, 1.0)
-    return _logarithm(share if pos_weight is None else share * pos_weight) - _logarithm(1.0 - share)
+def poisson_excess(rates: Tensor, targets: Tensor, eps: float | None) -> Tensor:
+    """What a Poisson distribution's loss is above its least, ``y (e^d - 1 - d)`` with ``d = log(rate / y)``.
 
-
-def best_shares(targets: Tensor) -> Tensor:
-    """Probabilities at which it is."""
-    return targets.clamp(0.0, 1.0)
-
-
-def best_rates(targets: Tensor, log_input: bool) -> Tensor:
-    """Rates, or their logarithms, at which a Poisson distribution's loss is least."""
-    return _logarithm(targets) if log_input else targets.clamp_min(0.0)
-
-
-def _logarithm(share: Tensor) -> Tensor:
-    """Of 0 what is as good as minus infinity, and can be computed with."""
-    return share.clamp_min(0.0).log().clamp_min(-80.0)
+    As a difference of two losses nothing would be left of it where counts are large. ``eps``: of rates; ``None``: they
+    are given by their logarithms.
+    """
+    logarithms = rates if eps is None else (rates + eps).log()
+    apart = logarithms - targets.log()
+    return torch.where(targets == 0, logarithms.exp(), targets * (apart.expm1() - apart))
 
 
 OPEN_ENDED = 0.15

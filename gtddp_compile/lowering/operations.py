@@ -35,9 +35,9 @@ METHODS: dict[str, Method] = {
     # the loss
     "losses": _method("outputs targets"),
     "factors": _method("phi outputs targets leaves"),
+    "above": _method("phi outputs targets"),
     "terminal": _method("phi kind aim own half group", shared=True),
     # the ranks of a process group
-    "above": _method("phi outputs targets"),
     "joined_above": _method("phi outputs targets"),
     "joined_losses": _method("outputs targets"),
     "joined_terminal": _method("phi kind aim own half"),

@@ -101,8 +101,6 @@ def traffic(plan: Plan, setting: Setting, samples: int) -> Iterator[Sent]:
     blocks, joint, curvature = _blocks(plan), plan.form.name == "joint", setting.curvature
     yield Sent("program", "all_gather", 1, 3)
     yield Sent("losses", "all_gather", 1, 5)
-    if setting.loss.least is not None and getattr(setting.loss.module, "label_smoothing", True):
-        yield Sent("what losses can fall by", "all_reduce", 1, 1)
     if (plan.metric == "diagonal" or plan.turned) and joint and curvature.needs_statistics:
         yield Sent("Q_u", "all_reduce", len(blocks), _parameters(plan, blocks))
     diagonal = [block for block in blocks if block.kind == "diagonal"]

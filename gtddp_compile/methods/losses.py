@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.functions import module_of
-from gtddp_compile.methods.least import LEAST, least_of
+from gtddp_compile.methods.least import KNOWN, excess_of
 
 Reduction = Literal["mean", "sum"]
 
@@ -50,8 +50,8 @@ class Loss:
             ``None``.
         function: the user's own callable; ``None`` where ``module`` is given.
         unreduced: a copy of ``module`` with reduction "none", which ``per_sample`` calls.
-        least: ``(outputs, targets)`` -> the least that ``φ`` can be with these targets, (B,), whatever the outputs, of
-            which shape and dtype are read; ``None``: it is 0, or not known.
+        excess: ``(φ, outputs, targets)`` -> what every ``φ`` is above the least that its target leaves, (B,); ``None``:
+            that is 0, or not known.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Loss:
     module: nn.Module | None = None
     function: Callable[[Any, Any], Any] | None = None
     unreduced: nn.Module | None = None
-    least: Callable[[Any, Any], Tensor | None] | None = None
+    excess: Callable[[Tensor, Any, Any], Tensor] | None = None
 
     @property
     def is_absent(self) -> bool:
@@ -74,11 +74,11 @@ class Loss:
 
     def after(self, change: Callable[[Any], Any]) -> Loss:
         """The loss of ``change(outputs)``."""
-        least = self.least
+        excess = self.excess
         return replace(
             self,
             per_sample=lambda outputs, targets: self.per_sample(change(outputs), targets),
-            least=None if least is None else lambda outputs, targets: least(change(outputs), targets),
+            excess=None if excess is None else lambda phi, outputs, targets: excess(phi, change(outputs), targets),
         )
 
     def within(self, context: Callable[[], AbstractContextManager[None]]) -> Loss:
@@ -204,10 +204,10 @@ def split(loss: nn.Module | Callable[[Any, Any], Tensor]) -> Loss:
         why = f"the loss {name} has reduction={loss.reduction!r}, so the loss to minimise is not defined"
         raise CompileError(why, "Use reduction='mean' or 'sum', or " + CALLABLE)
     elements = partial(_of_elements, unreduced := _unreduced(loss), str(loss.reduction), name)
-    known = next((least for kind, least in LEAST.items() if is_kind(loss, kind)), None)
-    reduced = partial(_by_samples, unreduced, str(loss.reduction))
-    least = None if known is None else partial(least_of, partial(known, unreduced), reduced)
-    return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss, unreduced=unreduced, least=least)
+    known = next((known for kind, known in KNOWN.items() if is_kind(loss, kind)), None)
+    added = partial(_by_samples, unreduced, str(loss.reduction))
+    excess = None if known is None else partial(excess_of, known, unreduced, added)
+    return Loss(name, "sum" if loss.reduction == "sum" else "mean", elements, loss, unreduced=unreduced, excess=excess)
 
 
 # --- per-sample losses --------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class JoinedMethod(BaseMethod):
     samples_all = 0
     _mean: Tensor
     _leasts: Tensor
-    _factor: Tensor | None
+    _excess: Tensor
 
     @property
     def share(self) -> float:
@@ -90,31 +90,28 @@ class JoinedMethod(BaseMethod):
             GivenUp: the loss of the joined batch is not finite; on every rank.
         """
         phi = self.losses(outputs, targets)
-        own, b = phi.detach().double(), phi.shape[0]
+        own, b, excess = phi.detach().double(), phi.shape[0], self.above(phi, outputs, targets).detach()
         divided = self._loss.divisor(outputs, targets)
         weight = own.new_tensor(float(b)) if divided is None else divided.to(own)
         table = self.ranks.tables(
-            torch.stack([own.new_tensor(float(b)), weight, own.sum(), own.abs().sum(), own.min()])
+            torch.stack(
+                [own.new_tensor(float(b)), weight, own.sum(), excess.double().abs().sum(), excess.double().min()]
+            )
         )
-        sizes, weights, sums, sizes_of_phi, leasts = table.unbind(1)
+        sizes, weights, sums, excesses, leasts = table.unbind(1)
         self.ranks.sizes = tuple(int(size) for size in sizes.tolist())
         self.samples_all = total = sum(self.ranks.sizes)
         factors = (total / weights.sum()) * weights / sizes
-        self._mean, self._leasts = (factors * sizes_of_phi).sum() / total, factors * leasts
+        self._mean, self._leasts = (factors * excesses).sum() / total, factors * leasts
         self.loss = ((factors * sums).sum() / (total if self.reduction == "mean" else 1)).to(phi.dtype)
         super()._refuse_nonfinite()
-        self._factor = factors[self.ranks.rank] if divided is not None else None
-        return (phi if self._factor is None else phi * self._factor.to(phi.dtype)), total
+        factor = 1.0 if divided is None else factors[self.ranks.rank].to(phi.dtype)
+        self._excess = excess * factor
+        return phi * factor, total
 
     def joined_above(self, phi: Tensor, outputs: Any, targets: Any) -> Tensor:
-        """:meth:`above` of the joined batch, this rank's samples of it."""
-        least = self._least(outputs, targets)
-        if least is None:
-            return phi
-        found = phi.detach() - (least if self._factor is None else least * self._factor.to(least.dtype))
-        self._mean = self.ranks.all_reduce(found.double().abs().sum()) / self.samples_all
-        self._leasts = torch.zeros_like(self._leasts)  # none is below what it is least
-        return found
+        """:meth:`above` of the joined batch, this rank's samples of it; found with the losses."""
+        return self._excess
 
     def joined_terminal(
         self, phi: Tensor, kind: str, aim: float = 1.0, own: float = 0.0, half: float = 0.0, group: str | None = None

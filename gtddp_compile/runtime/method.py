@@ -305,16 +305,12 @@ class BaseMethod(BlockUpdates):
 
     def above(self, phi: Tensor, outputs: Any, targets: Any) -> Tensor:
         """What every sample's loss can fall by, (B,): ``φ`` less the least that its target leaves."""
-        least = self._least(outputs, targets)
-        return phi if least is None else phi.detach() - least
-
-    def _least(self, outputs: Any, targets: Any) -> Tensor | None:
-        if self._loss.least is None:
-            return None
+        if self._loss.excess is None:
+            return phi
         if self.precision.mixed:
             outputs, targets = lift((outputs, targets))
         with torch.no_grad(), self.precision.inside():
-            return self._loss.least(outputs, targets)
+            return self._loss.excess(phi.detach(), outputs, targets)
 
     def _say(self, what: str) -> None:
         if what not in self._said:

@@ -71,7 +71,7 @@ def test_no_outputs_have_less(name: str) -> None:
     module, draw = (KINDS | OTHERS)[name]
     loss, targets = split(module), draw(torch.Generator().manual_seed(0), 6)
     shape = (6, 3, 4) if name == "at positions" else (6, 3)
-    assert loss.least is not None
+    assert loss.excess is not None
     free = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     squash: Callable[[Tensor], Tensor] = {"of probabilities": torch.sigmoid, "rates": torch.exp}.get(name, lambda v: v)
     lbfgs = torch.optim.LBFGS(
@@ -84,9 +84,62 @@ def test_no_outputs_have_less(name: str) -> None:
         return value
 
     lbfgs.step(closure)
-    found, least = loss.per_sample(squash(free), targets).detach(), loss.least(squash(free).detach(), targets)
-    assert least is not None and (least <= found + 1e-9).all()
-    torch.testing.assert_close(least, found, rtol=0, atol=1e-5)
+    least, other = loss.per_sample(squash(free), targets).detach(), squash(torch.randn(shape).double())
+    phi = loss.per_sample(other, targets)
+    torch.testing.assert_close(loss.excess(phi, other, targets), phi - least, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("shares", torch.float16), ("shares", torch.float32), ("counts", torch.float16), ("counts", torch.int64),
+])  # fmt: skip
+def test_targets_of_another_precision_are_as_good(name: str, dtype: torch.dtype) -> None:
+    module, draw = nn.BCEWithLogitsLoss() if name == "shares" else nn.PoissonNLLLoss(), KINDS[name][1]
+    targets = draw(torch.Generator().manual_seed(0), 6).to(dtype)
+    loss, outputs = split(module), torch.randn(6, 3).double()
+    assert loss.excess is not None
+    phi = loss.per_sample(outputs, targets.double())  # torch's own of shares has the precision of the targets
+    found, wanted = (loss.excess(phi, outputs, y) for y in (targets, targets.double()))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_of_large_counts_rounding_leaves_something() -> None:
+    loss, y = split(nn.PoissonNLLLoss()), torch.tensor([[1000.0, 5000.0]])
+    outputs = y.log() + 1e-2
+    assert loss.excess is not None
+    found, exact = (loss.excess(loss.per_sample(o, t), o, t) for o, t in ((outputs, y), (outputs.double(), y.double())))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+
+
+def test_a_fitted_sample_is_no_loss_that_may_be_negative() -> None:
+    loss, y = split(nn.BCEWithLogitsLoss()), torch.rand(512, 3).clamp(0.1, 0.9)
+    outputs = torch.logit(y)
+    phi = loss.per_sample(outputs, y)
+    assert loss.excess is not None and (loss.excess(phi, outputs, y) > 0).all()
+
+
+@pytest.mark.parametrize(("module", "targets"), [
+    (nn.BCEWithLogitsLoss(), torch.tensor([[1.1, 0.5], [0.2, -0.1]])),
+    (nn.PoissonNLLLoss(), torch.tensor([[-1.0, 2.0], [3.0, -2.0]])),
+    (nn.CrossEntropyLoss(), torch.tensor([[-0.5, 1.5], [1.2, -0.2]])),
+])  # fmt: skip
+def test_without_a_least_it_is_the_loss(module: nn.Module, targets: Tensor) -> None:
+    loss, outputs = split(module), torch.randn(2, 2)
+    phi = loss.per_sample(outputs, targets)
+    assert loss.excess is not None
+    torch.testing.assert_close(loss.excess(phi, outputs, targets), phi, rtol=0, atol=0)
+
+
+def test_outputs_that_targets_share_cannot_reach_each() -> None:
+    loss, outputs, targets = split(nn.PoissonNLLLoss()), torch.zeros(4, 1), torch.rand(4, 3) * 9
+    phi = loss.per_sample(outputs, targets)
+    assert loss.excess is not None and torch.equal(loss.excess(phi, outputs, targets), phi)
+
+
+def test_class_indices_of_any_type() -> None:
+    loss, outputs, y = split(nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.3)), torch.randn(3, 3).double(), [0, 2, 1]
+    assert loss.excess is not None
+    found = [loss.excess(loss.per_sample(outputs, t), outputs, t) for t in (torch.tensor(y), torch.tensor(y).byte())]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def entropy(share: Tensor) -> Tensor:

@@ -125,6 +125,22 @@ def test_a_rate_that_rises_carries_no_more() -> None:
     assert lengths[3] < 3 * max(lengths[:3])
 
 
+def test_a_state_without_a_rate_was_at_the_peak() -> None:
+    """As states of before were saved, where the rate was the first one."""
+    case, found = networks.residual(), []
+    for kept in (True, False):
+        model, opt = optimizer(case)
+        for x, y in batches(case, 3, 6):
+            opt.step(x, y)
+        for group in opt.param_groups:
+            group["lr"] *= 0.1
+        for state in () if kept else opt.state.values():
+            del state["rate"]
+        opt.step(*case.batch(7, 6))
+        found.append(flat(model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
 def test_a_group_that_rests_leaves_the_others_alone() -> None:
     case, found = networks.residual(), []
     for kept in (True, False):

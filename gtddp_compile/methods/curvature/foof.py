@@ -167,7 +167,8 @@ def rank_of(factor: Tensor, inputs: Tensor | None = None, *, whole: bool) -> Ten
     unit = unit if inputs is None else unit * inputs
     square = (factor * unit.unsqueeze(1) * unit.unsqueeze(2)).square().sum((1, 2))
     square = square.sum().expand_as(square) if whole else square
-    return torch.where(square > 0, 1.0 / square, 0.0)
+    most = own.numel() if whole else own.shape[1]  # more is of rounding alone
+    return torch.where(square > 0, 1.0 / square, 0.0).clamp(max=most)
 
 
 def _with_doubt(factor: Tensor, rank: Tensor, rows: int, old: State | None, keep: float) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from gtddp_compile import kernels
 from gtddp_compile.errors import CompileError
 from gtddp_compile.kernels import hessian
 from gtddp_compile.lowering.instructions import Apply, Instruction
-from gtddp_compile.methods import least as least_module
+from gtddp_compile.methods.least import KNOWN
 from gtddp_compile.methods.losses import Loss
 from gtddp_compile.methods.terminal import factor_kind, rank_of
 from gtddp_compile.runtime.program import UpdateProgram
@@ -20,11 +20,6 @@ from gtddp_compile.tools.page import page
 
 OUTER = "OUTPUT_"
 """Named tuples that the model returns begin with it: no variable or function of the module does."""
-LEAST = {
-    "CrossEntropyLoss": "_of_classes", "BCEWithLogitsLoss": "_of_logits", "BCELoss": "_of_shares",
-    "PoissonNLLLoss": "_of_rates",
-}  # fmt: skip
-"""Of a loss by name, the function of ``methods.least`` that is carried."""
 
 
 def loss_text(program: UpdateProgram, luggage: Luggage) -> str:
@@ -47,7 +42,10 @@ def _losses(loss: Loss, luggage: Luggage) -> str:
         name, arguments = described
         given = ", ".join(f"{key}={value_text(value)}" for key, value in {**arguments, "reduction": "none"}.items())
         call = "\n".join(lay_out(double_quoted(f"LOSS = nn.{name}({given})")))
-        least = luggage.take(least_module.__name__, LEAST[name]) if name in LEAST else ""
+        known = KNOWN.get(type(loss.module)) if loss.module is not None else None
+        if known is not None:
+            luggage.take(known.__module__, "excess_of")
+        least = "" if known is None else luggage.take(known.__module__, known.__name__)
         return page("export/loss.py.j2", loss=loss, name=name, call=call, carried="", least=least)
     if loss.function is None:
         raise CompileError(

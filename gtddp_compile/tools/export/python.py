@@ -258,7 +258,7 @@ class _Module:
             return replace(instruction, args=(args[0], Var("FEEDBACK_CLIP"), *args[2:]))
         if function == "rows_of":
             return replace(instruction, args=(args[0], _with_group_size(args[1])))
-        if function == "m.above" and self.setting.loss.least is None:
+        if function == "m.above" and self.setting.loss.excess is None:
             return replace(instruction, function="=", args=args[:1], note="the least is 0")
         if function in LOSS_CALLS:
             at = LOSS_CALLS[function]
