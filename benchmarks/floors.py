@@ -4,10 +4,10 @@
 
 Every batch is drawn anew, but of words and digits, where there are as many; 300 steps of 64; mean loss of 4,096 other
 samples at the end. *falling*: the rate falls over the last third. *as before*: without shrinkage of FOOF's factors.
-*least unknown*: the same loss as a function of one's own, of which nobody knows what it can fall to. *averaged*: a
-copy that is the average of about the last tenth of the steps. *behind*: of the default, the slope of the next batch's
-loss along the step that was just made, over that of its own before it, mean of the steps from the 20th on: above 0 a
-step goes too far for other samples than its own.
+*least unknown*: the same loss as a function of one's own, of which nobody knows what it can fall to. *newest*:
+parameters that hold no average. *average*: AdamW's, of about the last tenth of the steps. *behind*: of the newest, the
+slope of the next batch's loss along the step that was just made, over that of its own before it, mean of the steps from
+the 20th on: above 0 a step goes too far for other samples than its own.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ KNOWN = {
 """Of torch's own losses, whose least value is known."""
 ALL = KINDS | KNOWN
 AVERAGED = ", averaged"
-UNKNOWN: dict[str, dict[str, Any]] = {"default": {}, "default" + AVERAGED: {}, "least unknown": {}}
-OURS: dict[str, dict[str, Any]] = {"default": {}, "falling": {}, "default" + AVERAGED: {},
+UNKNOWN: dict[str, dict[str, Any]] = {"default": {}, "newest": {"averaging": 0}, "least unknown": {}}
+OURS: dict[str, dict[str, Any]] = {"default": {}, "falling": {}, "newest": {"averaging": 0},
                                    "as before": {"shrinkage": 0.0},
                                    "adam, coupled": {"curvature": "adam", "lr": 0.01}}  # fmt: skip
 RIVALS = {"AdamW, 0.001": 1e-3, "AdamW, 0.003": 3e-3, "AdamW, 0.01": 1e-2}
@@ -186,7 +186,7 @@ def run(task: str, method: str, seed: int) -> tuple[float, float]:
     schedule, slopes = None, list[tuple[float, float]]()
     if method in OURS | UNKNOWN:
         loss = kind.loss if kind.module is None or method == "least unknown" else kind.module
-        optimizer = compile_optimizer(model, x, loss=loss, on_nonfinite="skip", **OURS.get(method, {}))
+        optimizer = compile_optimizer(model, x, loss=loss, on_nonfinite="skip", **(UNKNOWN | OURS)[method])
         step: Callable[..., Any] = optimizer.step
         if method == "falling":
             schedule = LambdaLR(optimizer, lambda taken: min(1.0, 3 * (1 - taken / STEPS)))
@@ -195,7 +195,7 @@ def run(task: str, method: str, seed: int) -> tuple[float, float]:
         step = torch_step(model, rival, lambda out, y: kind.loss(out, y).mean())
     copied = last_tenth(model)
     for taken in range(STEPS):
-        looks = method == "default" and taken >= 20
+        looks = method == "newest" and taken >= 20
         before = [p.detach().clone() for p in model.parameters()] if looks else []
         own, (x_next, y_next) = (x, y), kind.draw(BATCH, source)
         step(x, y)
@@ -238,7 +238,7 @@ def text(rows: Iterable[Row]) -> str:
     table = markdown(
         ("task", *OURS, *rivals, "behind"),
         [(task, *(cell(task, name) for name in OURS), *best(task),
-          f"{statistics.median(found(task, 'default', 'behind')):.2f}") for task in KINDS],
+          f"{statistics.median(found(task, 'newest', 'behind')):.2f}") for task in KINDS],
     )  # fmt: skip
     known = markdown(
         ("task", *UNKNOWN, *rivals),

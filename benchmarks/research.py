@@ -30,10 +30,11 @@ TRIED = {
     "taken: of many layers that nothing normalises the aim is less, over shortcuts too": ("deep 0",),
     "a smaller damping serves classifiers of images": ("damping 0.03",),
     "taken: FOOF's factor of few rows is drawn to a multiple of the identity": ("shrinkage 0", "shrinkage 10"),
+    "taken: parameters hold an average of about the last twentieth of the steps": ("average 0", "average 10"),
 }  # fmt: skip
 """Hypotheses, in the order of the table, and methods that try them."""
 TRIED_ON = ("tanh-40-64", "autoencoder-128", "characters-16", "denoise-64", "diabetes-32", "digits-128", "digits-32",
-            "digits-8", "residual-mlp-64", "mnist-plain-64")  # fmt: skip
+            "digits-8", "residual-mlp-64", "mnist-plain-64", "vit-64")  # fmt: skip
 
 
 def cell(runs: Runs, task: str, method: str) -> str:

@@ -204,6 +204,7 @@ METHODS = {
         ours("damping 0.03", damping=0.03),
         ours("damping 1", damping=1.0),
         *(ours(f"shrinkage {much:g}", shrinkage=much) for much in (0.0, 10.0)),
+        *(ours(f"average {newest:g}", averaging=newest) for newest in (0.0, 10.0)),
         ours("inertia 0", inertia=0.0),
         ours("inertia 0.7", inertia=0.7),
         Method("inertia at once", ramp=1e-9),

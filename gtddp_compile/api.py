@@ -35,6 +35,7 @@ def compile_optimizer(
     rollout: Rollout | None = None,
     inertia: float | None = None,
     lookahead: float | None = None,
+    averaging: float | None = None,
     max_step: float | None = None,
     line_search: tuple[float, ...] | None = None,
     max_grad_norm: float | None = None,
@@ -80,6 +81,9 @@ def compile_optimizer(
         lookahead: ``μ`` in inertia's place for samples whose targets have several numbers: the step before, times
             ``μ``, is taken first, and the trajectory is run from there (Nesterov's place). The loss that a step returns
             is of that place. ``None``: what the curvature suggests, 0 where inertia is given.
+        averaging: parameters hold an average of what is trained, in which the newest counts for ``averaging / k`` in
+            the k-th step (all while that is more than 1); 0: the newest itself. For rollout ``"linear"`` with
+            ``inertia`` and without ``line_search``. ``None``: what the curvature suggests, 0 for ``Terms``.
         max_step: cap on the norm in the metric ``M`` of what the batch adds to the step (with ``inertia`` 0: of the
             step); for rollout ``"linear"``.
         line_search: step lengths, tried by forward passes on the batch: the best is taken, and none that is worse than
@@ -147,12 +151,12 @@ def compile_optimizer(
     if isinstance(model, Terms) and program is None:
         example_inputs, loss = _of_terms(model, example_inputs, loss)
         gram, terminal = "exact" if gram == "auto" else gram, terminal or Geometric(aim=2.0)
-        lookahead = lookahead or 0.0  # a sample is one equation
+        lookahead, averaging = lookahead or 0.0, averaging or 0.0  # a sample is one equation, and has no noise
     options = Options(
         feedback=feedback, feedback_clip=feedback_clip, schedule=schedule, coupling=coupling, recursion=recursion,
         terminal=terminal, backend=backend, mixing=mixing, cooperative=cooperative, gram=gram, memory=memory,
-        compile=compile, rollout=rollout, inertia=inertia, lookahead=lookahead, max_step=max_step,
-        line_search=line_search, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite,
+        compile=compile, rollout=rollout, inertia=inertia, lookahead=lookahead, averaging=averaging,
+        max_step=max_step, line_search=line_search, max_grad_norm=max_grad_norm, on_nonfinite=on_nonfinite,
         running_statistics=running_statistics,
     )  # fmt: skip
     model, ranks = of_processes(model, process_group)

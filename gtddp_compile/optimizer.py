@@ -61,8 +61,7 @@ class CompiledOptimizer(Surface):
         self._current: UpdateProgram | None = None
         self._diagnostics, self._checked, self._skips = Diagnostics(), False, 0
         self._pending: Accumulated | None = None
-        carried = {"inertia": options.inertia, "lookahead": options.lookahead or 0.0} if options.inertia else {}
-        super().__init__(self._view.groups(), curvature.defaults() | carried)
+        super().__init__(self._view.groups(), curvature.defaults() | options.carried)
         for group in self.param_groups if options.paced else ():
             group["peak_lr"] = float(group["lr"])
         if example_inputs is not None:
@@ -364,7 +363,7 @@ class CompiledOptimizer(Surface):
                 self._pending = None
 
     def _base_method(self, program: UpdateProgram, params: dict[str, Tensor], new: dict[str, Tensor]) -> BaseMethod:
-        check_steps(self.param_groups, self._curvature, bool(self._options.inertia))
+        check_steps(self.param_groups, self._curvature, self._options)
         group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         trained = [name for player in program.graph.players for name in player.parameters]
         owner = self._view.named

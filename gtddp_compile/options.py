@@ -105,6 +105,7 @@ class Options:
     rollout: Rollout | None = None
     inertia: float | None = None
     lookahead: float | None = None
+    averaging: float | None = None
     max_step: float | None = None
     line_search: tuple[float, ...] | None = None
     max_grad_norm: float | None = None
@@ -137,6 +138,8 @@ class Options:
             value = getattr(self, option)
             fading = value is None or (_is_number(value) and 0 <= value < 1)
             yield option, fading, "a number that is at least 0 and less than 1, or None"
+        newest = self.averaging is None or (_is_number(self.averaging) and (self.averaging == 0 or self.averaging >= 1))
+        yield "averaging", newest, "a number that is at least 1, 0 or None"
         for option in ("feedback_clip", "max_step", "max_grad_norm"):
             value = getattr(self, option)
             yield option, value is None or (_is_number(value) and value > 0), "a positive number or None"
@@ -178,6 +181,10 @@ class Options:
                f"inertia={self.inertia!r} is momentum inside the model of coupled samples, which this program has not",
                "Use it with feedback, recursion='levenberg' and coupling='full' or a group size; a base method has "
                "its own option momentum")  # fmt: skip
+        yield (bool(self.averaging) and not self.averages,
+               f"averaging={self.averaging!r}: parameters hold an average, and without a joint step, or with "
+               "line_search, the newest are read before the step is over",
+               "Use it with rollout='linear' and feedback=True, without line_search")  # fmt: skip
         yield (self.max_step is not None and not linear,
                f"max_step={self.max_step!r} caps the joint step, and this program decides stage by stage",
                "Use it with rollout='linear' and feedback=True")  # fmt: skip
@@ -204,6 +211,18 @@ class Options:
     def terminal_kind(self) -> Terminal:
         """How the loss is expanded: ``"geometric"``, but the paper's own recursions keep the paper's ``"gradient"``."""
         return self.terminal or ("geometric" if self.recursion == "levenberg" else "gradient")
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What every parameter group says of the steps before; nothing without inertia."""
+        if not self.inertia:
+            return {}
+        return {"inertia": self.inertia, "lookahead": self.lookahead or 0.0, "averaging": self.averaging or 0.0}
+
+    @property
+    def averages(self) -> bool:
+        """Whether parameters can hold an average: where nothing between two of them reads the newest."""
+        return self.rollout_kind == "linear" and self.feedback is True and self.line_search is None
 
     @property
     def paced(self) -> bool:
@@ -254,6 +273,7 @@ SUGGESTED: Mapping[str, Mapping[str, Any]] = {
     "foof": {
         "inertia": 0.9,
         "lookahead": 0.8,
+        "averaging": 20.0,
         "terminal": Geometric(aim=0.75, half=24.0, reach=0.1, deep=4.0, early=1.0),
         "running_statistics": "corrected",
     }
@@ -268,10 +288,11 @@ def own_momentum(settings: Mapping[str, Any]) -> Any:
 
 
 def suggested(options: Options, curvature: Curvature) -> Options:
-    """The options with what the curvature suggests where nothing was said: inertia, look-ahead, aim, statistics.
+    """The options with what the curvature suggests where nothing was said: inertia, look-ahead, average, aim,
+    statistics.
 
     Raises:
-        CompileError: inertia beside a momentum of the base method, or look-ahead without inertia.
+        CompileError: inertia beside a momentum of the base method, or look-ahead or an average without inertia.
     """
     moved = own_momentum(curvature.defaults())
     if options.inertia and moved:
@@ -289,6 +310,14 @@ def suggested(options: Options, curvature: Curvature) -> Options:
             f"lookahead={lookahead!r} without inertia: there is no step before that leads anywhere",
             "Give inertia with it, or leave it out",
         )
+    if options.averaging and not inertia:
+        raise CompileError(
+            f"averaging={options.averaging!r} without inertia: nothing counts steps",
+            "Give inertia with it, or leave it out",
+        )
+    averaging = options.averaging
+    if averaging is None:
+        averaging = known.get("averaging", 0.0) if inertia and options.averages else 0.0
     terminal = known.get("terminal")
     if terminal is not None and options.rollout_kind != "linear":
         terminal = replace(terminal, reach=0.0)  # of the joint step
@@ -298,6 +327,7 @@ def suggested(options: Options, curvature: Curvature) -> Options:
         options,
         inertia=inertia,
         lookahead=lookahead,
+        averaging=averaging,
         terminal=options.terminal or terminal,
         running_statistics=options.running_statistics or known.get("running_statistics"),
     )

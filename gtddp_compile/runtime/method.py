@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain, starmap
 from typing import Any
 
@@ -127,7 +128,7 @@ class BaseMethod(BlockUpdates):
         self._random: dict[int, list[Tensor]] = {}
         self._settled: list[Tensor] | None = None
         self._written: dict[str, tuple[Tensor, Tensor]] = {}  # with the old values
-        self._steps: dict[str, Tensor] = {}
+        self._steps: dict[str, tuple[Tensor, float]] = {}  # and what part of each is taken
         self._place: dict[str, Tensor] | None = None
         self.committed: list[Any] = []
         self._said = set[str]()  # by all micro-batches of an update
@@ -145,7 +146,7 @@ class BaseMethod(BlockUpdates):
 
     def _move(self, name: str, delta: Tensor) -> None:
         if self.together:
-            self._steps[name] = delta
+            self._steps[name] = self._averaged(name, delta)
         else:
             super()._move(name, delta)
 
@@ -193,7 +194,9 @@ class BaseMethod(BlockUpdates):
         """
         apart = [name for name in self.states if name not in self._written and self._new[name] is not originals[name]]
         copies = [(originals[name], self._new[name]) for name in apart] + list(buffers)
-        moves = [(originals[name], step) for name, step in self._steps.items()]
+        moves = dict[float, list[tuple[Tensor, Tensor]]]()
+        for name, (step, part) in self._steps.items():
+            moves.setdefault(part, []).append((originals[name], step))
         states, exchanged = dict[Tensor, Any](), list[tuple[Tensor, str, Tensor]]()
         parts = list[tuple[Tensor, Tensor]]()
         for name in self.states:
@@ -203,7 +206,10 @@ class BaseMethod(BlockUpdates):
                 parts.append((shard_of(own), own_part(own, originals[name])))
         with torch.no_grad():
             done = chain(
-                starmap(torch._foreach_add_, _by_column(moves)),
+                *(
+                    starmap(partial(torch._foreach_add_, alpha=part), _by_column(pairs))
+                    for part, pairs in moves.items()
+                ),
                 starmap(torch._foreach_copy_, _by_column(copies)),
                 starmap(torch._foreach_copy_, _by_column(parts)),
                 starmap(setattr, exchanged),
@@ -290,7 +296,7 @@ class BaseMethod(BlockUpdates):
             raise
         if self.samples is not None:
             self._loss.count(phi, outputs, self.samples)
-        others = "" if self._loss.is_torchs else self._loss.depend_on_outputs_alone(phi, *given, self._params)
+        others = "" if self._loss.is_torchs else self._loss.depend_on_outputs_alone(phi, *given, self._new)
         if self.first and others:
             self._say(
                 f"reads tensors {others} that require a gradient and are no parameters of the model: they get none "
@@ -394,7 +400,7 @@ class BaseMethod(BlockUpdates):
         return torch.stack([value.sum() for _, value in self._updates()]).sum()
 
     def _updates(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, self._steps.get(name, self._new[name])) for name in self.states)
+        return ((name, self._steps.get(name, (self._new[name],))[0]) for name in self.states)
 
     def mark(self, segment: int = 0) -> None:
         """The random state at the beginning of a segment (of the first stage, where the trajectory is kept)."""

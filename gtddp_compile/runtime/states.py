@@ -11,7 +11,7 @@ from torch import Tensor
 from gtddp_compile.errors import CompileError
 from gtddp_compile.methods.curvature import REGISTRY, Curvature
 from gtddp_compile.methods.curvature.numbers import out_of_range
-from gtddp_compile.options import own_momentum
+from gtddp_compile.options import Options, own_momentum
 from gtddp_compile.runtime.precision import LOW, lift
 from gtddp_compile.runtime.shards import divided, is_shard
 
@@ -40,17 +40,18 @@ def check_used(
                 )
 
 
-def check_steps(groups: Sequence[Mapping[str, Any]], curvature: Curvature, carries: bool) -> None:
+def check_steps(groups: Sequence[Mapping[str, Any]], curvature: Curvature, options: Options) -> None:
     """What the program's model takes from the groups beside the base method: another value would not fail.
 
     Args:
         groups: of the optimizer.
         curvature: the base method.
-        carries: whether the program was compiled with inertia.
+        options: that the program was compiled with.
 
     Raises:
         CompileError: a group's ``inertia`` or ``lookahead`` is no number from 0 to below 1, inertia is not there, or
-            the base method has a momentum beside it; ``peak_lr`` is no number that is at least 0.
+            the base method has a momentum beside it; ``averaging`` is no number that is 0 or at least 1, or these steps
+            are not averaged; ``peak_lr`` is no number that is at least 0.
     """
     for group in groups:
         peak = group.get("peak_lr", 0.0)
@@ -60,13 +61,22 @@ def check_steps(groups: Sequence[Mapping[str, Any]], curvature: Curvature, carri
             value = group.get(option, 0.0)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise out_of_range(curvature.name, option, value, "a number that is at least 0 and less than 1")
-            if value and not (carries and "inertia" in group):
+            if value and not (options.inertia and "inertia" in group):
                 raise CompileError(
                     f"a parameter group has {option}={value!r}, and "
-                    + ("no inertia" if carries else "the optimizer was compiled without inertia"),
+                    + ("no inertia" if options.inertia else "the optimizer was compiled without inertia"),
                     f"Compile with inertia, or take {option} out of the group (of a state_dict, before it is loaded)",
                     module=group.get("name"),
                 )
+        newest = group.get("averaging", 0.0)
+        if not isinstance(newest, int | float) or not (newest == 0 or newest >= 1):
+            raise out_of_range(curvature.name, "averaging", newest, "a number that is 0 or at least 1")
+        if newest and not (options.inertia and options.averages and "inertia" in group):
+            raise CompileError(
+                f"a parameter group has averaging={newest!r}, and these steps are not averaged",
+                "Compile with inertia, rollout='linear' and without line_search, or take averaging out of the group",
+                module=group.get("name"),
+            )
         if group.get("inertia") and (moved := own_momentum(group)):
             raise CompileError(
                 f"a parameter group has inertia={group['inertia']!r} beside {curvature.name}'s own momentum {moved!r}: "

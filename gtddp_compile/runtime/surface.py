@@ -140,7 +140,7 @@ class Surface(torch.optim.Optimizer):
         state_dict = regrouped(state_dict, self.param_groups, self._view.named, self._curvature)
         check_loaded(state_dict, self.param_groups, self._curvature)
         state_dict = completed(state_dict, self.param_groups)
-        check_steps(state_dict["param_groups"], self._curvature, bool(self._options.inertia))
+        check_steps(state_dict["param_groups"], self._curvature, self._options)
         self._checked = False
         super().load_state_dict(state_dict)
         unround(self.state, state_dict, self.param_groups)

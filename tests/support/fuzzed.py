@@ -189,6 +189,8 @@ def drawn(seed: int) -> Case:
     loss, classes = rng.choice(LOSSES)
     if options["inertia"] and seed % 2:
         options["lookahead"] = 0.5
+    if options["inertia"] and options["rollout"] != "nonlinear" and options["line_search"] is None and seed % 4 < 2:
+        options["averaging"] = 1.0
     size = rng.randint(1, 6)
     said = f"seed {seed}: {kinds}, training={model.training}, {options}, {loss}"
     return Case(model, loss, options, (size, rng.choice((size, 5))), classes, said)
@@ -250,7 +252,7 @@ def _outcome(case: Case) -> Outcome:
     if losses[-1] > DIVERGED * (1 + losses[0]):  # of large numbers rounding alone is left
         return _outcome(replace(case, steps=1))
     options = {**case.options, "memory": "keep"}
-    ours = CHOICES.keys() - {"weight_decay"} | {"lookahead"}
+    ours = CHOICES.keys() - {"weight_decay"} | {"lookahead", "averaging"}
     own = {name: value for name, value in options.items() if name not in ours}
     method = own.pop("curvature")
     if case.options["feedback"] is False and method in TORCH and not case.options["cooperative"]:

@@ -132,6 +132,10 @@ class Curvature(ABC):
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """State of one parameter before the first step, torch.optim's keys; refuses options out of range."""
 
+    def reads_values(self, group: Group) -> bool:
+        """Whether a parameter's value counts in what these methods find, and not its shape and precision alone."""
+        return True
+
     def linear_term(self, param: Tensor, group: Group) -> Tensor | None:
         """``ℓ_u = λ u`` of coupled weight decay, shape of the parameter; ``None`` where there is none."""
         decay = group["weight_decay"]

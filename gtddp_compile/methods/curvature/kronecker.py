@@ -87,6 +87,10 @@ class Kronecker(Curvature):
 
     # --- parameter by parameter ---------------------------------------------------------------------------------------
 
+    def reads_values(self, group: Group) -> bool:
+        """Of the decay alone."""
+        return bool(group["weight_decay"])
+
     def init_state(self, param: Tensor, group: Group) -> dict[str, Any]:
         """``"step"`` and, with momentum, a zero ``"momentum_buffer"``; factors appear with the first statistics."""
         self.check(group)

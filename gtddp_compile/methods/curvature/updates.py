@@ -90,14 +90,29 @@ class ParameterUpdates:
     def look_ahead(self, params: dict[str, Tensor], targets: Any) -> dict[str, Tensor]:
         """``u + μ v`` of every parameter, where the trajectory is run; ``u`` where samples' targets have one number.
 
-        From then on nothing of the last step is left to be drawn to (docs/theory.md#look-ahead).
+        ``u`` is what was given and how far that is behind (docs/theory.md#average). Where it looks ahead, nothing of
+        the last step is left to be drawn to from then on (docs/theory.md#look-ahead).
         """
         self._ahead = self._leads(targets)
         found = dict(params)
-        for name in self.states if self._ahead else ():
-            (last,), mu = self._carrying((name,))
-            found[name] = _led(params[name], last, mu).to(params[name].dtype)
+        for name, state in self.states.items():
+            averaged = "behind" in state and "inertia" in self._groups[name]
+            if averaged:
+                found[name] = self._reached(params[name], state)
+                if self._curvature.reads_values(self._groups[name]):
+                    self._params[name] = found[name].to(params[name].dtype)
+            if self._ahead:
+                (last,), mu = self._carrying((name,))
+                found[name] = _led(found[name], last, mu)
+            found[name] = found[name].to(params[name].dtype)
         return found
+
+    def _reached(self, value: Tensor, state: Mapping[str, Any]) -> Tensor:
+        """``u``, or whatever is added to what it is ahead of the average."""
+        behind, share = state["behind"], state["share"]
+        if torch.compiler.is_compiling() or type(share) is not Tensor:  # as in `counted`
+            return _led(value, behind, torch.as_tensor(1.0 - share))
+        return _led(value, behind, 1.0 - float(share))
 
     def _leads(self, targets: Any) -> bool:
         return any(group.get("lookahead") for group in self._groups.values()) and several_entries(targets)
@@ -201,9 +216,34 @@ class ParameterUpdates:
         return delta
 
     def _move(self, name: str, delta: Tensor) -> None:
-        """The new parameter, ``u + δu``."""
-        param = self._params[name]
-        self._new[name] = (param + delta).to(param.dtype)
+        """The new parameter, ``u + δu``, or what the average makes of it."""
+        param, (step, share) = self._new[name], self._averaged(name, delta)
+        self._new[name] = torch.add(param, step, alpha=share).to(param.dtype)
+
+    def _averaged(self, name: str, delta: Tensor) -> tuple[Tensor, float]:
+        """A step of what is in the parameter, and what part of it is taken: ``δu`` and all of it without an average."""
+        state, share, param = self.states[name], self._newest(name), self._new[name]
+        if "behind" not in state and not isinstance(share, Tensor) and share == 1:
+            return delta, 1.0
+        whole = self._reached(delta, state) if "behind" in state else delta.clone()
+        step, taken = (whole * share.to(whole), 1.0) if isinstance(share, Tensor) else (whole, share)
+        if param.dtype in (torch.bfloat16, torch.float16):  # what rounding leaves is left for the next step
+            step = torch.add(param, step, alpha=taken).to(param.dtype).to(whole.dtype) - param
+            whole, taken, share = whole - step, 1.0, 0.0
+        if not isinstance(share, Tensor):
+            share = torch.scalar_tensor(share, dtype=torch.float64)
+        self.states[name] = {**state, "behind": whole, "share": share}
+        return step, taken
+
+    def _newest(self, name: str) -> Tensor | float:
+        """What the newest ``u`` counts for in the average, ``min(1, p / k)`` in the k-th step; at rate 0 nothing."""
+        most, taken, rate = self._groups[name].get("averaging", 0.0), self.states[name].get("taken"), self._rate(name)
+        if not most or taken is None:
+            return 1.0
+        if torch.compiler.is_compiling() or type(taken) is not Tensor or isinstance(rate, Tensor):  # as in `counted`
+            share: Tensor = (most / taken).clamp_max(1.0) * (rate > 0)
+            return share
+        return min(1.0, most / float(taken)) if rate else 0.0
 
     def open_gain(self, names: tuple[str, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """``k = -M⁻¹ (γᵀ α + ℓ_u)`` (Eq. 4 with Table 1's ``Q_uu``)."""
@@ -226,10 +266,10 @@ class ParameterUpdates:
 
     def _applied(self, name: str, move: Move) -> Tensor:
         """A parameter's change from where the trajectory was run; its new value and state are kept aside."""
-        param, self.states[name] = self._params[name], move.state
-        own = move.change(param)
+        self.states[name] = move.state
+        own = move.change(self._params[name])
         delta = self._carried(name, own)
-        self._new[name] = (param + delta).to(param.dtype)
+        self._move(name, delta)
         return own if self._ahead else delta
 
     def _descended(self, name: str, move: Move) -> None:

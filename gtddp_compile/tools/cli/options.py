@@ -98,6 +98,8 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
                        choices=("linear", "nonlinear"), show_default="linear where there is a joint step"),
     "inertia": _option(float | None, None, "Momentum inside the model.", show_default=SUGGESTS),
     "lookahead": _option(float | None, None, "What of the last step is taken first.", show_default=SUGGESTS),
+    "averaging": _option(float | None, None, "What the newest parameters count for in their average, times the steps.",
+                         show_default=SUGGESTS),
 }  # fmt: skip
 """Options that several commands have, by the name of their argument."""
 
@@ -144,7 +146,7 @@ def compiled(target: str, inputs: list[str], arguments: list[str], dtype: str, *
         "coupling": number_or_word(given["coupling"]),
         "feedback": FEEDBACK[feedback],
         "terminal": MonteCarlo(int(terminal)) if terminal and terminal.isdecimal() else terminal,
-        **{name: given[name] for name in ("recursion", "rollout", "inertia", "lookahead", "curvature")},
+        **{name: given[name] for name in ("recursion", "rollout", "inertia", "lookahead", "averaging", "curvature")},
     }
     found = load_loss(given["loss"])
     with working(f"deriving the optimizer of {type(model).__name__}"):

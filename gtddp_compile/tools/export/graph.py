@@ -171,6 +171,8 @@ def _state(program: UpdateProgram, module: ModuleType, params: dict[str, Tensor]
         if "inertia" in options:
             state[name] |= {"last_step": torch.zeros_like(params[name]), "taken": torch.zeros((), dtype=torch.float64)}
             state[name]["rate"] = torch.scalar_tensor(options["lr"], dtype=torch.float64)
+        if options.get("averaging"):
+            state[name] |= {"behind": torch.zeros_like(params[name]), "share": torch.ones((), dtype=torch.float64)}
     return state
 
 
