@@ -92,6 +92,9 @@ def compiled_step(network: Network, curvature: str, batch: int, options: dict[st
     own = OPTIM[curvature][1] if curvature in OPTIM else KRONECKER[curvature]
     options = {key: option_of(value) for key, value in options.items()}
     optimizer = compile_optimizer(model, x, loss=network.losses, curvature=curvature, **own, **options)
+    for group in optimizer.param_groups:
+        if group.get("averaging"):
+            group["averaging"] = 1.0  # from the second step on what it is after the first 20
     return lambda: optimizer.step(x, y)
 
 
