@@ -79,7 +79,7 @@ def joined_uses(layer: Layer, metric: Inverses, *, uses: tuple[tuple[bool, bool]
     operands, g, _, wants, _ = layer
     pairs = zip(operands[: len(uses)], (g, *operands[len(uses) :]), uses, strict=True)
     inputs, outputs, gradients = [], [], []
-    spherical = all(map(is_spherical, metric))
+    spherical = all(map(is_spherical, metric)) and bool(metric[0])  # at a rate of 0 it is no unit
     for x, gradient, (swapped, biased) in pairs:
         x, gradient = (_linear_rows(v) for v in ((gradient, x) if swapped else (x, gradient)))
         if wants[1] and spherical:

@@ -86,6 +86,23 @@ def test_a_loss_of_ones_own_needs_example_targets(tmp_path: Path) -> None:
         assert largest(params, named(example.model)[0]) <= 1e-12
 
 
+WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(WEIGHT), nn.BCEWithLogitsLoss(WEIGHT, pos_weight=WEIGHT * 3)])
+def test_a_loss_s_weights_are_in_the_graph(loss: nn.Module, tmp_path: Path) -> None:
+    example = Example(make(lambda net, x: net.a(x), a=(4, 3)), (torch.randn(7, 4, dtype=torch.float64),))
+    opt = compiled(example, loss=loss)
+    targets = torch.arange(7) % 3 if isinstance(loss, nn.CrossEntropyLoss) else torch.rand(7, 3).double()
+    opt.program.export(tmp_path / "step.pt2")
+    loaded = torch.export.load(tmp_path / "step.pt2")
+    (params, buffers), state = named(example.model), loaded.example_inputs[0][2]
+    for _ in range(3):
+        params, buffers, state, _ = loaded.module()(params, buffers, state, example.inputs, targets)
+        opt.step(example.inputs, targets)
+        assert largest(params, named(example.model)[0]) <= 1e-12
+
+
 REFUSED: dict[str, tuple[Callable[[], Example], dict[str, Any], str]] = {
     "kfac": (small, {"curvature": "kfac"}, r"cannot hold kfac: it decomposes matrices.*adamw"),
     "ggn": (small, {"terminal": "ggn"}, r"cannot hold terminal='ggn'.* use terminal='geometric'"),

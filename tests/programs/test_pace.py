@@ -196,3 +196,25 @@ def test_where_there_is_an_aim(options: dict[str, Any], paced: bool) -> None:
     opt = optimizer(case, **options)[1]
     assert all(("peak_lr" in group) is paced for group in opt.param_groups)
     assert ("m.pace" in {i.function for i in opt.program.lowered.instructions}) is paced
+
+
+@pytest.mark.parametrize("rests", [("weight", "bias"), ("weight",), ("bias",)], ids=str)
+@pytest.mark.parametrize("curvature", ["foof", "sgd"])
+def test_a_layer_used_twice_at_a_rate_of_zero(curvature: str, rests: tuple[str, ...]) -> None:
+    """Where a warm-up begins: its bias is in units of its weight's metric, which has none there."""
+    net = networks.make(lambda net, x: net.c(torch.tanh(net.b(torch.tanh(net.b(x))))), b=(4, 4), c=(4, 3))
+    x, y, found = torch.randn(6, 4).double(), torch.arange(6) % 3, []
+    for backend in ("fast", "dense"):
+        model = copy.deepcopy(net)
+        opt = compile_optimizer(model, x, loss=nn.CrossEntropyLoss(), curvature=curvature, lr=0.5, backend=backend)
+        named = dict(model.named_parameters())
+        groups = [{**g, "params": [p], "name": name} for g in opt.param_groups for name, p in named.items()
+                  if any(p is own for own in g["params"])]  # fmt: skip
+        opt.param_groups[:] = groups
+        for group in groups:
+            group["lr"] = 0.0 if group["name"] in [f"b.{kind}" for kind in rests] else 0.5
+        opt.step(x, y)
+        assert all(torch.equal(getattr(model.b, kind), getattr(net.b, kind)) for kind in rests)
+        found.append(flat(model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+    assert (found[0] - flat(net)).abs().max() > 1e-4

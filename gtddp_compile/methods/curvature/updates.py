@@ -108,7 +108,7 @@ class ParameterUpdates:
         return found
 
     def _reached(self, value: Tensor, state: Mapping[str, Any]) -> Tensor:
-        """``u``, or whatever is added to what it is ahead of the average."""
+        """What ``u`` is ahead of the parameter, added to it or to a ``δu``, which is a step from there then."""
         behind, share = state["behind"], state["share"]
         if torch.compiler.is_compiling() or type(share) is not Tensor:  # as in `counted`
             return _led(value, behind, torch.as_tensor(1.0 - share))

@@ -59,7 +59,7 @@ def to_graph(program: UpdateProgram, targets: Any = None) -> torch.export.Export
         return found
 
     try:
-        graph = make_fx(run, tracing_mode="fake")(*flat)
+        graph = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
         return torch.export.export(_Step(graph, returned[0]), given, strict=False)
     except (torch._dynamo.exc.UserError, torch._subclasses.fake_tensor.DataDependentOutputException) as error:
         raise CompileError(f"the step is no single graph: it branches on a value ({error})", REMEDY) from error
@@ -70,11 +70,11 @@ class _Step(nn.Module):
 
     def __init__(self, graph: torch.fx.GraphModule, returned: pytree.TreeSpec) -> None:
         super().__init__()
-        self.graph, self._returned = graph, returned
+        self.step, self._returned = graph, returned  # not "graph", which GraphModules have already
 
     def forward(self, params: Any, buffers: Any, state: Any, inputs: Any, targets: Any) -> Any:
         flat = pytree.tree_leaves((params, buffers, state, inputs, targets))
-        return pytree.tree_unflatten(self.graph(*flat), self._returned)
+        return pytree.tree_unflatten(self.step(*flat), self._returned)
 
 
 def _refuse(program: UpdateProgram) -> None:
